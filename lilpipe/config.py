@@ -1,0 +1,617 @@
+"""The configuration: one frozen typed tree with a section per stage.
+
+Values come from a recipe (``lilpipe.recipes``), then a TOML file, then dotted overrides; see ``load``. Unknown
+settings are refused. Validation is arithmetic and never touches a file.
+
+A field marked ``Operational`` cannot change a stage's output (a worker count, an interval of logging), so it is
+left out of the fingerprint: changing it rebuilds nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from lilpipe.errors import ConfigError
+
+
+class _Operational:
+    """Marks a field that cannot change a stage's output."""
+
+
+Operational = _Operational()
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NumWorkers = Annotated[PositiveInt, Operational]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The values that can change a stage's output, as plain JSON values, with defaults spelled out."""
+        values = {}
+        for name, field in type(self).model_fields.items():
+            if not any(mark is Operational for mark in field.metadata):
+                values[name] = _plain(getattr(self, name))
+        return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.identity()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+class Source(Section):
+    """One origin of raw documents."""
+
+    kind: Literal["installed-docs", "jsonl", "parquet", "text", "huggingface"]
+    """`installed-docs`: docstrings, topics and READMEs of this Python environment. `jsonl`, `parquet`, `text`:
+    files, plain or compressed (.gz, .zst). `huggingface`: a hub name or a local data set folder."""
+    name: str
+    """The name that documents of this source carry in reports and shards."""
+    path: str | None = None
+    """File, folder, glob or fsspec URL (`jsonl`, `parquet`, `text`); hub name or folder (`huggingface`)."""
+    text_column: str = "text"
+    """Column or JSON key that holds the text."""
+    id_column: str = "id"
+    """Column or JSON key that holds the document's id; rows without one get `<file>:<row>`."""
+    split: str = "train"
+    """Split to read (`huggingface` only)."""
+    licence: str = "unknown"
+    """Licence of the documents, where the documents do not carry their own."""
+    max_bytes: PositiveInt | None = None
+    """Read at most this many bytes of text from this source, in an order fixed by a hash of the document id."""
+
+    @model_validator(mode="after")
+    def _path_matches_kind(self) -> Source:
+        if self.kind == "installed-docs" and self.path is not None:
+            raise ValueError(f"source {self.name!r}: kind 'installed-docs' reads this environment; remove `path`")
+        if self.kind != "installed-docs" and self.path is None:
+            raise ValueError(f"source {self.name!r}: kind {self.kind!r} needs `path`")
+        return self
+
+
+class QualityConfig(Section):
+    """Heuristic filters on text (datatrove's implementations)."""
+
+    gopher_repetition: bool = True
+    """Rae et al. 2021 (Gopher), table A1: shares of repeated lines, paragraphs and n-grams."""
+    gopher_quality: bool = True
+    """Rae et al. 2021 (Gopher), A1.1: word counts, word lengths, symbols, bullets, stop words."""
+    c4: bool = False
+    """Raffel et al. 2020 (T5): terminal punctuation, curly brackets, lorem ipsum. Made for web pages; off here."""
+    fineweb: bool = True
+    """Penedo et al. 2024 (FineWeb): shares of lines ended by punctuation, short lines, duplicated characters."""
+    min_words: NonNegativeInt = 30
+    """Gopher quality: fewest words in a document."""
+    max_words: PositiveInt = 100_000
+    """Gopher quality: most words in a document."""
+    min_stop_words: NonNegativeInt = 2
+    """Gopher quality: fewest distinct stop words in a document."""
+    min_alpha_word_ratio: Share = 0.7
+    """Gopher quality: least share of words that hold a letter."""
+    min_line_punctuation_ratio: Share = 0.05
+    """FineWeb: least share of lines that end in punctuation."""
+    max_short_line_ratio: Share = 0.9
+    """FineWeb: most lines of at most 30 characters, as a share."""
+
+
+class MinhashConfig(Section):
+    """Near-duplicate removal by MinHash-LSH (Broder 1997; FineWeb uses 14 buckets of 8 hashes over 5-grams)."""
+
+    enabled: bool = True
+    """Whether to remove near-duplicates at all."""
+    num_buckets: PositiveInt = 14
+    """LSH bands."""
+    hashes_per_bucket: PositiveInt = 8
+    """Rows of a band; similarity at even odds is about (1/num_buckets)^(1/hashes_per_bucket)."""
+    ngram_size: PositiveInt = 5
+    """Words of a shingle."""
+    seed: NonNegativeInt = 1
+    """Seed of the hash family."""
+
+
+class CorpusConfig(Section):
+    """Raw sources to clean, deduplicated documents."""
+
+    sources: tuple[Source, ...] = (Source(kind="installed-docs", name="installed-docs"),)
+    """Where documents come from."""
+    min_chars: NonNegativeInt = 200
+    """Shorter documents are rejected before any other filter."""
+    languages: tuple[str, ...] = ("en",)
+    """Languages to keep, as codes of fastText's 176-language model; empty keeps all."""
+    min_language_score: Share = 0.65
+    """Least confidence of the language (FineWeb: 0.65)."""
+    exact_dedup: bool = True
+    """Remove documents whose normalised text has been seen before."""
+    quality: QualityConfig = QualityConfig()
+    """Heuristic quality filters."""
+    minhash: MinhashConfig = MinhashConfig()
+    """Near-duplicate removal."""
+    max_malformed_share: Share = 0.01
+    """Unreadable rows are quarantined and counted; above this share of a source's rows the stage fails."""
+    num_workers: NumWorkers = 2
+    """Processes of datatrove's local executor."""
+
+    @model_validator(mode="after")
+    def _sources_are_named_apart(self) -> CorpusConfig:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise ValueError("sources: got none, expected at least one; name a source or leave the default")
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources: names must differ, got {names}")
+        return self
+
+
+class PromptsConfig(Section):
+    """A generated family of tasks whose answers a program can verify, split once for the whole pipeline."""
+
+    seed: int = 0
+    """Seed of the generator."""
+    families: tuple[str, ...] = ("copy", "reverse", "sort")
+    """Task families; `lilpipe.alignment.prompts.FAMILIES` lists them."""
+    num_documents: NonNegativeInt = 20_000
+    """Exercises in plain text form for pretraining."""
+    num_demonstrations: NonNegativeInt = 1_000
+    """Prompts with a written answer, for supervised fine-tuning."""
+    num_train: PositiveInt = 4_000
+    """Prompts without an answer, for sampling: rejection sampling, DPO, GRPO."""
+    num_dev: PositiveInt = 300
+    """Held-out prompts on which hyperparameters may be chosen."""
+    num_test: PositiveInt = 500
+    """Held-out prompts that only `evaluate` reads."""
+
+
+class TokenizerConfig(Section):
+    """Byte-level BPE."""
+
+    vocab_size: Annotated[int, Field(ge=257 + 8)] = 32_768
+    """Size with the 256 bytes and the special tokens."""
+    pattern: str = (
+        r"[^\r\n\p{L}\p{N}]?+\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    )
+    """Regular expression that splits text before merging; the default takes digits one by one."""
+    max_bytes: PositiveInt | None = None
+    """Train on at most this many bytes of text, in corpus order."""
+
+
+class TokensConfig(Section):
+    """Documents to token shards."""
+
+    shard_tokens: PositiveInt = 10_000_000
+    """A shard is closed once it holds this many tokens."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    """Share of documents held out for validation, by a hash of the document's text."""
+    num_workers: NumWorkers = 2
+    """Encoding processes."""
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Section):
+    """Llama-style decoder (Touvron et al. 2023; Grattafiori et al. 2024)."""
+
+    hidden_size: PositiveInt = 256
+    """Width of the residual stream."""
+    num_layers: PositiveInt = 6
+    """Decoder blocks."""
+    num_heads: PositiveInt = 4
+    """Query heads; hidden_size is divided among them."""
+    num_kv_heads: PositiveInt = 2
+    """Key and value heads (GQA, Ainslie et al. 2023); divides num_heads."""
+    intermediate_size: PositiveInt = 704
+    """Width of the SwiGLU layer."""
+    max_seq_len: PositiveInt = 256
+    """Longest sequence."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary embedding (Llama 3: 500,000)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = True
+    """Whether the output layer shares the embedding's weights."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        if (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"head size hidden_size / num_heads = {self.hidden_size // self.num_heads} must be even for RoPE"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class OptimizerConfig(Section):
+    """Optimizer and learning-rate schedule."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for the rest."""
+    learning_rate: PositiveFloat = 3e-3
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: PositiveFloat = 0.02
+    """Peak learning rate of Muon; ignored by `adamw`."""
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay, on matrices alone."""
+    warmup_steps: NonNegativeInt = 50
+    """Steps of linear warmup."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after warmup."""
+    min_lr_ratio: Share = 0.0
+    """Learning rate at the end as a share of the peak."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this global norm."""
+
+
+class TrainingSection(Section):
+    """What every stage that trains has in common."""
+
+    seed: int | None = None
+    """Seed of initialisation, data order and sampling; the pipeline's `seed` where none is given."""
+    num_workers: PositiveInt = 1
+    """Processes under torchrun. Part of the fingerprint: another world size sums in another order."""
+    threads_per_worker: PositiveInt = 1
+    """Threads of a process; also able to change the order of summation."""
+    checkpoint_every: Annotated[PositiveInt, Operational] = 200
+    """Steps between checkpoints."""
+    log_every: Annotated[PositiveInt, Operational] = 10
+    """Steps between logged points."""
+
+
+class PretrainConfig(TrainingSection):
+    """Next-token training of a fresh model on token shards."""
+
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    num_steps: PositiveInt = 1_000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 16
+    """Sequences of one optimizer step, over all workers and accumulation steps."""
+    accumulation_steps: PositiveInt = 1
+    """Micro-batches of one optimizer step on each worker."""
+    exercise_share: Share = 0.5
+    """Share of rows from the exercises of the `prompts` stage; the rest comes from the corpus."""
+    eval_every: Annotated[PositiveInt, Operational] = 200
+    """Steps between validations."""
+    eval_rows: PositiveInt = 64
+    """Validation rows of each source."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> PretrainConfig:
+        parts = self.num_workers * self.accumulation_steps
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of num_workers x accumulation_steps = "
+                f"{self.num_workers} x {self.accumulation_steps} = {parts}"
+            )
+        return self
+
+
+class SamplingConfig(Section):
+    """How answers are drawn from a model."""
+
+    temperature: NonNegativeFloat = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus (Holtzman et al. 2020)."""
+    max_new_tokens: PositiveInt = 48
+    """Longest answer."""
+    batch_size: PositiveInt = 256
+    """Sequences decoded together."""
+
+
+class RejectionSamplingConfig(Section):
+    """Sample K answers to each prompt, keep what a verifier accepts."""
+
+    seed: int | None = None
+    """Seed of sampling; the pipeline's `seed` where none is given."""
+    num_prompts: PositiveInt = 1_000
+    """Prompts of the `train` split."""
+    samples_per_prompt: PositiveInt = 8
+    """K; Llama 3 draws 10 to 30."""
+    max_kept_per_prompt: PositiveInt = 1
+    """Distinct correct answers kept for one prompt."""
+    sampling: SamplingConfig = SamplingConfig()
+    prompts_per_chunk: PositiveInt = 100
+    """Prompts between two points from which a killed run continues."""
+    threads_per_worker: PositiveInt = 2
+    """Threads of the sampling process."""
+
+
+class SFTConfig(TrainingSection):
+    """Supervised fine-tuning on conversations; loss on the assistant's tokens alone."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0)
+    num_epochs: PositiveInt = 3
+    batch_size: PositiveInt = 16
+    """Conversations of one optimizer step."""
+    max_demonstrations: NonNegativeInt | None = None
+    """Use at most this many written demonstrations of the `prompts` stage; all where none is given."""
+
+
+class DPOConfig(TrainingSection):
+    """Direct preference optimisation (Rafailov et al. 2023) with Llama 3's NLL term on chosen answers."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0)
+    num_prompts: PositiveInt = 600
+    """Prompts of the `train` split from which pairs are sampled."""
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    sampling: SamplingConfig = SamplingConfig()
+    beta: PositiveFloat = 0.1
+    """Strength of the tie to the reference model (Llama 3: 0.1)."""
+    nll_coefficient: NonNegativeFloat = 0.2
+    """Weight of the negative log-likelihood of chosen answers (Llama 3: 0.2)."""
+    preference_coefficient: NonNegativeFloat = 1.0
+    """Weight of the preference loss; 0 leaves the NLL-only control."""
+    mask_formatting_tokens: bool = True
+    """Leave the turn's end and header tokens out of the log-probabilities (Llama 3)."""
+    num_epochs: PositiveInt = 1
+    batch_size: PositiveInt = 16
+    """Pairs of one optimizer step."""
+
+
+class GRPOConfig(TrainingSection):
+    """Group relative policy optimisation (Shao et al. 2024) with the verifier as reward."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=3e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"
+    )
+    num_steps: PositiveInt = 150
+    prompts_per_step: PositiveInt = 16
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Answers sampled for each prompt."""
+    clip_range: PositiveFloat = 0.2
+    """Clipping of the probability ratio (PPO's epsilon)."""
+    kl_coefficient: NonNegativeFloat = 0.0
+    """Weight of the KL divergence to the initial policy (k3 estimator, Schulman 2020)."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation; off is Dr.GRPO (Liu et al. 2025)."""
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class EvaluateConfig(Section):
+    """How good the model is after each training stage."""
+
+    seed: int | None = None
+    """Seed of sampling; the pipeline's `seed` where none is given."""
+    split: Literal["test", "dev"] = "test"
+    """Prompts to report on; choose hyperparameters on `dev`."""
+    samples_per_prompt: PositiveInt = 8
+    """Samples behind pass@k."""
+    sampling: SamplingConfig = SamplingConfig()
+    validation_rows: PositiveInt = 200
+    """Rows of validation text behind bits per byte."""
+    threads_per_worker: PositiveInt = 2
+    """Threads of the evaluating process."""
+
+
+class RegisterConfig(Section):
+    """The final model in Hugging Face layout, and its name in the MLflow registry."""
+
+    model_name: Annotated[str, Operational] = "lilpipe"
+    """Registered model's name."""
+    alias: Annotated[str, Operational] = "champion"
+    """Alias given to the new version."""
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+class Step(Section):
+    """One node of the pipeline: a stage, what it reads, and what differs from the stage's section."""
+
+    stage: str
+    """Stage to run; `lilpipe.stage.STAGES` lists them."""
+    inputs: dict[str, str | tuple[str, ...]] = {}
+    """Input role of the stage to the step (or steps) whose artifact fills it."""
+    settings: dict[str, Any] = {}
+    """Dotted settings of the stage's section that differ for this step alone."""
+
+
+def step(stage: str, /, settings: dict[str, Any] | None = None, **inputs: str | tuple[str, ...]) -> Step:
+    """A ``Step`` with its inputs as keyword arguments."""
+    return Step(stage=stage, inputs=inputs, settings=settings or {})
+
+
+DEFAULT_STEPS = {
+    "corpus": step("corpus"),
+    "prompts": step("prompts"),
+    "tokenizer": step("tokenizer", corpus="corpus", prompts="prompts"),
+    "tokens": step("tokens", corpus="corpus", prompts="prompts", tokenizer="tokenizer"),
+    "pretrain": step("pretrain", tokens="tokens"),
+    "rejection_sampling": step("rejection_sampling", model="pretrain", prompts="prompts"),
+    "sft": step("sft", model="pretrain", conversations="rejection_sampling", prompts="prompts"),
+    "dpo": step("dpo", model="sft", prompts="prompts"),
+    "grpo": step("grpo", model="dpo", prompts="prompts"),
+    "evaluate": step(
+        "evaluate", models=("pretrain", "sft", "dpo", "grpo"), prompts="prompts", tokens="tokens"
+    ),
+    "register": step("register", model="grpo", report="evaluate"),
+}
+
+
+class OrchestrationConfig(Section):
+    """How stages are run; nothing here can change an output."""
+
+    retries: NonNegativeInt = 2
+    """Further tries of a stage after a failure of infrastructure; bad config or data is never retried."""
+    retry_delay_seconds: NonNegativeFloat = 5
+    timeout_seconds: PositiveFloat = 7 * 24 * 3600
+    """Longest time for one try of a stage."""
+    stage_timeout_seconds: dict[str, PositiveFloat] = {}
+    """Another timeout for single steps."""
+
+
+class PipelineConfig(Section):
+    """The whole pipeline."""
+
+    recipe: str
+    """Recipe from which this configuration started."""
+    seed: int = 0
+    """Seed of every training stage that names none of its own."""
+    steps: dict[str, Step] = DEFAULT_STEPS
+    """The order and wiring of the stages."""
+    corpus: CorpusConfig = CorpusConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokens: TokensConfig = TokensConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    rejection_sampling: RejectionSamplingConfig = RejectionSamplingConfig()
+    sft: SFTConfig = SFTConfig()
+    dpo: DPOConfig = DPOConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    register_: RegisterConfig = Field(default=RegisterConfig(), alias="register")
+    orchestration: OrchestrationConfig = OrchestrationConfig()
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    @model_validator(mode="after")
+    def _steps_are_in_order(self) -> PipelineConfig:
+        sections = set(type(self).model_fields) | {"register"}
+        known: list[str] = []
+        for name, node in self.steps.items():
+            if node.stage not in sections - {"recipe", "seed", "steps", "orchestration", "register_"}:
+                raise ValueError(f"steps.{name}.stage: there is no stage {node.stage!r}")
+            for role, upstream in node.inputs.items():
+                for source in (upstream,) if isinstance(upstream, str) else upstream:
+                    if source not in known:
+                        raise ValueError(
+                            f"steps.{name}.inputs.{role}: got {source!r}, expected one of the steps before it: "
+                            f"{', '.join(known) or 'none'}"
+                        )
+            self.section(name)
+            known.append(name)
+        for name in self.orchestration.stage_timeout_seconds:
+            if name not in known:
+                raise ValueError(f"orchestration.stage_timeout_seconds: there is no step {name!r}")
+        return self
+
+    def section(self, step_name: str) -> Any:
+        """The complete section of one step: the stage's section, the step's settings, and the seed filled in."""
+        node = self.steps[step_name]
+        section = getattr(self, "register_" if node.stage == "register" else node.stage)
+        values = section.model_dump()
+        for key, value in node.settings.items():
+            _set(values, key, value, where=f"steps.{step_name}.settings")
+        if "seed" in values and values["seed"] is None:
+            values["seed"] = self.seed
+        return type(section).model_validate(values)
+
+
+def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | None = None) -> PipelineConfig:
+    """A recipe with a TOML file's values over it and dotted ``overrides`` over both.
+
+    The file may name its recipe (``recipe = "tiny"``), which then stands. Raises ``ConfigError`` naming the field.
+    """
+    from lilpipe import recipes
+
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"config file {file}: cannot be read ({error.strerror}); check the path") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {file}: is not valid TOML: {error}") from error
+    recipe = values.pop("recipe", recipe)
+    complete = recipes.recipe(recipe).model_dump(by_alias=True)
+    where = f"config file {file}" if file else "overrides"
+    _merge(complete, values, where=where)
+    for key, value in (overrides or {}).items():
+        _set(complete, key, value, where="overrides")
+    try:
+        return PipelineConfig.model_validate(complete)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``sft.num_epochs=4`` as a key and a JSON value; what is no JSON is a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r}: expected KEY=VALUE, such as sft.num_epochs=4")
+    try:
+        return key.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return key.strip(), value
+
+
+def explain(error: ValidationError) -> str:
+    """One line per wrong field: where, what was got, what was expected."""
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{field}: there is no such setting; check the spelling")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
+            lines.append(f"{field}: {message}{got}" if field else message)
+    return "\n".join(lines)
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any], *, where: str, prefix: str = "") -> None:
+    """Lay ``changes`` over ``values``; tables merge, anything else replaces."""
+    for key, change in changes.items():
+        name = f"{prefix}{key}"
+        free = name in ("steps", "orchestration.stage_timeout_seconds") or prefix.startswith("steps.")
+        if key not in values and not free and not prefix.startswith(("steps.", "orchestration.stage_timeout")):
+            raise ConfigError(_unknown(name, values, where=where))
+        if isinstance(change, dict) and isinstance(values.get(key), dict) and name != "steps":
+            _merge(values[key], change, where=where, prefix=f"{name}.")
+        else:
+            values[key] = change
+
+
+def _set(values: dict[str, Any], key: str, value: Any, *, where: str) -> None:
+    """Set one dotted key that must exist."""
+    change: dict[str, Any] = {}
+    inner = change
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = inner.setdefault(parent, {})
+    inner[last] = value
+    _merge(values, change, where=where)
+
+
+def _unknown(name: str, known: dict[str, Any], *, where: str) -> str:
+    parent, _, last = name.rpartition(".")
+    close = difflib.get_close_matches(last, known, n=1)
+    hint = f"did you mean {f'{parent}.' if parent else ''}{close[0]}?" if close else f"known: {', '.join(known)}"
+    return f"{where}: there is no setting {name!r}; {hint}"

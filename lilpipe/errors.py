@@ -1,0 +1,25 @@
+"""The errors that a user can mend. Each message names the field or file, what was got, what was expected, what to do.
+
+They are shown at the command line without a trace-back, and are never retried: running the same thing again
+cannot help. Any other exception is taken for a failure of infrastructure (or a bug) and is retried.
+"""
+
+
+class LilpipeError(Exception):
+    """Base of every error whose remedy lies with the user."""
+
+
+class ConfigError(LilpipeError, ValueError):
+    """A setting is unknown, impossible, or does not fit another."""
+
+
+class DataError(LilpipeError, ValueError):
+    """Input data is missing, unreadable, or too little for what was asked."""
+
+
+class ArtifactError(LilpipeError):
+    """An artifact is missing, damaged, or of another kind than the stage needs."""
+
+
+class StoreError(LilpipeError):
+    """The store cannot be read or written: permissions, a full disk, a path that is no directory."""

@@ -1,0 +1,99 @@
+"""The stage contract: ``run(config, inputs, workspace) -> metrics``.
+
+A stage is a function from a config section and input artifacts to one output artifact. It writes only below its
+workspace, and it may be killed at any instruction and called again with the same workspace: it then goes on from
+what lies there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lilpipe.artifact import Inputs, Kind
+from lilpipe.config import Section
+from lilpipe.errors import ConfigError
+
+Metrics = dict[str, float]
+
+STAGES: dict[str, str] = {
+    "corpus": "lilpipe.data.corpus",
+    "prompts": "lilpipe.alignment.prompts",
+    "tokenizer": "lilpipe.tokenizer.bpe",
+    "tokens": "lilpipe.tokens.shards",
+    "pretrain": "lilpipe.training.pretrain",
+    "rejection_sampling": "lilpipe.alignment.rejection_sampling",
+    "sft": "lilpipe.training.sft",
+    "dpo": "lilpipe.alignment.dpo",
+    "grpo": "lilpipe.alignment.grpo",
+    "evaluate": "lilpipe.evaluation.evaluate",
+    "register": "lilpipe.model.hub",
+}
+"""Stage to the module that defines it as ``STAGE``."""
+
+
+class Workspace:
+    """Where one stage writes: ``output/`` becomes the artifact, ``scratch/`` survives a kill and is then dropped."""
+
+    def __init__(self, root: Path, *, rank: int = 0) -> None:
+        self.root = root
+        self.rank = rank
+        self.output = root / "output"
+        self.scratch = root / "scratch"
+        self.report = self.output / "report"
+        self.events = root / "events.jsonl"
+        for directory in (self.output, self.scratch):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def progress(self, done: int, total: int, unit: str = "steps", **metrics: float) -> None:
+        """Record that ``done`` of ``total`` units are through, with metrics at that point.
+
+        Rank 0 appends one line to ``events.jsonl``, which is the truth: the display, Prefect and MLflow are fed
+        from it. After a kill the same step may be recorded again; the last line of a step counts.
+        """
+        self._append({"done": done, "total": total, "unit": unit, "metrics": metrics})
+
+    def log(self, message: str) -> None:
+        """Record one line for people."""
+        self._append({"message": message})
+
+    def _append(self, event: Mapping[str, Any]) -> None:
+        if self.rank == 0:
+            with self.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": time.time(), **event}) + "\n")
+
+
+def _no_external(config: Any) -> dict[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of step of the pipeline."""
+
+    name: str
+    output: Kind
+    config: type[Section]
+    run: Callable[[Any, Inputs, Workspace], Metrics]
+    inputs: Mapping[str, Kind] = field(default_factory=dict)
+    """Input roles that must be filled, and the kind that each takes."""
+    optional_inputs: Mapping[str, Kind] = field(default_factory=dict)
+    """Input roles that may be left out."""
+    external: Callable[[Any], dict[str, str]] = _no_external
+    """Digests of what the stage reads from outside the store, by name; raises ``DataError`` if it is not there."""
+    distributed: bool = False
+    """Whether ``config.num_workers`` processes run it together under torchrun."""
+    main_metric: str = ""
+    """The metric that stands for the stage in the summary."""
+
+
+def get_stage(name: str) -> Stage:
+    """The stage of that name; imports its module."""
+    if name not in STAGES:
+        raise ConfigError(f"stage {name!r}: there is no such stage; known: {', '.join(STAGES)}")
+    return importlib.import_module(STAGES[name]).STAGE
