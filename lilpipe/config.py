@@ -349,8 +349,10 @@ class RejectionSamplingConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     prompts_per_chunk: PositiveInt = 100
     """Prompts between two points from which a killed run continues."""
-    threads_per_worker: PositiveInt = 2
-    """Threads of the sampling process."""
+    num_workers: NumWorkers = 1
+    """Processes that sample; the chunks are divided among them and do not depend on their number."""
+    threads_per_worker: PositiveInt = 1
+    """Threads of a process."""
 
 
 class SFTConfig(TrainingSection):
@@ -364,14 +366,32 @@ class SFTConfig(TrainingSection):
     """Use at most this many written demonstrations of the `prompts` stage; all where none is given."""
 
 
+class PreferencesConfig(Section):
+    """Pairs of answers sampled from a model: one preferred to the other by a stated rule."""
+
+    seed: int | None = None
+    """Seed of sampling; the pipeline's `seed` where none is given."""
+    rule: Literal["brevity"] = "brevity"
+    """`brevity`: of two answers with the same verdict of the verifier, the one with fewer words."""
+    num_prompts: PositiveInt = 600
+    """Prompts of the `train` split, taken from its end, so that rejection sampling's come last."""
+    num_heldout: PositiveInt = 100
+    """Prompts of the `dev` split whose pairs are held out, to measure preference accuracy."""
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    max_pairs_per_prompt: PositiveInt = 1
+    sampling: SamplingConfig = SamplingConfig()
+    prompts_per_chunk: PositiveInt = 100
+    """Prompts between two points from which a killed run continues."""
+    num_workers: NumWorkers = 1
+    """Processes that sample; the chunks are divided among them and do not depend on their number."""
+    threads_per_worker: PositiveInt = 1
+    """Threads of a process."""
+
+
 class DPOConfig(TrainingSection):
     """Direct preference optimisation (Rafailov et al. 2023) with Llama 3's NLL term on chosen answers."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0)
-    num_prompts: PositiveInt = 600
-    """Prompts of the `train` split from which pairs are sampled."""
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
-    sampling: SamplingConfig = SamplingConfig()
     beta: PositiveFloat = 0.1
     """Strength of the tie to the reference model (Llama 3: 0.1)."""
     nll_coefficient: NonNegativeFloat = 0.2
@@ -416,8 +436,12 @@ class EvaluateConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     validation_rows: PositiveInt = 200
     """Rows of validation text behind bits per byte."""
-    threads_per_worker: PositiveInt = 2
-    """Threads of the evaluating process."""
+    prompts_per_chunk: PositiveInt = 100
+    """Prompts between two points from which a killed run continues."""
+    num_workers: NumWorkers = 1
+    """Processes; the work is divided among them and does not depend on their number."""
+    threads_per_worker: PositiveInt = 1
+    """Threads of a process."""
 
 
 class RegisterConfig(Section):
@@ -456,10 +480,11 @@ DEFAULT_STEPS = {
     "pretrain": step("pretrain", tokens="tokens"),
     "rejection_sampling": step("rejection_sampling", model="pretrain", prompts="prompts"),
     "sft": step("sft", model="pretrain", conversations="rejection_sampling", prompts="prompts"),
-    "dpo": step("dpo", model="sft", prompts="prompts"),
+    "preferences": step("preferences", model="sft", prompts="prompts"),
+    "dpo": step("dpo", model="sft", preferences="preferences"),
     "grpo": step("grpo", model="dpo", prompts="prompts"),
     "evaluate": step(
-        "evaluate", models=("pretrain", "sft", "dpo", "grpo"), prompts="prompts", tokens="tokens"
+        "evaluate", models=("pretrain", "sft", "dpo", "grpo"), reference="sft", prompts="prompts", tokens="tokens"
     ),
     "register": step("register", model="grpo", report="evaluate"),
 }
@@ -493,6 +518,7 @@ class PipelineConfig(Section):
     pretrain: PretrainConfig = PretrainConfig()
     rejection_sampling: RejectionSamplingConfig = RejectionSamplingConfig()
     sft: SFTConfig = SFTConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
     dpo: DPOConfig = DPOConfig()
     grpo: GRPOConfig = GRPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -29,6 +29,7 @@ STAGES: dict[str, str] = {
     "pretrain": "lilpipe.training.pretrain",
     "rejection_sampling": "lilpipe.alignment.rejection_sampling",
     "sft": "lilpipe.training.sft",
+    "preferences": "lilpipe.alignment.preferences",
     "dpo": "lilpipe.alignment.dpo",
     "grpo": "lilpipe.alignment.grpo",
     "evaluate": "lilpipe.evaluation.evaluate",
