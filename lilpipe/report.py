@@ -1,0 +1,161 @@
+"""Reports: one self-contained HTML page each, for people.
+
+A page is a title, some key figures and sections of HTML fragments. ``table``, ``bars``, ``figure``, ``text_block``
+and ``note`` make fragments; every text that comes from outside goes through ``html.escape`` there. Pictures are
+inlined as SVG, so a report can be opened from a store, an attachment or the MLflow UI alike.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+Cell = str | int | float | None
+
+INK = "#1f2733"
+ACCENT = "#2f6fb0"
+COLOURS = ("#2f6fb0", "#d97a34", "#4a9a66", "#b6494f", "#7d63ad", "#8a6d4b", "#5b8f9e", "#9aa0a8")
+
+STYLE = """
+:root { --ink: #1f2733; --soft: #667080; --line: #e3e7ec; --back: #f6f7f9; --accent: #2f6fb0; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", sans-serif; }
+main { max-width: 1020px; margin: 0 auto; padding: 32px 24px 64px; }
+h1 { font-size: 26px; margin: 0 0 4px; }
+h2 { font-size: 18px; margin: 0 0 12px; }
+h3 { font-size: 14px; margin: 18px 0 6px; color: var(--soft); font-weight: 600; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 20px 22px; margin-top: 18px; }
+.subtitle, .note { color: var(--soft); margin: 0 0 10px; }
+.key-figures { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 18px; }
+.key-figures div { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 12px 18px; flex: 1; }
+.key-figures b { display: block; font-size: 22px; white-space: nowrap; }
+.key-figures span { color: var(--soft); font-size: 13px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
+th, td { padding: 5px 12px 5px 0; vertical-align: top; }
+td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.bar { background: #e9eef5; border-radius: 4px; height: 14px; min-width: 120px; margin-top: 4px; }
+.bar i { display: block; background: var(--accent); border-radius: 4px; height: 14px; }
+.label { white-space: nowrap; }
+details { border-bottom: 1px solid var(--line); padding: 6px 0; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+summary small { color: var(--soft); margin-left: 8px; }
+pre { background: var(--back); border-radius: 8px; padding: 12px; white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 13px/1.45 ui-monospace, "SF Mono", Menlo, monospace; max-height: 340px; overflow-y: auto; margin: 8px 0; }
+svg { max-width: 100%; height: auto; }
+"""
+
+_PLOT_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "lilpipe",  # the same picture is the same bytes
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+}
+
+
+def page(
+    title: str,
+    sections: Mapping[str, str | Sequence[str]],
+    *,
+    subtitle: str = "",
+    key_figures: Mapping[str, Cell] | None = None,
+) -> str:
+    """A whole HTML page; ``sections`` maps each heading to its fragment or fragments of HTML."""
+    parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="subtitle">{html.escape(subtitle)}</p>' if subtitle else ""]
+    if key_figures:
+        cells = (
+            f"<div><b>{_show(value)}</b><span>{html.escape(name)}</span></div>" for name, value in key_figures.items()
+        )
+        parts.append(f'<div class="key-figures">{"".join(cells)}</div>')
+    for name, body in sections.items():
+        fragments = body if isinstance(body, str) else "\n".join(body)
+        parts.append(f"<section><h2>{html.escape(name)}</h2>\n{fragments}</section>")
+    content = "\n".join(part for part in parts if part)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n'
+        f"<body><main>{content}</main></body></html>\n"
+    )
+
+
+def heading(text: str) -> str:
+    """A heading inside a section."""
+    return f"<h3>{html.escape(text)}</h3>"
+
+
+def note(text: str) -> str:
+    """A quiet line of explanation."""
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def table(rows: Sequence[Mapping[str, Cell]]) -> str:
+    """A table whose columns are the keys of the first row; columns of numbers are aligned to the right."""
+    if not rows:
+        return note("None.")
+    columns = list(rows[0])
+    numeric = {name for name in columns if all(isinstance(row.get(name), int | float | None) for row in rows)}
+    head = "".join(_cell("th", html.escape(name), numeric=name in numeric) for name in columns)
+    body = "".join(
+        "<tr>" + "".join(_cell("td", _show(row.get(name)), numeric=name in numeric) for name in columns) + "</tr>\n"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def bars(counts: Mapping[str, float], *, total: float | None = None, unit: str = "") -> str:
+    """A horizontal bar for each name, scaled to the largest; with ``total``, each share of it beside the count."""
+    if not counts:
+        return note("None.")
+    largest = max([*counts.values(), total or 0]) or 1
+    rows = []
+    for name, value in counts.items():
+        share = f'<td class="number">{value / total:.1%}</td>' if total else ""
+        rows.append(
+            f'<tr><td class="label">{html.escape(name)}</td><td class="number">{_show(value)}</td>{share}'
+            f'<td style="width:55%"><div class="bar"><i style="width:{100 * value / largest:.2f}%"></i></div></td></tr>'
+        )
+    caption = note(unit) if unit else ""
+    return f'{caption}<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def text_block(text: str, *, title: str = "", detail: str = "", max_chars: int = 1_500) -> str:
+    """A text as it is, escaped and cut at ``max_chars``; folded under ``title`` where one is given."""
+    shown = text if len(text) <= max_chars else f"{text[:max_chars]} … ({len(text):,} characters)"
+    block = f"<pre>{html.escape(shown)}</pre>"
+    if not title:
+        return block
+    small = f"<small>{html.escape(detail)}</small>" if detail else ""
+    return f"<details><summary>{html.escape(title)}{small}</summary>{block}</details>"
+
+
+def figure(picture: Figure) -> str:
+    """A matplotlib figure as inline SVG (make it with ``matplotlib.figure.Figure``: no global state, no display)."""
+    for axes in picture.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    with rc_context(_PLOT_STYLE):
+        picture.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    return f"<div>{svg[svg.index('<svg') :]}</div>"
+
+
+def _cell(tag: str, content: str, *, numeric: bool) -> str:
+    return f'<{tag} class="number">{content}</{tag}>' if numeric else f"<{tag}>{content}</{tag}>"
+
+
+def _show(value: Cell) -> str:
+    """A cell's text: numbers with thousands separators and four significant digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, bool | str):
+        return html.escape(str(value))
+    if isinstance(value, int) or (value == int(value) and abs(value) < 1e15):
+        return f"{int(value):,}"
+    return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
