@@ -186,6 +186,10 @@ class PromptsConfig(Section):
     """Held-out prompts on which hyperparameters may be chosen."""
     num_test: PositiveInt = 500
     """Held-out prompts that only `evaluate` reads."""
+    filler_share: Share = 0.75
+    """Share of written answers, in exercises and demonstrations, that open with sentences of courtesy."""
+    max_filler_sentences: Annotated[int, Field(ge=0, le=8)] = 3
+    """Most sentences of courtesy before an answer."""
 
 
 class TokenizerConfig(Section):
