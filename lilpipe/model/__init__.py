@@ -1,0 +1,1 @@
+"""The decoder, its cost, and its Hugging Face form."""

@@ -1,0 +1,140 @@
+"""Causal self-attention with rotary positions, grouped key/value heads and a cache of keys and values.
+
+Sources: Vaswani et al. 2017 (attention), Su et al. 2021 (RoPE, in Hugging Face's rotate-half pairing), Ainslie et al.
+2023 (GQA), Dao 2023 (the fused kernel behind ``scaled_dot_product_attention``).
+
+Dimensions: B sequences, T tokens, S cached positions, D width of the residual stream, H query heads, K key/value
+heads, E size of one head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilpipe.config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """A matrix without bias that starts as zeros: weights come from ``init_weights`` or from a file, never from the
+    global random generator.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Fill with zeros."""
+        nn.init.zeros_(self.weight)
+
+
+def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[max_seq_len, E]`` of position times frequency, as float32.
+
+    Elements i and i + E/2 of a head form a pair that turns by ``position / theta**(2i/E)``. The sine of the first
+    half is negative, so that ``x * cos + roll(x, E/2) * sin`` turns every pair.
+    """
+    frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    angle = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn ``x [B, T, heads, E]`` by the angles of ``cos`` and ``sin [B or 1, T, 1, E]``."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+class KVCache:
+    """Keys and values of every layer for B sequences of up to S positions.
+
+    Row b of a layer holds position s of sequence b in column s, so sequences of different length lie side by side
+    without padding on the left, and what lies beyond a sequence's length is never attended to.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys_LBSKE = keys
+        self.values_LBSKE = values
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, *, num_rows: int, max_len: int, device: torch.device, dtype: torch.dtype
+    ) -> KVCache:
+        """A cache of zeros for ``num_rows`` sequences."""
+        shape = (config.num_layers, num_rows, max_len, config.num_kv_heads, config.head_size)
+        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+    def rows(self, index_B: Tensor) -> KVCache:
+        """The rows of those numbers, copied; a number may occur more than once."""
+        return KVCache(self.keys_LBSKE.index_select(1, index_B), self.values_LBSKE.index_select(1, index_B))
+
+    @staticmethod
+    def concatenate(caches: Sequence[KVCache]) -> KVCache:
+        """The rows of all caches, which have the same S."""
+        return KVCache(
+            torch.cat([cache.keys_LBSKE for cache in caches], dim=1),
+            torch.cat([cache.values_LBSKE for cache in caches], dim=1),
+        )
+
+
+class CacheView:
+    """Where one forward pass writes in a cache and what it may attend to, worked out once for all layers."""
+
+    def __init__(self, cache: KVCache, positions_BT: Tensor) -> None:
+        num_rows, max_len = cache.keys_LBSKE.shape[1:3]
+        self.cache = cache
+        self.num_columns = int(positions_BT.max()) + 1
+        row_B1 = torch.arange(num_rows, device=positions_BT.device)[:, None]
+        self.slots_N = (row_B1 * max_len + positions_BT).flatten()
+        columns_S = torch.arange(self.num_columns, device=positions_BT.device)
+        self.mask_B1TS = (columns_S <= positions_BT[..., None])[:, None]
+
+    def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values, and return all that there are: two tensors ``[B, S, K, E]``."""
+        filled = []
+        for whole, new in ((self.cache.keys_LBSKE[layer], keys_BTKE), (self.cache.values_LBSKE[layer], values_BTKE)):
+            whole.flatten(0, 1).index_copy_(0, self.slots_N, new.flatten(0, 1))
+            filled.append(whole[:, : self.num_columns])
+        return filled[0], filled[1]
+
+
+class Attention(nn.Module):
+    """One layer's self-attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_size = config.head_size
+        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_size)
+        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_size)
+        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_size)
+        self.o_proj = Linear(config.num_heads * config.head_size, config.hidden_size)
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, view: CacheView | None = None
+    ) -> Tensor:
+        """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows."""
+        B, T, _ = x_BTD.shape
+        H, K, E = self.num_heads, self.num_kv_heads, self.head_size
+        # One product and one rotation instead of three and two: small models are bound by the number of operations.
+        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
+        qk_BTE, v_BTE = F.linear(x_BTD, weight).split([(H + K) * E, K * E], dim=-1)
+        q_BTHE, k_BTKE = apply_rope(qk_BTE.view(B, T, H + K, E), *rope).split([H, K], dim=2)
+        v_BTKE = v_BTE.view(B, T, K, E)
+        if view is not None:
+            k_BTKE, v_BTKE = view.update(self.layer, k_BTKE, v_BTKE)
+            mask = view.mask_B1TS
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BTHE.transpose(1, 2),
+            k_BTKE.transpose(1, 2),
+            v_BTKE.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=H != K,
+        )
+        return self.o_proj(y_BHTE.transpose(1, 2).reshape(B, T, H * E))

@@ -1,0 +1,192 @@
+"""The decoder: Llama's (Touvron et al. 2023; Grattafiori et al. 2024), with Hugging Face's names for parameters.
+
+RMSNorm before each part (Zhang & Sennrich 2019), rotary positions, grouped key/value heads, SwiGLU (Shazeer 2020),
+no biases, and an output layer that may share the embedding's weights. A checkpoint needs no conversion in either
+direction: the state dict is the one of ``transformers.LlamaForCausalLM``.
+
+Dimensions: B sequences, T tokens, D width, V vocabulary, E size of one head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilpipe.config import ModelConfig
+from lilpipe.errors import DataError
+from lilpipe.model.attention import Attention, CacheView, KVCache, Linear, rope_table
+
+INIT_STD = 0.02
+"""Standard deviation of fresh weights (Radford et al. 2019, GPT-2; Hugging Face's default for Llama)."""
+
+
+class Embedding(nn.Embedding):
+    """A table that starts as zeros, for the reason given at ``Linear``."""
+
+    def reset_parameters(self) -> None:
+        """Fill with zeros."""
+        nn.init.zeros_(self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over D, and scale each element."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to the same shape."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` to the same shape."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, view: CacheView | None
+    ) -> Tensor:
+        """One layer."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask, view)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Decoder(nn.Module):
+    """Everything below the output layer."""
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        cos, sin = rope_table(config.max_seq_len, config.head_size, config.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """Final hidden states ``[B, T, D]``, normalised."""
+        num_tokens = tokens_BT.shape[1]
+        if num_tokens > self.config.max_seq_len:
+            raise DataError(
+                f"sequence of {num_tokens} tokens: the model takes at most max_seq_len = {self.config.max_seq_len}; "
+                "cut the sequence or raise model.max_seq_len"
+            )
+        view = None
+        if cache is not None:
+            if positions_BT is None:
+                positions_BT = torch.arange(num_tokens, device=tokens_BT.device).expand_as(tokens_BT)
+            view = CacheView(cache, positions_BT)
+        x_BTD = self.embed_tokens(tokens_BT)
+        rope = self._angles(num_tokens, positions_BT, x_BTD.dtype)
+        for block in self.layers:
+            x_BTD = block(x_BTD, rope, mask, view)
+        return self.norm(x_BTD)
+
+    def _angles(self, num_tokens: int, positions_BT: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[1 or B, T, 1, E]`` for the tokens' positions."""
+        cos, sin = self.rope_cos.to(dtype), self.rope_sin.to(dtype)
+        if positions_BT is None:
+            return cos[None, :num_tokens, None], sin[None, :num_tokens, None]
+        return F.embedding(positions_BT, cos)[:, :, None], F.embedding(positions_BT, sin)[:, :, None]
+
+
+class Transformer(nn.Module):
+    """The language model. Its weights are zeros until ``init_weights`` or a checkpoint fills them."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.model = Decoder(config, vocab_size)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits ``[B, T, V]`` in float32 of the token that follows each token.
+
+        ``positions_BT`` defaults to 0..T-1 in each row. ``mask`` is boolean, ``[B or 1, 1, T, T]``, True where a token
+        may attend, and takes the place of the causal mask (it must be causal itself). With a ``cache``, keys and
+        values are written to it at ``positions_BT`` and each token attends to the positions of its row up to its own;
+        ``mask`` then is not used. Raises ``DataError`` for a sequence longer than ``max_seq_len``.
+        """
+        return self.logits(self.model(tokens_BT, positions_BT, mask, cache))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` in float32 of final hidden states ``[..., D]``."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden, weight).float()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter from a generator of its own, seeded by ``seed`` and the parameter's name.
+
+        So a weight does not depend on the order of modules or on which process holds it. Matrices are normal with
+        ``INIT_STD``; those that write to the residual stream are divided by sqrt(2 x num_layers), the number of
+        summands there (Radford et al. 2019). Norms start at one.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = INIT_STD / math.sqrt(2 * self.config.num_layers) if writes_residual else INIT_STD
+            digest = hashlib.sha256(f"init_weights:{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def token_logprobs(model: Transformer, tokens_BT: Tensor) -> Tensor:
+    """Log-probability ``[B, T-1]`` in float32 of each token after the first, given those before it.
+
+    Differentiable. Rows may be padded on the right; what is computed for padding is to be masked by the caller.
+    """
+    logits = model(tokens_BT[:, :-1])
+    return gather_logprobs(logits, tokens_BT[:, 1:])
+
+
+def gather_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of ``tokens [...]`` under ``logits [..., V]``, at temperature 1."""
+    return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)
