@@ -39,7 +39,8 @@ def launch(
     job = work / "job.json"
     for stale in ("metrics.json", "failure.json"):
         (work / stale).unlink(missing_ok=True)
-    write_atomically(job, json.dumps({"stage": stage.name, "config": config.model_dump(), "inputs": _paths(inputs)}))
+    described = {"module": stage.run.__module__, "config": config.model_dump(), "inputs": _paths(inputs)}
+    write_atomically(job, json.dumps(described))
     num_processes = getattr(config, "num_workers", 1) if stage.distributed else 1
     environment = dict(os.environ)
     if threads := getattr(config, "threads_per_worker", None):

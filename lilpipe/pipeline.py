@@ -60,22 +60,25 @@ class Listener(Protocol):
 def plan(config: PipelineConfig, store: Store, *, until: str | None = None) -> dict[str, PlannedStep]:
     """Which steps are cached, which will run, and why; up to and with the step ``until``."""
     planned: dict[str, PlannedStep] = {}
+    made: dict[str, Artifact] = {}
     for name in config.steps:
-        planned[name] = _plan_step(config, store, name, planned)
+        planned[name] = _plan_step(config, store, name, made)
+        if (artifact := planned[name].artifact) is not None:
+            made[name] = artifact
         if name == until:
             break
     return planned
 
 
-def _plan_step(config: PipelineConfig, store: Store, name: str, before: dict[str, PlannedStep]) -> PlannedStep:
+def _plan_step(config: PipelineConfig, store: Store, name: str, made: dict[str, Artifact]) -> PlannedStep:
     stage = get_stage(config.steps[name].stage)
     section = config.section(name)
     _check_roles(config, name, stage)
-    missing = [source for source in _sources(config, name) if before[source].artifact is None]
+    missing = [source for source in _sources(config, name) if source not in made]
     if missing:
         reason = f"after {', '.join(missing)}"
         return PlannedStep(name, stage, section, None, None, None, "waits", reason)
-    inputs = _inputs(config, name, before)
+    inputs = _inputs(config, name, made)
     ingredients = _ingredients(stage, section, inputs)
     lookup = store.find(stage.name, ingredients.fingerprint)
     if lookup.artifact is not None:
@@ -100,17 +103,8 @@ def _ingredients_of(manifest: Manifest) -> Ingredients:
 
 def _ingredients(stage: Stage, section: Section, inputs: Inputs) -> Ingredients:
     digests = {role: [artifact.content_digest for artifact in _tuple(value)] for role, value in inputs.items()}
-    code, packages = _code_and_packages(stage.name)
-    return Ingredients(stage.name, section.identity(), digests, _external(stage, section), code, packages)
-
-
-# Once a process: what it imported is what it runs, whatever is edited meanwhile; and planning stays quick.
-_code_and_packages = functools.cache(code_and_packages)
-
-
-@functools.cache
-def _external(stage: Stage, section: Section) -> dict[str, str]:
-    return stage.external(section)
+    code, packages = code_and_packages(stage.name)
+    return Ingredients(stage.name, section.identity(), digests, stage.external(section), code, packages)
 
 
 def _tuple(value: Artifact | tuple[Artifact, ...]) -> tuple[Artifact, ...]:
@@ -141,16 +135,27 @@ def _check_roles(config: PipelineConfig, name: str, stage: Stage) -> None:
                 raise ConfigError(f"steps.{name}.inputs.{role}: step {source} makes a {kind}, expected a {known[role]}")
 
 
-def _inputs(config: PipelineConfig, name: str, planned: dict[str, PlannedStep]) -> Inputs:
-    def artifact(source: str) -> Artifact:
-        found = planned[source].artifact
-        assert found is not None
-        return found
-
+def _inputs(config: PipelineConfig, name: str, made: dict[str, Artifact]) -> Inputs:
     return {
-        role: artifact(value) if isinstance(value, str) else tuple(artifact(source) for source in value)
+        role: made[value] if isinstance(value, str) else tuple(made[source] for source in value)
         for role, value in config.steps[name].inputs.items()
     }
+
+
+def _used(config: PipelineConfig, step: str, store: Store, pipeline_run: str) -> dict[str, Artifact] | None:
+    """The inputs that this pipeline run has already come to; none unless all of them are there.
+
+    Within one run they stand, whatever is edited meanwhile; and raw sources are looked at once.
+    """
+    refs = store.refs(pipeline_run)
+    used = {}
+    for source in _sources(config, step):
+        ref = refs.get(source)
+        artifact = store.find(ref["stage"], ref["fingerprint"]).artifact if ref else None
+        if artifact is None:
+            return None
+        used[source] = artifact
+    return used
 
 
 def run_step(
@@ -163,7 +168,8 @@ def run_step(
     if step not in config.steps:
         raise ConfigError(f"step {step!r}: there is no such step; known: {', '.join(config.steps)}")
     started = time.time()
-    planned = plan(config, store, until=step)[step]
+    used = _used(config, step, store, pipeline_run)
+    planned = plan(config, store, until=step)[step] if used is None else _plan_step(config, store, step, used)
     if planned.ingredients is None:
         raise ArtifactError(f"step {step}: {planned.reason} is still to be run; run that first, or the full pipeline")
     stage, fingerprint = planned.stage, planned.ingredients.fingerprint

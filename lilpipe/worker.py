@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from types import FrameType
 
 from lilpipe.artifact import Artifact, Inputs, read_manifest, write_atomically
 from lilpipe.errors import DataError, LilpipeError, StoreError
-from lilpipe.stage import Metrics, Workspace, get_stage
+from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.store import explain_os_error
 
 
@@ -43,7 +44,7 @@ def main(job_file: Path) -> int:
 
 def run(job: dict, work: Path, *, rank: int) -> Metrics:
     """Run the stage that the job describes, in this process."""
-    stage = get_stage(job["stage"])
+    stage: Stage = importlib.import_module(job["module"]).STAGE
     config = stage.config.model_validate(job["config"])
     workspace = Workspace(work, rank=rank)
     inputs = _inputs(job["inputs"])

@@ -1,0 +1,52 @@
+# Everything starts here. `make pipeline` and `make test` do their own set-up.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+RECIPE ?= tiny
+SEED   ?=
+CONFIG ?=
+
+# Offline and quiet: nothing is looked up on a hub, no telemetry is sent.
+export HF_HUB_OFFLINE ?= 1
+export DO_NOT_TRACK := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: pipeline test test-slow lint setup up down seeds clean
+
+INSTALLED := $(VENV)/.installed
+
+pipeline: setup ## Run the full pipeline; CONFIG=mine.toml lays your settings over the recipe
+	@$(BIN)/python -m flows.full_pipeline --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(SEED),--seed $(SEED))
+
+test: setup ## Lint-free, offline, on the CPU, at most 6 minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: setup ## The long suites
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## Style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+up: setup ## Start Prefect, a worker and MLflow on loopback, and register the deployments
+	@$(BIN)/python -m deploy.servers up
+
+down: ## Stop what `make up` started
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m deploy.servers down; fi
+
+seeds: setup ## The pipeline on three seeds, and the table over them
+	$(BIN)/python -m tests.benchmarks.three_seeds
+
+setup: $(INSTALLED)
+
+# Plain pip: it takes a CPU build of torch 2.13.0 where one is on offer.
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or set PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean: ## Delete the environment; the store in .lilpipe stays
+	rm -rf $(VENV)

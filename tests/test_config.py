@@ -1,0 +1,108 @@
+import pytest
+
+from lilpipe.config import CorpusConfig, ModelConfig, PipelineConfig, PretrainConfig, load, parse_override
+from lilpipe.errors import ConfigError
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_users_own_data_is_four_lines(tmp_path):
+    file = write(
+        tmp_path / "mine.toml", '[[corpus.sources]]\nkind = "jsonl"\nname = "mine"\npath = "docs/*.jsonl.gz"\n'
+    )
+    config = load("tiny", file=file)
+    assert [source.path for source in config.corpus.sources] == ["docs/*.jsonl.gz"]
+    assert config.pretrain == load("tiny").pretrain
+
+
+def test_tables_of_a_file_merge_over_the_recipe_and_overrides_go_over_both(tmp_path):
+    file = write(tmp_path / "c.toml", "seed = 3\n[sft]\nnum_epochs = 7\n[sft.optimizer]\nlearning_rate = 0.5\n")
+    config = load("tiny", file=file, overrides={"sft.num_epochs": 9})
+    assert config.seed == 3
+    assert config.sft.num_epochs == 9
+    assert config.sft.optimizer.learning_rate == 0.5
+    assert config.sft.optimizer.schedule == load("tiny").sft.optimizer.schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[sft]\nnum_epoch = 2\n", "there is no setting 'sft.num_epoch'; did you mean sft.num_epochs?"),
+        ("[sft]\nnum_epochs = 0\n", "sft.num_epochs: Input should be greater than 0 (got 0)"),
+        ("[pretrain]\nbatch_size = 15\nnum_workers = 2\n", "batch_size 15 must be a multiple of num_workers"),
+        ('[[corpus.sources]]\nkind = "jsonl"\nname = "x"\n', "needs `path`"),
+        ("[corpus\n", "is not valid TOML"),
+        ('recipe = "huge"\n', "there is no such recipe; known: tiny"),
+        ('[steps.sft]\nstage = "sft"\ninputs = {model = "grpo"}\n', "expected one of the steps before it"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_field_and_the_remedy(tmp_path, text, message):
+    with pytest.raises(ConfigError, match="(?s).*") as caught:
+        load("tiny", file=write(tmp_path / "c.toml", text))
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read"):
+        load("tiny", file=tmp_path / "absent.toml")
+
+
+def test_an_unknown_override_is_refused():
+    with pytest.raises(ConfigError, match="did you mean dpo.beta"):
+        load("tiny", overrides={"dpo.bet": 1})
+
+
+def test_override_values_are_json_or_else_text():
+    assert parse_override("sft.num_epochs=4") == ("sft.num_epochs", 4)
+    assert parse_override("corpus.languages=[]") == ("corpus.languages", [])
+    assert parse_override("pretrain.optimizer.kind=muon") == ("pretrain.optimizer.kind", "muon")
+    with pytest.raises(ConfigError, match="expected KEY=VALUE"):
+        parse_override("sft.num_epochs")
+
+
+def test_head_counts_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        ModelConfig(num_heads=4, num_kv_heads=3)
+    with pytest.raises(ValueError, match="must be even for RoPE"):
+        ModelConfig(hidden_size=36, num_heads=4, num_kv_heads=2)
+
+
+def test_sources_of_one_name_are_refused():
+    source = {"kind": "jsonl", "name": "a", "path": "x"}
+    with pytest.raises(ValueError, match="names must differ"):
+        CorpusConfig.model_validate({"sources": [source, source]})
+
+
+def test_settings_that_cannot_change_an_output_are_not_in_the_identity():
+    identity = PretrainConfig().identity()
+    assert "checkpoint_every" not in identity
+    assert "log_every" not in identity
+    assert identity["num_workers"] == 1  # sums in another order
+    assert CorpusConfig(num_workers=1).identity() == CorpusConfig(num_workers=2).identity()
+
+
+def test_the_pipelines_seed_fills_in_where_a_stage_names_none():
+    config = PipelineConfig.model_validate({"recipe": "x", "seed": 5, "grpo": {"seed": 8}})
+    assert config.section("sft").seed == 5
+    assert config.section("grpo").seed == 8
+
+
+def test_a_step_may_differ_from_its_stages_section():
+    steps = {
+        "prompts": {"stage": "prompts", "settings": {"num_dev": 7}},
+        "more": {"stage": "prompts"},
+    }
+    config = PipelineConfig.model_validate({"recipe": "x", "steps": steps})
+    assert config.section("prompts").num_dev == 7
+    assert config.section("more").num_dev == 300
+
+
+def test_the_default_wiring_is_complete():
+    from lilpipe.pipeline import plan  # noqa: F401  # imports every stage's contract
+    from lilpipe.stage import STAGES
+
+    config = load("tiny")
+    assert {node.stage for node in config.steps.values()} == set(STAGES)

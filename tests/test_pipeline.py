@@ -1,0 +1,285 @@
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lilpipe.artifact import damage, read_manifest
+from lilpipe.errors import ArtifactError, ConfigError, DataError, StoreError
+from lilpipe.launch import StageFailure
+from lilpipe.pipeline import plan, run_step
+from lilpipe.store import Store
+from tests.conftest import toy_config
+
+
+def run_all(config, store, **kwargs):
+    return [run_step(config, step, store=store, pipeline_run="run", **kwargs) for step in config.steps]
+
+
+def runs(faults):
+    return len((faults / "runs").read_text()) if (faults / "runs").exists() else 0
+
+
+def test_a_second_run_finds_everything_cached(store, faults):
+    config = toy_config()
+    (first, cached), (second, _) = run_all(config, store)
+    assert not cached
+    assert (second.path / "read").read_text() == "HALF 0, WHOLE, 300"
+    again = run_all(config, store)
+    assert [cached for _, cached in again] == [True, True]
+    assert [artifact.manifest for artifact, _ in again] == [first.manifest, second.manifest]
+    assert runs(faults) == 1
+
+
+def test_the_manifest_names_all_that_the_artifact_came_from(store, faults):
+    (first, _), (second, _) = run_all(toy_config(), store)
+    manifest = second.manifest
+    (entry,) = manifest.inputs["prompts"]
+    assert entry.uri == first.uri
+    assert entry.content_digest == first.content_digest
+    assert manifest.config["vocab_size"] == 32_768
+    assert manifest.environment["world_size"] == 1
+    assert set(first.manifest.files) >= {"data", "report/report.html", "logs/events.jsonl"}
+    assert first.manifest.metrics == {"loss": 1.0}
+    assert damage(first.path, first.manifest, checksums=True) == []
+
+
+def test_reports_and_logs_are_not_content(tmp_path, faults):
+    (one, _), _ = run_all(toy_config(), Store(str(tmp_path / "one")))
+    (two, _), _ = run_all(toy_config(), Store(str(tmp_path / "two")))
+    assert one.manifest.files["report/report.html"] != two.manifest.files["report/report.html"]
+    assert one.content_digest == two.content_digest
+
+
+def test_a_changed_setting_reruns_what_follows_only_if_the_content_changed(store, faults):
+    run_all(toy_config(), store)
+    changed = toy_config(prompts={"num_dev": 7})
+    assert [p.status for p in plan(changed, store).values()] == ["run", "waits"]
+    assert plan(changed, store)["first"].reason == "config num_dev: 300 -> 7"
+    assert [cached for _, cached in run_all(changed, store)] == [False, False]
+    # num_test is part of the fingerprint, but the toy writes the same bytes: what follows stays cached.
+    same_bytes = toy_config(prompts={"num_test": 9})
+    assert [cached for _, cached in run_all(same_bytes, store)] == [False, True]
+
+
+def test_a_deleted_or_damaged_output_is_rebuilt_and_never_served(store, faults):
+    (first, _), _ = run_all(toy_config(), store)
+    (first.path / "data").write_text("half 0")
+    planned = plan(toy_config(), store)["first"]
+    assert planned.status == "run"
+    assert "data: 6 bytes, expected" in planned.reason
+    (rebuilt, cached), (_, second_cached) = run_all(toy_config(), store)
+    assert not cached
+    assert second_cached  # the same bytes came out
+    assert rebuilt.content_digest == first.content_digest
+    assert list(Path(store.root, "damaged", "prompts").iterdir())
+    shutil.rmtree(rebuilt.path)
+    assert [cached for _, cached in run_all(toy_config(), store)] == [False, True]
+
+
+def test_checksums_find_what_sizes_do_not(store, faults):
+    (first, _), _ = run_all(toy_config(), store)
+    data = first.path / "data"
+    data.write_text(data.read_text().replace("whole", "whale"))
+    fingerprint = first.manifest.fingerprint
+    assert store.find("prompts", fingerprint).artifact is not None
+    (problem,) = store.find("prompts", fingerprint, checksums=True).problems
+    assert problem.endswith("data: its SHA-256 differs from the manifest's")
+
+
+@pytest.mark.parametrize("manifest", ["{", "{}", ""])
+def test_an_unreadable_manifest_is_no_commit(store, faults, manifest):
+    (first, _), _ = run_all(toy_config(), store)
+    (first.path / "manifest.json").write_text(manifest)
+    assert plan(toy_config(), store)["first"].status == "run"
+    assert [cached for _, cached in run_all(toy_config(), store)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("bad-data", DataError, "docs.jsonl: no documents; name another file"),
+        ("disk-full", StoreError, "the disk is full; free some space"),
+        ("fail", StageFailure, "a planted bug"),
+        ("kill", StageFailure, "killed by SIGKILL"),
+    ],
+)
+def test_a_failure_is_told_apart_and_the_next_run_goes_on_from_there(store, faults, fault, error, message):
+    (faults / fault).touch()
+    with pytest.raises(error) as caught:
+        run_all(toy_config(), store)
+    assert message in str(caught.value)
+    assert not Path(store.root, "artifacts").exists()
+    (faults / fault).unlink()
+    (first, cached), _ = run_all(toy_config(), store)
+    assert not cached
+    assert len((faults / "first-halves").read_text()) == 1  # what had been paid for was kept
+    assert first.manifest.elapsed_seconds > 0
+    assert not Path(store.root, "work", "prompts", first.manifest.fingerprint).exists()
+
+
+def test_a_killed_parent_takes_its_workers_along_and_leaves_the_store_usable(store, faults, tmp_path):
+    (faults / "hang").touch()
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys\nfrom lilpipe import stage\nfrom tests.conftest import toy_config\n"
+        "from lilpipe.pipeline import run_step\nfrom lilpipe.store import Store\n"
+        "stage.STAGES['prompts'] = 'tests.toy'\nstage.STAGES['tokenizer'] = 'tests.toy_reader'\n"
+        "run_step(toy_config(), 'first', store=Store(sys.argv[1]), pipeline_run='r')\n"
+    )
+    root = Path(__file__).parents[1]
+    parent = subprocess.Popen(
+        [sys.executable, str(script), store.root], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    wait_for(lambda: runs(faults) == 1)
+    (worker,) = children(parent.pid)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    wait_for(lambda: not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text())
+    (faults / "hang").unlink()
+    assert [cached for _, cached in run_all(toy_config(), store)] == [False, False]
+    assert len((faults / "first-halves").read_text()) == 1
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_two_runs_at_once_do_the_work_once(store, faults):
+    results = []
+    threads = [
+        threading.Thread(
+            target=lambda n=n: results.append(run_step(toy_config(), "first", store=store, pipeline_run=f"{n}"))
+        )
+        for n in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(cached for _, cached in results) == [False, True]
+    assert runs(faults) == 1
+
+
+def test_a_lone_step_needs_those_before_it(store, faults):
+    with pytest.raises(ArtifactError, match="after first is still to be run"):
+        run_step(toy_config(), "second", store=store, pipeline_run="run")
+    with pytest.raises(ConfigError, match="there is no such step; known: first, second"):
+        run_step(toy_config(), "third", store=store, pipeline_run="run")
+    run_step(toy_config(), "first", store=store, pipeline_run="run")
+    _, cached = run_step(toy_config(), "second", store=store, pipeline_run="another")
+    assert not cached
+
+
+def test_wrong_wiring_is_refused_before_anything_runs(store, faults):
+    for inputs, message in [
+        ({}, "prompts missing"),
+        ({"prompts": "first", "models": "first"}, "got models; stage tokenizer takes prompts"),
+    ]:
+        steps = {"first": {"stage": "prompts"}, "second": {"stage": "tokenizer", "inputs": inputs}}
+        with pytest.raises(ConfigError, match=message):
+            plan(toy_config(steps=steps), store)
+    steps = {
+        "a": {"stage": "prompts"},
+        "b": {"stage": "tokenizer", "inputs": {"prompts": "a"}},
+        "c": {"stage": "tokenizer", "inputs": {"prompts": "b"}},
+    }
+    with pytest.raises(ConfigError, match="step b makes a Tokenizer, expected a Prompts"):
+        plan(toy_config(steps=steps), store)
+    assert runs(faults) == 0
+
+
+def test_refs_say_what_a_pipeline_run_used(store, faults):
+    (first, _), (second, _) = run_all(toy_config(), store)
+    refs = store.refs("run")
+    assert {name: ref["uri"] for name, ref in refs.items()} == {"first": first.uri, "second": second.uri}
+
+
+def test_listeners_hear_what_happens_in_order(store, faults):
+    heard = []
+
+    class Ear:
+        def stage_started(self, step, planned):
+            heard.append(("started", step, planned.reason))
+
+        def stage_event(self, step, event):
+            heard.append(("event", step, event["metrics"]["loss"]))
+
+        def stage_finished(self, step, artifact, *, cached, seconds):
+            heard.append(("finished", step, cached))
+
+        def stage_failed(self, step, error):
+            heard.append(("failed", step, type(error).__name__))
+
+    run_step(toy_config(), "first", store=store, pipeline_run="run", listeners=[Ear()])
+    run_step(toy_config(), "first", store=store, pipeline_run="run", listeners=[Ear()])
+    assert heard == [
+        ("started", "first", "never run"),
+        ("event", "first", 2.0),
+        ("event", "first", 1.0),
+        ("finished", "first", False),
+        ("finished", "first", True),
+    ]
+
+
+def test_a_store_that_cannot_be_written_is_one_clear_error(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(StoreError, match="check LILPIPE_STORE"):
+        Store(str(blocked))
+
+
+def test_an_artifact_in_object_storage_is_uploaded_manifest_last_and_copied_back(tmp_path, faults):
+    root = f"memory://lilpipe-{os.getpid()}-{time.time_ns()}"
+    store = Store(root, local=str(tmp_path / "here"))
+    (first, _), (second, _) = run_all(toy_config(), store)
+    assert first.uri.startswith("memory://")
+    elsewhere = Store(root, local=str(tmp_path / "there"))
+    assert [p.status for p in plan(toy_config(), elsewhere).values()] == ["cached", "cached"]
+    found = elsewhere.find("tokenizer", second.manifest.fingerprint).artifact
+    assert found is not None
+    assert (elsewhere.fetch(found).path / "read").read_text() == "HALF 0, WHOLE, 300"
+    changed = toy_config(tokenizer={"vocab_size": 999})
+    assert [cached for _, cached in run_all(changed, elsewhere)] == [True, False]
+    assert set(elsewhere.refs("run")) == {"first", "second"}
+    assert len(elsewhere.manifests("tokenizer")) == 2
+
+
+def test_the_manifest_of_another_version_is_not_taken_for_this_ones(store, faults):
+    (first, _), _ = run_all(toy_config(), store)
+    path = first.path / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "surprise": 1}))
+    with pytest.raises(ArtifactError, match="cannot be read as a manifest"):
+        read_manifest(first.path)
+
+
+def test_the_lock_is_free_again_after_its_holder_was_killed(store):
+    context = multiprocessing.get_context("spawn")
+    holding = context.Event()
+    holder = context.Process(target=_hold, args=(store.root, holding))
+    holder.start()
+    assert holding.wait(30)
+    os.kill(holder.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    holder.join()
+    with store.lock("prompts", "f" * 64) as waited:
+        assert not waited
+
+
+def _hold(root, holding):
+    with Store(root).lock("prompts", "f" * 64):
+        holding.set()
+        time.sleep(60)

@@ -1,0 +1,21 @@
+"""A stage that reads the toy's artifact; it takes the place of `tokenizer`."""
+
+from lilpipe.artifact import Artifact
+from lilpipe.config import TokenizerConfig
+from lilpipe.stage import Stage, Workspace
+
+
+def run(config: TokenizerConfig, inputs: dict[str, Artifact], workspace: Workspace) -> dict[str, float]:
+    text = (inputs["prompts"].path / "data").read_text()
+    (workspace.output / "read").write_text(text.upper())
+    return {"vocab_size": config.vocab_size}
+
+
+STAGE = Stage(
+    name="tokenizer",
+    output="Tokenizer",
+    config=TokenizerConfig,
+    run=run,
+    inputs={"prompts": "Prompts"},
+    main_metric="vocab_size",
+)
