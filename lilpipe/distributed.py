@@ -16,10 +16,6 @@ from torch import Tensor
 TIMEOUT = timedelta(minutes=10)
 """How long a collective waits for a peer; a worker that died is noticed by torchrun much earlier."""
 
-TORCHRUN_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""For torchrun's own environment. Without it a restarted group reuses stale rendezvous keys and Gloo often fails to
-connect (`connectFullMesh failed`, 6 of 9 restarts with torch 2.13)."""
-
 
 def init() -> None:
     """Join the process group that torchrun's environment names; does nothing in a plain process."""

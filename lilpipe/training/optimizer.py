@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lilpipe.config import OptimizerConfig
 from lilpipe.errors import ConfigError
+from lilpipe.training.muon import Muon
 
 ADAM_EPSILON = 1e-8
-MUON_MOMENTUM = 0.95
 OUTPUT_LAYER = "lm_head."
 
 
@@ -47,12 +47,9 @@ class Optimizer:
         blocks, matrices, rest = split_parameters(model)
         self._optimizers: list[torch.optim.Optimizer] = []
         if config.kind == "muon" and blocks:
-            # torch's default "original" scales the update by sqrt(max(1, rows / columns)), as Jordan et al. do, so
-            # their learning rate of 0.02 holds; the decay is learning_rate * weight_decay as in AdamW.
-            muon = torch.optim.Muon(
-                blocks, lr=config.muon_learning_rate, weight_decay=config.weight_decay, momentum=MUON_MOMENTUM
+            self._optimizers.append(
+                Muon(blocks, learning_rate=config.muon_learning_rate, weight_decay=config.weight_decay)
             )
-            self._optimizers.append(muon)
             blocks = []
         groups = [
             {"params": blocks + matrices, "weight_decay": config.weight_decay},
