@@ -1,0 +1,1 @@
+"""Text to token ids: training of byte-level BPE, encoding, and the chat template."""
