@@ -9,13 +9,16 @@ heads, E size of one head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
+
+if TYPE_CHECKING:
+    from lilpipe.model.transformer import Transformer
 
 
 class Linear(nn.Linear):
@@ -60,45 +63,51 @@ class KVCache:
         self.values_LBSKE = values
 
     @classmethod
-    def empty(
-        cls, config: ModelConfig, *, num_rows: int, max_len: int, device: torch.device, dtype: torch.dtype
-    ) -> KVCache:
-        """A cache of zeros for ``num_rows`` sequences."""
+    def empty(cls, model: Transformer, *, num_rows: int, max_len: int) -> KVCache:
+        """A cache of zeros for ``num_rows`` sequences of up to ``max_len`` tokens."""
+        config, weight = model.config, model.model.embed_tokens.weight
         shape = (config.num_layers, num_rows, max_len, config.num_kv_heads, config.head_size)
-        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        return cls(*(torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2)))
 
-    def rows(self, index_B: Tensor) -> KVCache:
-        """The rows of those numbers, copied; a number may occur more than once."""
-        return KVCache(self.keys_LBSKE.index_select(1, index_B), self.values_LBSKE.index_select(1, index_B))
+    def select_rows(self, rows_B: Tensor) -> KVCache:
+        """The rows of those numbers alone."""
+        return KVCache(self.keys_LBSKE.index_select(1, rows_B), self.values_LBSKE.index_select(1, rows_B))
 
-    @staticmethod
-    def concatenate(caches: Sequence[KVCache]) -> KVCache:
-        """The rows of all caches, which have the same S."""
-        return KVCache(
-            torch.cat([cache.keys_LBSKE for cache in caches], dim=1),
-            torch.cat([cache.values_LBSKE for cache in caches], dim=1),
-        )
+    def copy_rows(self, rows_B: Tensor, source: KVCache, source_rows_B: Tensor) -> None:
+        """Overwrite ``rows_B`` with rows of another cache, which may be shorter; one may be copied several times."""
+        for own, other in ((self.keys_LBSKE, source.keys_LBSKE), (self.values_LBSKE, source.values_LBSKE)):
+            own[:, :, : other.shape[2]].index_copy_(1, rows_B, other.index_select(1, source_rows_B))
 
 
 class CacheView:
-    """Where one forward pass writes in a cache and what it may attend to, worked out once for all layers."""
+    """Where one forward pass writes in a cache and what it may attend to, worked out once for all layers.
 
-    def __init__(self, cache: KVCache, positions_BT: Tensor) -> None:
-        num_rows, max_len = cache.keys_LBSKE.shape[1:3]
+    Without positions the cache is filled from its start.
+    """
+
+    def __init__(self, cache: KVCache, num_tokens: int, positions_BT: Tensor | None) -> None:
         self.cache = cache
-        self.num_columns = int(positions_BT.max()) + 1
-        row_B1 = torch.arange(num_rows, device=positions_BT.device)[:, None]
-        self.slots_N = (row_B1 * max_len + positions_BT).flatten()
-        columns_S = torch.arange(self.num_columns, device=positions_BT.device)
-        self.mask_B1TS = (columns_S <= positions_BT[..., None])[:, None]
+        self.mask_B1TS = None
+        self.num_columns = num_tokens
+        self.slots_N = None
+        if positions_BT is not None:
+            num_rows, max_len = cache.keys_LBSKE.shape[1:3]
+            self.num_columns = int(positions_BT.max()) + 1
+            first_slot_B1 = torch.arange(0, num_rows * max_len, max_len, device=positions_BT.device)[:, None]
+            self.slots_N = (first_slot_B1 + positions_BT).flatten()
+            columns_S = torch.arange(self.num_columns, device=positions_BT.device)
+            self.mask_B1TS = (columns_S <= positions_BT[..., None])[:, None]
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values, and return all that there are: two tensors ``[B, S, K, E]``."""
-        filled = []
-        for whole, new in ((self.cache.keys_LBSKE[layer], keys_BTKE), (self.cache.values_LBSKE[layer], values_BTKE)):
-            whole.flatten(0, 1).index_copy_(0, self.slots_N, new.flatten(0, 1))
-            filled.append(whole[:, : self.num_columns])
-        return filled[0], filled[1]
+        """Write new keys and values, and return all that may be attended to: two tensors ``[B, S, K, E]``."""
+        keys_BSKE, values_BSKE = self.cache.keys_LBSKE[layer], self.cache.values_LBSKE[layer]
+        if self.slots_N is None:
+            keys_BSKE[:, : self.num_columns] = keys_BTKE
+            values_BSKE[:, : self.num_columns] = values_BTKE
+            return keys_BTKE, values_BTKE
+        keys_BSKE.flatten(0, 1).index_copy_(0, self.slots_N, keys_BTKE.flatten(0, 1))
+        values_BSKE.flatten(0, 1).index_copy_(0, self.slots_N, values_BTKE.flatten(0, 1))
+        return keys_BSKE[:, : self.num_columns], values_BSKE[:, : self.num_columns]
 
 
 class Attention(nn.Module):

@@ -94,7 +94,11 @@ class Decoder(nn.Module):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     def forward(
-        self, tokens_BT: Tensor, positions_BT: Tensor | None, mask: Tensor | None, cache: KVCache | None
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Final hidden states ``[B, T, D]``, normalised."""
         num_tokens = tokens_BT.shape[1]
@@ -103,11 +107,7 @@ class Decoder(nn.Module):
                 f"sequence of {num_tokens} tokens: the model takes at most max_seq_len = {self.config.max_seq_len}; "
                 "cut the sequence or raise model.max_seq_len"
             )
-        view = None
-        if cache is not None:
-            if positions_BT is None:
-                positions_BT = torch.arange(num_tokens, device=tokens_BT.device).expand_as(tokens_BT)
-            view = CacheView(cache, positions_BT)
+        view = None if cache is None else CacheView(cache, num_tokens, positions_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         rope = self._angles(num_tokens, positions_BT, x_BTD.dtype)
         for block in self.layers:

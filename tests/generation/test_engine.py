@@ -1,0 +1,179 @@
+"""Batched decoding against decoding one sequence at a time without a cache."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lilpipe.config import ModelConfig, SamplingConfig
+from lilpipe.errors import DataError
+from lilpipe.generation import engine
+from lilpipe.generation.engine import Sample, generate, stream
+from lilpipe.generation.sampling import choose, uniforms
+from lilpipe.model.transformer import Transformer, token_logprobs
+
+VOCAB = 40
+PROMPTS = [[3], [5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [5, 6, 7, 1], [2, 2]]
+SAMPLING = SamplingConfig(temperature=1.0, max_new_tokens=12, batch_size=4)
+STOP = (0, 1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    config = ModelConfig(
+        hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=24, max_seq_len=32
+    )
+    model = Transformer(config, VOCAB)
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)  # far from uniform, so that a wrong cache shows
+    return model.eval()
+
+
+@torch.no_grad()
+def naive(
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    index: int,
+    sample: int,
+    sampling: SamplingConfig,
+    stop_ids: Sequence[int] = STOP,
+    seed: int = 7,
+) -> Sample:
+    """One sequence, the whole of it through the model for each token."""
+    draws = uniforms(seed, index, sample, sampling.max_new_tokens)
+    tokens, logprobs = list(prompt), []
+    while len(logprobs) < sampling.max_new_tokens and len(tokens) < model.config.max_seq_len:
+        logits = model(torch.tensor([tokens]))[:, -1]
+        draw = draws[len(logprobs)][None]
+        token = int(choose(logits, draw, temperature=sampling.temperature, top_p=sampling.top_p))
+        logprobs.append(float(logits.log_softmax(-1)[0, token]))
+        if token in stop_ids:
+            return Sample(tokens[len(prompt) :], logprobs, True)
+        tokens.append(token)
+    return Sample(tokens[len(prompt) :], logprobs, False)
+
+
+def assert_same(got: Sample, expected: Sample) -> None:
+    assert got.tokens == expected.tokens
+    assert got.finished == expected.finished
+    assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.8}])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_batched_samples_are_those_of_decoding_each_alone_without_a_cache(model, changes, batch_size):
+    sampling = SAMPLING.model_copy(update={**changes, "batch_size": batch_size})
+    answers = generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=7, num_samples=3)
+    assert [len(samples) for samples in answers] == [3] * len(PROMPTS)
+    for index, (prompt, samples) in enumerate(zip(PROMPTS, answers, strict=True)):
+        for number, sample in enumerate(samples):
+            assert_same(sample, naive(model, prompt, index=index, sample=number, sampling=sampling))
+
+
+def test_some_answers_finish_and_some_do_not(model):
+    """Guards the test above: both ways of ending must occur in it, and at different lengths."""
+    answers = generate(model, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=7, num_samples=3)
+    samples = [sample for group in answers for sample in group]
+    assert {sample.finished for sample in samples} == {True, False}
+    assert len({len(sample.tokens) for sample in samples}) > 4
+
+
+def test_logprobs_are_those_of_the_full_forward_pass_at_temperature_one(model):
+    sampling = SAMPLING.model_copy(update={"temperature": 0.5, "top_p": 0.9})
+    for prompt, samples in zip(
+        PROMPTS, generate(model, PROMPTS, sampling=sampling, stop_ids=(), seed=1, num_samples=2), strict=True
+    ):
+        for sample in samples:
+            whole = token_logprobs(model, torch.tensor([[*prompt, *sample.tokens]]))[0, len(prompt) - 1 :]
+            assert sample.logprobs == pytest.approx(whole.tolist(), abs=1e-5)
+
+
+def test_a_stop_token_ends_the_answer_and_only_its_logprob_is_kept(model):
+    sampling = SAMPLING.model_copy(update={"temperature": 0})
+    free = generate(model, PROMPTS[1:2], sampling=sampling, stop_ids=(), seed=0)[0][0]
+    assert not free.finished
+    assert len(free.tokens) == len(free.logprobs) == 12
+    stop = free.tokens[4]
+    first = free.tokens.index(stop)
+    stopped = generate(model, PROMPTS[1:2], sampling=sampling, stop_ids=[stop], seed=0)[0][0]
+    assert stopped.finished
+    assert stopped.tokens == free.tokens[:first]
+    assert stopped.logprobs == pytest.approx(free.logprobs[: first + 1])
+
+
+def test_each_prompt_is_read_once_however_many_samples(model, monkeypatch):
+    read = []
+    prefill = engine._Batch._prefill
+    monkeypatch.setattr(engine._Batch, "_prefill", lambda self, prompts: read.extend(prompts) or prefill(self, prompts))
+    sampling = SAMPLING.model_copy(update={"batch_size": 6})
+    generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=0, num_samples=4)
+    assert read == PROMPTS
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 100])
+def test_at_most_batch_size_rows_are_decoded_together(model, monkeypatch, batch_size):
+    widths = []
+    step = engine._Batch._step
+    monkeypatch.setattr(engine._Batch, "_step", lambda self: widths.append(len(self.rows)) or step(self))
+    sampling = SAMPLING.model_copy(update={"batch_size": batch_size})
+    generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=0, num_samples=4)
+    assert max(widths) == min(batch_size, 20)
+    assert min(widths) < max(widths)  # the batch shrinks at the end
+
+
+def test_samples_differ_by_seed_prompt_index_and_sample_index(model):
+    def tokens(seed: int) -> list[tuple[int, ...]]:
+        answers = generate(model, [[3], [3]], sampling=SAMPLING, stop_ids=(), seed=seed, num_samples=2)
+        return [tuple(sample.tokens) for samples in answers for sample in samples]
+
+    assert len({*tokens(0), *tokens(1)}) == 8
+    assert tokens(0) == tokens(0)
+
+
+def test_the_global_random_generator_is_neither_read_nor_advanced(model):
+    def run() -> object:
+        return generate(model, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=0)
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = run()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert run() == first
+
+
+def test_an_answer_that_reaches_max_seq_len_ends_unfinished(model):
+    prompt = [3] * 28
+    sample = generate(model, [prompt], sampling=SAMPLING, stop_ids=(), seed=0)[0][0]
+    assert len(sample.tokens) == len(sample.logprobs) == 32 - 28
+    assert not sample.finished
+
+
+@pytest.mark.parametrize("length", [0, 32, 50])
+def test_a_prompt_without_room_for_an_answer_is_refused_by_index(model, length):
+    with pytest.raises(DataError, match=rf"prompt 1: got {length} tokens, expected 1 to 31"):
+        generate(model, [[3], [3] * length], sampling=SAMPLING, stop_ids=(), seed=0)
+
+
+def test_no_prompts_give_no_answers(model):
+    assert generate(model, [], sampling=SAMPLING, stop_ids=(), seed=0) == []
+
+
+def test_a_diverged_model_is_refused(model):
+    broken = Transformer(model.config, VOCAB)
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="not finite"):
+        generate(broken, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=0)
+
+
+@pytest.mark.parametrize("stop_ids", [(), STOP])
+def test_streamed_tokens_are_those_of_generate(model, stop_ids):
+    for prompt in PROMPTS:
+        tokens = list(stream(model, prompt, sampling=SAMPLING, stop_ids=stop_ids, seed=5))
+        assert tokens == generate(model, [prompt], sampling=SAMPLING, stop_ids=stop_ids, seed=5)[0][0].tokens
