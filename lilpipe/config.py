@@ -197,7 +197,7 @@ class TokenizerConfig(Section):
 
     vocab_size: Annotated[int, Field(ge=257 + 8)] = 32_768
     """Size with the 256 bytes and the special tokens."""
-    pattern: str = r"[^\r\n\p{L}\p{N}]?+\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    pattern: str = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
     """Regular expression that splits text before merging; the default takes digits one by one."""
     max_bytes: PositiveInt | None = None
     """Train on at most this many bytes of text, in corpus order."""
@@ -342,6 +342,8 @@ class RejectionSamplingConfig(Section):
 
     seed: int | None = None
     """Seed of sampling; the pipeline's `seed` where none is given."""
+    prompt_form: Literal["text", "chat"] = "text"
+    """How the model meets a question: `text` as in its pretraining (a base model), `chat` as a user's turn."""
     num_prompts: PositiveInt = 1_000
     """Prompts of the `train` split."""
     samples_per_prompt: PositiveInt = 8
@@ -381,6 +383,8 @@ class PreferencesConfig(Section):
     """Prompts of the `dev` split whose pairs are held out, to measure preference accuracy."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
     max_pairs_per_prompt: PositiveInt = 1
+    only_correct: bool = True
+    """Pair correct answers alone; else wrong ones too, with each other, where correct ones give no pair."""
     sampling: SamplingConfig = SamplingConfig()
     prompts_per_chunk: PositiveInt = 100
     """Prompts between two points from which a killed run continues."""
