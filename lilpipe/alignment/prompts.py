@@ -29,6 +29,7 @@ from lilpipe.artifact import Inputs
 from lilpipe.config import PromptsConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.chat_template import Message
 
 Split = Literal["train", "dev", "test"]
 
@@ -76,7 +77,7 @@ class Conversation:
     id: str
     prompt_id: str
     origin: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def split_of(family: str, key: str) -> str:
         position -= share
         if position < 0:
             return split
-    return split  # the shares add up to 1 but for rounding
+    return "exercises"  # the shares add up to 1 but for rounding
 
 
 def draw_tasks(family: str, split: str, count: int, *, seed: int) -> list[Task]:
@@ -221,7 +222,7 @@ def _exercise(task: Task, random: Random, *, config: PromptsConfig) -> str:
 
 def _demonstration(index: int, family: str, task: Task, random: Random, *, config: PromptsConfig) -> Conversation:
     identity = f"demonstrations/{family}/{index:06d}"
-    messages = [
+    messages: list[Message] = [
         {"role": "user", "content": task.question},
         {"role": "assistant", "content": write_answer(task, random, config=config)},
     ]

@@ -1,0 +1,91 @@
+"""Answers drawn from a model to verifiable prompts, and their form as padded batches.
+
+A base model meets a question in the plain text of its pretraining and its answer runs to the first blank line or the
+document's end (form ``text``); a chat model meets it as a user's turn and answers to the turn's end (form ``chat``).
+
+Dimensions: N completions, T tokens of the longest prompt and completion together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lilpipe.alignment.prompts import Prompt, as_text, first_paragraph
+from lilpipe.alignment.rewards import Verdict, judge
+from lilpipe.config import SamplingConfig
+from lilpipe.generation.engine import Sample, generate
+from lilpipe.model.transformer import Transformer
+from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.encoding import Tokenizer
+
+PromptForm = Literal["text", "chat"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response to a prompt, with the verifier's verdict."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    sample: Sample
+    response: str
+    verdict: Verdict
+
+
+def encode_question(tokenizer: Tokenizer, question: str, form: PromptForm) -> list[int]:
+    """The tokens after which the answer begins."""
+    if form == "text":
+        return tokenizer.encode(as_text(question))
+    return render(tokenizer, [Message(role="user", content=question)], add_generation_prompt=True)[0]
+
+
+def stop_id(tokenizer: Tokenizer, form: PromptForm) -> int:
+    """The token that ends an answer."""
+    return tokenizer.document_end_id if form == "text" else tokenizer.turn_end_id
+
+
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    form: PromptForm,
+    sampling: SamplingConfig,
+    seed: int,
+    num_samples: int = 1,
+) -> list[list[Completion]]:
+    """``num_samples`` answers to each prompt; a pure function of its arguments."""
+    encoded = [encode_question(tokenizer, prompt.question, form) for prompt in prompts]
+    stops = [stop_id(tokenizer, form)]
+    groups = generate(model, encoded, sampling=sampling, stop_ids=stops, seed=seed, num_samples=num_samples)
+    return [
+        [_completion(tokenizer, prompt, ids, sample, form) for sample in group]
+        for prompt, ids, group in zip(prompts, encoded, groups, strict=True)
+    ]
+
+
+def _completion(
+    tokenizer: Tokenizer, prompt: Prompt, prompt_ids: list[int], sample: Sample, form: PromptForm
+) -> Completion:
+    text = tokenizer.decode(sample.tokens)
+    ended = sample.finished or (form == "text" and "\n\n" in text.lstrip())
+    response = first_paragraph(text) if form == "text" else text.strip()
+    return Completion(prompt, prompt_ids, sample, response, judge(prompt, response, ended=ended))
+
+
+def pad_completions(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, padding_id: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens [N, T] padded on the right, and a mask [N, T-1] that is True where the next token is of the completion."""
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    tokens_NT = torch.full((len(lengths), max(lengths)), padding_id, dtype=torch.int64)
+    mask_NT = torch.zeros_like(tokens_NT, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens_NT[row, : lengths[row]] = torch.tensor([*prompt, *completion])
+        mask_NT[row, len(prompt) : lengths[row]] = True
+    return tokens_NT, mask_NT[:, 1:]

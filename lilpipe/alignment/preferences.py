@@ -1,0 +1,162 @@
+"""Stage ``preferences``: pairs of sampled answers, one preferred to the other by a stated rule.
+
+Answers are sampled from the model that DPO will start from, so that pairs show what it does. ``brevity`` pairs two
+answers to one prompt that a verifier judges alike, and prefers the one with fewer words: what differs is style, which
+likelihood on correct answers does not teach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from lilpipe import distributed, report
+from lilpipe.alignment.chunks import Row
+from lilpipe.alignment.prompts import MESSAGE_TYPE, Prompt, assert_not_held_out, read_prompts
+from lilpipe.alignment.sampling import SAMPLE_SCHEMA, by_prompt, sample_in_chunks
+from lilpipe.alignment.tables import read_table, write_table
+from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.config import PreferencesConfig
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.chat_template import Message
+
+PairSplit = Literal["train", "heldout"]
+
+PAIR_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("split", pa.string()),
+        ("prompt", pa.list_(MESSAGE_TYPE)),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, the first preferred."""
+
+    prompt_id: str
+    split: str
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+
+
+def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
+    """The pairs of one split of a Preferences artifact, in their order."""
+    return [Pair(**row) for row in read_table(directory / "pairs.arrow") if row["split"] == split]
+
+
+def brevity_pairs(rows: Sequence[Row], *, max_pairs: int, only_correct: bool) -> list[tuple[Row, Row]]:
+    """(chosen, rejected) among the answers to one prompt, the widest difference in words first.
+
+    Both are well-formed, have the same verdict, and differ in their number of words; no answer is used twice. Correct
+    answers are paired first; wrong ones only unless ``only_correct``.
+    """
+    pairs: list[tuple[Row, Row]] = []
+    for verdict in (True,) if only_correct else (True, False):
+        alike = {row["response"]: row for row in reversed(rows) if row["well_formed"] and row["correct"] == verdict}
+        ranked = sorted(alike.values(), key=lambda row: (row["num_words"], row["sample"]))
+        while len(ranked) > 1 and ranked[0]["num_words"] < ranked[-1]["num_words"]:
+            pairs.append((ranked.pop(0), ranked.pop()))
+    return pairs[:max_pairs]
+
+
+def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
+    """Sample and pair. Raises ``DataError`` if no prompt of the train split gives a pair."""
+    model, source = inputs["model"], inputs["prompts"]
+    assert isinstance(model, Artifact)
+    assert isinstance(source, Artifact)
+    train = _take(read_prompts(source.path, "train")[::-1], config.num_prompts, "num_prompts", "train")
+    heldout = _take(read_prompts(source.path, "dev"), config.num_heldout, "num_heldout", "dev")
+    assert_not_held_out((prompt.question for prompt in train), source.path)
+    rows = sample_in_chunks(model, [*train, *heldout], config, form="chat", purpose="preferences", workspace=workspace)
+    groups = by_prompt(rows)
+    pairs: dict[str, list[tuple[Row, Row]]] = {
+        split: [
+            pair
+            for group in part
+            for pair in brevity_pairs(group, max_pairs=config.max_pairs_per_prompt, only_correct=config.only_correct)
+        ]
+        for split, part in (("train", groups[: len(train)]), ("heldout", groups[len(train) :]))
+    }
+    if not pairs["train"]:
+        raise DataError(
+            f"preferences: none of {len(train)} prompts gave two answers with the same verdict and different length; "
+            "sample more answers (preferences.samples_per_prompt), train the model further, or allow pairs of wrong "
+            "answers (preferences.only_correct = false)"
+        )
+    metrics = _metrics(rows, pairs, num_train=len(train), num_heldout=len(heldout))
+    if distributed.is_main():
+        write_table(workspace.output / "samples.arrow", rows, SAMPLE_SCHEMA)
+        table = [_row(split, *pair) for split, part in pairs.items() for pair in part]
+        write_table(workspace.output / "pairs.arrow", table, PAIR_SCHEMA)
+        write_atomically(workspace.report / "report.html", _report(pairs["train"], metrics))
+    return metrics
+
+
+def _take(prompts: list[Prompt], count: int, name: str, split: str) -> list[Prompt]:
+    if count > len(prompts):
+        raise ConfigError(
+            f"preferences.{name}: got {count}, the {split} split holds {len(prompts)}; lower it or raise "
+            f"prompts.num_{split}"
+        )
+    return prompts[:count]
+
+
+def _row(split: str, chosen: Row, rejected: Row) -> Row:
+    return {
+        "prompt_id": chosen["prompt_id"],
+        "split": split,
+        "prompt": [{"role": "user", "content": chosen["question"]}],
+        "chosen": chosen["response"],
+        "rejected": rejected["response"],
+    }
+
+
+def _metrics(
+    rows: Sequence[Row], pairs: dict[str, list[tuple[Row, Row]]], *, num_train: int, num_heldout: int
+) -> Metrics:
+    train, heldout = pairs["train"], pairs["heldout"]
+    return {
+        "pairs": len(train),
+        "heldout_pairs": len(heldout),
+        "prompts_with_pair_share": len({chosen["prompt_id"] for chosen, _ in train}) / num_train,
+        "heldout_prompts_with_pair_share": len({chosen["prompt_id"] for chosen, _ in heldout}) / num_heldout,
+        "chosen_words": sum(chosen["num_words"] for chosen, _ in train) / len(train),
+        "rejected_words": sum(rejected["num_words"] for _, rejected in train) / len(train),
+        "correct_share": sum(row["correct"] for row in rows) / len(rows),
+        "mean_words": sum(row["num_words"] for row in rows) / len(rows),
+    }
+
+
+def _report(pairs: Sequence[tuple[Row, Row]], metrics: Metrics) -> str:
+    examples: list[dict[str, Any]] = [
+        {"question": chosen["question"], "chosen": chosen["response"], "rejected": rejected["response"]}
+        for chosen, rejected in pairs[:30]
+    ]
+    figures = {
+        "pairs": metrics["pairs"],
+        "of the prompts gave a pair": f"{metrics['prompts_with_pair_share']:.1%}",
+        "words chosen": metrics["chosen_words"],
+        "words rejected": metrics["rejected_words"],
+    }
+    return report.page("Preferences", {"The first pairs": report.table(examples)}, key_figures=figures)
+
+
+STAGE = Stage(
+    name="preferences",
+    output="Preferences",
+    config=PreferencesConfig,
+    run=run,
+    inputs={"model": "Checkpoint", "prompts": "Prompts"},
+    distributed=True,
+    main_metric="pairs",
+)

@@ -1,0 +1,31 @@
+"""Bits per byte: the loss in a unit that does not depend on the tokenizer.
+
+The negative log-likelihood of the validation tokens in bits, over the bytes of text that they stand for. Two models
+with different vocabularies can be compared by it; perplexities per token cannot.
+
+Dimensions: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS_AT_ONCE = 32
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor, num_bytes: int) -> float:
+    """Bits per byte of ``targets_BT`` given ``inputs_BT``; targets below 0 do not count.
+
+    ``num_bytes`` is the number of bytes of text behind the targets that count.
+    """
+    nats = torch.zeros((), dtype=torch.float64)
+    for inputs, targets in zip(inputs_BT.split(ROWS_AT_ONCE), targets_BT.split(ROWS_AT_ONCE), strict=True):
+        logits_NV = model(inputs).float().flatten(0, 1)
+        losses_N = F.cross_entropy(logits_NV, targets.flatten().clamp(min=0), reduction="none")
+        nats += losses_N[targets.flatten() >= 0].double().sum().cpu()
+    return nats.item() / math.log(2) / num_bytes
