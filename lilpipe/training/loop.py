@@ -56,10 +56,15 @@ class TrainingResult:
     """Loss of each step."""
     num_tokens: int = 0
     """Tokens through the model over all workers."""
-    tokens_per_second: float = 0.0
-    """Over the steps that this process took; evaluations and checkpoints are left out."""
+    seconds: float = 0.0
+    """Time in steps; evaluations and checkpoints are left out."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the last evaluation."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps."""
+        return self.num_tokens / self.seconds
 
     def final_loss(self, num_steps: int = 50) -> float:
         """Mean loss of the last steps."""
@@ -92,7 +97,7 @@ def train(
     gradients = FlatGradients(model)
     meter = _Meter(workspace, num_steps=num_steps, log_every=section.log_every)
     for step in range(run.resume(), num_steps):
-        meter.start()
+        started = time.perf_counter()
         gradients.zero()
         totals = _accumulate(model, loss, step, accumulation_steps)
         grad_norm = gradients.reduce(count=totals.count, max_norm=optimizer.max_grad_norm)
@@ -105,9 +110,9 @@ def train(
             min_ratio=optimizer.min_lr_ratio,
         )
         run.optimizer.step(scale)
-        run.record(totals)
-        meter.stop(step, totals, lr=scale * optimizer.learning_rate, grad_norm=grad_norm)
-        done = step + 1
+        done, seconds = step + 1, time.perf_counter() - started
+        run.record(totals, seconds=seconds)
+        meter.record(done, totals, seconds=seconds, lr=scale * optimizer.learning_rate, grad_norm=grad_norm)
         if done % section.checkpoint_every == 0 or done == num_steps:
             run.save(done)
         if evaluate and eval_every and done % eval_every == 0 and done < num_steps:
@@ -115,7 +120,6 @@ def train(
     if evaluate:
         run.result.metrics = _evaluate(model, evaluate, num_steps)
         workspace.progress(num_steps, num_steps, "steps", **run.result.metrics)
-    run.result.tokens_per_second = meter.tokens_per_second
     return run.result
 
 
@@ -211,9 +215,10 @@ class _Run:
         world_size = distributed.world_size()
         self._identity = {**section.identity(), "num_steps": num_steps, "world_size": world_size, **identity}
 
-    def record(self, totals: _Totals) -> None:
+    def record(self, totals: _Totals, *, seconds: float) -> None:
         """Note down one step."""
         self.result.losses.append(totals.loss)
+        self.result.seconds += seconds
         self.result.num_tokens += totals.num_tokens
 
     def save(self, done: int) -> None:
@@ -224,6 +229,7 @@ class _Run:
         tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
         tensors["losses"] = torch.tensor(self.result.losses, dtype=torch.float64)
         tensors["num_tokens"] = torch.tensor(self.result.num_tokens)
+        tensors["seconds"] = torch.tensor(self.result.seconds, dtype=torch.float64)
         checkpoint.save(self._directory, checkpoint.Checkpoint(done, tensors), identity=self._identity)
 
     def resume(self) -> int:
@@ -240,41 +246,27 @@ class _Run:
             self.optimizer.load_state(state)
             self.result.losses = found.tensors["losses"].tolist()
             self.result.num_tokens = int(found.tensors["num_tokens"])
+            self.result.seconds = float(found.tensors["seconds"])
             self._workspace.log(f"going on from the checkpoint after step {done}")
         return done
 
 
 class _Meter:
-    """Times the steps and reports every ``log_every`` of them, averaged over the steps since the last report."""
+    """Reports every ``log_every`` steps, with means over the steps since the last report."""
 
     def __init__(self, workspace: Workspace, *, num_steps: int, log_every: int) -> None:
         self._workspace = workspace
         self._num_steps = num_steps
         self._log_every = log_every
-        self._started = 0.0
-        self._seconds = 0.0
-        self._tokens = 0
         self._window: list[_Totals] = []
-        self._window_seconds = 0.0
+        self._seconds = 0.0
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Over all steps timed; 0 where there were none."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    def start(self) -> None:
-        """A step begins."""
-        self._started = time.perf_counter()
-
-    def stop(self, step: int, totals: _Totals, *, lr: float, grad_norm: float) -> None:
-        """A step has ended."""
-        seconds = time.perf_counter() - self._started
-        self._seconds += seconds
-        self._window_seconds += seconds
-        self._tokens += totals.num_tokens
+    def record(self, done: int, totals: _Totals, *, seconds: float, lr: float, grad_norm: float) -> None:
+        """One step has ended."""
         self._window.append(totals)
-        if (step + 1) % self._log_every == 0 or step + 1 == self._num_steps:
-            self._report(step + 1, lr=lr, grad_norm=grad_norm)
+        self._seconds += seconds
+        if done % self._log_every == 0 or done == self._num_steps:
+            self._report(done, lr=lr, grad_norm=grad_norm)
 
     def _report(self, done: int, *, lr: float, grad_norm: float) -> None:
         window = self._window
@@ -286,7 +278,7 @@ class _Meter:
             loss=math.fsum(totals.loss for totals in window) / len(window),
             lr=lr,
             grad_norm=grad_norm,
-            tokens_per_second=sum(totals.num_tokens for totals in window) / self._window_seconds,
+            tokens_per_second=sum(totals.num_tokens for totals in window) / self._seconds,
             **metrics,
         )
-        self._window, self._window_seconds = [], 0.0
+        self._window, self._seconds = [], 0.0
