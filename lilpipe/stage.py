@@ -33,7 +33,7 @@ STAGES: dict[str, str] = {
     "dpo": "lilpipe.alignment.dpo",
     "grpo": "lilpipe.alignment.grpo",
     "evaluate": "lilpipe.evaluation.evaluate",
-    "register": "lilpipe.model.hub",
+    "register": "lilpipe.model.register",
 }
 """Stage to the module that defines it as ``STAGE``."""
 
