@@ -33,11 +33,15 @@ from lilpipe.model.transformer import Transformer, token_logprobs
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.training.curves import write_report
 from lilpipe.training.loop import Loss, train
 
 CHOSEN_FALL_ALARM = 1.0
 """Nats. A fall of the held-out chosen answers' mean log-probability by more than this is reported: DPO can widen its
 margin while both answers become unlikely, and accuracy falls with them."""
+
+TIE_NATS = 1e-4
+"""Smaller differences of log-probability are rounding: the reference against itself is a tie."""
 
 PAIRS_AT_ONCE = 32
 REFERENCE_SCHEMA = pa.schema([("chosen", pa.float32()), ("rejected", pa.float32())])
@@ -91,24 +95,15 @@ def pair_logprobs(
     """Log-probabilities of N pairs in one forward pass, and the number of tokens that went through the model."""
     prompts = [pair.prompt for pair in pairs] * 2
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    tokens_NT, mask_NT = (
-        tensor.to(model.device) for tensor in pad_completions(prompts, answers, padding_id=padding_id)
-    )
+    tokens_NT, mask_NT = pad_completions(prompts, answers, padding_id=padding_id)
+    tokens_NT, mask_NT = tokens_NT.to(model.device), mask_NT.to(model.device)
     logprobs_NT = token_logprobs(model, tokens_NT) * mask_NT
-    length_N = mask_NT.sum(dim=1)
-    mean_N = logprobs_NT.sum(dim=1) / length_N
+    mean_N = logprobs_NT.sum(dim=1) / mask_NT.sum(dim=1)
     if mask_formatting_tokens:
-        last_N = len_of_prompts(prompts, model.device) + length_N - 2  # where the turn's end is the target
-        logprobs_NT = logprobs_NT.scatter(1, last_N[:, None], 0.0)
+        ends = [len(prompt) + len(answer) - 2 for prompt, answer in zip(prompts, answers, strict=True)]
+        logprobs_NT = logprobs_NT.scatter(1, torch.tensor(ends, device=model.device)[:, None], 0.0)
     chosen_N, rejected_N = logprobs_NT.sum(dim=1).chunk(2)
-    return PairLogprobs(chosen_N, rejected_N, mean_N.chunk(2)[0]), sum(
-        len(p) + len(a) for p, a in zip(prompts, answers, strict=True)
-    )
-
-
-def len_of_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Lengths [N]."""
-    return torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return PairLogprobs(chosen_N, rejected_N, mean_N.chunk(2)[0]), sum(map(len, prompts)) + sum(map(len, answers))
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------
@@ -199,17 +194,20 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         eval_every=max(1, num_steps // 4),
         identity={"model": source.content_digest, "preferences": preferences.content_digest},
     )
-    if distributed.is_main():
-        save_model(model, tokenizer, workspace.output)
-    return {
+    metrics = {
         "loss": result.final_loss(),
-        "steps": num_steps,
-        "pairs": len(train_pairs),
-        "heldout_pairs": len(heldout_pairs),
+        "steps": float(num_steps),
+        "pairs": float(len(train_pairs)),
+        "heldout_pairs": float(len(heldout_pairs)),
         **{f"{name}_before": value for name, value in before.items()},
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
+    if distributed.is_main():
+        save_model(model, tokenizer, workspace.output)
+        title = "Direct preference optimisation"
+        write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
+    return metrics
 
 
 def _num_steps(config: DPOConfig, num_pairs: int) -> int:
@@ -268,8 +266,10 @@ def evaluate_pairs(model: Transformer, data: _Data, rows: Sequence[int]) -> dict
 
 
 def _share_positive(values_N: Tensor) -> float:
-    """Share of positive values; a zero counts half."""
-    return ((values_N.detach().sign() + 1) / 2).mean().item()
+    """Share of positive values; a tie counts half."""
+    values_N = values_N.detach()
+    wins = (values_N > TIE_NATS).sum() + 0.5 * (values_N.abs() <= TIE_NATS).sum()
+    return wins.item() / len(values_N)
 
 
 STAGE = Stage(

@@ -32,6 +32,7 @@ from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer, token_logprobs
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.training.curves import write_report
 from lilpipe.training.loop import Loss, train
 
 STD_EPSILON = 1e-4
@@ -94,6 +95,11 @@ class Rollout:
     rewards_PG: Tensor
     groups: list[list[Completion]]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts and answers, without padding."""
+        return sum(len(c.prompt_ids) + len(c.sample.logprobs) for group in self.groups for c in group)
+
 
 class _Sampler:
     """What a rollout needs beside the weights."""
@@ -152,7 +158,7 @@ def rollout_loss(policy: _Sampler, model: Transformer, reference: Transformer | 
     metrics = _metrics(rollout, logprobs_NT.detach(), clip_range=config.clip_range)
     if reference_NT is not None:
         metrics["kl"] = (k3(logprobs_NT.detach(), reference_NT)[mask_NT].sum().item(), count)
-    return Loss(loss_NT[mask_NT].sum(), count, num_tokens=rollout.tokens_NT.numel(), metrics=metrics)
+    return Loss(loss_NT[mask_NT].sum(), count, num_tokens=rollout.num_tokens, metrics=metrics)
 
 
 def _metrics(rollout: Rollout, logprobs_NT: Tensor, *, clip_range: float) -> dict[str, tuple[float, float]]:
@@ -206,14 +212,17 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         evaluate=evaluate,
         identity={"model": source.content_digest, "prompts": prompts_artifact.content_digest},
     )
-    if distributed.is_main():
-        save_model(model, tokenizer, workspace.output)
-    return {
-        "steps": config.num_steps,
+    metrics = {
+        "steps": float(config.num_steps),
         "dev_accuracy_before": before,
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
+    if distributed.is_main():
+        save_model(model, tokenizer, workspace.output)
+        title = "Group relative policy optimisation"
+        write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
+    return metrics
 
 
 def greedy_accuracy(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: GRPOConfig) -> float:

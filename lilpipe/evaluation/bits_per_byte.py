@@ -21,8 +21,11 @@ ROWS_AT_ONCE = 32
 def bits_per_byte(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor, num_bytes: int) -> float:
     """Bits per byte of ``targets_BT`` given ``inputs_BT``; targets below 0 do not count.
 
-    ``num_bytes`` is the number of bytes of text behind the targets that count.
+    ``num_bytes`` is the number of bytes of text behind the targets that count. No rows are 0 bits: a
+    worker's share may be empty, and the shares of all add up.
     """
+    if len(inputs_BT) == 0:
+        return 0.0
     nats = torch.zeros((), dtype=torch.float64)
     for inputs, targets in zip(inputs_BT.split(ROWS_AT_ONCE), targets_BT.split(ROWS_AT_ONCE), strict=True):
         logits_NV = model(inputs).float().flatten(0, 1)
