@@ -120,6 +120,10 @@ class QualityConfig(Section):
     """FineWeb: least share of lines that end in punctuation."""
     max_short_line_ratio: Share = 0.9
     """FineWeb: most lines of at most 30 characters, as a share."""
+    max_duplicate_line_char_ratio: Share = 0.1
+    """FineWeb: most characters in lines that have occurred before, as a share (the paper's 0.1; datatrove: 0.01)."""
+    max_line_breaks_per_word: NonNegativeFloat = 0.3
+    """FineWeb: most line breaks for each word; lists have more."""
 
 
 class MinhashConfig(Section):
@@ -145,9 +149,9 @@ class CorpusConfig(Section):
     min_chars: NonNegativeInt = 200
     """Shorter documents are rejected before any other filter."""
     languages: tuple[str, ...] = ("en",)
-    """Languages to keep, as codes of fastText's 176-language model; empty keeps all."""
+    """Languages to keep, as codes of fastText's 176-language model; empty keeps any."""
     min_language_score: Share = 0.65
-    """Least confidence of the language (FineWeb: 0.65)."""
+    """Least confidence of the language, whichever it is (FineWeb: 0.65)."""
     exact_dedup: bool = True
     """Remove documents whose normalised text has been seen before."""
     quality: QualityConfig = QualityConfig()
@@ -155,7 +159,8 @@ class CorpusConfig(Section):
     minhash: MinhashConfig = MinhashConfig()
     """Near-duplicate removal."""
     max_malformed_share: Share = 0.01
-    """Unreadable rows are quarantined and counted; above this share of a source's rows the stage fails."""
+    """Unreadable rows are quarantined and counted; above this share of a source's rows, or of its
+    files where files break off (truncated, corrupt), the stage fails."""
     num_workers: NumWorkers = 2
     """Processes of datatrove's local executor."""
 
