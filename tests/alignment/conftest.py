@@ -1,0 +1,81 @@
+"""Tiny models over bytes, and artifacts that hold them."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from lilpipe.alignment import prompts as prompts_module
+from lilpipe.artifact import Artifact, Manifest, content_digest, list_files
+from lilpipe.config import ModelConfig, PromptsConfig, TokenizerConfig
+from lilpipe.model.hub import save_model
+from lilpipe.model.transformer import Transformer
+from lilpipe.stage import Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
+
+TINY = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=160)
+
+
+def as_artifact(path, *, kind, stage="", step=""):
+    """A directory as an artifact, without a store."""
+    files = list_files(path)
+    manifest = Manifest(
+        kind=kind,
+        stage=stage,
+        step=step or stage,
+        fingerprint="",
+        config={},
+        operational={},
+        inputs={},
+        external={},
+        code={},
+        packages={},
+        git_commit=None,
+        environment={},
+        files=files,
+        content_digest=content_digest(files),
+        metrics={},
+        elapsed_seconds=0.0,
+        created_at=datetime.now(UTC).isoformat(),
+    )
+    return Artifact(uri=str(path), path=Path(path), manifest=manifest)
+
+
+def digest_of(workspace):
+    """Digest over a stage's data files."""
+    return content_digest(list_files(workspace.output))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tokenizer, tmp_path_factory):
+    def make(seed=0, *, stage="sft", step="", scale=6.0):
+        model = Transformer(TINY, tokenizer.vocab_size)
+        model.init_weights(seed)
+        for parameter in model.parameters():  # sharper than fresh weights, so that answers differ from noise
+            parameter.data.mul_(scale) if parameter.dim() > 1 else None
+        directory = tmp_path_factory.mktemp("checkpoint")
+        save_model(model, tokenizer, directory)
+        return as_artifact(directory, kind="Checkpoint", stage=stage, step=step)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    """A small Prompts artifact of every family."""
+    workspace = Workspace(tmp_path_factory.mktemp("prompts"))
+    config = PromptsConfig(
+        families=tuple(prompts_module.FAMILIES),
+        num_documents=200,
+        num_demonstrations=50,
+        num_train=60,
+        num_dev=20,
+        num_test=20,
+    )
+    prompts_module.run(config, {}, workspace)
+    return as_artifact(workspace.output, kind="Prompts", stage="prompts")
