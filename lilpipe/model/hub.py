@@ -1,4 +1,4 @@
-"""Models as directories in Hugging Face's Llama layout, and the stage ``register`` that makes the released one.
+"""Models as directories in Hugging Face's Llama layout.
 
 ``config.json``, ``model.safetensors``, ``generation_config.json`` and the tokenizer's files: what ``transformers``
 and vLLM load is what every stage here reads and writes, so that nothing is ever converted. Weights are safetensors,
@@ -26,6 +26,9 @@ from lilpipe.tokenizer.encoding import Tokenizer
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+"""All that ``save_model`` writes."""
 
 _KEYS = {
     "hidden_size": "hidden_size",

@@ -1,0 +1,94 @@
+"""Talking to a checkpoint in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lilpipe.config import SamplingConfig
+from lilpipe.generation.engine import stream
+from lilpipe.model.hub import load_model
+from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.encoding import Tokenizer
+
+HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short."
+
+
+def chat(
+    directory: Path,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+) -> None:
+    """Read questions from standard input until its end, and print each answer as it is drawn.
+
+    The whole conversation is the prompt; its oldest turns are forgotten once it no longer fits the model. Raises
+    ``ArtifactError`` if the directory holds no checkpoint.
+    """
+    model, tokenizer = load_model(directory)
+    sampling = SamplingConfig(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, batch_size=1)
+    stop_ids = (tokenizer.turn_end_id, tokenizer.document_end_id)
+    messages: list[Message] = []
+    print(HELP)
+    for turn, question in enumerate(_questions()):
+        if question == "/reset":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": question})
+        prompt = fit(tokenizer, messages, max_tokens=model.config.max_seq_len - 1)
+        if prompt is None:
+            messages.pop()
+            print(f"(too long: the model takes {model.config.max_seq_len} tokens, question and answer together)")
+            continue
+        tokens = stream(model, prompt, sampling=sampling, stop_ids=stop_ids, seed=seed + turn)
+        messages.append({"role": "assistant", "content": _say(text_pieces(tokenizer, tokens))})
+
+
+def fit(tokenizer: Tokenizer, messages: list[Message], *, max_tokens: int) -> list[int] | None:
+    """Token ids of the conversation, its oldest exchanges removed in place until it fits; None if nothing does."""
+    while len(prompt := render(tokenizer, messages, add_generation_prompt=True)[0]) > max_tokens:
+        if len(messages) < 3:
+            return None
+        del messages[:2]
+    return prompt
+
+
+def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of the tokens, piece by piece; a character is held back until its last byte has come."""
+    seen: list[int] = []
+    num_sent = 0
+    for token in tokens:
+        seen.append(token)
+        whole = tokenizer.decode(seen).rstrip("\ufffd")
+        yield whole[num_sent:]
+        num_sent = max(num_sent, len(whole))
+    yield tokenizer.decode(seen)[num_sent:]
+
+
+def _questions() -> Iterator[str]:
+    """Lines that are not empty, until /quit or the end of input."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+def _say(pieces: Iterator[str]) -> str:
+    """Print the pieces as they come and give them all; Ctrl-C ends them."""
+    said = []
+    try:
+        for piece in pieces:
+            said.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print()
+    return "".join(said)

@@ -1,0 +1,172 @@
+"""Stage ``register``: the released model, a checkpoint with a model card, checked as its users will load it.
+
+Its name and alias in the MLflow registry are the tracker's part.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilpipe.artifact import Artifact, Inputs
+from lilpipe.config import RegisterConfig
+from lilpipe.errors import ArtifactError
+from lilpipe.model.flops import num_parameters
+from lilpipe.model.hub import MODEL_FILES, load_model
+from lilpipe.model.transformer import Transformer
+from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
+
+CARD_FILE = "README.md"
+REPORT_METRICS = "metrics.json"
+
+SAMPLE_TEXT = "Reverse the list 3, 14, 15.\n\tÉtude in naïve 日本語 🙂 <|user|>"
+"""Numbers, white space, letters of several bytes, and the name of a special token."""
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A Llama-style language model trained by lilpipe.
+
+| | |
+| --- | --- |
+{facts}
+
+## How good it is
+
+{results}
+
+## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+prompt = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "..."}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**prompt, max_new_tokens=48, do_sample=False)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+Or `lilpipe chat PATH`.
+
+## How it was made
+
+The last stage was `{stage}`, with these settings:
+
+```json
+{config}
+```
+
+`manifest.json` holds the way back: the artifact that this one was made from, by content, and so on to the corpus.
+"""
+
+
+def run(config: RegisterConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001
+    """Copy the model, describe it, and load it back. Raises ``ArtifactError`` if it comes back different."""
+    source = inputs["model"]
+    report = inputs.get("report")
+    assert isinstance(source, Artifact)
+    assert report is None or isinstance(report, Artifact)
+    model, tokenizer = load_model(source.path)
+    # A run that was killed starts over: copying is all the work there is.
+    shutil.rmtree(workspace.output)
+    workspace.output.mkdir()
+    for name in MODEL_FILES:
+        shutil.copyfile(source.path / name, workspace.output / name)
+    card = model_card(model, source, {} if report is None else read_metrics(report.path))
+    (workspace.output / CARD_FILE).write_text(card, encoding="utf-8")
+    workspace.progress(1, 2, "checks")
+    verify(workspace.output, model, tokenizer)
+    workspace.progress(2, 2, "checks")
+    return {"num_parameters": float(num_parameters(model.config, model.vocab_size))}
+
+
+def verify(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Load the directory and hold it against the model and tokenizer that it must be, on fixed input."""
+    loaded, loaded_tokenizer = load_model(directory)
+    ids = loaded_tokenizer.encode(SAMPLE_TEXT)
+    if ids != tokenizer.encode(SAMPLE_TEXT) or loaded_tokenizer.decode(ids) != SAMPLE_TEXT:
+        raise ArtifactError(
+            f"{directory}: its tokenizer gives {ids[:8]}... for a fixed text, expected the ids of the input's that "
+            "decode to the text again; the model must be made again"
+        )
+    tokens_BT = fixed_batch(model)
+    with torch.inference_mode():
+        got, expected = loaded(tokens_BT), model(tokens_BT)
+    if not torch.isfinite(expected).all():
+        raise ArtifactError(f"{directory}: the logits are not finite; training has diverged, train the model again")
+    if not torch.equal(got, expected):
+        difference = (got - expected).abs().max().item()
+        raise ArtifactError(f"{directory}: logits differ from the input's by {difference:.3g}, expected the same")
+
+
+def fixed_batch(model: Transformer) -> Tensor:
+    """Two rows of tokens spread over the vocabulary, ``[2, T]``."""
+    num_tokens = min(64, model.config.max_seq_len)
+    return (torch.arange(2 * num_tokens) * 7919 % model.vocab_size).view(2, num_tokens)
+
+
+def read_metrics(directory: Path) -> dict[str, float]:
+    """The numbers in a report's ``metrics.json``, by dotted name; none if there is no such file."""
+    path = directory / REPORT_METRICS
+    if not path.exists():
+        return {}
+    try:
+        return dict(_numbers(json.loads(path.read_text(encoding="utf-8"))))
+    except ValueError as error:
+        raise ArtifactError(f"{path}: is not valid JSON ({error}); the report must be made again") from error
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
+def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float]) -> str:
+    """The text of the card: a function of what is trained alone, without times, paths or the registry's name."""
+    shape = model.config
+    facts = {
+        "Parameters": f"{num_parameters(shape, model.vocab_size):,}",
+        "Vocabulary": f"{model.vocab_size:,}, byte-level BPE",
+        "Context": f"{shape.max_seq_len:,} tokens",
+        "Layers": f"{shape.num_layers}, {shape.hidden_size} wide, SwiGLU {shape.intermediate_size}",
+        "Heads": f"{shape.num_heads} for queries, {shape.num_kv_heads} for keys and values",
+        "Embeddings": "tied" if shape.tie_embeddings else "not tied",
+        "Content digest of the checkpoint": f"`{source.content_digest}`",
+    }
+    rows = [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+    return CARD.format(
+        name=f"A language model of {num_parameters(shape, model.vocab_size):,} parameters",
+        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        results="\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "It has not been evaluated.",
+        stage=source.manifest.stage,
+        config=json.dumps(source.manifest.config, indent=2, sort_keys=True, ensure_ascii=False),
+    )
+
+
+STAGE = Stage(
+    name="register",
+    output="Checkpoint",
+    config=RegisterConfig,
+    run=run,
+    inputs={"model": "Checkpoint"},
+    optional_inputs={"report": "Report"},
+    main_metric="num_parameters",
+)
