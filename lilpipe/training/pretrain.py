@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from lilpipe import distributed
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import PretrainConfig
-from lilpipe.errors import ArtifactError, ConfigError
+from lilpipe.errors import ConfigError
 from lilpipe.evaluation.bits_per_byte import bits_per_byte
 from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training.curves import write_report
@@ -38,7 +37,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     assert isinstance(tokens, Artifact)
     assert config.seed is not None
     shards = TokenShards.open(tokens.path)
-    tokenizer = load_tokenizer(tokens, shards)
+    tokenizer = shards.tokenizer  # checked now and not after hours of training
     loader = PretrainLoader(
         shards,
         shares=source_shares(config.exercise_share, shards.sources),
@@ -73,22 +72,6 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         save_model(model, tokenizer, workspace.output)
         write_report(workspace, title="Pretraining", losses=result.losses, config=config, key_figures=metrics)
     return metrics
-
-
-def load_tokenizer(tokens: Artifact, shards: TokenShards) -> Tokenizer:
-    """The tokenizer that lies beside the shards, checked to be the one that made them."""
-    tokenizer = Tokenizer.load(tokens.path / "tokenizer")
-    if tokenizer.digest != shards.tokenizer_digest:
-        raise ArtifactError(
-            f"{tokens.uri}: the shards were made by tokenizer {shards.tokenizer_digest[:12]}, the one beside them is "
-            f"{tokenizer.digest[:12]}; the stage `tokens` must run again"
-        )
-    if tokenizer.vocab_size > shards.vocab_size:
-        raise ArtifactError(
-            f"{tokens.uri}: vocab_size: got {shards.vocab_size}, expected at least the tokenizer's "
-            f"{tokenizer.vocab_size}; the stage `tokens` must run again"
-        )
-    return tokenizer
 
 
 def source_shares(exercise_share: float, sources: tuple[str, ...]) -> dict[str, float]:
