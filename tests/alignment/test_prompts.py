@@ -29,7 +29,9 @@ PROMPT = Prompt("p", "sort", "Sort the list 3 1.", "1 3")
 SMALL = {"num_documents": 300, "num_demonstrations": 100, "num_train": 200, "num_dev": 60, "num_test": 60}
 
 
-@pytest.mark.parametrize("response", ["Answer: 1 3", "Sure. Answer: 1 3", "Answer:  1  3 \n", "Let me see.\nAnswer: 1 3"])
+@pytest.mark.parametrize(
+    "response", ["Answer: 1 3", "Sure. Answer: 1 3", "Answer:  1  3 \n", "Let me see.\nAnswer: 1 3"]
+)
 def test_a_right_answer_is_accepted(response):
     assert is_well_formed(response)
     assert verify(PROMPT, response)
