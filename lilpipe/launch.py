@@ -83,15 +83,6 @@ def _command(job: Path, num_processes: int) -> list[str]:
 
 
 def _start(command: list[str], environment: dict[str, str], output: Any) -> subprocess.Popen[bytes]:
-    parent = os.getpid()
-    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-    def die_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it died before the call above
-                os._exit(1)
-
     return subprocess.Popen(
         command,
         env=environment,
@@ -99,8 +90,22 @@ def _start(command: list[str], environment: dict[str, str], output: Any) -> subp
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=die_with_parent(),
     )
+
+
+def die_with_parent() -> Callable[[], None]:
+    """A ``preexec_fn`` by which Linux sends the child SIGTERM when the thread that started it ends."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+    def prepare() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it died before the call above
+                os._exit(1)
+
+    return prepare
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

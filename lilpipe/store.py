@@ -208,6 +208,12 @@ class Store:
             path.stem: json.loads(path.read_text()) for path in Path(self.root, "refs", pipeline_run).glob("*.json")
         }
 
+    def pipeline_runs(self, prefix: str = "") -> list[str]:
+        """The pipeline runs that have refs, by name."""
+        if self.fs is not None:
+            return sorted(Path(path).name for path in self.fs.glob(f"{self.root}/refs/{prefix}*"))
+        return sorted(path.name for path in Path(self.root, "refs").glob(f"{prefix}*"))
+
 
 @contextmanager
 def _explained(place: object) -> Iterator[None]:

@@ -1,0 +1,82 @@
+"""`python -m flows`: the flow `full-pipeline` in this process, as `make pipeline` runs it; no server is needed.
+
+If `make up` has a Prefect server running, the run shows there. Otherwise it gets an API of its own, on the same
+database, for as long as it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.servers import QUIET, Server, servers, temporary_prefect_api
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def pipeline(
+    recipe: Annotated[str, typer.Option(help="Recipe to start from.")] = "tiny",
+    config: Annotated[Path | None, typer.Option(help="TOML file whose values go over the recipe's.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="One setting, as sft.num_epochs=4.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all training stages.")] = None,
+) -> None:
+    """Run the full pipeline; what is cached is not run again."""
+    home = Path(".lilpipe").resolve()
+    home.mkdir(exist_ok=True)
+    sys.exit(_run(recipe, config, overrides or [], seed, _prefect_api(home)))
+
+
+def _prefect_api(home: Path) -> Server | None:
+    """Set this process up for a Prefect API: the one configured, the one of `make up`, or a temporary one."""
+    for name, value in {**QUIET, "PREFECT_HOME": str(home)}.items():
+        os.environ.setdefault(name, value)
+    # Prefect's own lines go to its API; on the console the display says the same more briefly.
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    if "PREFECT_API_URL" in os.environ:
+        return None
+    standing = servers(home)[0]
+    server = standing if standing.process() is not None else temporary_prefect_api(home)
+    os.environ["PREFECT_API_URL"] = f"{server.url}/api"
+    return server
+
+
+def _run(recipe: str, config: Path | None, overrides: list[str], seed: int | None, server: Server | None) -> int:
+    """Run the flow with a display, and return the exit status. Imports wait until the API is on its way."""
+    from lilpipe.config import load, parse_override
+    from lilpipe.display import Display
+    from lilpipe.errors import LilpipeError
+
+    display = Display()
+    try:
+        values = dict(parse_override(text) for text in overrides)
+        complete = load(recipe, file=config, overrides=values if seed is None else {**values, "seed": seed})
+        for module in ("mlflow", "torch"):  # both take seconds, and the flow will need them
+            threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
+        from flows.full_pipeline import full_pipeline
+        from flows.parameters import heard_by
+
+        if server is not None:
+            server.wait()
+        with heard_by(display):
+            state = full_pipeline(  # type: ignore[call-overload]
+                recipe=recipe, config=str(config) if config else None, overrides=values, seed=seed, return_state=True
+            )
+    except LilpipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not state.is_completed():
+        print(f"error: {state.message}", file=sys.stderr)
+        return 1
+    display.summary(complete)
+    return 0
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,56 @@
+"""The flow `full-pipeline`: from raw documents to an aligned model in the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
+from prefect.states import Completed, Failed
+
+from flows.parameters import Recipe, configure, current_listeners, run_name
+from lilpipe.errors import LilpipeError
+from lilpipe.runs import new_pipeline_run
+from lilpipe.tracking import MLflowTracker
+from tasks.stage import stage_task
+
+
+@flow(name="full-pipeline", flow_run_name=run_name, persist_result=False)
+def full_pipeline(
+    recipe: Recipe = "tiny",
+    config: str | None = None,
+    overrides: dict[str, Any] = {},  # noqa: B006 (Prefect shows it as the form's default)
+    seed: int | None = None,
+) -> State:
+    """Run every step of the pipeline in order; steps that the store holds already are not run again.
+
+    Args:
+        recipe: The complete configuration to start from.
+        config: A TOML file whose values go over the recipe's, by its path from the project's directory or in full.
+            It may name data of your own under `[[corpus.sources]]`.
+        overrides: Single settings over both, such as `{"sft.num_epochs": 4}`. `lilpipe/config.py` describes each.
+        seed: Seed of every training stage; the configuration's own (0) where none is given.
+    """
+    try:
+        pipeline = configure(recipe, config, overrides, seed)
+    except LilpipeError as error:
+        return Failed(message=str(error))
+    pipeline_run = new_pipeline_run(pipeline, created=flow_run_created())
+    tracker = MLflowTracker(pipeline, pipeline_run=pipeline_run)
+    try:
+        for step in pipeline.steps:
+            state = stage_task(pipeline, step)(
+                step, config=pipeline, pipeline_run=pipeline_run, tracker=tracker, listeners=current_listeners()
+            )
+            if state.is_failed():
+                return Failed(message=f"{step}: {state.message}")
+    finally:
+        tracker.close()
+    return Completed(message=f"All {len(pipeline.steps)} steps are in the store")
+
+
+def flow_run_created() -> Any:
+    """When the flow run was made: the same for each try of it, so that a retry stays in its pipeline run."""
+    context = FlowRunContext.get()
+    return context.flow_run.created if context and context.flow_run else None

@@ -1,0 +1,349 @@
+"""The servers on this machine: `python -m flows.servers up` and `down`, behind `make up` and `make down`.
+
+`up` starts a Prefect server, a worker of the process pool `local` and an MLflow server, all on loopback, waits until
+they answer and registers the deployments of `deploy/prefect.yaml`. What it started is recorded in `.lilpipe/servers/`,
+a process with the time at which it was started, so that `down` ends just that. The address of the Prefect server goes
+into a profile that Prefect reads in this directory (`[tool.prefect]` in `pyproject.toml`).
+
+A pipeline without servers gets a Prefect API of its own for as long as it runs: ``temporary_prefect_api``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from lilpipe.artifact import write_atomically
+from lilpipe.errors import LilpipeError
+from lilpipe.launch import die_with_parent
+
+HOST = "127.0.0.1"
+POOL = "local"
+START_SECONDS = 180
+STOP_SECONDS = 20
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+}
+TEMPORARY_API = {
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+}
+"""What makes the API of one run start faster."""
+
+
+class ServerError(LilpipeError):
+    """A server cannot be started: its port is taken, or it ended."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A process that is started by `up` and ended by `down`."""
+
+    name: str
+    command: Sequence[str]
+    home: Path
+    """The checkout's `.lilpipe`."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    port: int | None = None
+    port_variable: str = ""
+    health: str = ""
+    """Path that answers once the server is up."""
+    dies_with_parent: bool = False
+    """Whether the kernel ends it when this process dies, of whatever cause (Linux)."""
+
+    @property
+    def record(self) -> Path:
+        """Where its process id is kept."""
+        return self.home / "servers" / f"{self.name}.json"
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.home / "servers" / f"{self.name}.log"
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://{HOST}:{self.port}"
+
+    def process(self) -> psutil.Process | None:
+        """The process that `up` started, if it lives; another one that has since got its id does not count."""
+        try:
+            record = json.loads(self.record.read_text())
+            process = psutil.Process(record["pid"])
+            same = abs(process.create_time() - record["created"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+            return process if same else None
+        except (OSError, ValueError, KeyError, psutil.Error):
+            return None
+
+    def start(self) -> None:
+        """Start it, unless it runs. Raises ``ServerError`` if another program has its port."""
+        if self.process() is not None:
+            return
+        if self.port is not None and is_taken(self.port):
+            raise ServerError(
+                f"{self.name}: port {self.port} is taken by another program; stop that, or choose a free port: "
+                f"{self.port_variable}={self.port + 1} make up"
+            )
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                self.command,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=die_with_parent() if self.dies_with_parent else None,
+            )
+        created = psutil.Process(process.pid).create_time()
+        write_atomically(self.record, json.dumps({"pid": process.pid, "created": created, "port": self.port}))
+
+    def wait(self) -> None:
+        """Return once it answers. Raises ``ServerError`` if it ends or takes too long."""
+        deadline = time.time() + START_SECONDS
+        while not answers(self.url + self.health):
+            if self.process() is None or time.time() > deadline:
+                lines = self.log.read_text(errors="replace").splitlines()[-10:]
+                raise ServerError(f"{self.name}: did not start; the end of {self.log}:\n" + "\n".join(lines))
+            time.sleep(0.1)
+
+    def stop(self) -> bool:
+        """End the process and all of its group; returns whether there was one."""
+        process = self.process()
+        if process is not None:
+            for signum in (signal.SIGTERM, signal.SIGKILL):
+                try:
+                    os.killpg(process.pid, signum)
+                    psutil.wait_procs([process], timeout=STOP_SECONDS)
+                except ProcessLookupError:
+                    break
+        self.record.unlink(missing_ok=True)
+        return process is not None
+
+
+def is_taken(port: int) -> bool:
+    """Whether a program listens there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return True
+    return False
+
+
+def answers(url: str) -> bool:
+    """Whether the address gives a good answer now."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+# --- up and down --------------------------------------------------------------------------------------------------
+
+
+def servers(home: Path) -> tuple[Server, Server, Server]:
+    """Prefect's server, MLflow's server and the worker, in the order in which they are started."""
+    prefect_port = int(os.environ.get("PREFECT_PORT") or _recorded_port(home, "prefect") or 4200)
+    mlflow_port = int(os.environ.get("MLFLOW_PORT") or _recorded_port(home, "mlflow") or 5000)
+    prefect_address = f"http://{HOST}:{prefect_port}"
+    prefect = Server(
+        name="prefect",
+        command=[sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)],
+        home=home,
+        environment={**QUIET, "PREFECT_HOME": str(home), "PREFECT_UI_API_URL": f"{prefect_address}/api"},
+        port=prefect_port,
+        port_variable="PREFECT_PORT",
+        health="/api/health",
+    )
+    mlflow = Server(
+        name="mlflow",
+        command=_mlflow_command(home, mlflow_port),
+        home=home,
+        # Jobs are seven processes of 200 MB that nothing here uses.
+        environment={**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        port=mlflow_port,
+        port_variable="MLFLOW_PORT",
+        health="/health",
+    )
+    worker = Server(
+        name="worker",
+        command=[sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"],
+        home=home,
+        environment={
+            **QUIET,
+            "PREFECT_HOME": str(home),
+            "PREFECT_API_URL": f"{prefect_address}/api",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+            "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
+            "LILPIPE_STORE": os.environ.get("LILPIPE_STORE", str(home)),
+        },
+    )
+    return prefect, mlflow, worker
+
+
+def _mlflow_command(home: Path, port: int) -> list[str]:
+    """Artifacts are not proxied: clients on this machine write them, with a server or without, to one place."""
+    options = {
+        "--host": HOST,
+        "--port": str(port),
+        "--workers": "1",
+        "--backend-store-uri": f"sqlite:///{home / 'mlflow.db'}",
+        "--default-artifact-root": (home / "mlartifacts").as_uri(),
+    }
+    words = [word for option in options.items() for word in option]
+    return [sys.executable, "-m", "mlflow", "server", "--no-serve-artifacts", *words]
+
+
+def _recorded_port(home: Path, name: str) -> int | None:
+    """The port of a server that runs, so that `up` and `down` find it again without being told."""
+    server = Server(name, (), home)
+    return json.loads(server.record.read_text())["port"] if server.process() is not None else None
+
+
+def up(project: Path) -> tuple[str, str]:
+    """Start what is not running, register the deployments, and return the addresses of Prefect and MLflow."""
+    home = project / ".lilpipe"
+    prefect, mlflow, worker = servers(home)
+    prefect.start()
+    mlflow.start()
+    prefect.wait()
+    os.environ["PREFECT_API_URL"] = f"{prefect.url}/api"
+    write_atomically(home / "profiles.toml", PROFILE.format(url=prefect.url))
+    worker.start()
+    register_deployments(project, worker.environment)
+    add_crash_detection()
+    mlflow.wait()
+    return prefect.url, mlflow.url
+
+
+def down(project: Path) -> list[str]:
+    """End what `up` started; returns the names of what ran."""
+    home = project / ".lilpipe"
+    (home / "profiles.toml").unlink(missing_ok=True)
+    return [server.name for server in reversed(servers(home)) if server.stop()]
+
+
+PROFILE = """# Written by `make up`, removed by `make down`.
+active = "lilpipe"
+
+[profiles.lilpipe]
+PREFECT_API_URL = "{url}/api"
+"""
+
+
+def register_deployments(project: Path, environment: Mapping[str, str]) -> None:
+    """`prefect deploy` of all that `deploy/prefect.yaml` lists, into a pool that is made if absent."""
+    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
+    commands = (
+        [*prefect, "work-pool", "create", POOL, "--type", "process", "--overwrite"],
+        [*prefect, "deploy", "--all", "--prefect-file", "deploy/prefect.yaml"],
+    )
+    for command in commands:
+        done = subprocess.run(
+            command, cwd=project, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise ServerError(f"{' '.join(command[2:])} failed:\n{done.stdout}{done.stderr}")
+
+
+HEARTBEAT_SECONDS = 30
+SILENT_SECONDS = 90
+CRASH_DETECTION = "lilpipe: a flow run without heartbeat has crashed"
+
+
+def add_crash_detection() -> None:
+    """An automation that ends flow runs whose process and worker were both killed; they would run for ever."""
+    from prefect.automations import Automation, EventTrigger, Posture
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+
+    try:
+        Automation.read(name=CRASH_DETECTION)  # type: ignore[unused-coroutine]
+        return
+    except ValueError:
+        pass  # there is none yet
+    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+    trigger = EventTrigger(
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *ends},
+        match={"prefect.resource.id": ["prefect.flow-run.*"]},  # type: ignore[arg-type]
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=SILENT_SECONDS,  # type: ignore[arg-type]
+    )
+    crash = ChangeFlowRunState(state=StateType.CRASHED, message=f"No heartbeat for {SILENT_SECONDS} seconds")
+    Automation(name=CRASH_DETECTION, trigger=trigger, actions=[crash]).create()  # type: ignore[call-arg]
+
+
+# --- an API for one run -------------------------------------------------------------------------------------------
+
+
+def temporary_prefect_api(home: Path) -> Server:
+    """A Prefect API on a free port, until this process ends; call ``wait`` on it before the first flow.
+
+    Prefect's own ephemeral mode imports its server here before it starts it there. This one starts at once, so that
+    it comes up while this process still imports; and it dies with this process, however that ends.
+    """
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", HOST, "--port", str(port), "--log-level", "error", "--lifespan", "on"]
+    environment = {**QUIET, **TEMPORARY_API, "PREFECT_HOME": str(home)}
+    server = Server(
+        f"prefect-{os.getpid()}", command, home, environment, port=port, health="/api/health", dies_with_parent=True
+    )
+    server.start()
+    # Registered before Prefect is imported, and so called after Prefect has sent the last of its logs and events.
+    atexit.register(_remove, server)
+    return server
+
+
+def _remove(server: Server) -> None:
+    server.stop()
+    server.log.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`up` or `down`, in the current directory."""
+    project = Path.cwd()
+    try:
+        if list(arguments) == ["up"]:
+            prefect, mlflow = up(project)
+            print(f"Prefect  {prefect}\nMLflow   {mlflow}\n\nStart the pipeline: prefect deployment run full-pipeline")
+        elif list(arguments) == ["down"]:
+            print(f"stopped: {', '.join(down(project)) or 'nothing was running'}")
+        else:
+            print("usage: python -m flows.servers up|down", file=sys.stderr)
+            return 2
+    except LilpipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

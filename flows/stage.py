@@ -1,0 +1,50 @@
+"""The flow `stage`: one step of the pipeline, on the artifacts that the steps before it have left in the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
+
+from flows.full_pipeline import flow_run_created
+from flows.parameters import Recipe, configure, current_listeners, run_name
+from lilpipe.errors import LilpipeError
+from lilpipe.runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.store import Store
+from lilpipe.tracking import MLflowTracker
+from tasks.stage import stage_task
+
+
+@flow(name="stage", flow_run_name=run_name, persist_result=False)
+def run_one_stage(
+    stage: str,
+    recipe: Recipe = "tiny",
+    config: str | None = None,
+    overrides: dict[str, Any] = {},  # noqa: B006 (Prefect shows it as the form's default)
+    seed: int | None = None,
+) -> State:
+    """Run one step, as part of the latest pipeline run of this configuration; the steps before it must be done.
+
+    Args:
+        stage: The step to run: corpus, prompts, tokenizer, tokens, pretrain, rejection_sampling, sft, preferences,
+            dpo, grpo, evaluate, register, or one that the configuration adds.
+        recipe: The complete configuration to start from.
+        config: A TOML file whose values go over the recipe's, by its path from the project's directory or in full.
+        overrides: Single settings over both, such as `{"sft.num_epochs": 4}`. `lilpipe/config.py` describes each.
+        seed: Seed of every training stage; the configuration's own (0) where none is given.
+    """
+    try:
+        pipeline = configure(recipe, config, overrides, seed)
+        pipeline_run = latest_pipeline_run(pipeline, Store())
+    except LilpipeError as error:
+        return Failed(message=str(error))
+    pipeline_run = pipeline_run or new_pipeline_run(pipeline, created=flow_run_created())
+    tracker = MLflowTracker(pipeline, pipeline_run=pipeline_run)
+    try:
+        return stage_task(pipeline, stage)(
+            stage, config=pipeline, pipeline_run=pipeline_run, tracker=tracker, listeners=current_listeners()
+        )
+    finally:
+        tracker.close()

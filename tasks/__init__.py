@@ -1,0 +1,1 @@
+"""Prefect tasks: one, which runs a step of the pipeline."""

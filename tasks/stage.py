@@ -1,0 +1,144 @@
+"""The one Prefect task: it runs a step of the pipeline, whichever it is.
+
+Prefect retries, times and shows; whether a step is cached is decided by its fingerprint in ``lilpipe.pipeline``.
+So the task asks Prefect for no caching, hands over no data, and ends in a state called `Cached` where the store
+had the artifact. Only failures of infrastructure are retried: an error of config or data would come again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.logging.loggers import LoggingAdapter
+from prefect.states import Completed, Failed
+
+from lilpipe.artifact import Artifact
+from lilpipe.config import PipelineConfig
+from lilpipe.errors import LilpipeError
+from lilpipe.pipeline import Listener, PlannedStep, run_step
+from lilpipe.store import Store
+from lilpipe.tracking import MLflowTracker
+
+PROGRESS_SECONDS = 5
+"""Least time between two updates of a stage's progress."""
+
+
+def may_pass(_task: Any, _run: TaskRun, state: State) -> bool:
+    """Whether a failed try is worth another. An error of the user's ends as a returned state, without exception."""
+    return isinstance(state.data, BaseException)
+
+
+@task(
+    name="stage",
+    task_run_name="{step}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retry_condition_fn=may_pass,
+)
+def run_stage(
+    step: str,
+    *,
+    config: PipelineConfig,
+    pipeline_run: str,
+    tracker: MLflowTracker,
+    listeners: Sequence[Listener] = (),
+) -> State:
+    """Run one step, unless the store has it, and return the state in which it ended.
+
+    An error that the user can mend becomes a failed state with its message; any other is raised, and retried.
+    """
+    heard_by = (*listeners, tracker, StagePage(tracker))
+    try:
+        _, cached = run_step(config, step, store=Store(), pipeline_run=pipeline_run, listeners=heard_by)
+    except LilpipeError as error:
+        get_run_logger().error("%s", error)
+        return Failed(message=str(error))
+    return Completed(name="Cached", message="Found in the store") if cached else Completed()
+
+
+def stage_task(config: PipelineConfig, step: str) -> Any:
+    """``run_stage`` with the retries and the timeout that the configuration gives this step."""
+    settings = config.orchestration
+    return run_stage.with_options(
+        retries=settings.retries,
+        retry_delay_seconds=settings.retry_delay_seconds,
+        timeout_seconds=settings.stage_timeout_seconds.get(step, settings.timeout_seconds),
+    )
+
+
+class StagePage:
+    """What a stage shows on its page in Prefect: log lines, its progress, its metrics, a link to its MLflow run."""
+
+    def __init__(self, tracker: MLflowTracker) -> None:
+        self.logger: LoggingAdapter = get_run_logger()  # type: ignore[assignment]
+        self.tracker = tracker
+        self._progress: Any = None
+        self._updated = 0.0
+
+    def stage_started(self, step: str, planned: PlannedStep) -> None:
+        """Say why it runs."""
+        self.logger.info("%s runs (%s)", step, planned.reason)
+        self._progress = self._show(
+            create_progress_artifact, 0.0, key=f"{_key(step)}-progress", description=f"{step}: starting"
+        )
+
+    def stage_event(self, step: str, event: dict[str, Any]) -> None:
+        """Pass messages on, and progress now and then."""
+        if "message" in event:
+            self.logger.info("%s", event["message"])
+        elif self._progress is not None and time.time() - self._updated >= PROGRESS_SECONDS:
+            self._updated = time.time()
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())
+            text = f"{step}: {event['done']:,} of {event['total']:,} {event['unit']}" + (f", {numbers}" * bool(numbers))
+            self.logger.info("%s", text)
+            percent = 100 * event["done"] / max(event["total"], 1)
+            self._show(update_progress_artifact, self._progress, percent, description=text)
+
+    def stage_finished(self, step: str, artifact: Artifact, *, cached: bool, seconds: float) -> None:
+        """Show the metrics and where everything lies."""
+        self.logger.info("%s %s", step, "found in the store" if cached else f"done in {seconds:.1f} s")
+        if self._progress is not None:
+            self._show(update_progress_artifact, self._progress, 100.0, description=f"{step}: done")
+        self._show(
+            create_markdown_artifact, describe(artifact), key=_key(step), description=f"{step}: artifact and metrics"
+        )
+        if url := self.tracker.run_url(step):
+            self._show(create_link_artifact, url, key=f"{_key(step)}-mlflow", link_text=f"{step} in MLflow")
+
+    def stage_failed(self, step: str, error: BaseException) -> None:
+        """Nothing: Prefect shows the error."""
+
+    def _show(self, function: Any, *arguments: Any, **options: Any) -> Any:
+        """Call Prefect for something that is only shown: that its server does not answer costs no stage."""
+        try:
+            return function(*arguments, **options)
+        except Exception as error:
+            self.logger.warning("Prefect did not take %s: %s", function.__name__, error)
+            return None
+
+
+def describe(artifact: Artifact) -> str:
+    """An artifact in Markdown: where it lies, its digest, its metrics."""
+    manifest = artifact.manifest
+    rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in manifest.metrics.items())
+    table = f"\n\n| metric | value |\n| --- | --- |\n{rows}" if rows else ""
+    return (
+        f"**{manifest.step}**: {manifest.kind} of stage `{manifest.stage}`, made {manifest.created_at} in "
+        f"{manifest.elapsed_seconds:.1f} s\n\n`{artifact.uri}`\n\ncontent `{artifact.content_digest}`{table}\n"
+    )
+
+
+def _key(step: str) -> str:
+    """A step's name as Prefect allows it in an artifact's key."""
+    return "".join(letter if letter.isalnum() else "-" for letter in step.lower())
