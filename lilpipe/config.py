@@ -205,7 +205,9 @@ class TokenizerConfig(Section):
     pattern: str = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
     """Regular expression that splits text before merging; the default takes digits one by one."""
     max_bytes: PositiveInt | None = None
-    """Train on at most this many bytes of text, in corpus order."""
+    """Train on at most this many bytes of the corpus, in its order (which is random)."""
+    max_exercise_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """The exercises of the `prompts` stage, where it is an input, are at most this share of the training bytes."""
 
 
 class TokensConfig(Section):

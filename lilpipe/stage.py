@@ -25,7 +25,7 @@ STAGES: dict[str, str] = {
     "corpus": "lilpipe.data.corpus",
     "prompts": "lilpipe.alignment.prompts",
     "tokenizer": "lilpipe.tokenizer.bpe",
-    "tokens": "lilpipe.tokens.shards",
+    "tokens": "lilpipe.tokens.build",
     "pretrain": "lilpipe.training.pretrain",
     "rejection_sampling": "lilpipe.alignment.rejection_sampling",
     "sft": "lilpipe.training.sft",

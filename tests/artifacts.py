@@ -1,0 +1,38 @@
+"""Fabricated input artifacts."""
+
+from typing import Any, cast
+
+from lilpipe.alignment.prompts import DOCUMENT_SCHEMA
+from lilpipe.alignment.tables import write_table as write_rows_whole
+from lilpipe.artifact import Artifact, Manifest
+from lilpipe.data.documents import DOCUMENTS, write_rows
+
+
+def artifact(path):
+    """An artifact of which only the files matter."""
+    return Artifact(uri=str(path), path=path, manifest=cast(Manifest, None))
+
+
+def corpus(path, texts, *, source="books", rows_per_file=7):
+    """A Corpus artifact of these texts, in files of a few rows."""
+    for start in range(0, len(texts), rows_per_file):
+        rows: list[dict[str, Any]] = [
+            {
+                **dict.fromkeys(("name", "version", "licence", "file"), ""),
+                "id": f"{source}/{index}",
+                "text": texts[index],
+                "source": source,
+                "row": index,
+                "num_bytes": len(texts[index].encode()),
+            }
+            for index in range(start, min(start + rows_per_file, len(texts)))
+        ]
+        write_rows(path / "documents" / f"{start // rows_per_file:05d}.arrow", rows, DOCUMENTS)
+    return artifact(path)
+
+
+def prompts(path, exercises):
+    """A Prompts artifact with these exercises and nothing else."""
+    rows = [{"id": f"exercise/{index}", "text": text} for index, text in enumerate(exercises)]
+    write_rows_whole(path / "documents.arrow", rows, DOCUMENT_SCHEMA)
+    return artifact(path)
