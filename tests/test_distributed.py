@@ -38,7 +38,7 @@ def test_two_workers_know_their_places_and_add_up(reports):
 
 @pytest.mark.parametrize(("kind", "dtype"), workers.CASES)
 def test_two_workers_train_as_one_does(reports, tmp_path, kind, dtype):
-    expected = workers.train_all(tmp_path)[f"{kind}-{dtype}"]
+    expected = workers.train(tmp_path, kind, dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     for report in reports:
         assert report["losses"][f"{kind}-{dtype}"] == pytest.approx(expected, rel=0, abs=tolerance)

@@ -1,0 +1,166 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from lilpipe.artifact import content_digest, list_files
+from lilpipe.config import ModelConfig, OptimizerConfig, PretrainConfig
+from lilpipe.errors import ArtifactError, ConfigError, DataError
+from lilpipe.model.hub import load_model
+from lilpipe.stage import Workspace, get_stage
+from lilpipe.tokens.loader import PretrainLoader
+from lilpipe.tokens.shards import TokenShards
+from lilpipe.training import pretrain
+from tests.training.conftest import write_tokens
+
+MODEL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=24)
+
+
+def config(**settings):
+    values = {
+        "seed": 3,
+        "model": MODEL,
+        "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
+        "num_steps": 40,
+        "batch_size": 4,
+        "eval_every": 20,
+        "eval_rows": 5,
+        "checkpoint_every": 10,
+    }
+    return PretrainConfig.model_validate({**values, **settings})
+
+
+@pytest.fixture(scope="module")
+def trained(tokens, tmp_path_factory):
+    workspace = Workspace(tmp_path_factory.mktemp("pretrain"))
+    return workspace, pretrain.run(config(), {"tokens": tokens}, workspace)
+
+
+def digest(workspace):
+    return content_digest(list_files(workspace.output))
+
+
+def test_the_stage_is_known_by_its_name():
+    assert get_stage("pretrain").output == "Checkpoint"
+
+
+def test_training_lowers_bits_per_byte_of_both_sources(trained):
+    workspace, metrics = trained
+    points = [json.loads(line)["metrics"] for line in workspace.events.read_text().splitlines()]
+    for source in ("corpus", "exercises"):
+        name = f"validation_bits_per_byte_{source}"
+        first, last = (point[name] for point in points if name in point)
+        assert metrics[name] == last < first < 8.5
+
+
+def test_bits_per_byte_are_what_transformers_says_of_the_saved_model(trained, tokens):
+    workspace, metrics = trained
+    theirs = AutoModelForCausalLM.from_pretrained(workspace.output)
+    loader = PretrainLoader(
+        TokenShards.open(tokens.path), shares={"corpus": 1.0}, seq_len=24, batch_size=4, num_steps=1, seed=0
+    )
+    inputs, targets, num_bytes = loader.validation("corpus", 5)
+    with torch.no_grad():
+        logits = theirs(input_ids=inputs).logits
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+    assert metrics["validation_bits_per_byte_corpus"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_metrics_count_tokens_and_parameters(trained):
+    _, metrics = trained
+    assert metrics["tokens"] == 40 * 4 * 24
+    # Embedding; q and o, k and v, three of the MLP, two norms; the last norm.
+    assert metrics["num_parameters"] == 264 * 16 + (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32 + 2 * 16) + 16
+    assert metrics["train_loss"] < math.log(264)
+
+
+def test_the_output_is_a_checkpoint_with_its_tokenizer_and_a_report(trained, tokenizer):
+    workspace, _ = trained
+    _, saved = load_model(workspace.output)
+    assert saved.digest == tokenizer.digest
+    page = (workspace.report / "report.html").read_text()
+    assert "validation bits per byte corpus" in page
+    assert "optimizer.learning_rate" in page
+
+
+def test_a_run_killed_between_and_after_its_steps_ends_in_the_same_bytes(trained, tokens, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dying(*args):
+        raise Killed
+
+    workspace = Workspace(tmp_path)
+    batch = PretrainLoader.batch
+
+    def dying_batch(self, step, **options):
+        return dying() if step == 17 else batch(self, step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            PretrainLoader, "batch", lambda self, step, **o: dying() if step == 17 else batch(self, step, **o)
+        )
+        with pytest.raises(Killed):
+            pretrain.run(config(), {"tokens": tokens}, workspace)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "save_model", dying)
+        with pytest.raises(Killed):
+            pretrain.run(config(), {"tokens": tokens}, workspace)
+    pretrain.run(config(), {"tokens": tokens}, workspace)
+    assert digest(workspace) == digest(trained[0])
+
+
+def test_settings_that_cannot_change_the_model_do_not(trained, tokens, tmp_path):
+    workspace = Workspace(tmp_path)
+    pretrain.run(config(checkpoint_every=7, eval_every=3, log_every=1), {"tokens": tokens}, workspace)
+    assert digest(workspace) == digest(trained[0])
+
+
+@pytest.mark.parametrize("settings", [{"seed": 4}, {"exercise_share": 0.25}])
+def test_seed_and_shares_change_the_model(trained, tokens, tmp_path, settings):
+    workspace = Workspace(tmp_path)
+    pretrain.run(config(**settings), {"tokens": tokens}, workspace)
+    assert digest(workspace) != digest(trained[0])
+
+
+def test_accumulation_gives_the_same_losses(trained, tokens, tmp_path):
+    metrics = pretrain.run(config(accumulation_steps=2), {"tokens": tokens}, Workspace(tmp_path))
+    assert metrics["train_loss"] == pytest.approx(trained[1]["train_loss"], abs=2e-5)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_exercises_asked_for_and_not_there_are_an_error_that_names_the_setting(tokenizer, tmp_path):
+    texts = {"corpus": {"train": ["some text here"] * 40, "validation": ["other text here"] * 4}}
+    tokens = write_tokens(tmp_path / "tokens", tokenizer, texts)
+    with pytest.raises(ConfigError, match=r"pretrain.exercise_share: got 0.5.*hold corpus alone; set it to 0"):
+        pretrain.run(config(), {"tokens": tokens}, Workspace(tmp_path / "a"))
+    metrics = pretrain.run(config(exercise_share=0.0, num_steps=1), {"tokens": tokens}, Workspace(tmp_path / "b"))
+    assert "validation_bits_per_byte_corpus" in metrics
+    assert "validation_bits_per_byte_exercises" not in metrics
+
+
+def test_a_corpus_too_small_for_one_batch_is_an_error(tokenizer, tmp_path):
+    texts = {"corpus": {"train": ["some text here"] * 3, "validation": ["other text here"] * 4}}
+    tokens = write_tokens(tmp_path / "tokens", tokenizer, texts)
+    with pytest.raises(DataError, match="one batch"):
+        pretrain.run(config(exercise_share=0.0), {"tokens": tokens}, Workspace(tmp_path / "a"))
+
+
+def test_shards_of_another_tokenizer_are_an_error(tokenizer, tmp_path):
+    texts = {"corpus": {"train": ["some text here"] * 40, "validation": ["other text here"] * 4}}
+    tokens = write_tokens(tmp_path, tokenizer, texts)
+    index = json.loads((tmp_path / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps({**index, "tokenizer_digest": "0" * 64}))
+    with pytest.raises(ArtifactError, match="tokenizer"):
+        pretrain.run(config(exercise_share=0.0), {"tokens": tokens}, Workspace(tmp_path / "work"))
+
+
+def test_a_learning_rate_that_is_far_too_high_is_told_with_its_step(tokens, tmp_path):
+    optimizer = OptimizerConfig(learning_rate=1e38, warmup_steps=0)
+    with pytest.raises(ConfigError, match=r"step \d+: .*lower optimizer.learning_rate"):
+        pretrain.run(config(optimizer=optimizer), {"tokens": tokens}, Workspace(tmp_path))
