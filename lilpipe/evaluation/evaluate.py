@@ -37,7 +37,7 @@ from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokens.loader import PretrainLoader
+from lilpipe.tokens.loader import validation_rows
 from lilpipe.tokens.shards import TokenShards
 
 EVALUATION_SCHEMA = SAMPLE_SCHEMA.append(pa.field("greedy", pa.bool_()))
@@ -122,10 +122,8 @@ def validation_bits(
 
 def _bits(model: Transformer, shards: TokenShards, num_rows: int) -> float:
     source = CORPUS if CORPUS in shards.sources else shards.sources[0]
-    loader = PretrainLoader(
-        shards, shares={source: 1.0}, seq_len=model.config.max_seq_len, batch_size=1, num_steps=1, seed=0
-    )
-    inputs_BT, targets_BT, num_bytes = loader.validation(source, num_rows)
+    seq_len = model.config.max_seq_len
+    inputs_BT, targets_BT, num_bytes = validation_rows(shards, source, num_rows=num_rows, seq_len=seq_len)
     return bits_per_byte(model, inputs_BT.to(model.device), targets_BT.to(model.device), num_bytes)
 
 

@@ -1,10 +1,13 @@
 """Tiny models over bytes, and artifacts that hold them."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from lilpipe import distributed
 from lilpipe.alignment import prompts as prompts_module
 from lilpipe.artifact import Artifact, Manifest, content_digest, list_files
 from lilpipe.config import ModelConfig, PromptsConfig, TokenizerConfig
@@ -44,6 +47,26 @@ def as_artifact(path, *, kind, stage="", step=""):
 def digest_of(workspace):
     """Digest over a stage's data files."""
     return content_digest(list_files(workspace.output))
+
+
+@pytest.fixture
+def as_workers(monkeypatch):
+    """Calls a function of the rank on every rank at once, as threads that meet at the barrier."""
+
+    def call(num_workers, function):
+        local = threading.local()
+        monkeypatch.setattr(distributed, "rank", lambda: local.rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: num_workers)
+        monkeypatch.setattr(distributed, "barrier", threading.Barrier(num_workers, timeout=60).wait)
+
+        def work(rank):
+            local.rank = rank
+            return function(rank)
+
+        with ThreadPoolExecutor(num_workers) as pool:
+            return list(pool.map(work, range(num_workers)))
+
+    return call
 
 
 @pytest.fixture(scope="session")

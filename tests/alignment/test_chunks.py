@@ -1,7 +1,6 @@
 import pyarrow as pa
 import pytest
 
-from lilpipe import distributed
 from lilpipe.alignment.chunks import run_chunks
 from lilpipe.stage import Workspace
 
@@ -35,16 +34,11 @@ def test_a_killed_run_works_only_the_chunks_that_are_missing(tmp_path):
     assert worked == [0, 1, 2, 3]
 
 
-def test_ranks_share_the_chunks_and_all_read_the_whole(tmp_path, monkeypatch):
+def test_ranks_share_the_chunks_and_all_read_the_whole(tmp_path, as_workers):
     worked = {0: [], 1: []}
 
-    def as_rank(rank, barrier):
-        monkeypatch.setattr(distributed, "rank", lambda: rank)
-        monkeypatch.setattr(distributed, "world_size", lambda: 2)
-        monkeypatch.setattr(distributed, "barrier", barrier)
+    def on_rank(rank):
         return run(Workspace(tmp_path, rank=rank), lambda index: worked[rank].append(index) or squares(index))
 
-    expected = [0, 0, 1, 1, 2, 4, 3, 9]
-    # While rank 0 waits at the barrier, rank 1 does its part.
-    assert as_rank(0, lambda: as_rank(1, lambda: None) == expected or pytest.fail("rank 1")) == expected
+    assert as_workers(2, on_rank) == [[0, 0, 1, 1, 2, 4, 3, 9]] * 2
     assert worked == {0: [0, 2], 1: [1, 3]}

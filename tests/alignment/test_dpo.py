@@ -11,14 +11,21 @@ from lilpipe.config import DPOConfig, OptimizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.hub import load_model
 from lilpipe.stage import Workspace
+from lilpipe.tokenizer.chat_template import Message
 from tests.alignment.conftest import as_artifact, digest_of
 
 CONFIG = DPOConfig(seed=0, batch_size=4, num_epochs=3, checkpoint_every=2, log_every=1)
 
 
 def pair(index, split="train"):
-    prompt = [{"role": "user", "content": f"Copy {index}."}]
+    prompt: list[Message] = [{"role": "user", "content": f"Copy {index}."}]
     return Pair(f"{split}/{index}", split, prompt, f"Answer: {index}", f"Sure, I can. Answer: {index}")
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Drawing takes longer than training here; test_reports draws them."""
+    monkeypatch.setattr("lilpipe.alignment.dpo.write_report", lambda *args, **options: None)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,9 @@ from lilpipe.alignment.families import FAMILIES, MAX_LENGTH, NAMES
 
 
 def items(question):
-    return re.search(r"the list ([^.?]*)", question)[1].split()
+    match = re.search(r"the list ([^.?]*)", question)
+    assert match
+    return match[1].split()
 
 
 def numbers(question):

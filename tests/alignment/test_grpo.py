@@ -23,6 +23,12 @@ CONFIG = GRPOConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Drawing takes longer than training here; test_reports draws them."""
+    monkeypatch.setattr("lilpipe.alignment.grpo.write_report", lambda *args, **options: None)
+
+
 @pytest.fixture
 def inputs(make_checkpoint, prompts):
     return {"model": make_checkpoint(), "prompts": prompts}

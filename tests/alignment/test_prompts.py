@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,13 @@ from tests.alignment.conftest import digest_of
 
 PROMPT = Prompt("p", "sort", "Sort the list 3 1.", "1 3")
 
-SMALL = {"num_documents": 300, "num_demonstrations": 100, "num_train": 200, "num_dev": 60, "num_test": 60}
+SMALL: dict[str, Any] = {
+    "num_documents": 300,
+    "num_demonstrations": 100,
+    "num_train": 200,
+    "num_dev": 60,
+    "num_test": 60,
+}
 
 
 @pytest.mark.parametrize(

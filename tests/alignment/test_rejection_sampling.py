@@ -1,12 +1,11 @@
 import pytest
 
-from lilpipe import distributed
 from lilpipe.alignment import completions, rejection_sampling
 from lilpipe.alignment.prompts import read_conversations, read_prompts, verify
 from lilpipe.alignment.rejection_sampling import keep_correct, run
 from lilpipe.alignment.tables import read_table
 from lilpipe.config import RejectionSamplingConfig, SamplingConfig
-from lilpipe.errors import ConfigError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import Sample
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import digest_of
@@ -105,23 +104,10 @@ def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path, inputs
     assert digest_of(Workspace(tmp_path / "killed")) == digest_of(Workspace(tmp_path / "whole"))
 
 
-def test_two_workers_give_the_bytes_of_one(tmp_path, inputs, monkeypatch):
-    run(CONFIG, inputs, Workspace(tmp_path / "one"))
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
-
-    class AtBarrier(Exception):
-        pass
-
-    def stop():
-        raise AtBarrier
-
-    monkeypatch.setattr(distributed, "barrier", stop)
-    with pytest.raises(AtBarrier):
-        run(CONFIG, inputs, Workspace(tmp_path / "two", rank=1))
-    monkeypatch.setattr(distributed, "rank", lambda: 0)
-    monkeypatch.setattr(distributed, "barrier", lambda: None)
-    run(CONFIG, inputs, Workspace(tmp_path / "two"))
+def test_two_workers_give_the_bytes_of_one(tmp_path, inputs, as_workers):
+    one = run(CONFIG, inputs, Workspace(tmp_path / "one"))
+    two = as_workers(2, lambda rank: run(CONFIG, inputs, Workspace(tmp_path / "two", rank=rank)))
+    assert two == [one, one]
     assert digest_of(Workspace(tmp_path / "two")) == digest_of(Workspace(tmp_path / "one"))
 
 
@@ -140,7 +126,5 @@ def test_a_model_that_solves_nothing_gives_no_conversations_and_says_so(tmp_path
 
 def test_held_out_questions_stop_the_stage(tmp_path, inputs, monkeypatch):
     monkeypatch.setattr(rejection_sampling, "read_prompts", lambda path, split: read_prompts(path, "dev"))
-    from lilpipe.errors import DataError
-
     with pytest.raises(DataError, match="12 training questions occur"):
         run(CONFIG, inputs, Workspace(tmp_path))
