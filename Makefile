@@ -18,7 +18,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 INSTALLED := $(VENV)/.installed
 
 pipeline: setup ## Run the full pipeline; CONFIG=mine.toml lays your settings over the recipe
-	@$(BIN)/python -m flows.full_pipeline --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python -m flows --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(SEED),--seed $(SEED))
 
 test: setup ## Lint-free, offline, on the CPU, at most 6 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -30,10 +30,10 @@ lint: setup ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 up: setup ## Start Prefect, a worker and MLflow on loopback, and register the deployments
-	@$(BIN)/python -m deploy.servers up
+	@$(BIN)/python -m flows.servers up
 
 down: ## Stop what `make up` started
-	@if [ -x $(BIN)/python ]; then $(BIN)/python -m deploy.servers down; fi
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -m flows.servers down; fi
 
 seeds: setup ## The pipeline on three seeds, and the table over them
 	$(BIN)/python -m tests.benchmarks.three_seeds

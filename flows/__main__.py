@@ -7,6 +7,7 @@ database, for as long as it runs.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -39,6 +40,7 @@ def _prefect_api(home: Path) -> Server | None:
         os.environ.setdefault(name, value)
     # Prefect's own lines go to its API; on the console the display says the same more briefly.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    logging.getLogger("lilpipe").addHandler(logging.StreamHandler())
     if "PREFECT_API_URL" in os.environ:
         return None
     standing = servers(home)[0]
@@ -60,7 +62,7 @@ def _run(recipe: str, config: Path | None, overrides: list[str], seed: int | Non
         for module in ("mlflow", "torch"):  # both take seconds, and the flow will need them
             threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
         from flows.full_pipeline import full_pipeline
-        from flows.parameters import heard_by
+        from tasks.stage import heard_by
 
         if server is not None:
             server.wait()

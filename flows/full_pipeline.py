@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 
-from flows.parameters import Recipe, configure, current_listeners, run_name
+from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
 from lilpipe.runs import new_pipeline_run
 from lilpipe.tracking import MLflowTracker
-from tasks.stage import stage_task
+from tasks.stage import run_configured
 
 
 @flow(name="full-pipeline", flow_run_name=run_name, persist_result=False)
@@ -36,21 +36,10 @@ def full_pipeline(
         pipeline = configure(recipe, config, overrides, seed)
     except LilpipeError as error:
         return Failed(message=str(error))
-    pipeline_run = new_pipeline_run(pipeline, created=flow_run_created())
-    tracker = MLflowTracker(pipeline, pipeline_run=pipeline_run)
-    try:
+    tracker = MLflowTracker(pipeline, pipeline_run=new_pipeline_run(pipeline, created=flow_run_created()))
+    with closing(tracker):
         for step in pipeline.steps:
-            state = stage_task(pipeline, step)(
-                step, config=pipeline, pipeline_run=pipeline_run, tracker=tracker, listeners=current_listeners()
-            )
-            if state.is_failed():
+            state = run_configured(pipeline, step, tracker)
+            if not state.is_completed():
                 return Failed(message=f"{step}: {state.message}")
-    finally:
-        tracker.close()
     return Completed(message=f"All {len(pipeline.steps)} steps are in the store")
-
-
-def flow_run_created() -> Any:
-    """When the flow run was made: the same for each try of it, so that a retry stays in its pipeline run."""
-    context = FlowRunContext.get()
-    return context.flow_run.created if context and context.flow_run else None

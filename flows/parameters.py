@@ -1,23 +1,19 @@
-"""What the flows have in common: their parameters' types, and from these a configuration and a run's name."""
+"""What the flows have in common: their parameters, and what these stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from lilpipe.config import PipelineConfig, load
 from lilpipe.errors import LilpipeError
-from lilpipe.pipeline import Listener
 
 Recipe = Literal["tiny"]
 """The names in ``lilpipe.recipes.RECIPES``, spelled out so that Prefect's form offers them."""
-
-_listeners: ContextVar[Sequence[Listener]] = ContextVar("listeners", default=())
 
 
 def configure(recipe: str, config: str | None, overrides: dict[str, Any], seed: int | None) -> PipelineConfig:
@@ -39,16 +35,7 @@ def run_name() -> str:
     return f"{what}, seed {seed}"
 
 
-@contextmanager
-def heard_by(*listeners: Listener) -> Iterator[None]:
-    """Let a display of this process hear the flows that are called inside; a flow's parameters cannot carry it."""
-    token = _listeners.set(listeners)
-    try:
-        yield
-    finally:
-        _listeners.reset(token)
-
-
-def current_listeners() -> Sequence[Listener]:
-    """Who hears the flow that runs."""
-    return _listeners.get()
+def flow_run_created() -> datetime | None:
+    """When the flow run was made: the same for each try of it, so that a retry stays in its pipeline run."""
+    context = FlowRunContext.get()
+    return context.flow_run.created if context and context.flow_run else None

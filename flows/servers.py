@@ -195,6 +195,7 @@ def servers(home: Path) -> tuple[Server, Server, Server]:
             **QUIET,
             "PREFECT_HOME": str(home),
             "PREFECT_API_URL": f"{prefect_address}/api",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
             "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
             "LILPIPE_STORE": os.environ.get("LILPIPE_STORE", str(home)),
@@ -231,8 +232,8 @@ def up(project: Path) -> tuple[str, str]:
     prefect.wait()
     os.environ["PREFECT_API_URL"] = f"{prefect.url}/api"
     write_atomically(home / "profiles.toml", PROFILE.format(url=prefect.url))
-    worker.start()
     register_deployments(project, worker.environment)
+    worker.start()
     add_crash_detection()
     mlflow.wait()
     return prefect.url, mlflow.url
@@ -255,17 +256,22 @@ PREFECT_API_URL = "{url}/api"
 
 def register_deployments(project: Path, environment: Mapping[str, str]) -> None:
     """`prefect deploy` of all that `deploy/prefect.yaml` lists, into a pool that is made if absent."""
-    prefect = [sys.executable, "-m", "prefect", "--no-prompt"]
-    commands = (
-        [*prefect, "work-pool", "create", POOL, "--type", "process", "--overwrite"],
-        [*prefect, "deploy", "--all", "--prefect-file", "deploy/prefect.yaml"],
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
+    options = ["--all", "--prefect-file", "deploy/prefect.yaml"]
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", *options],
+        cwd=project,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    for command in commands:
-        done = subprocess.run(
-            command, cwd=project, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise ServerError(f"{' '.join(command[2:])} failed:\n{done.stdout}{done.stderr}")
+    if done.returncode:
+        raise ServerError(f"prefect deploy {' '.join(options)} failed:\n{done.stdout}{done.stderr}")
 
 
 HEARTBEAT_SECONDS = 30
@@ -294,8 +300,9 @@ def add_crash_detection() -> None:
         threshold=1,
         within=SILENT_SECONDS,  # type: ignore[arg-type]
     )
-    crash = ChangeFlowRunState(state=StateType.CRASHED, message=f"No heartbeat for {SILENT_SECONDS} seconds")
-    Automation(name=CRASH_DETECTION, trigger=trigger, actions=[crash]).create()  # type: ignore[call-arg]
+    message = f"No heartbeat for {SILENT_SECONDS} seconds"
+    crash = ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message=message, force=False)
+    Automation(name=CRASH_DETECTION, trigger=trigger, actions=[crash]).create()
 
 
 # --- an API for one run -------------------------------------------------------------------------------------------

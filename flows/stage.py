@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from flows.full_pipeline import flow_run_created
-from flows.parameters import Recipe, configure, current_listeners, run_name
+from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
 from lilpipe.runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker
-from tasks.stage import stage_task
+from tasks.stage import run_configured
 
 
 @flow(name="stage", flow_run_name=run_name, persist_result=False)
@@ -41,10 +41,5 @@ def run_one_stage(
     except LilpipeError as error:
         return Failed(message=str(error))
     pipeline_run = pipeline_run or new_pipeline_run(pipeline, created=flow_run_created())
-    tracker = MLflowTracker(pipeline, pipeline_run=pipeline_run)
-    try:
-        return stage_task(pipeline, stage)(
-            stage, config=pipeline, pipeline_run=pipeline_run, tracker=tracker, listeners=current_listeners()
-        )
-    finally:
-        tracker.close()
+    with closing(MLflowTracker(pipeline, pipeline_run=pipeline_run)) as tracker:
+        return run_configured(pipeline, stage, tracker)

@@ -41,6 +41,8 @@ DIGEST_CHARS = 32
 CLIENT_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default waits minutes for a server that is down
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
@@ -149,10 +151,12 @@ class MLflowTracker:
         """The client; made when first needed, for importing MLflow takes more than a second."""
         for name, value in CLIENT_SETTINGS.items():
             os.environ.setdefault(name, value)
+        import mlflow
         from mlflow import MlflowClient
 
         if not (uri := tracking_uri()).startswith("http"):
             Path(".lilpipe").mkdir(exist_ok=True)
+        mlflow.set_tracking_uri(uri)  # the registry looks for a version's model there and not where the client does
         return MlflowClient(uri)
 
     @functools.cached_property
@@ -359,6 +363,7 @@ class MLflowTracker:
             source=f"models:/{model_id}",
             run_id=run_id,
             model_id=model_id,
+            await_creation_for=0,
             tags={"content_digest": artifact.content_digest, "uri": artifact.uri},
             description=f"From [this run]({self._page(run_id)}), made from {links}.",
         )

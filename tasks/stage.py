@@ -8,7 +8,9 @@ had the artifact. Only failures of infrastructure are retried: an error of confi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from prefect import get_run_logger, task
@@ -30,6 +32,8 @@ from lilpipe.pipeline import Listener, PlannedStep, run_step
 from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker
 
+_listeners: ContextVar[Sequence[Listener]] = ContextVar("listeners", default=())
+
 PROGRESS_SECONDS = 5
 """Least time between two updates of a stage's progress."""
 
@@ -50,7 +54,6 @@ def run_stage(
     step: str,
     *,
     config: PipelineConfig,
-    pipeline_run: str,
     tracker: MLflowTracker,
     listeners: Sequence[Listener] = (),
 ) -> State:
@@ -58,23 +61,34 @@ def run_stage(
 
     An error that the user can mend becomes a failed state with its message; any other is raised, and retried.
     """
-    heard_by = (*listeners, tracker, StagePage(tracker))
+    everyone = (*listeners, tracker, StagePage(tracker))
     try:
-        _, cached = run_step(config, step, store=Store(), pipeline_run=pipeline_run, listeners=heard_by)
+        _, cached = run_step(config, step, store=Store(), pipeline_run=tracker.pipeline_run, listeners=everyone)
     except LilpipeError as error:
         get_run_logger().error("%s", error)
         return Failed(message=str(error))
     return Completed(name="Cached", message="Found in the store") if cached else Completed()
 
 
-def stage_task(config: PipelineConfig, step: str) -> Any:
-    """``run_stage`` with the retries and the timeout that the configuration gives this step."""
+@contextmanager
+def heard_by(*listeners: Listener) -> Iterator[None]:
+    """Let a display of this process hear the flows that are called inside; a flow's parameters cannot carry it."""
+    token = _listeners.set(listeners)
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+def run_configured(config: PipelineConfig, step: str, tracker: MLflowTracker) -> State:
+    """Run one step as a task, with the retries and the timeout of its configuration; returns the task's state."""
     settings = config.orchestration
-    return run_stage.with_options(
+    task = run_stage.with_options(
         retries=settings.retries,
         retry_delay_seconds=settings.retry_delay_seconds,
         timeout_seconds=settings.stage_timeout_seconds.get(step, settings.timeout_seconds),
     )
+    return task(step, config=config, tracker=tracker, listeners=_listeners.get(), return_state=True)
 
 
 class StagePage:

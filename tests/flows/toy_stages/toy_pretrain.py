@@ -1,0 +1,11 @@
+from toy_checkpoint import train
+
+from lilpipe.config import PretrainConfig
+from lilpipe.stage import Stage
+
+
+def run(config, inputs, workspace):
+    return train(config, workspace)
+
+
+STAGE = Stage("pretrain", "Checkpoint", PretrainConfig, run, {"corpus": "Corpus"}, main_metric="loss")

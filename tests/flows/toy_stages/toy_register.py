@@ -1,0 +1,10 @@
+from lilpipe.config import RegisterConfig
+from lilpipe.stage import Stage
+
+
+def run(config, inputs, workspace):
+    (workspace.output / "model.txt").write_bytes((inputs["model"].path / "model.txt").read_bytes())
+    return {}
+
+
+STAGE = Stage("register", "Checkpoint", RegisterConfig, run, {"model": "Checkpoint"})

@@ -1,0 +1,11 @@
+from toy_checkpoint import train
+
+from lilpipe.config import SFTConfig
+from lilpipe.stage import Stage
+
+
+def run(config, inputs, workspace):
+    return train(config, workspace)
+
+
+STAGE = Stage("sft", "Checkpoint", SFTConfig, run, {"model": "Checkpoint"}, main_metric="loss")
