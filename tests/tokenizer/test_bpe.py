@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import regex
@@ -21,7 +22,7 @@ def naive_bpe(texts, num_merges):
     for _ in range(num_merges):
         pairs = Counter()
         for word, ids in split.items():
-            for pair in zip(ids, ids[1:], strict=False):
+            for pair in pairwise(ids):
                 pairs[pair] += words[word]
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         for ids in split.values():

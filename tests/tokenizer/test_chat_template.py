@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lilpipe.errors import DataError
-from lilpipe.tokenizer.chat_template import render
+from lilpipe.tokenizer.chat_template import Message, render
 from lilpipe.tokenizer.encoding import SPECIAL_TOKENS, Tokenizer
 
 CONTENT = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\n", " a \n", "{{ x }}", "<x>", "12\n\n"]))
@@ -30,7 +30,7 @@ def peer(tokenizer, tmp_path_factory):
 
 
 def test_ids_and_mask_of_a_conversation(byte_tokenizer):
-    messages = [
+    messages: list[Message] = [
         {"role": "system", "content": "S"},
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "cd"},
@@ -41,7 +41,7 @@ def test_ids_and_mask_of_a_conversation(byte_tokenizer):
 
 
 def test_every_answer_of_a_conversation_is_supervised_with_its_end(byte_tokenizer):
-    messages = [
+    messages: list[Message] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": ""},
         {"role": "user", "content": "b"},
@@ -53,7 +53,7 @@ def test_every_answer_of_a_conversation_is_supervised_with_its_end(byte_tokenize
 
 
 def test_the_generation_prompt_is_the_header_of_an_answer(byte_tokenizer):
-    messages = [{"role": "user", "content": "a"}]
+    messages: list[Message] = [{"role": "user", "content": "a"}]
     prompt, mask = render(byte_tokenizer, messages, add_generation_prompt=True)
     assert (prompt, mask) == ([259, 97, 261, 260], [False] * 4)
     whole, _ = render(byte_tokenizer, [*messages, {"role": "assistant", "content": "b"}])
@@ -77,7 +77,7 @@ def test_ids_and_mask_are_those_of_the_jinja_template(tokenizer, peer, messages,
 
 
 def test_an_unknown_role_is_refused_by_both(byte_tokenizer, peer):
-    messages = [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]
+    messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]
     with pytest.raises(DataError, match=r"message 1: got role 'tool', expected one of system, user, assistant"):
         render(byte_tokenizer, messages)
     with pytest.raises(jinja2.TemplateError, match="role tool"):

@@ -1,0 +1,66 @@
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from lilpipe.artifact import Artifact
+from lilpipe.config import TokensConfig
+from lilpipe.stage import Metrics, Workspace
+from lilpipe.tokenizer.bpe import train
+from lilpipe.tokens.build import STAGE
+from lilpipe.tokens.shards import TokenShards
+from tests import artifacts
+
+WORDS = ["fox", "dog", "the", "jumps", "über", "人工", "<|user|>", "12", "7\n", "quick", "👩‍👧", "  ", "lazy"]
+
+
+def documents(count, *, seed):
+    draw = random.Random(seed)
+    return [f"{seed}/{index} " + " ".join(draw.choices(WORDS, k=draw.randrange(0, 30))) for index in range(count)]
+
+
+CORPUS = documents(60, seed=1)
+EXERCISES = documents(40, seed=2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train(CORPUS + EXERCISES, vocab_size=300)
+
+
+@dataclass
+class Built:
+    """What a run of the stage left."""
+
+    workspace: Workspace
+    metrics: Metrics
+    shards: TokenShards
+
+    def files(self):
+        """Bytes of each file that is content."""
+        output = self.workspace.output
+        paths = [path for path in sorted(output.rglob("*")) if path.is_file() and "report" not in path.parts]
+        return {path.relative_to(output).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture(scope="session")
+def inputs(tokenizer, tmp_path_factory) -> dict[str, Artifact]:
+    root = tmp_path_factory.mktemp("inputs")
+    tokenizer.save(root / "tokenizer")
+    return {
+        "corpus": artifacts.corpus(root / "corpus", CORPUS),
+        "prompts": artifacts.prompts(root / "prompts", EXERCISES),
+        "tokenizer": artifacts.artifact(root / "tokenizer"),
+    }
+
+
+def build(root, inputs, **settings):
+    workspace = Workspace(root)
+    config = TokensConfig(**{"shard_tokens": 300, "validation_share": 0.2, **settings})
+    metrics = STAGE.run(config, inputs, workspace)
+    return Built(workspace, metrics, TokenShards.open(workspace.output))
+
+
+@pytest.fixture(scope="session")
+def built(inputs, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("built"), inputs)

@@ -1,0 +1,127 @@
+import hashlib
+
+import pyarrow as pa
+import pytest
+
+from lilpipe.errors import DataError
+from lilpipe.tokens import build as module
+from lilpipe.tokens.build import is_held_out
+from lilpipe.tokens.shards import SPLITS
+from tests import artifacts
+from tests.tokens.conftest import CORPUS, EXERCISES, build
+
+SOURCES = {"corpus": CORPUS, "exercises": EXERCISES}
+
+
+def members(source, split):
+    return [text for text in SOURCES[source] if is_held_out(text, 0.2) == (split == "validation")]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_stream_is_the_naive_tokenization_of_its_documents(built, tokenizer, source, split):
+    expected = [token for text in members(source, split) for token in [*tokenizer.encode(text), 292]]
+    stream = built.shards.stream(source, split)
+    assert tokenizer.document_end_id == 292
+    assert stream.read(0, stream.num_tokens).tolist() == expected
+    assert stream.num_bytes == sum(len(text.encode()) for text in members(source, split))
+    assert stream.num_documents == len(members(source, split))
+    assert built.metrics[f"{source}_{split}_tokens"] == len(expected)
+    assert built.metrics[f"{source}_{split}_documents"] == len(members(source, split))
+
+
+def test_a_shard_has_one_row_per_document(built, tokenizer):
+    folder = built.workspace.output / "shards" / "corpus" / "train"
+    rows = []
+    for path in sorted(folder.glob("*.arrow")):
+        with pa.memory_map(str(path)) as file:
+            rows += pa.ipc.open_file(file).read_all().to_pylist()
+    assert [row["id"] for row in rows] == [
+        f"books/{index}" for index, text in enumerate(CORPUS) if not is_held_out(text, 0.2)
+    ]
+    assert {row["source"] for row in rows} == {"books"}
+    for row, text in zip(rows, members("corpus", "train"), strict=True):
+        assert tokenizer.decode(row["tokens"][:-1]) == text
+        assert row["num_bytes"] == len(text.encode())
+
+
+def test_shards_close_once_they_hold_enough_tokens(built):
+    shards = built.shards.stream("corpus", "train").shards
+    assert len(shards) > 2
+    for shard in shards[:-1]:
+        assert shard.offsets[-2] < 300 <= shard.offsets[-1]
+
+
+def test_the_split_is_a_hash_of_the_text_alone():
+    texts = [f"text {index}" for index in range(4000)]
+    held_out = [is_held_out(text, 0.1) for text in texts]
+    assert 330 < sum(held_out) < 470
+    first = hashlib.blake2b(texts[0].encode(), digest_size=8).digest()
+    assert held_out[0] == (int.from_bytes(first, "big") / 2**64 < 0.1)
+    assert all(is_held_out(text, 0.2) for text, held in zip(texts, held_out, strict=True) if held)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_the_number_of_workers_does_not_show(built, inputs, tmp_path, monkeypatch, num_workers):
+    monkeypatch.setattr(module, "DOCUMENTS_PER_TASK", 3)
+    assert build(tmp_path, inputs, num_workers=num_workers).files() == built.files()
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2, 5, 9])
+def test_a_killed_run_goes_on_behind_its_last_shard_and_ends_in_the_same_bytes(
+    built, inputs, tmp_path, monkeypatch, writes
+):
+    written, real = [], module.write_shard
+
+    def dying(path, *args, **kwargs):
+        if len(written) == writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / f".{path.name}.999.tmp").write_bytes(b"half a sha")
+            raise KeyboardInterrupt
+        real(path, *args, **kwargs)
+        written.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_shard", dying)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, inputs)
+    again = []
+    monkeypatch.setattr(module, "write_shard", lambda path, *args, **kw: (again.append(path), real(path, *args, **kw)))
+    assert build(tmp_path, inputs).files() == built.files()
+    assert not set(again) & set(written)
+    assert len(written) + len(again) == sum(name.endswith(".arrow") for name in built.files())
+
+
+def test_running_again_writes_no_shard(inputs, tmp_path, monkeypatch):
+    first = build(tmp_path, inputs).files()
+    monkeypatch.setattr(module, "write_shard", lambda *args, **kwargs: pytest.fail("wrote a shard again"))
+    assert build(tmp_path, inputs).files() == first
+
+
+def test_without_prompts_there_is_the_corpus_alone(inputs, tmp_path):
+    alone = build(tmp_path / "a", {key: inputs[key] for key in ("corpus", "tokenizer")})
+    none = build(tmp_path / "b", inputs | {"prompts": artifacts.prompts(tmp_path / "prompts", [])})
+    assert alone.shards.sources == none.shards.sources == ("corpus",)
+    assert alone.files() == none.files()
+
+
+@pytest.mark.parametrize("split", ["validation", "training"])
+def test_a_source_that_leaves_a_split_empty_is_an_error_with_numbers(inputs, tmp_path, split):
+    texts = [text for text in CORPUS if is_held_out(text, 0.2) == (split == "training")][:5]
+    few = inputs | {"corpus": artifacts.corpus(tmp_path / "few", texts)}
+    remedy = "raise" if split == "validation" else "lower"
+    with pytest.raises(
+        DataError,
+        match=rf"validation_share: got 0\.2, which leaves 0 of the 5 documents of 'corpus' for {split}.*{remedy}",
+    ):
+        build(tmp_path / "work", few)
+
+
+def test_the_report_counts_tokens(built):
+    page = (built.workspace.report / "report.html").read_text()
+    assert f"{int(built.metrics['tokens']):,}" in page
+    assert "books" in page
+
+
+def test_progress_counts_every_document(built):
+    assert '"done": 100, "total": 100, "unit": "documents"' in built.workspace.events.read_text().splitlines()[-1]
