@@ -391,7 +391,7 @@ class PreferencesConfig(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
     max_pairs_per_prompt: PositiveInt = 1
     only_correct: bool = True
-    """Pair correct answers alone; else wrong ones too, with each other, where correct ones give no pair."""
+    """Pair correct answers alone; else, after them, also answers that are wrong or malformed alike."""
     sampling: SamplingConfig = SamplingConfig()
     prompts_per_chunk: PositiveInt = 100
     """Prompts between two points from which a killed run continues."""

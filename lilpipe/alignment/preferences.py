@@ -37,6 +37,9 @@ PAIR_SCHEMA = pa.schema(
     ]
 )
 
+VERDICTS = ((True, True), (True, False), (False, False))
+"""(well-formed, correct), the best first."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -57,12 +60,16 @@ def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
 def brevity_pairs(rows: Sequence[Row], *, max_pairs: int, only_correct: bool) -> list[tuple[Row, Row]]:
     """(chosen, rejected) among the answers to one prompt, the widest difference in words first.
 
-    Both are well-formed, have the same verdict, and differ in their number of words; no answer is used twice. Correct
-    answers are paired first; wrong ones only unless ``only_correct``.
+    Both ended, have the same verdict, and differ in their number of words; no answer is used twice. Correct answers
+    are paired first, then, unless ``only_correct``, wrong ones of the right form, then malformed ones.
     """
     pairs: list[tuple[Row, Row]] = []
-    for verdict in (True,) if only_correct else (True, False):
-        alike = {row["response"]: row for row in reversed(rows) if row["well_formed"] and row["correct"] == verdict}
+    for verdict in VERDICTS[:1] if only_correct else VERDICTS:
+        alike = {
+            row["response"]: row
+            for row in reversed(rows)
+            if row["ended"] and (row["well_formed"], row["correct"]) == verdict
+        }
         ranked = sorted(alike.values(), key=lambda row: (row["num_words"], row["sample"]))
         while len(ranked) > 1 and ranked[0]["num_words"] < ranked[-1]["num_words"]:
             pairs.append((ranked.pop(0), ranked.pop()))

@@ -13,9 +13,15 @@ CONFIG = PreferencesConfig(
 )
 
 
-def row(words, *, correct=True, well_formed=True, sample=0):
-    response = " ".join(["w"] * words + [f"{correct} {sample}"])
-    return {"response": response, "num_words": words, "correct": correct, "well_formed": well_formed, "sample": sample}
+def row(words, *, correct=True, well_formed=True, ended=True, sample=0):
+    return {
+        "response": " ".join(["w"] * words + [f"{correct} {sample}"]),
+        "num_words": words,
+        "correct": correct and well_formed,
+        "well_formed": well_formed,
+        "ended": ended,
+        "sample": sample,
+    }
 
 
 def words(pairs):
@@ -38,19 +44,23 @@ def test_the_widest_difference_comes_first_and_no_answer_is_used_twice():
         [row(3, sample=1), row(3, sample=2)],
         [row(2), row(5, correct=False)],
         [row(2, well_formed=False), row(5)],
+        [row(2, well_formed=False), row(5, correct=False)],
+        [row(2, well_formed=False, ended=False), row(5, well_formed=False)],
         [row(2)],
         [],
     ],
-    ids=["equal length", "other verdict", "malformed", "alone", "none"],
+    ids=["equal length", "other verdict", "malformed", "malformed and wrong", "cut off", "alone", "none"],
 )
 def test_answers_that_differ_in_more_or_less_than_length_are_no_pair(rows):
     assert brevity_pairs(rows, max_pairs=9, only_correct=False) == []
 
 
-def test_wrong_answers_are_paired_with_each_other_on_request():
-    rows = [row(2, correct=False), row(5, correct=False)]
-    assert brevity_pairs(rows, max_pairs=1, only_correct=True) == []
-    assert words(brevity_pairs(rows, max_pairs=1, only_correct=False)) == [(2, 5)]
+def test_answers_that_are_wrong_alike_are_paired_on_request_after_correct_ones():
+    malformed = [row(1, well_formed=False), row(9, well_formed=False)]
+    rows = [*malformed, row(2, correct=False), row(5, correct=False), row(3), row(4)]
+    assert words(brevity_pairs(rows, max_pairs=9, only_correct=True)) == [(3, 4)]
+    assert words(brevity_pairs(rows, max_pairs=9, only_correct=False)) == [(3, 4), (2, 5), (1, 9)]
+    assert words(brevity_pairs(rows[:4], max_pairs=1, only_correct=False)) == [(2, 5)]
 
 
 @pytest.fixture
