@@ -40,10 +40,12 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 th, td { padding: 5px 12px 5px 0; vertical-align: top; }
 td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
+.bars { table-layout: fixed; }
+.bars td { padding-right: 14px; }
 .bar { background: #e9eef5; border-radius: 4px; height: 14px; min-width: 120px; margin-top: 4px; }
 .bar i { display: block; background: var(--accent); border-radius: 4px; height: 14px; }
-.label { white-space: nowrap; }
 details { border-bottom: 1px solid var(--line); padding: 6px 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 summary small { color: var(--soft); margin-left: 8px; }
@@ -96,11 +98,11 @@ def note(text: str) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Cell]]) -> str:
-    """A table whose columns are the keys of the first row; columns of numbers are aligned to the right."""
+    """A table whose columns are the keys of the first row; numbers and shares are aligned to the right."""
     if not rows:
         return note("None.")
     columns = list(rows[0])
-    numeric = {name for name in columns if all(isinstance(row.get(name), int | float | None) for row in rows)}
+    numeric = {name for name in columns if all(_is_numeric(row.get(name)) for row in rows)}
     head = "".join(_cell("th", html.escape(name), numeric=name in numeric) for name in columns)
     body = "".join(
         "<tr>" + "".join(_cell("td", _show(row.get(name)), numeric=name in numeric) for name in columns) + "</tr>\n"
@@ -118,11 +120,13 @@ def bars(counts: Mapping[str, float], *, total: float | None = None, unit: str =
     for name, value in counts.items():
         share = f'<td class="number">{value / total:.1%}</td>' if total else ""
         rows.append(
-            f'<tr><td class="label">{html.escape(name)}</td><td class="number">{_show(value)}</td>{share}'
-            f'<td style="width:55%"><div class="bar"><i style="width:{100 * value / largest:.2f}%"></i></div></td></tr>'
+            f'<tr><td>{html.escape(name)}</td><td class="number">{_show(value)}</td>{share}'
+            f'<td><div class="bar"><i style="width:{100 * value / largest:.2f}%"></i></div></td></tr>'
         )
-    caption = note(unit) if unit else ""
-    return f'{caption}<div class="scroll"><table><tbody>{"".join(rows)}</tbody></table></div>'
+    widths = ("32%", "10%", "10%", "48%") if total else ("32%", "10%", "58%")
+    columns = "".join(f'<col style="width:{width}">' for width in widths)
+    body = f"<colgroup>{columns}</colgroup><tbody>{''.join(rows)}</tbody>"
+    return f'{note(unit) if unit else ""}<table class="bars">{body}</table>'
 
 
 def text_block(text: str, *, title: str = "", detail: str = "", max_chars: int = 1_500) -> str:
@@ -144,6 +148,10 @@ def figure(picture: Figure) -> str:
         picture.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     return f"<div>{svg[svg.index('<svg') :]}</div>"
+
+
+def _is_numeric(value: Cell) -> bool:
+    return not isinstance(value, str) or value == "" or value.endswith("%")
 
 
 def _cell(tag: str, content: str, *, numeric: bool) -> str:

@@ -27,14 +27,15 @@ NOT_RANK_ZERO = 1
 def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes that are started when needed and end with this one; None for one worker, which is this process.
 
-    They are forked from a server process that has imported the filters and started no threads.
+    They are forked from a server process that has imported what they need (spaCy alone takes two seconds) and has
+    started no threads.
     """
     logger.disable("datatrove")
     if num_workers == 1:
         yield None
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lilpipe.data.filters"])
+    context.set_forkserver_preload(["lilpipe.data.steps", "lilpipe.data.filters", "spacy"])
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     try:
         yield pool

@@ -52,18 +52,19 @@ def find_files(source: Source) -> list[File]:
     if filesystem.isfile(root):
         return _check_not_empty(source, [_file(filesystem, root, root.rsplit("/", 1)[0])])
     if filesystem.isdir(root):
-        paths = [found for found in filesystem.find(root) if _belongs(found[len(root) :], source.kind)]
+        paths = [path for path in filesystem.find(root) if _belongs(path[len(root) :], source.kind)]
         expected = ", ".join(SUFFIXES[source.kind])
         missing = f"the folder holds no file that ends in {expected} (or these with .gz, .zst)"
     elif any(sign in path for sign in "*?["):
-        paths = [found for found in filesystem.glob(root) if filesystem.isfile(found)]
+        found = [str(path) for path in filesystem.glob(root) if filesystem.isfile(path)]
+        paths = [path for path in found if not path.rsplit("/", 1)[-1].startswith(".")]
         root = _fixed_part(root)
         missing = "no file matches the pattern"
     else:
         raise DataError(f"source {source.name!r}: path {path} does not exist; correct the path or remove the source")
     if not paths:
         raise DataError(f"source {source.name!r}: path {path}: {missing}; correct `path` or `kind` ({source.kind})")
-    return _check_not_empty(source, [_file(filesystem, str(found), root) for found in sorted(paths)])
+    return _check_not_empty(source, [_file(filesystem, each, root) for each in sorted(paths)])
 
 
 def _filesystem(source: Source) -> tuple[Any, str]:

@@ -1,7 +1,7 @@
 """The documentation that every Python environment carries, read without importing a package.
 
-Docstrings of the standard library and of the installed distributions (one document for each module, by ``ast``),
-the help topics of ``pydoc``, and the READMEs in the distributions' metadata.
+Docstrings of the standard library and of the installed distributions by ``ast`` (a document for each module, or several
+for a large one), the help topics of ``pydoc``, and the READMEs in the distributions' metadata.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ SKIPPED_FOLDERS = frozenset(
 MAX_SOURCE_BYTES = 2_000_000
 """Larger modules are generated tables."""
 
+TEXT_CHARS = 4_000
+"""A module's docstrings are cut into texts of this size, about a web page's, for which the filters are made."""
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -44,7 +47,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Item:
-    """What one document is made from."""
+    """What one document is made from, or several."""
 
     id: str
     name: str
@@ -132,31 +135,43 @@ def _licence(metadata: Message | None) -> str:
     return " AND ".join(licences) or "unknown"
 
 
-def text_of(item: Item) -> str:
-    """The item's text, empty if it documents nothing. Raises ``SyntaxError`` or ``ValueError`` if it is no Python."""
+def texts_of(item: Item) -> list[str]:
+    """The item's texts, none if it documents nothing. Raises ``SyntaxError`` or ``ValueError`` if it is no Python."""
     if item.topic is not None:
-        return _topics(item.path)[item.topic].strip()
+        return [_topics(item.path)[item.topic].strip()]
     if item.path.name == "METADATA":
         metadata = _metadata(item.path)
         body = "" if metadata is None else str(metadata.get_payload() or metadata.get("Description", ""))
-        return "" if body.strip() == "UNKNOWN" else body.strip()
+        return [body.strip()] if body.strip() not in ("", "UNKNOWN") else []
     if not item.path.is_file() or item.path.stat().st_size > MAX_SOURCE_BYTES:
-        return ""
-    return module_text(item.path.read_bytes())
+        return []
+    return module_texts(item.path.read_bytes())
 
 
-def module_text(source: bytes) -> str:
-    """A module's docstrings, each under the name that it documents, in the order of the source."""
+def module_texts(source: bytes) -> list[str]:
+    """A module's docstrings, each under the name that it documents, in texts of about ``TEXT_CHARS``.
+
+    A paragraph that has been there before is left out: functions of a module repeat their parameters' descriptions.
+    """
     if b'"""' not in source and b"'''" not in source:
-        return ""  # worth it: parsing is most of the work
+        return []  # worth it: parsing is most of the work
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tree = ast.parse(source)
-    parts = [ast.get_docstring(tree) or ""]
-    for name, node in _definitions(tree.body, ""):
-        if docstring := ast.get_docstring(node):
-            parts.append(f"{name}\n\n{docstring}")
-    return "\n\n".join(part.strip() for part in parts if part.strip())
+    texts: list[str] = []
+    seen: set[str] = set()
+    for name, node in (("", tree), *_definitions(tree.body, "")):
+        paragraphs = (ast.get_docstring(node) or "").split("\n\n")
+        fresh = [each for each in paragraphs if each.strip() and each not in seen]
+        if not fresh:
+            continue
+        seen.update(fresh)
+        text = "\n\n".join([name, *fresh] if name else fresh)
+        if texts and len(texts[-1]) + len(text) <= TEXT_CHARS:
+            texts[-1] += f"\n\n{text}"
+        else:
+            texts.append(text)
+    return texts
 
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -139,7 +139,7 @@ def _read_files(part: Part) -> Iterator[Row]:
 def to_row(values: Any, source: Source, file: str, row: int) -> Row:
     """A row's values as a document, or what is wrong with them."""
     if not isinstance(values, Mapping):
-        return _unreadable(file, row, f"is a JSON {_json_type(values)}, expected an object", values)
+        return _unreadable(file, row, f"is {_json_type(values)}, expected an object", values)
     text = values.get(source.text_column)
     if source.text_column not in values:
         return _unreadable(file, row, f"has no {source.text_column!r}; it has {', '.join(map(str, values))}", values)
@@ -272,18 +272,18 @@ def _read_installed_docs(part: Part) -> Iterator[Row]:
     left = None if part.source.max_bytes is None else part.source.max_bytes // part.count
     for item in installed_docs.items()[part.index :: part.count]:
         try:
-            text = installed_docs.text_of(item)
+            texts = installed_docs.texts_of(item)
         except (SyntaxError, ValueError, RecursionError) as error:
             yield Unreadable(item.id, getattr(error, "lineno", None) or 1, f"is no Python: {error.args[0]}")
             continue
-        if not text:
-            continue
-        if left is not None:
-            left -= len(text.encode(errors="replace"))
-            if left < 0:
-                return
-        values = {"text": text, "id": item.id, "name": item.name, "version": item.version, "licence": item.licence}
-        yield to_row(values, _INSTALLED_DOCS, item.id, 1)
+        for number, text in enumerate(texts, 1):
+            if left is not None:
+                left -= len(text.encode(errors="replace"))
+                if left < 0:
+                    return
+            values = {"text": text, "id": item.id if len(texts) == 1 else f"{item.id}#{number}"}
+            values |= {"name": item.name, "version": item.version, "licence": item.licence}
+            yield to_row(values, _INSTALLED_DOCS, item.id, number)
 
 
 # --- Hugging Face datasets ----------------------------------------------------------------------------------------

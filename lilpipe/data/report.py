@@ -98,23 +98,24 @@ def _funnel(counts: Counts, stages: list[str]) -> list[str]:
     return [note("Documents left after each filter."), bars(remaining, total=total), heading("In numbers"), table(rows)]
 
 
-def _by_source(counts: Counts, stages: list[str]) -> str:
-    rows = []
+def _by_source(counts: Counts, stages: list[str]) -> list[str]:
+    totals, by_stage = [], []
     for name, source in counts.sources.items():
         share = source.kept.documents / max(1, source.read.documents)
-        rows.append(
+        totals.append(
             {
                 "source": name,
                 "read": source.read.documents,
                 "MB read": source.read.bytes / 1e6,
-                **{STAGE_NAMES[stage].lower(): source.rejected_at(stage).documents for stage in stages},
                 "kept": source.kept.documents,
                 "MB kept": source.kept.bytes / 1e6,
                 "kept share": f"{share:.1%}",
                 "quarantined": source.quarantined,
             }
         )
-    return table(rows)
+        rejected = {STAGE_NAMES[stage]: source.rejected_at(stage).documents for stage in stages}
+        by_stage.append({"source": name, **rejected})
+    return [table(totals), heading("Documents rejected"), table(by_stage)]
 
 
 def _reasons(counts: Counts) -> list[str]:
