@@ -87,6 +87,8 @@ class MLflowTracker:
         self._curves: dict[str, Curve] = {}
         self._origins: dict[str, Run] = {}
         """Fingerprint to the run that made the artifact."""
+        self._reports: dict[str, str] = {}
+        """Step to the page of its report."""
         self._failed: set[str] = set()
 
     # --- what a pipeline run tells its listeners ------------------------------------------------------------------
@@ -132,8 +134,9 @@ class MLflowTracker:
 
     @_shielded
     def close(self) -> None:
-        """Close the parent run."""
+        """Close the parent run, and say on its page what it consists of."""
         if self.parent_id is not None:
+            self.client.set_tag(self.parent_id, "mlflow.note.content", self._overview())
             self.client.set_terminated(self.parent_id, "FAILED" if self._failed else "FINISHED")
 
     def run_url(self, step: str) -> str | None:
@@ -166,7 +169,8 @@ class MLflowTracker:
             return found.experiment_id
         local = not tracking_uri().startswith("http")
         location = (Path(".lilpipe").resolve() / "mlartifacts").as_uri() if local else None
-        return self.client.create_experiment(EXPERIMENT, artifact_location=location)
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # or its page opens on traces of agents
+        return self.client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags)
 
     def _find(self, filter_string: str) -> Run | None:
         """The newest run of the experiment that matches."""
@@ -281,7 +285,7 @@ class MLflowTracker:
             "origin": str(origin is None).lower(),
             "content_digest": artifact.content_digest,
             "uri": artifact.uri,
-            "mlflow.note.content": self._note(manifest, origin),
+            "mlflow.note.content": self._note(step, manifest, origin),
         }
         if model_id is not None:
             tags["model_id"] = model_id
@@ -315,7 +319,7 @@ class MLflowTracker:
         """A run's page, relative to the server's address."""
         return f"#/experiments/{self.experiment_id}/runs/{run_id}"
 
-    def _note(self, manifest: Manifest, origin: Run | None) -> str:
+    def _note(self, step: str, manifest: Manifest, origin: Run | None) -> str:
         """The run's description: links to the runs that made it and its inputs, which MLflow renders."""
         parts = []
         if origin is not None:
@@ -324,9 +328,21 @@ class MLflowTracker:
         if links:
             parts.append(f"Made from {', '.join(links)}.")
         if "report/report.html" in manifest.files:
-            home = origin.info.run_id if origin is not None else self._runs[manifest.step]
-            parts.append(f"[Report]({self._page(home)}/artifacts/report/report.html).")
+            parts.append(f"[Report]({self._report_page(origin, step)}).")
         return " ".join(parts)
+
+    def _report_page(self, origin: Run | None, step: str) -> str:
+        run_id = origin.info.run_id if origin is not None else self._runs[step]
+        self._reports[step] = f"{self._page(run_id)}/artifacts/report/report.html"
+        return self._reports[step]
+
+    def _overview(self) -> str:
+        """The steps of this pipeline run in order, each with a link to its run and to its report."""
+        lines = []
+        for step, run_id in self._runs.items():
+            report = f" ([report]({self._reports[step]}))" if step in self._reports else ""
+            lines.append(f"[{step}]({self._page(run_id)}){report}")
+        return ", ".join(lines)
 
     def _link(self, entry: InputEntry) -> str:
         origin = self._origin(entry.fingerprint)
@@ -358,6 +374,8 @@ class MLflowTracker:
     def _create_version(self, name: str, origin: Run, artifact: Artifact) -> str:
         run_id, model_id = origin.info.run_id, origin.data.tags["model_id"]
         links = ", ".join(dict.fromkeys(self._link(entry) for _, entry in _inputs(artifact.manifest)))
+        parent_id = origin.data.tags["mlflow.parentRunId"]
+        pipeline = f"[this pipeline run]({self._page(parent_id)}), which links to all reports"
         version = self.client.create_model_version(
             name,
             source=f"models:/{model_id}",
@@ -365,7 +383,7 @@ class MLflowTracker:
             model_id=model_id,
             await_creation_for=0,
             tags={"content_digest": artifact.content_digest, "uri": artifact.uri},
-            description=f"From [this run]({self._page(run_id)}), made from {links}.",
+            description=f"From [this run]({self._page(run_id)}), made from {links}, in {pipeline}.",
         )
         return str(version.version)
 
@@ -411,7 +429,10 @@ def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The lines of an ``events.jsonl``, the last line for each count of ``done`` units; a torn line is left out."""
+    """The metrics in an ``events.jsonl``: the last value of each for each count of ``done`` units.
+
+    A line that was torn by a kill is left out.
+    """
     if not path.exists():
         return []
     last: dict[int, dict[str, Any]] = {}

@@ -65,6 +65,7 @@ def run_stage(
     try:
         _, cached = run_step(config, step, store=Store(), pipeline_run=tracker.pipeline_run, listeners=everyone)
     except LilpipeError as error:
+        tracker.stage_failed(step, error)
         get_run_logger().error("%s", error)
         return Failed(message=str(error))
     return Completed(name="Cached", message="Found in the store") if cached else Completed()

@@ -8,7 +8,7 @@ from pathlib import Path
 NUM_STEPS = 10
 
 
-def train(config, workspace):
+def train(name, config, workspace):
     checkpoint = workspace.scratch / "checkpoint.json"
     state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "loss": 8.0}
     workspace.log(f"starts at step {state['step']}")
@@ -17,9 +17,9 @@ def train(config, workspace):
         state = {"step": state["step"] + 1, "loss": state["loss"] * 0.5}
         checkpoint.write_text(json.dumps(state))
         workspace.progress(state["step"], NUM_STEPS, loss=state["loss"])
-        if state["step"] == 5 and (trouble / type(config).__name__).exists():
+        if state["step"] == 5 and (trouble / name).exists():
             raise RuntimeError("injected failure")
-        while (trouble / f"{type(config).__name__}.hang").exists():
+        while (trouble / f"{name}-hangs").exists():
             time.sleep(0.05)
     (workspace.output / "model.txt").write_text(f"seed {config.seed}, loss {state['loss']}\n")
     return {"loss": state["loss"]}

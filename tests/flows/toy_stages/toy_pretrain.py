@@ -5,7 +5,7 @@ from lilpipe.stage import Stage
 
 
 def run(config, inputs, workspace):
-    return train(config, workspace)
+    return train("pretrain", config, workspace)
 
 
 STAGE = Stage("pretrain", "Checkpoint", PretrainConfig, run, {"corpus": "Corpus"}, main_metric="loss")

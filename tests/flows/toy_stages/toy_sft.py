@@ -5,7 +5,7 @@ from lilpipe.stage import Stage
 
 
 def run(config, inputs, workspace):
-    return train(config, workspace)
+    return train("sft", config, workspace)
 
 
 STAGE = Stage("sft", "Checkpoint", SFTConfig, run, {"model": "Checkpoint"}, main_metric="loss")
