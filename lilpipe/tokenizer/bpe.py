@@ -10,16 +10,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttributeAccessIssue]: no stubs
 
 from lilpipe.alignment.prompts import read_exercises
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import TokenizerConfig
 from lilpipe.data.documents import read_documents
-from lilpipe.errors import DataError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import SPECIAL_TOKENS, Tokenizer
-from lilpipe.tokenizer.report import measure_usage, write_report
+from lilpipe.tokenizer.report import Usage, measure_usage, write_report
 
 DEFAULT_PATTERN: str = TokenizerConfig().pattern
 
@@ -49,6 +50,7 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
     tokenizer.save(workspace.output)
 
     usage = measure_usage(tokenizer, texts(min(corpus_bytes, MEASURED_BYTES)))
+    _check_lossless(tokenizer, usage)
     write_report(tokenizer, usage, workspace.report / "report.html")
     return {
         "bytes_per_token": usage.num_bytes.total() / usage.num_tokens.total(),
@@ -66,11 +68,14 @@ def train(texts: Iterable[str], *, vocab_size: int, pattern: str = DEFAULT_PATTE
     """Train a tokenizer of exactly ``vocab_size`` ids: 256 bytes, merges, special tokens.
 
     The result depends on neither the order of the texts nor the number of threads. Raises ``DataError`` where the
-    texts hold fewer pairs than there are merges to find.
+    texts hold fewer pairs than there are merges to find, ``ConfigError`` for a pattern that does not compile.
     """
     num_ranks = vocab_size - len(SPECIAL_TOKENS)
     trainer = RustTokenizer()
-    trainer.train_from_iterator(iter(texts), num_ranks, pattern=pattern)
+    try:
+        trainer.train_from_iterator(iter(texts), num_ranks, pattern=pattern)
+    except ValueError as error:
+        raise ConfigError(f"tokenizer.pattern: got {pattern!r}, expected a regular expression ({error})") from error
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < num_ranks:
         raise DataError(
@@ -79,6 +84,17 @@ def train(texts: Iterable[str], *, vocab_size: int, pattern: str = DEFAULT_PATTE
             f"add documents or set tokenizer.vocab_size to at most {len(ranks) + len(SPECIAL_TOKENS)}"
         )
     return Tokenizer(ranks, pattern)
+
+
+def _check_lossless(tokenizer: Tokenizer, usage: Usage) -> None:
+    """Raise ``ConfigError`` if text was dropped, which is what encoding does where the pattern matches nothing."""
+    lengths = np.array([len(token) for token in tokenizer.ranks])
+    got, expected = int(usage.token_counts[: len(lengths)] @ lengths), usage.num_bytes.total()
+    if got != expected:
+        raise ConfigError(
+            f"tokenizer.pattern: got {tokenizer.pattern!r}, which matches {got:,} of {expected:,} bytes of text, "
+            r"expected a pattern that matches all, or the rest is lost; add an alternative for it, such as `|[\s\S]`"
+        )
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import regex
 
 from lilpipe.config import TokenizerConfig
-from lilpipe.errors import DataError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import DEFAULT_PATTERN, STAGE, take_bytes, train
 from lilpipe.tokenizer.encoding import Tokenizer, recover_merges
@@ -112,3 +112,13 @@ def test_a_share_of_zero_leaves_exercises_out(tmp_path):
 def test_max_bytes_is_kept_to(tmp_path):
     metrics, _, _ = run_stage(tmp_path, vocab_size=300, max_bytes=300)
     assert 297 <= metrics["training_bytes"] <= 300
+
+
+def test_a_pattern_that_does_not_compile_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizer\.pattern: got '\(', expected a regular expression"):
+        run_stage(tmp_path, vocab_size=300, pattern="(")
+
+
+def test_a_pattern_that_would_lose_text_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizer\.pattern: .* matches [\d,]+ of [\d,]+ bytes"):
+        run_stage(tmp_path, vocab_size=300, pattern=r"\p{L}+")
