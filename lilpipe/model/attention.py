@@ -38,7 +38,7 @@ def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, 
     """Cosines and sines ``[max_seq_len, E]`` of position times frequency, as float32.
 
     Elements i and i + E/2 of a head form a pair that turns by ``position / theta**(2i/E)``. The sine of the first
-    half is negative, so that ``x * cos + roll(x, E/2) * sin`` turns every pair.
+    half is negative, so that ``x * cos + swap(x) * sin``, with the halves of x swapped, turns every pair.
     """
     frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angle = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequency
@@ -48,7 +48,8 @@ def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x [B, T, heads, E]`` by the angles of ``cos`` and ``sin [B or 1, T, 1, E]``."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
 
 class KVCache:

@@ -6,7 +6,7 @@ from lilpipe.errors import ArtifactError
 from lilpipe.generation import chat as module
 from lilpipe.generation.chat import chat, fit, text_pieces
 from lilpipe.model.hub import save_model
-from lilpipe.tokenizer.chat_template import render
+from lilpipe.tokenizer.chat_template import Message, render
 from tests.model.checkpoints import small_model, small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -63,7 +63,8 @@ def test_a_question_that_is_too_long_is_said_and_left_out(talk):
 
 
 def test_the_oldest_turns_are_forgotten_when_the_model_is_full():
-    messages = [{"role": role, "content": "abcdefgh"} for role in ("user", "assistant", "user", "assistant", "user")]
+    roles = ("user", "assistant", "user", "assistant", "user")
+    messages = [Message(role=role, content="abcdefgh") for role in roles]
     whole = len(render(TOKENIZER, messages, add_generation_prompt=True)[0])
     assert fit(TOKENIZER, messages, max_tokens=whole) is not None
     assert len(messages) == 5

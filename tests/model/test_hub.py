@@ -12,7 +12,7 @@ from lilpipe.config import SamplingConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.generation.engine import generate
 from lilpipe.model.hub import MODEL_FILES, load_model, read_model_config, save_model
-from lilpipe.tokenizer.chat_template import render
+from lilpipe.tokenizer.chat_template import Message, render
 from tests.model.checkpoints import SMALL, small_model, small_tokenizer
 
 SHAPES = {
@@ -75,7 +75,7 @@ def test_transformers_tokenizer_gives_the_same_ids(saved):
     tokenizer = small_tokenizer()
     text = "the thing in a 123 étude\n\n\t日本"
     assert reference(text)["input_ids"] == tokenizer.encode(text)
-    messages = [{"role": "user", "content": text}]
+    messages = [Message(role="user", content=text)]
     ids = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids == render(tokenizer, messages, add_generation_prompt=True)[0]
 
@@ -88,7 +88,7 @@ def test_greedy_answers_are_those_of_transformers_generate(saved):
     stop_ids = reference.generation_config.eos_token_id
     answers = generate(model, prompts, sampling=sampling, stop_ids=stop_ids, seed=0)
     for prompt, [answer] in zip(prompts, answers, strict=True):
-        ids = reference.generate(
+        ids = reference.generate(  # pyright: ignore[reportAttributeAccessIssue]
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=20, do_sample=False
         )
         expected = ids[0, len(prompt) :].tolist()
