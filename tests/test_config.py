@@ -51,7 +51,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_an_unknown_override_is_refused():
-    with pytest.raises(ConfigError, match="did you mean dpo.beta"):
+    with pytest.raises(ConfigError, match=r"did you mean dpo\.beta"):
         load("tiny", overrides={"dpo.bet": 1})
 
 
