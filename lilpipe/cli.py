@@ -14,6 +14,7 @@ from rich.table import Table
 from lilpipe import config as configuration
 from lilpipe.errors import ConfigError, LilpipeError
 from lilpipe.pipeline import changes, plan, run_step
+from lilpipe.runs import new_pipeline_run
 from lilpipe.store import Store
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -61,13 +62,6 @@ def run(
     for listener in listeners[1:]:
         listener.close()
     display.summary(loaded)
-
-
-def new_pipeline_run(config: configuration.PipelineConfig) -> str:
-    """A name for a pipeline run: recipe, seed and time."""
-    from datetime import UTC, datetime
-
-    return f"{config.recipe}-seed{config.seed}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
 
 
 @app.command("plan")

@@ -14,10 +14,10 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from lilpipe.cli import new_pipeline_run
 from lilpipe.config import load
 from lilpipe.display import Display
 from lilpipe.pipeline import run_step
+from lilpipe.runs import new_pipeline_run
 from lilpipe.store import Store
 
 COLUMNS = ("accuracy", "sampled_accuracy", "pass_at_8", "win_rate", "bits_per_byte")
