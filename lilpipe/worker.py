@@ -47,6 +47,9 @@ def run(job: dict, work: Path, *, rank: int) -> Metrics:
     stage: Stage = importlib.import_module(job["module"]).STAGE
     config = stage.config.model_validate(job["config"])
     workspace = Workspace(work, rank=rank)
+    if rank == 0:  # it alone writes there; a kill in the middle of a write leaves its temporary file
+        for leftover in workspace.output.rglob(".*.tmp"):
+            leftover.unlink()
     inputs = _inputs(job["inputs"])
     if not stage.distributed:
         return stage.run(config, inputs, workspace)

@@ -122,6 +122,7 @@ def test_a_failure_is_told_apart_and_the_next_run_goes_on_from_there(store, faul
     assert not cached
     assert len((faults / "first-halves").read_text()) == 1  # what had been paid for was kept
     assert first.manifest.elapsed_seconds > 0
+    assert not [name for name in first.manifest.files if name.endswith(".tmp")]
     assert not Path(store.root, "work", "prompts", first.manifest.fingerprint).exists()
 
 

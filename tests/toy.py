@@ -33,6 +33,7 @@ def run(config: PromptsConfig, inputs: object, workspace: Workspace) -> dict[str
     if (faults / "disk-full").exists():
         raise OSError(errno.ENOSPC, "No space left on device", str(workspace.output / "data"))
     if (faults / "kill").exists():
+        (workspace.output / ".data.1.tmp").write_text("half a write")
         os.kill(os.getpid(), signal.SIGKILL)
     while (faults / "hang").exists():
         time.sleep(0.05)
