@@ -145,7 +145,9 @@ def figure(picture: Figure) -> str:
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
     with rc_context(_PLOT_STYLE):
-        picture.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        picture.savefig(
+            buffer, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
     svg = buffer.getvalue()
     return f"<div>{svg[svg.index('<svg') :]}</div>"
 

@@ -27,6 +27,7 @@ from datatrove.pipeline.dedup.minhash import (
     MinhashDedupSignature,
 )
 from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WordTokenizer, load_word_tokenizer
 
 from lilpipe.artifact import write_atomically
 from lilpipe.config import MinhashConfig
@@ -189,9 +190,21 @@ Place = tuple[int, int]
 """Shard, and row in the shard."""
 
 
+class _Signatures(MinhashDedupSignature):
+    """The stock step with the word splitter that the filters have loaded; its own loads one for each task."""
+
+    @property
+    def word_tokenizer(self) -> WordTokenizer:
+        return load_word_tokenizer(self.language)
+
+    @word_tokenizer.setter
+    def word_tokenizer(self, _: WordTokenizer) -> None:
+        pass
+
+
 def signature_step(config: MinhashConfig, folder: Path) -> PipelineStep:
     """MinHash signatures by datatrove; ends a pipeline."""
-    return MinhashDedupSignature(str(folder), config=_minhash_config(config))
+    return _Signatures(str(folder), config=_minhash_config(config))
 
 
 def bucket_step(config: MinhashConfig, signatures: Path, folder: Path) -> PipelineStep:

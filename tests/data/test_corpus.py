@@ -1,0 +1,282 @@
+"""The stage as a whole, on hand-made sources with planted faults."""
+
+import json
+import random
+
+import pytest
+
+from lilpipe.artifact import list_files
+from lilpipe.config import CorpusConfig, Source
+from lilpipe.data import corpus, executor, steps
+from lilpipe.data.corpus import external, read_documents, read_rejected
+from lilpipe.errors import DataError
+from lilpipe.stage import Workspace, get_stage
+
+from .prose import prose, write_jsonl
+
+NUM_GOOD = 24
+
+
+def sources(tmp_path):
+    """24 good documents in three files of two sources, with planted duplicates, short ones and bad rows."""
+    rows = [{"id": f"good {i}", "text": prose(i), "license": "CC0"} for i in range(NUM_GOOD)]
+    rows[3]["text"] = rows[3]["text"].replace(". ", ". <script>alert(1)</script> ", 1)
+    near = {"id": "near", "text": rows[5]["text"] + " So it was."}
+    exact = {"id": "exact", "text": rows[6]["text"].upper().replace(" ", "  ").lower()}
+    write_jsonl(tmp_path / "one" / "a.jsonl", [*rows[:10], near, {"id": "short", "text": "Too short."}])
+    write_jsonl(tmp_path / "one" / "b.jsonl", [*rows[10:20], exact, {"id": "twice", "text": prose(100)}])
+    write_jsonl(tmp_path / "two" / "c.jsonl", [*rows[20:], {"id": "twice", "text": prose(101)}])
+    with (tmp_path / "two" / "c.jsonl").open("a") as file:
+        file.write('{"id": "bad"\n{"id": "no text"}\n')
+    return tuple(Source(kind="jsonl", name=name, path=str(tmp_path / name)) for name in ("one", "two"))
+
+
+def settings(tmp_path, **others):
+    others = {"num_workers": 1, "max_malformed_share": 0.5, "min_language_score": 0.3, **others}
+    return CorpusConfig.model_validate({"sources": sources(tmp_path), **others})
+
+
+def build(config, root):
+    workspace = Workspace(root)
+    return get_stage("corpus").run(config, {}, workspace), workspace
+
+
+def rows(batches):
+    return [row for batch in batches for row in batch.to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """One corpus, in one process; the tests only look at it. In small shards, so that there are several."""
+    folder = tmp_path_factory.mktemp("corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "SHARD_BYTES", 5_000)
+        metrics, workspace = build(settings(folder), folder / "work")
+    return folder, metrics, workspace
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 5_000)
+
+
+def test_good_documents_are_kept_with_their_origin(built):
+    _, metrics, workspace = built
+    kept = {row["id"]: row for row in rows(read_documents(workspace.output))}
+    expected = {f"good {i}" for i in range(NUM_GOOD)} | {"twice#one/b.jsonl:12", "twice#two/c.jsonl:5"}
+    # of near and exact duplicates, the one kept is the first in the order of the corpus
+    assert len(kept) == len(expected)
+    assert len(set(kept) & expected) >= len(expected) - 2
+    row = kept["good 21"]
+    assert (row["text"], row["source"], row["file"], row["row"]) == (prose(21), "two", "c.jsonl", 2)
+    assert (row["licence"], row["language"]) == ("CC0", "en")
+    assert 0.3 < row["language_score"] <= 1
+    assert metrics["documents_kept"] == len(expected)
+    assert metrics["documents_read"] == len(expected) + 3
+    assert metrics["quarantined"] == 2
+
+
+def test_documents_that_share_an_id_stay_apart(built):
+    kept = {row["id"]: row["text"] for row in rows(read_documents(built[2].output))}
+    assert kept["twice#one/b.jsonl:12"] == prose(100)
+    assert kept["twice#two/c.jsonl:5"] == prose(101)
+
+
+def test_duplicates_are_rejected_and_name_what_was_kept(built):
+    _, metrics, workspace = built
+    rejected = {row["reason"]: row for row in rows(read_rejected(workspace.output))}
+    kept = {row["id"] for row in rows(read_documents(workspace.output))}
+    assert set(rejected) == {"too_few_chars", "exact_duplicate", "near_duplicate"}
+    near, exact = rejected["near_duplicate"], rejected["exact_duplicate"]
+    assert {near["id"], near["detail"]} == {"near", "good 5"}
+    assert {exact["id"], exact["detail"]} == {"exact", "good 6"}
+    assert {near["detail"], exact["detail"]} <= kept
+    assert near["stage"] == "near_dedup"
+    assert metrics["rejected_near_duplicate"] == metrics["rejected_too_few_chars"] == 1
+
+
+def test_unreadable_rows_are_quarantined_by_file_and_line(built):
+    lines = [json.loads(line) for line in (built[2].output / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["source"], line["file"], line["row"]) for line in lines] == [
+        ("two", "c.jsonl", 6),
+        ("two", "c.jsonl", 7),
+    ]
+    assert "no JSON" in lines[0]["error"]
+    assert "has no 'text'" in lines[1]["error"]
+
+
+def test_counts_add_up_for_each_source(built):
+    _, metrics, workspace = built
+    counts = json.loads((workspace.output / "counts.json").read_text())["sources"]
+    for source in counts.values():
+        rejected = [tally for stage in source["rejected"].values() for tally in stage.values()]
+        for unit in ("documents", "bytes"):
+            assert source["read"][unit] == source["kept"][unit] + sum(tally[unit] for tally in rejected)
+    assert sum(source["read"]["bytes"] for source in counts.values()) == metrics["bytes_read"]
+    assert counts["two"]["quarantined"] == 2
+
+
+def test_the_corpus_is_in_the_order_of_a_hash_over_several_files(built):
+    files = sorted((built[2].output / "documents").iterdir())
+    assert len(files) > 3
+    keys = [steps.text_key(row["text"]) for row in rows(read_documents(built[2].output))]
+    assert keys == sorted(keys)
+
+
+def test_the_report_shows_reasons_and_samples_and_runs_nothing_of_what_it_shows(built):
+    page = (built[2].report / "report.html").read_text()
+    for text in ("near_duplicate", "too_few_chars", "Too short.", "CC0", "c.jsonl", "<svg"):
+        assert text in page
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_nothing_outside_the_report_tells_of_this_machine(built):
+    folder, _, workspace = built
+    for path in workspace.output.rglob("*"):
+        if path.is_file() and "report" not in path.parts:
+            assert str(folder).encode() not in path.read_bytes()
+
+
+def test_progress_ends_with_all_tasks_done(built):
+    events = [json.loads(line) for line in built[2].events.read_text().splitlines()]
+    assert events[-1]["done"] == events[-1]["total"]
+    assert [event["done"] for event in events] == sorted(event["done"] for event in events)
+
+
+def files_of(workspace):
+    return {name: entry.sha256 for name, entry in list_files(workspace.output).items()}
+
+
+def test_two_workers_give_the_bytes_of_one(built, small_shards):
+    folder, metrics, workspace = built
+    again, other = build(settings(folder, num_workers=2), folder / "two workers")
+    assert files_of(other) == files_of(workspace)
+    assert again == metrics
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_ends_anywhere_goes_on_and_ends_in_the_same_bytes(built, small_shards, monkeypatch, seed):
+    folder, metrics, workspace = built
+    config, root = settings(folder), folder / f"broken {seed}"
+    draw = random.Random(seed)
+    places = [
+        (executor, "_run_task"),
+        (steps, "write_table"),
+        (steps, "write_rows"),
+        (steps, "write_atomically"),
+        (corpus, "write_table"),
+        (corpus, "write_atomically"),
+    ]
+    for module, name in draw.sample(places, 4):
+        with monkeypatch.context() as patch:
+            _fail_after(patch, module, name, draw.randrange(5))
+            try:
+                build(config, root)
+            except KeyboardInterrupt:
+                continue
+    again, resumed = build(config, root)
+    assert files_of(resumed) == files_of(workspace)
+    assert again == metrics
+
+
+def _fail_after(patch, module, name, calls):
+    real, left = getattr(module, name), [calls]
+
+    def failing(*args, **kwargs):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*args, **kwargs)
+
+    patch.setattr(module, name, failing)
+
+
+def test_a_finished_task_is_not_done_again(built, small_shards, monkeypatch):
+    folder, _, _ = built
+    root = folder / "stopped"
+    with monkeypatch.context() as patch:
+        _fail_after(patch, corpus, "_match", 0)
+        with pytest.raises(KeyboardInterrupt):
+            build(settings(folder), root)
+    monkeypatch.setattr(steps, "read_part", None)  # would fail if called
+    monkeypatch.setattr(steps.TakeShard, "run", None)
+    build(settings(folder), root)
+
+
+def test_the_same_documents_in_other_files_give_the_same_kept_texts(built, small_shards, tmp_path):
+    folder, _, workspace = built
+    lines = [line for name in ("one/b", "one/a") for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "all.jsonl").write_text("\n".join(lines) + "\n")
+    moved = Source(kind="jsonl", name="one", path=str(tmp_path / "one"))
+    config = settings(folder)
+    _, other = build(config.model_copy(update={"sources": (moved, config.sources[1])}), tmp_path / "work")
+    kept = [row["text"].casefold().split() for row in rows(read_documents(workspace.output))]
+    assert [row["text"].casefold().split() for row in rows(read_documents(other.output))] == kept
+
+
+def test_too_many_unreadable_rows_fail_the_stage_with_examples(tmp_path):
+    with pytest.raises(
+        DataError, match=r"source 'two': 2 of 7 rows.*28\.6%.*c\.jsonl:6 is no JSON.*max_malformed_share"
+    ):
+        build(settings(tmp_path, max_malformed_share=0.1), tmp_path / "work")
+
+
+def test_a_file_that_breaks_off_counts_as_a_share_of_the_files(tmp_path):
+    import gzip
+
+    for i in range(3):
+        content = gzip.compress("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(200)).encode())
+        (tmp_path / f"{i}.jsonl.gz").write_bytes(content if i else content[:-2_000])
+    config = CorpusConfig(sources=(Source(kind="jsonl", name="mine", path=str(tmp_path)),), num_workers=1)
+    with pytest.raises(DataError, match=r"33\.3% of its files.*0\.jsonl\.gz:\d+ file breaks off after line"):
+        build(config, tmp_path / "work")
+
+
+def test_a_missing_source_fails_before_any_work_and_already_when_planning(tmp_path):
+    config = settings(tmp_path)
+    missing = Source(kind="text", name="gone", path=str(tmp_path / "gone"))
+    config = config.model_copy(update={"sources": (*config.sources, missing)})
+    for act in (lambda: build(config, tmp_path / "work"), lambda: external(config)):
+        with pytest.raises(DataError, match=r"source 'gone'.*does not exist"):
+            act()
+    assert not list((tmp_path / "work" / "scratch").iterdir())
+
+
+def test_a_source_without_documents_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n\n")
+    config = CorpusConfig(sources=(Source(kind="jsonl", name="blank", path=str(tmp_path / "x.jsonl")),), num_workers=1)
+    with pytest.raises(DataError, match=r"source 'blank': path .*x\.jsonl holds no documents"):
+        build(config, tmp_path / "work")
+
+
+def test_a_corpus_of_nothing_says_what_rejected_it(tmp_path):
+    with pytest.raises(DataError, match=r"all 29 documents were rejected \(too_few_chars 29"):
+        build(settings(tmp_path, min_chars=10_000), tmp_path / "work")
+
+
+def test_filters_and_deduplication_can_be_turned_off(tmp_path):
+    metrics, _ = build(
+        settings(
+            tmp_path,
+            min_chars=0,
+            exact_dedup=False,
+            minhash={"enabled": False},
+            quality={"gopher_repetition": False, "gopher_quality": False, "fineweb": False},
+            min_language_score=0,
+            languages=[],
+        ),
+        tmp_path / "work",
+    )
+    assert metrics["documents_kept"] == metrics["documents_read"] == NUM_GOOD + 5
+
+
+def test_external_digests_follow_the_content_of_the_sources(tmp_path):
+    config = settings(tmp_path)
+    before = external(config)
+    assert set(before) == {"language model", "source one", "source two"}
+    with (tmp_path / "two" / "c.jsonl").open("a") as file:
+        file.write("\n")
+    after = external(config)
+    assert [key for key in before if before[key] != after[key]] == ["source two"]
