@@ -131,11 +131,10 @@ class Attention(nn.Module):
         """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows."""
         B, T, _ = x_BTD.shape
         H, K, E = self.num_heads, self.num_kv_heads, self.head_size
-        # One product and one rotation instead of three and two: small models are bound by the number of operations.
-        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
-        qk_BTE, v_BTE = F.linear(x_BTD, weight).split([(H + K) * E, K * E], dim=-1)
-        q_BTHE, k_BTKE = apply_rope(qk_BTE.view(B, T, H + K, E), *rope).split([H, K], dim=2)
-        v_BTKE = v_BTE.view(B, T, K, E)
+        # One product for all three, with the weights put together, was measured: no faster at width 96.
+        q_BTHE = apply_rope(self.q_proj(x_BTD).view(B, T, H, E), *rope)
+        k_BTKE = apply_rope(self.k_proj(x_BTD).view(B, T, K, E), *rope)
+        v_BTKE = self.v_proj(x_BTD).view(B, T, K, E)
         if view is not None:
             k_BTKE, v_BTKE = view.update(self.layer, k_BTKE, v_BTKE)
             mask = view.mask_B1TS
