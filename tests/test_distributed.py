@@ -56,3 +56,7 @@ def test_two_workers_that_resume_end_in_the_same_bits(reports):
 def test_a_bad_loss_on_one_worker_stops_both_with_the_same_words(reports):
     assert "step 3:" in reports[0]["error"]
     assert reports[0]["error"] == reports[1]["error"]
+
+
+def test_no_thread_of_the_group_outlives_it_to_race_the_interpreters_end(reports):
+    assert not [name for report in reports for name in report["threads"] if "gloo" in name]

@@ -70,8 +70,9 @@ def main(root):
         "resumed": resumed_digest(root / "resumed", dies_at=6),
         "error": error_of_one_bad_rank(root / "bad"),
     }
-    (root / f"rank{rank}.json").write_text(json.dumps(report))
     distributed.shutdown()
+    report["threads"] = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    (root / f"rank{rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
