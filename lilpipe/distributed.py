@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 # Imported late (torch.optim does), this module takes the process group into its default arguments. The group then
 # outlives `destroy_process_group`, and its threads race the interpreter's end: SIGABRT in one of six runs (torch 2.13).
-import torch.distributed.nn  # noqa: F401
+import torch.distributed.nn
 from torch import Tensor
 
 TIMEOUT = timedelta(minutes=10)
