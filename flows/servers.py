@@ -21,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class ServerError(LilpipeError):
     """A server cannot be started: its port is taken, or it ended."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Server:
     """A process that is started by `up` and ended by `down`."""
 
@@ -128,16 +129,20 @@ class Server:
 
     def stop(self) -> bool:
         """End the process and all of its group; returns whether there was one."""
-        process = self.process()
-        if process is not None:
-            for signum in (signal.SIGTERM, signal.SIGKILL):
-                try:
-                    os.killpg(process.pid, signum)
-                    psutil.wait_procs([process], timeout=STOP_SECONDS)
-                except ProcessLookupError:
-                    break
-        self.record.unlink(missing_ok=True)
-        return process is not None
+        return bool(stop_all([self]))
+
+
+def stop_all(started: Sequence[Server]) -> list[str]:
+    """End servers together, each with all of its group; returns the names of those that ran."""
+    running = {server: process for server in started if (process := server.process()) is not None}
+    for signum in (signal.SIGTERM, signal.SIGKILL):  # the second is for what is left of a group
+        for process in running.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signum)
+        psutil.wait_procs(list(running.values()), timeout=STOP_SECONDS)
+    for server in started:
+        server.record.unlink(missing_ok=True)
+    return [server.name for server in running]
 
 
 def is_taken(port: int) -> bool:
@@ -243,7 +248,7 @@ def down(project: Path) -> list[str]:
     """End what `up` started; returns the names of what ran."""
     home = project / ".lilpipe"
     (home / "profiles.toml").unlink(missing_ok=True)
-    return [server.name for server in reversed(servers(home)) if server.stop()]
+    return stop_all(servers(home))
 
 
 PROFILE = """# Written by `make up`, removed by `make down`.

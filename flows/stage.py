@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
 from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
@@ -42,4 +42,6 @@ def run_one_stage(
         return Failed(message=str(error))
     pipeline_run = pipeline_run or new_pipeline_run(pipeline, created=flow_run_created())
     with closing(MLflowTracker(pipeline, pipeline_run=pipeline_run)) as tracker:
-        return run_configured(pipeline, stage, tracker)
+        state = run_configured(pipeline, stage, tracker)
+    outcome = Completed if state.is_completed() else Failed
+    return outcome(name=state.name, message=state.message)

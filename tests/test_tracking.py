@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def first(place, store):
     return track(toys.toy_config(), store)
 
 
-def children(tracker):
+def children(tracker) -> dict[str, Any]:
     found = tracker.client.search_runs(
         [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.parent_id}'", order_by=["start_time ASC"]
     )
