@@ -158,8 +158,12 @@ def _select(config: CorpusConfig, folder: Path) -> Selection:
         mine = mine[np.argsort(order[mine], kind="stable")]
         if each.max_bytes is not None and each.kind != "installed-docs":  # whose parts have their share each
             mine = mine[: np.searchsorted(np.cumsum(num_bytes[mine]), each.max_bytes, side="right")]
+        if not len(mine):
+            raise DataError(
+                f"source {each.name!r}: max_bytes = {each.max_bytes} is less than its first document; raise it"
+            )
         admitted[mine] = True
-        last_order.append(int(order[mine[-1]]) if len(mine) else -1)
+        last_order.append(int(order[mine[-1]]))
     unique, occurrences = np.unique(order[admitted], return_counts=True)
     return Selection(
         num_shards=num_shards(int(num_bytes[admitted].sum())),

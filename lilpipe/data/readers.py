@@ -103,28 +103,37 @@ def digest_source(source: Source) -> str:
 
 
 def read_part(part: Part) -> Iterator[Row]:
-    """All rows of a part; with `max_bytes`, at least those that belong to the first `max_bytes` of the source."""
+    """All rows of a part; of the installed documentation no more than `max_bytes` needs."""
     if part.source.kind == "installed-docs":
         return _read_installed_docs(part)
-    rows = _read_dataset(part) if part.source.kind == "huggingface" else _read_files(part)
-    return rows if part.source.max_bytes is None else _first_bytes(rows, part.source.max_bytes)
+    return _read_dataset(part) if part.source.kind == "huggingface" else _read_files(part)
 
 
-def _first_bytes(rows: Iterator[Row], max_bytes: int) -> Iterator[Row]:
-    """Leave out documents that cannot be among the first ``max_bytes`` in order, judging by those seen so far."""
-    heap: list[tuple[int, int]] = []  # (-order, bytes): the last in order on top
-    total, cutoff = 0, 2**64
-    for row in rows:
-        if isinstance(row, RawDocument):
-            if row.order > cutoff:
-                continue
-            size = len(row.text.encode())
-            heapq.heappush(heap, (-row.order, size))
-            total += size
-            while total > max_bytes:
-                negative, size = heapq.heappop(heap)
-                total, cutoff = total - size, -negative
-        yield row
+class FirstBytes:
+    """Tells which documents may be among the first ``max_bytes`` in order, judging by those seen so far.
+
+    It admits all that are, and some that those seen later push out.
+    """
+
+    def __init__(self, max_bytes: int | None) -> None:
+        self.max_bytes = max_bytes
+        self._heap: list[tuple[int, int]] = []  # (-order, bytes): the last in order on top
+        self._total = 0
+        self._cutoff = 2**64
+
+    def admits(self, document: RawDocument) -> bool:
+        """Whether to take the document."""
+        if self.max_bytes is None:
+            return True
+        if document.order >= self._cutoff:
+            return False
+        size = len(document.text.encode())
+        heapq.heappush(self._heap, (-document.order, size))
+        self._total += size
+        while self._total > self.max_bytes:
+            negative, size = heapq.heappop(self._heap)
+            self._total, self._cutoff = self._total - size, -negative
+        return document.order < self._cutoff
 
 
 def _read_files(part: Part) -> Iterator[Row]:

@@ -138,10 +138,8 @@ def _distributions(counts: Counts, directory: Path, min_score: float) -> list[st
     sizes = [np.log10(np.maximum(each["num_bytes"], 1)) for each in (kept, rejected)]
     edges = np.linspace(min(size.min() for size in sizes if len(size)), max(size.max() for size in sizes if len(size)))
     length.hist(sizes, edges, stacked=True, color=[ACCENT, REJECTED_COLOUR], label=["kept", "rejected"])
-    ticks = [tick for tick in range(8) if edges[0] - 0.3 <= tick <= edges[-1] + 0.3]
-    length.set_xticks(
-        ticks, ["1 B", "10 B", "100 B", "1 kB", "10 kB", "100 kB", "1 MB", "10 MB"][ticks[0] : ticks[-1] + 1]
-    )
+    ticks = range(int(edges[0]), int(np.ceil(edges[-1])) + 1)
+    length.set_xticks(ticks, [_size(10**tick) for tick in ticks])
     length.set(xlabel="length of the text", ylabel="documents")
     length.legend(frameon=False)
     scores = [each["language_score"][~np.isnan(each["language_score"])] for each in (kept, rejected)]
@@ -151,6 +149,14 @@ def _distributions(counts: Counts, directory: Path, min_score: float) -> list[st
     score.set(xlabel="score of the language", ylabel="documents")
     picture.tight_layout()
     return [figure(picture), heading("Languages of kept documents"), bars(_first(counts.languages))]
+
+
+def _size(num_bytes: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1_000:
+            return f"{num_bytes} {unit}"
+        num_bytes //= 1_000
+    return f"{num_bytes} GB"
 
 
 def _columns(batches: Iterator[pa.RecordBatch]) -> dict[str, np.ndarray]:

@@ -33,7 +33,7 @@ from lilpipe.artifact import write_atomically
 from lilpipe.config import MinhashConfig
 from lilpipe.data.documents import DOCUMENTS, read_table, write_rows, write_table
 from lilpipe.data.filters import normalise
-from lilpipe.data.readers import Part, RawDocument, Unreadable, read_part
+from lilpipe.data.readers import FirstBytes, Part, RawDocument, Unreadable, read_part
 
 RUN_BYTES = 32 * 2**20
 
@@ -62,6 +62,7 @@ class ReadSummary:
 
     source: str
     num_documents: int
+    """Documents that could be read, whether or not `max_bytes` admits them."""
     num_files: int
     unreadable: list[dict[str, Any]]
 
@@ -84,12 +85,16 @@ class ReadParts(PipelineStep):
         rows: list[dict[str, Any]] = []
         unreadable: list[dict[str, Any]] = []
         num_runs, num_documents, num_bytes = 0, 0, 0
+        # the installed documentation keeps to its bytes by itself
+        first = FirstBytes(None if part.source.kind == "installed-docs" else part.source.max_bytes)
         for row in read_part(part):
             if isinstance(row, Unreadable):
                 unreadable.append({"source": part.source.name, **asdict(row)})
                 continue
-            rows.append(_run_row(row, part.source.name, source_index))
             num_documents += 1
+            if not first.admits(row):
+                continue
+            rows.append(_run_row(row, part.source.name, source_index))
             num_bytes += rows[-1]["num_bytes"]
             if num_bytes >= RUN_BYTES:
                 self._write_run(rank, num_runs, rows)

@@ -280,3 +280,27 @@ def test_external_digests_follow_the_content_of_the_sources(tmp_path):
         file.write("\n")
     after = external(config)
     assert [key for key in before if before[key] != after[key]] == ["source two"]
+
+
+def test_max_bytes_does_not_make_bad_rows_a_larger_share(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": prose(i), "id": str(i)} for i in range(40)])
+    with path.open("a") as file:
+        file.write("{\n")
+    source = Source(kind="jsonl", name="mine", path=str(path), max_bytes=2_000)
+    metrics, _ = build(CorpusConfig(sources=(source,), num_workers=1, max_malformed_share=0.05), tmp_path / "work")
+    assert 0 < metrics["bytes_read"] <= 2_000
+    with pytest.raises(DataError, match="max_bytes = 10 is less than its first document"):
+        build(
+            CorpusConfig(
+                sources=(source.model_copy(update={"max_bytes": 10}),), num_workers=1, max_malformed_share=0.05
+            ),
+            tmp_path / "other work",
+        )
+
+
+def test_a_corpus_may_be_one_document(tmp_path):
+    (tmp_path / "book.txt").write_text(prose(1))
+    source = Source(kind="text", name="book", path=str(tmp_path / "book.txt"))
+    metrics, workspace = build(CorpusConfig(sources=(source,), num_workers=1), tmp_path / "work")
+    assert metrics["documents_kept"] == 1
+    assert [row["id"] for row in rows(read_documents(workspace.output))] == ["book.txt"]
