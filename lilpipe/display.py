@@ -34,7 +34,7 @@ class Display:
     def stage_started(self, step: str, planned: PlannedStep) -> None:
         """Say what begins and why."""
         self._first, self._last_line = None, time.time()
-        self.console.print(f"[bold]{step}[/] runs [dim]({escape(planned.reason)})[/]", highlight=False)
+        self.console.print(f"[bold]{step}[/] runs [dim]({escape(planned.reason)})[/]", highlight=False, soft_wrap=True)
         if self.live:
             self._progress = Progress(
                 TextColumn("  {task.description:<20}"),
@@ -52,7 +52,7 @@ class Display:
     def stage_event(self, step: str, event: dict[str, Any]) -> None:
         """Move the bar, or print a line now and then."""
         if "message" in event:
-            self.console.print(f"  {step}: {event['message']}", markup=False, highlight=False)
+            self.console.print(f"  {step}: {event['message']}", markup=False, highlight=False, soft_wrap=True)
             return
         done, total, unit = event["done"], event["total"], event["unit"]
         numbers = "  ".join(f"{name} {_number(value)}" for name, value in list(event["metrics"].items())[:4])
@@ -64,7 +64,9 @@ class Display:
         if done == total or time.time() - self._last_line >= LINE_SECONDS:
             self._last_line = time.time()
             left = self._time_left(event["time"], done, total)
-            self.console.print(f"  {step}: {done:,}/{total:,} {unit}  {numbers}{left}", markup=False, highlight=False)
+            self.console.print(
+                f"  {step}: {done:,}/{total:,} {unit}  {numbers}{left}", markup=False, highlight=False, soft_wrap=True
+            )
 
     def stage_finished(self, step: str, artifact: Artifact, *, cached: bool, seconds: float) -> None:
         """Keep the outcome for the table, and say that the stage is done."""

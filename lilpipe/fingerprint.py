@@ -26,6 +26,7 @@ NEUTRAL_MODULES = frozenset(
         "artifact",
         "cli",
         "config",
+        "data.report",
         "display",
         "errors",
         "fingerprint",
@@ -33,9 +34,12 @@ NEUTRAL_MODULES = frozenset(
         "pipeline",
         "recipes",
         "report",
+        "runs",
         "stage",
         "store",
+        "tokenizer.report",
         "tracking",
+        "training.curves",
         "worker",
     )
 ) | {"lilpipe"}

@@ -16,6 +16,7 @@ from lilpipe.config import (
     PreferencesConfig,
     PretrainConfig,
     PromptsConfig,
+    QualityConfig,
     RejectionSamplingConfig,
     SamplingConfig,
     SFTConfig,
@@ -37,7 +38,11 @@ def tiny() -> PipelineConfig:
     return PipelineConfig(
         recipe="tiny",
         corpus=CorpusConfig(
-            sources=(Source(kind="installed-docs", name="installed-docs", max_bytes=6_000_000),), num_workers=workers
+            sources=(Source(kind="installed-docs", name="installed-docs", max_bytes=6_000_000),),
+            # Documentation is English with much code in it; the defaults, made for web pages, keep a sixth of it.
+            min_language_score=0.5,
+            quality=QualityConfig(min_alpha_word_ratio=0.55),
+            num_workers=workers,
         ),
         prompts=PromptsConfig(),
         tokenizer=TokenizerConfig(vocab_size=1024),
