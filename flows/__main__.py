@@ -10,7 +10,6 @@ import importlib
 import logging
 import os
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -59,11 +58,13 @@ def _run(recipe: str, config: Path | None, overrides: list[str], seed: int | Non
     try:
         values = dict(parse_override(text) for text in overrides)
         complete = load(recipe, file=config, overrides=values if seed is None else {**values, "seed": seed})
-        for module in ("mlflow", "torch"):  # both take seconds, and the flow will need them
-            threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
         from flows.full_pipeline import full_pipeline
+        from lilpipe.stage import get_stage
         from tasks.stage import heard_by
 
+        for step in complete.steps.values():  # while the API comes up: the flow will need them
+            get_stage(step.stage)
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
         if server is not None:
             server.wait()
         with heard_by(display):

@@ -186,14 +186,14 @@ class MLflowTracker:
             tags={"pipeline_run": self.pipeline_run, "mlflow.user": _user(), "mlflow.source.name": "lilpipe", **tags},
         )
 
-    def open(self) -> str:
+    def open(self, started: float | None = None) -> str:
         """The pipeline run's own run: the one that an earlier try has left, or a new one."""
         if self.parent_id is None:
             run = self._find(f"tags.pipeline_run = '{self.pipeline_run}' and tags.level = 'pipeline'")
             if run is None:
                 config = self.config
                 name = f"{config.recipe}, seed {config.seed}"
-                run = self._create(name, started=time.time(), level="pipeline", recipe=config.recipe)
+                run = self._create(name, started=started or time.time(), level="pipeline", recipe=config.recipe)
                 self._is_new = True
                 self._log_params(run.info.run_id, {"recipe": config.recipe, "seed": str(config.seed)})
             else:
@@ -203,7 +203,7 @@ class MLflowTracker:
 
     def _open(self, step: str, stage: str, fingerprint: str, *, started: float) -> None:
         """The step's nested run: the one that an earlier try of this pipeline run left unfinished, or a new one."""
-        parent_id, run = self.open(), None
+        parent_id, run = self.open(started), None
         if not self._is_new or step in self._runs:
             same = f"tags.pipeline_run = '{self.pipeline_run}' and tags.fingerprint = '{fingerprint}'"
             run = self._find(f"{same} and tags.step = '{step}' and attributes.status != 'FINISHED'")
