@@ -60,10 +60,12 @@ def _run(recipe: str, config: Path | None, overrides: list[str], seed: int | Non
         complete = load(recipe, file=config, overrides=values if seed is None else {**values, "seed": seed})
         from flows.full_pipeline import full_pipeline
         from lilpipe.stage import get_stage
+        from lilpipe.tracking import CLIENT_SETTINGS
         from tasks.stage import heard_by
 
         for step in complete.steps.values():  # while the API comes up: the flow will need them
             get_stage(step.stage)
+        os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_SETTINGS.items()})
         importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
         if server is not None:
             server.wait()

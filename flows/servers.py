@@ -319,6 +319,9 @@ def temporary_prefect_api(home: Path) -> Server:
     Prefect's own ephemeral mode imports its server here before it starts it there. This one starts at once, so that
     it comes up while this process still imports; and it dies with this process, however that ends.
     """
+    for left in (home / "servers").glob("prefect-*"):  # by a run that was killed
+        if Server(left.stem, (), home).process() is None:
+            left.unlink()
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]

@@ -149,7 +149,7 @@ def test_a_failed_stage_reruns_alone_in_each_of_the_three_ways(project):
 def test_cancelling_a_run_ends_the_processes_of_its_stage(project):
     project.fail("pretrain-hangs")
     run = project.start("full-pipeline", seed="1")
-    while not (jobs := [job for job in workers(project) if "/pretrain/" in job.cmdline()[-1]]):
+    while not (jobs := workers(project, "pretrain")):
         time.sleep(0.2)
     project.call(PREFECT, "flow-run", "cancel", run)
     assert project.end(run)["state_type"] == "CANCELLED"
@@ -213,14 +213,38 @@ def test_a_timeout_ends_the_processes_of_the_stage(here):
     assert workers(here) == []
 
 
-def workers(project):
-    """The stage processes that run in this project."""
+def workers(project, stage=""):
+    """The stage processes that run in this project, of one stage or of all."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "lilpipe.worker" in words and str(project.folder) in words[-1]:
+        if "lilpipe.worker" in words and f"{project.folder}/.lilpipe/work/{stage}" in words[-1]:
             found.append(process)
     return found
+
+
+def test_without_servers_a_run_has_an_api_of_its_own_which_dies_with_it(tmp_path):
+    """Also if it is killed, together with the processes of its stage; the next run goes on from the checkpoint."""
+    alone = Project(tmp_path)
+    alone.fail("pretrain-hangs")
+    command = [sys.executable, "-m", "flows", "--config", str(toys.CONFIG)]
+    run = subprocess.Popen(command, cwd=tmp_path, env=alone.environment, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".lilpipe/work/pretrain/*/scratch/checkpoint.json")):
+        assert run.poll() is None
+        time.sleep(0.2)
+    jobs = workers(alone, "pretrain")
+    ((_, record),) = alone.records().items()
+    api = psutil.Process(record["pid"])
+    run.kill()
+    run.wait()
+    assert jobs
+    _, alive = psutil.wait_procs([api, *jobs], timeout=30)
+    assert not alive
+    alone.fail()
+    output = alone.call(*command).stdout
+    assert "corpus cached" in output
+    assert "pretrain: starts at step 1" in output  # where it hung
+    assert alone.records() == {}
 
 
 def test_up_twice_is_harmless(project):
