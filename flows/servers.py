@@ -202,7 +202,7 @@ def servers(home: Path) -> tuple[Server, Server, Server]:
             "PREFECT_API_URL": f"{prefect_address}/api",
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
-            "MLFLOW_TRACKING_URI": f"http://{HOST}:{mlflow_port}",
+            "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI", f"http://{HOST}:{mlflow_port}"),
             "LILPIPE_STORE": os.environ.get("LILPIPE_STORE", str(home)),
         },
     )
