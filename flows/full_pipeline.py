@@ -11,6 +11,7 @@ from prefect.states import Completed, Failed
 
 from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
+from lilpipe.pipeline import check_wiring
 from lilpipe.runs import new_pipeline_run
 from lilpipe.tracking import MLflowTracker
 from tasks.stage import run_configured
@@ -34,6 +35,8 @@ def full_pipeline(
     """
     try:
         pipeline = configure(recipe, config, overrides, seed)
+        for step in pipeline.steps:
+            check_wiring(pipeline, step)
     except LilpipeError as error:
         return Failed(message=str(error))
     tracker = MLflowTracker(pipeline, pipeline_run=new_pipeline_run(pipeline, created=flow_run_created()))

@@ -72,7 +72,6 @@ class Manifest(BaseModel):
     elapsed_seconds: float
     """Time of all tries together, those that were killed included."""
     created_at: str
-    mlflow_run_id: str | None = None
 
 
 @dataclass(frozen=True)

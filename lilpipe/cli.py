@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,8 @@ from rich.table import Table
 
 from lilpipe import config as configuration
 from lilpipe.errors import ConfigError, LilpipeError
-from lilpipe.pipeline import changes, plan, run_step
-from lilpipe.runs import new_pipeline_run
+from lilpipe.pipeline import Listener, changes, check_wiring, plan, run_step
+from lilpipe.runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -49,18 +50,18 @@ def run(
     from lilpipe.display import Display
 
     loaded = _load(recipe, config, overrides, seed)
-    store = Store()
-    display = Display()
-    listeners: list = [display]
-    pipeline_run = new_pipeline_run(loaded)
-    if track:
-        from lilpipe.tracking import MLflowTracker
+    store, display = Store(), Display()
+    pipeline_run = (latest_pipeline_run(loaded, store) if stage else None) or new_pipeline_run(loaded)
+    with ExitStack() as stack:
+        listeners: list[Listener] = [display]
+        if track:
+            from lilpipe.tracking import MLflowTracker
 
-        listeners.append(MLflowTracker(loaded, pipeline_run=pipeline_run))
-    for step in [stage] if stage else loaded.steps:
-        run_step(loaded, step, store=store, pipeline_run=pipeline_run, listeners=listeners)
-    for listener in listeners[1:]:
-        listener.close()
+            listeners.append(stack.enter_context(closing(MLflowTracker(loaded, pipeline_run=pipeline_run))))
+        for step in loaded.steps:
+            check_wiring(loaded, step)
+        for step in [stage] if stage else loaded.steps:
+            run_step(loaded, step, store=store, pipeline_run=pipeline_run, listeners=listeners)
     display.summary(loaded)
 
 

@@ -71,9 +71,9 @@ def plan(config: PipelineConfig, store: Store, *, until: str | None = None) -> d
 
 
 def _plan_step(config: PipelineConfig, store: Store, name: str, made: dict[str, Artifact]) -> PlannedStep:
+    check_wiring(config, name)
     stage = get_stage(config.steps[name].stage)
     section = config.section(name)
-    _check_roles(config, name, stage)
     missing = [source for source in _sources(config, name) if source not in made]
     if missing:
         reason = f"after {', '.join(missing)}"
@@ -85,6 +85,8 @@ def _plan_step(config: PipelineConfig, store: Store, name: str, made: dict[str, 
         return PlannedStep(name, stage, section, inputs, ingredients, lookup.artifact, "cached", "up to date")
     if lookup.problems:
         reason = f"damaged: {'; '.join(lookup.problems[:3])}"
+    elif store.is_in_progress(stage.name, ingredients.fingerprint):
+        reason = "goes on from where it was interrupted"
     else:
         reason = "; ".join(changes(store, name, ingredients)[:3]) or "never run"
     return PlannedStep(name, stage, section, inputs, ingredients, None, "run", reason)
@@ -119,7 +121,9 @@ def _sources(config: PipelineConfig, name: str) -> list[str]:
     return list(dict.fromkeys(sources))
 
 
-def _check_roles(config: PipelineConfig, name: str, stage: Stage) -> None:
+def check_wiring(config: PipelineConfig, name: str) -> None:
+    """Raise ``ConfigError`` if a step's inputs are not what its stage takes."""
+    stage = get_stage(config.steps[name].stage)
     roles = config.steps[name].inputs
     known = {**stage.inputs, **stage.optional_inputs}
     if unknown := roles.keys() - known.keys():

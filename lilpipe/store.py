@@ -131,6 +131,10 @@ class Store:
 
     # --- work in progress -----------------------------------------------------------------------------------------
 
+    def is_in_progress(self, stage: str, fingerprint: str) -> bool:
+        """Whether an earlier try has left its workspace."""
+        return (self.local / "work" / stage / fingerprint).exists()
+
     def work(self, stage: str, fingerprint: str) -> Path:
         """The directory in which a stage works; made if absent."""
         directory = self.local / "work" / stage / fingerprint
