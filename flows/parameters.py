@@ -9,8 +9,9 @@ from typing import Any, Literal
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
-from lilpipe.config import PipelineConfig, load
+from lilpipe.config import PipelineConfig
 from lilpipe.errors import LilpipeError
+from lilpipe.recipes import load
 
 Recipe = Literal["tiny"]
 """The names in ``lilpipe.recipes.RECIPES``, spelled out so that Prefect's form offers them."""

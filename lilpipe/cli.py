@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lilpipe import config as configuration
+from lilpipe.config import PipelineConfig
 from lilpipe.errors import ConfigError, LilpipeError
+from lilpipe.overrides import parse_override
 from lilpipe.pipeline import Listener, changes, check_wiring, plan, run_step
+from lilpipe.recipes import load
 from lilpipe.runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
 
@@ -28,13 +30,11 @@ Overrides = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of all training stages.")]
 
 
-def _load(
-    recipe: str, file: Path | None, overrides: list[str] | None, seed: int | None
-) -> configuration.PipelineConfig:
-    values = dict(configuration.parse_override(text) for text in overrides or [])
+def _load(recipe: str, file: Path | None, overrides: list[str] | None, seed: int | None) -> PipelineConfig:
+    values = dict(parse_override(text) for text in overrides or [])
     if seed is not None:
         values["seed"] = seed
-    return configuration.load(recipe, file=file, overrides=values)
+    return load(recipe, file=file, overrides=values)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The configuration: one frozen typed tree with a section per stage.
 
-Values come from a recipe (``lilpipe.recipes``), then a TOML file, then dotted overrides; see ``load``. Unknown
+Values come from a recipe (``lilpipe.recipes``), then a TOML file, then dotted overrides; see ``recipes.load``. Unknown
 settings are refused. Validation is arithmetic and never touches a file.
 
 A field marked ``Operational`` cannot change a stage's output (a worker count, an interval of logging), so it is
@@ -9,9 +9,6 @@ left out of the fingerprint: changing it rebuilds nothing.
 
 from __future__ import annotations
 
-import difflib
-import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,11 +20,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from lilpipe.errors import ConfigError
+from lilpipe.overrides import set_dotted
 
 
 class _Operational:
@@ -567,90 +563,7 @@ class PipelineConfig(Section):
         section = getattr(self, "register_" if node.stage == "register" else node.stage)
         values = section.model_dump()
         for key, value in node.settings.items():
-            _set(values, key, value, where=f"steps.{step_name}.settings")
+            set_dotted(values, key, value, where=f"steps.{step_name}.settings")
         if "seed" in values and values["seed"] is None:
             values["seed"] = self.seed
         return type(section).model_validate(values)
-
-
-def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | None = None) -> PipelineConfig:
-    """A recipe with a TOML file's values over it and dotted ``overrides`` over both.
-
-    The file may name its recipe (``recipe = "tiny"``), which then stands. Raises ``ConfigError`` naming the field.
-    """
-    from lilpipe import recipes
-
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"config file {file}: cannot be read ({error.strerror}); check the path") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config file {file}: is not valid TOML: {error}") from error
-    recipe = values.pop("recipe", recipe)
-    complete = recipes.recipe(recipe).model_dump(by_alias=True)
-    where = f"config file {file}" if file else "overrides"
-    _merge(complete, values, where=where)
-    for key, value in (overrides or {}).items():
-        _set(complete, key, value, where="overrides")
-    try:
-        return PipelineConfig.model_validate(complete)
-    except ValidationError as error:
-        raise ConfigError(explain(error)) from error
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """``sft.num_epochs=4`` as a key and a JSON value; what is no JSON is a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {text!r}: expected KEY=VALUE, such as sft.num_epochs=4")
-    try:
-        return key.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        return key.strip(), value
-
-
-def explain(error: ValidationError) -> str:
-    """One line per wrong field: where, what was got, what was expected."""
-    lines = []
-    for item in error.errors():
-        field = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            lines.append(f"{field}: there is no such setting; check the spelling")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            got = "" if isinstance(item["input"], dict | BaseModel) else f" (got {item['input']!r})"
-            lines.append(f"{field}: {message}{got}" if field else message)
-    return "\n".join(lines)
-
-
-def _merge(values: dict[str, Any], changes: dict[str, Any], *, where: str, prefix: str = "") -> None:
-    """Lay ``changes`` over ``values``; tables merge, anything else replaces."""
-    for key, change in changes.items():
-        name = f"{prefix}{key}"
-        free = name in ("steps", "orchestration.stage_timeout_seconds") or prefix.startswith("steps.")
-        if key not in values and not free and not prefix.startswith(("steps.", "orchestration.stage_timeout")):
-            raise ConfigError(_unknown(name, values, where=where))
-        if isinstance(change, dict) and isinstance(values.get(key), dict) and name != "steps":
-            _merge(values[key], change, where=where, prefix=f"{name}.")
-        else:
-            values[key] = change
-
-
-def _set(values: dict[str, Any], key: str, value: Any, *, where: str) -> None:
-    """Set one dotted key that must exist."""
-    change: dict[str, Any] = {}
-    inner = change
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = inner.setdefault(parent, {})
-    inner[last] = value
-    _merge(values, change, where=where)
-
-
-def _unknown(name: str, known: dict[str, Any], *, where: str) -> str:
-    parent, _, last = name.rpartition(".")
-    close = difflib.get_close_matches(last, known, n=1)
-    hint = f"did you mean {f'{parent}.' if parent else ''}{close[0]}?" if close else f"known: {', '.join(known)}"
-    return f"{where}: there is no setting {name!r}; {hint}"

@@ -31,6 +31,7 @@ NEUTRAL_MODULES = frozenset(
         "errors",
         "fingerprint",
         "launch",
+        "overrides",
         "pipeline",
         "recipes",
         "report",

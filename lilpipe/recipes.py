@@ -1,9 +1,14 @@
-"""Recipes: functions that return a complete configuration."""
+"""Recipes: functions that return a complete configuration; and ``load``, which lays a user's settings over one."""
 
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from lilpipe.config import (
     CorpusConfig,
@@ -25,6 +30,7 @@ from lilpipe.config import (
     TokensConfig,
 )
 from lilpipe.errors import ConfigError
+from lilpipe.overrides import explain, merge, set_dotted
 
 
 def tiny() -> PipelineConfig:
@@ -70,8 +76,33 @@ RECIPES: dict[str, Callable[[], PipelineConfig]] = {"tiny": tiny}
 """Recipe names to the functions that make them."""
 
 
-def recipe(name: str) -> PipelineConfig:
+def get_recipe(name: str) -> PipelineConfig:
     """The recipe of that name."""
     if name not in RECIPES:
         raise ConfigError(f"recipe {name!r}: there is no such recipe; known: {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | None = None) -> PipelineConfig:
+    """A recipe with a TOML file's values over it and dotted ``overrides`` over both.
+
+    The file may name its recipe (``recipe = "tiny"``), which then stands. Raises ``ConfigError`` naming the field.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"config file {file}: cannot be read ({error.strerror}); check the path") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {file}: is not valid TOML: {error}") from error
+    recipe = values.pop("recipe", recipe)
+    complete = get_recipe(recipe).model_dump(by_alias=True)
+    where = f"config file {file}" if file else "overrides"
+    merge(complete, values, where=where)
+    for key, value in (overrides or {}).items():
+        set_dotted(complete, key, value, where="overrides")
+    try:
+        return PipelineConfig.model_validate(complete)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from error

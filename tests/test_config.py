@@ -1,7 +1,9 @@
 import pytest
 
-from lilpipe.config import CorpusConfig, ModelConfig, PipelineConfig, PretrainConfig, load, parse_override
+from lilpipe.config import CorpusConfig, ModelConfig, PipelineConfig, PretrainConfig
 from lilpipe.errors import ConfigError
+from lilpipe.overrides import parse_override
+from lilpipe.recipes import load
 
 
 def write(path, text):
@@ -40,7 +42,7 @@ def test_tables_of_a_file_merge_over_the_recipe_and_overrides_go_over_both(tmp_p
     ],
 )
 def test_a_wrong_file_is_refused_with_the_field_and_the_remedy(tmp_path, text, message):
-    with pytest.raises(ConfigError, match="(?s).*") as caught:
+    with pytest.raises(ConfigError) as caught:
         load("tiny", file=write(tmp_path / "c.toml", text))
     assert message in str(caught.value)
 

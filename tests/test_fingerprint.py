@@ -8,7 +8,8 @@ from lilpipe.fingerprint import Ingredients, code_and_packages, difference
 
 MODULES = {
     "toypackage/__init__.py": "",
-    "toypackage/a.py": '"""Doc."""\nimport json\nimport numpy\nfrom lilpipe.model import flops\n\ndef run():\n    return 1\n',
+    "toypackage/a.py": '"""Doc."""\nimport json\nimport numpy\nfrom lilpipe.model import flops\n\n'
+    "def run():\n    return 1\n",
 }
 
 

@@ -1,12 +1,14 @@
 """A stage that reads the toy's artifact; it takes the place of `tokenizer`."""
 
-from lilpipe.artifact import Artifact
+from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import TokenizerConfig
 from lilpipe.stage import Stage, Workspace
 
 
-def run(config: TokenizerConfig, inputs: dict[str, Artifact], workspace: Workspace) -> dict[str, float]:
-    text = (inputs["prompts"].path / "data").read_text()
+def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> dict[str, float]:
+    prompts = inputs["prompts"]
+    assert isinstance(prompts, Artifact)
+    text = (prompts.path / "data").read_text()
     (workspace.output / "read").write_text(text.upper())
     return {"vocab_size": config.vocab_size}
 

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from lilpipe.artifact import write_atomically
-from lilpipe.config import ModelConfig, explain
+from lilpipe.config import ModelConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.transformer import Transformer
+from lilpipe.overrides import explain
 from lilpipe.tokenizer.encoding import Tokenizer
 
 CONFIG_FILE = "config.json"

@@ -14,9 +14,9 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from lilpipe.config import load
 from lilpipe.display import Display
 from lilpipe.pipeline import run_step
+from lilpipe.recipes import load
 from lilpipe.runs import new_pipeline_run
 from lilpipe.store import Store
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lilpipe import stage
-from lilpipe.config import load
+from lilpipe.recipes import load
 
 FOLDER = Path(__file__).parent / "toy_stages"
 CONFIG = FOLDER / "toy.toml"
