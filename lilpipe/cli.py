@@ -1,4 +1,4 @@
-"""``lilpipe``: the pipeline on the command line, without Prefect."""
+"""The pipeline on the command line, without Prefect."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def why(
     overrides: Overrides = None,
     seed: Seed = None,
 ) -> None:
-    """Say what differs from the last run of a step: config, inputs, code or packages."""
+    """Say what differs from the nearest earlier run of a step: config, inputs, code or packages."""
     loaded = _load(recipe, config, overrides, seed)
     if stage not in loaded.steps:
         raise ConfigError(f"step {stage!r}: there is no such step; known: {', '.join(loaded.steps)}")

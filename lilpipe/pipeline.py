@@ -93,9 +93,9 @@ def _plan_step(config: PipelineConfig, store: Store, name: str, made: dict[str, 
 
 
 def changes(store: Store, step: str, ingredients: Ingredients) -> list[str]:
-    """What differs from the last artifact of this step; nothing if there is none."""
-    earlier = [manifest for manifest in store.manifests(ingredients.stage) if manifest.step == step]
-    return difference(_ingredients_of(earlier[-1]), ingredients) if earlier else []
+    """What differs from the artifact of this step that is nearest, the newest of equals; nothing if there is none."""
+    earlier = [manifest for manifest in reversed(store.manifests(ingredients.stage)) if manifest.step == step]
+    return min((difference(_ingredients_of(manifest), ingredients) for manifest in earlier), key=len, default=[])
 
 
 def _ingredients_of(manifest: Manifest) -> Ingredients:

@@ -69,6 +69,13 @@ def test_a_changed_setting_reruns_what_follows_only_if_the_content_changed(store
     assert [cached for _, cached in run_all(same_bytes, store)] == [False, True]
 
 
+def test_a_step_is_compared_with_its_nearest_earlier_run(store, faults):
+    for settings in ({"num_dev": 7}, {"num_dev": 8, "num_test": 9}):
+        run_step(toy_config(prompts=settings), "first", store=store, pipeline_run="run")
+    planned = plan(toy_config(prompts={"num_dev": 7, "seed": 1}), store)["first"]
+    assert planned.reason == "config seed: 0 -> 1"
+
+
 def test_a_deleted_or_damaged_output_is_rebuilt_and_never_served(store, faults):
     (first, _), _ = run_all(toy_config(), store)
     (first.path / "data").write_text("half 0")
