@@ -386,6 +386,11 @@ class PreferencesConfig(Section):
     """Prompts of the `dev` split whose pairs are held out, to measure preference accuracy."""
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
     max_pairs_per_prompt: PositiveInt = 1
+    contrast: Literal["widest", "nearest"] = "widest"
+    """`widest`: the shortest answer against the longest. `nearest`: the first answer sampled against the one nearest
+    in length, so that chosen answers are little shorter than the model's own and likelihood alone teaches little."""
+    min_words_apart: PositiveInt = 1
+    """Fewest words by which the answers of a pair differ."""
     only_correct: bool = True
     """Pair correct answers alone; else, after them, also answers that are wrong or malformed alike."""
     sampling: SamplingConfig = SamplingConfig()

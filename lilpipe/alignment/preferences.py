@@ -57,23 +57,45 @@ def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
     return [Pair(**row) for row in read_table(directory / "pairs.arrow") if row["split"] == split]
 
 
-def brevity_pairs(rows: Sequence[Row], *, max_pairs: int, only_correct: bool) -> list[tuple[Row, Row]]:
-    """(chosen, rejected) among the answers to one prompt, the widest difference in words first.
+def brevity_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
+    """(chosen, rejected) among the answers to one prompt, at most ``max_pairs_per_prompt``.
 
-    Both ended, have the same verdict, and differ in their number of words; no answer is used twice. Correct answers
+    Both ended, have the same verdict, and differ by ``min_words_apart``; no answer is used twice. Correct answers
     are paired first, then, unless ``only_correct``, wrong ones of the right form, then malformed ones.
     """
     pairs: list[tuple[Row, Row]] = []
-    for verdict in VERDICTS[:1] if only_correct else VERDICTS:
+    take = _widest if config.contrast == "widest" else _nearest
+    for verdict in VERDICTS[:1] if config.only_correct else VERDICTS:
         alike = {
             row["response"]: row
             for row in reversed(rows)
             if row["ended"] and (row["well_formed"], row["correct"]) == verdict
         }
-        ranked = sorted(alike.values(), key=lambda row: (row["num_words"], row["sample"]))
-        while len(ranked) > 1 and ranked[0]["num_words"] < ranked[-1]["num_words"]:
-            pairs.append((ranked.pop(0), ranked.pop()))
-    return pairs[:max_pairs]
+        left = sorted(alike.values(), key=lambda row: row["sample"])
+        while (pair := take(left, config.min_words_apart)) is not None:
+            left = [row for row in left if row not in pair]
+            pairs.append(pair)
+    return pairs[: config.max_pairs_per_prompt]
+
+
+def _widest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | None:
+    """The shortest answer and the longest."""
+    ranked = sorted(rows, key=lambda row: (row["num_words"], row["sample"]))
+    return (ranked[0], ranked[-1]) if ranked and _gap(ranked[0], ranked[-1]) >= min_words_apart else None
+
+
+def _nearest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | None:
+    """The first answer sampled that has a partner far enough away, and the nearest of its partners."""
+    for row in rows:
+        partners = [other for other in rows if _gap(row, other) >= min_words_apart]
+        if partners:
+            other = min(partners, key=lambda partner: (_gap(row, partner), partner["sample"]))
+            return (row, other) if row["num_words"] < other["num_words"] else (other, row)
+    return None
+
+
+def _gap(a: Row, b: Row) -> int:
+    return abs(a["num_words"] - b["num_words"])
 
 
 def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
@@ -87,11 +109,7 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
     rows = sample_in_chunks(model, [*train, *heldout], config, form="chat", purpose="preferences", workspace=workspace)
     groups = by_prompt(rows)
     pairs: dict[str, list[tuple[Row, Row]]] = {
-        split: [
-            pair
-            for group in part
-            for pair in brevity_pairs(group, max_pairs=config.max_pairs_per_prompt, only_correct=config.only_correct)
-        ]
+        split: [pair for group in part for pair in brevity_pairs(group, config)]
         for split, part in (("train", groups[: len(train)]), ("heldout", groups[len(train) :]))
     }
     if not pairs["train"]:

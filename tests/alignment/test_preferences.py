@@ -28,14 +28,27 @@ def words(pairs):
     return [(chosen["num_words"], rejected["num_words"]) for chosen, rejected in pairs]
 
 
+def config(**settings):
+    return PreferencesConfig(seed=0, **settings)
+
+
 def test_the_shorter_of_two_correct_answers_is_chosen():
-    assert words(brevity_pairs([row(5), row(2)], max_pairs=1, only_correct=True)) == [(2, 5)]
+    assert words(brevity_pairs([row(5), row(2)], config(max_pairs_per_prompt=1, only_correct=True))) == [(2, 5)]
 
 
 def test_the_widest_difference_comes_first_and_no_answer_is_used_twice():
     rows = [row(n, sample=n) for n in (4, 9, 2, 7, 3)]
-    assert words(brevity_pairs(rows, max_pairs=9, only_correct=True)) == [(2, 9), (3, 7)]
-    assert words(brevity_pairs(rows, max_pairs=1, only_correct=True)) == [(2, 9)]
+    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=True))) == [(2, 9), (3, 7)]
+    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=1, only_correct=True))) == [(2, 9)]
+
+
+def test_the_first_sample_is_paired_with_the_one_nearest_in_length_where_asked():
+    rows = [row(n, sample=i) for i, n in enumerate((9, 4, 2, 17, 3))]
+    assert words(brevity_pairs(rows, config(contrast="nearest"))) == [(4, 9)]
+    assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=6))) == [(3, 9)]
+    assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=9))) == [(4, 17)]
+    assert brevity_pairs(rows, config(contrast="nearest", min_words_apart=16)) == []
+    assert brevity_pairs(rows, config(min_words_apart=16)) == []
 
 
 @pytest.mark.parametrize(
@@ -52,15 +65,15 @@ def test_the_widest_difference_comes_first_and_no_answer_is_used_twice():
     ids=["equal length", "other verdict", "malformed", "malformed and wrong", "cut off", "alone", "none"],
 )
 def test_answers_that_differ_in_more_or_less_than_length_are_no_pair(rows):
-    assert brevity_pairs(rows, max_pairs=9, only_correct=False) == []
+    assert brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=False)) == []
 
 
 def test_answers_that_are_wrong_alike_are_paired_on_request_after_correct_ones():
     malformed = [row(1, well_formed=False), row(9, well_formed=False)]
     rows = [*malformed, row(2, correct=False), row(5, correct=False), row(3), row(4)]
-    assert words(brevity_pairs(rows, max_pairs=9, only_correct=True)) == [(3, 4)]
-    assert words(brevity_pairs(rows, max_pairs=9, only_correct=False)) == [(3, 4), (2, 5), (1, 9)]
-    assert words(brevity_pairs(rows[:4], max_pairs=1, only_correct=False)) == [(2, 5)]
+    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=True))) == [(3, 4)]
+    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=False))) == [(3, 4), (2, 5), (1, 9)]
+    assert words(brevity_pairs(rows[:4], config(max_pairs_per_prompt=1, only_correct=False))) == [(2, 5)]
 
 
 @pytest.fixture

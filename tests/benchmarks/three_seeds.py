@@ -60,7 +60,8 @@ def quality(runs: list[dict[str, float]]) -> Table:
         cells = []
         for name in columns:
             values = [run[f"{name}/{model}"] for run in runs if f"{name}/{model}" in run]
-            cells.append(f"{statistics.fmean(values):.3f} ± {statistics.pstdev(values):.3f}" if values else "")
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.3f}{spread}" if values else "")
         table.add_row(model, *cells)
     return table
 
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("test", "dev"), help="choose hyperparameters on dev")
     arguments = parser.parse_args()
     runs = [run_seed(arguments.recipe, seed, {"evaluate.split": arguments.split}) for seed in arguments.seeds]
-    console = Console()
+    console = Console(width=120)
     console.print(quality(runs))
     claims = [
         ("accuracy", "pretrain", "sft", "rises"),
@@ -85,7 +86,10 @@ def main() -> None:
         delta, error = difference(runs, metric, before, after)
         holds = delta > 2 * error if claim == "rises" else delta > -error
         verdict = "[green]holds[/]" if holds else "[red]does not hold[/]"
-        console.print(f"{metric} {before} -> {after}: {delta:+.3f}, standard error {error:.3f}; {claim}: {verdict}")
+        console.print(
+            f"{metric} {before} -> {after}: {delta:+.3f}, standard error {error:.3f}; {claim}: {verdict}",
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":
