@@ -387,8 +387,8 @@ class PreferencesConfig(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
     max_pairs_per_prompt: PositiveInt = 1
     contrast: Literal["widest", "nearest"] = "widest"
-    """`widest`: the shortest answer against the longest. `nearest`: the first answer sampled against the one nearest
-    in length, so that chosen answers are little shorter than the model's own and likelihood alone teaches little."""
+    """`widest`: the shortest answer against the longest. `nearest`: an answer as the model drew it against the nearest
+    longer one, so that chosen answers are hardly shorter than the model's own and likelihood on them teaches less."""
     min_words_apart: PositiveInt = 1
     """Fewest words by which the answers of a pair differ."""
     only_correct: bool = True

@@ -81,21 +81,17 @@ def brevity_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[
 def _widest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | None:
     """The shortest answer and the longest."""
     ranked = sorted(rows, key=lambda row: (row["num_words"], row["sample"]))
-    return (ranked[0], ranked[-1]) if ranked and _gap(ranked[0], ranked[-1]) >= min_words_apart else None
+    apart = ranked[-1]["num_words"] - ranked[0]["num_words"] if ranked else 0
+    return (ranked[0], ranked[-1]) if apart >= min_words_apart else None
 
 
 def _nearest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | None:
-    """The first answer sampled that has a partner far enough away, and the nearest of its partners."""
+    """The first answer sampled that has a longer one far enough away, and the nearest such."""
     for row in rows:
-        partners = [other for other in rows if _gap(row, other) >= min_words_apart]
-        if partners:
-            other = min(partners, key=lambda partner: (_gap(row, partner), partner["sample"]))
-            return (row, other) if row["num_words"] < other["num_words"] else (other, row)
+        longer = [other for other in rows if other["num_words"] - row["num_words"] >= min_words_apart]
+        if longer:
+            return row, min(longer, key=lambda other: (other["num_words"], other["sample"]))
     return None
-
-
-def _gap(a: Row, b: Row) -> int:
-    return abs(a["num_words"] - b["num_words"])
 
 
 def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metrics:

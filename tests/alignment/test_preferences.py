@@ -42,10 +42,10 @@ def test_the_widest_difference_comes_first_and_no_answer_is_used_twice():
     assert words(brevity_pairs(rows, config(max_pairs_per_prompt=1, only_correct=True))) == [(2, 9)]
 
 
-def test_the_first_sample_is_paired_with_the_one_nearest_in_length_where_asked():
+def test_the_first_sample_is_chosen_against_the_nearest_longer_one_where_asked():
     rows = [row(n, sample=i) for i, n in enumerate((9, 4, 2, 17, 3))]
-    assert words(brevity_pairs(rows, config(contrast="nearest"))) == [(4, 9)]
-    assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=6))) == [(3, 9)]
+    assert words(brevity_pairs(rows, config(contrast="nearest"))) == [(9, 17)]
+    assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=6))) == [(9, 17)]
     assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=9))) == [(4, 17)]
     assert brevity_pairs(rows, config(contrast="nearest", min_words_apart=16)) == []
     assert brevity_pairs(rows, config(min_words_apart=16)) == []
