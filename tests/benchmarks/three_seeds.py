@@ -76,6 +76,8 @@ def main() -> None:
     runs = [run_seed(arguments.recipe, seed, {"evaluate.split": arguments.split}) for seed in arguments.seeds]
     console = Console(width=120)
     console.print(quality(runs))
+    if len(runs) < 2:
+        return  # one seed shows nothing of the spread between seeds
     claims = [
         ("accuracy", "pretrain", "sft", "rises"),
         ("accuracy", "sft", "grpo", "rises"),
