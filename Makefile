@@ -13,18 +13,15 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: pipeline test test-slow lint setup up down seeds clean
+.PHONY: pipeline test lint setup up down seeds clean
 
 INSTALLED := $(VENV)/.installed
 
 pipeline: setup ## Run the full pipeline; CONFIG=mine.toml lays your settings over the recipe
 	@$(BIN)/python -m flows --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(SEED),--seed $(SEED))
 
-test: setup ## Lint-free, offline, on the CPU, at most 6 minutes on two cores
+test: setup ## All tests: offline, on the CPU, 3 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-
-test-slow: setup ## The long suites
-	$(BIN)/python -m pytest -m slow
 
 lint: setup ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

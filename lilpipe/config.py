@@ -340,11 +340,23 @@ class SamplingConfig(Section):
     """Sequences decoded together."""
 
 
-class RejectionSamplingConfig(Section):
-    """Sample K answers to each prompt, keep what a verifier accepts."""
+class SamplingSection(Section):
+    """What every stage that samples from a model has in common."""
 
     seed: int | None = None
     """Seed of sampling; the pipeline's `seed` where none is given."""
+    sampling: SamplingConfig = SamplingConfig()
+    prompts_per_chunk: PositiveInt = 100
+    """Prompts between two points from which a killed run continues."""
+    num_workers: NumWorkers = 1
+    """Processes that sample; the chunks are divided among them and do not depend on their number."""
+    threads_per_worker: PositiveInt = 1
+    """Threads of a process."""
+
+
+class RejectionSamplingConfig(SamplingSection):
+    """Sample K answers to each prompt, keep what a verifier accepts."""
+
     prompt_form: Literal["text", "chat"] = "text"
     """How the model meets a question: `text` as in its pretraining (a base model), `chat` as a user's turn."""
     num_prompts: PositiveInt = 1_000
@@ -353,13 +365,6 @@ class RejectionSamplingConfig(Section):
     """K; Llama 3 draws 10 to 30."""
     max_kept_per_prompt: PositiveInt = 1
     """Distinct correct answers kept for one prompt."""
-    sampling: SamplingConfig = SamplingConfig()
-    prompts_per_chunk: PositiveInt = 100
-    """Prompts between two points from which a killed run continues."""
-    num_workers: NumWorkers = 1
-    """Processes that sample; the chunks are divided among them and do not depend on their number."""
-    threads_per_worker: PositiveInt = 1
-    """Threads of a process."""
 
 
 class SFTConfig(TrainingSection):
@@ -373,11 +378,9 @@ class SFTConfig(TrainingSection):
     """Use at most this many written demonstrations of the `prompts` stage; all where none is given."""
 
 
-class PreferencesConfig(Section):
+class PreferencesConfig(SamplingSection):
     """Pairs of answers sampled from a model: one preferred to the other by a stated rule."""
 
-    seed: int | None = None
-    """Seed of sampling; the pipeline's `seed` where none is given."""
     rule: Literal["brevity"] = "brevity"
     """`brevity`: of two answers with the same verdict of the verifier, the one with fewer words."""
     num_prompts: PositiveInt = 600
@@ -393,13 +396,6 @@ class PreferencesConfig(Section):
     """Fewest words by which the answers of a pair differ."""
     only_correct: bool = True
     """Pair correct answers alone; else, after them, also answers that are wrong or malformed alike."""
-    sampling: SamplingConfig = SamplingConfig()
-    prompts_per_chunk: PositiveInt = 100
-    """Prompts between two points from which a killed run continues."""
-    num_workers: NumWorkers = 1
-    """Processes that sample; the chunks are divided among them and do not depend on their number."""
-    threads_per_worker: PositiveInt = 1
-    """Threads of a process."""
 
 
 class DPOConfig(TrainingSection):
@@ -438,24 +434,15 @@ class GRPOConfig(TrainingSection):
     sampling: SamplingConfig = SamplingConfig()
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(SamplingSection):
     """How good the model is after each training stage."""
 
-    seed: int | None = None
-    """Seed of sampling; the pipeline's `seed` where none is given."""
     split: Literal["test", "dev"] = "test"
     """Prompts to report on; choose hyperparameters on `dev`."""
     samples_per_prompt: PositiveInt = 8
     """Samples behind pass@k."""
-    sampling: SamplingConfig = SamplingConfig()
     validation_rows: PositiveInt = 200
     """Rows of validation text behind bits per byte."""
-    prompts_per_chunk: PositiveInt = 100
-    """Prompts between two points from which a killed run continues."""
-    num_workers: NumWorkers = 1
-    """Processes; the work is divided among them and does not depend on their number."""
-    threads_per_worker: PositiveInt = 1
-    """Threads of a process."""
 
 
 class RegisterConfig(Section):
