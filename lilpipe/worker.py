@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import importlib
 import json
@@ -30,7 +31,7 @@ def main(job_file: Path) -> int:
         return 1
     except OSError as error:
         # A full or read-only disk is the user's to mend; anything else of this kind may pass.
-        if error.errno in (28, 30, 13):
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
             _report(work, StoreError.__name__, explain_os_error(work, error))
             return 1
         raise
