@@ -30,7 +30,7 @@ def full_pipeline(
         recipe: The complete configuration to start from.
         config: A TOML file whose values go over the recipe's, by its path from the project's directory or in full.
             It may name data of your own under `[[corpus.sources]]`.
-        overrides: Single settings over both, such as `{"sft.num_epochs": 4}`. `lilpipe/config.py` describes each.
+        overrides: Single settings over both, such as `{"sft.num_epochs": 4}`. `lilpipe/config/` describes each.
         seed: Seed of every training stage; the configuration's own (0) where none is given.
     """
     try:

@@ -32,7 +32,7 @@ def run_one_stage(
             dpo, grpo, evaluate, register, or one that the configuration adds.
         recipe: The complete configuration to start from.
         config: A TOML file whose values go over the recipe's, by its path from the project's directory or in full.
-        overrides: Single settings over both, such as `{"sft.num_epochs": 4}`. `lilpipe/config.py` describes each.
+        overrides: Single settings over both, such as `{"sft.num_epochs": 4}`. `lilpipe/config/` describes each.
         seed: Seed of every training stage; the configuration's own (0) where none is given.
     """
     try:

@@ -26,7 +26,9 @@ NEUTRAL_MODULES = frozenset(
         "artifact",
         "cli",
         "config",
+        "data.histograms",
         "data.report",
+        "data.trace",
         "display",
         "errors",
         "fingerprint",
@@ -39,6 +41,8 @@ NEUTRAL_MODULES = frozenset(
         "stage",
         "store",
         "tokenizer.report",
+        "tokens.report",
+        "tokens.trace",
         "tracking",
         "training.curves",
         "worker",
@@ -81,7 +85,7 @@ def code_and_packages(stage: str) -> tuple[dict[str, str], dict[str, str]]:
     pending = [STAGES[stage]]
     while pending:
         module = pending.pop()
-        if module in code or module in NEUTRAL_MODULES:
+        if module in code or _is_neutral(module):
             continue
         digest, imports = _read_module(module)
         code[module] = digest
@@ -89,6 +93,10 @@ def code_and_packages(stage: str) -> tuple[dict[str, str], dict[str, str]]:
         packages |= {name.split(".")[0] for name in imports} - {"lilpipe"}
     packages |= {extra for name in packages for extra in IMPLIED_PACKAGES.get(name, ())}
     return dict(sorted(code.items())), _versions(packages - NEUTRAL_PACKAGES - set(sys.stdlib_module_names))
+
+
+def _is_neutral(module: str) -> bool:
+    return module in NEUTRAL_MODULES or module.startswith("lilpipe.config.")
 
 
 def _versions(packages: set[str]) -> dict[str, str]:

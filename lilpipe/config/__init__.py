@@ -1,0 +1,100 @@
+"""The configuration: one frozen typed tree with a section per stage.
+
+Values come from a recipe (``lilpipe.recipes``), then a TOML file, then dotted overrides; see ``recipes.load``. Unknown
+settings are refused. Validation is arithmetic and never touches a file.
+
+A field marked ``Operational`` cannot change a stage's output (a worker count, an interval of logging), so it is
+left out of the fingerprint: changing it rebuilds nothing.
+"""
+
+from lilpipe.config.alignment import (
+    DPOConfig,
+    EvaluateConfig,
+    GRPOConfig,
+    PreferencesConfig,
+    PromptsConfig,
+    RegisterConfig,
+    RejectionSamplingConfig,
+    SamplingConfig,
+    SamplingSection,
+    SFTConfig,
+)
+from lilpipe.config.corpus import (
+    ClassifierConfig,
+    Columns,
+    CorpusConfig,
+    DecontaminationConfig,
+    ExactDedupConfig,
+    LanguageConfig,
+    MinhashConfig,
+    PIIConfig,
+    QualityConfig,
+    RayConfig,
+    SlurmConfig,
+    Source,
+    UrlConfig,
+)
+from lilpipe.config.pipeline import (
+    DEFAULT_STEPS,
+    OrchestrationConfig,
+    PipelineConfig,
+    Step,
+    step,
+)
+from lilpipe.config.section import (
+    NumWorkers,
+    Operational,
+    Section,
+    Share,
+)
+from lilpipe.config.tokens import (
+    TokenizerConfig,
+    TokensConfig,
+)
+from lilpipe.config.training import (
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrainingSection,
+)
+
+__all__ = [
+    "DEFAULT_STEPS",
+    "ClassifierConfig",
+    "Columns",
+    "CorpusConfig",
+    "DPOConfig",
+    "DecontaminationConfig",
+    "EvaluateConfig",
+    "ExactDedupConfig",
+    "GRPOConfig",
+    "LanguageConfig",
+    "MinhashConfig",
+    "ModelConfig",
+    "NumWorkers",
+    "Operational",
+    "OptimizerConfig",
+    "OrchestrationConfig",
+    "PIIConfig",
+    "PipelineConfig",
+    "PreferencesConfig",
+    "PretrainConfig",
+    "PromptsConfig",
+    "QualityConfig",
+    "RayConfig",
+    "RegisterConfig",
+    "RejectionSamplingConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "SamplingSection",
+    "Section",
+    "Share",
+    "SlurmConfig",
+    "Source",
+    "Step",
+    "TokenizerConfig",
+    "TokensConfig",
+    "TrainingSection",
+    "UrlConfig",
+    "step",
+]

@@ -1,0 +1,127 @@
+"""The whole tree: steps, their wiring, and a section for each stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+
+from lilpipe.config.alignment import (
+    DPOConfig,
+    EvaluateConfig,
+    GRPOConfig,
+    PreferencesConfig,
+    PromptsConfig,
+    RegisterConfig,
+    RejectionSamplingConfig,
+    SFTConfig,
+)
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.section import Section
+from lilpipe.config.tokens import TokenizerConfig, TokensConfig
+from lilpipe.config.training import PretrainConfig
+from lilpipe.overrides import set_dotted
+
+
+class Step(Section):
+    """One node of the pipeline: a stage, what it reads, and what differs from the stage's section."""
+
+    stage: str
+    """Stage to run; `lilpipe.stage.STAGES` lists them."""
+    inputs: dict[str, str | tuple[str, ...]] = {}
+    """Input role of the stage to the step (or steps) whose artifact fills it."""
+    settings: dict[str, Any] = {}
+    """Dotted settings of the stage's section that differ for this step alone."""
+
+
+def step(stage: str, /, settings: dict[str, Any] | None = None, **inputs: str | tuple[str, ...]) -> Step:
+    """A ``Step`` with its inputs as keyword arguments."""
+    return Step(stage=stage, inputs=inputs, settings=settings or {})
+
+
+DEFAULT_STEPS = {
+    "corpus": step("corpus"),
+    "prompts": step("prompts"),
+    "tokenizer": step("tokenizer", corpus="corpus", prompts="prompts"),
+    "tokens": step("tokens", corpus="corpus", prompts="prompts", tokenizer="tokenizer"),
+    "pretrain": step("pretrain", tokens="tokens"),
+    "rejection_sampling": step("rejection_sampling", model="pretrain", prompts="prompts"),
+    "sft": step("sft", model="pretrain", conversations="rejection_sampling", prompts="prompts"),
+    "preferences": step("preferences", model="sft", prompts="prompts"),
+    "dpo": step("dpo", model="sft", preferences="preferences"),
+    "grpo": step("grpo", model="dpo", prompts="prompts"),
+    "evaluate": step(
+        "evaluate", models=("pretrain", "sft", "dpo", "grpo"), reference="sft", prompts="prompts", tokens="tokens"
+    ),
+    "register": step("register", model="grpo", report="evaluate"),
+}
+
+
+class OrchestrationConfig(Section):
+    """How stages are run; nothing here can change an output."""
+
+    retries: NonNegativeInt = 2
+    """Further tries of a stage after a failure of infrastructure; bad config or data is never retried."""
+    retry_delay_seconds: NonNegativeFloat = 5
+    timeout_seconds: PositiveFloat = 7 * 24 * 3600
+    """Longest time for one try of a stage."""
+    stage_timeout_seconds: dict[str, PositiveFloat] = {}
+    """Another timeout for single steps."""
+
+
+class PipelineConfig(Section):
+    """The whole pipeline."""
+
+    recipe: str
+    """Recipe from which this configuration started."""
+    seed: int = 0
+    """Seed of every training stage that names none of its own."""
+    steps: dict[str, Step] = DEFAULT_STEPS
+    """The order and wiring of the stages."""
+    corpus: CorpusConfig = CorpusConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokens: TokensConfig = TokensConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    rejection_sampling: RejectionSamplingConfig = RejectionSamplingConfig()
+    sft: SFTConfig = SFTConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    dpo: DPOConfig = DPOConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    register_: RegisterConfig = Field(default=RegisterConfig(), alias="register")
+    orchestration: OrchestrationConfig = OrchestrationConfig()
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    @model_validator(mode="after")
+    def _steps_are_in_order(self) -> PipelineConfig:
+        sections = set(type(self).model_fields) | {"register"}
+        known: list[str] = []
+        for name, node in self.steps.items():
+            if node.stage not in sections - {"recipe", "seed", "steps", "orchestration", "register_"}:
+                raise ValueError(f"steps.{name}.stage: there is no stage {node.stage!r}")
+            for role, upstream in node.inputs.items():
+                for source in (upstream,) if isinstance(upstream, str) else upstream:
+                    if source not in known:
+                        raise ValueError(
+                            f"steps.{name}.inputs.{role}: got {source!r}, expected one of the steps before it: "
+                            f"{', '.join(known) or 'none'}"
+                        )
+            self.section(name)
+            known.append(name)
+        for name in self.orchestration.stage_timeout_seconds:
+            if name not in known:
+                raise ValueError(f"orchestration.stage_timeout_seconds: there is no step {name!r}")
+        return self
+
+    def section(self, step_name: str) -> Any:
+        """The complete section of one step: the stage's section, the step's settings, and the seed filled in."""
+        node = self.steps[step_name]
+        section = getattr(self, "register_" if node.stage == "register" else node.stage)
+        values = section.model_dump()
+        for key, value in node.settings.items():
+            set_dotted(values, key, value, where=f"steps.{step_name}.settings")
+        if "seed" in values and values["seed"] is None:
+            values["seed"] = self.seed
+        return type(section).model_validate(values)

@@ -1,0 +1,42 @@
+"""What all sections of the configuration build on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+
+class _Operational:
+    """Marks a field that cannot change a stage's output."""
+
+
+Operational = _Operational()
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NumWorkers = Annotated[PositiveInt, Operational]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The values that can change a stage's output, as plain JSON values, with defaults spelled out."""
+        values = {}
+        for name, field in type(self).model_fields.items():
+            if not any(mark is Operational for mark in field.metadata):
+                values[name] = _plain(getattr(self, name))
+        return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.identity()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
