@@ -6,6 +6,7 @@ depends on the source alone.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import heapq
 import json
@@ -37,6 +38,10 @@ class RawDocument:
     name: str
     version: str
     licence: str
+    label: str
+    """The document's own, else its source's."""
+    url: str
+    date: str
     file: str
     row: int
     """Counted from 1."""
@@ -145,31 +150,48 @@ def _read_files(part: Part) -> Iterator[Row]:
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
+_ABSENT = object()
+_STRINGS = ("id", "text", "name", "version", "licence", "label", "url", "date")
+
+
 def to_row(values: Any, source: Source, file: str, row: int) -> Row:
     """A row's values as a document, or what is wrong with them."""
     if not isinstance(values, Mapping):
         return _unreadable(file, row, f"is {_json_type(values)}, expected an object", values)
-    text = values.get(source.text_column)
-    if source.text_column not in values:
-        return _unreadable(file, row, f"has no {source.text_column!r}; it has {', '.join(map(str, values))}", values)
+    columns = source.columns
+    text = _get(values, columns.text)
+    if text is _ABSENT:
+        return _unreadable(file, row, f"has no {columns.text!r}; it has {', '.join(map(str, values))}", values)
     if not isinstance(text, str):
-        return _unreadable(file, row, f"{source.text_column!r} is {_json_type(text)}, expected a string", values)
+        return _unreadable(file, row, f"{columns.text!r} is {_json_type(text)}, expected a string", values)
     if not text.strip():
-        return _unreadable(file, row, f"{source.text_column!r} is empty", values)
-    given = values.get(source.id_column)
+        return _unreadable(file, row, f"{columns.text!r} is empty", values)
+    given = _get(values, columns.id)
     document = RawDocument(
-        id=f"{file}:{row}" if given is None or given == "" else str(given),
+        id=f"{file}:{row}" if given in (_ABSENT, None, "") else str(given),
         text=text,
         name=_string(values.get("name")) or source.name,
         version=_string(values.get("version")),
-        licence=_string(values.get("licence")) or _string(values.get("license")) or source.licence,
+        licence=_string(_get(values, columns.licence)) or _string(values.get("license")) or source.licence,
+        label=_string(_get(values, columns.label)) or source.label,
+        url=_string(_get(values, columns.url)),
+        date=_string(_get(values, columns.date)),
         file=file,
         row=row,
     )
-    for name in ("id", "text", "name", "version", "licence"):
+    for name in _STRINGS:
         if not _is_unicode(getattr(document, name)):
             return _unreadable(file, row, f"{name} holds half a surrogate pair, which is no valid Unicode", "")
     return document
+
+
+def _get(values: Mapping[str, Any], name: str) -> Any:
+    """A value by its name, or by a dotted path into objects."""
+    if name in values:
+        return values[name]
+    first, _, rest = name.partition(".")
+    inner = values.get(first)
+    return _get(inner, rest) if rest and isinstance(inner, Mapping) else _ABSENT
 
 
 def _unreadable(file: str, row: int, error: str, values: Any) -> Unreadable:
@@ -182,6 +204,8 @@ def _printable(text: str) -> str:
 
 
 def _string(value: Any) -> str:
+    if isinstance(value, datetime.date):  # which datetime is
+        return value.isoformat()
     return value if isinstance(value, str) else ""
 
 
@@ -236,7 +260,7 @@ def _read_text(file: File, source: Source) -> Iterator[Row]:
     except BROKEN_STREAM as error:
         yield Unreadable(file.name, 1, f"file breaks off: {error}", breaks_off=True)
     else:
-        yield to_row({source.text_column: text, source.id_column: file.name}, source, file.name, 1)
+        yield to_row({"text": text, "id": file.name}, source, file.name, 1)
 
 
 def _read_parquet(file: File, source: Source) -> Iterator[Row]:
@@ -244,8 +268,8 @@ def _read_parquet(file: File, source: Source) -> Iterator[Row]:
     try:
         with open_file(file) as stream:
             table = pq.ParquetFile(stream)
-            wanted = {source.text_column, source.id_column, "name", "version", "licence", "license"}
-            for batch in table.iter_batches(1_000, columns=[n for n in table.schema_arrow.names if n in wanted]):
+            wanted = {*source.columns.model_dump().values(), "name", "version", "license"}
+            for batch in table.iter_batches(1_000, columns=sorted(wanted)):  # those that are absent are left out
                 for values in _batch_rows(batch):
                     number += 1
                     yield values if isinstance(values, Unreadable) else to_row(values, source, file.name, number)
@@ -308,7 +332,9 @@ def _load_dataset(source: Source) -> Any:
             loaded = datasets.load_from_disk(str(path))
             return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
         revision = None if path.exists() else _hub_revision(source)
-        return datasets.load_dataset(str(source.path), split=source.split, revision=revision, streaming=True)
+        return datasets.load_dataset(
+            str(source.path), source.subset, split=source.split, revision=revision, streaming=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"source {source.name!r}: data set {source.path}, split {source.split!r}, cannot be loaded: {error}; "

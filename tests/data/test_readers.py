@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import random
 from typing import Any
@@ -34,10 +35,36 @@ def test_a_line_carries_its_id_name_version_and_licence(tmp_path):
     assert (second.id, second.name, second.version, second.licence) == ("x.jsonl:2", "mine", "", "CC0")
 
 
-def test_text_and_id_come_from_the_columns_that_are_named(tmp_path):
-    path = write_jsonl(tmp_path / "x.jsonl", [{"body": "one", "key": "k"}])
-    (row,) = good(read(path, text_column="body", id_column="key"))
-    assert (row.id, row.text) == ("k", "one")
+NESTED = {
+    "body": {"text": "one"},
+    "meta": {"url": "http://x.org", "when": "2024-01-02T03:04:05"},
+    "kind": "code",
+    "a.b": "k",
+}
+NAMES = {"text": "body.text", "id": "a.b", "url": "meta.url", "date": "meta.when", "label": "kind"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "huggingface"])
+def test_what_a_document_holds_comes_from_the_columns_that_are_named_dots_looking_into_objects(tmp_path, kind):
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([NESTED]), tmp_path / "x.parquet")
+    else:
+        write_jsonl(tmp_path / "x.jsonl", [NESTED])
+    (row,) = good(read(tmp_path, kind, columns=NAMES))
+    assert (row.text, row.id, row.url, row.date) == ("one", "k", "http://x.org", "2024-01-02T03:04:05")
+    assert row.label == "code"
+
+
+def test_a_label_that_a_document_lacks_is_its_sources(tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "one"}, {"text": "two", "label": "prose"}])
+    assert [row.label for row in good(read(path, label="code"))] == ["code", "prose"]
+    assert [(row.url, row.date) for row in good(read(path))] == [("", "")] * 2
+
+
+def test_a_date_of_a_parquet_column_is_written_as_iso_8601(tmp_path):
+    when = datetime.datetime(2024, 1, 2, 3, 4, tzinfo=datetime.UTC)
+    pq.write_table(pa.table({"text": ["one"], "date": [when]}), tmp_path / "x.parquet")
+    assert good(read(tmp_path, "parquet"))[0].date == "2024-01-02T03:04:00+00:00"
 
 
 @pytest.mark.parametrize(
