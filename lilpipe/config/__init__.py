@@ -52,6 +52,7 @@ from lilpipe.config.tokens import (
     TokensConfig,
 )
 from lilpipe.config.training import (
+    MixtureConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "GRPOConfig",
     "LanguageConfig",
     "MinhashConfig",
+    "MixtureConfig",
     "ModelConfig",
     "NumWorkers",
     "Operational",

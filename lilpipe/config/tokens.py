@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -25,9 +25,12 @@ class TokenizerConfig(Section):
 class TokensConfig(Section):
     """Documents to token shards."""
 
+    streams_by: Literal["none", "source", "label", "language", "licence"] = "none"
+    """A stream of its own for each value of this column of the corpus, so that `pretrain.mixture` can weigh them;
+    `none`: one stream, `corpus`. The exercises are a stream either way."""
     shard_tokens: PositiveInt = 10_000_000
     """A shard is closed once it holds this many tokens."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of documents held out for validation, by a hash of the document's text."""
     num_workers: NumWorkers = 2
-    """Encoding processes."""
+    """Encoding threads."""

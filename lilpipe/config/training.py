@@ -87,6 +87,20 @@ class TrainingSection(Section):
     """Steps between logged points."""
 
 
+class MixtureConfig(Section):
+    """How the training tokens of the corpus are shared out among its streams; see `tokens.streams_by`."""
+
+    weights: dict[str, NonNegativeFloat] = {}
+    """Weight of each stream, by tokens, in any unit; a stream that is not named has none. Empty: every stream in
+    proportion to its tokens. Llama 3 (Grattafiori et al. 2024, 3.1.2): 50 general, 25 mathematics and reasoning,
+    17 code, 8 multilingual."""
+    max_epochs: PositiveFloat = 4.0
+    """Most times that a token of a stream is trained on; what a stream cannot give goes to the others in proportion
+    to their weights. Up to 4 epochs repeated text is worth nearly as much as new (Muennighoff et al. 2023)."""
+    max_epochs_of: dict[str, PositiveFloat] = {}
+    """Another limit for single streams."""
+
+
 class PretrainConfig(TrainingSection):
     """Next-token training of a fresh model on token shards."""
 
@@ -99,11 +113,29 @@ class PretrainConfig(TrainingSection):
     accumulation_steps: PositiveInt = 1
     """Micro-batches of one optimizer step on each worker."""
     exercise_share: Share = 0.5
-    """Share of rows from the exercises of the `prompts` stage; the rest comes from the corpus."""
+    """Share of tokens from the exercises of the `prompts` stage; the rest comes from the corpus."""
+    mixture: MixtureConfig = MixtureConfig()
+    packing: Literal["concat", "best_fit"] = "concat"
+    """How documents fill rows. `concat`: windows of all documents end to end. `best_fit`: whole documents, cut only
+    where they are longer than a row, the rest of a row padded (Ding et al. 2024)."""
+    stride: PositiveInt | None = None
+    """Tokens from one window of `concat` to the next; max_seq_len where none is given. With fewer, windows overlap
+    and a token is a target max_seq_len / stride times in a pass."""
     eval_every: Annotated[PositiveInt, Operational] = 200
     """Steps between validations."""
     eval_rows: PositiveInt = 64
-    """Validation rows of each source."""
+    """Validation rows of each stream."""
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> PretrainConfig:
+        if self.stride is not None and self.packing == "best_fit":
+            raise ValueError(f"stride {self.stride} would be ignored by packing best_fit; leave it out, or take concat")
+        if self.stride is not None and self.stride > self.model.max_seq_len:
+            raise ValueError(
+                f"stride {self.stride} must be at most model.max_seq_len {self.model.max_seq_len}: what lies between "
+                "two windows would never be trained on"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> PretrainConfig:
