@@ -20,9 +20,10 @@ from lilpipe.data.documents import read_documents
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import SPECIAL_TOKENS, Tokenizer
+from lilpipe.tokenizer.patterns import resolve_pattern
 from lilpipe.tokenizer.report import Usage, measure_usage, write_report
 
-DEFAULT_PATTERN: str = TokenizerConfig().pattern
+DEFAULT_PATTERN = resolve_pattern(TokenizerConfig().pattern)
 
 MEASURED_BYTES = 4_000_000
 """Text of the corpus, and of the exercises, over which the usage of tokens is measured."""
@@ -71,6 +72,7 @@ def train(texts: Iterable[str], *, vocab_size: int, pattern: str = DEFAULT_PATTE
     texts hold fewer pairs than there are merges to find, ``ConfigError`` for a pattern that does not compile.
     """
     num_ranks = vocab_size - len(SPECIAL_TOKENS)
+    pattern = resolve_pattern(pattern)
     trainer = RustTokenizer()
     try:
         trainer.train_from_iterator(iter(texts), num_ranks, pattern=pattern)

@@ -24,6 +24,7 @@ import tiktoken
 from lilpipe.artifact import write_atomically
 from lilpipe.errors import ArtifactError
 from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE
+from lilpipe.tokenizer.patterns import resolve_pattern
 
 SPECIAL_TOKENS = (
     "<|end_of_document|>",
@@ -47,8 +48,9 @@ class Tokenizer:
     def __init__(self, ranks: Ranks, pattern: str) -> None:
         """Make a tokenizer of ``ranks`` (token bytes to id, the 256 bytes among them, ids without gaps).
 
-        ``pattern`` is the regular expression that cuts text into pieces before merging.
+        ``pattern`` cuts text into pieces before merging: a preset's name or a regular expression.
         """
+        pattern = resolve_pattern(pattern)
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.pattern = pattern
         assert list(self.ranks.values()) == list(range(len(ranks))), "ranks must be 0, 1, 2, ..."
