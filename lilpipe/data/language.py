@@ -27,8 +27,8 @@ FIELD = "corpus.language.model"
 
 NUM_PIECES = 8
 PIECE_CHARS = 200
-DOUBTFUL_PIECE_CHARS = 5_000
-SURE_SCORE = 0.8
+DOUBTFUL_PIECE_CHARS = 2_500
+SURE_SCORE = 0.75
 """Chosen on half of the shared documents, on their concatenations by language and on mixtures of two languages: eight
 short pieces agree with the whole text more often than three or four longer ones, and mixtures need the second look."""
 

@@ -107,7 +107,7 @@ def test_mixed_documents_get_the_language_that_the_whole_text_gets(shares):
 def test_a_50_mb_line_takes_no_longer_than_its_pieces():
     line = "x" * 50_000_000  # fastText takes minutes for a single such word
     assert len(spread(line, 200)) == 8 * 200 + 7
-    assert identify(line)[1] < 0.8
+    assert identify(line)[1] < 0.75
 
 
 @pytest.mark.parametrize("text", ["", " \n\t", "\0", "… — !", "\ud800 broken \udfff", "42"])
