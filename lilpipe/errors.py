@@ -23,3 +23,7 @@ class ArtifactError(LilpipeError):
 
 class StoreError(LilpipeError):
     """The store cannot be read or written: permissions, a full disk, a path that is no directory."""
+
+
+class ClusterError(LilpipeError):
+    """A cluster refused, cancelled or lost the work, in a way that another try does not mend."""

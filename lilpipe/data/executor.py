@@ -1,7 +1,10 @@
-"""datatrove pipelines in local processes.
+"""Where the tasks of the data stages run: in local processes, on a Slurm cluster or on a Ray cluster.
 
-``LocalPipelineExecutor`` runs each task and marks it as completed; the processes are ours, because datatrove's pool
-(``multiprocessing.Pool``) waits for ever when one of its processes is killed.
+A pipeline is a list of datatrove steps, a task is its run for one rank, and datatrove's executor of that place runs
+the task and marks it as completed. What is completed is not run again, whichever executor did it.
+
+The local processes are ours, because datatrove's pool (``multiprocessing.Pool``) waits for ever when one of its
+processes is killed.
 """
 
 from __future__ import annotations
@@ -13,29 +16,70 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
+from lilpipe.config import CorpusConfig
+from lilpipe.data import on_ray, on_slurm
+
 NOT_RANK_ZERO = 1
 """datatrove prints the log of local rank 0."""
+
+
+class RunTasks(Protocol):
+    """Runs the tasks of a pipeline, some at a time, and returns when all are done."""
+
+    def __call__(
+        self, pipeline: Sequence[PipelineStep], *, num_tasks: int, folder: Path, on_done: Callable[[int], None]
+    ) -> None:
+        """Run the tasks that are not yet marked as completed in ``folder``.
+
+        ``on_done`` is told how many tasks are done: at the start, and as they end. What a task raises is raised here;
+        ``ClusterError`` says that the cluster refused, cancelled or lost a task.
+        """
+        ...
+
+
+@contextlib.contextmanager
+def open_executor(config: CorpusConfig) -> Iterator[RunTasks]:
+    """The executor that the configuration names; in the end its processes and jobs are gone.
+
+    Raises ``ConfigError`` if it cannot be reached from here.
+    """
+    with contextlib.ExitStack() as stack:
+        if config.executor == "slurm":
+            run: RunTasks = partial(on_slurm.run_tasks, config=config.slurm, num_workers=config.num_workers)
+        elif config.executor == "ray":
+            run = stack.enter_context(on_ray.open_cluster(config.ray, config.num_workers))
+        else:
+            run = partial(run_tasks, pool=stack.enter_context(worker_pool(config.num_workers)))
+
+        def run_alone(
+            pipeline: Sequence[PipelineStep], *, num_tasks: int, folder: Path, on_done: Callable[[int], None]
+        ) -> None:
+            on_slurm.cancel_leftovers(folder)
+            run(pipeline, num_tasks=num_tasks, folder=folder, on_done=on_done)
+
+        yield run_alone
 
 
 @contextlib.contextmanager
 def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes that are started when needed and end with this one; None for one worker, which is this process.
 
-    They are forked from a server process that has imported what they need (spaCy alone takes two seconds) and has
-    started no threads.
+    They are forked from a server process that has imported what the steps need and has started no threads.
     """
     logger.disable("datatrove")
     if num_workers == 1:
         yield None
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lilpipe.data.steps", "lilpipe.data.filters", "spacy"])
+    context.set_forkserver_preload(["lilpipe.data.corpus"])
     pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     try:
         yield pool
@@ -51,10 +95,7 @@ def run_tasks(
     pool: ProcessPoolExecutor | None,
     on_done: Callable[[int], None],
 ) -> None:
-    """Run the tasks of a pipeline that are not yet marked as completed in ``folder``.
-
-    ``on_done`` is told how many tasks are done: at the start, and after each.
-    """
+    """Run tasks in the pool's processes, or in this one; a ``RunTasks`` but for the pool."""
     executor = LocalPipelineExecutor(list(pipeline), tasks=num_tasks, logging_dir=str(folder))
     ranks = executor.get_incomplete_ranks()
     finished = num_tasks - len(ranks)
