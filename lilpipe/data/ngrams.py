@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 _BASE = 0x9E3779B97F4A7C15  # odd, so that no power of it loses bits
@@ -33,6 +35,7 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     return _mixed(rolled)
 
 
+@functools.cache
 def _power(exponent: int) -> np.uint64:
     return np.uint64(pow(_BASE, exponent, 1 << 64))
 

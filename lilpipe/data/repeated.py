@@ -29,6 +29,7 @@ _LONG_LINE = re.compile(rf"(?:[\W_]*[^\W_]){{{MIN_LINE_LETTERS}}}")
 _LONG_PARAGRAPH = re.compile(rf"(?:[\W_]*[^\W_]){{{MIN_PARAGRAPH_LETTERS}}}")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai ... Chinese
 _FENCES = ("```", "~~~")
+_FENCE = re.compile(r"\s*(?:```(?!.*```)|~~~)")  # not one that closes on its own line
 _CODE_OR_HEADING = ("    ", "\t", "#")
 
 
@@ -53,8 +54,9 @@ class LineFilter:
         if self._frequent is None:
             self._frequent = frequent_keys(self.frequent_lines)
         lines = document.text.split("\n")
-        places, keys = line_keys(lines)
-        cut = [places[each] for each in np.flatnonzero(contains(self._frequent, keys))]
+        places, keys = line_keys(document.text)
+        shared = [places[each] for each in np.flatnonzero(contains(self._frequent, keys))]
+        cut = [place for place in shared if _LONG_LINE.match(lines[place])]
         document.scores["line_dedup.removed_lines"] = len(cut)
         document.scores["line_dedup.removed_chars"] = _cut_lines(document, lines, cut)
         if cut and not any(map(str.isalnum, document.text)):
@@ -64,20 +66,21 @@ class LineFilter:
 
 def document_line_keys(document: Document) -> np.ndarray:
     """What the survey counts for ``LineFilter``: uint64."""
-    return line_keys(document.text.split("\n"))[1]
+    return line_keys(document.text)[1]
 
 
-def line_keys(lines: Sequence[str]) -> tuple[list[int], np.ndarray]:
-    """The lines that may be cut: where they are, and the hash of each, uint64."""
-    in_fence = _fenced(lines)
+def line_keys(text: str) -> tuple[list[int], np.ndarray]:
+    """The lines that may be cut if they are of enough letters: where they are, and the hash of each, uint64."""
+    folded = text.casefold().split("\n")  # folding adds no line breaks
+    in_fence = _fenced(text, folded)
     places, keys = [], []
-    for place, line in enumerate(lines):
+    for place, line in enumerate(folded):
         if len(line) < MIN_LINE_LETTERS or line.startswith(_CODE_OR_HEADING) or (in_fence and in_fence[place]):
             continue
-        words = line.casefold().split()
-        if (len(words) >= MIN_LINE_WORDS or _UNSPACED.search(line)) and _LONG_LINE.match(line):
+        words = line.split()
+        if len(words) >= MIN_LINE_WORDS or _UNSPACED.search(line):
             places.append(place)
-            keys.append(xxhash.xxh3_64_intdigest(" ".join(words)))
+            keys.append(xxhash.xxh3_64_intdigest(" ".join(words).encode(errors="surrogatepass")))
     return places, np.array(keys, np.uint64)
 
 
@@ -93,7 +96,7 @@ class ParagraphFilter:
         seen: set[str] = set()
         cut: list[int] = []
         num_cut = 0
-        for paragraph in _paragraphs(lines):
+        for paragraph in _paragraphs(document.text, lines):
             text = " ".join(" ".join(lines[place] for place in paragraph).casefold().split())
             if text not in seen:
                 seen.add(text)
@@ -105,9 +108,9 @@ class ParagraphFilter:
         return None
 
 
-def _paragraphs(lines: Sequence[str]) -> Iterator[range]:
+def _paragraphs(text: str, lines: Sequence[str]) -> Iterator[range]:
     """The places of the lines of each paragraph without code."""
-    in_fence = _fenced(lines) or [False] * len(lines)
+    in_fence = _fenced(text, lines)
     first = 0
     for end in range(len(lines) + 1):
         if end == len(lines) or not lines[end].strip():
@@ -116,11 +119,11 @@ def _paragraphs(lines: Sequence[str]) -> Iterator[range]:
             first = end + 1
 
 
-def _fenced(lines: Sequence[str]) -> list[bool]:
+def _fenced(text: str, lines: Sequence[str]) -> list[bool]:
     """Which lines are a fence of Markdown's or between two; empty if there is no fence at all."""
-    fences = [place for place, line in enumerate(lines) if line.lstrip().startswith(_FENCES)]
-    if not fences:
+    if not any(fence in text for fence in _FENCES):
         return []
+    fences = [place for place, line in enumerate(lines) if _FENCE.match(line)]
     fenced = [False] * len(lines)
     fences += [len(lines) - 1] * (len(fences) % 2)
     for first, last in zip(fences[::2], fences[1::2], strict=True):

@@ -86,7 +86,7 @@ class KeyCounter:
 
 
 class PageList:
-    """Lists the pages of a shard: the key of the address, the date and the id; those without an address are left out."""
+    """Lists those pages of a shard that have an address: its key, the date and the id."""
 
     def __init__(self, folder: Path, rank: int, url_key: Callable[[str], int | None]) -> None:
         self.folder = folder

@@ -114,6 +114,13 @@ def test_fenced_code_that_all_documents_share_stays_and_what_follows_it_goes(tmp
     assert NOTICE not in each.text
 
 
+def test_code_that_a_line_opens_and_closes_is_no_fence(tmp_path):
+    texts = pages(9, "```return it``` ends it", NOTICE)
+    each = document(texts[0])
+    LineFilter(survey(tmp_path, texts))(each)
+    assert NOTICE not in each.text
+
+
 def test_lines_of_scripts_without_spaces_are_cut(tmp_path):
     notice = "本网站使用饼干以改善您的使用体验。"
     texts = pages(9, notice)
