@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from lilpipe.config import Source
-from lilpipe.data.files import digest_files, find_files, open_file
+from lilpipe.data.files import BrokenStream, digest_files, find_files, open_file
 from lilpipe.errors import DataError
 
 LINES = b"".join(b"line %d\n" % i for i in range(20_000))
@@ -104,6 +104,6 @@ def test_a_truncated_file_is_never_taken_for_a_short_one(tmp_path, suffix):
     content = gzip.compress(LINES) if suffix == ".gz" else zstandard.compress(LINES)
     with (
         open_file(write(tmp_path / f"x.jsonl{suffix}", content[: len(content) // 2])) as stream,
-        pytest.raises(EOFError),
+        pytest.raises(BrokenStream),
     ):
         stream.read()

@@ -1,0 +1,140 @@
+"""What reading gives: a ``RawDocument`` for each document, an ``Unreadable`` for what is none."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lilpipe.config import Source
+
+MAX_DOCUMENT_BYTES = 32 * 2**20
+"""Longer ones are quarantined: a worker's memory must not depend on the longest line of a source."""
+
+EXCERPT_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class RawDocument:
+    """A document as its source gives it."""
+
+    id: str
+    text: str
+    name: str
+    version: str
+    licence: str
+    label: str
+    """The document's own, else its source's."""
+    url: str
+    date: str
+    file: str
+    row: int
+    """Line, row or record, counted from 1."""
+
+    @property
+    def order(self) -> int:
+        """Hash of the id, 64 bits: the order in which `max_bytes` takes documents."""
+        return int.from_bytes(hashlib.blake2b(self.id.encode(), digest_size=8, person=b"lilpipe-id").digest())
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row that is no document, or a file that breaks off there."""
+
+    file: str
+    row: int
+    error: str
+    excerpt: str = ""
+    breaks_off: bool = False
+    """Whether the rest of the file is lost."""
+
+
+Row = RawDocument | Unreadable
+
+_ABSENT = object()
+_STRINGS = ("id", "text", "name", "version", "licence", "label", "url", "date")
+
+
+def to_row(values: Any, source: Source, file: str, row: int) -> Row:
+    """A row's values as a document, or what is wrong with them."""
+    if not isinstance(values, Mapping):
+        return unreadable(file, row, f"is {_type(values)}, expected an object", values)
+    columns = source.columns
+    text = _get(values, columns.text)
+    if text is _ABSENT:
+        return unreadable(file, row, f"has no {columns.text!r}; it has {', '.join(map(str, values))}", values)
+    if not isinstance(text, str):
+        return unreadable(file, row, f"{columns.text!r} is {_type(text)}, expected a string", values)
+    if not text.strip():
+        return unreadable(file, row, f"{columns.text!r} is empty", values)
+    given = _get(values, columns.id)
+    document = RawDocument(
+        id=f"{file}:{row}" if given is _ABSENT or given is None or given == "" else str(given),
+        text=text,
+        name=_string(values.get("name")) or source.name,
+        version=_string(values.get("version")),
+        licence=_string(_get(values, columns.licence)) or _string(values.get("license")) or source.licence,
+        label=_string(_get(values, columns.label)) or source.label,
+        url=_string(_get(values, columns.url)),
+        date=_string(_get(values, columns.date)),
+        file=file,
+        row=row,
+    )
+    error = _defect(document)
+    return document if error is None else unreadable(file, row, error, text)
+
+
+def _defect(document: RawDocument) -> str | None:
+    """What no filter, table or report could hold."""
+    for name in _STRINGS:
+        try:
+            size = len(getattr(document, name).encode())
+        except UnicodeEncodeError:
+            return f"{name} holds half a surrogate pair, which is no valid Unicode"
+        if size > MAX_DOCUMENT_BYTES:
+            return f"{name} is of {size:,} bytes, expected at most {MAX_DOCUMENT_BYTES:,}; divide the document"
+    if "\0" in document.text or "\0" in document.id:
+        # No text has any: it is binary data, or UTF-16 taken for UTF-8. What is written in C ends a string there.
+        return "holds a NUL, as binary data and text in another encoding do"
+    return None
+
+
+def unreadable(file: str, row: int, error: str, values: Any) -> Unreadable:
+    """What is wrong with a row, and the beginning of it."""
+    excerpt = values if isinstance(values, str) else _shown(values)
+    return Unreadable(file, row, _printable(error), _printable(excerpt[:EXCERPT_CHARS]))
+
+
+def _shown(values: Any) -> str:
+    try:
+        return json.dumps(values, default=str, ensure_ascii=True)
+    except (ValueError, RecursionError):  # integers of more digits than Python prints
+        return repr(type(values))
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
+def _get(values: Mapping[str, Any], name: str) -> Any:
+    """A value by its name, or by a dotted path into objects."""
+    if name in values:
+        return values[name]
+    first, _, rest = name.partition(".")
+    inner = values.get(first)
+    return _get(inner, rest) if rest and isinstance(inner, Mapping) else _ABSENT
+
+
+def _string(value: Any) -> str:
+    if isinstance(value, datetime.date):  # which a datetime is too
+        return value.isoformat()
+    return value if isinstance(value, str) else ""
+
+
+def _type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    names |= {int: "a number", float: "a number"}
+    return names.get(type(value), f"of type {type(value).__name__}")
