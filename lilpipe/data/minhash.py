@@ -1,0 +1,416 @@
+"""Near-duplicate documents by MinHash and locality-sensitive hashing, every match verified.
+
+1. ``SignatureWriter``, for each shard: signatures (Broder 1997) of word n-grams, and a hash of each band of them.
+2. ``MatchBand``, a task for each band: documents that share a band's hash are candidates (Indyk and Motwani 1998);
+   those whose whole signatures agree in ``min_similarity`` of the values are a pair.
+3. ``near_duplicates``: documents go by rank, the best first, and one that pairs with a document kept so far is
+   dropped for it. So each dropped document is similar to the one that stays, which single linkage (FineWeb's rule)
+   does not promise: of a chain A ~ B ~ C it would drop C for A. And no two documents that stay are a pair.
+
+The rank of a document: the higher score of the quality classifier first where there is one, then the longer text in
+bytes, then the earlier in the corpus.
+
+All but the pairs is read from memory-mapped files: a band's hashes in ranges of bounded size, signatures by place.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datatrove.pipeline.base import PipelineStep
+
+from lilpipe.artifact import sync_directory
+from lilpipe.config import MinhashConfig
+from lilpipe.errors import DataError
+
+NONE_SEEN = np.uint32(2**32 - 1)
+"""The minimum over no shingles."""
+
+SLICE_WORDS = 2**16
+"""Shingles that are hashed at a time; their hashes stay in the processor's second-level cache."""
+
+BAND_DOCUMENTS = 2**22
+"""Documents of a band that are sorted at a time."""
+
+NUM_LEADERS = 32
+"""Rounds of comparison in a bucket; see ``compare_buckets``."""
+
+COMPARED_AT_ONCE = 2**12
+"""Pairs of signatures that are held in memory."""
+
+PAIR = np.dtype([("better", np.int64), ("worse", np.int64), ("agreeing", np.uint32)])
+"""Two documents by their index in ``Signatures``, and how many values of their signatures agree."""
+
+MATCHES = pa.schema(
+    [
+        pa.field("shard", pa.int64(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("kept_shard", pa.int64(), nullable=False),
+        pa.field("kept_row", pa.int64(), nullable=False),
+        pa.field("similarity", pa.float64(), nullable=False),
+    ]
+)
+"""Each document to drop, the one that stays for it, and the estimated Jaccard similarity of the two."""
+
+
+# --- signatures ---------------------------------------------------------------------------------------------------
+
+
+def num_hashes(config: MinhashConfig) -> int:
+    """Values of a signature."""
+    return config.num_buckets * config.hashes_per_bucket
+
+
+def signatures(documents: Sequence[np.ndarray], config: MinhashConfig) -> np.ndarray:
+    """MinHash signatures, uint32 [documents, hashes], from the hashes of each document's words, uint64 [words].
+
+    A document of fewer words than ``ngram_size`` is one shingle; one without words gets ``NONE_SEEN`` throughout.
+    Beside the words themselves it takes memory for ``SLICE_WORDS`` of them.
+    """
+    multiplier, filler, salts, factors = _hash_family(config)
+    minima = np.full((num_hashes(config), len(documents)), NONE_SEEN)
+    filled = [index for index, words in enumerate(documents) if len(words)]
+    padded = [_pad(documents[index], config.ngram_size, filler) for index in filled]
+    words = np.concatenate([np.zeros(0, np.uint64), *padded])
+    owners = np.repeat(np.array(filled, np.int64), [len(each) for each in padded])
+    for start in range(0, len(words) - config.ngram_size + 1, SLICE_WORDS):
+        stop = start + SLICE_WORDS + config.ngram_size - 1
+        shingles = _roll(words[start:stop], config.ngram_size, multiplier)
+        first, last = owners[start:stop][: len(shingles)], owners[start:stop][-len(shingles) :]
+        inside = first == last  # the others straddle two documents
+        _take_minima(minima, shingles[inside], first[inside], salts, factors)
+    return np.ascontiguousarray(minima.T)
+
+
+def _hash_family(config: MinhashConfig) -> tuple[np.uint64, np.uint64, np.ndarray, np.ndarray]:
+    """Random numbers that a seed fixes on every machine: multiplier and filler of shingles, and for each hash
+    function its salt and odd factor, uint32 [hashes].
+    """
+    draws = np.random.PCG64(config.seed).random_raw(2 + num_hashes(config))  # the same on every machine
+    salts, factors = draws[2:] >> np.uint64(32), draws[2:] | np.uint64(1)
+    return draws[0] | np.uint64(1), draws[1], salts.astype(np.uint32), factors.astype(np.uint32)
+
+
+def _pad(words: np.ndarray, length: int, filler: np.uint64) -> np.ndarray:
+    return words if len(words) >= length else np.append(words, np.full(length - len(words), filler))
+
+
+def _roll(words: np.ndarray, ngram_size: int, multiplier: np.uint64) -> np.ndarray:
+    """The hash of each n-gram, uint32 [words - ngram_size + 1]: the high half of a polynomial in the words' hashes."""
+    count = len(words) - ngram_size + 1
+    rolled = words[:count].copy()
+    for offset in range(1, ngram_size):
+        rolled *= multiplier
+        rolled += words[offset : offset + count]
+    return (rolled >> np.uint64(32)).astype(np.uint32)
+
+
+def _take_minima(
+    minima: np.ndarray, shingles: np.ndarray, owners: np.ndarray, salts: np.ndarray, factors: np.ndarray
+) -> None:
+    """Lower ``minima``, [hashes, documents], to the hashes of shingles; ``owners`` is the document of each, ascending.
+
+    Hash functions are the permutations x -> (x ^ salt) * factor of the 32-bit numbers.
+    """
+    if not len(shingles):
+        return
+    starts = np.append(0, np.flatnonzero(owners[1:] != owners[:-1]) + 1)
+    columns = owners[starts]
+    hashed = np.empty_like(shingles)
+    for row, salt, factor in zip(minima, salts, factors, strict=True):
+        np.bitwise_xor(shingles, salt, out=hashed)
+        np.multiply(hashed, factor, out=hashed)
+        row[columns] = np.minimum(row[columns], np.minimum.reduceat(hashed, starts))
+
+
+def band_hashes(values: np.ndarray, config: MinhashConfig) -> np.ndarray:
+    """uint64 [bands, documents]: a hash of each band of signatures, uint32 [documents, hashes]."""
+    factors = np.random.PCG64([config.seed, 1]).random_raw(config.hashes_per_bucket) | np.uint64(1)
+    rows = values.T.reshape(config.num_buckets, config.hashes_per_bucket, len(values))
+    hashes = np.zeros((config.num_buckets, len(values)), np.uint64)
+    for row, factor in enumerate(factors):
+        hashes += rows[:, row] * factor
+    return hashes
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _record(config: MinhashConfig) -> np.dtype:
+    return np.dtype(
+        [("values", np.uint32, num_hashes(config)), ("row", np.int64), ("num_bytes", np.int64), ("score", np.float32)]
+    )
+
+
+class SignatureWriter:
+    """Writes the signatures of one shard, in batches; to be closed, or used as a context.
+
+    ``NNNNN.signatures`` holds a record for each document that has words, ``NNNNN.bands.npy`` the bands' hashes,
+    uint64 [bands, documents]. They appear when the writer is closed; a context that ends in an error writes none.
+    """
+
+    def __init__(self, folder: Path, rank: int, config: MinhashConfig) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._config = config
+        self._path = folder / f"{rank:05d}.signatures"
+        self._temporary = folder / f".{rank:05d}.{os.getpid()}.tmp"
+        self._file = self._temporary.open("wb")
+        self._words: list[np.ndarray] = []
+        self._columns: list[tuple[int, float, int]] = []
+        self._num_words = 0
+        self._num_rows = 0
+        self._bands: list[np.ndarray] = [np.zeros((config.num_buckets, 0), np.uint64)]
+
+    def add(self, words: np.ndarray, *, num_bytes: int, score: float | None = None) -> None:
+        """Take the shard's next row: hashes of the document's words, uint64 [words], its size, and the classifier's
+        score if there is a classifier.
+        """
+        if self._num_words + len(words) > SLICE_WORDS:
+            self._flush()
+        if len(words):
+            self._words.append(words)
+            self._columns.append((self._num_rows, -math.inf if score is None else score, num_bytes))
+            self._num_words += len(words)
+        self._num_rows += 1
+
+    def close(self) -> None:
+        """Write what is left; the files appear."""
+        self._flush()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        _save(_bands_path(self._path), np.concatenate(self._bands, axis=1))
+        self._temporary.replace(self._path)
+        sync_directory(self._path.parent)
+
+    def __enter__(self) -> SignatureWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+            self._temporary.unlink()
+
+    def _flush(self) -> None:
+        records = np.empty(len(self._words), _record(self._config))
+        values = signatures(self._words, self._config)
+        records["values"] = values
+        for number, name in enumerate(("row", "score", "num_bytes")):
+            records[name] = [column[number] for column in self._columns]
+        self._bands.append(band_hashes(values, self._config))
+        self._file.write(records.tobytes())
+        self._words, self._columns, self._num_words = [], [], 0
+
+
+def _bands_path(signatures_path: Path) -> Path:
+    return signatures_path.with_suffix(".bands.npy")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """Write a NumPy file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+class Signatures:
+    """The signatures of all shards, memory-mapped. A document's index counts through the shards in order.
+
+    Raises ``DataError`` for a file that is not of whole records of this configuration.
+    """
+
+    def __init__(self, folder: Path, config: MinhashConfig) -> None:
+        self._config = config
+        self._record = _record(config)
+        self._paths = sorted(folder.glob("*.signatures"))
+        self._shards = [self._map(path) for path in self._paths]
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _map(self, path: Path) -> np.ndarray:
+        size = path.stat().st_size
+        if size % self._record.itemsize:
+            raise DataError(
+                f"{path}: got {size} bytes, expected a multiple of {self._record.itemsize}, for "
+                f"{num_hashes(self._config)} hashes; it is damaged or of another corpus.minhash; remove it, run again"
+            )
+        return np.memmap(path, self._record, mode="r") if size else np.zeros(0, self._record)
+
+    def places(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and row, int64 [documents] each."""
+        ranks = np.array([int(path.stem) for path in self._paths], np.int64)
+        return ranks[self._shard(index)], self.take("row", index)
+
+    def take(self, name: str, index: np.ndarray) -> np.ndarray:
+        """One field of the records of documents."""
+        kind = self._record[name]
+        taken = np.empty((len(index), *kind.shape), kind.base)
+        shard = self._shard(index)
+        order = np.argsort(shard, kind="stable")
+        for mine in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
+            if len(mine):
+                number = shard[mine[0]]
+                taken[mine] = self._shards[number][name][index[mine] - self._starts[number]]
+        return taken
+
+    def agreeing(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """How many values agree between the signatures of documents ``a`` and ``b``, uint32 [pairs]."""
+        counts = np.empty(len(a), np.uint32)
+        for start in range(0, len(a), COMPARED_AT_ONCE):
+            part = slice(start, start + COMPARED_AT_ONCE)
+            equal = self.take("values", a[part]) == self.take("values", b[part])
+            counts[part] = equal.sum(axis=1, dtype=np.uint32)
+        return counts
+
+    def by_rank(self, index: np.ndarray, *, within: np.ndarray | None = None) -> np.ndarray:
+        """The order that sorts documents by rank, the best first, inside groups if they are given."""
+        keys = (index, -self.take("num_bytes", index), -self.take("score", index))
+        return np.lexsort(keys if within is None else (*keys, within))
+
+    def bands(self, band: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Hash and index of documents in one band, a range of hashes at a time, each of about ``BAND_DOCUMENTS``."""
+        files = [np.load(_bands_path(path), mmap_mode="r") for path in self._paths]
+        num_ranges = -(-len(self) // BAND_DOCUMENTS)
+        for number in range(num_ranges):
+            first, last = (number << 64) // num_ranges, ((number + 1) << 64) // num_ranges - 1
+            hashes, index = [], []
+            for file, start in zip(files, self._starts[:-1], strict=True):
+                mine = np.flatnonzero((file[band] >= np.uint64(first)) & (file[band] <= np.uint64(last)))
+                hashes.append(file[band][mine])
+                index.append(mine + start)
+            yield np.concatenate(hashes), np.concatenate(index)
+
+    def _shard(self, index: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, index, side="right") - 1
+
+
+# --- pairs --------------------------------------------------------------------------------------------------------
+
+
+class MatchBand(PipelineStep):
+    """Finds the pairs of band ``rank``, verified, and writes them as ``NNNNN.npy``; needs ``num_buckets`` tasks."""
+
+    type, name = "Dedup", "Near-duplicates in a band"
+
+    def __init__(self, config: MinhashConfig, signatures: Path, pairs: Path) -> None:
+        super().__init__()
+        self.config = config
+        self.signatures = signatures
+        self.pairs = pairs
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
+        """Do one band; it is done again as a whole if this does not end."""
+        found = Signatures(self.signatures, self.config)
+        pairs = [compare_buckets(found, *_buckets(*each), self.config) for each in found.bands(rank)]
+        _save(self.pairs / f"{rank:05d}.npy", np.concatenate([np.zeros(0, PAIR), *pairs]))
+
+
+def _buckets(hashes: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bucket, ascending, and index of the documents that share their hash with another."""
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    new = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
+    shared = ~(new & np.append(new[1:], True))[: len(hashes)]
+    return np.cumsum(new)[shared], index[order][shared]
+
+
+def compare_buckets(found: Signatures, bucket: np.ndarray, index: np.ndarray, config: MinhashConfig) -> np.ndarray:
+    """The pairs, ``PAIR`` [pairs], among documents (by index) that lie in the same bucket (ascending).
+
+    In rounds, in each of which the best document left in a bucket leads and all others are compared with it. Of at
+    most ``NUM_LEADERS`` + 1 documents all are compared with all. In a larger bucket those that are similar to the
+    leader leave with it, so that a million equal documents take one round; and it takes no more than ``NUM_LEADERS``,
+    so that the work is linear in the documents: what is similar to none of so many leaders is left to other bands.
+    """
+    order = found.by_rank(index, within=bucket)
+    bucket, index = bucket[order], index[order]
+    _, number, size = np.unique(bucket, return_inverse=True, return_counts=True)
+    small = (size <= NUM_LEADERS + 1)[number]
+    pairs = [np.zeros(0, PAIR)]
+    for _ in range(NUM_LEADERS):
+        other = np.append(False, bucket[1:] == bucket[:-1])[: len(bucket)]
+        if not other.any():
+            break
+        leader = index[~other][np.cumsum(~other) - 1][other]
+        bucket, index, small = bucket[other], index[other], small[other]
+        agreeing = found.agreeing(leader, index)
+        similar = agreeing / num_hashes(config) >= config.min_similarity
+        pairs.append(_pairs(leader[similar], index[similar], agreeing[similar]))
+        stays = small | ~similar
+        bucket, index, small = bucket[stays], index[stays], small[stays]
+    return np.concatenate(pairs)
+
+
+def _pairs(better: np.ndarray, worse: np.ndarray, agreeing: np.ndarray) -> np.ndarray:
+    pairs = np.empty(len(better), PAIR)
+    pairs["better"], pairs["worse"], pairs["agreeing"] = better, worse, agreeing
+    return pairs
+
+
+# --- what stays ---------------------------------------------------------------------------------------------------
+
+
+def near_duplicates(
+    signatures: Path, pairs: Path, config: MinhashConfig, *, min_score: float | None = None
+) -> pa.Table:
+    """What to drop, and what stays for it, by the rule above: a table of ``MATCHES``, by shard and row.
+
+    Of several documents that stay and pair with a dropped one, the most similar is named, then the best by rank.
+    Documents of a classifier's score below ``min_score`` are no part of it.
+    """
+    found = Signatures(signatures, config)
+    edges = _distinct(np.load(path) for path in sorted(pairs.glob("*.npy")))
+    if min_score is not None:  # the better of two has no lower score
+        edges = edges[found.take("score", edges["worse"]) >= np.float32(min_score)]
+    index, positions = np.unique(np.concatenate([edges["better"], edges["worse"]]), return_inverse=True)
+    order = found.by_rank(index)
+    position = np.argsort(order)[positions]
+    better, worse = position[: len(edges)], position[len(edges) :]
+    kept = _greedy(better, worse, len(index))
+    decisive = kept[better] & ~kept[worse]
+    edges, better, worse = edges[decisive], better[decisive], worse[decisive]
+    closest = np.lexsort((better, -edges["agreeing"].astype(np.int64), edges["worse"]))
+    _, first = np.unique(edges["worse"][closest], return_index=True)
+    matches = edges[closest[first]]
+    columns = (*found.places(matches["worse"]), *found.places(matches["better"]))
+    return pa.table([*columns, matches["agreeing"] / num_hashes(config)], schema=MATCHES)
+
+
+def _distinct(bands: Iterable[np.ndarray]) -> np.ndarray:
+    """Each pair once, though most are found in several bands."""
+    edges = np.zeros(0, PAIR)
+    for band in bands:
+        edges = np.concatenate([edges, band])
+        order = np.lexsort((edges["better"], edges["worse"]))
+        edges = edges[order]
+        same = (edges["better"][1:] == edges["better"][:-1]) & (edges["worse"][1:] == edges["worse"][:-1])
+        edges = edges[np.append(True, ~same)[: len(edges)]]
+    return edges
+
+
+def _greedy(better: np.ndarray, worse: np.ndarray, count: int) -> np.ndarray:
+    """Whether each of ``count`` documents stays, bool; all are numbers in order of rank."""
+    kept = bytearray(b"\1") * count
+    order = np.argsort(worse, kind="stable")  # so the fate of the better one is known
+    for start in range(0, len(order), SLICE_WORDS):  # Python's numbers take four times the memory
+        part = order[start : start + SLICE_WORDS]
+        for a, b in zip(better[part].tolist(), worse[part].tolist(), strict=True):
+            if kept[a]:
+                kept[b] = 0
+    return np.frombuffer(bytes(kept), np.uint8).astype(bool)
