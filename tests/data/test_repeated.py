@@ -58,10 +58,15 @@ def test_the_lines_that_are_cut_are_those_that_a_plain_count_finds(tmp_path):
     for text in texts:
         each = document(text)
         rejection = line_filter(each)
-        left = [line for line in text.split("\n") if counts[line] <= 6]
-        assert each.text.split("\n") == (left or [""])
-        assert (rejection is None) == bool(left)
-        assert not rejection or rejection.reason == "only_repeated_lines"
+        assert each.text.split("\n") == ([line for line in text.split("\n") if counts[line] <= 6] or [""])
+        assert (rejection is None) == bool(each.text)
+
+
+def test_a_document_of_nothing_but_shared_lines_and_structure_goes(tmp_path):
+    texts = [*pages(6, NOTICE), f"{NOTICE}\n\n---\n{NOTICE}\n"]
+    rejection = LineFilter(survey(tmp_path, texts))(document(texts[-1]))
+    assert rejection is not None
+    assert rejection.reason == "only_repeated_lines"
 
 
 def test_a_line_that_one_document_repeats_is_not_cut(tmp_path):
