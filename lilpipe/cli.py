@@ -102,6 +102,28 @@ def why(
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def trace(
+    doc: Annotated[str | None, typer.Option(help="Id of a document: its verdicts, and the steps that saw it.")] = None,
+    step: Annotated[int | None, typer.Option(help="Step of pretraining, from 0: the documents of a row of it.")] = None,
+    row: Annotated[int, typer.Option(help="Row of that step, from 0.")] = 0,
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+) -> None:
+    """Say what became of a document, or what a step of pretraining was made of."""
+    from lilpipe.provenance import Trail, show_document, show_row
+
+    if (doc is None) == (step is None):
+        raise ConfigError("trace: got both of --doc and --step or neither, expected one of them")
+    trail, console = Trail(_load(recipe, config, overrides, seed), Store()), Console(highlight=False)
+    if doc is not None:
+        show_document(trail, doc, console)
+    elif step is not None:
+        show_row(trail, step, row, console)
+
+
 @app.command("chat")
 def talk(
     checkpoint: Annotated[

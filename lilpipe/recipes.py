@@ -15,6 +15,7 @@ from lilpipe.config import (
     DPOConfig,
     EvaluateConfig,
     GRPOConfig,
+    LanguageConfig,
     ModelConfig,
     OptimizerConfig,
     PipelineConfig,
@@ -47,7 +48,7 @@ def tiny() -> PipelineConfig:
         corpus=CorpusConfig(
             sources=(Source(kind="installed-docs", name="installed-docs", max_bytes=6_000_000),),
             # Documentation is English with much code in it; the defaults, made for web pages, keep a sixth of it.
-            min_language_score=0.5,
+            language=LanguageConfig(min_score=0.5),
             quality=QualityConfig(min_alpha_word_ratio=0.55),
             num_workers=workers,
         ),

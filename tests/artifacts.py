@@ -5,7 +5,7 @@ from typing import Any, cast
 from lilpipe.alignment.prompts import DOCUMENT_SCHEMA
 from lilpipe.alignment.tables import write_table as write_rows_whole
 from lilpipe.artifact import Artifact, Manifest
-from lilpipe.data.documents import DOCUMENTS, write_rows
+from lilpipe.data.documents import documents_schema, write_rows
 
 
 def artifact(path):
@@ -13,21 +13,22 @@ def artifact(path):
     return Artifact(uri=str(path), path=path, manifest=cast(Manifest, None))
 
 
-def corpus(path, texts, *, source="books", rows_per_file=7):
-    """A Corpus artifact of these texts, in files of a few rows."""
+def corpus(path, texts, *, source="books", rows_per_file=7, **columns):
+    """A Corpus artifact of these texts, in files of a few rows; ``columns`` are further values of all of them."""
     for start in range(0, len(texts), rows_per_file):
         rows: list[dict[str, Any]] = [
             {
-                **dict.fromkeys(("name", "version", "licence", "file"), ""),
+                **dict.fromkeys(("name", "version", "licence", "label", "url", "date", "file"), ""),
                 "id": f"{source}/{index}",
                 "text": texts[index],
                 "source": source,
                 "row": index,
                 "num_bytes": len(texts[index].encode()),
+                **columns,
             }
             for index in range(start, min(start + rows_per_file, len(texts)))
         ]
-        write_rows(path / "documents" / f"{start // rows_per_file:05d}.arrow", rows, DOCUMENTS)
+        write_rows(path / "documents" / f"{start // rows_per_file:05d}.arrow", rows, documents_schema(["length.chars"]))
     return artifact(path)
 
 

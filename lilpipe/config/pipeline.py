@@ -40,8 +40,8 @@ def step(stage: str, /, settings: dict[str, Any] | None = None, **inputs: str | 
 
 
 DEFAULT_STEPS = {
-    "corpus": step("corpus"),
     "prompts": step("prompts"),
+    "corpus": step("corpus", prompts="prompts"),
     "tokenizer": step("tokenizer", corpus="corpus", prompts="prompts"),
     "tokens": step("tokens", corpus="corpus", prompts="prompts", tokenizer="tokenizer"),
     "pretrain": step("pretrain", tokens="tokens"),

@@ -35,7 +35,9 @@ class Document:
     """None until it has been identified."""
     language_score: float | None = None
     key: int = 0
-    """Hash of the normalised text as read, 64 bits: the place in the corpus."""
+    """Hash of the normalised text as read, 64 bits: its order in the corpus."""
+    place: int = 0
+    """Its number in the shard, as read."""
     scores: dict[str, float] = field(default_factory=dict)
     """``<stage>.<score>`` to value, in the order in which they were taken."""
     _words: tuple[str, Words] | None = None
@@ -46,6 +48,10 @@ class Document:
         if self._words is None or self._words[0] is not self.text:
             self._words = self.text, Words(self.text)
         return self._words[1]
+
+    def forget_words(self) -> None:
+        """Free what ``words`` remembers."""
+        self._words = None
 
 
 class Rejection(NamedTuple):

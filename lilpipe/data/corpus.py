@@ -1,9 +1,10 @@
-"""The corpus stage: raw sources to clean, deduplicated documents, by datatrove.
+"""The corpus stage: raw sources to clean, deduplicated documents, on datatrove's executors.
 
 1. read: sources into runs sorted by a hash of the text (``steps``); what is unreadable is quarantined.
-2. filter: the chain of ``filters`` on equal ranges of that hash, and MinHash signatures of what passes.
-3. match: equal signatures, a task for each bucket.
-4. write: the tables of the artifact, its counts and its report.
+2. learn: what filters must know of the whole corpus, and the quality classifier (``learn``).
+3. filter: the chain of ``filters`` on equal ranges of that hash, and MinHash signatures of what passes.
+4. judge: the verdicts that need all documents that passed: the classifier's share, near-duplicates (``late``).
+5. write: the tables of the artifact, its counts and its report.
 
 How the work is cut into tasks depends on the data alone, so the output does not depend on the number of workers;
 a task that is through is not done again by a resumed run.
@@ -11,112 +12,105 @@ a task that is through is not done again by a resumed run.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from lilpipe.artifact import Inputs, digest_file, write_atomically
-from lilpipe.config import CorpusConfig
+from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
+from lilpipe.config import CorpusConfig, Source
+from lilpipe.data.chain import Bounds
+from lilpipe.data.classifier import keep_threshold
 from lilpipe.data.counts import Counts, count_documents
-from lilpipe.data.documents import REJECTED, read_documents, read_rejected, read_table, write_table
-from lilpipe.data.executor import run_tasks, worker_pool
-from lilpipe.data.filters import NEAR_DUPLICATE, STAGES, build_filters, language_model_path, rejections_file
-from lilpipe.data.readers import Part, digest_source, find_parts
+from lilpipe.data.documents import read_documents, read_rejected, read_table, write_table
+from lilpipe.data.executor import open_executor
+from lilpipe.data.filtering import FilterShards, WriteShards
+from lilpipe.data.filters import build_filters
+from lilpipe.data.language import bundled_model_path
+from lilpipe.data.late import LateVerdicts
+from lilpipe.data.learn import Learnt, learn
+from lilpipe.data.minhash import MatchBand, near_duplicates
+from lilpipe.data.readers import digest_source, find_parts
 from lilpipe.data.report import build_report
-from lilpipe.data.steps import (
-    ReadParts,
-    ReadSummary,
-    Selection,
-    TakeShard,
-    WriteShard,
-    bucket_step,
-    kept_ids,
-    near_duplicates,
-    read_pairs,
-    run_files,
-    signature_step,
-)
+from lilpipe.data.sorting import ReadParts, ReadSummary, Selection, run_files
+from lilpipe.data.trace import Thresholds, write_thresholds
+from lilpipe.data.work import Work
 from lilpipe.errors import DataError
 from lilpipe.stage import Metrics, Stage, Workspace
 
 __all__ = ["STAGE", "read_documents", "read_rejected"]
 
-SHARD_BYTES = 2**18
+SHARD_BYTES = 2**20
 MAX_SMALL_SHARDS = 64
 LARGE_SHARD_BYTES = 32 * 2**20
-MAX_SHARDS = 512
-"""Shards are of 256 KiB, then up to 64 grow to 32 MiB, then their number grows, up to the files one may open."""
+MAX_SHARDS = 4096
+"""Shards are of 1 MiB, then up to 64 grow to 32 MiB, then their number grows, up to this many."""
 
 SHOWN_ERRORS = 3
 
 
-def run(config: CorpusConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001
+def run(config: CorpusConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Build the corpus. Raises ``DataError`` if a source is missing, empty or unreadable, or if nothing is kept."""
-    parts = [part for source in config.sources for part in find_parts(source)]
-    with worker_pool(config.num_workers) as pool:
-        work = _Work(workspace, pool, len(parts), config.minhash.num_buckets if config.minhash.enabled else 0)
-        summaries = _read(config, parts, work)
+    prompts = inputs.get("prompts")
+    with open_executor(config) as run_tasks:
+        work = Work(workspace, run_tasks)
+        unreadable = [row for summary in _read(config, work) for row in summary.unreadable]
         selection = _select(config, work.folder("read"))
-        work.num_shards = selection.num_shards
-        _filter(config, selection, work)
-        replacements = _match(config, work)
-    _write(selection.num_shards, replacements, work)
-    unreadable = [row for summary in summaries for row in summary.unreadable]
+        learnt = learn(config, selection, prompts.path if isinstance(prompts, Artifact) else None, work)
+        filtered = work.folder("filtered")
+        work.run("filter", FilterShards(selection, config, learnt, filtered), selection.num_shards)
+        late = _judge(config, selection, work)
+        work.run("write", WriteShards(late, workspace.output), selection.num_shards)
     lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in unreadable)
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
-    counts = count_documents([source.name for source in config.sources], workspace.output, unreadable)
+    thresholds = _thresholds(config, learnt, late)
+    write_thresholds(workspace.output, thresholds)
+    counts = count_documents([source.name for source in config.sources], workspace.output, unreadable, thresholds)
     write_atomically(workspace.output / "counts.json", counts.to_json())
     if not counts.documents_kept:
         raise DataError(_nothing_kept(counts))
-    write_atomically(workspace.report / "report.html", build_report(config, counts, workspace.output, unreadable))
+    page = build_report(config, counts, workspace.output, unreadable, thresholds=thresholds, findings={})
+    write_atomically(workspace.report / "report.html", page)
     return counts.metrics()
 
 
 def external(config: CorpusConfig) -> dict[str, str]:
-    """Digests of the sources' content and of the language model. Raises ``DataError`` if a source is missing."""
+    """Digests of the content of sources, example and evaluation sets, and of the files that the section names.
+
+    Raises ``DataError`` if one is missing.
+    """
+    model = Path(config.language.model) if config.language.model else bundled_model_path()
+    lists = {
+        "corpus.url.blocked_domains": config.url.blocked_domains,
+        "corpus.url.blocked_words": config.url.blocked_words,
+        "corpus.quality.dirty_words": config.quality.dirty_words,
+    }
+    sources: dict[str, tuple[Source, ...]] = {
+        "source": config.sources,
+        "good example": config.classifier.good,
+        "bad example": config.classifier.bad,
+        "evaluation set": config.decontamination.sets if config.decontamination.enabled else (),
+    }
     return {
-        "language model": digest_file(language_model_path()),
-        **{f"source {source.name}": digest_source(source) for source in config.sources},
+        "language model": _digest_named("corpus.language.model", str(model)),
+        **{field: _digest_named(field, path) for field, path in lists.items() if path},
+        **{f"{kind} {source.name}": digest_source(source) for kind, each in sources.items() for source in each},
     }
 
 
-@dataclass
-class _Work:
-    """The stage's folders, processes and progress."""
-
-    workspace: Workspace
-    pool: ProcessPoolExecutor | None
-    num_parts: int
-    num_buckets: int
-    num_shards: int = 8
-    """A guess until the sources have been read."""
-
-    def folder(self, name: str) -> Path:
-        return self.workspace.scratch / name
-
-    def progress(self, before: int) -> Callable[[int], None]:
-        """Tells of tasks that are done, on top of those of earlier steps."""
-
-        def tell(done: int) -> None:
-            total = self.num_parts + 2 * self.num_shards + self.num_buckets
-            self.workspace.progress(before + done, total, "tasks")
-
-        return tell
+def _digest_named(field: str, path: str) -> str:
+    try:
+        return digest_file(Path(path))
+    except OSError as error:
+        raise DataError(f"{field}: {path} cannot be read ({error.strerror}); correct the path") from error
 
 
-def _read(config: CorpusConfig, parts: list[Part], work: _Work) -> list[ReadSummary]:
+def _read(config: CorpusConfig, work: Work) -> list[ReadSummary]:
     """Read all parts. Raises ``DataError`` for a source without documents, or with too many that are unreadable."""
+    parts = [part for source in config.sources for part in find_parts(source)]
     folder = work.folder("read")
-    step = ReadParts(parts, [source.name for source in config.sources], folder)
-    run_tasks([step], num_tasks=len(parts), folder=folder, pool=work.pool, on_done=work.progress(0))
+    work.run("read", ReadParts(parts, [source.name for source in config.sources], folder), len(parts))
     summaries = [ReadSummary(**json.loads(path.read_text())) for path in sorted((folder / "summaries").glob("*.json"))]
     for source in config.sources:
         _check_source(source.name, [each for each in summaries if each.source == source.name], config)
@@ -133,7 +127,7 @@ def _check_source(name: str, summaries: list[ReadSummary], config: CorpusConfig)
         raise DataError(
             f"source {name!r}: {len(unreadable)} of {len(unreadable) + num_documents} rows cannot be read "
             f"({max(row_share, file_share):.1%} of its {'rows' if row_share >= file_share else 'files'}; at most "
-            f"{config.max_malformed_share:.1%} is allowed): {examples}; mend the source, correct `text_column` or "
+            f"{config.max_malformed_share:.1%} is allowed): {examples}; mend the source, correct `columns.text` or "
             f"`kind`, or raise corpus.max_malformed_share"
         )
     if not num_documents:
@@ -166,7 +160,9 @@ def _select(config: CorpusConfig, folder: Path) -> Selection:
         last_order.append(int(order[mine[-1]]))
     unique, occurrences = np.unique(order[admitted], return_counts=True)
     return Selection(
+        folder=folder,
         num_shards=num_shards(int(num_bytes[admitted].sum())),
+        num_bytes=int(num_bytes[admitted].sum()),
         last_order=tuple(last_order),
         repeated_ids=frozenset(unique[occurrences > 1].tolist()),
     )
@@ -178,70 +174,31 @@ def num_shards(num_bytes: int) -> int:
     return max(1, min(max(small, math.ceil(num_bytes / LARGE_SHARD_BYTES)), MAX_SHARDS))
 
 
-def _filter(config: CorpusConfig, selection: Selection, work: _Work) -> None:
-    """Run the filters, and where it is asked for the MinHash signatures, on every shard."""
-    pipeline = [
-        TakeShard(work.folder("read"), selection),
-        *build_filters(config, work.folder("rejected")),
-        WriteShard(work.folder("filtered")),
-    ]
-    if config.minhash.enabled:
-        pipeline.append(signature_step(config.minhash, work.folder("signatures")))
-    run_tasks(
-        pipeline,
-        num_tasks=selection.num_shards,
-        folder=work.folder("filter"),
-        pool=work.pool,
-        on_done=work.progress(work.num_parts),
-    )
-
-
-def _match(config: CorpusConfig, work: _Work) -> dict[tuple[int, int], tuple[int, int]]:
-    """Find near-duplicates: the place of each one to drop, and of the one that is kept for it."""
+def _judge(config: CorpusConfig, selection: Selection, work: Work) -> LateVerdicts:
+    """The verdicts that need all documents that passed the chain."""
+    filtered, settings = work.folder("filtered"), config.classifier
+    min_score = settings.min_score
+    if settings.keep_share is not None:
+        min_score = keep_threshold(LateVerdicts(filtered, None, None).scores(selection.num_shards), settings.keep_share)
+    late = LateVerdicts(filtered, min_score, matches=None)
     if not config.minhash.enabled:
-        return {}
-    run_tasks(
-        [bucket_step(config.minhash, work.folder("signatures"), work.folder("pairs"))],
-        num_tasks=config.minhash.num_buckets,
-        folder=work.folder("match"),
-        pool=work.pool,
-        on_done=work.progress(work.num_parts + work.num_shards),
-    )
-    return near_duplicates(read_pairs(work.folder("pairs")))
+        return late
+    signatures, pairs, matches = filtered / "signatures", work.folder("pairs"), work.folder("matches") / "all.arrow"
+    work.run("match", MatchBand(config.minhash, signatures, pairs), config.minhash.num_buckets)
+    low = [(shard, row) for shard in range(selection.num_shards) for row in late.low_quality(shard)]
+    table = near_duplicates(signatures, pairs, config.minhash, excluded=np.array(low, np.int64).reshape(-1, 2))
+    write_table(matches, table, rows_per_batch=max(1, table.num_rows))
+    return late._replace(matches=matches)
 
 
-def _write(shards: int, replacements: dict[tuple[int, int], tuple[int, int]], work: _Work) -> None:
-    """Write the artifact's tables: what is kept, and what any filter rejected."""
-
-    @functools.lru_cache(maxsize=MAX_SHARDS)
-    def filtered(shard: int) -> pa.Table:
-        return read_table(work.folder("filtered") / f"{shard:05d}.arrow")
-
-    kept_for = kept_ids(replacements, filtered)
-    dropped: dict[int, list[int]] = {}
-    for shard, row in sorted(replacements):
-        dropped.setdefault(shard, []).append(row)
-    output = work.workspace.output
-    tell = work.progress(work.num_parts + work.num_shards + work.num_buckets)
-    for shard in range(shards):
-        rows = dropped.get(shard, [])
-        duplicates = _near_duplicate_table(filtered(shard), rows, [kept_for[shard, row] for row in rows])
-        keep = np.ones(filtered(shard).num_rows, bool)
-        keep[rows] = False
-        write_table(output / "documents" / f"{shard:05d}.arrow", filtered(shard).filter(pa.array(keep)))
-        rejected = [read_table(path) for stage in STAGES if (path := _rejections(work, stage, shard)).exists()]
-        write_table(output / "rejected" / f"{shard:05d}.arrow", pa.concat_tables([*rejected, duplicates]))
-        tell(shard + 1)
-
-
-def _rejections(work: _Work, stage: str, shard: int) -> Path:
-    return rejections_file(work.folder("rejected"), stage, shard)
-
-
-def _near_duplicate_table(shard: pa.Table, rows: list[int], kept: list[str]) -> pa.Table:
-    columns: dict[str, Any] = {name: shard[name].take(pa.array(rows, pa.int64())) for name in shard.schema.names}
-    columns |= {"stage": [NEAR_DUPLICATE] * len(rows), "reason": ["near_duplicate"] * len(rows), "detail": kept}
-    return pa.table(columns, schema=REJECTED)
+def _thresholds(config: CorpusConfig, learnt: Learnt, late: LateVerdicts) -> Thresholds:
+    """What the report and a trace say of each stage, in order."""
+    thresholds = {each.stage: dict(each.bounds) for each in build_filters(config, learnt, 0)}
+    if late.min_score is not None:
+        thresholds["classifier"] = {"score": Bounds(least=late.min_score)}
+    if late.matches is not None:
+        thresholds["near_dedup"] = {"similarity": Bounds(most=config.minhash.min_similarity)}
+    return thresholds
 
 
 def _nothing_kept(counts: Counts) -> str:
@@ -257,6 +214,7 @@ STAGE = Stage(
     output="Corpus",
     config=CorpusConfig,
     run=run,
+    optional_inputs={"prompts": "Prompts"},
     external=external,
     main_metric="documents_kept",
 )

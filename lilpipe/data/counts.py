@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from lilpipe.data.chain import Bounds
 from lilpipe.data.documents import read_documents, read_rejected
-from lilpipe.data.filters import STAGES
+from lilpipe.data.trace import Thresholds
 
 
 @dataclass
@@ -50,10 +53,16 @@ class Counts:
     """What became of all sources."""
 
     sources: dict[str, SourceCounts]
-    languages: dict[str, int]
-    """Kept documents by language."""
-    licences: dict[str, int]
-    """Kept documents by licence."""
+    stages: tuple[str, ...]
+    """The stages that were on, in their order."""
+    languages: dict[str, Tally]
+    """What was kept, by language."""
+    licences: dict[str, Tally]
+    """What was kept, by licence."""
+    labels: dict[str, Tally]
+    """What was kept, by label."""
+    changes: dict[str, float]
+    """Sums over what was kept of the scores that count without a threshold: how much was cut out or replaced."""
 
     @property
     def documents_read(self) -> int:
@@ -65,6 +74,18 @@ class Counts:
         """Documents that no filter rejected."""
         return sum(each.kept.documents for each in self.sources.values())
 
+    def total(self) -> SourceCounts:
+        """All sources together."""
+        total = SourceCounts()
+        for source in self.sources.values():
+            total.quarantined += source.quarantined
+            for mine, theirs in ((total.read, source.read), (total.kept, source.kept)):
+                mine.add(theirs.documents, theirs.bytes)
+            for stage, reasons in source.rejected.items():
+                for reason, tally in reasons.items():
+                    total.rejected.setdefault(stage, {}).setdefault(reason, Tally()).add(tally.documents, tally.bytes)
+        return total
+
     def reasons(self) -> dict[str, int]:
         """Rejected documents by reason, most frequent first."""
         counter: Counter[str] = Counter()
@@ -75,42 +96,61 @@ class Counts:
 
     def metrics(self) -> dict[str, float]:
         """The stage's metrics; bytes are of the text as read."""
-        bytes_read = sum(each.read.bytes for each in self.sources.values())
-        bytes_kept = sum(each.kept.bytes for each in self.sources.values())
+        total = self.total()
         return {
-            "documents_read": self.documents_read,
-            "documents_kept": self.documents_kept,
-            "bytes_read": bytes_read,
-            "bytes_kept": bytes_kept,
-            "kept_share": self.documents_kept / max(1, self.documents_read),
-            "quarantined": sum(each.quarantined for each in self.sources.values()),
+            "documents_read": total.read.documents,
+            "documents_kept": total.kept.documents,
+            "bytes_read": total.read.bytes,
+            "bytes_kept": total.kept.bytes,
+            "kept_share": total.kept.documents / max(1, total.read.documents),
+            "quarantined": total.quarantined,
             **{f"rejected_{reason}": count for reason, count in self.reasons().items()},
+            **{f"rejected_bytes_{stage}": total.rejected_at(stage).bytes for stage in self.stages},
+            **{f"kept_documents_{name}": source.kept.documents for name, source in self.sources.items()},
+            **{f"kept_bytes_{name}": source.kept.bytes for name, source in self.sources.items()},
+            **{name.replace(".", "_"): value for name, value in self.changes.items()},
         }
 
     def to_json(self) -> str:
         """The counts as JSON, in a fixed order."""
-        return json.dumps({"stages": STAGES, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
-def count_documents(sources: list[str], directory: Path, unreadable: list[dict[str, Any]]) -> Counts:
+def count_documents(
+    sources: list[str], directory: Path, unreadable: list[dict[str, Any]], thresholds: Thresholds
+) -> Counts:
     """Count the rows of a Corpus artifact."""
     counts = {name: SourceCounts() for name in sources}
     for (source, stage, reason), tally in sorted(_tallies(read_rejected(directory), "stage", "reason").items()):
         counts[source].rejected.setdefault(stage, {})[reason] = tally
         counts[source].read.add(tally.documents, tally.bytes)
-    languages: Counter[str] = Counter()
-    licences: Counter[str] = Counter()
-    for (source, language, licence), tally in _tallies(read_documents(directory), "language", "licence").items():
+    kinds: tuple[dict[str, Tally], ...] = ({}, {}, {})
+    for (source, *values), tally in _tallies(read_documents(directory), "language", "licence", "label").items():
         counts[source].kept.add(tally.documents, tally.bytes)
         counts[source].read.add(tally.documents, tally.bytes)
-        languages[language] += tally.documents
-        licences[licence] += tally.documents
+        for kind, value in zip(kinds, values, strict=True):
+            kind.setdefault(value, Tally()).add(tally.documents, tally.bytes)
     for row in unreadable:
         counts[row["source"]].quarantined += 1
-    return Counts(counts, _ranked(languages), _ranked(licences))
+    return Counts(counts, tuple(thresholds), *map(_ranked, kinds), changes=_changes(directory, thresholds))
 
 
-def _tallies(batches: Any, *columns: str) -> dict[tuple[str, ...], Tally]:
+def _changes(directory: Path, thresholds: Thresholds) -> dict[str, float]:
+    counting = [
+        f"{stage}.{name}"
+        for stage, scores in thresholds.items()
+        for name, bounds in scores.items()
+        if bounds == Bounds() and not name.endswith(("_share", "_chars"))
+    ]
+    sums = dict.fromkeys(counting, 0.0)
+    for batch in read_documents(directory):
+        for name in counting:
+            sums[name] += pc.sum(pc.struct_field(batch["scores"], [name])).as_py() or 0.0
+    return sums
+
+
+def _tallies(batches: Iterator[pa.RecordBatch], *columns: str) -> dict[tuple[str, ...], Tally]:
+    """Documents and bytes by source and the values of columns."""
     tallies: dict[tuple[str, ...], Tally] = {}
     for batch in batches:
         groups = pa.Table.from_batches([batch]).group_by(["source", *columns])
@@ -120,5 +160,5 @@ def _tallies(batches: Any, *columns: str) -> dict[tuple[str, ...], Tally]:
     return tallies
 
 
-def _ranked(counter: Counter[str]) -> dict[str, int]:
-    return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
+def _ranked(tallies: dict[str, Tally]) -> dict[str, Tally]:
+    return dict(sorted(tallies.items(), key=lambda item: (-item[1].bytes, item[0])))

@@ -11,45 +11,57 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from lilpipe.artifact import sync_directory
+from lilpipe.data.chain import Document, Rejection
 from lilpipe.errors import ArtifactError
 
-_ORIGIN = [
-    pa.field("id", pa.string(), nullable=False),
-    pa.field("text", pa.string(), nullable=False),
-    pa.field("source", pa.string(), nullable=False),
-    pa.field("name", pa.string(), nullable=False),
-    pa.field("version", pa.string(), nullable=False),
-    pa.field("licence", pa.string(), nullable=False),
-    pa.field("file", pa.string(), nullable=False),
-    pa.field("row", pa.int64(), nullable=False),
-    pa.field("num_bytes", pa.int64(), nullable=False),  # of the text as read
-    pa.field("language", pa.string()),  # null where rejected before it was known
-    pa.field("language_score", pa.float64()),
-]
-
-DOCUMENTS = pa.schema(_ORIGIN)
-REJECTED = pa.schema(
+ORIGIN = pa.schema(
     [
-        *_ORIGIN,
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("reason", pa.string(), nullable=False),
-        pa.field("detail", pa.string(), nullable=False),  # for duplicates the id of the document that was kept
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("licence", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),
+        pa.field("url", pa.string(), nullable=False),
+        pa.field("date", pa.string(), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),  # of the text as read
     ]
 )
+"""What a document brings along. ``text`` is as the filters left it where it was kept, and as read where not."""
+
+
+def documents_schema(scores: Sequence[str]) -> pa.Schema:
+    """The columns of kept documents; ``scores`` are the scores that the filters note, null where not taken."""
+    schema = ORIGIN.append(pa.field("language", pa.string()))  # null where rejected before it was known
+    schema = schema.append(pa.field("language_score", pa.float64()))
+    return schema.append(pa.field("scores", pa.struct([pa.field(name, pa.float32()) for name in scores])))
+
+
+def rejected_schema(scores: Sequence[str]) -> pa.Schema:
+    """The columns of rejected documents; ``detail`` is for duplicates the id of the document that was kept."""
+    schema = documents_schema(scores)
+    for name in ("stage", "reason", "detail"):
+        schema = schema.append(pa.field(name, pa.string(), nullable=False))
+    return schema
+
 
 ROWS_PER_BATCH = 1_000
 
 
 def read_documents(directory: Path) -> Iterator[pa.RecordBatch]:
-    """The kept documents of a Corpus artifact, in corpus order, as memory-mapped batches of ``DOCUMENTS``."""
+    """The kept documents of a Corpus artifact, in corpus order, as memory-mapped batches of ``documents_schema``."""
     return _read(directory / "documents")
 
 
 def read_rejected(directory: Path) -> Iterator[pa.RecordBatch]:
-    """The rejected documents of a Corpus artifact as batches of ``REJECTED``."""
+    """The rejected documents of a Corpus artifact as batches of ``rejected_schema``."""
     return _read(directory / "rejected")
 
 
@@ -65,6 +77,35 @@ def read_table(path: Path) -> pa.Table:
     """A table whose columns are memory-mapped."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
+
+
+def documents_table(documents: Sequence[Document], scores: Sequence[str]) -> pa.Table:
+    """Documents as a table of ``documents_schema``, column by column: a dictionary for each row takes ten times as
+    long where there are many scores.
+    """
+    schema = documents_schema(scores)
+    columns = [
+        pa.array([getattr(each, name) for each in documents], schema.field(name).type) for name in schema.names[:-1]
+    ]
+    nan = float("nan")
+    values = [
+        pa.array(np.array([each.scores.get(name, nan) for each in documents], np.float32), from_pandas=True)
+        for name in scores
+    ]
+    columns.append(pa.StructArray.from_arrays(values, fields=list(schema.field("scores").type)))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def rejected_table(documents: pa.Table, verdicts: Sequence[tuple[str, Rejection]]) -> pa.Table:
+    """A table of documents with the stage that rejected each, and why."""
+    columns = {
+        "stage": [stage for stage, _ in verdicts],
+        "reason": [rejection.reason for _, rejection in verdicts],
+        "detail": [rejection.detail for _, rejection in verdicts],
+    }
+    for name, values in columns.items():
+        documents = documents.append_column(pa.field(name, pa.string(), nullable=False), pa.array(values, pa.string()))
+    return documents
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -88,5 +129,5 @@ def write_table(path: Path, table: pa.Table, *, rows_per_batch: int = ROWS_PER_B
 
 def _compact(table: pa.Table) -> pa.RecordBatch:
     """One batch with buffers of its own: a slice's offsets and padding would tell where it was cut from."""
-    taken = table.take(pa.array(range(table.num_rows), pa.int64())).combine_chunks()
+    taken = table.take(pa.array(np.arange(table.num_rows))).combine_chunks()
     return taken.to_batches()[0]

@@ -3,53 +3,79 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from matplotlib.figure import Figure
 
 from lilpipe.config import CorpusConfig
-from lilpipe.data.counts import Counts, Tally
+from lilpipe.data.chain import Bounds
+from lilpipe.data.counts import Counts, SourceCounts, Tally
 from lilpipe.data.documents import read_documents, read_rejected
-from lilpipe.data.filters import NEAR_DUPLICATE, STAGES
-from lilpipe.report import ACCENT, COLOURS, bars, figure, heading, note, page, table, text_block
+from lilpipe.data.histograms import score_figure
+from lilpipe.data.trace import Thresholds
+from lilpipe.report import COLOURS, bars, figure, heading, note, page, table, text_block
 
-NUM_SAMPLES = 5
-SAMPLES_PER_REASON = 3
+NUM_SAMPLES = 10
+SAMPLES_PER_REASON = 10
 MAX_ROWS = 15
-REJECTED_COLOUR = COLOURS[1]
+MAX_FUNNEL_SOURCES = len(COLOURS)
 
 STAGE_NAMES = {
+    "url": "Blocked addresses",
     "length": "Length",
     "exact_dedup": "Exact duplicates",
     "language": "Language",
+    "line_dedup": "Repeated lines",
+    "paragraph_dedup": "Repeated paragraphs",
     "c4": "C4",
     "gopher_repetition": "Gopher repetition",
     "gopher_quality": "Gopher quality",
     "fineweb": "FineWeb quality",
-    NEAR_DUPLICATE: "Near-duplicates",
+    "ngram_coverage": "Repeated n-grams",
+    "dirty_words": "Dirty words",
+    "divergence": "Outlier tokens",
+    "pii": "Personal data",
+    "decontamination": "Evaluation sets",
+    "classifier": "Quality classifier",
+    "url_dedup": "Duplicate addresses",
+    "near_dedup": "Near-duplicates",
 }
 
 
-def build_report(config: CorpusConfig, counts: Counts, directory: Path, unreadable: list[dict[str, Any]]) -> str:
-    """The report on the Corpus artifact in ``directory`` as one HTML page."""
-    metrics = counts.metrics()
+def build_report(
+    config: CorpusConfig,
+    counts: Counts,
+    directory: Path,
+    unreadable: Sequence[Mapping[str, Any]],
+    *,
+    thresholds: Thresholds,
+    findings: Mapping[str, Sequence[str]],
+) -> str:
+    """The report on the Corpus artifact in ``directory`` as one HTML page.
+
+    ``findings`` are further sections, by heading: of the classifier, of the evaluation sets.
+    """
+    total = counts.total()
     figures = {
-        "documents read": metrics["documents_read"],
-        "documents kept": metrics["documents_kept"],
-        "of documents kept": f"{metrics['kept_share']:.1%}",
-        "text kept": f"{metrics['bytes_kept'] / 1e6:,.1f} MB of {metrics['bytes_read'] / 1e6:,.1f} MB",
-        "rows quarantined": metrics["quarantined"],
+        "documents read": total.read.documents,
+        "documents kept": total.kept.documents,
+        "of documents kept": f"{total.kept.documents / max(1, total.read.documents):.1%}",
+        "text kept": f"{total.kept.bytes / 1e6:,.1f} MB of {total.read.bytes / 1e6:,.1f} MB",
+        "rows quarantined": total.quarantined,
     }
     sections = {
-        "From read to kept": _funnel(counts, _stages(config)),
-        "By source": _by_source(counts, _stages(config)),
-        "Why documents were rejected": _reasons(counts),
-        "Lengths and languages": _distributions(counts, directory, config.min_language_score),
-        "Licences of kept documents": _licences(counts),
+        "From read to kept": _funnel(counts, total),
+        "By source": _by_source(counts),
+        "Why documents were rejected": _reasons(counts, total),
+        "What was changed in the documents kept": _changes(counts),
+        "Scores and thresholds": _scores(directory, thresholds),
+        **findings,
+        "Languages": _kinds(counts.languages, "language"),
+        "Licences": _kinds(counts.licences, "licence"),
+        **({"Labels": _kinds(counts.labels, "label")} if set(counts.labels) != {""} else {}),
         "Samples of kept documents": _kept_samples(directory),
         "Samples of rejected documents": _rejected_samples(counts, directory),
         "Unreadable rows": _quarantine(unreadable),
@@ -58,50 +84,71 @@ def build_report(config: CorpusConfig, counts: Counts, directory: Path, unreadab
     return page("Corpus", sections, subtitle=f"Sources: {', '.join(counts.sources)}", key_figures=figures)
 
 
-def _stages(config: CorpusConfig) -> list[str]:
-    """The stages that were on."""
-    off = {
-        "exact_dedup": not config.exact_dedup,
-        "c4": not config.quality.c4,
-        "gopher_repetition": not config.quality.gopher_repetition,
-        "gopher_quality": not config.quality.gopher_quality,
-        "fineweb": not config.quality.fineweb,
-        NEAR_DUPLICATE: not config.minhash.enabled,
-    }
-    return [stage for stage in STAGES if not off.get(stage)]
+def _stage_name(stage: str) -> str:
+    return STAGE_NAMES.get(stage, stage.replace("_", " "))
 
 
-def _funnel(counts: Counts, stages: list[str]) -> list[str]:
-    left = Tally()
-    for source in counts.sources.values():
-        left.add(source.read.documents, source.read.bytes)
-    total = left.documents
-    remaining: dict[str, float] = {"Read": total}
-    rows = [{"after": "Read", "documents": total, "MB": left.bytes / 1e6, "rejected": None, "of those that came": ""}]
-    for stage in stages:
-        rejected = Tally()
-        for source in counts.sources.values():
-            tally = source.rejected_at(stage)
-            rejected.add(tally.documents, tally.bytes)
-        share = rejected.documents / max(1, left.documents)
+# --- counts -------------------------------------------------------------------------------------------------------
+
+
+def _funnel(counts: Counts, total: SourceCounts) -> list[str]:
+    """What is left after each filter, as a picture by source and in numbers."""
+    left = Tally(total.read.documents, total.read.bytes)
+    rows = [
+        {"after": "Read", "documents": left.documents, "rejected": None, "MB": left.bytes / 1e6, "MB rejected": None}
+    ]
+    for stage in counts.stages:
+        rejected = total.rejected_at(stage)
         left.add(-rejected.documents, -rejected.bytes)
-        remaining[STAGE_NAMES[stage]] = left.documents
         rows.append(
             {
-                "after": STAGE_NAMES[stage],
+                "after": _stage_name(stage),
                 "documents": left.documents,
-                "MB": left.bytes / 1e6,
                 "rejected": rejected.documents,
-                "of those that came": f"{share:.1%}",
+                "MB": left.bytes / 1e6,
+                "MB rejected": rejected.bytes / 1e6,
             }
         )
-    return [note("Documents left after each filter."), bars(remaining, total=total), heading("In numbers"), table(rows)]
+    return [figure(_funnel_figure(counts)), heading("In numbers"), table(rows)]
 
 
-def _by_source(counts: Counts, stages: list[str]) -> list[str]:
-    totals, by_stage = [], []
+def _funnel_figure(counts: Counts) -> Figure:
+    """Two stacks of bars, documents and megabytes: what is left of each source after each filter that took some."""
+    total = counts.total()
+    stages = [stage for stage in counts.stages if total.rejected_at(stage).documents]
+    names = ["Read", *map(_stage_name, stages)]
+    picture = Figure(figsize=(10, 0.34 * len(names) + 1.0))
+    for axes, unit in zip(picture.subplots(1, 2, sharey=True), ("documents", "bytes"), strict=True):
+        start = np.zeros(len(names))
+        for colour, (name, source) in zip(COLOURS, _largest_sources(counts).items(), strict=False):
+            rejected = [getattr(source.rejected_at(stage), unit) for stage in stages]
+            left = getattr(source.read, unit) - np.cumsum([0, *rejected])
+            left = left / (1e6 if unit == "bytes" else 1)
+            axes.barh(names, left, left=start, color=colour, label=name, height=0.72)
+            start += left
+        axes.invert_yaxis()
+        axes.set_xlabel("MB of text left" if unit == "bytes" else "documents left")
+        axes.margins(y=0.01)
+    picture.axes[1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4)
+    picture.axes[0].invert_yaxis()
+    picture.tight_layout()
+    return picture
+
+
+def _largest_sources(counts: Counts) -> dict[str, SourceCounts]:
+    """The sources, largest first; where there are more than colours, the rest as one."""
+    ranked = sorted(counts.sources.items(), key=lambda item: -item[1].read.bytes)
+    if len(ranked) <= MAX_FUNNEL_SOURCES:
+        return dict(ranked)
+    first, rest = ranked[: MAX_FUNNEL_SOURCES - 1], ranked[MAX_FUNNEL_SOURCES - 1 :]
+    others = Counts(dict(rest), counts.stages, {}, {}, {}, {}).total()
+    return {**dict(first), f"{len(rest)} others": others}
+
+
+def _by_source(counts: Counts) -> list[str]:
+    totals, documents, megabytes = [], [], []
+    stages = [stage for stage in counts.stages if counts.total().rejected_at(stage).documents]
     for name, source in counts.sources.items():
-        share = source.kept.documents / max(1, source.read.documents)
         totals.append(
             {
                 "source": name,
@@ -109,75 +156,71 @@ def _by_source(counts: Counts, stages: list[str]) -> list[str]:
                 "MB read": source.read.bytes / 1e6,
                 "kept": source.kept.documents,
                 "MB kept": source.kept.bytes / 1e6,
-                "kept share": f"{share:.1%}",
+                "kept share": f"{source.kept.documents / max(1, source.read.documents):.1%}",
                 "quarantined": source.quarantined,
             }
         )
-        rejected = {STAGE_NAMES[stage]: source.rejected_at(stage).documents for stage in stages}
-        by_stage.append({"source": name, **rejected})
-    return [table(totals), heading("Documents rejected"), table(by_stage)]
+        rejected = {_stage_name(stage): source.rejected_at(stage) for stage in stages}
+        documents.append({"source": name, **{stage: each.documents for stage, each in rejected.items()}})
+        megabytes.append({"source": name, **{stage: each.bytes / 1e6 for stage, each in rejected.items()}})
+    return [table(totals), heading("Documents rejected"), table(documents), heading("MB rejected"), table(megabytes)]
 
 
-def _reasons(counts: Counts) -> list[str]:
+def _reasons(counts: Counts, total: SourceCounts) -> list[str]:
     fragments = []
-    for stage in STAGES:
-        reasons: dict[str, float] = {}
-        for source in counts.sources.values():
-            for reason, tally in source.rejected.get(stage, {}).items():
-                reasons[reason] = reasons.get(reason, 0) + tally.documents
-        if reasons:
-            ranked = dict(sorted(reasons.items(), key=lambda item: -item[1]))
-            fragments += [heading(STAGE_NAMES[stage]), bars(ranked, total=counts.documents_read)]
+    for stage in counts.stages:
+        if reasons := total.rejected.get(stage):
+            ranked: dict[str, float] = {
+                reason: tally.documents
+                for reason, tally in sorted(reasons.items(), key=lambda item: -item[1].documents)
+            }
+            fragments += [heading(_stage_name(stage)), bars(ranked, total=total.read.documents)]
     return [note("Documents by reason; shares of all documents read."), *fragments] if fragments else [note("None.")]
 
 
-def _distributions(counts: Counts, directory: Path, min_score: float) -> list[str]:
-    kept, rejected = _columns(read_documents(directory)), _columns(read_rejected(directory))
-    picture = Figure(figsize=(10, 3.2))
-    length, score = picture.subplots(1, 2)
-    sizes = [np.log10(np.maximum(each["num_bytes"], 1)) for each in (kept, rejected)]
-    edges = np.linspace(min(size.min() for size in sizes if len(size)), max(size.max() for size in sizes if len(size)))
-    length.hist(sizes, edges, stacked=True, color=[ACCENT, REJECTED_COLOUR], label=["kept", "rejected"])
-    ticks = range(int(edges[0]), int(np.ceil(edges[-1])) + 1)
-    length.set_xticks(ticks, [_size(10**tick) for tick in ticks])
-    length.set(xlabel="length of the text", ylabel="documents")
-    length.legend(frameon=False)
-    scores = [each["language_score"][~np.isnan(each["language_score"])] for each in (kept, rejected)]
-    score.hist(scores, np.linspace(0, 1, 41), stacked=True, color=[ACCENT, REJECTED_COLOUR])
-    score.axvline(min_score, color="#667080", linestyle=":", linewidth=1)
-    score.annotate(" least", (min_score, 0.97), xycoords=("data", "axes fraction"), color="#667080", ha="right")
-    score.set(xlabel="score of the language", ylabel="documents")
-    picture.tight_layout()
-    return [figure(picture), heading("Languages of kept documents"), bars(_first(counts.languages))]
+def _changes(counts: Counts) -> str:
+    """Sums of the scores that count what a filter cut out or replaced."""
+    rows = []
+    for name, value in counts.changes.items():
+        stage, score = name.split(".")
+        if value:
+            rows.append({"filter": _stage_name(stage), "what": score.replace("_", " "), "in all documents": value})
+    return table(rows)
 
 
-def _size(num_bytes: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1_000:
-            return f"{num_bytes} {unit}"
-        num_bytes //= 1_000
-    return f"{num_bytes} GB"
-
-
-def _columns(batches: Iterator[pa.RecordBatch]) -> dict[str, np.ndarray]:
-    """Lengths and scores of all rows; a score that was never taken is NaN."""
-    names = ("num_bytes", "language_score")
-    parts = [[batch[name].to_numpy(zero_copy_only=False) for name in names] for batch in batches]
-    return {
-        name: np.concatenate([np.asarray(part[i], np.float64) for part in parts] or [np.empty(0)])
-        for i, name in enumerate(names)
+def _kinds(tallies: Mapping[str, Tally], name: str) -> list[str]:
+    shown: dict[str, float] = {
+        (kind or "none given"): tally.bytes / 1e6 for kind, tally in list(tallies.items())[:MAX_ROWS]
     }
+    rest = list(tallies.values())[MAX_ROWS:]
+    if rest:
+        shown[f"{len(rest)} others"] = sum(tally.bytes for tally in rest) / 1e6
+    rows = [
+        {name: kind or "none given", "documents": tally.documents, "MB": tally.bytes / 1e6}
+        for kind, tally in tallies.items()
+    ]
+    numbers = [] if len(rows) <= 1 else [heading("In numbers"), table(rows)]
+    return [note("MB of text kept, as read."), bars(shown, total=sum(shown.values())), *numbers]
 
 
-def _licences(counts: Counts) -> str:
-    return bars(_first(counts.licences), total=counts.documents_kept)
+# --- scores and samples -------------------------------------------------------------------------------------------
 
 
-def _first(counts: dict[str, int]) -> dict[str, float]:
-    shown: dict[str, float] = dict(list(counts.items())[:MAX_ROWS])
-    if rest := list(counts.values())[MAX_ROWS:]:
-        shown[f"{len(rest)} others"] = sum(rest)
-    return shown
+def _scores(directory: Path, thresholds: Thresholds) -> list[str]:
+    bounds = {
+        f"{stage}.{name}": each
+        for stage, scores in thresholds.items()
+        for name, each in scores.items()
+        if each != Bounds()
+    }
+    picture = score_figure(directory, bounds)
+    if picture is None:
+        return [note("No filter took a score.")]
+    return [
+        note("Documents by score; a dotted line is the threshold. Rejected by any filter, not by this one alone; a "
+             "document has no score of the filters behind the one that rejected it."),
+        figure(picture),
+    ]  # fmt: skip
 
 
 def _kept_samples(directory: Path) -> list[str]:
@@ -197,7 +240,7 @@ def _rejected_samples(counts: Counts, directory: Path) -> list[str]:
         for index, reason in enumerate(batch["reason"].to_pylist()):
             if len(samples[reason]) < SAMPLES_PER_REASON:
                 row = batch.slice(index, 1).to_pylist()[0]
-                detail = f"{_origin(row)} · same as {row['detail']}" if row["detail"] else _origin(row)
+                detail = f"{_origin(row)} · {row['detail']}" if row["detail"] else _origin(row)
                 samples[reason].append(text_block(row["text"], title=row["id"], detail=detail, max_chars=800))
         if all(len(each) >= SAMPLES_PER_REASON for each in samples.values()):
             break
@@ -214,7 +257,7 @@ def _origin(row: dict[str, Any]) -> str:
     return " · ".join([*parts, f"{row['num_bytes']:,} bytes"])
 
 
-def _quarantine(unreadable: list[dict[str, Any]]) -> list[str]:
+def _quarantine(unreadable: Sequence[Mapping[str, Any]]) -> list[str]:
     shown = [{name: row[name] for name in ("source", "file", "row", "error")} for row in unreadable[:MAX_ROWS]]
     rest = len(unreadable) - len(shown)
     return [table(shown), note(f"And {rest:,} more, all in quarantine.jsonl.") if rest > 0 else ""]

@@ -1,0 +1,87 @@
+"""Histograms of the filters' scores, kept documents against rejected ones, with the thresholds drawn in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from matplotlib.figure import Figure
+
+from lilpipe.data.chain import Bounds
+from lilpipe.data.documents import read_documents, read_rejected
+from lilpipe.report import ACCENT, COLOURS
+
+NUM_BINS = 40
+COLUMNS = 3
+LOGARITHMIC_FROM = 300.0
+"""A score whose values span such a factor is drawn on a logarithmic axis."""
+
+REJECTED_COLOUR = COLOURS[1]
+
+
+def score_figure(directory: Path, bounds: Mapping[str, Bounds]) -> Figure | None:
+    """A small histogram for each score of ``bounds`` (``<stage>.<score>``) that was taken of any document."""
+    edges = {name: _edges(*span) for name, span in _spans(directory, list(bounds)).items()}
+    if not edges:
+        return None
+    counts = _counts(directory, edges)
+    num_rows = -(-len(edges) // COLUMNS)
+    picture = Figure(figsize=(10, 1.9 * num_rows))
+    grid = picture.subplots(num_rows, COLUMNS, squeeze=False).flat
+    for axes, (name, bins) in zip(grid, edges.items(), strict=False):
+        kept, rejected = counts[name]
+        axes.stairs(kept + rejected, bins, fill=True, color=REJECTED_COLOUR, label="rejected")
+        axes.stairs(kept, bins, fill=True, color=ACCENT, label="kept")
+        for threshold in bounds[name]:
+            if threshold is not None and bins[0] <= threshold <= bins[-1]:
+                axes.axvline(threshold, color="#1f2733", linestyle=":", linewidth=1.2)
+        if bins[0] > 0 and bins[-1] / bins[0] > LOGARITHMIC_FROM:
+            axes.set_xscale("log")
+        axes.set_title(name.replace("_", " ").replace(".", " · "), fontsize=8, loc="left")
+        axes.tick_params(labelsize=7)
+    for axes in list(grid)[len(edges) :]:
+        axes.set_visible(False)
+    next(iter(picture.axes)).legend(frameon=False, fontsize=7)
+    picture.tight_layout()
+    return picture
+
+
+def _batches(directory: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """All rows: 0 with those that were kept, 1 with those that were rejected."""
+    for side, read in enumerate((read_documents, read_rejected)):
+        for batch in read(directory):
+            yield side, batch
+
+
+def _spans(directory: Path, names: list[str]) -> dict[str, tuple[float, float]]:
+    """Least and greatest value of each score that was taken."""
+    spans: dict[str, tuple[float, float]] = {}
+    for _, batch in _batches(directory):
+        for name in names:
+            extremes = pc.min_max(pc.struct_field(batch["scores"], [name]))
+            least, most = extremes["min"].as_py(), extremes["max"].as_py()
+            if least is not None and np.isfinite([least, most]).all():
+                before = spans.get(name, (least, most))
+                spans[name] = min(before[0], least), max(before[1], most)
+    return {name: spans[name] for name in names if name in spans}
+
+
+def _edges(least: float, most: float) -> np.ndarray:
+    if least > 0 and most / least > LOGARITHMIC_FROM:
+        return np.geomspace(least, most, NUM_BINS + 1)
+    if least == 0 and most > LOGARITHMIC_FROM:  # a count: the zeros in a bin of their own
+        return np.concatenate([[0.5], np.geomspace(1, most, NUM_BINS)])
+    return np.linspace(least, most if most > least else least + 1, NUM_BINS + 1)
+
+
+def _counts(directory: Path, edges: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Documents by bin, [2, bins]: kept and rejected."""
+    counts = {name: np.zeros((2, len(bins) - 1), np.int64) for name, bins in edges.items()}
+    for side, batch in _batches(directory):
+        for name, bins in edges.items():
+            values = pc.struct_field(batch["scores"], [name]).drop_null().to_numpy(zero_copy_only=False)
+            counts[name][side] += np.histogram(np.clip(values, bins[0], bins[-1]), bins)[0]
+    return counts

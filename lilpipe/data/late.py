@@ -1,0 +1,85 @@
+"""The verdicts that fall when every document has been through the chain.
+
+First the quality classifier's, as a share to keep means a score to reach that all documents decide; then
+near-duplicates among what is left (``minhash``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lilpipe.data.chain import Rejection
+from lilpipe.data.documents import read_table
+
+CLASSIFIER_SCORE = "classifier.score"
+SIMILARITY = "near_dedup.similarity"
+
+
+class LateVerdict(NamedTuple):
+    """Why a document that passed the chain goes all the same."""
+
+    row: int
+    """Its row among the documents of the shard that passed."""
+    stage: str
+    rejection: Rejection
+    similarity: float | None = None
+    """Of near-duplicates: to the document that stays."""
+
+
+class LateVerdicts(NamedTuple):
+    """What decides on documents that passed the chain; ``filtered`` is where they are."""
+
+    filtered: Path
+    min_score: float | None
+    """Least score of the classifier."""
+    matches: Path | None
+    """The table of ``minhash.near_duplicates``, sorted by shard and row."""
+
+    def of(self, shard: int) -> list[LateVerdict]:
+        """The verdicts on a shard, by row."""
+        low = [LateVerdict(row, "classifier", Rejection("low_quality")) for row in self.low_quality(shard)]
+        return sorted([*low, *self._near_duplicates(shard)])
+
+    def low_quality(self, shard: int) -> list[int]:
+        """The rows of a shard whose score is too low."""
+        if self.min_score is None:
+            return []
+        return np.flatnonzero(self.scores(shard) < np.float32(self.min_score)).tolist()
+
+    def scores(self, shard: int) -> np.ndarray:
+        """The classifier's scores of a shard, float32."""
+        scores = pc.struct_field(read_table(kept_file(self.filtered, shard))["scores"], [CLASSIFIER_SCORE])
+        return np.asarray(scores.to_numpy(), np.float32)
+
+    def _near_duplicates(self, shard: int) -> Iterator[LateVerdict]:
+        if self.matches is None:
+            return
+        table = read_table(self.matches)
+        first, end = np.searchsorted(table["shard"].to_numpy(), (shard, shard + 1))
+        mine = table.slice(int(first), int(end - first))
+        ids = self._ids(mine["kept_shard"].to_numpy(), mine["kept_row"].to_numpy())
+        for row, kept, similarity in zip(mine["row"].to_pylist(), ids, mine["similarity"].to_pylist(), strict=True):
+            yield LateVerdict(row, "near_dedup", Rejection("near_duplicate", kept), similarity)
+
+    def _ids(self, shards: np.ndarray, rows: np.ndarray) -> list[str]:
+        ids = np.empty(len(shards), object)
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            ids[mine] = read_table(kept_file(self.filtered, shard))["id"].take(pa.array(rows[mine])).to_pylist()
+        return ids.tolist()
+
+
+def kept_file(folder: Path, rank: int) -> Path:
+    """Where a filtering task's documents are that passed the chain."""
+    return folder / "kept" / f"{rank:05d}.arrow"
+
+
+def rejected_file(folder: Path, rank: int) -> Path:
+    """Where a filtering task's documents are that a filter rejected."""
+    return folder / "rejected" / f"{rank:05d}.arrow"

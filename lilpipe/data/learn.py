@@ -1,0 +1,159 @@
+"""What filters must know beyond their settings: the evaluation sets, the quality classifier, and what only a survey of
+the whole corpus can tell: shared lines, common n-grams, addresses, how often words are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from datatrove.pipeline.base import PipelineStep
+
+from lilpipe.config import CorpusConfig
+from lilpipe.data.decontamination import EvaluationIndex, write_index
+from lilpipe.data.documents import read_table, write_table
+from lilpipe.data.evaluation_sets import prompt_sets, source_sets
+from lilpipe.data.outliers import Unigrams, WordCounts, count_words, merge_counts
+from lilpipe.data.repeated import document_line_keys
+from lilpipe.data.sorting import Selection
+from lilpipe.data.survey import KeyCounter, MergeCounts, MergePages, MergeTask, PageList, plan_merge, shard_buckets
+from lilpipe.data.url import url_key
+from lilpipe.data.work import Work
+
+UNIGRAM_BYTES = 64 * 2**20
+"""The words of the first shards, a random sample of the corpus of about so many bytes, stand for all of it."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Where what was learnt lies, None where it was not asked for; paths alone, so that it can be sent to any task."""
+
+    evaluation: Path | None = None
+    """Index of the evaluation sets."""
+    ngrams: tuple[MergeTask, ...] = ()
+    """Found: the n-grams of evaluation sets that many documents hold."""
+    lines: tuple[MergeTask, ...] | None = None
+    """Found: the lines that many documents share."""
+    pages: tuple[MergeTask, ...] | None = None
+    """Found: the pages that another one of their address replaces."""
+    words: Path | None = None
+    """How often each word is."""
+    classifier: Path | None = None
+    """Model file of the quality classifier."""
+
+    def unigrams(self) -> Unigrams | None:
+        """The distribution of words."""
+        if self.words is None:
+            return None
+        table = read_table(self.words)
+        return Unigrams.from_counts(WordCounts(table["hash"].to_numpy(), table["count"].to_numpy()))
+
+
+def learn(config: CorpusConfig, selection: Selection, prompts: Path | None, work: Work) -> Learnt:
+    """Do all that the section asks for; ``prompts`` is the folder of a Prompts artifact."""
+    evaluation = _index_evaluation_sets(config, prompts, work)
+    folder = work.folder("survey")
+    with_pages = has_pages(config)
+    if with_pages or evaluation is not None or config.exact_dedup.lines or config.quality.max_kl_divergence is not None:
+        work.run("survey", SurveyShards(selection, config, evaluation, folder), selection.num_shards)
+    return Learnt(
+        evaluation=evaluation,
+        ngrams=_common_ngrams(config, selection, work) if evaluation is not None else (),
+        lines=_shared_lines(config, selection, work) if config.exact_dedup.lines else None,
+        pages=_replaced_pages(selection, work) if with_pages else None,
+        words=_words(selection, folder) if config.quality.max_kl_divergence is not None else None,
+        classifier=_classifier(config, work),
+    )
+
+
+# --- evaluation sets and classifier -------------------------------------------------------------------------------
+
+
+def _index_evaluation_sets(config: CorpusConfig, prompts: Path | None, work: Work) -> Path | None:
+    settings, folder = config.decontamination, work.folder("evaluation")
+    if not settings.enabled or (prompts is None and not settings.sets):
+        return None
+    if not (folder / "items.arrow").exists():  # which is written last
+        sets = prompt_sets(prompts, min_item_words=settings.min_item_words) if prompts is not None else []
+        write_index(folder, [*sets, *source_sets(settings.sets)], settings)
+    return folder
+
+
+# --- the survey ---------------------------------------------------------------------------------------------------
+
+
+class SurveyShards(PipelineStep):
+    """Surveys shard ``rank`` for what is asked for."""
+
+    type, name = "Survey", "Lines, addresses, n-grams and words"
+
+    def __init__(self, selection: Selection, config: CorpusConfig, evaluation: Path | None, folder: Path) -> None:
+        super().__init__()
+        self.selection = selection
+        self.config = config
+        self.evaluation = evaluation
+        self.folder = folder
+
+    def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
+        """Survey one shard; it is surveyed again as a whole if this does not end."""
+        counters = []
+        if self.config.exact_dedup.lines:
+            counters.append(KeyCounter(self.folder / "lines", rank, document_line_keys))
+        if self.evaluation is not None:
+            counters.append(KeyCounter(self.folder / "ngrams", rank, EvaluationIndex(self.evaluation).document_keys))
+        pages = PageList(self.folder / "pages", rank, url_key)
+        for document in self.selection.documents(rank):
+            pages.add(document, document.place)
+            for counter in counters:
+                counter.add(document)
+        for each in (*counters, pages):
+            each.close()
+        if self.config.quality.max_kl_divergence is not None and rank < _word_shards(self.selection):
+            counts = count_words(document.words for document in self.selection.documents(rank))
+            table = pa.table({"hash": counts.hashes, "count": counts.counts})
+            write_table(_words_file(self.folder, rank), table, rows_per_batch=max(1, table.num_rows))
+
+
+def has_pages(config: CorpusConfig) -> bool:
+    """Whether documents may have addresses of which duplicates are to go."""
+    return config.url.deduplicate and any(source.kind not in ("installed-docs", "text") for source in config.sources)
+
+
+def _common_ngrams(config: CorpusConfig, selection: Selection, work: Work) -> tuple[MergeTask, ...]:
+    whole = [range(selection.num_shards)]
+    tasks = plan_merge(work.folder("survey") / "ngrams", whole)
+    work.run("common n-grams", MergeCounts(tasks, config.decontamination.max_ngram_documents), len(tasks))
+    return tuple(tasks)
+
+
+def _shared_lines(config: CorpusConfig, selection: Selection, work: Work) -> tuple[MergeTask, ...]:
+    folder, settings = work.folder("survey") / "lines", config.exact_dedup
+    tasks = plan_merge(folder, shard_buckets(folder, selection.num_shards, settings.bucket_documents))
+    work.run("shared lines", MergeCounts(tasks, settings.max_line_occurrences), len(tasks))
+    return tuple(tasks)
+
+
+def _replaced_pages(selection: Selection, work: Work) -> tuple[MergeTask, ...]:
+    tasks = plan_merge(work.folder("survey") / "pages", [range(selection.num_shards)])
+    work.run("addresses", MergePages(tasks), len(tasks))
+    return tuple(tasks)
+
+
+def _word_shards(selection: Selection) -> int:
+    """How many shards make up the sample of words."""
+    return max(1, min(selection.num_shards, selection.num_shards * UNIGRAM_BYTES // max(1, selection.num_bytes)))
+
+
+def _words_file(folder: Path, rank: int) -> Path:
+    return folder / "words" / f"{rank:05d}.arrow"
+
+
+def _words(selection: Selection, folder: Path) -> Path:
+    """The counts of the sample's shards as one file."""
+    path = folder / "words.arrow"
+    tables = [read_table(_words_file(folder, rank)) for rank in range(_word_shards(selection))]
+    counts = merge_counts(WordCounts(table["hash"].to_numpy(), table["count"].to_numpy()) for table in tables)
+    table = pa.table({"hash": counts.hashes, "count": counts.counts})
+    write_table(path, table, rows_per_batch=max(1, table.num_rows))
+    return path

@@ -1,0 +1,114 @@
+"""What became of one document: each filter's verdict, with its scores and thresholds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lilpipe.artifact import write_atomically
+from lilpipe.data.chain import Bounds
+from lilpipe.data.documents import read_documents, read_rejected
+from lilpipe.errors import DataError
+
+FILTERS_FILE = "filters.json"
+MAX_SUGGESTIONS = 5
+
+Thresholds = dict[str, dict[str, Bounds]]
+"""Stage, in the order of the chain, to its scores and the values of them that pass."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One score of one stage; a stage without scores has one verdict without a score."""
+
+    stage: str
+    score: str
+    value: float | None
+    bounds: Bounds
+    passed: bool
+    """Whether the stage let the document pass."""
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a document."""
+
+    row: dict[str, Any]
+    """Its row of the Corpus artifact: of ``documents_schema``, or of ``rejected_schema`` where it was rejected."""
+    verdicts: list[Verdict]
+    """Of the stages that it reached, in their order."""
+    not_reached: list[str]
+    """Stages behind the one that rejected it."""
+    kept: dict[str, Any] | None
+    """The row of the document that was kept instead of this one, if it is a duplicate."""
+
+    @property
+    def rejected_by(self) -> str | None:
+        """The stage that rejected it."""
+        return self.row.get("stage")
+
+
+def write_thresholds(directory: Path, thresholds: Thresholds) -> None:
+    """Write the thresholds of a Corpus artifact."""
+    content = {
+        stage: {name: bounds._asdict() for name, bounds in scores.items()} for stage, scores in thresholds.items()
+    }
+    write_atomically(directory / FILTERS_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read_thresholds(directory: Path) -> Thresholds:
+    """The thresholds of a Corpus artifact."""
+    content = json.loads((directory / FILTERS_FILE).read_text(encoding="utf-8"))
+    return {stage: {name: Bounds(**bounds) for name, bounds in scores.items()} for stage, scores in content.items()}
+
+
+def trace_document(directory: Path, document_id: str) -> Fate:
+    """The fate of a document of a Corpus artifact. Raises ``DataError`` if there is none of that id."""
+    row = find_document(directory, document_id)
+    if row is None:
+        known = _like(directory, document_id)
+        raise DataError(
+            f"document {document_id!r}: the corpus has none of that id, kept or rejected; "
+            + (f"ids that hold it: {', '.join(known)}" if known else "rows that could not be read: quarantine.jsonl")
+        )
+    thresholds = read_thresholds(directory)
+    stages = list(thresholds)
+    end = stages.index(row["stage"]) + 1 if "stage" in row else len(stages)
+    verdicts = [each for stage in stages[:end] for each in _verdicts(row, stage, thresholds[stage])]
+    duplicate = row.get("stage", "").endswith("_dedup") and row["detail"]
+    kept = find_document(directory, row["detail"]) if duplicate else None
+    return Fate(row=row, verdicts=verdicts, not_reached=stages[end:], kept=kept)
+
+
+def _verdicts(row: dict[str, Any], stage: str, scores: dict[str, Bounds]) -> Iterator[Verdict]:
+    passed = row.get("stage") != stage
+    if not scores:
+        yield Verdict(stage, "", None, Bounds(), passed)
+    for name, bounds in scores.items():
+        yield Verdict(stage, name, row["scores"].get(f"{stage}.{name}"), bounds, passed)
+
+
+def find_document(directory: Path, document_id: str) -> dict[str, Any] | None:
+    """The row of that id among the kept documents, then among the rejected ones."""
+    for batches in (read_documents(directory), read_rejected(directory)):
+        for batch in batches:
+            index = pc.index(batch["id"], pa.scalar(document_id)).as_py()
+            if index >= 0:
+                return batch.slice(index, 1).to_pylist()[0]
+    return None
+
+
+def _like(directory: Path, document_id: str) -> list[str]:
+    found: list[str] = []
+    for batches in (read_documents(directory), read_rejected(directory)):
+        for batch in batches:
+            found += batch["id"].filter(pc.match_substring(batch["id"], document_id)).to_pylist()
+            if len(found) >= MAX_SUGGESTIONS:
+                return found[:MAX_SUGGESTIONS]
+    return found

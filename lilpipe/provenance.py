@@ -1,0 +1,155 @@
+"""``lilpipe trace``: from a document to its verdicts and the steps that saw it, and from a step to its documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lilpipe.artifact import Artifact
+from lilpipe.config import PipelineConfig, PretrainConfig
+from lilpipe.data.chain import Bounds
+from lilpipe.data.trace import Fate, Verdict
+from lilpipe.data.trace import trace_document as trace_fate
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.pipeline import plan
+from lilpipe.store import Store
+from lilpipe.tokens.shards import TokenShards
+from lilpipe.tokens.trace import TracedDocument, trace_document, trace_row
+
+MAX_SIGHTINGS = 30
+EXCERPT_CHARS = 240
+
+
+class Trail:
+    """The artifacts of one configuration that a trace reads: corpus, token shards, and the pretrained model."""
+
+    def __init__(self, config: PipelineConfig, store: Store) -> None:
+        self._store = store
+        planned = plan(config, store)
+        self._made: Mapping[str, tuple[str, Artifact]] = {
+            config.steps[name].stage: (name, each.artifact) for name, each in planned.items() if each.artifact
+        }
+        self._pretrain: PretrainConfig | None = None
+        if "pretrain" in self._made:
+            self._pretrain = config.section(self._made["pretrain"][0])
+
+    def folder(self, stage: str) -> Path | None:
+        """Where the files of a stage's artifact are; None if it has not been made."""
+        return self._store.fetch(self._made[stage][1]).path if stage in self._made else None
+
+    def run(self) -> tuple[TokenShards, PretrainConfig]:
+        """The tokens and settings of the pretraining run. Raises ``ConfigError`` if there is none."""
+        folder = self.folder("tokens")
+        if folder is None or self._pretrain is None:
+            raise ConfigError("trace: no pretraining of this configuration is in the store; run the pipeline first")
+        return TokenShards.open(folder), self._pretrain
+
+    def has_run(self) -> bool:
+        """Whether there is a pretraining run."""
+        return self._pretrain is not None
+
+
+def show_document(trail: Trail, document_id: str, console: Console) -> None:
+    """Print what became of a document: in the corpus, and in pretraining. Raises ``DataError`` if nothing knows it."""
+    folder, fate, unknown = trail.folder("corpus"), None, None
+    if folder is None:
+        raise ConfigError("trace: no corpus of this configuration is in the store; run the pipeline first")
+    try:
+        fate = trace_fate(folder, document_id)
+    except DataError as error:
+        unknown = error  # of the exercises, perhaps
+    if fate is not None:
+        _show_fate(fate, console)
+        if fate.rejected_by is not None:
+            return
+    if not trail.has_run():
+        if unknown is not None:
+            raise unknown
+        console.print("No pretraining of this configuration is in the store yet.")
+        return
+    try:
+        found = trace_document(*trail.run(), document_id)
+    except DataError as error:
+        raise unknown or error from error
+    for each in found:
+        _show_sightings(each, console)
+
+
+def show_row(trail: Trail, step: int, row: int, console: Console) -> None:
+    """Print the documents of one row of a step of pretraining."""
+    shards, config = trail.run()
+    traced = trace_row(shards, config, step=step, row=row)
+    console.print(f"step {step}, row {row}: stream [bold]{escape(traced.stream)}[/], epoch {traced.epoch + 1}")
+    table = Table("document", "source", "tokens", "of")
+    for span in traced.spans:
+        table.add_row(
+            escape(span.document_id), escape(span.source), f"{span.first} to {span.stop}", str(span.num_tokens)
+        )
+    console.print(table)
+
+
+def _show_fate(fate: Fate, console: Console) -> None:
+    row = fate.row
+    about = [row["source"], f"{row['name']} {row['version']}".strip(), row["licence"], row["url"]]
+    console.print(f"[bold]{escape(row['id'])}[/]  {escape(' · '.join(part for part in about if part))}")
+    console.print(f"read from {row['file']}:{row['row']}, {row['num_bytes']:,} bytes", markup=False)
+    console.print(_excerpt(row["text"]), style="dim", markup=False)
+    table = Table("filter", "score", "value", "passes", "verdict")
+    for verdict in fate.verdicts:
+        colour = "green" if verdict.passed else ("red" if _failed(verdict) else "yellow")
+        said = "passed" if verdict.passed else escape(str(row["reason"])) if _failed(verdict) else ""
+        value = "" if verdict.value is None else f"{verdict.value:.4g}"
+        table.add_row(verdict.stage, verdict.score, value, _range(verdict.bounds), f"[{colour}]{said}[/]")
+    for stage in fate.not_reached:
+        table.add_row(stage, "", "", "", "[dim]not reached[/]")
+    console.print(table)
+    if fate.rejected_by is None:
+        console.print("[green]kept[/]")
+        return
+    detail = f": {row['detail']}" if row["detail"] else ""
+    console.print(f"[red]rejected[/] by {fate.rejected_by}: {escape(row['reason'] + detail)}")
+    if fate.kept is not None:
+        console.print(f"kept instead: [bold]{escape(fate.kept['id'])}[/] ({escape(fate.kept['source'])})")
+        console.print(_excerpt(fate.kept["text"]), style="dim", markup=False)
+
+
+def _failed(verdict: Verdict) -> bool:
+    """Whether this score is the one that rejected, or none of the stage's is needed to."""
+    if verdict.passed:
+        return False
+    least, most = verdict.bounds
+    if verdict.value is None or (least is None and most is None):
+        return verdict.value is None and verdict.score == ""
+    return (least is not None and verdict.value < least) or (most is not None and verdict.value >= most)
+
+
+def _range(bounds: Bounds) -> str:
+    parts = [
+        f"≥ {bounds.least:g}" if bounds.least is not None else "",
+        f"≤ {bounds.most:g}" if bounds.most is not None else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _excerpt(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= EXCERPT_CHARS else f"{line[:EXCERPT_CHARS]} …"
+
+
+def _show_sightings(found: TracedDocument, console: Console) -> None:
+    where = f"stream {found.stream}, split {found.split}, {found.num_tokens:,} tokens"
+    if not found.sightings:
+        why = "held out for validation" if found.split == "validation" else "pretraining did not get to it"
+        console.print(f"{where}: {why}", markup=False)
+        return
+    console.print(f"{where}: seen in {len(found.sightings):,} rows of pretraining", markup=False)
+    table = Table("step", "row", "epoch", "tokens")
+    for each in found.sightings[:MAX_SIGHTINGS]:
+        table.add_row(f"{each.step:,}", str(each.row), str(each.epoch + 1), f"{each.first} to {each.stop}")
+    console.print(table)
+    if (rest := len(found.sightings) - MAX_SIGHTINGS) > 0:
+        console.print(f"and {rest:,} more")
