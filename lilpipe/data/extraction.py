@@ -33,6 +33,9 @@ BLOCKS = ("table", "pre", "ul", "ol", "dl", "blockquote", "form", *(f"h{level}" 
 MAX_MEAN_CELL_CHARS = 200
 """Tables with longer cells are layouts."""
 
+TWICE_CHARS = 600
+"""Where trafilatura has found less than 250 characters it gathers all paragraphs again, those that it has too."""
+
 
 class Refused(ValueError):
     """A page that is not worth the attempt, and why."""
@@ -47,7 +50,10 @@ def extract(html: str) -> str:
     _keep_formulas(tree, kept)
     _keep_code(tree, kept)
     _keep_tables(tree, kept)
-    return kept.put_back(trafilatura.extract(tree, include_comments=False) or "").strip()
+    text = trafilatura.extract(tree, include_comments=False) or ""
+    if len(text) < TWICE_CHARS:
+        text = "\n".join(dict.fromkeys(text.splitlines()))
+    return kept.put_back(text).strip()
 
 
 def _parse(html: str) -> HtmlElement | None:

@@ -31,7 +31,9 @@ class ExtractionFailed(ValueError):
 class ExtractionProcess:
     """Extracts the text of pages in another process, which is started when it is first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, cpu_seconds: float = CPU_SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
+        self.cpu_seconds = cpu_seconds
+        self.memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ExtractionProcess:
@@ -43,7 +45,7 @@ class ExtractionProcess:
     def extract(self, html: str) -> str:
         """The page's text, empty if it has none. Raises ``ExtractionFailed``."""
         if self._process is None:
-            command = [sys.executable, "-m", __name__]
+            command = [sys.executable, "-m", __name__, str(self.cpu_seconds), str(self.memory_bytes)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -62,7 +64,7 @@ class ExtractionProcess:
     def _why_it_ended(self) -> str:
         status = self._end()
         if status == -signal.SIGPROF:
-            return f"took more than {CPU_SECONDS:g} s to extract"
+            return f"took more than {self.cpu_seconds:g} s to extract"
         return f"ended its extraction with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
 
     def _end(self) -> int:
@@ -93,19 +95,19 @@ def _receive(stream: IO[bytes]) -> tuple[bool, str] | None:
     return (good, content.decode()) if len(content) == size else None
 
 
-def main() -> None:
+def main(cpu_seconds: float, memory_bytes: int) -> None:
     """Answer pages with texts until the input ends."""
     from lilpipe.data import extraction  # this process alone needs it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     logging.disable(logging.CRITICAL)  # trafilatura's complaints about pages
     while (page := _receive(sys.stdin.buffer)) is not None:
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
             good, text = True, extraction.extract(page[1])
         except MemoryError:
-            good, text = False, f"took more than {MEMORY_BYTES:,} bytes of memory to extract"
+            good, text = False, f"took more than {memory_bytes:,} bytes of memory to extract"
         except Exception as error:  # whatever a page does to trafilatura
             good, text = (
                 False,
@@ -116,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]), int(sys.argv[2]))

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import charset_normalizer
+import cchardet
 
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 HTML_STARTS = (b"<!doctype html", b"<html")
@@ -109,9 +109,9 @@ def decode(response: Response) -> str:
         text = _strict(body, encoding)
         if text is not None:
             return text
-    if not declared and (guess := charset_normalizer.from_bytes(body[:SAMPLE_BYTES]).best()):
-        declared = [guess.encoding]
-    return _checked(body.decode(declared[0] if declared else "cp1252", errors="replace"))
+    guess = None if declared else cchardet.detect(body[:SAMPLE_BYTES])["encoding"]
+    encoding = declared[0] if declared else (_python_name(guess) if guess else None) or "cp1252"
+    return _checked(body.decode(encoding, errors="replace"))
 
 
 def _declared(response: Response) -> Iterator[str]:
@@ -122,14 +122,18 @@ def _declared(response: Response) -> Iterator[str]:
         (r"<meta[^>]{1,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", head),
         (r"^\s*<\?xml[^>]{1,200}?encoding\s*=\s*[\"']([\w.:-]+)", head),
     ):
-        if match := re.search(pattern, text, re.IGNORECASE):
-            try:
-                name = codecs.lookup(match[1]).name
-                b"".decode(name)  # refuses what is no encoding of text, such as base64
-            except (LookupError, UnicodeError):
-                continue
-            if name not in NOT_FOR_PAGES:
-                yield SUPERSETS.get(name, name)
+        if (match := re.search(pattern, text, re.IGNORECASE)) and (name := _python_name(match[1])):
+            yield name
+
+
+def _python_name(encoding: str) -> str | None:
+    """Python's name of an encoding, or None if there is none of that name."""
+    try:
+        name = codecs.lookup(encoding).name
+        "a".encode(name)  # refuses what encodes no text, such as base64
+    except (LookupError, UnicodeError):
+        return None
+    return None if name in NOT_FOR_PAGES else SUPERSETS.get(name, name)
 
 
 def _strict(body: bytes, encoding: str) -> str | None:

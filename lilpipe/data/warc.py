@@ -25,6 +25,8 @@ from lilpipe.data.rows import Row, Unreadable, to_row, unreadable
 MAX_PAGE_BYTES = 16 * 2**20
 """Longer pages are quarantined; the Common Crawl cuts them off at 5 MiB."""
 
+START = b"WARC/"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -83,13 +85,17 @@ def _text(record: Record, extraction: ExtractionProcess, skipped: Counter[str]) 
 
 
 class _Available:
-    """A stream that gives what it has: of a larger piece, what comes before the damage would be lost."""
+    """A WARC's bytes, as many at a time as there are: of a larger piece, what comes before damage would be lost."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        self._start = stream.read(len(START))
+        if self._start != START:
+            raise BrokenStream(f"file does not start with {START.decode()}")
 
     def read(self, size: int) -> bytes:
-        return cast(io.BufferedReader, self._stream).read1(size)
+        start, self._start = self._start, b""
+        return start or cast(io.BufferedReader, self._stream).read1(size)
 
 
 def _records(stream: BinaryIO) -> Iterator[Record]:
