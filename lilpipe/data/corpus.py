@@ -185,8 +185,7 @@ def _judge(config: CorpusConfig, selection: Selection, work: Work) -> LateVerdic
         return late
     signatures, pairs, matches = filtered / "signatures", work.folder("pairs"), work.folder("matches") / "all.arrow"
     work.run("match", MatchBand(config.minhash, signatures, pairs), config.minhash.num_buckets)
-    low = [(shard, row) for shard in range(selection.num_shards) for row in late.low_quality(shard)]
-    table = near_duplicates(signatures, pairs, config.minhash, excluded=np.array(low, np.int64).reshape(-1, 2))
+    table = near_duplicates(signatures, pairs, config.minhash, min_score=min_score)
     write_table(matches, table, rows_per_batch=max(1, table.num_rows))
     return late._replace(matches=matches)
 
