@@ -110,8 +110,8 @@ def _records(stream: BinaryIO) -> Iterator[Record]:
         if record is None:
             return
         body, header = record.raw_stream, record.rec_headers.get_header
-        if record.length is None:
-            raise BrokenStream("record has no Content-Length")
+        if not (header("Content-Length") or "").isdecimal():
+            raise BrokenStream("record does not say its length")
         block = body.read(MAX_PAGE_BYTES + 1)
         while body.read(READ_BYTES):
             pass
