@@ -37,13 +37,12 @@ from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokens.loader import validation_rows
+from lilpipe.tokens.loader import corpus_validation_shares, validation_rows
 from lilpipe.tokens.shards import TokenShards
 
 EVALUATION_SCHEMA = SAMPLE_SCHEMA.append(pa.field("greedy", pa.bool_()))
 BITS_SCHEMA = pa.schema([("bits_per_byte", pa.float64())])
 BASE_STAGE = "pretrain"
-CORPUS = "corpus"
 
 
 @dataclass(frozen=True)
@@ -121,10 +120,13 @@ def validation_bits(
 
 
 def _bits(model: Transformer, shards: TokenShards, num_rows: int) -> float:
-    source = CORPUS if CORPUS in shards.sources else shards.sources[0]
     seq_len = model.config.max_seq_len
-    inputs_BT, targets_BT, num_bytes = validation_rows(shards, source, num_rows=num_rows, seq_len=seq_len)
-    return bits_per_byte(model, inputs_BT.to(model.device), targets_BT.to(model.device), num_bytes)
+    bits = 0.0
+    for stream, share in corpus_validation_shares(shards, seq_len=seq_len).items():
+        rows = max(1, round(share * num_rows))
+        inputs_BT, targets_BT, num_bytes = validation_rows(shards, stream, num_rows=rows, seq_len=seq_len)
+        bits += share * bits_per_byte(model, inputs_BT.to(model.device), targets_BT.to(model.device), num_bytes)
+    return bits
 
 
 # --- scores -------------------------------------------------------------------------------------------------------

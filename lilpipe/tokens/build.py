@@ -1,19 +1,20 @@
 """Stage ``tokens``: documents to token shards, split into training and validation by a hash of the text.
 
 The split looks at the text alone, so that a document stays on its side whatever else the corpus holds, and equal
-texts never straddle it. Each stream's shards are written in the order of the source's documents and say where the
-next one begins, so a killed run goes on behind the last finished shard. Threads encode (tiktoken lets go of the
-interpreter's lock); the order of the rows does not depend on their number.
+texts never straddle it. One pass encodes a source and hands each document to the shard that is open for its stream
+and split; a shard says where in the source its stream goes on, so a killed run skips what is in finished shards.
+Threads encode (tiktoken lets go of the interpreter's lock); the order of the rows does not depend on their number.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,22 +24,32 @@ from lilpipe.alignment.prompts import read_exercises
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import TokensConfig
 from lilpipe.data.documents import read_documents
-from lilpipe.errors import DataError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.report import write_report
 from lilpipe.tokens.shards import (
+    CORPUS,
+    EXERCISES,
     SPLITS,
     TOKENIZER_FOLDER,
     Document,
+    Split,
     TokenShards,
     finished_shards,
     shard_folder,
+    token_type,
     write_index,
     write_shard,
 )
 
-DOCUMENTS_PER_TASK = 64
+CHARS_PER_TASK = 2**18
+"""A thread encodes so much at once: a tenth of a second, so that none is long idle at the end."""
+MAX_OPEN_SHARDS = 8
+"""Shards being filled hold at most as many tokens as this many full ones: the memory of a corpus of many streams."""
+
+Place = tuple[str, Split]
+"""A stream and split."""
 
 
 class Text(NamedTuple):
@@ -46,52 +57,42 @@ class Text(NamedTuple):
 
     id: str
     source: str
+    stream: str
     text: str
 
 
-Reader = Callable[[], Iterator[Text]]
-
-
 def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Encode the corpus and, where given, the exercises. Raises ``DataError`` for a source too small to be split."""
-    tokenizer = Tokenizer.load(_path(inputs, "tokenizer"))
-    readers: dict[str, Reader] = {"corpus": partial(_read_corpus, _path(inputs, "corpus"))}
-    if "prompts" in inputs:
-        readers["exercises"] = partial(_read_exercises, _path(inputs, "prompts"))
-    _remove_leftovers(workspace.output)
+    """Encode the corpus and, where given, the exercises.
 
-    splits = {source: hold_out(reader(), config.validation_share) for source, reader in readers.items()}
-    if not len(splits.get("exercises", [0])):  # prompts that were asked for without exercises
-        del splits["exercises"]
-    for source, is_validation in splits.items():
-        _check_split(source, is_validation, config.validation_share)
-    progress = _Progress(workspace, total=sum(map(len, splits.values())))
-    for source, is_validation in splits.items():
-        for split in SPLITS:
-            write_stream(
-                workspace.output / shard_folder(source, split),
-                readers[source],
-                is_validation == (split == "validation"),
-                tokenizer,
-                config,
-                progress,
-            )
+    Raises ``DataError`` for a source too small to be split, ``ConfigError`` for streams by a column that is not there.
+    """
+    tokenizer = Tokenizer.load(_path(inputs, "tokenizer"))
+    corpus = _path(inputs, "corpus")
+    exercises = list(_read_exercises(_path(inputs, "prompts"))) if "prompts" in inputs else []
+    _remove_leftovers(workspace.output)
+    progress = _Progress(workspace, total=sum(batch.num_rows for batch in read_documents(corpus)) + len(exercises))
+    streams: list[str] = []
+    for source, texts in ((CORPUS, read_corpus(corpus, config.streams_by)), (EXERCISES, exercises)):
+        if source == CORPUS or exercises:
+            counts = write_streams(workspace.output, texts, tokenizer, config, progress)
+            _check_split(source, counts, config.validation_share)
+            streams += sorted({stream for stream, _ in counts})
     tokenizer.save(workspace.output / TOKENIZER_FOLDER)
-    write_index(workspace.output, tokenizer, list(splits))
+    write_index(workspace.output, tokenizer, streams)
     shards = TokenShards.open(workspace.output)
     write_report(shards, workspace.report / "report.html")
     return measure(shards)
 
 
 def measure(shards: TokenShards) -> Metrics:
-    """Tokens and documents by source and split, and bytes per token over all of them."""
+    """Tokens and documents by stream and split, and bytes per token over all of them."""
     metrics: Metrics = {}
     num_bytes = num_tokens = 0
-    for source in shards.sources:
+    for name in shards.streams:
         for split in SPLITS:
-            stream = shards.stream(source, split)
-            metrics[f"{source}_{split}_tokens"] = stream.num_tokens
-            metrics[f"{source}_{split}_documents"] = stream.num_documents
+            stream = shards.stream(name, split)
+            metrics[f"{name}_{split}_tokens"] = stream.num_tokens
+            metrics[f"{name}_{split}_documents"] = stream.num_documents
             num_bytes += stream.num_bytes
             num_tokens += stream.num_tokens
     return {"tokens": num_tokens, "bytes_per_token": num_bytes / num_tokens, **metrics}
@@ -106,35 +107,54 @@ def _path(inputs: Inputs, role: str) -> Path:
     return artifact.path
 
 
-def _read_corpus(directory: Path) -> Iterator[Text]:
+def read_corpus(directory: Path, streams_by: str) -> Iterator[Text]:
+    """The documents of a Corpus artifact, each with its stream. Raises ``ConfigError``."""
     for batch in read_documents(directory):
-        columns = (batch.column(name).to_pylist() for name in ("id", "source", "text"))
-        yield from map(Text, *columns)
+        if streams_by != "none" and streams_by not in batch.schema.names:
+            raise ConfigError(
+                f"tokens.streams_by: got {streams_by!r}, expected a column of the corpus: "
+                f"{', '.join(batch.schema.names)}; run stage `corpus` again, or choose one of these"
+            )
+        ids, sources, texts = (batch.column(name).to_pylist() for name in ("id", "source", "text"))
+        values = repeat(None) if streams_by == "none" else batch.column(streams_by).to_pylist()
+        streams = (CORPUS if streams_by == "none" else stream_name(value) for value in values)
+        for text in map(Text, ids, sources, streams, texts):
+            if text.stream == EXERCISES:
+                raise ConfigError(
+                    f"tokens.streams_by: got {streams_by!r}, but document {text.id!r} has the {streams_by} "
+                    f"{EXERCISES!r}, expected any other: it is the name of the stream of stage `prompts`"
+                )
+            yield text
+
+
+def stream_name(value: str | None) -> str:
+    """A value of a column as a name for folders and metrics: ``CC BY 4.0`` is ``CC-BY-4.0``, none is ``unknown``.
+
+    Values with the same name share a stream.
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", value or "")[:80].strip("-.") or "unknown"
 
 
 def _read_exercises(directory: Path) -> Iterator[Text]:
     for document_id, text in read_exercises(directory):
-        yield Text(document_id, "exercises", text)
+        yield Text(document_id, EXERCISES, EXERCISES, text)
 
 
-def is_held_out(text: str, share: float) -> bool:
+def is_held_out(text: str | bytes, share: float) -> bool:
     """Whether a text belongs to validation: its hash, as a number in [0, 1), is below ``share``."""
-    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+    digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def hold_out(texts: Iterator[Text], share: float) -> np.ndarray:
-    """For each document whether it is held out, bool [documents]."""
-    return np.fromiter((is_held_out(text.text, share) for text in texts), dtype=bool)
-
-
-def _check_split(source: str, is_validation: np.ndarray, share: float) -> None:
-    for split, got in (("validation", int(is_validation.sum())), ("training", int((~is_validation).sum()))):
-        if got == 0:
-            change = "raise" if split == "validation" else "lower"
+def _check_split(source: str, counts: Mapping[Place, int], share: float) -> None:
+    """Both splits must have documents of the source; one of several streams may lack them."""
+    for split in SPLITS:
+        if not any(count for (_, each), count in counts.items() if each == split):
+            name, change = ("validation", "raise") if split == "validation" else ("training", "lower")
             raise DataError(
-                f"tokens.validation_share: got {share}, which leaves 0 of the {len(is_validation)} documents of "
-                f"{source!r} for {split}, expected at least 1; add documents or {change} tokens.validation_share"
+                f"tokens.validation_share: got {share}, which leaves 0 of the {sum(counts.values())} documents of "
+                f"{source!r} for {name}, expected at least 1; add documents or {change} tokens.validation_share"
             )
 
 
@@ -152,57 +172,118 @@ class _Progress:
         self.workspace.progress(self.done, self.total, "documents")
 
 
-def write_stream(
-    folder: Path,
-    reader: Reader,
-    belongs: np.ndarray,
-    tokenizer: Tokenizer,
-    config: TokensConfig,
-    progress: _Progress,
-) -> None:
-    """Write the shards of one stream that are not there yet.
+class Encoded(NamedTuple):
+    """A document of a source after encoding."""
 
-    ``belongs``, bool [documents], says which documents of the source are in the stream.
+    position: int
+    """In the source."""
+    place: Place
+    document: Document | None
+    """None where it is in a finished shard."""
+
+
+class _OpenShard:
+    """The shard that is being filled for one stream and split."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_finished, self.next_document = finished_shards(folder)
+        self.documents: list[Document] = []
+        self.num_tokens = 0
+
+    def add(self, position: int, document: Document) -> None:
+        self.documents.append(document)
+        self.num_tokens += len(document.tokens)
+        self.next_document = position + 1
+
+    def close(self, *, vocab_size: int) -> int:
+        """Write it and begin another; returns its number of documents."""
+        path = self.folder / f"{self.num_finished:05d}.arrow"
+        write_shard(path, self.documents, vocab_size=vocab_size, next_document=self.next_document)
+        closed = len(self.documents)
+        self.num_finished, self.documents, self.num_tokens = self.num_finished + 1, [], 0
+        return closed
+
+
+def write_streams(
+    output: Path, texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, progress: _Progress
+) -> Counter[Place]:
+    """Write the shards of a source that are not there yet; returns its documents by stream and split.
+
+    A shard is closed when it is full, or when it is the fullest of too many. Both depend on the documents so far and
+    nothing else, so that a run which goes on after a kill closes them at the same documents.
     """
-    num_shards, first = finished_shards(folder)
-    progress.add(int(belongs[:first].sum()))
-    positions = np.flatnonzero(belongs[first:]) + first
-    texts = (text for text, wanted in zip(islice(reader(), first, None), belongs[first:], strict=True) if wanted)
-    shard: list[Document] = []
-    num_tokens = 0
-    for position, document in zip(positions, encode_in_order(texts, tokenizer, config.num_workers), strict=True):
-        shard.append(document)
-        num_tokens += len(document.tokens)
-        if num_tokens >= config.shard_tokens or position == positions[-1]:
-            path = folder / f"{num_shards:05d}.arrow"
-            write_shard(path, shard, vocab_size=tokenizer.vocab_size, next_document=int(position) + 1)
-            progress.add(len(shard))
-            num_shards, shard, num_tokens = num_shards + 1, [], 0
+    counts: Counter[Place] = Counter()
+    shards: dict[Place, _OpenShard] = {}
+    finished = {(each.parent.name, each.name): finished_shards(each)[1] for each in output.glob("shards/*/*")}
+    open_tokens = 0
+    for position, place, document in encode_in_order(texts, tokenizer, config, finished):
+        counts[place] += 1
+        if document is None:
+            progress.done += 1
+            continue
+        shard = shards.get(place) or shards.setdefault(place, _OpenShard(output / shard_folder(*place)))
+        shard.add(position, document)
+        open_tokens += len(document.tokens)
+        while shard.num_tokens >= config.shard_tokens or open_tokens > MAX_OPEN_SHARDS * config.shard_tokens:
+            _, full = max(shards.items(), key=lambda item: (item[1].num_tokens, item[0]))
+            open_tokens -= full.num_tokens
+            progress.add(full.close(vocab_size=tokenizer.vocab_size))
+    for _, shard in sorted(shards.items()):
+        if shard.documents:
+            progress.add(shard.close(vocab_size=tokenizer.vocab_size))
+    return counts
 
 
-def encode_in_order(texts: Iterator[Text], tokenizer: Tokenizer, num_workers: int) -> Iterator[Document]:
+def encode_in_order(
+    texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, finished: Mapping[tuple[str, str], int]
+) -> Iterator[Encoded]:
     """The documents encoded, in their order, by threads that run a few tasks ahead of what is taken."""
-    pending: deque[Future[list[Document]]] = deque()
-    with ThreadPoolExecutor(num_workers) as pool:
-        while group := list(islice(texts, DOCUMENTS_PER_TASK)):
-            pending.append(pool.submit(_encode, group, tokenizer))
-            if len(pending) > 2 * num_workers:
+    work = partial(_encode, tokenizer=tokenizer, validation_share=config.validation_share, finished=finished)
+    pending: deque[Future[list[Encoded]]] = deque()
+    with ThreadPoolExecutor(config.num_workers) as pool:
+        for first, group in _groups(texts):
+            pending.append(pool.submit(work, first, group))
+            if len(pending) > 2 * config.num_workers:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
 
 
-def _encode(texts: Sequence[Text], tokenizer: Tokenizer) -> list[Document]:
-    end = np.array([tokenizer.document_end_id], dtype=np.uint32)
-    return [
-        Document(
-            text.id,
-            text.source,
-            num_bytes=len(text.text.encode()),
-            tokens=np.concatenate([tokenizer.encode_array(text.text), end]),
-        )
-        for text in texts
-    ]
+def _groups(texts: Iterable[Text]) -> Iterator[tuple[int, list[Text]]]:
+    """Texts that are encoded together, with the position of the first."""
+    first, group, num_chars = 0, [], 0
+    for text in texts:
+        group.append(text)
+        num_chars += len(text.text)
+        if num_chars >= CHARS_PER_TASK:
+            yield first, group
+            first, group, num_chars = first + len(group), [], 0
+    if group:
+        yield first, group
+
+
+def _encode(
+    first: int,
+    texts: Sequence[Text],
+    *,
+    tokenizer: Tokenizer,
+    validation_share: float,
+    finished: Mapping[tuple[str, str], int],
+) -> list[Encoded]:
+    dtype = token_type(tokenizer.vocab_size).to_pandas_dtype()
+    results = []
+    for position, text in enumerate(texts, start=first):
+        data = text.text.encode(errors="surrogatepass")
+        place: Place = (text.stream, "validation" if is_held_out(data, validation_share) else "train")
+        document = None
+        if position >= finished.get(place, 0):
+            ids = tokenizer.encode_array(text.text)
+            tokens = np.empty(len(ids) + 1, dtype=dtype)
+            tokens[:-1], tokens[-1] = ids, tokenizer.document_end_id
+            document = Document(text.id, text.source, num_bytes=len(data), tokens=tokens)
+        results.append(Encoded(position, place, document))
+    return results
 
 
 def _remove_leftovers(directory: Path) -> None:

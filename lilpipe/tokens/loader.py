@@ -1,40 +1,61 @@
-"""The order of pretraining rows: a pure function of (seed, step).
+"""Batches of pretraining rows: a pure function of (seed, step).
 
-A row is a window of ``seq_len + 1`` tokens of one source's stream; windows lie at a stride of ``seq_len``, so that
-each token but the first is a target once in an epoch. Row ``k`` of the run takes its source from a fixed
-interleaving that keeps to the shares at every prefix, and its window from a permutation of that source's windows,
-another one in each epoch. The loader has no state: resuming is an integer, the world size does not matter, and
-``locate`` says which documents any row of any step held.
+``lilpipe.tokens.order`` says which row of which stream stands where, ``lilpipe.tokens.packing`` which parts of
+documents a row holds. The loader has no state: resuming is an integer, the world size does not matter, and
+``lilpipe.tokens.trace`` says which documents any row of any step held.
 
-Shapes: B rows of a batch, T tokens of a row (``seq_len``).
+Shapes: B rows of a batch, T tokens of a row (``seq_len``), R rows asked for, N pieces of documents in them.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.tokens.order import Interleaving, permute, stream_key, unpermute
+from lilpipe.tokens.packing import BestFit, Concat, Packing, Pieces
 from lilpipe.tokens.shards import TokenShards, TokenStream
 
+IGNORED = -100
+"""Target that counts for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
+PADDING_DOCUMENT = -1
+STEPS_AT_ONCE = 64
+"""Steps whose order is computed together: numpy takes about as long for one as for these."""
 
-@dataclass(frozen=True)
-class Row:
-    """Where a row comes from: a source, and a window of its stream in one of the epochs over it."""
 
-    source: str
-    epoch: int
-    window: int
+class Batch(NamedTuple):
+    """Rows of a step; int64 [B, T] each."""
+
+    inputs: Tensor
+    targets: Tensor
+    """The tokens one on; ``IGNORED`` where there is nothing to predict."""
+    documents: Tensor
+    """Which document of its row an input belongs to, from 0; ``PADDING_DOCUMENT`` for padding. Attention stays inside
+    a document where a query and a key have the same number (Llama 3)."""
+    positions: Tensor
+    """Place of an input in what the row holds of its document, from 0."""
+
+
+class Rows(NamedTuple):
+    """Where rows come from; int64 [R] each."""
+
+    streams: np.ndarray
+    """Number of the stream in ``PretrainLoader.streams``."""
+    epochs: np.ndarray
+    """How many passes over the stream come before."""
+    rows: np.ndarray
+    """Number of the row in its stream's packing."""
 
 
 class PretrainLoader:
-    """Batches of training rows from the sources in given shares."""
+    """Batches of training rows from streams in given shares."""
 
     def __init__(
         self,
@@ -45,162 +66,234 @@ class PretrainLoader:
         batch_size: int,
         num_steps: int,
         seed: int,
+        packing: Literal["concat", "best_fit"] = "concat",
+        stride: int | None = None,
     ) -> None:
-        """Check that the shards can fill a batch.
+        """Pack the streams, and check that they can fill a batch.
 
         Args:
             shards: Where tokens come from.
-            shares: Share of rows of each source; they add up to 1.
+            shares: Share of the training tokens of each stream; they add up to 1.
             seq_len: Inputs of a row.
             batch_size: Rows of a step, over all workers.
             num_steps: Steps of the run.
-            seed: Seed of the order of windows.
+            seed: Seed of the order of rows.
+            packing: How documents fill rows; see ``lilpipe.tokens.packing``.
+            stride: Tokens between windows of ``concat``; ``seq_len`` where none is given.
 
         Raises:
-            ConfigError: The shares do not add up to 1 or name a source that is not there.
-            DataError: A source has fewer windows than one batch takes of it.
+            ConfigError: The shares do not add up to 1 or name a stream that is not there.
+            DataError: A stream has fewer rows than one batch takes of it.
         """
+        _check_shares(shares, shards.streams)
+        names = [name for name, share in shares.items() if share > 0]
         self.shards = shards
-        self.shares = _exact_shares(shares, shards.sources)
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.num_steps = num_steps
-        self.seed = seed
-        self.streams = {source: shards.stream(source, "train") for source in self.shares}
-        for source, stream in self.streams.items():
-            _check_fills_batch(source, stream, share=self.shares[source], seq_len=seq_len, batch_size=batch_size)
+        self.streams = {name: shards.stream(name, "train") for name in names}
+        self.packings: dict[str, Packing] = {
+            name: _pack(stream, seq_len=seq_len, packing=packing, stride=stride)
+            for name, stream in self.streams.items()
+        }
+        for name, packed in self.packings.items():
+            _check_fills_batch(name, self.streams[name], packed, share=shares[name], batch_size=batch_size)
+        self.interleaving = Interleaving(_row_shares({name: shares[name] for name in names}, self.packings))
+        self.streams = {name: self.streams[name] for name in self.interleaving.names}
+        self._names = list(self.streams)
+        self._num_rows = np.array([self.packings[name].num_rows for name in self._names])
+        self._keys = np.array([stream_key(seed, name) for name in self._names], dtype=np.uint64)
+        self._rows_of_block = lru_cache(maxsize=2)(self._compute_rows_of_block)
 
-    def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a step for one worker, int64 [B, T] each with B = batch_size / world_size.
+    def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
+        """The rows of a step for one worker, B = batch_size / world_size.
 
         Worker ``rank`` holds the batch's rows ``rank``, ``rank + world_size``, ...
         """
         assert self.batch_size % world_size == 0, f"batch_size {self.batch_size} over {world_size} workers"
-        windows = [self._tokens(self.row(step, index)) for index in range(rank, self.batch_size, world_size)]
-        return _inputs_and_targets(windows)
+        rows = self.rows(step)
+        return self._assemble(Rows(*(values[rank::world_size] for values in rows)))
 
-    def row(self, step: int, index: int) -> Row:
-        """Source, epoch and window of one row of a step."""
+    # --- order ----------------------------------------------------------------------------------------------------
+
+    def rows(self, step: int) -> Rows:
+        """Where the rows of a step come from, R = batch_size."""
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
-        assert 0 <= index < self.batch_size, f"row {index} of {self.batch_size}"
-        source, position = interleave(step * self.batch_size + index, self.shares)
-        num_windows = self.streams[source].num_windows(self.seq_len)
-        epoch, position = divmod(position, num_windows)
-        return Row(source, epoch, permute(position, num_windows, key=f"{self.seed}/{source}/{epoch}"))
+        block, within = divmod(step, STEPS_AT_ONCE)
+        first = within * self.batch_size
+        return Rows(*(values[first : first + self.batch_size] for values in self._rows_of_block(block)))
 
-    def locate(self, step: int, index: int) -> list[tuple[str, str]]:
-        """Id and source of the documents that one row of a step held, in their order."""
-        row = self.row(step, index)
-        start = row.window * self.seq_len
-        return self.streams[row.source].documents(start, start + self.seq_len + 1)
+    def _compute_rows_of_block(self, block: int) -> Rows:
+        num_places = STEPS_AT_ONCE * self.batch_size
+        streams, before = self.interleaving.at(np.arange(block * num_places, (block + 1) * num_places))
+        sizes = self._num_rows[streams]
+        epochs, indices = np.divmod(before, sizes)
+        return Rows(streams, epochs, permute(indices, sizes, self._keys[streams], epochs))
 
-    def epochs(self, source: str) -> float:
-        """How often the run reads each window of a source, on average."""
-        rows = self.shares[source] * self.num_steps * self.batch_size
-        return float(rows / self.streams[source].num_windows(self.seq_len))
+    def places(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """The places of the run (step x batch_size + row) at which rows of a stream stand, int64, ascending."""
+        number, size = self._names.index(name), self.packings[name].num_rows
+        num_places = self.num_steps * self.batch_size
+        num_epochs = -(-self.interleaving.count(name, num_places) // size)
+        epochs = np.repeat(np.arange(num_epochs), len(rows))
+        images = np.tile(rows, num_epochs)
+        indices = unpermute(images, np.full_like(images, size), np.full(len(images), self._keys[number]), epochs)
+        places = np.sort(self.interleaving.places(name, epochs * size + indices))
+        return places[places < num_places]
 
-    def validation(self, source: str, num_rows: int) -> tuple[Tensor, Tensor, int]:
-        """``validation_rows`` of a source at the training length."""
-        return validation_rows(self.shards, source, num_rows=num_rows, seq_len=self.seq_len)
+    # --- amounts --------------------------------------------------------------------------------------------------
 
-    def _tokens(self, row: Row) -> np.ndarray:
-        start = row.window * self.seq_len
-        return self.streams[row.source].read(start, start + self.seq_len + 1)
+    def num_targets(self, name: str) -> float:
+        """Targets of the run that come from a stream: those of its rows, and of a pass that is cut off its share."""
+        packed = self.packings[name]
+        num_rows = self.interleaving.count(name, self.num_steps * self.batch_size)
+        return num_rows * packed.num_targets / packed.num_rows
+
+    def epochs(self, name: str) -> float:
+        """How often the run trains on a token of a stream, on average."""
+        return self.num_targets(name) / self.streams[name].num_tokens
+
+    # --- tokens ---------------------------------------------------------------------------------------------------
+
+    def pieces(self, rows: Rows) -> tuple[np.ndarray, Pieces]:
+        """What rows hold: of each piece the number of its stream, int64 [N], and where it lies."""
+        parts, streams = [], []
+        for number, name in enumerate(self._names):
+            chosen = np.flatnonzero(rows.streams == number)
+            if len(chosen):
+                pieces = self.packings[name].pieces(rows.rows[chosen])
+                parts.append(pieces._replace(rows=chosen[pieces.rows]))
+                streams.append(np.full(len(pieces.rows), number))
+        order = np.argsort(np.concatenate([part.rows for part in parts]), kind="stable")
+        joined = Pieces(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
+        return np.concatenate(streams)[order], joined
+
+    def _assemble(self, rows: Rows) -> Batch:
+        streams_N, pieces = self.pieces(rows)
+        layout = _lay_out(pieces, num_rows=len(rows.rows), width=self.seq_len + 1)
+        tokens = np.empty(layout.documents.shape, dtype=np.int64)  # [B, T + 1]
+        flat = tokens.reshape(-1)
+        for stream, begin, start, stop in _reads(streams_N, pieces, layout.begins):
+            flat[begin : begin + stop - start] = self.streams[self._names[stream]].read(start, stop)
+        targets = tokens.copy()
+        targets.reshape(-1)[layout.begins[~pieces.follows]] = IGNORED
+        if layout.padding.any():
+            tokens[layout.padding] = self.shards.tokenizer.padding_id
+            targets[layout.padding] = IGNORED
+        return Batch(
+            _tensor(tokens[:, :-1]),
+            _tensor(targets[:, 1:]),
+            _tensor(layout.documents[:, :-1]),
+            _tensor(layout.positions[:, :-1]),
+        )
 
 
-def validation_rows(shards: TokenShards, source: str, *, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor, int]:
-    """Held-out rows for bits per byte, spread evenly over the source's validation stream.
+class _Layout(NamedTuple):
+    """Where pieces lie in a batch of rows; [B, T + 1] but for ``begins``."""
+
+    begins: np.ndarray
+    """Where each piece begins in the rows end to end, int64 [N]."""
+    documents: np.ndarray
+    positions: np.ndarray
+    padding: np.ndarray
+    """bool."""
+
+
+def _lay_out(pieces: Pieces, *, num_rows: int, width: int) -> _Layout:
+    lengths = pieces.stops - pieces.starts
+    firsts = np.searchsorted(pieces.rows, np.arange(num_rows))  # first piece of each row
+    used = np.add.reduceat(lengths, firsts)  # tokens of each row
+    lengths[np.append(firsts[1:], len(lengths)) - 1] += width - used  # the last of a row takes its padding
+    begins = np.cumsum(lengths) - lengths
+    documents = np.repeat(np.arange(len(lengths)) - firsts[pieces.rows], lengths)
+    positions = np.arange(num_rows * width) - np.repeat(begins, lengths)
+    shape = (num_rows, width)
+    padding = np.arange(width) >= used[:, None]
+    if padding.any():
+        documents[padding.reshape(-1)] = PADDING_DOCUMENT
+        positions[padding.reshape(-1)] = 0
+    return _Layout(begins, documents.reshape(shape), positions.reshape(shape), padding)
+
+
+def _reads(streams_N: np.ndarray, pieces: Pieces, begins: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """Stream, place in the batch, first token and end of each read; pieces that lie end to end are one."""
+    new = np.ones(len(begins), dtype=bool)
+    new[1:] = (pieces.rows[1:] != pieces.rows[:-1]) | (pieces.starts[1:] != pieces.stops[:-1])
+    last = np.append(new[1:], True)
+    columns = (streams_N[new], begins[new], pieces.starts[new], pieces.stops[last])
+    return zip(*(column.tolist() for column in columns), strict=True)
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+# --- validation ---------------------------------------------------------------------------------------------------
+
+
+def validation_rows(shards: TokenShards, stream: str, *, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor, int]:
+    """Held-out rows for bits per byte, spread evenly over the stream's validation split.
 
     Returns inputs and targets, int64 [B, T], and the bytes of text that the targets stand for. A document's end is
     a target of no bytes: what it costs is part of what the text costs. B is ``num_rows``, or all the windows that
     there are. Raises ``DataError`` where there is none.
     """
-    stream = shards.stream(source, "validation")
-    num_windows = stream.num_windows(seq_len)
+    tokens = shards.stream(stream, "validation")
+    num_windows = tokens.num_windows(seq_len)
     if num_windows == 0:
         raise DataError(
-            f"validation split of source {source!r}: got {stream.num_tokens} tokens, expected at least {seq_len + 1} "
+            f"validation split of stream {stream!r}: got {tokens.num_tokens} tokens, expected at least {seq_len + 1} "
             "for one row; add documents, raise tokens.validation_share or lower the model's max_seq_len"
         )
     num_rows = min(num_rows, num_windows)
     starts = [index * num_windows // num_rows * seq_len for index in range(num_rows)]
-    inputs_BT, targets_BT = _inputs_and_targets([stream.read(start, start + seq_len + 1) for start in starts])
-    return inputs_BT, targets_BT, int(shards.token_bytes[targets_BT.numpy()].sum())
+    rows = np.stack([tokens.read(start, start + seq_len + 1) for start in starts]).astype(np.int64)  # [B, T + 1]
+    targets = rows[:, 1:]
+    return _tensor(rows[:, :-1]), _tensor(targets), int(shards.token_bytes[targets].sum())
 
 
-def _inputs_and_targets(windows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    rows = torch.from_numpy(np.stack(windows).astype(np.int64))  # [B, T + 1]
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+def corpus_validation_shares(shards: TokenShards, *, seq_len: int) -> dict[str, float]:
+    """Weights of the corpus's streams in its bits per byte: their shares of the bytes of validation text.
 
-
-# --- order --------------------------------------------------------------------------------------------------------
-
-
-def interleave(index: int, shares: Mapping[str, Fraction]) -> tuple[str, int]:
-    """Source of the ``index``-th row of all, and how many rows of that source come before it.
-
-    With two sources, of any first n rows a source has its share of n to within half a row (Bresenham's line). Of
-    more sources, the first is set apart from the rest, and then the second from what is left, and so on.
+    The mixture has no part in it, so that runs with different ones can be compared. A stream that does not fill a
+    row is left out; where none does, the first stands for all, and ``validation_rows`` says what it lacks.
     """
-    left = Fraction(1)
-    *sources, last = shares
-    for source in sources:
-        share = shares[source] / left
-        before = _rounded(index * share)
-        if _rounded((index + 1) * share) > before:
-            return source, before
-        index -= before
-        left -= shares[source]
-    return last, index
+    streams = {name: shards.stream(name, "validation") for name in shards.corpus_streams}
+    num_bytes = {name: stream.num_bytes for name, stream in streams.items() if stream.num_windows(seq_len)}
+    num_bytes = num_bytes or dict.fromkeys(shards.corpus_streams[:1], 1)
+    return {name: count / sum(num_bytes.values()) for name, count in num_bytes.items()}
 
 
-def _rounded(value: Fraction) -> int:
-    """The nearest integer, halves upwards."""
-    return (2 * value.numerator + value.denominator) // (2 * value.denominator)
+# --- set-up -------------------------------------------------------------------------------------------------------
 
 
-def permute(index: int, size: int, *, key: str) -> int:
-    """Image of ``index`` under a random permutation of ``range(size)`` that ``key`` picks.
-
-    A Feistel network over the smallest square of a power of two that holds ``size``, walked until it comes out
-    below ``size`` (Black and Rogaway 2002). It takes constant memory; a shuffled list of the windows of a large
-    corpus would take gigabytes on each worker.
-    """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half_bits) - 1
-    while True:
-        left, right = index >> half_bits, index & mask
-        for step in range(6):
-            digest = hashlib.blake2b(f"{key}/{step}/{right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-        index = (left << half_bits) | right
-        if index < size:
-            return index
+def _pack(stream: TokenStream, *, seq_len: int, packing: str, stride: int | None) -> Packing:
+    if packing == "best_fit":
+        return BestFit(stream.offsets, seq_len=seq_len)
+    return Concat(stream.offsets, seq_len=seq_len, stride=stride or seq_len)
 
 
-# --- checks -------------------------------------------------------------------------------------------------------
+def _row_shares(shares: Mapping[str, float], packings: Mapping[str, Packing]) -> dict[str, float]:
+    """Shares of rows for shares of tokens: rows of some streams hold more padding than those of others."""
+    rows = {name: share * packings[name].num_rows / packings[name].num_targets for name, share in shares.items()}
+    return {name: count / sum(rows.values()) for name, count in rows.items()}
 
 
-def _exact_shares(shares: Mapping[str, float], sources: Sequence[str]) -> dict[str, Fraction]:
-    """Shares as fractions, to a millionth, without the sources that have none."""
-    exact = {name: Fraction(share).limit_denominator(1_000_000) for name, share in shares.items() if share > 0}
-    if missing := sorted(exact.keys() - set(sources)):
+def _check_shares(shares: Mapping[str, float], streams: Sequence[str]) -> None:
+    if missing := sorted(name for name, share in shares.items() if share > 0 and name not in streams):
         raise ConfigError(
-            f"shares: got {', '.join(map(repr, missing))}, expected sources of the tokens: {', '.join(sources)}; "
-            "set the share to 0 or rerun stage `tokens` with that source"
+            f"shares: got {', '.join(map(repr, missing))}, expected streams of the tokens: {', '.join(streams)}; "
+            "set the share to 0 or rerun stage `tokens` with that stream"
         )
-    if abs(sum(exact.values()) - 1) > Fraction(1, 10_000):
+    if abs(sum(shares.values()) - 1) > 1e-4:
         raise ConfigError(f"shares: got {dict(shares)}, expected shares that add up to 1")
-    *first, last = exact
-    exact[last] = 1 - sum((exact[name] for name in first), Fraction(0))
-    return exact
 
 
-def _check_fills_batch(source: str, stream: TokenStream, *, share: Fraction, seq_len: int, batch_size: int) -> None:
-    got, expected = stream.num_windows(seq_len), -(-share * batch_size // 1)
-    if got < expected:
+def _check_fills_batch(name: str, stream: TokenStream, packing: Packing, *, share: float, batch_size: int) -> None:
+    got, expected = packing.num_rows, math.ceil(round(share * batch_size, 6))
+    if got < expected or packing.num_targets == 0:
         raise DataError(
-            f"training split of source {source!r}: got {got} rows of {seq_len + 1} tokens ({stream.num_tokens} tokens "
-            f"in all), expected at least {expected} for one batch ({float(share):.0%} of batch_size {batch_size}); "
-            "add documents, or lower pretrain.batch_size or pretrain.model.max_seq_len"
+            f"training split of stream {name!r}: got {got} rows ({stream.num_tokens} tokens in all), expected at "
+            f"least {max(expected, 1)} for one batch ({share:.0%} of batch_size {batch_size}); add documents, or lower "
+            "pretrain.batch_size or pretrain.model.max_seq_len"
         )

@@ -15,50 +15,59 @@ from lilpipe.tokens.shards import SPLITS, TokenShards, TokenStream
 
 def write_report(shards: TokenShards, path: Path) -> None:
     """Write the page that people read."""
-    streams = {(source, split): shards.stream(source, split) for source in shards.sources for split in SPLITS}
+    streams = {(name, split): shards.stream(name, split) for name in shards.streams for split in SPLITS}
+    total = sum(stream.num_tokens for stream in streams.values())
     rows: list[dict[str, report.Cell]] = [
         {
-            "source": source,
+            "stream": name,
             "split": split,
             "documents": stream.num_documents,
             "tokens": stream.num_tokens,
+            "% of tokens": 100 * stream.num_tokens / total,
             "bytes": stream.num_bytes,
             "bytes per token": stream.num_bytes / stream.num_tokens,
-            "median tokens of a document": float(np.median(_lengths(stream))),
-            "shards": len(stream.shards),
+            "median tokens of a document": float(np.median(np.diff(stream.offsets))),
+            "shards": stream.num_shards,
         }
-        for (source, split), stream in streams.items()
+        for (name, split), stream in streams.items()
+        if stream.num_documents
     ]
     origins: Counter[str] = Counter()
     for stream in streams.values():
-        for shard in stream.shards:
-            for origin, length in zip(shard.sources.to_pylist(), np.diff(shard.offsets), strict=True):
-                origins[origin] += int(length)
+        origins.update(_tokens_by_source(stream))
     html = report.page(
         "Tokens",
         {
             "Streams": report.table(rows),
-            "Tokens by origin": report.bars(dict(origins.most_common()), total=origins.total()),
+            "Tokens by origin": report.bars(dict(origins.most_common()), total=total),
             "Lengths of documents": report.figure(_length_figure(shards)),
         },
         subtitle=f"Vocabulary of {shards.vocab_size:,}; tokenizer {shards.tokenizer_digest[:12]}",
-        key_figures={"tokens": origins.total(), "documents": sum(s.num_documents for s in streams.values())},
+        key_figures={"tokens": total, "documents": sum(stream.num_documents for stream in streams.values())},
     )
     write_atomically(path, html)
 
 
-def _lengths(stream: TokenStream) -> np.ndarray:
-    """Tokens of each document."""
-    return np.concatenate([np.diff(shard.offsets) for shard in stream.shards])
+def _tokens_by_source(stream: TokenStream) -> Counter[str]:
+    """Tokens by the source that the corpus names."""
+    counts: Counter[str] = Counter()
+    for index in range(stream.num_shards):
+        shard = stream.shard(index)
+        encoded = shard.sources.dictionary_encode()
+        sums = np.bincount(encoded.indices.to_numpy(), weights=np.diff(shard.offsets))
+        counts.update(dict(zip(encoded.dictionary.to_pylist(), sums.astype(int).tolist(), strict=True)))
+    return counts
 
 
 def _length_figure(shards: TokenShards) -> Figure:
     picture = Figure(figsize=(8, 3))
     axes = picture.subplots()
-    lengths = {source: _lengths(shards.stream(source, "train")) for source in shards.sources}
+    streams = {name: shards.stream(name, "train") for name in shards.streams}
+    largest = sorted(streams, key=lambda name: -streams[name].num_tokens)[: len(report.COLOURS)]
+    lengths = {name: np.diff(streams[name].offsets) for name in largest if streams[name].num_documents}
     edges = np.geomspace(1, max(int(values.max()) for values in lengths.values()) + 1, 50)
-    for colour, (source, values) in zip(report.COLOURS, lengths.items(), strict=False):
-        axes.hist(values, bins=edges.tolist(), histtype="step", label=source, color=colour)
+    for colour, (name, values) in zip(report.COLOURS, lengths.items(), strict=False):
+        axes.hist(values, bins=edges.tolist(), histtype="step", label=name, color=colour)
     axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title="Training split")
     axes.legend(frameon=False)
     return picture

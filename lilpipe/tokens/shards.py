@@ -1,20 +1,25 @@
 """Token shards: documents as token ids in memory-mapped Arrow IPC files.
 
-A ``TokenShards`` artifact holds a stream for each source (``corpus``, ``exercises``) and split (``train``,
-``validation``), cut into shards ``shards/<source>/<split>/NNNNN.arrow``; ``index.json``, which counts them; and the
+A ``TokenShards`` artifact holds streams (``corpus``, or one for each of its sources, languages, ...; ``exercises``),
+each in two splits (``train``, ``validation``), cut into shards ``shards/<stream>/<split>/NNNNN.arrow``; and the
 tokenizer that made them in ``tokenizer/``. A shard is one record batch with one row per document: ``id``,
 ``source`` (as the corpus names it), ``num_bytes`` of its text, and ``tokens``, uint16 where the vocabulary allows
 it and uint32 otherwise. Each document ends with ``<|end_of_document|>``, so that the values of the ``tokens``
 column lie in the file as one sequence that training reads without a copy.
+
+Beside a stream's shards lie ``offsets.npy``, which says where each document begins, and ``ids.npy``, in which
+documents are found by id (``lilpipe.tokens.index``). With them, and the counts in ``index.json``, an artifact of any
+number of shards opens without reading one; a shard is mapped when something of it is asked for.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +30,13 @@ from lilpipe.artifact import write_atomically
 from lilpipe.data.documents import read_table, write_table
 from lilpipe.errors import ArtifactError
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokens.index import find_id, read_index_array, write_stream_index
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
+
+CORPUS, EXERCISES = "corpus", "exercises"
+"""Streams: the corpus where it is not cut into several, and the exercises of the `prompts` stage."""
 
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -49,28 +58,60 @@ class Shard:
     def __init__(self, path: Path) -> None:
         try:
             table = read_table(path)
-            tokens, self.ids, self.sources = (table[name].chunk(0) for name in ("tokens", "id", "source"))
+            columns = [table[name].chunk(0) for name in ("tokens", "id", "source", "num_bytes")]
         except (OSError, pa.ArrowInvalid, KeyError, IndexError) as error:
             raise ArtifactError(
                 f"{path}: cannot be read as a token shard ({error}); run stage `tokens` again"
             ) from error
+        tokens, self.ids, self.sources, self.num_bytes = columns
         self.tokens: np.ndarray = tokens.values.to_numpy(zero_copy_only=True)
         self.offsets: np.ndarray = tokens.offsets.to_numpy(zero_copy_only=True)  # documents + 1
 
 
 class TokenStream:
-    """The documents of one source and split, end to end, as one sequence of tokens."""
+    """The documents of one stream and split, end to end, as one sequence of tokens."""
 
-    def __init__(self, shards: Sequence[Shard], *, num_documents: int, num_bytes: int) -> None:
-        self.shards = tuple(shards)
-        self.num_documents = num_documents
-        self.num_bytes = num_bytes
-        self._starts = np.cumsum([0, *(len(shard.tokens) for shard in shards)])  # of each shard, and the end
+    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+        self.folder = folder
+        self.num_bytes: int = entry["num_bytes"]
+        self._names: list[str] = [shard["name"] for shard in entry["shards"]]
+        # Where each shard begins, and the end; as lists, in which one value is found faster than in arrays.
+        self._documents = list(accumulate((shard["num_documents"] for shard in entry["shards"]), initial=0))
+        self._tokens = list(accumulate((shard["num_tokens"] for shard in entry["shards"]), initial=0))
+        self._shards: list[Shard | None] = [None] * len(self._names)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return self._documents[-1]
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents, their ends included."""
-        return int(self._starts[-1])
+        return self._tokens[-1]
+
+    @property
+    def num_shards(self) -> int:
+        """Files."""
+        return len(self._names)
+
+    def shard(self, index: int) -> Shard:
+        """One shard, which is mapped at the first call."""
+        shard = self._shards[index]
+        if shard is None:
+            shard = self._shards[index] = Shard(self.folder / self._names[index])
+        return shard
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """First token of each document in the stream, and the end, int64 [documents + 1], memory-mapped."""
+        return read_index_array(self.folder / "offsets.npy", (self.num_documents + 1,))
+
+    @functools.cached_property
+    def _ids(self) -> np.ndarray:
+        return read_index_array(self.folder / "ids.npy", (2, self.num_documents))
+
+    # --- tokens ---------------------------------------------------------------------------------------------------
 
     def num_windows(self, seq_len: int) -> int:
         """Windows of ``seq_len + 1`` tokens at a stride of ``seq_len``; the rest at the end is not used."""
@@ -78,29 +119,35 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens ``start`` to ``stop``, [stop - start]: a view into the file, or a copy where it spans shards."""
-        parts = [self.shards[index].tokens[first:last] for index, first, last in self._parts(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def documents(self, start: int, stop: int) -> list[tuple[str, str]]:
-        """Id and source of each document that has a token in ``start`` to ``stop``, in their order."""
-        found = []
-        for index, first, last in self._parts(start, stop):
-            shard = self.shards[index]
-            low = int(np.searchsorted(shard.offsets, first, side="right")) - 1
-            high = int(np.searchsorted(shard.offsets, last, side="left"))
-            found += [(shard.ids[row].as_py(), shard.sources[row].as_py()) for row in range(low, high)]
-        return found
-
-    def _parts(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """The shards that hold the range: shard, first token and end of the part, counted within the shard."""
         assert 0 <= start < stop <= self.num_tokens, f"[{start}, {stop}) of {self.num_tokens} tokens"
-        low = int(np.searchsorted(self._starts, start, side="right")) - 1
-        high = int(np.searchsorted(self._starts, stop, side="left"))
-        starts = [int(value) for value in self._starts[low : high + 1]]
-        return [
-            (low + index, max(start - begin, 0), min(stop, end) - begin)
-            for index, (begin, end) in enumerate(pairwise(starts))
-        ]
+        index = bisect_right(self._tokens, start) - 1
+        begin, end = self._tokens[index], self._tokens[index + 1]
+        part = self.shard(index).tokens[start - begin : stop - begin]
+        return part if stop <= end else np.concatenate([part, self.read(end, stop)])
+
+    # --- documents ------------------------------------------------------------------------------------------------
+
+    def document(self, number: int) -> Document:
+        """A document by its number in the stream; its tokens are a view into the file."""
+        assert 0 <= number < self.num_documents, f"document {number} of {self.num_documents}"
+        index = bisect_right(self._documents, number) - 1
+        shard, row = self.shard(index), number - self._documents[index]
+        return Document(
+            id=shard.ids[row].as_py(),
+            source=shard.sources[row].as_py(),
+            num_bytes=shard.num_bytes[row].as_py(),
+            tokens=shard.tokens[shard.offsets[row] : shard.offsets[row + 1]],
+        )
+
+    def document_at(self, position: int) -> int:
+        """Number of the document that holds the token at a position, by a binary search of ``offsets``."""
+        assert 0 <= position < self.num_tokens, f"position {position} of {self.num_tokens} tokens"
+        return int(np.searchsorted(self.offsets, position, side="right")) - 1
+
+    def find(self, document_id: str) -> list[int]:
+        """Numbers of the documents with that id, ascending; none where it is not in the stream."""
+        found = find_id(self._ids, self._documents, document_id)
+        return [number for number in found if self.document(number).id == document_id]
 
 
 class TokenShards:
@@ -111,7 +158,7 @@ class TokenShards:
         self.vocab_size: int = index["vocab_size"]
         self.tokenizer_digest: str = index["tokenizer_digest"]
         self._entries: dict[str, dict[str, dict[str, Any]]] = index["streams"]
-        self.sources: tuple[str, ...] = tuple(self._entries)
+        self.streams: tuple[str, ...] = tuple(self._entries)
 
     @classmethod
     def open(cls, directory: Path) -> TokenShards:
@@ -121,6 +168,11 @@ class TokenShards:
             return cls(directory, json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: cannot be read as an index of token shards ({error!r})") from error
+
+    @property
+    def corpus_streams(self) -> tuple[str, ...]:
+        """The streams that the corpus is cut into."""
+        return tuple(name for name in self.streams if name != EXERCISES)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -141,11 +193,9 @@ class TokenShards:
             lengths[rank] = len(token)
         return lengths
 
-    def stream(self, source: str, split: Split) -> TokenStream:
-        """The tokens of one source and split."""
-        entry = self._entries[source][split]
-        shards = [Shard(self.directory / name) for name in entry["shards"]]
-        return TokenStream(shards, num_documents=entry["num_documents"], num_bytes=entry["num_bytes"])
+    def stream(self, name: str, split: Split) -> TokenStream:
+        """The tokens of one stream and split."""
+        return TokenStream(self.directory / shard_folder(name, split), self._entries[name][split])
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -156,9 +206,9 @@ def token_type(vocab_size: int) -> pa.DataType:
     return pa.uint16() if vocab_size <= 2**16 else pa.uint32()
 
 
-def shard_folder(source: str, split: Split) -> str:
+def shard_folder(stream: str, split: Split) -> str:
     """Where a stream's shards lie in the artifact."""
-    return f"shards/{source}/{split}"
+    return f"shards/{stream}/{split}"
 
 
 def write_shard(path: Path, documents: Sequence[Document], *, vocab_size: int, next_document: int) -> None:
@@ -184,23 +234,28 @@ def finished_shards(folder: Path) -> tuple[int, int]:
         return len(files), int(pa.ipc.open_file(file).schema.metadata[b"next_document"])
 
 
-def write_index(directory: Path, tokenizer: Tokenizer, sources: Sequence[str]) -> None:
-    """Count the shards of each source and write ``index.json``."""
+def write_index(directory: Path, tokenizer: Tokenizer, streams: Sequence[str]) -> None:
+    """Count the shards of each stream, write its ``offsets.npy`` and ``ids.npy``, and then ``index.json``."""
     index = {
         "vocab_size": tokenizer.vocab_size,
         "token_type": str(token_type(tokenizer.vocab_size)),
         "tokenizer_digest": tokenizer.digest,
-        "streams": {source: {split: _count(directory, source, split) for split in SPLITS} for source in sources},
+        "streams": {
+            stream: {split: _index_stream(directory / shard_folder(stream, split)) for split in SPLITS}
+            for stream in streams
+        },
     }
     write_atomically(directory / INDEX_FILE, json.dumps(index, indent=1) + "\n")
 
 
-def _count(directory: Path, source: str, split: Split) -> dict[str, Any]:
-    files = sorted((directory / shard_folder(source, split)).glob("*.arrow"))
-    tables = [read_table(file) for file in files]
+def _index_stream(folder: Path) -> dict[str, Any]:
+    files = sorted(folder.glob("*.arrow"))
+    shards = [Shard(file) for file in files]
+    write_stream_index(folder, [(shard.offsets, shard.ids) for shard in shards])
     return {
-        "num_documents": sum(table.num_rows for table in tables),
-        "num_tokens": sum(len(table["tokens"].chunk(0).values) for table in tables),
-        "num_bytes": sum(sum(table["num_bytes"].to_pylist()) for table in tables),
-        "shards": [file.relative_to(directory).as_posix() for file in files],
+        "num_bytes": sum(int(shard.num_bytes.to_numpy().sum()) for shard in shards),
+        "shards": [
+            {"name": file.name, "num_documents": len(shard.ids), "num_tokens": len(shard.tokens)}
+            for file, shard in zip(files, shards, strict=True)
+        ],
     }

@@ -1,6 +1,7 @@
 """Stage ``pretrain``: next-token training of a fresh model on token shards.
 
-Rows come from the corpus and from the exercises in stated shares; validation is in bits per byte of each.
+Tokens come from the streams of the corpus and from the exercises in stated shares; validation is in bits per byte of
+each.
 
 Dimensions: B rows, T tokens.
 """
@@ -11,22 +12,21 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from lilpipe import distributed
+from lilpipe import distributed, report
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import PretrainConfig
-from lilpipe.errors import ConfigError
 from lilpipe.evaluation.bits_per_byte import bits_per_byte
 from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokens.loader import PretrainLoader
-from lilpipe.tokens.shards import TokenShards
+from lilpipe.tokens.loader import IGNORED, Batch, PretrainLoader, corpus_validation_shares, validation_rows
+from lilpipe.tokens.mixture import Part, largest_total
+from lilpipe.tokens.plan import corpus_mixture, open_loader
+from lilpipe.tokens.shards import CORPUS, EXERCISES, TokenShards
 from lilpipe.training.curves import write_report
 from lilpipe.training.loop import Evaluation, Loss, LossFunction, train
-
-CORPUS, EXERCISES = "corpus", "exercises"
 
 
 def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
@@ -38,14 +38,11 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     assert config.seed is not None
     shards = TokenShards.open(tokens.path)
     tokenizer = shards.tokenizer  # checked now and not after hours of training
-    loader = PretrainLoader(
-        shards,
-        shares=source_shares(config.exercise_share, shards.sources),
-        seq_len=config.model.max_seq_len,
-        batch_size=config.batch_size,
-        num_steps=config.num_steps,
-        seed=config.seed,
-    )
+    loader = open_loader(config, shards)
+    parts = corpus_mixture(config, shards)
+    for name, part in parts.items():
+        if part.reason:
+            workspace.log(f"mixture: {name} gives {part.reached:.1%} of {part.asked:.1%} asked for: {part.reason}")
     model = Transformer(config.model, shards.vocab_size)
     model.init_weights(config.seed)
     model = model.to(distributed.device())
@@ -57,7 +54,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         section=config,
         optimizer=config.optimizer,
         accumulation_steps=config.accumulation_steps,
-        evaluate=validation(loader, sources=shards.sources, num_rows=config.eval_rows),
+        evaluate=validation(shards, seq_len=config.model.max_seq_len, num_rows=config.eval_rows),
         eval_every=config.eval_every,
         identity={"tokens": tokens.content_digest},
     )
@@ -67,27 +64,55 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "tokens": float(result.num_tokens),
         "tokens_per_second": result.tokens_per_second,
         "num_parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+        **measure_mixture(loader),
     }
     if distributed.is_main():
         save_model(model, tokenizer, workspace.output)
-        write_report(workspace, title="Pretraining", losses=result.losses, config=config, key_figures=metrics)
+        write_report(
+            workspace,
+            title="Pretraining",
+            losses=result.losses,
+            config=config,
+            key_figures={name: value for name, value in metrics.items() if not name.startswith(("share_", "epochs_"))},
+            sections={"Mixture": mixture_section(config, loader, parts)},
+        )
     return metrics
 
 
-def source_shares(exercise_share: float, sources: tuple[str, ...]) -> dict[str, float]:
-    """Share of rows of each source; a source with none is left out. Raises ``ConfigError`` for one that is missing."""
-    shares = {CORPUS: 1 - exercise_share, EXERCISES: exercise_share}
-    shares = {name: share for name, share in shares.items() if share > 0}
-    if missing := sorted(shares.keys() - set(sources)):
-        remedy = {
-            CORPUS: "set it below 1 only where the tokens hold a corpus",
-            EXERCISES: "set it to 0, or give the step `tokens` an input `prompts`",
-        }[missing[0]]
-        raise ConfigError(
-            f"pretrain.exercise_share: got {exercise_share}, which takes rows from {missing[0]!r}, but the tokens hold "
-            f"{', '.join(sources) or 'nothing'} alone; {remedy}"
-        )
-    return shares
+def measure_mixture(loader: PretrainLoader) -> Metrics:
+    """Of each stream the share of the training tokens that it gives, and how often each of its tokens is a target."""
+    targets = {name: loader.num_targets(name) for name in loader.streams}
+    metrics: Metrics = {}
+    for name, count in targets.items():
+        metrics[f"share_{name}"] = count / sum(targets.values())
+        metrics[f"epochs_{name}"] = loader.epochs(name)
+    return metrics
+
+
+def mixture_section(config: PretrainConfig, loader: PretrainLoader, parts: Mapping[str, Part]) -> str:
+    """What was asked of each stream, what was reached, and why not; and how far the weights would go."""
+    reached = measure_mixture(loader)
+    corpus = 1 - config.exercise_share
+    rows: list[dict[str, report.Cell]] = [
+        {
+            "stream": name,
+            "tokens": loader.shards.stream(name, "train").num_tokens,
+            "% asked": 100 * (parts[name].asked * corpus if name in parts else config.exercise_share),
+            "% reached": 100 * reached.get(f"share_{name}", 0.0),
+            "epochs": reached.get(f"epochs_{name}", 0.0),
+            "most epochs": parts[name].max_epochs if name in parts else "",
+            "why": parts[name].reason if name in parts else "",
+        }
+        for name in loader.shards.streams
+        if name in parts or name in loader.streams
+    ]
+    if not parts:
+        return report.table(rows)
+    weights = {name: part.asked for name, part in parts.items()}
+    limits = {name: part.max_epochs for name, part in parts.items()}
+    most = largest_total(weights, {name: part.tokens for name, part in parts.items()}, limits) / corpus
+    note = f"These weights can be kept, within the limits on epochs, up to {most:,.0f} training tokens."
+    return report.table(rows) + report.note(note)
 
 
 def next_token_loss(loader: PretrainLoader, *, accumulation_steps: int) -> LossFunction:
@@ -95,22 +120,29 @@ def next_token_loss(loader: PretrainLoader, *, accumulation_steps: int) -> LossF
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
 
     @lru_cache(maxsize=1)
-    def rows(step: int) -> tuple[Tensor, Tensor]:
+    def rows(step: int) -> Batch:
         return loader.batch(step, rank=rank, world_size=world_size)
 
     def loss(model: nn.Module, step: int, micro: int) -> Loss:
-        inputs_BT, targets_BT = (part.chunk(accumulation_steps)[micro].to(device) for part in rows(step))
-        logits_NV = model(inputs_BT).flatten(0, 1)
-        total = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
-        return Loss(total, count=targets_BT.numel(), num_tokens=targets_BT.numel())
+        batch = rows(step)
+        inputs_BT, targets_BT = (part.chunk(accumulation_steps)[micro] for part in (batch.inputs, batch.targets))
+        count = int((targets_BT != IGNORED).sum())
+        logits_NV = model(inputs_BT.to(device)).flatten(0, 1)
+        total = F.cross_entropy(logits_NV, targets_BT.flatten().to(device), reduction="sum", ignore_index=IGNORED)
+        return Loss(total, count=count, num_tokens=targets_BT.numel())
 
     return loss
 
 
-def validation(loader: PretrainLoader, *, sources: tuple[str, ...], num_rows: int) -> Evaluation:
-    """``validation_bits_per_byte_<source>`` of every source, the rows divided among the workers."""
+def validation(shards: TokenShards, *, seq_len: int, num_rows: int) -> Evaluation:
+    """``validation_bits_per_byte_<stream>`` of every stream, the rows divided among the workers.
+
+    ``validation_bits_per_byte_corpus`` of a corpus in several streams is their mean by ``corpus_validation_shares``.
+    """
     rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
-    rows = {source: loader.validation(source, num_rows) for source in sources}
+    corpus = corpus_validation_shares(shards, seq_len=seq_len)
+    names = [*corpus, *(name for name in shards.streams if name == EXERCISES)]
+    rows = {name: validation_rows(shards, name, num_rows=num_rows, seq_len=seq_len) for name in names}
 
     def evaluate(model: nn.Module, done: int) -> Mapping[str, float]:  # noqa: ARG001 (the same rows at any step)
         # A worker's rows over the bytes of all rows: the parts add up to the whole.
@@ -120,8 +152,10 @@ def validation(loader: PretrainLoader, *, sources: tuple[str, ...], num_rows: in
             )
             for inputs_BT, targets_BT, num_bytes in rows.values()
         ]
-        names = [f"validation_bits_per_byte_{source}" for source in rows]
-        return dict(zip(names, distributed.sum_floats(parts), strict=True))
+        bits = dict(zip(rows, distributed.sum_floats(parts), strict=True))
+        if corpus:
+            bits[CORPUS] = sum(share * bits[name] for name, share in corpus.items())
+        return {f"validation_bits_per_byte_{name}": value for name, value in bits.items()}
 
     return evaluate
 

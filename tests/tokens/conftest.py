@@ -1,10 +1,12 @@
 import random
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pytest
 
 from lilpipe.artifact import Artifact
 from lilpipe.config import TokensConfig
+from lilpipe.data.documents import write_table
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.bpe import train
 from lilpipe.tokens.build import STAGE
@@ -64,3 +66,30 @@ def build(root, inputs, **settings):
 @pytest.fixture(scope="session")
 def built(inputs, tmp_path_factory):
     return build(tmp_path_factory.mktemp("built"), inputs)
+
+
+SEVERAL = documents(90, seed=3)
+
+
+def source_of(index):
+    """Two of three documents are books."""
+    return "songs" if index % 3 == 2 else "Big books"
+
+
+@pytest.fixture(scope="session")
+def several_inputs(inputs, tmp_path_factory):
+    """A corpus of two sources; what else a Corpus artifact holds does not matter here."""
+    path = tmp_path_factory.mktemp("several")
+    columns = {
+        "text": SEVERAL,
+        "id": [f"doc/{index}" for index in range(len(SEVERAL))],
+        "source": [source_of(index) for index in range(len(SEVERAL))],
+        "language": [None if index % 2 else "en" for index in range(len(SEVERAL))],
+    }
+    write_table(path / "documents" / "00000.arrow", pa.table(columns), rows_per_batch=7)
+    return inputs | {"corpus": artifacts.artifact(path)}
+
+
+@pytest.fixture(scope="session")
+def built_by_source(several_inputs, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("by_source"), several_inputs, streams_by="source")

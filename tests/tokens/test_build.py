@@ -3,12 +3,12 @@ import hashlib
 import pyarrow as pa
 import pytest
 
-from lilpipe.errors import DataError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.tokens import build as module
-from lilpipe.tokens.build import is_held_out
+from lilpipe.tokens.build import is_held_out, stream_name
 from lilpipe.tokens.shards import SPLITS
 from tests import artifacts
-from tests.tokens.conftest import CORPUS, EXERCISES, build
+from tests.tokens.conftest import CORPUS, EXERCISES, SEVERAL, build, source_of
 
 SOURCES = {"corpus": CORPUS, "exercises": EXERCISES}
 
@@ -46,7 +46,8 @@ def test_a_shard_has_one_row_per_document(built, tokenizer):
 
 
 def test_shards_close_once_they_hold_enough_tokens(built):
-    shards = built.shards.stream("corpus", "train").shards
+    stream = built.shards.stream("corpus", "train")
+    shards = [stream.shard(index) for index in range(stream.num_shards)]
     assert len(shards) > 2
     for shard in shards[:-1]:
         assert shard.offsets[-2] < 300 <= shard.offsets[-1]
@@ -63,7 +64,7 @@ def test_the_split_is_a_hash_of_the_text_alone():
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_the_number_of_workers_does_not_show(built, inputs, tmp_path, monkeypatch, num_workers):
-    monkeypatch.setattr(module, "DOCUMENTS_PER_TASK", 3)
+    monkeypatch.setattr(module, "CHARS_PER_TASK", 200)
     assert build(tmp_path, inputs, num_workers=num_workers).files() == built.files()
 
 
@@ -101,7 +102,7 @@ def test_running_again_writes_no_shard(inputs, tmp_path, monkeypatch):
 def test_without_prompts_there_is_the_corpus_alone(inputs, tmp_path):
     alone = build(tmp_path / "a", {key: inputs[key] for key in ("corpus", "tokenizer")})
     none = build(tmp_path / "b", inputs | {"prompts": artifacts.prompts(tmp_path / "prompts", [])})
-    assert alone.shards.sources == none.shards.sources == ("corpus",)
+    assert alone.shards.streams == none.shards.streams == ("corpus",)
     assert alone.files() == none.files()
 
 
@@ -115,6 +116,101 @@ def test_a_source_that_leaves_a_split_empty_is_an_error_with_numbers(inputs, tmp
         match=rf"validation_share: got 0\.2, which leaves 0 of the 5 documents of 'corpus' for {split}.*{remedy}",
     ):
         build(tmp_path / "work", few)
+
+
+# --- streams ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_holds_the_documents_of_its_value_in_their_order(built_by_source, tokenizer):
+    shards = built_by_source.shards
+    assert shards.streams == ("Big-books", "songs", "exercises")
+    assert shards.corpus_streams == ("Big-books", "songs")
+    for name, source in (("Big-books", "Big books"), ("songs", "songs")):
+        for split in SPLITS:
+            expected = [
+                (f"doc/{index}", source, tokenizer.encode(text))
+                for index, text in enumerate(SEVERAL)
+                if source_of(index) == source and is_held_out(text, 0.2) == (split == "validation")
+            ]
+            stream = shards.stream(name, split)
+            got = [stream.document(number) for number in range(stream.num_documents)]
+            assert [(each.id, each.source, each.tokens[:-1].tolist()) for each in got] == expected
+            assert built_by_source.metrics[f"{name}_{split}_documents"] == len(expected)
+
+
+def test_documents_without_a_value_are_a_stream_of_their_own(several_inputs, tmp_path):
+    shards = build(tmp_path, several_inputs, streams_by="language").shards
+    assert shards.streams == ("en", "unknown", "exercises")
+
+
+@pytest.mark.parametrize(("writes", "max_open_shards"), [(1, 1), (6, 1), (3, 2), (10, 8)])
+def test_a_killed_run_of_several_streams_ends_in_the_same_bytes(
+    several_inputs, tmp_path, monkeypatch, writes, max_open_shards
+):
+    monkeypatch.setattr(module, "MAX_OPEN_SHARDS", max_open_shards)
+    settings = {"streams_by": "source", "num_workers": 2}
+    whole = build(tmp_path / "whole", several_inputs, **settings)
+    written, real = [], module.write_shard
+
+    def dying(*args, **kwargs):
+        if len(written) == writes:
+            raise KeyboardInterrupt
+        real(*args, **kwargs)
+        written.append(args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_shard", dying)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "killed", several_inputs, **settings)
+    assert build(tmp_path / "killed", several_inputs, **settings).files() == whole.files()
+
+
+def test_shards_that_are_being_filled_hold_no_more_than_stated(several_inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_OPEN_SHARDS", 1)
+    largest, real = [0], module._OpenShard.add
+
+    def add(self, position, document):
+        real(self, position, document)
+        open_shards[self.folder] = self
+        largest[0] = max(largest[0], sum(each.num_tokens for each in open_shards.values()))
+
+    open_shards = {}
+    monkeypatch.setattr(module._OpenShard, "add", add)
+    build(tmp_path, several_inputs, streams_by="source")
+    longest = max(len(text.encode()) for text in SEVERAL) + 1
+    assert 300 - longest < largest[0] <= 300 + longest
+
+
+def test_a_column_that_the_corpus_lacks_is_an_error_that_names_those_there(several_inputs, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"streams_by: got 'licence', expected a column of .*: text, id, source, language"
+    ):
+        build(tmp_path, several_inputs, streams_by="licence")
+
+
+def test_a_value_that_is_the_name_of_another_stream_is_an_error(inputs, tmp_path):
+    corpus = artifacts.corpus(tmp_path / "corpus", CORPUS, source="exercises")
+    with pytest.raises(ConfigError, match=r"document 'exercises/0' has the source 'exercises'"):
+        build(tmp_path / "work", inputs | {"corpus": corpus}, streams_by="source")
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("CC BY 4.0", "CC-BY-4.0"),
+        ("../../etc", "etc"),
+        (".hidden", "hidden"),
+        ("人工", "unknown"),
+        ("", "unknown"),
+        (None, "unknown"),
+        ("x" * 300, "x" * 80),
+    ],
+)
+def test_any_value_makes_a_name_that_is_safe_as_a_folder(value, name):
+    assert stream_name(value) == name
+
+
+# --- report and progress ------------------------------------------------------------------------------------------
 
 
 def test_the_report_counts_tokens(built):

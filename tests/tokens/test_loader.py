@@ -1,12 +1,12 @@
 from collections import Counter
-from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.loader import PretrainLoader, interleave, permute, validation_rows
+from lilpipe.tokens.loader import IGNORED, PretrainLoader, corpus_validation_shares, validation_rows
 from lilpipe.tokens.shards import TokenShards
 
 SHARES = {"corpus": 0.6, "exercises": 0.4}
@@ -17,118 +17,165 @@ def make(built, **options):
     return PretrainLoader(TokenShards.open(built.workspace.output), **settings)
 
 
-def whole(built, source, split="train"):
-    stream = built.shards.stream(source, split)
-    return stream.read(0, stream.num_tokens).astype(np.int64)
+def whole(built, stream, split="train"):
+    tokens = built.shards.stream(stream, split)
+    return tokens.read(0, tokens.num_tokens).astype(np.int64)
 
 
-def test_a_row_is_a_window_of_its_stream_and_targets_are_inputs_one_on(built):
-    loader = make(built)
-    inputs_BT, targets_BT = loader.batch(5)
-    assert inputs_BT.shape == targets_BT.shape == (8, 16)
-    assert inputs_BT.dtype == targets_BT.dtype == torch.int64
-    for index in range(8):
-        row = loader.row(5, index)
-        expected = whole(built, row.source)[row.window * 16 : row.window * 16 + 17]
-        assert inputs_BT[index].tolist() == expected[:-1].tolist()
-        assert targets_BT[index].tolist() == expected[1:].tolist()
+def rows(loader, step):
+    """Stream, epoch and number of each row of a step."""
+    streams, epochs, numbers = loader.rows(step)
+    return [(list(loader.streams)[s], e, n) for s, e, n in zip(streams, epochs.tolist(), numbers.tolist(), strict=True)]
 
 
+# --- order --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_the_slices_of_all_ranks_make_up_the_batch_of_one(built, world_size):
-    alone = make(built).batch(7)
-    parts = [make(built).batch(7, rank=rank, world_size=world_size) for rank in range(world_size)]
+def test_the_slices_of_all_ranks_make_up_the_batch_of_one(built, world_size, packing):
+    alone = make(built, packing=packing).batch(7)
+    parts = [make(built, packing=packing).batch(7, rank=rank, world_size=world_size) for rank in range(world_size)]
     for whole_BT, slices in zip(alone, zip(*parts, strict=True), strict=True):
         for rank, part_BT in enumerate(slices):
             assert torch.equal(part_BT, whole_BT[rank::world_size])
 
 
 def test_a_batch_does_not_depend_on_what_was_read_before(built):
-    used = make(built)
-    for step in (0, 39, 2, 2, 17):
+    used = make(built, num_steps=200)
+    for step in (0, 199, 2, 2, 64, 63):
         used.batch(step)
-    for ours, fresh in zip(used.batch(11), make(built).batch(11), strict=True):
-        assert torch.equal(ours, fresh)
+    for step in (11, 64, 127):
+        for ours, fresh in zip(used.batch(step), make(built, num_steps=200).batch(step), strict=True):
+            assert torch.equal(ours, fresh)
+
+
+def test_the_length_of_the_run_does_not_change_its_beginning(built):
+    for ours, longer in zip(make(built).batch(5), make(built, num_steps=10_000).batch(5), strict=True):
+        assert torch.equal(ours, longer)
 
 
 def test_another_seed_gives_another_order(built):
-    assert not torch.equal(make(built).batch(0)[0], make(built, seed=4).batch(0)[0])
+    assert not torch.equal(make(built).batch(0).inputs, make(built, seed=4).batch(0).inputs)
 
 
 def test_any_number_of_rows_keeps_to_the_shares_within_a_row(built):
     loader = make(built)
     counts = Counter()
     for index in range(40 * 8):
-        counts[loader.row(*divmod(index, 8)).source] += 1
-        for source, share in SHARES.items():
-            assert abs(counts[source] - share * (index + 1)) <= 0.5
+        counts[rows(loader, index // 8)[index % 8][0]] += 1
+        for stream, share in SHARES.items():
+            assert abs(counts[stream] - share * (index + 1)) <= 0.5
 
 
-def test_three_sources_keep_to_their_shares():
-    shares = {"a": Fraction(1, 2), "b": Fraction(3, 10), "c": Fraction(1, 5)}
-    counts = Counter()
-    for index in range(1000):
-        source, before = interleave(index, shares)
-        assert before == counts[source]
-        counts[source] += 1
-        assert all(abs(counts[name] - share * (index + 1)) < 1.5 for name, share in shares.items())
-
-
-def test_every_window_is_read_once_in_each_epoch_and_in_another_order(built):
-    num_windows = make(built).streams["corpus"].num_windows(16)
-    loader = make(built, shares={"corpus": 1.0}, batch_size=1, num_steps=3 * num_windows)
-    rows = [loader.row(step, 0) for step in range(3 * num_windows)]
-    epochs = [[row.window for row in rows if row.epoch == epoch] for epoch in range(3)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(num_windows))] * 3
+@pytest.mark.parametrize("options", [{}, {"stride": 5}, {"packing": "best_fit"}])
+def test_every_row_is_read_once_in_each_epoch_and_in_another_order(built, options):
+    num_rows = make(built, **options).packings["corpus"].num_rows
+    loader = make(built, shares={"corpus": 1.0}, batch_size=1, num_steps=3 * num_rows, **options)
+    read = [rows(loader, step)[0] for step in range(3 * num_rows)]
+    epochs = [[number for _, epoch, number in read if epoch == each] for each in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(num_rows))] * 3
     assert epochs[0] != epochs[1] != epochs[2]
-    assert epochs[0] != list(range(num_windows))
-    assert loader.epochs("corpus") == 3
+    assert epochs[0] != list(range(num_rows))
+
+
+def test_padding_of_one_stream_does_not_change_the_shares_of_tokens(built):
+    loader = make(built, packing="best_fit", seq_len=24, num_steps=2000)
+    targets = Counter()
+    for step in range(2000):
+        batch = loader.batch(step)
+        for row, (stream, _, _) in enumerate(rows(loader, step)):
+            targets[stream] += int((batch.targets[row] != IGNORED).sum())
+    fill = [loader.packings[name].num_targets / loader.packings[name].num_rows for name in SHARES]
+    assert abs(fill[0] - fill[1]) > 0.2  # rows of equal shares would not do
+    for stream, share in SHARES.items():
+        assert targets[stream] / targets.total() == pytest.approx(share, abs=1e-3)
+        assert loader.num_targets(stream) == pytest.approx(targets[stream], rel=2e-3)
+        assert loader.epochs(stream) == pytest.approx(targets[stream] / len(whole(built, stream)), rel=2e-3)
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [None, 16, 7])
+def test_a_row_is_a_window_of_its_stream_and_targets_are_inputs_one_on(built, stride):
+    loader = make(built, stride=stride)
+    for step in range(40):
+        batch = loader.batch(step)
+        for values in batch:
+            assert (values.shape, values.dtype) == ((8, 16), torch.int64)
+        for index, (stream, _, number) in enumerate(rows(loader, step)):
+            start = number * (stride or 16)
+            expected = whole(built, stream)[start : start + 17].tolist()
+            assert batch.inputs[index].tolist() == expected[:-1]
+            assert batch.targets[index].tolist() == expected[1:]
 
 
 def test_every_token_but_the_first_is_a_target_once_in_an_epoch(built):
     tokens = whole(built, "corpus")
-    num_windows = (len(tokens) - 1) // 16
-    loader = make(built, shares={"corpus": 1.0}, batch_size=1, num_steps=num_windows)
-    rows = sorted((loader.row(step, 0).window, loader.batch(step)[1][0].tolist()) for step in range(num_windows))
-    assert [token for _, row in rows for token in row] == tokens[1 : num_windows * 16 + 1].tolist()
+    num_rows = (len(tokens) - 1) // 16
+    loader = make(built, shares={"corpus": 1.0}, batch_size=1, num_steps=num_rows)
+    read = sorted((rows(loader, step)[0][2], loader.batch(step).targets[0].tolist()) for step in range(num_rows))
+    assert [token for _, row in read for token in row] == tokens[1 : num_rows * 16 + 1].tolist()
 
 
-def test_a_row_can_be_traced_to_its_documents(built, tokenizer):
+def segments(inputs, end, padding):
+    """Document number and position of each input, told from the ends of documents alone."""
+    documents, positions = [], []
+    document = position = 0
+    for token in inputs:
+        documents.append(-1 if token == padding else document)
+        positions.append(0 if token == padding else position)
+        document, position = (document + 1, 0) if token == end else (document, position + 1)
+    return documents, positions
+
+
+def test_documents_and_positions_begin_anew_after_each_end(built, tokenizer):
     loader = make(built)
-    texts = {}
-    for source in ("corpus", "exercises"):
-        for shard in built.shards.stream(source, "train").shards:
-            for row, name in enumerate(shard.ids.to_pylist()):
-                texts[name] = shard.tokens[shard.offsets[row] : shard.offsets[row + 1]].tolist()
-    for index in range(8):
-        inputs_BT, targets_BT = loader.batch(3)
-        window = [*inputs_BT[index].tolist(), targets_BT[index, -1].item()]
-        located = loader.locate(3, index)
-        joined = [token for name, _ in located for token in texts[name]]
-        assert any(joined[start : start + 17] == window for start in range(len(joined)))
-        assert {source for _, source in located} == {
-            "books" if loader.row(3, index).source == "corpus" else "exercises"
-        }
+    for step in range(40):
+        batch = loader.batch(step)
+        for inputs, documents, positions in zip(batch.inputs, batch.documents, batch.positions, strict=True):
+            expected = segments(inputs.tolist(), tokenizer.document_end_id, tokenizer.padding_id)
+            assert (documents.tolist(), positions.tolist()) == expected
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1000])
-def test_a_permutation_hits_everything_once(size):
-    assert sorted(permute(index, size, key="k") for index in range(size)) == list(range(size))
+def test_of_best_fit_each_pair_of_neighbours_in_a_document_is_learnt_once_in_an_epoch(built, tokenizer):
+    """The oracle counts pairs (token, next) in the documents, and knows nothing of rows."""
+    stream = built.shards.stream("corpus", "train")
+    end, padding = tokenizer.document_end_id, tokenizer.padding_id
+    documents = [stream.document(number).tokens.tolist() for number in range(stream.num_documents)]
+    pairs = Counter(pair for tokens in documents for pair in pairwise(tokens))
+    num_rows = make(built, packing="best_fit").packings["corpus"].num_rows
+    loader = make(built, shares={"corpus": 1.0}, batch_size=1, num_steps=num_rows, packing="best_fit")
+    learnt, after_end = Counter(), Counter()
+    num_targets = 0
+    for step in range(num_rows):
+        inputs, targets, numbers, positions = (values[0].tolist() for values in loader.batch(step))
+        for column, (token, target) in enumerate(zip(inputs, targets, strict=True)):
+            if target == IGNORED:
+                continue
+            num_targets += 1
+            (after_end if token == end else learnt)[token, target] += 1
+            assert token != padding
+            if token != end and column < 15:
+                assert numbers[column + 1] == numbers[column]
+                assert positions[column + 1] == positions[column] + 1
+        width = sum(number >= 0 for number in numbers)
+        assert inputs[width:] == [padding] * (16 - width)
+        assert numbers[width:] == [-1] * (16 - width)
+        assert targets[width:] == [IGNORED] * (16 - width)
+    assert learnt == pairs
+    assert 0 < after_end.total() < len(documents)
+    assert {target for _, target in after_end} <= {tokens[0] for tokens in documents}
+    assert num_targets == loader.packings["corpus"].num_targets
 
 
-def test_permutations_look_random():
-    # Each index should land anywhere: chi-squared over 16 cells, 2,000 keys; 99.9th percentile of 15 degrees is 37.7.
-    for index in (0, 7, 15):
-        counts = Counter(permute(index, 16, key=f"seed {key}") for key in range(2000))
-        assert sum((counts[cell] - 125) ** 2 / 125 for cell in range(16)) < 37.7
-    images = np.array([permute(index, 1000, key="k") for index in range(1000)])
-    assert abs(np.corrcoef(np.arange(1000), images)[0, 1]) < 0.1
-    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.1
+# --- validation ---------------------------------------------------------------------------------------------------
 
 
 def test_validation_rows_are_windows_with_their_bytes_of_text(built, tokenizer):
     tokens = whole(built, "corpus", "validation").tolist()
-    inputs_BT, targets_BT, num_bytes = make(built).validation("corpus", 3)
+    inputs_BT, targets_BT, num_bytes = validation_rows(built.shards, "corpus", num_rows=3, seq_len=16)
     assert inputs_BT.shape == targets_BT.shape == (3, 16)
     expected = 0
     for inputs_T, targets_T in zip(inputs_BT.tolist(), targets_BT.tolist(), strict=True):
@@ -147,23 +194,36 @@ def test_all_validation_windows_are_taken_where_more_are_asked_for(built):
     assert targets_BT.flatten().tolist() == tokens[1 : len(inputs_BT) * 16 + 1].tolist()
 
 
-def test_a_source_with_too_few_rows_for_a_batch_is_an_error_with_numbers(built):
+def test_streams_of_the_corpus_count_by_their_bytes_of_validation_text(built, built_by_source):
+    assert corpus_validation_shares(built.shards, seq_len=16) == {"corpus": 1.0}
+    shards = built_by_source.shards
+    num_bytes = {name: shards.stream(name, "validation").num_bytes for name in ("Big-books", "songs")}
+    expected = {name: count / sum(num_bytes.values()) for name, count in num_bytes.items()}
+    assert corpus_validation_shares(shards, seq_len=16) == pytest.approx(expected)
+    longest = max(shards.stream(name, "validation").num_tokens for name in num_bytes) - 1
+    assert list(corpus_validation_shares(shards, seq_len=longest)) == ["Big-books"]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_with_too_few_rows_for_a_batch_is_an_error_with_numbers(built):
     num_tokens = built.shards.stream("exercises", "train").num_tokens
     with pytest.raises(
         DataError,
-        match=rf"'exercises': got 3 rows of 301 tokens \({num_tokens} tokens in all\), expected at least 4 .*40%",
+        match=rf"'exercises': got 3 rows \({num_tokens} tokens in all\), expected at least 4 .*40%",
     ):
         make(built, seq_len=300, shares={"exercises": 0.4, "corpus": 0.6})
 
 
 def test_validation_text_shorter_than_a_row_is_an_error_with_numbers(built):
-    with pytest.raises(DataError, match=r"validation split of source 'corpus': got \d+ tokens, expected at least 5001"):
+    with pytest.raises(DataError, match=r"validation split of stream 'corpus': got \d+ tokens, expected at least 5001"):
         validation_rows(built.shards, "corpus", num_rows=4, seq_len=5000)
 
 
-def test_shares_must_add_up_and_name_sources_that_are_there(built):
+def test_shares_must_add_up_and_name_streams_that_are_there(built):
     with pytest.raises(ConfigError, match="expected shares that add up to 1"):
         make(built, shares={"corpus": 0.6, "exercises": 0.3})
-    with pytest.raises(ConfigError, match=r"got 'web', expected sources of the tokens: corpus, exercises"):
+    with pytest.raises(ConfigError, match=r"got 'web', expected streams of the tokens: corpus, exercises"):
         make(built, shares={"corpus": 0.6, "web": 0.4})
-    assert make(built, shares={"corpus": 1.0, "web": 0.0}).row(0, 0).source == "corpus"
+    assert rows(make(built, shares={"corpus": 1.0, "web": 0.0}), 0)[0][0] == "corpus"

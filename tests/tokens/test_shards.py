@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from lilpipe.errors import ArtifactError
-from lilpipe.tokens.shards import Document, Shard, TokenShards, token_type, write_shard
+from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokens import shards
+from lilpipe.tokens.shards import Document, Shard, TokenShards, token_type, write_index, write_shard
 from tests.tokens.conftest import CORPUS
 
 
@@ -19,16 +21,16 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(built, tmp_path):
 
 def test_a_read_inside_a_shard_copies_nothing(built):
     stream = built.shards.stream("corpus", "train")
-    first = len(stream.shards[0].tokens)
-    assert np.shares_memory(stream.read(3, first), stream.shards[0].tokens)
-    assert np.shares_memory(stream.read(first, first + 4), stream.shards[1].tokens)
+    first = len(stream.shard(0).tokens)
+    assert np.shares_memory(stream.read(3, first), stream.shard(0).tokens)
+    assert np.shares_memory(stream.read(first, first + 4), stream.shard(1).tokens)
     with pytest.raises(ValueError, match="read-only"):
         stream.read(0, 4)[0] = 1
 
 
 def test_any_range_reads_as_from_one_array(built):
     stream = built.shards.stream("corpus", "train")
-    whole = np.concatenate([shard.tokens for shard in stream.shards])
+    whole = np.concatenate([stream.shard(index).tokens for index in range(stream.num_shards)])
     assert stream.num_tokens == len(whole)
     for start in range(0, len(whole), 37):
         for length in (1, 2, 50, 299, 301, 700):
@@ -36,17 +38,38 @@ def test_any_range_reads_as_from_one_array(built):
             assert stream.read(start, stop).tolist() == whole[start:stop].tolist()
 
 
-def test_documents_of_a_range_are_those_with_a_token_in_it(built):
+def test_a_document_is_found_by_number_position_and_id(built):
     stream = built.shards.stream("corpus", "train")
-    owner = []
-    for shard in stream.shards:
-        for row, length in enumerate(np.diff(shard.offsets)):
-            owner += [shard.ids[row].as_py()] * int(length)
-    for start in range(0, stream.num_tokens, 23):
-        for length in (1, 40, 600):
-            stop = min(start + length, stream.num_tokens)
-            expected = list(dict.fromkeys(owner[start:stop]))
-            assert stream.documents(start, stop) == [(name, "books") for name in expected]
+    position = 0
+    for number in range(stream.num_documents):
+        document = stream.document(number)
+        assert stream.read(position, position + len(document.tokens)).tolist() == document.tokens.tolist()
+        assert document.source == "books"
+        assert document.num_bytes == built.shards.token_bytes[document.tokens].sum()
+        assert stream.find(document.id) == [number]
+        assert stream.document_at(position) == number
+        position += len(document.tokens)
+        assert stream.document_at(position - 1) == number
+    assert position == stream.num_tokens
+    held_out = built.shards.stream("corpus", "validation").document(0).id
+    assert stream.find(held_out) == stream.find("nobody") == []
+
+
+def test_documents_that_share_an_id_are_all_found(tmp_path):
+    documents = [Document(name, "s", 1, np.array([1, 2], dtype=np.uint16)) for name in ("a", "b", "a", "a")]
+    write_shard(tmp_path / "shards/corpus/train/00000.arrow", documents[:2], vocab_size=9, next_document=2)
+    write_shard(tmp_path / "shards/corpus/train/00001.arrow", documents[2:], vocab_size=9, next_document=4)
+    write_index(tmp_path, Tokenizer({bytes([byte]): byte for byte in range(256)}, "."), ["corpus"])
+    stream = TokenShards.open(tmp_path).stream("corpus", "train")
+    assert (stream.find("a"), stream.find("b")) == ([0, 2, 3], [1])
+    assert stream.offsets.tolist() == [0, 2, 4, 6, 8]
+
+
+def test_opening_a_stream_and_asking_where_documents_lie_maps_no_shard(built, monkeypatch):
+    monkeypatch.setattr(shards, "Shard", lambda path: pytest.fail(f"mapped {path}"))
+    stream = TokenShards.open(built.workspace.output).stream("corpus", "train")
+    assert stream.num_documents == len(stream.offsets) - 1
+    assert stream.document_at(stream.num_tokens - 1) == stream.num_documents - 1
 
 
 def test_bytes_of_tokens_add_up_to_bytes_of_text(built, tokenizer):
@@ -74,7 +97,25 @@ def test_a_damaged_shard_is_named(built, tmp_path):
     path = directory / "shards" / "corpus" / "train" / "00001.arrow"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ArtifactError, match=r"train/00001\.arrow: cannot be read as a token shard"):
-        TokenShards.open(directory).stream("corpus", "train")
+        TokenShards.open(directory).stream("corpus", "train").shard(1)
+
+
+@pytest.mark.parametrize("name", ["offsets.npy", "ids.npy"])
+def test_a_damaged_index_is_named(built, tmp_path, name):
+    directory = copy(built, tmp_path)
+    path = directory / "shards" / "corpus" / "train" / name
+
+    def use():
+        stream = TokenShards.open(directory).stream("corpus", "train")
+        return stream.document_at(0), stream.find("x")
+
+    for content in (path.read_bytes()[:100], path.read_bytes()[:-8]):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=rf"{name}: cannot be read as an index"):
+            use()
+    np.save(path, np.zeros(3))
+    with pytest.raises(ArtifactError, match=rf"{name}: got shape \(3,\), expected"):
+        use()
 
 
 def test_a_directory_without_an_index_is_named(tmp_path):

@@ -10,8 +10,10 @@ from lilpipe.artifact import content_digest, list_files
 from lilpipe.config import ModelConfig, OptimizerConfig, PretrainConfig
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model.hub import load_model
+from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace, get_stage
-from lilpipe.tokens.loader import PretrainLoader
+from lilpipe.tokens.loader import IGNORED, PretrainLoader, validation_rows
+from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training import pretrain
 from tests.training.conftest import write_tokens
@@ -59,10 +61,7 @@ def test_training_lowers_bits_per_byte_of_both_sources(trained):
 def test_bits_per_byte_are_what_transformers_says_of_the_saved_model(trained, tokens):
     workspace, metrics = trained
     theirs = AutoModelForCausalLM.from_pretrained(workspace.output)
-    loader = PretrainLoader(
-        TokenShards.open(tokens.path), shares={"corpus": 1.0}, seq_len=24, batch_size=4, num_steps=1, seed=0
-    )
-    inputs, targets, num_bytes = loader.validation("corpus", 5)
+    inputs, targets, num_bytes = validation_rows(TokenShards.open(tokens.path), "corpus", num_rows=5, seq_len=24)
     with torch.no_grad():
         logits = theirs(input_ids=inputs).logits
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
@@ -119,8 +118,10 @@ def test_settings_that_cannot_change_the_model_do_not(trained, tokens, tmp_path)
     assert digest(workspace) == digest(trained[0])
 
 
-@pytest.mark.parametrize("settings", [{"seed": 4}, {"exercise_share": 0.25}])
-def test_seed_and_shares_change_the_model(trained, tokens, tmp_path, settings):
+@pytest.mark.parametrize(
+    "settings", [{"seed": 4}, {"exercise_share": 0.25}, {"packing": "best_fit"}, {"stride": 7}], ids=str
+)
+def test_seed_shares_and_packing_change_the_model(trained, tokens, tmp_path, settings):
     workspace = Workspace(tmp_path)
     pretrain.run(config(**settings), {"tokens": tokens}, workspace)
     assert digest(workspace) != digest(trained[0])
@@ -129,6 +130,80 @@ def test_seed_and_shares_change_the_model(trained, tokens, tmp_path, settings):
 def test_accumulation_gives_the_same_losses(trained, tokens, tmp_path):
     metrics = pretrain.run(config(accumulation_steps=2), {"tokens": tokens}, Workspace(tmp_path))
     assert metrics["train_loss"] == pytest.approx(trained[1]["train_loss"], abs=2e-5)
+
+
+# --- padding ------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_over_targets_that_count(tokens):
+    """The oracle takes the targets one by one; accumulation and padding must not show."""
+    run = config(packing="best_fit", accumulation_steps=2)
+    loader = open_loader(run, TokenShards.open(tokens.path))
+    model = Transformer(MODEL, 264)
+    model.init_weights(0)
+    loss = pretrain.next_token_loss(loader, accumulation_steps=2)
+    for step in range(5):
+        batch = loader.batch(step)
+        assert 0 < (batch.targets == IGNORED).sum() < batch.targets.numel()
+        with torch.no_grad():
+            log_probs = model(batch.inputs).float().log_softmax(dim=-1)
+        places = [(b, t) for b in range(4) for t in range(24) if batch.targets[b, t] >= 0]
+        expected = sum(-log_probs[b, t, batch.targets[b, t]].item() for b, t in places)
+        parts = [loss(model, step, micro) for micro in range(2)]
+        assert sum(part.total.item() for part in parts) == pytest.approx(expected, rel=1e-5)
+        assert sum(part.count for part in parts) == len(places)
+        assert sum(part.num_tokens for part in parts) == 4 * 24
+
+
+# --- mixture ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(tokenizer, tmp_path_factory):
+    """A corpus of three streams; the last is too short for a row of validation."""
+    texts = {
+        "code": {"train": ["for x in y: pass "] * 80, "validation": ["for y in x: pass "] * 9},
+        "prose": {"train": ["the cat sat on the mat. "] * 30, "validation": ["the mat sat on the cat. "] * 3},
+        "verse": {"train": ["oh cat, oh mat "] * 10, "validation": ["oh"]},
+        "exercises": {"train": ["1 2 3 -> 3 2 1\n"] * 60, "validation": ["2 1 3 -> 3 1 2\n"] * 6},
+    }
+    return write_tokens(tmp_path_factory.mktemp("several"), tokenizer, texts)
+
+
+def test_streams_give_the_shares_asked_for_up_to_their_limits_and_the_report_says_why_not(several, tmp_path):
+    workspace = Workspace(tmp_path)
+    mixture = {"weights": {"code": 3, "prose": 1}, "max_epochs": 10, "max_epochs_of": {"code": 1.0}}
+    metrics = pretrain.run(config(exercise_share=0.25, mixture=mixture), {"tokens": several}, workspace)
+    # Of 40 x 4 x 24 tokens the corpus gives 2880, of which 2160 are asked of the 1440 tokens of code.
+    assert metrics["epochs_code"] == pytest.approx(1.0, abs=0.02)
+    assert metrics["share_code"] == pytest.approx(1440 / 3840, abs=0.01)
+    assert metrics["share_prose"] == pytest.approx(1440 / 3840, abs=0.01)
+    assert metrics["share_exercises"] == pytest.approx(0.25, abs=0.01)
+    assert "share_verse" not in metrics
+    page = (workspace.report / "report.html").read_text()
+    assert "at its limit of epochs" in page
+    # Code at 3 of 4 parts of 3 of 4 parts of the tokens lasts for 1440 / (9 / 16).
+    assert "up to 2,560 training tokens" in page
+    assert "at its limit of epochs" in workspace.events.read_text()
+
+
+def test_without_weights_all_streams_are_read_equally_often(several, tmp_path):
+    metrics = pretrain.run(config(), {"tokens": several}, Workspace(tmp_path))
+    assert metrics["epochs_prose"] == pytest.approx(metrics["epochs_code"], rel=0.05)
+    assert metrics["epochs_verse"] == pytest.approx(metrics["epochs_code"], rel=0.1)
+
+
+def test_bits_per_byte_of_a_corpus_in_streams_is_the_mean_by_bytes_of_validation(several, tmp_path):
+    metrics = pretrain.run(config(num_steps=1), {"tokens": several}, Workspace(tmp_path))
+    bits = {name: metrics[f"validation_bits_per_byte_{name}"] for name in ("code", "prose")}
+    assert "validation_bits_per_byte_verse" not in metrics
+    expected = (bits["code"] * 17 * 9 + bits["prose"] * 24 * 3) / (17 * 9 + 24 * 3)
+    assert metrics["validation_bits_per_byte_corpus"] == pytest.approx(expected)
+
+
+def test_weights_of_streams_that_are_not_there_are_an_error(several, tmp_path):
+    with pytest.raises(ConfigError, match=r"pretrain\.mixture\.weights: got 'web', expected .*: code, prose, verse"):
+        pretrain.run(config(mixture={"weights": {"web": 1}}), {"tokens": several}, Workspace(tmp_path))
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -158,6 +233,13 @@ def test_shards_of_another_tokenizer_are_an_error(tokenizer, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({**index, "tokenizer_digest": "0" * 64}))
     with pytest.raises(ArtifactError, match="tokenizer"):
         pretrain.run(config(exercise_share=0.0), {"tokens": tokens}, Workspace(tmp_path / "work"))
+
+
+def test_a_stride_that_would_be_ignored_or_would_skip_tokens_is_refused():
+    with pytest.raises(ValueError, match="stride 8 would be ignored by packing best_fit"):
+        config(stride=8, packing="best_fit")
+    with pytest.raises(ValueError, match=r"stride 25 must be at most model\.max_seq_len 24"):
+        config(stride=25)
 
 
 def test_a_learning_rate_that_is_far_too_high_is_told_with_its_step(tokens, tmp_path):

@@ -1,0 +1,146 @@
+"""Which documents a step of a pretraining run saw, and which steps saw a document.
+
+Nothing is logged for it: the order of rows is a function that can be inverted (``lilpipe.tokens.order``), and
+documents are found by id in the stream's index. A question costs milliseconds whatever the length of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lilpipe.config import PretrainConfig
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.tokens.loader import PretrainLoader, Rows
+from lilpipe.tokens.plan import open_loader
+from lilpipe.tokens.shards import SPLITS, Split, TokenShards
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens ``first`` to ``stop`` of a document, counted within it, in a row of a run; the last is a target alone."""
+
+    document_id: str
+    source: str
+    stream: str
+    number: int
+    """Of the document in the stream's training split."""
+    first: int
+    stop: int
+    num_tokens: int
+    """Of the document, its end included."""
+
+
+@dataclass(frozen=True)
+class TracedRow:
+    """What one row of a step held, in order."""
+
+    step: int
+    row: int
+    stream: str
+    epoch: int
+    """Passes over the stream before this one."""
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """Tokens ``first`` to ``stop`` of a document, as a row held them."""
+
+    step: int
+    row: int
+    epoch: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TracedDocument:
+    """Where a document is, and what a run saw of it."""
+
+    document_id: str
+    source: str
+    stream: str
+    split: Split
+    number: int
+    num_tokens: int
+    sightings: tuple[Sighting, ...]
+    """By step and row; none where the document is held out for validation or the run did not get to it."""
+
+
+def trace_row(shards: TokenShards, config: PretrainConfig, *, step: int, row: int) -> TracedRow:
+    """The documents of one row; steps and rows count from 0. Raises ``ConfigError`` for a place that the run lacks."""
+    for name, value, end in (("step", step, config.num_steps), ("row", row, config.batch_size)):
+        if not 0 <= value < end:
+            raise ConfigError(f"{name}: got {value}, expected 0 to {end - 1}, as the run had {end}")
+    loader = open_loader(config, shards)
+    rows = Rows(*(values[row : row + 1] for values in loader.rows(step)))
+    stream = list(loader.streams)[int(rows.streams[0])]
+    spans = tuple(_spans(loader, stream, rows))
+    return TracedRow(step=step, row=row, stream=stream, epoch=int(rows.epochs[0]), spans=spans)
+
+
+def _spans(loader: PretrainLoader, stream: str, rows: Rows) -> Iterator[Span]:
+    tokens = loader.streams[stream]
+    _, pieces = loader.pieces(rows)
+    for number, start, stop in zip(*(column.tolist() for column in pieces[1:4]), strict=True):
+        document, begin = tokens.document(number), int(tokens.offsets[number])
+        yield Span(
+            document_id=document.id,
+            source=document.source,
+            stream=stream,
+            number=number,
+            first=start - begin,
+            stop=stop - begin,
+            num_tokens=len(document.tokens),
+        )
+
+
+def trace_document(shards: TokenShards, config: PretrainConfig, document_id: str) -> list[TracedDocument]:
+    """Every document of that id, with the steps that saw it. Raises ``DataError`` where no stream holds it."""
+    places: list[tuple[str, Split, int]] = [
+        (stream, split, number)
+        for stream in shards.streams
+        for split in SPLITS
+        for number in shards.stream(stream, split).find(document_id)
+    ]
+    if not places:
+        raise DataError(
+            f"document {document_id!r}: in none of the streams {', '.join(shards.streams)}; check the id, or ask the "
+            "corpus why it rejected the document"
+        )
+    loader = open_loader(config, shards)
+    found = []
+    for stream, split, number in places:
+        document = shards.stream(stream, split).document(number)
+        seen = _sightings(loader, stream, number) if split == "train" and stream in loader.streams else ()
+        found.append(
+            TracedDocument(
+                document_id=document.id,
+                source=document.source,
+                stream=stream,
+                split=split,
+                number=number,
+                num_tokens=len(document.tokens),
+                sightings=tuple(seen),
+            )
+        )
+    return found
+
+
+def _sightings(loader: PretrainLoader, stream: str, number: int) -> Iterator[Sighting]:
+    packing, begin = loader.packings[stream], int(loader.streams[stream].offsets[number])
+    for place in loader.places(stream, packing.rows_of(number)).tolist():
+        step, row = divmod(place, loader.batch_size)
+        rows = Rows(*(values[row : row + 1] for values in loader.rows(step)))
+        _, pieces = loader.pieces(rows)
+        for piece in np.flatnonzero(pieces.documents == number):
+            yield Sighting(
+                step=step,
+                row=row,
+                epoch=int(rows.epochs[0]),
+                first=int(pieces.starts[piece]) - begin,
+                stop=int(pieces.stops[piece]) - begin,
+            )
