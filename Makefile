@@ -13,7 +13,7 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: pipeline test lint setup up down seeds clean
+.PHONY: pipeline test cluster-test lint setup up down seeds clean
 
 INSTALLED := $(VENV)/.installed
 
@@ -22,6 +22,9 @@ pipeline: setup ## Run the full pipeline; CONFIG=mine.toml lays your settings ov
 
 test: setup ## All tests: offline, on the CPU, 3 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+cluster-test: setup ## Corpus tasks on a real Slurm and Ray of this host; what is not installed is skipped, with what to install
+	$(BIN)/python -m pytest tests/data/test_slurm.py tests/data/test_ray.py -rs
 
 lint: setup ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

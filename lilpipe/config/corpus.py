@@ -259,7 +259,7 @@ class SlurmConfig(Section):
 
     partition: str = "cpu"
     time: str = "24:00:00"
-    """Longest time of a task."""
+    """Longest time of a job, which does several tasks one after the other."""
     cpus_per_task: PositiveInt = 1
     memory_per_cpu_gb: PositiveInt = 4
     sbatch: dict[str, str] = {}

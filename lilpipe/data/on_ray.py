@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MAX_TRIES = 3
 """How often a task is submitted whose process was killed or whose node was lost."""
 CANCEL_SECONDS = 30
+CONNECT_SECONDS = 10
 OBJECT_STORE_BYTES = 128 * 2**20
 """Shared memory of a cluster of our own; it holds pipelines only."""
 NOT_RANK_ZERO = 1
@@ -51,13 +53,14 @@ def open_cluster(config: RayConfig, num_workers: int) -> Iterator[RunTasks]:
         "include_dashboard": False,
     }
     try:
+        _check_address(config.address)
         ray.init(
             address=config.address or "local",
             log_to_driver=False,
             logging_level="warning",
             **({} if config.address else own),
         )
-    except ConnectionError as error:
+    except OSError as error:
         raise ConfigError(
             f"corpus.ray.address: no Ray cluster answers at {config.address!r} ({error}); start one "
             f"(`ray start --head`), correct the address, or remove it for one on this host"
@@ -94,7 +97,8 @@ class _RayTasks:
         try:
             while ranks or running:
                 while ranks and len(running) < self.num_workers:
-                    running[self.remote.remote(shared, ranks[0], cwd)] = ranks.popleft()
+                    rank = ranks.popleft()
+                    running[self.remote.remote(shared, rank, cwd)] = rank
                 ended, _ = self.ray.wait(list(running))
                 rank = running.pop(ended[0])
                 tries[rank] += 1
@@ -146,6 +150,13 @@ def _import_ray() -> Any:
             "or set 'local'"
         ) from error
     return ray
+
+
+def _check_address(address: str | None) -> None:
+    """Raise ``OSError`` if nobody listens at `host:port`; Ray itself tries for four minutes."""
+    if address and "://" not in address and ":" in address:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def _task_bytes(config: RayConfig) -> int:

@@ -54,7 +54,17 @@ JOB_FILE = "slurm_job"
 """Holds the name of the jobs that may be at work in a folder."""
 OWN_OPTIONS = {"array", "job-name", "output", "error", "export", "dependency"}
 
-ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"}
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+}
 REMEDIES = {
     "CANCELLED": "it was cancelled; run again to go on",
     "TIMEOUT": "raise corpus.slurm.time",

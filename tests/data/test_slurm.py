@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     if missing := find_missing():
-        pytest.skip(f"no {missing[0]} on this host; install slurm-wlm and munge")
+        pytest.skip(f"no {missing[0]} on this host; install Debian's slurm-wlm and munge, or your system's")
     with one_host(tmp_path_factory.mktemp("slurm")) as env, pytest.MonkeyPatch.context() as patch:
         for name, value in {**env, "PYTHONPATH": str(ROOT)}.items():  # jobs find the steps of these tests
             patch.setenv(name, value)
@@ -83,7 +83,7 @@ def test_a_task_that_is_killed_each_time_is_named_with_the_end_of_its_log(slurm,
 
 
 def test_what_a_task_raises_arrives_and_ends_its_jobs(slurm, tmp_path):
-    with open_executor(config()) as run_tasks, pytest.raises(DataError, match="^field: got that, expected this$"):
+    with open_executor(config()) as run_tasks, pytest.raises(DataError, match=r"^field: got that, expected this$"):
         run(run_tasks, tmp_path, fault="data")
     wait_until(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & set(states(tmp_path)))
     with open_executor(config()) as run_tasks:
@@ -110,7 +110,7 @@ def test_an_error_keeps_its_kind_on_the_way_from_a_job(tmp_path, raised, arrives
 
 def test_a_cancelled_job_is_reported_and_not_submitted_again(slurm, tmp_path):
     parent = start_parent(tmp_path)
-    wait_until(lambda: (tmp_path / "out" / "0.starts").exists())
+    wait_until(lambda: parent.poll() is not None or (tmp_path / "out" / "0.starts").exists())
     subprocess.run(["scancel", f"--name={on_slurm._job_name(tmp_path / 'log')}"], check=True)
     _, errors = parent.communicate(timeout=30)
     assert "ClusterError: task " in errors
@@ -121,7 +121,8 @@ def test_a_cancelled_job_is_reported_and_not_submitted_again(slurm, tmp_path):
 
 def test_jobs_of_a_killed_parent_end_before_the_next_run_starts_its_own(slurm, tmp_path):
     parent = start_parent(tmp_path)
-    wait_until(lambda: (tmp_path / "log" / "completions" / "00002").exists())
+    blocked, last = tmp_path / "out" / "0.starts", tmp_path / "log" / "completions" / "00002"
+    wait_until(lambda: parent.poll() is not None or (blocked.exists() and last.exists()))
     parent.kill()
     parent.communicate()
     assert "RUNNING" in states(tmp_path)
@@ -135,7 +136,7 @@ def test_jobs_of_a_killed_parent_end_before_the_next_run_starts_its_own(slurm, t
 
 def test_a_parent_that_is_told_to_end_takes_its_jobs_along(slurm, tmp_path):
     parent = start_parent(tmp_path)
-    wait_until(lambda: (tmp_path / "out" / "0.starts").exists())
+    wait_until(lambda: parent.poll() is not None or (tmp_path / "out" / "0.starts").exists())
     parent.send_signal(signal.SIGTERM)
     parent.communicate(timeout=30)
     wait_until(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & set(states(tmp_path)))
@@ -167,7 +168,7 @@ def test_a_job_that_slurm_does_not_take_is_a_mistake_in_the_settings(slurm, tmp_
 
 def test_a_host_without_slurm_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with open_executor(config()) as run_tasks, pytest.raises(ConfigError, match="`s[a-z]+` is not found"):
+    with open_executor(config()) as run_tasks, pytest.raises(ConfigError, match=r"`s[a-z]+` is not found"):
         run(run_tasks, tmp_path)
 
 
