@@ -1,0 +1,163 @@
+"""Repeated elements and n-grams of one document: the counts behind the filters on repetition."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_BASE = np.uint64(0x9E3779B97F4A7C17)
+"""Multiplier of the n-gram hash; 3 modulo 4, so that swapping two words can lose one bit of 64 and no more."""
+_BLOCK_CELLS = 2**13
+"""N-grams that are sorted at a time, of several sizes where a text is short: numpy's calls cost more than its work."""
+
+
+class Repeats(NamedTuple):
+    """The n-grams of a text that have occurred before in it."""
+
+    size: int
+    """n."""
+    positions: np.ndarray
+    """int64 [repeats], ascending: where they start, in words."""
+    origins: np.ndarray
+    """int64 [repeats]: where the same n-gram occurs first."""
+
+
+def duplicates(elements: Sequence[str]) -> tuple[int, int]:
+    """How many elements have occurred before, and how many characters they have."""
+    unique = set(elements)
+    num_duplicates = len(elements) - len(unique)
+    if not num_duplicates:
+        return 0, 0
+    return num_duplicates, sum(map(len, elements)) - sum(map(len, unique))
+
+
+def split_paragraphs(text: str) -> list[str]:
+    """What two line breaks or more part; white space around the text is no paragraph."""
+    paragraphs = [paragraph.lstrip("\n") for paragraph in text.strip().split("\n\n")]
+    return list(filter(None, paragraphs)) or [""]
+
+
+def split_lines(text: str) -> list[str]:
+    """What one line break or more part; a text that begins or ends with one has an empty line there."""
+    lines = list(filter(None, text.split("\n")))
+    return [""] * (text[:1] == "\n") + lines + [""] * (text[-1:] == "\n" or not text)
+
+
+def repeated_ngrams(hashes: np.ndarray, sizes: Sequence[int]) -> Iterator[Repeats]:
+    """The repeated n-grams of each size in turn, found when they are asked for.
+
+    Args:
+        hashes: uint64 [words].
+        sizes: n of the n-grams, ascending.
+
+    An n-gram can only be repeated where the shorter one before is repeated or is repeated later; so each block of
+    sizes looks at the positions that the one before has left.
+    """
+    num_words = len(hashes)
+    padded = np.zeros(num_words + max(sizes, default=0), np.uint64)  # n-grams over the end equal no other
+    padded[:num_words] = hashes
+    positions = np.arange(num_words)
+    ngrams, size, done = hashes, 1, 0
+    while done < len(sizes) and len(positions):
+        block = sizes[done : done + max(1, _BLOCK_CELLS // len(positions))]
+        rows = np.empty((len(block), len(positions)), np.uint64)
+        for row, n in enumerate(block):
+            for following in range(size, n):
+                ngrams = ngrams * _BASE + padded[positions + following]
+            rows[row], size = ngrams, n
+        found = _repeats(rows)
+        for n, (places, origins) in zip(block, found, strict=True):
+            yield Repeats(n, positions[places], positions[origins])
+        done += len(block)
+        if done < len(sizes):
+            left = np.zeros(len(positions), bool)
+            for indices in found[-1]:
+                left[indices] = True
+            positions, ngrams = positions[left], ngrams[left]
+    yield from (Repeats(n, positions, positions) for n in sizes[done:])
+
+
+def _repeats(numbers_RN: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each row the places of numbers that have occurred before in it, ascending, and where they occurred first.
+
+    A number and its place are packed into 64 bits and sorted, so that a run of equals starts with the first. Of 2^p
+    numbers 64 - p bits are compared: at a million the odds that any two are confused are 1 in 32.
+    """
+    num_rows, num_places = numbers_RN.shape
+    bits = num_places.bit_length()
+    mask = np.uint64((1 << bits) - 1)
+    numbers_RN &= ~mask
+    numbers_RN |= np.arange(num_places, dtype=np.uint64)
+    numbers_RN.sort(axis=1)
+    keys = numbers_RN.ravel()
+    equal = (keys[1:] ^ keys[:-1]) <= mask
+    equal[num_places - 1 :: num_places] = False  # neighbours in different rows
+    found = equal.nonzero()[0] + 1
+    if not len(found):
+        return [(found, found)] * num_rows
+    opens_run = np.ones(len(found), bool)
+    np.not_equal(found[1:], found[:-1] + 1, out=opens_run[1:])
+    origins = (keys[found[opens_run] - 1] & mask)[opens_run.cumsum() - 1]
+    places = (found // num_places * num_places).astype(np.uint64) + (keys[found] & mask)
+    pairs = places << np.uint64(bits) | origins
+    pairs.sort()
+    places, origins = (pairs >> np.uint64(bits)).astype(np.int64), (pairs & mask).astype(np.int64)
+    starts = np.arange(num_rows) * num_places
+    ends = [*places.searchsorted(starts).tolist(), len(places)]
+    places %= num_places
+    return [(places[a:b], origins[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def top_ngram_chars(repeats: Repeats, offsets: np.ndarray) -> int:
+    """Characters of all occurrences of the most frequent n-gram, spaces between its words included.
+
+    Args:
+        repeats: The repeated n-grams. Of n-grams as frequent, the one that comes first counts.
+        offsets: int64 [words + 1], characters before each word; words are as many as the n-gram's or more.
+    """
+    top, count = 0, 1
+    if len(repeats.origins):
+        counts = np.bincount(repeats.origins)
+        top = int(counts.argmax())
+        count += int(counts[top])
+    return count * (int(offsets[top + repeats.size] - offsets[top]) + repeats.size - 1)
+
+
+def duplicate_ngram_chars(repeats: Repeats, offsets: np.ndarray) -> int:
+    """Characters in repeated n-grams, reading on behind each; no character counts twice.
+
+    Args:
+        repeats: The repeated n-grams. Those that start inside one that has counted are not read, and do not make known
+            what comes later.
+        offsets: int64 [words + 1], characters before each word.
+    """
+    if not len(repeats.positions):
+        return 0
+    resume = 0
+    counted: list[int] = []
+    is_skipped = bytearray(len(offsets))
+    known_later: set[int] = set()
+    for position, origin in zip(repeats.positions.tolist(), repeats.origins.tolist(), strict=True):
+        if position < resume:
+            continue
+        if is_skipped[origin] and origin not in known_later:
+            known_later.add(origin)
+            continue
+        counted.append(position)
+        resume = position + repeats.size
+        is_skipped[position + 1 : resume] = b"\1" * (repeats.size - 1)
+    starts = np.array(counted, np.int64)
+    return int((offsets[starts + repeats.size] - offsets[starts]).sum())
+
+
+def ngram_coverage(repeats: Repeats, num_words: int) -> float:
+    """The share of a text's words that lie in a repeated n-gram."""
+    if not len(repeats.positions):
+        return 0.0
+    steps = np.zeros(num_words + 1, np.int64)
+    steps[repeats.positions] += 1
+    steps[repeats.positions + repeats.size] -= 1
+    return int(np.count_nonzero(np.cumsum(steps))) / num_words
