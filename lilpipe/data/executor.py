@@ -57,7 +57,7 @@ def open_executor(config: CorpusConfig) -> Iterator[RunTasks]:
         elif config.executor == "ray":
             run = stack.enter_context(on_ray.open_cluster(config.ray, config.num_workers))
         else:
-            run = partial(run_tasks, pool=stack.enter_context(worker_pool(config.num_workers)))
+            run = partial(_run_here, pool=stack.enter_context(_worker_pool(config.num_workers)))
 
         def run_alone(
             pipeline: Sequence[PipelineStep], *, num_tasks: int, folder: Path, on_done: Callable[[int], None]
@@ -69,7 +69,7 @@ def open_executor(config: CorpusConfig) -> Iterator[RunTasks]:
 
 
 @contextlib.contextmanager
-def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
+def _worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes that are started when needed and end with this one; None for one worker, which is this process.
 
     They are forked from a server process that has imported what the steps need and has started no threads.
@@ -87,7 +87,7 @@ def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
         pool.shutdown(cancel_futures=True)
 
 
-def run_tasks(
+def _run_here(
     pipeline: Sequence[PipelineStep],
     *,
     num_tasks: int,
@@ -95,7 +95,7 @@ def run_tasks(
     pool: ProcessPoolExecutor | None,
     on_done: Callable[[int], None],
 ) -> None:
-    """Run tasks in the pool's processes, or in this one; a ``RunTasks`` but for the pool."""
+    """Run tasks in the pool's processes, or in this one; see ``RunTasks``."""
     executor = LocalPipelineExecutor(list(pipeline), tasks=num_tasks, logging_dir=str(folder))
     ranks = executor.get_incomplete_ranks()
     finished = num_tasks - len(ranks)

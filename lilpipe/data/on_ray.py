@@ -11,6 +11,7 @@ installed, and see the store and the sources under the same paths.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 from collections import Counter, deque
@@ -142,8 +143,8 @@ def _run_task(executor: RayPipelineExecutor, rank: int, cwd: Path) -> None:
 
 def _import_ray() -> Any:
     try:
-        import ray
-        import ray.exceptions
+        ray = importlib.import_module("ray")
+        importlib.import_module("ray.exceptions")
     except ImportError as error:
         raise ConfigError(
             "corpus.executor: got 'ray', but Ray is not installed; install the extra (`pip install -e '.[ray]'`), "

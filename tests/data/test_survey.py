@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lilpipe.config import CorpusConfig
 from lilpipe.data import survey
 from lilpipe.data.chain import Document
-from lilpipe.data.executor import run_tasks
+from lilpipe.data.executor import open_executor
 from lilpipe.data.survey import (
     NO_DATE,
     KeyCounter,
@@ -143,7 +144,8 @@ def test_a_merge_that_was_killed_goes_on_and_ends_in_the_same_bytes(tmp_path, sm
     temporary.write_bytes(whole[tasks[1].output][:100])
     done: list[int] = []
     step = MergeCounts(tasks, 3)
-    run_tasks([step], num_tasks=len(tasks), folder=tmp_path / "log", pool=None, on_done=done.append)
+    with open_executor(CorpusConfig(num_workers=1)) as run_tasks:
+        run_tasks([step], num_tasks=len(tasks), folder=tmp_path / "log", on_done=done.append)
     assert {task.output: task.output.read_bytes() for task in tasks} == whole
 
 
