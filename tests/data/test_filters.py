@@ -1,146 +1,150 @@
-import re
+"""The chain as a whole, and the filters that are too simple for a module of their own."""
 
+import pyarrow as pa
 import pytest
-from datatrove.data import Document
 
-from lilpipe.config import CorpusConfig, QualityConfig
-from lilpipe.data.documents import REJECTED, read_table
-from lilpipe.data.filters import (
-    C4Filter,
-    ExactDuplicateFilter,
-    LanguageFilter,
-    build_filters,
-    identify_language,
-    normalise,
-    rejections_file,
-)
-from lilpipe.data.steps import text_key
+from lilpipe.config import CorpusConfig, Source
+from lilpipe.data.chain import Bounds, Document, Rejection, run_filters, score_names
+from lilpipe.data.decontamination import EvaluationSet, write_index
+from lilpipe.data.documents import write_rows
+from lilpipe.data.filters import ExactDuplicateFilter, LengthFilter, UrlDuplicateFilter, build_filters
+from lilpipe.data.learn import Learnt
+from lilpipe.data.normalise import normalise
+from lilpipe.data.survey import DROPPED, MergeTask
 
 from .prose import prose
 
-GERMAN = (
-    "Der alte Fischer trug den schweren Korb durch das ruhige Dorf, weil der Weg zum Hafen gesperrt war. "
-    "Die Kinder sangen, und niemand wunderte sich über den frühen Winter in diesem Jahr. "
-    "Später kam der Lehrer mit einem alten Brief."
-)
+
+def document(text, **fields):
+    return Document(**{"id": "doc", "source": "mine", "text": text, **fields})
 
 
-def lines(text):
-    return re.sub(r"([.!?]) ", r"\1\n", text)
+# --- the chain ----------------------------------------------------------------------------------------------------
 
 
-STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
+def settings(**others):
+    return CorpusConfig.model_validate({"sources": [{"kind": "jsonl", "name": "mine", "path": "x"}], **others})
 
-REJECTED_TEXTS = {
-    ("length", "too_few_chars"): "The river is wide.",
-    ("length", "no_words"): "… — ! " * 60,
-    ("language", "other_language"): GERMAN,
-    ("language", "unsure_language"): "def f(x): return self.x[i] " * 12,
-    ("gopher_repetition", "repeated_paragraphs"): "\n\n".join([prose(1, 3)] * 2 + [prose(2, 3)]),
-    ("gopher_repetition", "repeated_lines"): lines(prose(3, 9)) + "\nNo end." * 8,
-    ("gopher_repetition", "repeated_line_chars"): "\n".join(["short", "lines", "of", prose(4, 4), prose(4, 4)]),
-    ("gopher_repetition", "frequent_2_gram"): prose(6, 3) + " incomprehensible considerations, whatever they" * 14,
-    ("gopher_repetition", "repeated_5_grams"): " ".join([prose(7, 6), "But", prose(7, 6)]),
-    ("gopher_quality", "too_few_words"): " ".join(prose(8, 3).split()[:26]) + " internationalisation" * 3,
-    ("gopher_quality", "words_too_long"): " ".join(f"{word}ingtonshirehood" for word in prose(9, 12).split())
-    + " the of",
-    ("gopher_quality", "too_many_hashes"): prose(10).replace(" ", " #"),
-    ("gopher_quality", "too_many_ellipses"): prose(11).replace(" a ", "... a ").replace(" the ", "... the "),
-    ("gopher_quality", "too_many_bullet_lines"): "\n".join("- " + line for line in lines(prose(12)).split("\n")),
-    ("gopher_quality", "too_many_ellipsis_lines"): "\n".join(f"{line}..." for line in lines(prose(13)).split("\n")),
-    ("gopher_quality", "too_few_alphabetic_words"): prose(14).replace(" ", " 123456 987654 "),
-    ("gopher_quality", "too_few_stop_words"): " ".join(w for w in prose(15).split() if w.lower() not in STOP_WORDS),
-    ("fineweb", "too_few_punctuated_lines"): re.sub(r"[.!?]", "", lines(prose(16))),
-    ("fineweb", "too_many_short_lines"): prose(17).replace(" ", "\n"),
-    ("fineweb", "duplicate_line_chars"): lines(prose(18)) + "\n" + lines(prose(18)).split("\n", 3)[0],
-    ("fineweb", "too_many_line_breaks"): lines(prose(19)).replace("\n", "\n" * 9),
+
+NOTHING = {
+    "exact_dedup": {"documents": False},
+    "quality": {"gopher_repetition": False, "gopher_quality": False, "fineweb": False},
+    "pii": {"emails": False, "ip_addresses": False, "phone_numbers": False, "secrets": False},
 }
 
 
-def only(stage):
-    """The section with one heuristic filter alone."""
-    on = {name: name == stage for name in ("gopher_repetition", "gopher_quality", "fineweb", "c4")}
-    return CorpusConfig(quality=QualityConfig(**on), min_language_score=0.6 if stage == "language" else 0)
+def stages(config, learnt=None):
+    return [each.stage for each in build_filters(config, learnt or Learnt(), 0)]
 
 
-def run(texts, config, folder):
-    documents = [
-        Document(text=text, id=f"doc {i}", metadata={"key": text_key(text), "num_bytes": len(text.encode())})
-        for i, text in enumerate(texts)
+def learnt_all(folder):
+    """What the survey of an empty corpus comes to, with one evaluation item."""
+    words = pa.schema([("hash", pa.uint64()), ("count", pa.int64())])
+    write_rows(folder / "words.arrow", [{"hash": 1, "count": 3}], words)
+    write_index(folder / "index", [EvaluationSet("quiz", [("1", prose(1))])], settings().decontamination)
+    task = MergeTask(folder, 0, 1, 0, 1)
+    write_rows(task.output, [], DROPPED)
+    return Learnt(evaluation=folder / "index", lines=(task,), pages=(task,), words=folder / "words.arrow")
+
+
+def test_cheap_filters_come_first_and_those_that_change_the_text_before_those_that_judge_it(tmp_path):
+    (tmp_path / "domains").write_text("bad.org\n")
+    on = settings(
+        url={"blocked_domains": str(tmp_path / "domains")},
+        exact_dedup={"paragraphs": True},
+        quality={"c4": True, "max_duplicate_ngram_coverage": 0.5, "max_dirty_words": 3, "max_kl_divergence": 5.0},
+    )
+    assert stages(on, learnt_all(tmp_path)) == [
+        *("url", "url_dedup", "length", "exact_dedup", "language"),
+        *("line_dedup", "paragraph_dedup", "c4", "gopher_repetition", "gopher_quality", "fineweb"),
+        *("ngram_coverage", "dirty_words", "divergence", "pii", "decontamination"),
     ]
-    data = iter(documents)
-    filters = build_filters(config, folder)
-    for each in filters:
-        data = each.run(data, 0, 1)
-    return [document.id for document in data]
 
 
-def rejections(folder):
-    return [row for path in sorted(folder.rglob("*.arrow")) for row in read_table(path).to_pylist()]
+def test_what_is_off_is_not_in_the_chain():
+    assert stages(settings(**NOTHING)) == ["length", "language"]
+    assert stages(settings()) == [
+        *("length", "exact_dedup", "language", "gopher_repetition", "gopher_quality", "fineweb", "pii"),
+    ]
 
 
-def test_plain_prose_passes_every_filter(tmp_path):
-    texts = [prose(seed) for seed in range(5)]
-    assert run(texts, CorpusConfig(), tmp_path) == [f"doc {i}" for i in range(5)]
-    assert not rejections(tmp_path)
+@pytest.mark.parametrize("kind", ["emails", "ip_addresses", "phone_numbers", "secrets"])
+def test_personal_data_of_any_kind_puts_its_filter_into_the_chain(kind):
+    chain = build_filters(settings(**{**NOTHING, "pii": {**NOTHING["pii"], kind: True}}), Learnt(), 0)
+    assert score_names(chain) == ["length.chars", "language.score", f"pii.{kind}"]
 
 
-@pytest.mark.parametrize(("stage", "reason"), REJECTED_TEXTS)
-def test_a_document_made_for_a_reason_is_rejected_for_it_and_kept_whole(tmp_path, stage, reason):
-    text = REJECTED_TEXTS[stage, reason]
-    assert run([text], only(stage), tmp_path) == []
-    table = read_table(rejections_file(tmp_path, stage, 0))
-    assert table.schema == REJECTED
-    (row,) = table.to_pylist()
-    assert (row["stage"], row["reason"], row["text"], row["id"]) == (stage, reason, text, "doc 0")
+def test_sources_that_name_their_languages_are_held_to_those_alone():
+    sources = [Source(kind="text", name=name, path="x", languages=each) for name, each in (("a", None), ("b", ("de",)))]
+    config = CorpusConfig(sources=tuple(sources), min_chars=0)
+    chain = [each for each in build_filters(config, Learnt(), 0) if each.stage == "language"]
+    english = [run_filters(chain, document(prose(1), source=name)) for name in ("a", "b")]
+    assert english == [None, ("language", Rejection("other_language", "en"))]
 
 
-def test_filters_that_are_off_reject_nothing(tmp_path):
-    config = only("none").model_copy(update={"min_chars": 0, "languages": ()})
-    texts = [text for (_, reason), text in REJECTED_TEXTS.items() if reason != "no_words"]
-    assert len(run(texts, config, tmp_path)) == len(texts)
+def test_the_first_filter_that_rejects_ends_the_chain_and_scores_before_it_stay():
+    short = document("Too short.")
+    assert run_filters(build_filters(settings(), Learnt(), 0), short) == ("length", Rejection("too_few_chars"))
+    assert short.scores == {"length.chars": 10}
+    good = document(prose(1))
+    chain = build_filters(settings(), Learnt(), 0)
+    assert run_filters(chain, good) is None
+    assert list(good.scores) == score_names(chain)
+    for each in chain:
+        for name, (least, most) in each.bounds.items():
+            score = good.scores[f"{each.stage}.{name}"]
+            assert least is None or score >= least
+            assert most is None or score <= most
 
 
-def test_texts_that_differ_in_case_space_and_unicode_form_alone_are_exact_duplicates():
-    assert normalise("Caf\u00e9\n  au LAIT") == normalise("cafe\u0301 au lait ")
-    assert text_key("Caf\u00e9\n  au LAIT") == text_key("cafe\u0301 au lait ")
-    assert text_key("cafe au lait") != text_key("caf\u00e9 au lait")
-
-
-def test_an_exact_duplicate_names_the_document_that_was_kept():
-    same = ["One  text", "one text", "another"]
-    documents = [Document(text=text, id=str(i), metadata={"key": 5}) for i, text in enumerate(same)]
-    step = ExactDuplicateFilter()
-    results = [step.filter(document) for document in documents]
-    # the third has the hash of the others, and is no duplicate for that
-    assert results == [True, (False, "exact_duplicate"), True]
-    assert documents[1].metadata["detail"] == "0"
-
-
-def test_languages_are_told_apart_across_line_breaks():
-    assert identify_language(lines(prose(1)))[0] == "en"
-    language, score = identify_language(GERMAN.replace(" ", "\n"))
-    assert language == "de"
-    assert 0.5 < score <= 1
-    assert LanguageFilter(("de", "en"), 0.5).filter(Document(text=GERMAN, id="")) is True
-
-
-def test_c4_keeps_the_text_as_read_beside_what_it_leaves(tmp_path):
-    text = lines(prose(1)) + "\na line without an end"
-    document = Document(text=text, id="", metadata={})
-    assert C4Filter().filter(document) is True
-    assert document.text == lines(prose(1))
-    assert document.metadata["original_text"] == text
+# --- length -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "verdict"),
     [
-        ("{ " + prose(1), "curly_bracket"),
-        ("Lorem ipsum dolor sit amet. " + prose(1), "lorem_ipsum"),
-        (prose(1, 3), "too_few_sentences"),
+        ("x" * 200, None),
+        ("x" * 199, Rejection("too_few_chars")),
+        (" \n" * 200 + "x" * 199, Rejection("too_few_chars")),  # white space at the ends is no length
+        ("… — ! " * 60, Rejection("no_words")),
+        ("… — ! " * 60 + "7", None),
     ],
 )
-def test_c4_rejects_what_its_authors_rejected(tmp_path, text, reason):
-    assert run([lines(text)], only("c4"), tmp_path) == []
-    assert [row["reason"] for row in rejections(tmp_path)] == [reason]
+def test_a_document_needs_some_length_and_a_letter_or_digit(text, verdict):
+    judged = document(text)
+    step = LengthFilter(200)
+    assert step(judged) == verdict
+    assert judged.scores == {"length.chars": len(text.strip())}
+    assert step.bounds == {"chars": Bounds(least=200)}
+
+
+# --- duplicates ---------------------------------------------------------------------------------------------------
+
+
+def test_an_exact_duplicate_names_the_document_that_was_kept():
+    step = ExactDuplicateFilter()
+    texts = ["One  text", "one text", "another", "ONE\ttext", "Another"]
+    verdicts = [step(document(text, id=str(number), key=5)) for number, text in enumerate(texts)]
+    # the third has the hash of the others, and is no duplicate for that
+    duplicate = "exact_duplicate"
+    assert verdicts == [None, (duplicate, "0"), None, (duplicate, "0"), (duplicate, "2")]
+    assert step(document("one text", id="5", key=6)) is None  # would come before, if its text were the same
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Caf\u00e9\n  au LAIT", "cafe\u0301 au lait ", True),
+        ("Stra\u00dfe", "STRASSE", True),
+        ("cafe au lait", "caf\u00e9 au lait", False),
+        ("a b", "ab", False),
+    ],
+)
+def test_texts_are_the_same_up_to_case_space_and_unicode_form(one, other, same):
+    assert (normalise(one) == normalise(other)) is same
+
+
+def test_a_replaced_page_names_the_one_that_stays():
+    step = UrlDuplicateFilter({3: "newer"})
+    assert step(document("", place=2)) is None
+    assert step(document("", place=3)) == Rejection("duplicate_url", "newer")
