@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -36,20 +37,24 @@ def explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def merge(values: dict[str, Any], changes: dict[str, Any], *, where: str, prefix: str = "") -> None:
-    """Lay ``changes`` over ``values``; tables merge, anything else replaces."""
+def merge(
+    values: dict[str, Any], changes: dict[str, Any], *, model: type[BaseModel], where: str, prefix: str = ""
+) -> None:
+    """Lay ``changes`` over the ``values`` of a section; sections merge, anything else (a list, a table whose keys are
+    the user's) is replaced.
+    """
+    fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
     for key, change in changes.items():
-        name = f"{prefix}{key}"
-        free = name in ("steps", "orchestration.stage_timeout_seconds") or prefix.startswith("steps.")
-        if key not in values and not free and not prefix.startswith(("steps.", "orchestration.stage_timeout")):
-            raise ConfigError(_unknown(name, values, where=where))
-        if isinstance(change, dict) and isinstance(values.get(key), dict) and name != "steps":
-            merge(values[key], change, where=where, prefix=f"{name}.")
+        if key not in fields:
+            raise ConfigError(_unknown(f"{prefix}{key}", fields, where=where))
+        section = fields[key]
+        if isinstance(change, dict) and isinstance(section, type) and issubclass(section, BaseModel):
+            merge(values[key], change, model=section, where=where, prefix=f"{prefix}{key}.")
         else:
             values[key] = change
 
 
-def set_dotted(values: dict[str, Any], key: str, value: Any, *, where: str) -> None:
+def set_dotted(values: dict[str, Any], key: str, value: Any, *, model: type[BaseModel], where: str) -> None:
     """Set one dotted key that must exist."""
     change: dict[str, Any] = {}
     inner = change
@@ -57,11 +62,11 @@ def set_dotted(values: dict[str, Any], key: str, value: Any, *, where: str) -> N
     for parent in parents:
         inner = inner.setdefault(parent, {})
     inner[last] = value
-    merge(values, change, where=where)
+    merge(values, change, model=model, where=where)
 
 
-def _unknown(name: str, known: dict[str, Any], *, where: str) -> str:
+def _unknown(name: str, known: Iterable[str], *, where: str) -> str:
     parent, _, last = name.rpartition(".")
-    close = difflib.get_close_matches(last, known, n=1)
+    close = difflib.get_close_matches(last, list(known), n=1)
     hint = f"did you mean {f'{parent}.' if parent else ''}{close[0]}?" if close else f"known: {', '.join(known)}"
     return f"{where}: there is no setting {name!r}; {hint}"

@@ -120,9 +120,9 @@ def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | N
     recipe = values.pop("recipe", recipe)
     complete = get_recipe(recipe).model_dump(by_alias=True)
     where = f"config file {file}" if file else "overrides"
-    merge(complete, values, where=where)
+    merge(complete, values, model=PipelineConfig, where=where)
     for key, value in (overrides or {}).items():
-        set_dotted(complete, key, value, where="overrides")
+        set_dotted(complete, key, value, model=PipelineConfig, where="overrides")
     try:
         return PipelineConfig.model_validate(complete)
     except ValidationError as error:

@@ -108,3 +108,29 @@ def test_the_default_wiring_is_complete():
 
     config = load("tiny")
     assert {node.stage for node in config.steps.values()} == set(STAGES)
+
+
+def weighted(**weights):
+    return [{"kind": "text", "name": name, "path": "x", "weight": weight} for name, weight in weights.items()]
+
+
+def test_weights_of_sources_reach_tokenizer_and_mixture_but_do_not_change_the_corpus():
+    config = load("tiny", overrides={"corpus.sources": weighted(web=2, code=1)})
+    assert config.section("tokenizer").weights == {"web": 2, "code": 1}
+    assert config.section("tokens").streams_by == "source"
+    assert config.section("pretrain").mixture.weights == {"web": 2, "code": 1}
+    other = load("tiny", overrides={"corpus.sources": weighted(web=5, code=1)})
+    assert other.corpus.identity() == config.corpus.identity()
+
+
+def test_a_mixture_by_label_is_not_overruled_by_the_weights_of_sources():
+    overrides = {"corpus.sources": weighted(web=2), "tokens.streams_by": "label", "tokenizer.weights": {"web": 7}}
+    config = load("tiny", overrides=overrides)
+    assert config.section("tokens").streams_by == "label"
+    assert config.section("pretrain").mixture.weights == {}
+    assert config.section("tokenizer").weights == {"web": 7}
+
+
+def test_a_weight_for_some_sources_alone_is_refused():
+    with pytest.raises(ConfigError, match=r"no weight for \['code'\]"):
+        load("tiny", overrides={"corpus.sources": weighted(web=2, code=None)})

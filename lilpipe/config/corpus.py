@@ -324,4 +324,7 @@ class CorpusConfig(Section):
             raise ValueError("sources: got none, expected at least one; name a source or leave the default")
         if len(set(names)) != len(names):
             raise ValueError(f"sources: names must differ, got {names}")
+        without = [source.name for source in self.sources if source.weight is None]
+        if without and len(without) < len(names):
+            raise ValueError(f"sources: got no weight for {without}, expected one for every source or for none")
         return self

@@ -116,12 +116,26 @@ class PipelineConfig(Section):
         return self
 
     def section(self, step_name: str) -> Any:
-        """The complete section of one step: the stage's section, the step's settings, and the seed filled in."""
+        """The complete section of one step: the stage's section, the step's settings, and filled in where they are not
+        given, the pipeline's seed and the weights of the corpus's sources.
+        """
         node = self.steps[step_name]
         section = getattr(self, "register_" if node.stage == "register" else node.stage)
         values = section.model_dump()
         for key, value in node.settings.items():
-            set_dotted(values, key, value, where=f"steps.{step_name}.settings")
+            set_dotted(values, key, value, model=type(section), where=f"steps.{step_name}.settings")
         if "seed" in values and values["seed"] is None:
             values["seed"] = self.seed
+        if weights := {source.name: source.weight for source in self.corpus.sources if source.weight is not None}:
+            self._fill_weights(node.stage, values, weights)
         return type(section).model_validate(values)
+
+    def _fill_weights(self, stage: str, values: dict[str, Any], weights: dict[str, float]) -> None:
+        """Let the weights of sources count in the tokenizer's sample and in the mixture, by streams of their own."""
+        by_source = self.tokens.streams_by in ("none", "source")
+        if stage == "tokenizer" and values["weights_by"] == "source":
+            values["weights"] = values["weights"] or weights
+        elif stage == "tokens" and by_source:
+            values["streams_by"] = "source"
+        elif stage == "pretrain" and by_source:
+            values["mixture"]["weights"] = values["mixture"]["weights"] or weights
