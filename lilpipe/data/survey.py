@@ -88,7 +88,8 @@ class KeyCounter:
 class PageList:
     """Lists those pages of a shard that have an address: its key, the date and the id."""
 
-    def __init__(self, folder: Path, rank: int, url_key: Callable[[str], int | None]) -> None:
+    def __init__(self, folder: Path, rank: int, url_key: Callable[[str], int]) -> None:
+        """``url_key`` is 0 for what is no address of its own, such as `/index.html`."""
         self.folder = folder
         self.rank = rank
         self.url_key = url_key
@@ -97,8 +98,8 @@ class PageList:
 
     def add(self, document: Document, row: int) -> None:
         """List a document; ``row`` is its place in the shard, and grows."""
-        key = self.url_key(document.url) if document.url else None
-        if key is not None:
+        key = self.url_key(document.url) if document.url else 0
+        if key:
             self._rows.append((key, parse_date(document.date), row, document.id))
         if len(self._rows) >= FILE_KEYS:
             self._write()
