@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
 from fsspec.core import url_to_fs
@@ -37,8 +37,10 @@ CHECKSUMS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c", 
 """Under what names fsspec's file systems tell a digest of the content."""
 
 READ_BYTES = 1 << 20
-COMPRESSED_BYTES = 1 << 12
-"""How much is decompressed at a time: a bomb of the worst ratio (zstd, 1 : 32,768) gives no more than 128 MiB."""
+COMPRESSED_BYTES = 1 << 9
+"""How much is decompressed at a time."""
+MAX_WINDOW_BYTES = 1 << 31
+"""Memory that a compressed file may ask for (zstd's `--long=31`)."""
 
 
 class BrokenStream(Exception):
@@ -183,20 +185,11 @@ def _open_raw(file: File) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(RemoteStream(file.url, file.size), buffer_size=READ_BYTES))
 
 
-class _Frame(Protocol):
-    """What the four libraries' decompressors have in common; each reads one frame, member or stream."""
-
-    eof: bool
-    unused_data: bytes
-
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
-_NEW_FRAME: dict[str, Callable[[], Any]] = {
+_NEW_FRAME: dict[str, Callable[[], Any]] = {  # of one frame, member or stream
     ".gz": lambda: zlib.decompressobj(wbits=31),
-    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj(),
     ".bz2": bz2.BZ2Decompressor,
-    ".xz": lzma.LZMADecompressor,
+    ".xz": lambda: lzma.LZMADecompressor(memlimit=MAX_WINDOW_BYTES),
 }
 
 
@@ -221,13 +214,23 @@ class _Decompressed(io.RawIOBase):
         return size
 
 
-def _decompress(raw: BinaryIO, new_frame: Callable[[], _Frame]) -> Iterator[bytes]:
-    frame: _Frame | None = None
+def _pieces(frame: Any, data: bytes) -> Iterator[bytes]:
+    """What the data decompress to. At worst a byte gives 1 KiB by gzip, 32 KiB by zstd, and a MiB by bzip2."""
+    if not isinstance(frame, bz2.BZ2Decompressor | lzma.LZMADecompressor):
+        yield frame.decompress(data)
+        return
+    yield frame.decompress(data, READ_BYTES)
+    while not (frame.eof or frame.needs_input):
+        yield frame.decompress(b"", READ_BYTES)
+
+
+def _decompress(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    frame: Any = None
     while data := raw.read(COMPRESSED_BYTES):
         while data := data if frame else data.lstrip(b"\0"):
             frame = frame or new_frame()
             try:
-                yield frame.decompress(data)
+                yield from _pieces(frame, data)
             except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError, ValueError) as error:
                 raise BrokenStream(str(error) or type(error).__name__) from error
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)

@@ -47,14 +47,27 @@ def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
         with open_file(file) as stream:
             table = pq.ParquetFile(stream, page_checksum_verification=True)
             groups = range(span.start, span.stop) if span else range(table.num_row_groups)
+            if missing := _missing(table, source.columns.text):
+                yield Unreadable(file.name, 1, missing, breaks_off=True)
+                return
             columns = sorted({*source.columns.model_dump().values(), "name", "version", "license"})
-            for batch in table.iter_batches(ROWS_PER_BATCH, row_groups=list(groups), columns=columns):
-                for number, values in enumerate(_rows(batch), number + 1):  # noqa: B020
-                    yield to_row(values, source, file.name, number)
+            for group in groups:  # one by one: of all at once, none would come if one is damaged
+                for batch in table.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=columns):
+                    for values in _rows(batch):
+                        number += 1
+                        yield to_row(values, source, file.name, number)
     except (pa.ArrowException, OSError) as error:
         _check_is_damage(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield Unreadable(file.name, number + 1, f"file breaks off after row {number}: {reason}", breaks_off=True)
+
+
+def _missing(table: pq.ParquetFile, column: str) -> str | None:
+    """The complaint about a file without a column of that name, dotted or not."""
+    paths = [table.schema.column(index).path for index in range(len(table.schema))]
+    if any(path == column or path.startswith(f"{column}.") for path in paths):
+        return None
+    return f"has no {column!r}; it has {', '.join(paths)}"
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any]]:
