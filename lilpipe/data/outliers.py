@@ -57,19 +57,22 @@ class DirtyWords(Heuristic):
 
     def __init__(self, most: int, path: str | None = None) -> None:
         super().__init__({"num_dirty_words": at_most(most, "too_many_dirty_words")})
-        entries = [Words(entry).hashes for entry in (NEUTRAL_LIST if path is None else _read_entries(path))]
-        self.entries = [entry for entry in entries if len(entry)]
-        self.first_words = np.unique([entry[0] for entry in self.entries])
+        entries = NEUTRAL_LIST if path is None else _read_entries(path)
+        self.entries: dict[int, set[tuple[int, ...]]] = {}
+        for entry in (tuple(Words(entry).hashes.tolist()) for entry in entries):
+            if entry:
+                self.entries.setdefault(entry[0], set()).add(entry)
+        self.first_words = np.array(sorted(self.entries), np.uint64)
 
     def scores(self, document: Document) -> Scores:
         """One count."""
-        yield "num_dirty_words", self._count(document.words.hashes)
+        hashes = document.words.hashes
+        starts = np.flatnonzero(np.isin(hashes, self.first_words)).tolist()
+        yield "num_dirty_words", sum(self._count_at(start, hashes) for start in starts)
 
-    def _count(self, hashes: np.ndarray) -> int:
-        starts = np.flatnonzero(is_among(hashes, self.first_words))
-        return sum(
-            np.array_equal(hashes[start : start + len(entry)], entry) for start in starts for entry in self.entries
-        )
+    def _count_at(self, start: int, hashes: np.ndarray) -> int:
+        entries = self.entries[int(hashes[start])]
+        return sum(tuple(hashes[start : start + len(entry)].tolist()) == entry for entry in entries)
 
 
 def _read_entries(path: str) -> list[str]:
@@ -80,11 +83,6 @@ def _read_entries(path: str) -> list[str]:
             f"corpus.quality.dirty_words: cannot read {path!r} ({error}); expected a UTF-8 file with a word on each "
             "line, or nothing for the list built in"
         ) from error
-
-
-def is_among(values: np.ndarray, sorted_values: np.ndarray) -> np.ndarray:
-    """Bool [values]: which of them are among the sorted ones, of which there must be one at least."""
-    return sorted_values[np.searchsorted(sorted_values[:-1], values)] == values
 
 
 # --- outlier tokens -----------------------------------------------------------------------------------------------
