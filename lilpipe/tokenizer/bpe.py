@@ -1,97 +1,122 @@
-"""Stage ``tokenizer``: train byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) with rustbpe.
+"""Stage ``tokenizer``: train byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), or extend a vocabulary by it.
 
 It learns from the corpus and, where a Prompts artifact is an input, from its exercises as well, so that the words of
-the tasks are in the vocabulary: exercises are taken in their order up to ``max_exercise_share`` of the bytes.
+the tasks are in the vocabulary: exercises are taken in their order up to ``max_exercise_share`` of the bytes. rustbpe
+trains; a vocabulary given as ``base`` is extended by ``extension``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttributeAccessIssue]: no stubs
 
-from lilpipe.alignment.prompts import read_exercises
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
 from lilpipe.config import TokenizerConfig
-from lilpipe.data.documents import read_documents
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import SPECIAL_TOKENS, Tokenizer
+from lilpipe.tokenizer.encoding import NUM_RESERVED, Tokenizer, special_tokens
+from lilpipe.tokenizer.extension import check_base, extend
 from lilpipe.tokenizer.patterns import resolve_pattern
-from lilpipe.tokenizer.report import Usage, measure_usage, write_report
+from lilpipe.tokenizer.report import build_report
+from lilpipe.tokenizer.sample import Sample, Text
+from lilpipe.tokenizer.usage import Totals, Usage, find_suspects, measure_usage
+from lilpipe.tokenizer.vocabulary import TIKTOKEN_FILE, Vocabulary, read_vocabulary, vocabulary_file
 
 DEFAULT_PATTERN = resolve_pattern(TokenizerConfig().pattern)
 
-MEASURED_BYTES = 4_000_000
-"""Text of the corpus, and of the exercises, over which the usage of tokens is measured."""
+MEASURED_BYTES = 32_000_000
+"""Of the training text, how much the usage of tokens is measured on."""
 
-SourcedText = tuple[str, str]
-"""Name of a source, and a text of it."""
+MAX_METRICS = 20
+"""Sources, and languages, with a metric of their own: those of most bytes."""
 
 
 def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train on the inputs and save. Raises ``DataError`` where there is too little text for the vocabulary."""
-    corpus, prompts = _path(inputs, "corpus"), _path(inputs, "prompts")
+    corpus = _path(inputs, "corpus")
     assert corpus is not None
-    corpus_bytes = sum(len(text.encode()) for _, text in _read_corpus(corpus))
-    corpus_bytes = min(corpus_bytes, config.max_bytes or corpus_bytes)
-    exercise_bytes = int(corpus_bytes * config.max_exercise_share / (1 - config.max_exercise_share))
-
-    def texts(max_bytes: int | None = None) -> Iterator[SourcedText]:
-        yield from take_bytes(_read_corpus(corpus), max_bytes or corpus_bytes)
-        if prompts is not None:
-            yield from take_bytes(_read_exercises(prompts), min(max_bytes or exercise_bytes, exercise_bytes))
-
-    seen: Counter[str] = Counter()
-    read = counted(texts(), seen, workspace, total=corpus_bytes + (exercise_bytes if prompts else 0))
-    tokenizer = train((text for _, text in read), vocab_size=config.vocab_size, pattern=config.pattern)
+    base = _read_base(config)
+    others = _read_others(config)
+    sample = Sample.plan(config, corpus, _path(inputs, "prompts"))
+    for line in sample.shortages():
+        workspace.log(line)
+    taken: Counter[str] = Counter()
+    texts = counted(sample.texts(), taken, workspace, total=sample.num_bytes)
+    tokenizer = learn((text.text for text in texts), config, base)
     tokenizer.save(workspace.output)
+    tokenizer.save_tiktoken(workspace.output / TIKTOKEN_FILE)
 
-    usage = measure_usage(tokenizer, texts(min(corpus_bytes, MEASURED_BYTES)))
+    usage = measure_usage(tokenizer, sample.texts(MEASURED_BYTES), others=others)
     _check_lossless(tokenizer, usage)
-    write_report(tokenizer, usage, workspace.report / "report.html")
+    num_base = len(base.ranks) if base else 256
+    suspects = find_suspects(usage, num_base)
+    shares = sample.shares if config.weights else {}
+    page = build_report(tokenizer, usage, suspects, shares, taken, others=list(others), num_base=num_base)
+    write_atomically(workspace.report / "report.html", page)
     return {
-        "bytes_per_token": usage.num_bytes.total() / usage.num_tokens.total(),
-        **{
-            f"bytes_per_token_{name}": usage.num_bytes[name] / num_tokens
-            for name, num_tokens in usage.num_tokens.items()
-        },
+        **_compression(usage, list(others)),
+        "tokens_per_word": usage.total.tokens_per_word,
         "share_never_used": usage.share_never_used,
+        "glitch_suspects": suspects.total,
         "vocab_size": tokenizer.vocab_size,
-        "training_bytes": seen.total(),
+        "training_bytes": taken.total(),
     }
 
 
-def train(texts: Iterable[str], *, vocab_size: int, pattern: str = DEFAULT_PATTERN) -> Tokenizer:
+def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None) -> Tokenizer:
+    """Train a tokenizer as the section says."""
+    if base is None:
+        return train(texts, vocab_size=config.vocab_size, pattern=config.pattern, num_reserved=config.num_reserved)
+    return train_extension(texts, base, config)
+
+
+def train(
+    texts: Iterable[str], *, vocab_size: int, pattern: str = DEFAULT_PATTERN, num_reserved: int = NUM_RESERVED
+) -> Tokenizer:
     """Train a tokenizer of exactly ``vocab_size`` ids: 256 bytes, merges, special tokens.
 
     The result depends on neither the order of the texts nor the number of threads. Raises ``DataError`` where the
     texts hold fewer pairs than there are merges to find, ``ConfigError`` for a pattern that does not compile.
     """
-    num_ranks = vocab_size - len(SPECIAL_TOKENS)
-    pattern = resolve_pattern(pattern)
+    num_ranks = vocab_size - len(special_tokens(num_reserved))
     trainer = RustTokenizer()
     try:
-        trainer.train_from_iterator(iter(texts), num_ranks, pattern=pattern)
+        trainer.train_from_iterator(iter(texts), num_ranks, pattern=resolve_pattern(pattern))
     except ValueError as error:
         raise ConfigError(f"tokenizer.pattern: got {pattern!r}, expected a regular expression ({error})") from error
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < num_ranks:
+    _check_size(len(ranks), vocab_size, num_reserved=num_reserved, num_base=256)
+    return Tokenizer(ranks, pattern, num_reserved=num_reserved)
+
+
+def train_extension(texts: Iterable[str], base: Vocabulary, config: TokenizerConfig) -> Tokenizer:
+    """Extend ``base`` to exactly ``config.vocab_size`` ids; raises as ``train`` does."""
+    num_merges = config.vocab_size - len(special_tokens(config.num_reserved)) - len(base.ranks)
+    ranks = extend(texts, base.ranks, num_merges, pattern=config.pattern)
+    _check_size(len(ranks), config.vocab_size, num_reserved=config.num_reserved, num_base=len(base.ranks))
+    return Tokenizer(ranks, config.pattern, num_reserved=config.num_reserved)
+
+
+def _check_size(num_ranks: int, vocab_size: int, *, num_reserved: int, num_base: int) -> None:
+    num_special = len(special_tokens(num_reserved))
+    if num_ranks + num_special < vocab_size:
+        of_base = "256 bytes" if num_base == 256 else f"{num_base:,} tokens of the base"
         raise DataError(
-            f"tokenizer.vocab_size: got {vocab_size}, which takes {num_ranks - 256} merges beside 256 bytes and "
-            f"{len(SPECIAL_TOKENS)} special tokens, but the text has only {len(ranks) - 256}; "
-            f"add documents or set tokenizer.vocab_size to at most {len(ranks) + len(SPECIAL_TOKENS)}"
+            f"tokenizer.vocab_size: got {vocab_size}, which takes {vocab_size - num_special - num_base} merges beside "
+            f"{of_base} and {num_special} special tokens, but the text has only {num_ranks - num_base}; "
+            f"add documents or set tokenizer.vocab_size to at most {num_ranks + num_special}"
         )
-    return Tokenizer(ranks, pattern)
 
 
 def _check_lossless(tokenizer: Tokenizer, usage: Usage) -> None:
     """Raise ``ConfigError`` if text was dropped, which is what encoding does where the pattern matches nothing."""
     lengths = np.array([len(token) for token in tokenizer.ranks])
-    got, expected = int(usage.token_counts[: len(lengths)] @ lengths), usage.num_bytes.total()
+    got, expected = int(usage.token_counts @ lengths), usage.total.num_bytes
     if got != expected:
         raise ConfigError(
             f"tokenizer.pattern: got {tokenizer.pattern!r}, which matches {got:,} of {expected:,} bytes of text, "
@@ -99,32 +124,36 @@ def _check_lossless(tokenizer: Tokenizer, usage: Usage) -> None:
         )
 
 
+def _compression(usage: Usage, others: list[str]) -> Metrics:
+    """Bytes per token, of all and by source and language, and by the tokenizers to compare with."""
+    named = {
+        **{f"bytes_per_token_{name}": totals for name, totals in _largest(usage.by_source)},
+        **{f"bytes_per_token_language_{name}": totals for name, totals in _largest(usage.by_language)},
+    }
+    return {
+        "bytes_per_token": usage.total.bytes_per_token,
+        **{f"bytes_per_token_of_{other}": usage.total.bytes_per_token_of(other) for other in others},
+        **{name: totals.bytes_per_token for name, totals in named.items()},
+    }
+
+
+def _largest(totals: Mapping[str, Totals]) -> list[tuple[str, Totals]]:
+    return sorted(totals.items(), key=lambda item: (-item[1].num_bytes, item[0]))[:MAX_METRICS]
+
+
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def take_bytes(texts: Iterable[SourcedText], max_bytes: int) -> Iterator[SourcedText]:
-    """Texts in their order, ``max_bytes`` of UTF-8 together at most; the last one is cut to fit."""
-    left = max_bytes
-    for source, text in texts:
-        encoded = text.encode()
-        if len(encoded) > left:
-            if cut := encoded[:left].decode(errors="ignore"):
-                yield source, cut
-            return
-        left -= len(encoded)
-        yield source, text
-
-
-def counted(
-    texts: Iterable[SourcedText], seen: Counter[str], workspace: Workspace, *, total: int
-) -> Iterator[SourcedText]:
-    """Pass texts through, add up their bytes by source in ``seen``, and report each megabyte of them."""
-    for source, text in texts:
-        before = seen.total()
-        seen[source] += len(text.encode())
-        if seen.total() // 1_000_000 > before // 1_000_000:
-            workspace.progress(seen.total(), max(seen.total(), total), "bytes")
-        yield source, text
+def counted(texts: Iterable[Text], taken: Counter[str], workspace: Workspace, *, total: int) -> Iterator[Text]:
+    """Pass texts through, add up their bytes by group in ``taken``, and report each megabyte of them."""
+    done = 0
+    for text in texts:
+        num_bytes = len(text.text.encode())
+        taken[text.group] += num_bytes
+        before, done = done, done + num_bytes
+        if done // 1_000_000 > before // 1_000_000:
+            workspace.progress(done, max(done, total), "bytes")
+        yield text
 
 
 def _path(inputs: Inputs, role: str) -> Path | None:
@@ -132,13 +161,42 @@ def _path(inputs: Inputs, role: str) -> Path | None:
     return artifact.path if isinstance(artifact, Artifact) else None
 
 
-def _read_corpus(directory: Path) -> Iterator[SourcedText]:
-    for batch in read_documents(directory):
-        yield from zip(batch["source"].to_pylist(), batch["text"].to_pylist(), strict=True)
+def _read_base(config: TokenizerConfig) -> Vocabulary | None:
+    if config.base is None:
+        return None
+    base = read_vocabulary(Path(config.base))
+    check_base(base, config.pattern, where=config.base)
+    num_special = len(special_tokens(config.num_reserved))
+    if len(base.ranks) + num_special > config.vocab_size:
+        raise ConfigError(
+            f"tokenizer.vocab_size: got {config.vocab_size}, expected at least {len(base.ranks) + num_special}: the "
+            f"{len(base.ranks):,} tokens of {config.base} and {num_special} special tokens"
+        )
+    return base
 
 
-def _read_exercises(directory: Path) -> Iterator[SourcedText]:
-    return (("exercises", text) for _, text in read_exercises(directory))
+def _read_others(config: TokenizerConfig) -> dict[str, tiktoken.Encoding]:
+    """The tokenizers to compare with. Raises ``ConfigError`` for one without a pattern."""
+    encodings = {}
+    for name, other in config.compare.items():
+        vocabulary = read_vocabulary(Path(other.path))
+        pattern = other.pattern or vocabulary.pattern
+        if pattern is None:
+            raise ConfigError(
+                f"tokenizer.compare.{name}.pattern: got none, expected one: {other.path} has none; name it"
+            )
+        encodings[name] = tiktoken.Encoding(
+            name, pat_str=resolve_pattern(pattern), mergeable_ranks=vocabulary.ranks, special_tokens={}
+        )
+    return encodings
+
+
+def external(config: TokenizerConfig) -> dict[str, str]:
+    """Digests of the vocabularies that are read from outside the store. Raises ``DataError`` if one is missing."""
+    named = {f"compare {name}": other.path for name, other in config.compare.items()}
+    if config.base is not None:
+        named["base"] = config.base
+    return {name: digest_file(vocabulary_file(Path(path))) for name, path in named.items()}
 
 
 STAGE = Stage(
@@ -148,5 +206,6 @@ STAGE = Stage(
     run=run,
     inputs={"corpus": "Corpus"},
     optional_inputs={"prompts": "Prompts"},
+    external=external,
     main_metric="bytes_per_token",
 )

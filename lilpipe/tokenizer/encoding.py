@@ -1,12 +1,13 @@
 """Byte-level BPE: text to token ids and back.
 
-tiktoken encodes. On disk the vocabulary is Hugging Face's ``tokenizer.json`` and nothing else, so that this
-package and ``transformers`` read one file and cannot disagree about a vocabulary; ``tokenizer_config.json`` and
-``chat_template.jinja`` beside it are for ``transformers`` alone.
+tiktoken encodes. On disk the vocabulary is Hugging Face's ``tokenizer.json``, so that this package and
+``transformers`` read one file and cannot disagree about a vocabulary; ``tokenizer_config.json`` and
+``chat_template.jinja`` beside it are for ``transformers`` alone, and a ``.tiktoken`` file is an export for others.
 
-A token's id is its rank: merges of lower rank are applied first. Ids 0 to 255 are the single bytes, then come the
-merges, then ``SPECIAL_TOKENS``. Text is never read as a special token: ``"<|user|>"`` in a document encodes as the
-eight characters that it is (``transformers`` does so with ``split_special_tokens=True``).
+A token's id is its rank: merges of lower rank are applied first. Ids 0 to 255 are the single bytes (in an order of
+their own where a vocabulary was extended), then come the merges, then the special tokens. All bytes are there, so no
+text is unknown. Text is never read as a special token: ``"<|user|>"`` in a document encodes as the eight characters
+that it is (``transformers`` does so with ``split_special_tokens=True``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +22,49 @@ import numpy as np
 import tiktoken
 
 from lilpipe.artifact import write_atomically
-from lilpipe.errors import ArtifactError
+from lilpipe.errors import ArtifactError, DataError
 from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE
 from lilpipe.tokenizer.patterns import resolve_pattern
+from lilpipe.tokenizer.vocabulary import (
+    TOKENIZER_FILE,
+    Ranks,
+    from_hugging_face,
+    read_vocabulary,
+    to_hugging_face,
+    to_tiktoken,
+)
 
-SPECIAL_TOKENS = (
+NAMED_TOKENS = (
     "<|end_of_document|>",
     "<|padding|>",
     "<|system|>",
     "<|user|>",
     "<|assistant|>",
     "<|end_of_turn|>",
-    "<|reserved_0|>",
-    "<|reserved_1|>",
 )
+NUM_RESERVED = 2
 
-TOKENIZER_FILE = "tokenizer.json"
 
-Ranks = Mapping[bytes, int]
+def special_tokens(num_reserved: int = NUM_RESERVED) -> tuple[str, ...]:
+    """Names of the special tokens in order of their ids: those with a meaning, then those that are reserved."""
+    return (*NAMED_TOKENS, *(f"<|reserved_{index}|>" for index in range(num_reserved)))
 
 
 class Tokenizer:
     """A vocabulary of bytes, merges and special tokens, with tiktoken underneath."""
 
-    def __init__(self, ranks: Ranks, pattern: str) -> None:
+    def __init__(self, ranks: Ranks, pattern: str, *, num_reserved: int = NUM_RESERVED) -> None:
         """Make a tokenizer of ``ranks`` (token bytes to id, the 256 bytes among them, ids without gaps).
 
         ``pattern`` cuts text into pieces before merging: a preset's name or a regular expression.
         """
-        pattern = resolve_pattern(pattern)
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        self.pattern = pattern
+        self.pattern = resolve_pattern(pattern)
         assert list(self.ranks.values()) == list(range(len(ranks))), "ranks must be 0, 1, 2, ..."
-        self.special_ids = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
-        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.special_ids = {name: len(ranks) + index for index, name in enumerate(special_tokens(num_reserved))}
+        self.vocab_size = len(ranks) + len(self.special_ids)
         self._encoding = tiktoken.Encoding(
-            "lilpipe", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
+            "lilpipe", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
         )
         self.document_end_id = self.special_ids["<|end_of_document|>"]
         self.padding_id = self.special_ids["<|padding|>"]
@@ -69,8 +76,13 @@ class Tokenizer:
     @property
     def digest(self) -> str:
         """SHA-256 over pattern, tokens and special tokens: equal exactly for tokenizers that give the same ids."""
-        content = [self.pattern, *SPECIAL_TOKENS, *(token.hex() for token in self.ranks)]
+        content = [self.pattern, *self.special_ids, *(token.hex() for token in self.ranks)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def special(self) -> tuple[tuple[int, str], ...]:
+        """Ids and names of the special tokens."""
+        return tuple((number, name) for name, number in self.special_ids.items())
 
     # --- text and ids ---------------------------------------------------------------------------------------------
 
@@ -100,23 +112,40 @@ class Tokenizer:
         """Read the tokenizer of a Tokenizer or Checkpoint artifact. Raises ``ArtifactError``."""
         path = directory / TOKENIZER_FILE
         try:
-            return cls(*_from_hugging_face(json.loads(path.read_text(encoding="utf-8"))))
+            vocabulary = from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
+            assert vocabulary.pattern is not None
+            num_reserved = len(vocabulary.special) - len(NAMED_TOKENS)
+            tokenizer = cls(vocabulary.ranks, vocabulary.pattern, num_reserved=num_reserved)
+            if vocabulary.special != tokenizer.special:
+                raise ValueError(f"special tokens: got {vocabulary.special}, expected {tokenizer.special}")
         except FileNotFoundError as error:
             raise ArtifactError(f"{path}: missing; expected a directory that holds a tokenizer") from error
-        except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
             raise ArtifactError(
                 f"{path}: got something that is no byte-level BPE of this package ({error!r}); "
                 "expected the file that the tokenizer stage writes; run that stage again"
             ) from error
+        return tokenizer
+
+    @classmethod
+    def load_tiktoken(cls, path: Path, pattern: str, *, num_reserved: int = NUM_RESERVED) -> Tokenizer:
+        """Read a ``.tiktoken`` file, which holds no pattern, and add the special tokens. Raises ``DataError``."""
+        ranks = read_vocabulary(path).ranks
+        if list(ranks.values()) != list(range(len(ranks))):
+            raise DataError(f"{path}: got ids with gaps, expected 0 to {len(ranks) - 1}; another vocabulary is needed")
+        return cls(ranks, pattern, num_reserved=num_reserved)
 
     def save(self, directory: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
-        write_atomically(directory / TOKENIZER_FILE, _json(_to_hugging_face(self.ranks, self.pattern)))
+        content = to_hugging_face(self.ranks, self.pattern, self.special)
+        write_atomically(directory / TOKENIZER_FILE, _json(content))
         write_atomically(directory / "tokenizer_config.json", _json(HUGGING_FACE_CONFIG))
         write_atomically(directory / "chat_template.jinja", CHAT_TEMPLATE)
 
+    def save_tiktoken(self, path: Path) -> None:
+        """Write tokens and ranks in tiktoken's format; pattern and special tokens have no place in it."""
+        write_atomically(path, to_tiktoken(self.ranks))
 
-# --- tokenizer.json -----------------------------------------------------------------------------------------------
 
 HUGGING_FACE_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -125,94 +154,6 @@ HUGGING_FACE_CONFIG = {
     "clean_up_tokenization_spaces": False,
     "model_input_names": ["input_ids", "attention_mask"],
 }
-
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's name for each byte: printable Latin-1 stands for itself, the rest is moved to U+0100 and up."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(moved)}
-
-
-BYTE_CHARACTERS = _byte_characters()
-CHARACTER_BYTES = {character: byte for byte, character in BYTE_CHARACTERS.items()}
-
-
-def _to_hugging_face(ranks: Ranks, pattern: str) -> dict[str, Any]:
-    def name(token: bytes) -> str:
-        return "".join(BYTE_CHARACTERS[byte] for byte in token)
-
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": len(ranks) + index, "content": content, **flags} for index, content in enumerate(SPECIAL_TOKENS)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-            ],
-        },
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {name(token): rank for token, rank in ranks.items()},
-            "merges": [[name(left), name(right)] for left, right in recover_merges(ranks)],
-        },
-    }
-
-
-def _from_hugging_face(content: Mapping[str, Any]) -> tuple[dict[bytes, int], str]:
-    ranks = {
-        bytes(CHARACTER_BYTES[character] for character in name): rank
-        for name, rank in content["model"]["vocab"].items()
-    }
-    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-    added = [(token["id"], token["content"]) for token in content["added_tokens"]]
-    expected = list(enumerate(SPECIAL_TOKENS, start=len(ranks)))
-    if added != expected:
-        raise ValueError(f"special tokens: got {added}, expected {expected}")
-    return ranks, pattern
-
-
-def recover_merges(ranks: Ranks) -> list[tuple[bytes, bytes]]:
-    """The pair that made each token longer than a byte, in order of rank.
-
-    BPE with the merges below a token's rank alone leaves just the pair whose merge made it.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            parts = _merge(token, ranks, below=rank)
-            if len(parts) != 2:
-                raise ValueError(f"token {token!r} (rank {rank}): no pair of tokens before it makes it")
-            merges.append((parts[0], parts[1]))
-    return merges
-
-
-def _merge(piece: bytes, ranks: Ranks, *, below: int) -> list[bytes]:
-    """Apply to a piece, lowest rank first and leftmost first, the merges whose rank is less than ``below``."""
-    parts = [piece[index : index + 1] for index in range(len(piece))]
-    while len(parts) > 1:
-        candidates = [(ranks.get(a + b, below), index) for index, (a, b) in enumerate(pairwise(parts))]
-        rank, index = min(candidates)
-        if rank >= below:
-            break
-        parts[index : index + 2] = [parts[index] + parts[index + 1]]
-    return parts
 
 
 def _json(content: Mapping[str, Any]) -> str:

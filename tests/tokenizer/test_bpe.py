@@ -8,8 +8,9 @@ import regex
 from lilpipe.config import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.bpe import DEFAULT_PATTERN, STAGE, take_bytes, train
-from lilpipe.tokenizer.encoding import Tokenizer, recover_merges
+from lilpipe.tokenizer.bpe import DEFAULT_PATTERN, STAGE, train
+from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.vocabulary import recover_merges
 from tests import artifacts
 from tests.tokenizer.conftest import PROSE
 
@@ -61,15 +62,6 @@ def test_no_text_at_all_is_too_little():
         train([], vocab_size=300)
 
 
-@pytest.mark.parametrize(
-    ("limit", "expected"),
-    [(0, []), (2, ["ab"]), (3, ["abc"]), (4, ["abc"]), (5, ["abc", "é"]), (6, ["abc", "éd"]), (9, ["abc", "éd"])],
-)
-def test_texts_are_taken_up_to_a_number_of_bytes_and_cut_between_characters(limit, expected):
-    taken = [text for _, text in take_bytes([("s", "abc"), ("s", "éd")], limit)]
-    assert taken == expected
-
-
 def run_stage(tmp_path, *, exercises=None, **settings):
     inputs = {"corpus": artifacts.corpus(tmp_path / "corpus", PROSE * 4)}
     if exercises is not None:
@@ -90,6 +82,7 @@ def test_the_stage_trains_on_the_corpus(tmp_path):
     page = (workspace.report / "report.html").read_text()
     assert "Longest tokens" in page
     assert "books" in page
+    assert Tokenizer.load_tiktoken(workspace.output / "tokenizer.tiktoken", DEFAULT_PATTERN).digest == tokenizer.digest
 
 
 def test_exercises_teach_their_words_within_their_share(tmp_path):
@@ -107,6 +100,12 @@ def test_a_share_of_zero_leaves_exercises_out(tmp_path):
     metrics, tokenizer, _ = run_stage(tmp_path, vocab_size=400, exercises=["Xylophone"] * 99, max_exercise_share=0)
     assert tokenizer.digest == train(PROSE * 4, vocab_size=400).digest
     assert "bytes_per_token_exercises" not in metrics
+
+
+def test_special_tokens_can_be_reserved(tmp_path):
+    metrics, tokenizer, _ = run_stage(tmp_path, vocab_size=400, num_reserved=20)
+    assert metrics["vocab_size"] == tokenizer.vocab_size == 400
+    assert tokenizer.special_ids["<|reserved_19|>"] == 399
 
 
 def test_max_bytes_is_kept_to(tmp_path):

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lilpipe.errors import DataError
 from lilpipe.tokenizer.chat_template import Message, render
-from lilpipe.tokenizer.encoding import SPECIAL_TOKENS, Tokenizer
+from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
 
 CONTENT = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\n", " a \n", "{{ x }}", "<x>", "12\n\n"]))
 MESSAGES = st.lists(
@@ -61,7 +61,7 @@ def test_the_generation_prompt_is_the_header_of_an_answer(byte_tokenizer):
 
 
 def test_a_message_cannot_forge_a_turn(byte_tokenizer):
-    ids, _ = render(byte_tokenizer, [{"role": "user", "content": "".join(SPECIAL_TOKENS)}])
+    ids, _ = render(byte_tokenizer, [{"role": "user", "content": "".join(special_tokens())}])
     assert [i for i in ids if i > 255] == [byte_tokenizer.user_id, byte_tokenizer.turn_end_id]
 
 

@@ -7,31 +7,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lilpipe.errors import ArtifactError
 from lilpipe.tokenizer.bpe import train
-from lilpipe.tokenizer.encoding import SPECIAL_TOKENS, Tokenizer, recover_merges
+from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
+from tests.tokenizer.conftest import TEXT
 
-# Text as it comes: any code point, what the training text is made of, and what looks like special tokens.
-FAMILIAR = st.sampled_from(
-    [
-        "the",
-        " fox",
-        "aaaa",
-        "baaa",
-        "aaab",
-        "12",
-        " 7",
-        "\n",
-        "\r\n",
-        "  ",
-        "\t",
-        ",",
-        "é",
-        "人工",
-        "👩‍👩‍👧‍👦",
-        "don't",
-        "\u2028",
-    ]
-)
-TEXT = st.lists(st.one_of(st.text(max_size=8), FAMILIAR, st.sampled_from(SPECIAL_TOKENS)), max_size=12).map("".join)
 SURROGATES = st.text(st.characters(categories=["Cs", "Lu"]), max_size=6)
 
 
@@ -65,14 +43,14 @@ def test_lone_surrogates_become_replacement_characters(tokenizer, text):
 
 
 def test_text_of_a_special_token_is_ordinary_text(tokenizer):
-    for name in SPECIAL_TOKENS:
+    for name in special_tokens():
         ids = tokenizer.encode(f"a{name}b")
-        assert max(ids) < tokenizer.vocab_size - len(SPECIAL_TOKENS)
+        assert max(ids) < tokenizer.vocab_size - len(special_tokens())
         assert tokenizer.decode(ids) == f"a{name}b"
 
 
 def test_special_tokens_have_the_same_ids_in_transformers(tokenizer, peer):
-    assert peer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(412, 420))
+    assert peer.convert_tokens_to_ids(list(special_tokens())) == list(range(412, 420))
     assert peer("a<|user|>b<|end_of_turn|>").input_ids == [
         *tokenizer.encode("a"),
         tokenizer.user_id,
@@ -122,18 +100,13 @@ def test_the_digest_tells_vocabularies_and_patterns_apart(tokenizer):
     assert len({tokenizer.digest, *(other.digest for other in others)}) == 3
 
 
-def test_merges_are_recovered_from_ranks():
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    pairs = [(b"a", b"a"), (b"aa", b"a"), (b"b", b"aa"), (b"aa", b"aa"), (b"b", b"c"), (b"baa", b"bc")]
-    for left, right in pairs:
-        ranks[left + right] = len(ranks)
-    assert recover_merges(ranks) == pairs
-
-
-def test_a_token_that_no_pair_makes_is_refused():
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256}
-    with pytest.raises(ValueError, match=r"b'abc' \(rank 256\)"):
-        recover_merges(ranks)
+def test_any_number_of_special_tokens_can_be_reserved(tmp_path):
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)}, ".", num_reserved=3)
+    assert list(tokenizer.special_ids)[-3:] == ["<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>"]
+    assert (tokenizer.vocab_size, tokenizer.special_ids["<|reserved_2|>"]) == (265, 264)
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).special_ids == tokenizer.special_ids
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path)("<|reserved_2|>").input_ids == [264]
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path):

@@ -1,0 +1,220 @@
+"""Vocabularies in files: Hugging Face's ``tokenizer.json``, tiktoken's ``.tiktoken`` and GPT-2's pair of files.
+
+A vocabulary is here what tiktoken takes it for: tokens with ranks, where of all neighbours in a piece that are a token
+together those of the lowest rank merge first, and a piece that is a token as a whole is that token. Hugging Face's
+format lists pairs instead; ``recover_merges`` finds them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lilpipe.errors import DataError
+from lilpipe.tokenizer.patterns import PATTERNS
+
+TOKENIZER_FILE = "tokenizer.json"
+TIKTOKEN_FILE = "tokenizer.tiktoken"
+GPT2_FILES = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
+"""Files of ids, and the files of merges beside them, as OpenAI and Hugging Face name them."""
+
+Ranks = Mapping[bytes, int]
+
+NEVER = 2**32
+"""Above every rank: tiktoken's are of 32 bits."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a file says of a tokenizer."""
+
+    ranks: dict[bytes, int]
+    """Token to id, by id; lower ones merge first."""
+    pattern: str | None = None
+    """The regular expression that cuts text into pieces; None where the file does not say."""
+    special: tuple[tuple[int, str], ...] = ()
+    """Ids and names of special tokens."""
+
+
+def vocabulary_file(path: Path) -> Path:
+    """The file that ``path``, a file or a folder, stands for. Raises ``DataError`` if there is none."""
+    names = (TOKENIZER_FILE, *GPT2_FILES)
+    found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
+    if not found:
+        raise DataError(
+            f"{path}: got no vocabulary there, expected a .tiktoken file, a {TOKENIZER_FILE}, or a folder with one of "
+            f"{', '.join(names)}; check the path"
+        )
+    return found[0]
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """The byte-level BPE vocabulary of a file or folder. Raises ``DataError`` for what is none."""
+    path = vocabulary_file(path)
+    try:
+        if path.name in GPT2_FILES:
+            vocabulary = _read_gpt2(path)
+        elif path.suffix == ".json":
+            vocabulary = from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            vocabulary = Vocabulary(_read_tiktoken(path))
+        _check(vocabulary.ranks)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(
+            f"{path}: got something that cannot be read as byte-level BPE ({error!r}); "
+            f"expected a .tiktoken file, a {TOKENIZER_FILE} or GPT-2's files"
+        ) from error
+    return vocabulary
+
+
+def _check(ranks: Ranks) -> None:
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"{len(missing)} of the 256 bytes are missing, first {missing[0]}")
+    if len(set(ranks.values())) < len(ranks):
+        raise ValueError("two tokens have one id")
+
+
+# --- .tiktoken ----------------------------------------------------------------------------------------------------
+
+
+def to_tiktoken(ranks: Ranks) -> str:
+    """The content of a ``.tiktoken`` file: each token in base64 and its rank on a line, by rank."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in _by_rank(ranks))
+
+
+def _read_tiktoken(path: Path) -> dict[bytes, int]:
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"line {number}: got {line[:60]!r}, expected base64 and a number") from error
+    return dict(_by_rank(ranks))
+
+
+def _by_rank(ranks: Ranks) -> list[tuple[bytes, int]]:
+    return sorted(ranks.items(), key=lambda item: item[1])
+
+
+# --- GPT-2's names for bytes --------------------------------------------------------------------------------------
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's name for each byte: printable Latin-1 stands for itself, the rest is moved to U+0100 and up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(moved)}
+
+
+BYTE_CHARACTERS = _byte_characters()
+CHARACTER_BYTES = {character: byte for byte, character in BYTE_CHARACTERS.items()}
+
+
+def _name(token: bytes) -> str:
+    return "".join(BYTE_CHARACTERS[byte] for byte in token)
+
+
+def _token(name: str) -> bytes:
+    return bytes(CHARACTER_BYTES[character] for character in name)
+
+
+def _named_ranks(ids: Mapping[str, int], merges: Iterable[Sequence[str]], leave_out: set[str]) -> dict[bytes, int]:
+    """Tokens by id. Raises ``ValueError`` where ids do not rise with the merges: they are no ranks then."""
+    made = [ids["".join(pair)] for pair in merges]
+    if any(before > after for before, after in pairwise(made)):
+        raise ValueError("ids are not in the order of the merges, which tiktoken merges by")
+    return dict(_by_rank({_token(name): rank for name, rank in ids.items() if name not in leave_out}))
+
+
+def _read_gpt2(path: Path) -> Vocabulary:
+    ids: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+    lines = path.with_name(GPT2_FILES[path.name]).read_text(encoding="utf-8").split("\n")
+    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    special = set(ids) - set(CHARACTER_BYTES) - {"".join(pair) for pair in merges}
+    ranks = _named_ranks(ids, merges, special)
+    return Vocabulary(ranks, PATTERNS["gpt2"], tuple((ids[name], name) for name in sorted(special)))
+
+
+# --- tokenizer.json -----------------------------------------------------------------------------------------------
+
+
+def to_hugging_face(ranks: Ranks, pattern: str, special: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    """The content of ``tokenizer.json``, with which ``transformers`` gives the ids that tiktoken gives."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    merges = recover_merges(ranks)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": number, "content": content, **flags} for number, content in special],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            # A token that no merge makes is found as a whole piece alone, which tiktoken always looks for.
+            "ignore_merges": len(merges) + 256 < len(ranks),
+            "vocab": {_name(token): rank for token, rank in ranks.items()},
+            "merges": [[_name(left), _name(right)] for left, right in merges],
+        },
+    }
+
+
+def from_hugging_face(content: Mapping[str, Any]) -> Vocabulary:
+    """What ``tokenizer.json`` says. Raises ``ValueError`` or ``LookupError`` for what is no plain byte-level BPE."""
+    model = content["model"]
+    if model.get("type") != "BPE" or content.get("normalizer") is not None:
+        raise ValueError(f"got model {model.get('type')!r}, normalizer {content.get('normalizer')}, expected BPE, none")
+    special = tuple((token["id"], token["content"]) for token in content["added_tokens"])
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    ranks = _named_ranks(model["vocab"], pairs, {name for _, name in special})
+    return Vocabulary(ranks, _pattern_of(content["pre_tokenizer"]), special)
+
+
+def _pattern_of(pre_tokenizer: Mapping[str, Any]) -> str:
+    """The pattern of a byte-level pre-tokenizer; ``ByteLevel`` alone means GPT-2's."""
+    *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(splits) > 1:
+        raise ValueError(f"pre_tokenizer: got {pre_tokenizer}, expected ByteLevel after at most one Split")
+    return splits[0]["pattern"]["Regex"] if splits else PATTERNS["gpt2"]
+
+
+def recover_merges(ranks: Ranks) -> list[tuple[bytes, bytes]]:
+    """The pair that makes each token longer than a byte, in order of rank; none for a token that merging never makes.
+
+    Merges inside a piece go their way whatever stands around them, until one crosses its border. So wherever merging
+    makes a token, it does so by the steps, and with the last pair, by which it makes the token's bytes on their own.
+    """
+    found = (_last_pair(token, ranks) for token, _ in _by_rank(ranks) if len(token) > 1)
+    return [pair for pair in found if pair is not None]
+
+
+def _last_pair(token: bytes, ranks: Ranks) -> tuple[bytes, bytes] | None:
+    """Merge a token's bytes by rank, leftmost first, until two parts are left; None where more stay."""
+    parts = [token[index : index + 1] for index in range(len(token))]
+    while len(parts) > 2:
+        rank, index = min((ranks.get(a + b, NEVER), index) for index, (a, b) in enumerate(pairwise(parts)))
+        if rank == NEVER:
+            return None
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
+    return parts[0], parts[1]
