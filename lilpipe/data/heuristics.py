@@ -99,8 +99,7 @@ class GopherRepetition(Heuristic):
         yield from self._ngram_scores(document.words, num_chars)
 
     def _ngram_scores(self, words: Words, num_chars: int) -> Scores:
-        offsets = np.zeros(len(words.token_lengths) + 1, np.int64)
-        np.cumsum(words.token_lengths, out=offsets[1:])
+        offsets = [0, *words.token_lengths.cumsum().tolist()]
         for repeats in repeated_ngrams(words.token_hashes, self.sizes):
             n = repeats.size
             if n in self.top_sizes and n < len(offsets):

@@ -10,7 +10,7 @@ import numpy as np
 
 _BASE = np.uint64(0x9E3779B97F4A7C17)
 """Multiplier of the n-gram hash; 3 modulo 4, so that swapping two words can lose one bit of 64 and no more."""
-_BLOCK_CELLS = 2**13
+_BLOCK_CELLS = 2**14
 """N-grams that are sorted at a time, of several sizes where a text is short: numpy's calls cost more than its work."""
 
 
@@ -65,18 +65,21 @@ def repeated_ngrams(hashes: np.ndarray, sizes: Sequence[int]) -> Iterator[Repeat
         block = sizes[done : done + max(1, _BLOCK_CELLS // len(positions))]
         rows = np.empty((len(block), len(positions)), np.uint64)
         for row, n in enumerate(block):
-            for following in range(size, n):
-                ngrams = ngrams * _BASE + padded[positions + following]
+            for next_word in range(size, n):
+                following = padded[positions + next_word] if done else padded[next_word : next_word + num_words]
+                ngrams = ngrams * _BASE + following
             rows[row], size = ngrams, n
-        found = _repeats(rows)
-        for n, (places, origins) in zip(block, found, strict=True):
-            yield Repeats(n, positions[places], positions[origins])
+        found = [
+            (positions[places], positions[origins]) if done else (places, origins) for places, origins in _repeats(rows)
+        ]
+        yield from map(Repeats, block, *zip(*found, strict=True))
         done += len(block)
         if done < len(sizes):
-            left = np.zeros(len(positions), bool)
+            is_left = np.zeros(num_words, bool)
             for indices in found[-1]:
-                left[indices] = True
-            positions, ngrams = positions[left], ngrams[left]
+                is_left[indices] = True
+            is_left = is_left[positions]
+            positions, ngrams = positions[is_left], ngrams[is_left]
     yield from (Repeats(n, positions, positions) for n in sizes[done:])
 
 
@@ -111,46 +114,45 @@ def _repeats(numbers_RN: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(places[a:b], origins[a:b]) for a, b in itertools.pairwise(ends)]
 
 
-def top_ngram_chars(repeats: Repeats, offsets: np.ndarray) -> int:
+def top_ngram_chars(repeats: Repeats, offsets: Sequence[int]) -> int:
     """Characters of all occurrences of the most frequent n-gram, spaces between its words included.
 
     Args:
         repeats: The repeated n-grams. Of n-grams as frequent, the one that comes first counts.
-        offsets: int64 [words + 1], characters before each word; words are as many as the n-gram's or more.
+        offsets: Characters before each word, and of all words, which are as many as the n-gram's or more.
     """
     top, count = 0, 1
     if len(repeats.origins):
         counts = np.bincount(repeats.origins)
         top = int(counts.argmax())
         count += int(counts[top])
-    return count * (int(offsets[top + repeats.size] - offsets[top]) + repeats.size - 1)
+    return count * (offsets[top + repeats.size] - offsets[top] + repeats.size - 1)
 
 
-def duplicate_ngram_chars(repeats: Repeats, offsets: np.ndarray) -> int:
+def duplicate_ngram_chars(repeats: Repeats, offsets: Sequence[int]) -> int:
     """Characters in repeated n-grams, reading on behind each; no character counts twice.
 
     Args:
         repeats: The repeated n-grams. Those that start inside one that has counted are not read, and do not make known
             what comes later.
-        offsets: int64 [words + 1], characters before each word.
+        offsets: Characters before each word, and of all words.
     """
     if not len(repeats.positions):
         return 0
-    resume = 0
-    counted: list[int] = []
+    num_chars, resume = 0, 0
     is_skipped = bytearray(len(offsets))
     known_later: set[int] = set()
+    skips = b"\1" * (repeats.size - 1)
     for position, origin in zip(repeats.positions.tolist(), repeats.origins.tolist(), strict=True):
         if position < resume:
             continue
         if is_skipped[origin] and origin not in known_later:
             known_later.add(origin)
             continue
-        counted.append(position)
         resume = position + repeats.size
-        is_skipped[position + 1 : resume] = b"\1" * (repeats.size - 1)
-    starts = np.array(counted, np.int64)
-    return int((offsets[starts + repeats.size] - offsets[starts]).sum())
+        num_chars += offsets[resume] - offsets[position]
+        is_skipped[position + 1 : resume] = skips
+    return num_chars
 
 
 def ngram_coverage(repeats: Repeats, num_words: int) -> float:

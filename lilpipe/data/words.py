@@ -178,7 +178,7 @@ def _split_core(core: str) -> list[str]:
     """The tokens of a word without the marks around it."""
     if core.isalnum() or core in _WHOLE:
         return [core]
-    if contraction := _CONTRACTION.fullmatch(core):
+    if ("'" in core or "’" in core) and (contraction := _CONTRACTION.fullmatch(core)):
         return list(contraction.groups())
     if "." in core and _URL.fullmatch(core):
         return [core]
