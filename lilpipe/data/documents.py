@@ -7,7 +7,7 @@ and rows are in the order of a hash of the text, so that any prefix of the corpu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,18 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema)
 
 def write_table(path: Path, table: pa.Table, *, rows_per_batch: int = ROWS_PER_BATCH) -> None:
     """Write an Arrow IPC file atomically. The bytes depend on the rows alone, not on how the table is chunked."""
+    starts = range(0, table.num_rows, rows_per_batch)
+    write_batches(path, table.schema, (_compact(table.slice(start, rows_per_batch)) for start in starts))
+
+
+def write_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write an Arrow IPC file of these batches atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
-        with pa.ipc.new_file(file, table.schema) as writer:
-            for start in range(0, table.num_rows, rows_per_batch):
-                writer.write_batch(_compact(table.slice(start, rows_per_batch)))
+        with pa.ipc.new_file(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

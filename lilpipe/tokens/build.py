@@ -70,7 +70,7 @@ def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     corpus = _path(inputs, "corpus")
     exercises = list(_read_exercises(_path(inputs, "prompts"))) if "prompts" in inputs else []
     _remove_leftovers(workspace.output)
-    progress = _Progress(workspace, total=sum(batch.num_rows for batch in read_documents(corpus)) + len(exercises))
+    progress = Progress(workspace, total=sum(batch.num_rows for batch in read_documents(corpus)) + len(exercises))
     streams: list[str] = []
     for source, texts in ((CORPUS, read_corpus(corpus, config.streams_by)), (EXERCISES, exercises)):
         if source == CORPUS or exercises:
@@ -161,13 +161,14 @@ def _check_split(source: str, counts: Mapping[Place, int], share: float) -> None
 # --- encoding -----------------------------------------------------------------------------------------------------
 
 
-class _Progress:
+class Progress:
     """Counts documents over all streams."""
 
     def __init__(self, workspace: Workspace, *, total: int) -> None:
         self.workspace, self.total, self.done = workspace, total, 0
 
     def add(self, num_documents: int) -> None:
+        """So many more are through."""
         self.done += num_documents
         self.workspace.progress(self.done, self.total, "documents")
 
@@ -206,7 +207,7 @@ class _OpenShard:
 
 
 def write_streams(
-    output: Path, texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, progress: _Progress
+    output: Path, texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, progress: Progress
 ) -> Counter[Place]:
     """Write the shards of a source that are not there yet; returns its documents by stream and split.
 

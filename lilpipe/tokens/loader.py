@@ -164,68 +164,58 @@ class PretrainLoader:
                 pieces = self.packings[name].pieces(rows.rows[chosen])
                 parts.append(pieces._replace(rows=chosen[pieces.rows]))
                 streams.append(np.full(len(pieces.rows), number))
+        if len(parts) == 1:
+            return streams[0], parts[0]
         order = np.argsort(np.concatenate([part.rows for part in parts]), kind="stable")
         joined = Pieces(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
         return np.concatenate(streams)[order], joined
 
     def _assemble(self, rows: Rows) -> Batch:
         streams_N, pieces = self.pieces(rows)
-        layout = _lay_out(pieces, num_rows=len(rows.rows), width=self.seq_len + 1)
-        tokens = np.empty(layout.documents.shape, dtype=np.int64)  # [B, T + 1]
+        num_rows, width = len(rows.rows), self.seq_len + 1
+        lengths_N = pieces.stops - pieces.starts
+        firsts_B = np.searchsorted(pieces.rows, np.arange(num_rows))  # first piece of each row
+        used_B = np.add.reduceat(lengths_N, firsts_B)  # tokens of each row
+        before_N = np.cumsum(lengths_N) - lengths_N
+        begins_N = before_N - (before_N[firsts_B] - np.arange(num_rows) * width)[pieces.rows]
+        tokens = np.empty((num_rows, width), dtype=np.int64)
         flat = tokens.reshape(-1)
-        for stream, begin, start, stop in _reads(streams_N, pieces, layout.begins):
+        for stream, begin, start, stop in _reads(streams_N, pieces, begins_N):
             flat[begin : begin + stop - start] = self.streams[self._names[stream]].read(start, stop)
-        targets = tokens.copy()
-        targets.reshape(-1)[layout.begins[~pieces.follows]] = IGNORED
-        if layout.padding.any():
-            tokens[layout.padding] = self.shards.tokenizer.padding_id
-            targets[layout.padding] = IGNORED
-        return Batch(
-            _tensor(tokens[:, :-1]),
-            _tensor(targets[:, 1:]),
-            _tensor(layout.documents[:, :-1]),
-            _tensor(layout.positions[:, :-1]),
-        )
+        inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        documents, positions = _number(pieces.rows, lengths_N, firsts_B, used_B, seq_len=self.seq_len)
+        severed = begins_N[~pieces.follows]
+        if len(severed):
+            row, column = np.divmod(severed, width)
+            targets[row[column > 0], column[column > 0] - 1] = IGNORED
+        if used_B.min() < width:
+            columns_T = np.arange(self.seq_len)
+            padding = columns_T >= used_B[:, None]
+            inputs[padding] = self.shards.tokenizer.padding_id
+            documents[padding], positions[padding] = PADDING_DOCUMENT, 0
+            targets[columns_T >= used_B[:, None] - 1] = IGNORED
+        return Batch(*map(torch.from_numpy, (inputs, targets, documents, positions)))
 
 
-class _Layout(NamedTuple):
-    """Where pieces lie in a batch of rows; [B, T + 1] but for ``begins``."""
-
-    begins: np.ndarray
-    """Where each piece begins in the rows end to end, int64 [N]."""
-    documents: np.ndarray
-    positions: np.ndarray
-    padding: np.ndarray
-    """bool."""
-
-
-def _lay_out(pieces: Pieces, *, num_rows: int, width: int) -> _Layout:
-    lengths = pieces.stops - pieces.starts
-    firsts = np.searchsorted(pieces.rows, np.arange(num_rows))  # first piece of each row
-    used = np.add.reduceat(lengths, firsts)  # tokens of each row
-    lengths[np.append(firsts[1:], len(lengths)) - 1] += width - used  # the last of a row takes its padding
-    begins = np.cumsum(lengths) - lengths
-    documents = np.repeat(np.arange(len(lengths)) - firsts[pieces.rows], lengths)
-    positions = np.arange(num_rows * width) - np.repeat(begins, lengths)
-    shape = (num_rows, width)
-    padding = np.arange(width) >= used[:, None]
-    if padding.any():
-        documents[padding.reshape(-1)] = PADDING_DOCUMENT
-        positions[padding.reshape(-1)] = 0
-    return _Layout(begins, documents.reshape(shape), positions.reshape(shape), padding)
+def _number(
+    rows_N: np.ndarray, lengths_N: np.ndarray, firsts_B: np.ndarray, used_B: np.ndarray, *, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``documents`` and ``positions`` of a batch, [B, T] each, padding counted with the last document of its row."""
+    lengths_N = lengths_N.copy()
+    lengths_N[np.append(firsts_B[1:], len(lengths_N)) - 1] += seq_len - used_B  # the last target is no input
+    documents = np.repeat(np.arange(len(lengths_N)) - firsts_B[rows_N], lengths_N)
+    positions = np.arange(len(documents))
+    positions -= np.repeat(np.cumsum(lengths_N) - lengths_N, lengths_N)
+    return documents.reshape(-1, seq_len), positions.reshape(-1, seq_len)
 
 
 def _reads(streams_N: np.ndarray, pieces: Pieces, begins: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Stream, place in the batch, first token and end of each read; pieces that lie end to end are one."""
+    """Stream, place in the rows end to end, first token and end of each read; pieces that lie end to end are one."""
     new = np.ones(len(begins), dtype=bool)
     new[1:] = (pieces.rows[1:] != pieces.rows[:-1]) | (pieces.starts[1:] != pieces.stops[:-1])
     last = np.append(new[1:], True)
     columns = (streams_N[new], begins[new], pieces.starts[new], pieces.stops[last])
     return zip(*(column.tolist() for column in columns), strict=True)
-
-
-def _tensor(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
 
 
 # --- validation ---------------------------------------------------------------------------------------------------
@@ -248,8 +238,8 @@ def validation_rows(shards: TokenShards, stream: str, *, num_rows: int, seq_len:
     num_rows = min(num_rows, num_windows)
     starts = [index * num_windows // num_rows * seq_len for index in range(num_rows)]
     rows = np.stack([tokens.read(start, start + seq_len + 1) for start in starts]).astype(np.int64)  # [B, T + 1]
-    targets = rows[:, 1:]
-    return _tensor(rows[:, :-1]), _tensor(targets), int(shards.token_bytes[targets].sum())
+    inputs, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
+    return torch.from_numpy(inputs), torch.from_numpy(targets), int(shards.token_bytes[targets].sum())
 
 
 def corpus_validation_shares(shards: TokenShards, *, seq_len: int) -> dict[str, float]:

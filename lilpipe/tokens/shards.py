@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from lilpipe.artifact import write_atomically
-from lilpipe.data.documents import read_table, write_table
+from lilpipe.data.documents import read_table, write_batches
 from lilpipe.errors import ArtifactError
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.index import find_id, read_index_array, write_stream_index
@@ -221,8 +221,8 @@ def write_shard(path: Path, documents: Sequence[Document], *, vocab_size: int, n
         "num_bytes": pa.array([document.num_bytes for document in documents], pa.int64()),
         "tokens": pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values),
     }
-    table = pa.table(columns).replace_schema_metadata({"next_document": str(next_document)})
-    write_table(path, table, rows_per_batch=len(documents))
+    batch = pa.record_batch(columns).replace_schema_metadata({"next_document": str(next_document)})
+    write_batches(path, batch.schema, [batch])
 
 
 def finished_shards(folder: Path) -> tuple[int, int]:
