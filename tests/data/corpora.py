@@ -17,11 +17,11 @@ THRESHOLDS = {
 SCORES = [f"{stage}.{name}" for stage, scores in THRESHOLDS.items() for name in scores]
 
 
-def document(name, text="Some text.", **fields):
+def document(document_id, text="Some text.", **fields):
     """A document of source `books`; its bytes are those of its text unless they are given."""
     return Document(
         **{
-            "id": name,
+            "id": document_id,
             "text": text,
             "source": "books",
             "file": "books.jsonl",
