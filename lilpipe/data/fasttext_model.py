@@ -21,19 +21,27 @@ MAGIC, VERSIONS = 793712314, (11, 12)
 _NUM_CENTROIDS = 256  # of each sub-vector in a quantised matrix
 
 
-@functools.cache
 def load(path: Path, field: str) -> _FastText:
-    """A supervised model, loaded once by each process.
+    """A supervised model, loaded once by each process, and again when its file has changed.
 
     Raises:
         ConfigError: There is no such file; ``field`` is the setting that names it.
         DataError: It is no fastText model, is cut off, or has no labels.
     """
-    if not path.is_file():
-        raise ConfigError(f"{field}: got {str(path)!r}, where there is no file; name a fastText model (.bin or .ftz)")
+    try:
+        modified = path.stat().st_mtime_ns
+    except OSError as error:
+        raise ConfigError(
+            f"{field}: got {str(path)!r}, where there is no file; name a fastText model (.bin or .ftz)"
+        ) from error
+    return _load(path, field, modified)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: Path, field: str, _modified: int) -> _FastText:
     try:
         expected, got = stated_size(path), path.stat().st_size
-    except (ValueError, struct.error) as error:
+    except (ValueError, OSError, struct.error) as error:
         raise DataError(f"{field}: {path} is no complete fastText model ({error}); fetch or train it again") from error
     if expected != got:
         raise DataError(f"{field}: {path} has {got} bytes, expected {expected}; it is damaged, fetch or train it again")

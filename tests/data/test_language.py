@@ -157,7 +157,10 @@ def test_a_file_of_another_kind_or_with_more_behind_it_is_no_model(tmp_path):
 
 def test_word_vectors_are_no_classifier(tmp_path):
     (tmp_path / "text").write_text(prose(1) * 9)
-    train_unsupervised(str(tmp_path / "text"), dim=4, epoch=1, thread=1, verbose=0).save_model(str(tmp_path / "v.bin"))
+    vectors = train_unsupervised(
+        str(tmp_path / "text"), dim=4, epoch=1, thread=11, verbose=0
+    )  # fewer leave memory unset
+    vectors.save_model(str(tmp_path / "v.bin"))
     with pytest.raises(DataError, match=r"v.bin has no labels __label__"):
         LanguageFilter(LanguageConfig(model=str(tmp_path / "v.bin")), ("en",), {})
 
