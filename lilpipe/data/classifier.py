@@ -37,8 +37,9 @@ MIN_TRAINED, MIN_HELD_OUT = 20, 5
 """Fewest examples of a class to learn from, and to measure on."""
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
-MAX_NGRAM_BUCKETS = 2_000_000
-"""fastText's own number of rows for hashed n-grams; fewer where the examples have fewer words, for a smaller file."""
+MAX_NGRAM_BUCKETS = 2**18
+"""Rows for hashed n-grams, 64 MiB of them in 64 dimensions, which each worker holds; fewer where the examples have
+fewer words. fastText's own 2 million make half a gigabyte."""
 _MARKS = ".,!?;:\"()'`-/="
 _M_PERTURB = -6  # malloc.h
 _SEED = 0

@@ -191,7 +191,8 @@ def test_the_filter_s_score_is_fasttext_s_own(trained):
     model = load(folder / MODEL_FILE, "x")
     for text in (prose(5), advert(5), "river casino"):
         labels, scores = model.predict(features(text), k=2)
-        assert probability(model, text) == pytest.approx(scores[list(labels).index("__label__good")], abs=1e-6)
+        expected = dict(zip(map(str, labels), scores, strict=True))["__label__good"]
+        assert probability(model, text) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_filter_travels_to_other_processes(trained):
