@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -98,12 +98,13 @@ def _show_fate(fate: Fate, console: Console) -> None:
     console.print(f"[bold]{escape(row['id'])}[/]  {escape(' · '.join(part for part in about if part))}")
     console.print(f"read from {row['file']}:{row['row']}, {row['num_bytes']:,} bytes", markup=False)
     console.print(_excerpt(row["text"]), style="dim", markup=False)
-    table = Table("filter", "score", "value", "passes", "verdict")
+    table, decisive = Table("filter", "score", "value", "passes", "verdict"), _decisive(fate.verdicts)
     for verdict in fate.verdicts:
-        colour = "green" if verdict.passed else ("red" if _failed(verdict) else "yellow")
-        said = "passed" if verdict.passed else escape(str(row["reason"])) if _failed(verdict) else ""
+        said = "[green]passed[/]" if verdict.passed else ""
+        if verdict is decisive:
+            said = f"[red]{escape(row['reason'])}[/]"
         value = "" if verdict.value is None else f"{verdict.value:.4g}"
-        table.add_row(verdict.stage, verdict.score, value, _range(verdict.bounds), f"[{colour}]{said}[/]")
+        table.add_row(verdict.stage, verdict.score, value, _range(verdict.bounds), said)
     for stage in fate.not_reached:
         table.add_row(stage, "", "", "", "[dim]not reached[/]")
     console.print(table)
@@ -113,18 +114,17 @@ def _show_fate(fate: Fate, console: Console) -> None:
     detail = f": {row['detail']}" if row["detail"] else ""
     console.print(f"[red]rejected[/] by {fate.rejected_by}: {escape(row['reason'] + detail)}")
     if fate.kept is not None:
-        console.print(f"kept instead: [bold]{escape(fate.kept['id'])}[/] ({escape(fate.kept['source'])})")
+        said = f"first of them, itself rejected by {fate.kept['stage']}" if "stage" in fate.kept else "kept instead"
+        console.print(f"{said}: [bold]{escape(fate.kept['id'])}[/] ({escape(fate.kept['source'])})")
         console.print(_excerpt(fate.kept["text"]), style="dim", markup=False)
 
 
-def _failed(verdict: Verdict) -> bool:
-    """Whether this score is the one that rejected, or none of the stage's is needed to."""
-    if verdict.passed:
-        return False
-    least, most = verdict.bounds
-    if verdict.value is None or (least is None and most is None):
-        return verdict.value is None and verdict.score == ""
-    return (least is not None and verdict.value < least) or (most is not None and verdict.value >= most)
+def _decisive(verdicts: Sequence[Verdict]) -> Verdict | None:
+    """The score at which the document was rejected: a stage takes none behind it. Scores without bounds only count."""
+    mine = [each for each in verdicts if not each.passed]
+    taken = [each for each in mine if each.value is not None]
+    bounded = [each for each in taken if each.bounds != Bounds()]
+    return ([*mine[:1], *taken, *bounded] or [None])[-1]
 
 
 def _range(bounds: Bounds) -> str:

@@ -73,10 +73,15 @@ class Bounds(NamedTuple):
 class Filter(Protocol):
     """One filter."""
 
-    stage: str
-    """Name in reports, such as `gopher_quality`."""
-    bounds: Mapping[str, Bounds]
-    """Every score that the filter notes, by its name without the stage, and the values of it that pass."""
+    @property
+    def stage(self) -> str:
+        """Name in reports, such as `gopher_quality`."""
+        ...
+
+    @property
+    def bounds(self) -> Mapping[str, Bounds]:
+        """Every score that the filter notes, by its name without the stage, and the values of it that pass."""
+        ...
 
     def __call__(self, document: Document) -> Rejection | None:
         """Note scores as ``document.scores[f"{stage}.{name}"]``; change the text or say why the document goes."""

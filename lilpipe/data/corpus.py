@@ -23,13 +23,15 @@ from lilpipe.config import CorpusConfig, Source
 from lilpipe.data.chain import Bounds
 from lilpipe.data.classifier import keep_threshold
 from lilpipe.data.counts import Counts, count_documents
+from lilpipe.data.decontamination import EvaluationIndex
 from lilpipe.data.documents import read_documents, read_rejected, read_table, write_table
 from lilpipe.data.executor import open_executor
-from lilpipe.data.filtering import FilterShards, WriteShards
+from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
 from lilpipe.data.filters import build_filters
+from lilpipe.data.findings import MATCHES_FILE, classifier_section, evaluation_section, gather_matches
 from lilpipe.data.language import bundled_model_path
 from lilpipe.data.late import LateVerdicts
-from lilpipe.data.learn import Learnt, learn
+from lilpipe.data.learn import CLASSIFIER_REPORT, Learnt, learn
 from lilpipe.data.minhash import MatchBand, near_duplicates
 from lilpipe.data.readers import digest_source, find_parts
 from lilpipe.data.report import build_report
@@ -70,7 +72,8 @@ def run(config: CorpusConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     write_atomically(workspace.output / "counts.json", counts.to_json())
     if not counts.documents_kept:
         raise DataError(_nothing_kept(counts))
-    page = build_report(config, counts, workspace.output, unreadable, thresholds=thresholds, findings={})
+    findings = _findings(config, learnt, late, workspace.output)
+    page = build_report(config, counts, workspace.output, unreadable, thresholds=thresholds, findings=findings)
     write_atomically(workspace.report / "report.html", page)
     return counts.metrics()
 
@@ -179,7 +182,8 @@ def _judge(config: CorpusConfig, selection: Selection, work: Work) -> LateVerdic
     filtered, settings = work.folder("filtered"), config.classifier
     min_score = settings.min_score
     if settings.keep_share is not None:
-        min_score = keep_threshold(LateVerdicts(filtered, None, None).scores(selection.num_shards), settings.keep_share)
+        scores = [LateVerdicts(filtered, None, None).scores(shard) for shard in range(selection.num_shards)]
+        min_score = keep_threshold(np.concatenate(scores), settings.keep_share)
     late = LateVerdicts(filtered, min_score, matches=None)
     if not config.minhash.enabled:
         return late
@@ -198,6 +202,21 @@ def _thresholds(config: CorpusConfig, learnt: Learnt, late: LateVerdicts) -> Thr
     if late.matches is not None:
         thresholds["near_dedup"] = {"similarity": Bounds(most=config.minhash.min_similarity)}
     return thresholds
+
+
+def _findings(config: CorpusConfig, learnt: Learnt, late: LateVerdicts, output: Path) -> dict[str, list[str]]:
+    """Further sections of the report; what was found of evaluation sets becomes a table of the artifact."""
+    sections = {}
+    if learnt.evaluation is not None:
+        matches = gather_matches(matches_folder(late.filtered))
+        write_table(output / MATCHES_FILE, matches)
+        sections["Evaluation sets"] = evaluation_section(
+            EvaluationIndex(learnt.evaluation), matches, config.decontamination
+        )
+    if learnt.classifier is not None:
+        report = json.loads((learnt.classifier.parent / CLASSIFIER_REPORT).read_text())
+        sections["Quality classifier"] = classifier_section(report, late.min_score or 0.0)
+    return sections
 
 
 def _nothing_kept(counts: Counts) -> str:

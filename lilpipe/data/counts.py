@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lilpipe.data.chain import Bounds
-from lilpipe.data.documents import read_documents, read_rejected
+from lilpipe.data.documents import read_documents, read_rejected, score_values
 from lilpipe.data.trace import Thresholds
 
 
@@ -145,7 +144,7 @@ def _changes(directory: Path, thresholds: Thresholds) -> dict[str, float]:
     sums = dict.fromkeys(counting, 0.0)
     for batch in read_documents(directory):
         for name in counting:
-            sums[name] += pc.sum(pc.struct_field(batch["scores"], [name])).as_py() or 0.0
+            sums[name] += float(score_values(batch, name).sum())
     return sums
 
 

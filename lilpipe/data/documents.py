@@ -79,6 +79,11 @@ def read_table(path: Path) -> pa.Table:
         return pa.ipc.open_file(file).read_all()
 
 
+def score_values(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """One score (``<stage>.<score>``) of the documents of a batch that have it, float32."""
+    return batch["scores"].field(name).drop_null().to_numpy(zero_copy_only=False)
+
+
 def documents_table(documents: Sequence[Document], scores: Sequence[str]) -> pa.Table:
     """Documents as a table of ``documents_schema``, column by column: a dictionary for each row takes ten times as
     long where there are many scores.

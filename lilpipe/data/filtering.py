@@ -51,7 +51,7 @@ class FilterShards(PipelineStep):
                         _sign(document, signatures)
                 document.forget_words()  # a shard's are ten times its text
         matches = [row for each in filters if isinstance(each, DecontaminationFilter) for row in each.drain()]
-        write_rows(matches_file(self.folder, rank), matches, MATCHES)
+        write_rows(matches_folder(self.folder) / f"{rank:05d}.arrow", matches, MATCHES)
         names = all_scores(filters)
         table = documents_table([document for document, _ in rejected], names)
         write_table(rejected_file(self.folder, rank), rejected_table(table, [verdict for _, verdict in rejected]))
@@ -68,9 +68,9 @@ def all_scores(filters: list[Filter]) -> list[str]:
     return [*score_names(filters), SIMILARITY]
 
 
-def matches_file(folder: Path, rank: int) -> Path:
-    """Where a filtering task tells what it found of evaluation sets."""
-    return folder / "matches" / f"{rank:05d}.arrow"
+def matches_folder(folder: Path) -> Path:
+    """Where filtering tasks tell what they found of evaluation sets."""
+    return folder / "matches"
 
 
 class WriteShards(PipelineStep):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +51,28 @@ def evaluation_section(index: EvaluationIndex, matches: pa.Table, config: Decont
         if len(last):
             fragments += [heading("The thinnest matches, where chance is likeliest"), *_examples(matches, last)]
     return fragments
+
+
+def classifier_section(report: Mapping[str, Any], min_score: float) -> list[str]:
+    """How good the classifier is on examples that it was not trained on; ``report`` is a ``ClassifierReport``."""
+    rows = [
+        {
+            "least score": row["min_score"],
+            "precision": None if row["precision"] is None else f"{row['precision']:.1%}",
+            "recall": f"{row['recall']:.1%}",
+            "F1": f"{row['f1']:.1%}",
+        }
+        for row in report["at_thresholds"]
+    ]
+    return [
+        note(
+            f"Trained on {report['num_trained']:,} good and as many bad examples, measured on "
+            f"{report['num_held_out']:,} of each that were held out; of {report['num_good']:,} and "
+            f"{report['num_bad']:,} that were given, and {report['num_in_both']:,} given as both and left out. "
+            f"Area under the ROC curve: {report['auc']:.4f}. Documents below {min_score:.4g} were rejected."
+        ),
+        table(rows),
+    ]
 
 
 def _examples(matches: pa.Table, rows: np.ndarray) -> list[str]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
 from lilpipe.data.chain import Bounds
-from lilpipe.data.documents import read_documents, read_rejected
+from lilpipe.data.documents import read_documents, read_rejected, score_values
 from lilpipe.report import ACCENT, COLOURS
 
 NUM_BINS = 40
@@ -30,7 +29,7 @@ def score_figure(directory: Path, bounds: Mapping[str, Bounds]) -> Figure | None
     counts = _counts(directory, edges)
     num_rows = -(-len(edges) // COLUMNS)
     picture = Figure(figsize=(10, 1.9 * num_rows))
-    grid = picture.subplots(num_rows, COLUMNS, squeeze=False).flat
+    grid = picture.subplots(num_rows, COLUMNS, squeeze=False).ravel()
     for axes, (name, bins) in zip(grid, edges.items(), strict=False):
         kept, rejected = counts[name]
         axes.stairs(kept + rejected, bins, fill=True, color=REJECTED_COLOUR, label="rejected")
@@ -42,7 +41,7 @@ def score_figure(directory: Path, bounds: Mapping[str, Bounds]) -> Figure | None
             axes.set_xscale("log")
         axes.set_title(name.replace("_", " ").replace(".", " · "), fontsize=8, loc="left")
         axes.tick_params(labelsize=7)
-    for axes in list(grid)[len(edges) :]:
+    for axes in grid[len(edges) :]:
         axes.set_visible(False)
     next(iter(picture.axes)).legend(frameon=False, fontsize=7)
     picture.tight_layout()
@@ -61,11 +60,10 @@ def _spans(directory: Path, names: list[str]) -> dict[str, tuple[float, float]]:
     spans: dict[str, tuple[float, float]] = {}
     for _, batch in _batches(directory):
         for name in names:
-            extremes = pc.min_max(pc.struct_field(batch["scores"], [name]))
-            least, most = extremes["min"].as_py(), extremes["max"].as_py()
-            if least is not None and np.isfinite([least, most]).all():
-                before = spans.get(name, (least, most))
-                spans[name] = min(before[0], least), max(before[1], most)
+            values = score_values(batch, name)
+            if len(values) and np.isfinite(values).all():
+                least, most = spans.get(name, (np.inf, -np.inf))
+                spans[name] = min(least, float(values.min())), max(most, float(values.max()))
     return {name: spans[name] for name in names if name in spans}
 
 
@@ -82,6 +80,6 @@ def _counts(directory: Path, edges: Mapping[str, np.ndarray]) -> dict[str, np.nd
     counts = {name: np.zeros((2, len(bins) - 1), np.int64) for name, bins in edges.items()}
     for side, batch in _batches(directory):
         for name, bins in edges.items():
-            values = pc.struct_field(batch["scores"], [name]).drop_null().to_numpy(zero_copy_only=False)
+            values = score_values(batch, name)
             counts[name][side] += np.histogram(np.clip(values, bins[0], bins[-1]), bins)[0]
     return counts

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lilpipe.data.chain import Rejection
-from lilpipe.data.documents import read_table
+from lilpipe.data.documents import read_table, score_values
 
 CLASSIFIER_SCORE = "classifier.score"
 SIMILARITY = "near_dedup.similarity"
@@ -54,8 +53,8 @@ class LateVerdicts(NamedTuple):
 
     def scores(self, shard: int) -> np.ndarray:
         """The classifier's scores of a shard, float32."""
-        scores = pc.struct_field(read_table(kept_file(self.filtered, shard))["scores"], [CLASSIFIER_SCORE])
-        return np.asarray(scores.to_numpy(), np.float32)
+        batches = read_table(kept_file(self.filtered, shard)).to_batches()
+        return np.concatenate([np.empty(0, np.float32), *(score_values(batch, CLASSIFIER_SCORE) for batch in batches)])
 
     def _near_duplicates(self, shard: int) -> Iterator[LateVerdict]:
         if self.matches is None:

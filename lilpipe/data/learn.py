@@ -4,22 +4,29 @@ the whole corpus can tell: shared lines, common n-grams, addresses, how often wo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
-from lilpipe.config import CorpusConfig
+from lilpipe.artifact import write_atomically
+from lilpipe.config import CorpusConfig, Source
+from lilpipe.data.classifier import MODEL_FILE, train
 from lilpipe.data.decontamination import EvaluationIndex, write_index
 from lilpipe.data.documents import read_table, write_table
 from lilpipe.data.evaluation_sets import prompt_sets, source_sets
 from lilpipe.data.outliers import Unigrams, WordCounts, count_words, merge_counts
+from lilpipe.data.readers import FirstBytes, Unreadable, find_parts, read_part
 from lilpipe.data.repeated import document_line_keys
 from lilpipe.data.sorting import Selection
 from lilpipe.data.survey import KeyCounter, MergeCounts, MergePages, MergeTask, PageList, plan_merge, shard_buckets
 from lilpipe.data.url import url_key
 from lilpipe.data.work import Work
+
+CLASSIFIER_REPORT = "classifier.json"
 
 UNIGRAM_BYTES = 64 * 2**20
 """The words of the first shards, a random sample of the corpus of about so many bytes, stand for all of it."""
@@ -63,7 +70,7 @@ def learn(config: CorpusConfig, selection: Selection, prompts: Path | None, work
         lines=_shared_lines(config, selection, work) if config.exact_dedup.lines else None,
         pages=_replaced_pages(selection, work) if with_pages else None,
         words=_words(selection, folder) if config.quality.max_kl_divergence is not None else None,
-        classifier=_classifier(config, work),
+        classifier=_train_classifier(config, work),
     )
 
 
@@ -78,6 +85,29 @@ def _index_evaluation_sets(config: CorpusConfig, prompts: Path | None, work: Wor
         sets = prompt_sets(prompts, min_item_words=settings.min_item_words) if prompts is not None else []
         write_index(folder, [*sets, *source_sets(settings.sets)], settings)
     return folder
+
+
+def _train_classifier(config: CorpusConfig, work: Work) -> Path | None:
+    settings, folder = config.classifier, work.folder("classifier")
+    if not settings.enabled:
+        return None
+    report = folder / CLASSIFIER_REPORT
+    if not report.exists():  # which is written last
+        folder.mkdir(parents=True, exist_ok=True)
+        found = train(_texts(settings.good), _texts(settings.bad), settings, folder)
+        rows = [each._asdict() for each in found.at_thresholds]
+        write_atomically(report, json.dumps({**asdict(found), "at_thresholds": rows}))
+    return folder / MODEL_FILE
+
+
+def _texts(sources: Sequence[Source]) -> Iterator[str]:
+    """The texts of example sources, within their `max_bytes`; a row that cannot be read is no example."""
+    for source in sources:
+        first = FirstBytes(source.max_bytes)
+        for part in find_parts(source):
+            for row in read_part(part):
+                if not isinstance(row, Unreadable) and first.admits(row):
+                    yield row.text
 
 
 # --- the survey ---------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def build_report(
 
     ``findings`` are further sections, by heading: of the classifier, of the evaluation sets.
     """
-    total = counts.total()
+    total, settings = counts.total(), json.dumps(config.identity(), indent=1, ensure_ascii=False)
     figures = {
         "documents read": total.read.documents,
         "documents kept": total.kept.documents,
@@ -79,7 +79,7 @@ def build_report(
         "Samples of kept documents": _kept_samples(directory),
         "Samples of rejected documents": _rejected_samples(counts, directory),
         "Unreadable rows": _quarantine(unreadable),
-        "Settings": text_block(json.dumps(config.identity(), indent=1, ensure_ascii=False), title="The section"),
+        "Settings": text_block(settings, title="The section", max_chars=len(settings)),
     }
     return page("Corpus", sections, subtitle=f"Sources: {', '.join(counts.sources)}", key_figures=figures)
 

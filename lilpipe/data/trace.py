@@ -108,7 +108,7 @@ def _like(directory: Path, document_id: str) -> list[str]:
     found: list[str] = []
     for batches in (read_documents(directory), read_rejected(directory)):
         for batch in batches:
-            found += batch["id"].filter(pc.match_substring(batch["id"], document_id)).to_pylist()
+            found += [each for each in batch["id"].to_pylist() if document_id in each]
             if len(found) >= MAX_SUGGESTIONS:
                 return found[:MAX_SUGGESTIONS]
     return found
