@@ -72,7 +72,8 @@ def open_executor(config: CorpusConfig) -> Iterator[RunTasks]:
 def _worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """Processes that are started when needed and end with this one; None for one worker, which is this process.
 
-    They are forked from a server process that has imported what the steps need and has started no threads.
+    They are forked from a server process that has imported what the steps need, and in which no thread of Python's
+    runs; those of OpenBLAS and jemalloc, which start at import, stand a fork.
     """
     logger.disable("datatrove")
     if num_workers == 1:

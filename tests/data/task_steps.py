@@ -3,13 +3,19 @@
 import os
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
+import pytest
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from lilpipe.artifact import list_files
+from lilpipe.config import CorpusConfig
+from lilpipe.data import corpus
 from lilpipe.errors import DataError
-from tests.data.prose import prose
+from lilpipe.stage import Workspace
+from tests.data.prose import prose, write_jsonl
 
 NUM_TASKS = 3
 
@@ -32,16 +38,18 @@ class WriteLines(PipelineStep):
 
     def run(self, data, rank=0, world_size=1):
         self.num_calls += 1
-        starts = self.folder / f"{rank}.starts"
-        before = [int(pid) for pid in starts.read_text().split()] if starts.exists() else []
-        if any(_is_alive(pid) for pid in before if pid != os.getpid()):
+        starts, ends = self.folder / f"{rank}.starts", self.folder / f"{rank}.ends"
+        before, ended = _pids(starts), _pids(ends)
+        if any(_is_alive(pid) for pid in before - ended):
             (self.folder / "overlap").touch()
-        with starts.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        if rank == self.fault_rank and not (before and self.once):
-            self._fail()
-        lines = [f"{self.num_calls} {document.id} {document.text}\n" for document in data]
-        (self.folder / f"{rank}.txt").write_text("".join(lines))
+        _append(starts, os.getpid())
+        try:
+            if rank == self.fault_rank and not (before and self.once):
+                self._fail()
+            lines = [f"{self.num_calls} {document.id} {document.text}\n" for document in data]
+            (self.folder / f"{rank}.txt").write_text("".join(lines))
+        finally:
+            _append(ends, os.getpid())
 
     def _fail(self):
         if self.fault == "kill":
@@ -55,6 +63,15 @@ class WriteLines(PipelineStep):
             raise OSError(28, "No space left on device", "there")
         elif self.fault == "block":
             time.sleep(120)
+
+
+def _pids(path):
+    return Counter(map(int, path.read_text().split()) if path.exists() else ())
+
+
+def _append(path, pid):
+    with path.open("a") as file:
+        file.write(f"{pid}\n")
 
 
 def _is_alive(pid):
@@ -71,6 +88,28 @@ def run(run_tasks, folder, *, num_tasks=NUM_TASKS, **fault):
     pipeline = [Proses(), WriteLines(folder / "out", **fault)]
     run_tasks(pipeline, num_tasks=num_tasks, folder=folder / "log", on_done=told.append)
     return told
+
+
+def build_corpus(folder, config):
+    """Run the corpus stage on a few documents, on the executor of that configuration; digests of what comes out."""
+    rows = [{"id": str(i), "text": prose(i)} for i in range(40)]
+    path = write_jsonl(folder / "documents.jsonl", [*rows, {"id": "copy", "text": rows[3]["text"] + " And more."}])
+    sources = ({"kind": "jsonl", "name": "mine", "path": str(path)},)
+    language, off = {"min_score": 0.3}, {"enabled": False}
+    config = CorpusConfig.model_validate(
+        {
+            **config.model_dump(),
+            "sources": sources,
+            "language": language,
+            "decontamination": off,
+            "url": {"deduplicate": False},
+        }
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "SHARD_BYTES", 10_000)
+        workspace = Workspace(folder / "work")
+        corpus.STAGE.run(config, {}, workspace)
+    return {name: entry.sha256 for name, entry in list_files(workspace.output).items() if "report" not in name}
 
 
 def output(folder):

@@ -1,5 +1,6 @@
 """Tasks on a real Ray, started on this host for these tests; the extra `ray`."""
 
+import contextlib
 import importlib.util
 import signal
 import subprocess
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from lilpipe.config import CorpusConfig
-from lilpipe.data import on_ray
+from lilpipe.data import corpus, on_ray
 from lilpipe.data.executor import open_executor
 from lilpipe.errors import ClusterError, ConfigError, DataError
-from tests.data.task_steps import NUM_TASKS, num_starts, output, run
+from tests.data.task_steps import NUM_TASKS, build_corpus, num_starts, output, run
 
 ROOT = Path(__file__).parents[2]
 needs_ray = pytest.mark.skipif(
@@ -41,6 +42,14 @@ def test_tasks_on_ray_give_the_bytes_of_local_ones(run_tasks, tmp_path):
     assert run(run_tasks, tmp_path / "ray", num_tasks=5) == [5]
     assert output(tmp_path / "ray") == output(tmp_path / "local")
     assert len(output(tmp_path / "ray")) == 5
+
+
+@needs_ray
+def test_the_corpus_stage_gives_the_bytes_of_a_local_one(run_tasks, tmp_path, monkeypatch):
+    here = build_corpus(tmp_path / "local", CorpusConfig(num_workers=1))
+    monkeypatch.setattr(corpus, "open_executor", lambda config: contextlib.nullcontext(run_tasks))  # no second cluster
+    assert len(here) > 4
+    assert build_corpus(tmp_path / "ray", config()) == here
 
 
 @needs_ray

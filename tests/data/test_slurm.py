@@ -15,7 +15,7 @@ from lilpipe.config import CorpusConfig
 from lilpipe.data import on_slurm
 from lilpipe.data.executor import open_executor
 from lilpipe.errors import ClusterError, ConfigError, DataError, StoreError
-from tests.data.task_steps import NUM_TASKS, num_starts, output, run
+from tests.data.task_steps import NUM_TASKS, build_corpus, num_starts, output, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def states(folder):
     return [row[1] for row in sorted(rows) if row[2] == name]
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -65,6 +65,13 @@ def test_tasks_on_slurm_give_the_bytes_of_local_ones(slurm, tmp_path, monkeypatc
     assert (told[0], told[-1]) == (0, 10)
     assert told == sorted(told)
     assert not (tmp_path / "slurm" / "log" / on_slurm.JOB_FILE).exists()
+
+
+def test_the_corpus_stage_gives_the_bytes_of_a_local_one(slurm, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_slurm, "JOBS_PER_WORKER", 1)
+    here = build_corpus(tmp_path / "local", CorpusConfig(num_workers=1))
+    assert len(here) > 4
+    assert build_corpus(tmp_path / "slurm", config()) == here
 
 
 def test_a_killed_task_is_run_again_and_it_alone(slurm, tmp_path):
@@ -112,7 +119,7 @@ def test_a_cancelled_job_is_reported_and_not_submitted_again(slurm, tmp_path):
     parent = start_parent(tmp_path)
     wait_until(lambda: parent.poll() is not None or (tmp_path / "out" / "0.starts").exists())
     subprocess.run(["scancel", f"--name={on_slurm._job_name(tmp_path / 'log')}"], check=True)
-    _, errors = parent.communicate(timeout=30)
+    _, errors = parent.communicate(timeout=60)
     assert "ClusterError: task " in errors
     assert "ended as CANCELLED" in errors
     assert "run again to go on" in errors
@@ -138,7 +145,7 @@ def test_a_parent_that_is_told_to_end_takes_its_jobs_along(slurm, tmp_path):
     parent = start_parent(tmp_path)
     wait_until(lambda: parent.poll() is not None or (tmp_path / "out" / "0.starts").exists())
     parent.send_signal(signal.SIGTERM)
-    parent.communicate(timeout=30)
+    parent.communicate(timeout=60)
     wait_until(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & set(states(tmp_path)))
 
 
