@@ -32,7 +32,7 @@ from lilpipe.data.findings import MATCHES_FILE, classifier_section, evaluation_s
 from lilpipe.data.language import bundled_model_path
 from lilpipe.data.late import LateVerdicts
 from lilpipe.data.learn import CLASSIFIER_REPORT, Learnt, learn
-from lilpipe.data.minhash import MatchBand, near_duplicates
+from lilpipe.data.minhash import MatchBands, near_duplicates
 from lilpipe.data.readers import digest_source, find_parts
 from lilpipe.data.report import build_report
 from lilpipe.data.sorting import ReadParts, ReadSummary, Selection, run_files
@@ -188,7 +188,9 @@ def _judge(config: CorpusConfig, selection: Selection, work: Work) -> LateVerdic
     if not config.minhash.enabled:
         return late
     signatures, pairs, matches = filtered / "signatures", work.folder("pairs"), work.folder("matches") / "all.arrow"
-    work.run("match", MatchBand(config.minhash, signatures, pairs), config.minhash.num_buckets)
+    work.run(
+        "match", MatchBands(config.minhash, signatures, pairs), min(config.minhash.num_buckets, selection.num_shards)
+    )
     table = near_duplicates(signatures, pairs, config.minhash, min_score=min_score)
     write_table(matches, table, rows_per_batch=max(1, table.num_rows))
     return late._replace(matches=matches)

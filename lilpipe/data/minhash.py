@@ -1,8 +1,8 @@
 """Near-duplicate documents by MinHash and locality-sensitive hashing, every match verified.
 
 1. ``SignatureWriter``, for each shard: signatures (Broder 1997) of word n-grams, and a hash of each band of them.
-2. ``MatchBand``, a task for each band: documents that share a band's hash are candidates (Indyk and Motwani 1998);
-   those whose whole signatures agree in ``min_similarity`` of the values are a pair.
+2. ``MatchBands``, in tasks of some bands each: documents that share a band's hash are candidates (Indyk and Motwani
+   1998); those whose whole signatures agree in ``min_similarity`` of the values are a pair.
 3. ``near_duplicates``: documents go by rank, the best first, and one that pairs with a document kept so far is
    dropped for it. So each dropped document is similar to the one that stays, which single linkage (FineWeb's rule)
    does not promise: of a chain A ~ B ~ C it would drop C for A. And no two documents that stay are a pair.
@@ -303,10 +303,10 @@ class Signatures:
 # --- pairs --------------------------------------------------------------------------------------------------------
 
 
-class MatchBand(PipelineStep):
-    """Finds the pairs of band ``rank``, verified, and writes them as ``NNNNN.npy``; needs ``num_buckets`` tasks."""
+class MatchBands(PipelineStep):
+    """Finds the pairs of every ``world_size``-th band from ``rank`` on, verified; writes ``NNNNN.npy`` for each band."""
 
-    type, name = "Dedup", "Near-duplicates in a band"
+    type, name = "Dedup", "Near-duplicates in bands"
 
     def __init__(self, config: MinhashConfig, signatures: Path, pairs: Path) -> None:
         super().__init__()
@@ -315,10 +315,13 @@ class MatchBand(PipelineStep):
         self.pairs = pairs
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
-        """Do one band; it is done again as a whole if this does not end."""
+        """Do the bands that are not there yet."""
         found = Signatures(self.signatures, self.config)
-        pairs = [compare_buckets(found, *_buckets(*each), self.config) for each in found.bands(rank)]
-        _save(self.pairs / f"{rank:05d}.npy", np.concatenate([np.zeros(0, PAIR), *pairs]))
+        for band in range(rank, self.config.num_buckets, world_size):
+            path = self.pairs / f"{band:05d}.npy"
+            if not path.exists():
+                pairs = [compare_buckets(found, *_buckets(*each), self.config) for each in found.bands(band)]
+                _save(path, np.concatenate([np.zeros(0, PAIR), *pairs]))
 
 
 def _buckets(hashes: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -95,7 +95,7 @@ def _funnel(counts: Counts, total: SourceCounts) -> list[str]:
     """What is left after each filter, as a picture by source and in numbers."""
     left = Tally(total.read.documents, total.read.bytes)
     rows = [
-        {"after": "Read", "documents": left.documents, "rejected": None, "MB": left.bytes / 1e6, "MB rejected": None}
+        {"after": "Read", "documents": left.documents, "rejected": None, "MB": round(left.bytes / 1e6, 3), "MB rejected": None}
     ]
     for stage in counts.stages:
         rejected = total.rejected_at(stage)
@@ -105,8 +105,8 @@ def _funnel(counts: Counts, total: SourceCounts) -> list[str]:
                 "after": _stage_name(stage),
                 "documents": left.documents,
                 "rejected": rejected.documents,
-                "MB": left.bytes / 1e6,
-                "MB rejected": rejected.bytes / 1e6,
+                "MB": round(left.bytes / 1e6, 3),
+                "MB rejected": round(rejected.bytes / 1e6, 3),
             }
         )
     return [figure(_funnel_figure(counts)), heading("In numbers"), table(rows)]
@@ -153,16 +153,16 @@ def _by_source(counts: Counts) -> list[str]:
             {
                 "source": name,
                 "read": source.read.documents,
-                "MB read": source.read.bytes / 1e6,
+                "MB read": round(source.read.bytes / 1e6, 3),
                 "kept": source.kept.documents,
-                "MB kept": source.kept.bytes / 1e6,
+                "MB kept": round(source.kept.bytes / 1e6, 3),
                 "kept share": f"{source.kept.documents / max(1, source.read.documents):.1%}",
                 "quarantined": source.quarantined,
             }
         )
         rejected = {_stage_name(stage): source.rejected_at(stage) for stage in stages}
         documents.append({"source": name, **{stage: each.documents for stage, each in rejected.items()}})
-        megabytes.append({"source": name, **{stage: each.bytes / 1e6 for stage, each in rejected.items()}})
+        megabytes.append({"source": name, **{stage: round(each.bytes / 1e6, 3) for stage, each in rejected.items()}})
     return [table(totals), heading("Documents rejected"), table(documents), heading("MB rejected"), table(megabytes)]
 
 
@@ -196,7 +196,7 @@ def _kinds(tallies: Mapping[str, Tally], name: str) -> list[str]:
     if rest:
         shown[f"{len(rest)} others"] = sum(tally.bytes for tally in rest) / 1e6
     rows = [
-        {name: kind or "none given", "documents": tally.documents, "MB": tally.bytes / 1e6}
+        {name: kind or "none given", "documents": tally.documents, "MB": round(tally.bytes / 1e6, 3)}
         for kind, tally in tallies.items()
     ]
     numbers = [] if len(rows) <= 1 else [heading("In numbers"), table(rows)]

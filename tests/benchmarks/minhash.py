@@ -37,7 +37,7 @@ from datatrove.utils.hashing import HashConfig
 from loguru import logger
 
 from lilpipe.config import MinhashConfig
-from lilpipe.data.minhash import MatchBand, SignatureWriter, near_duplicates
+from lilpipe.data.minhash import MatchBands, SignatureWriter, near_duplicates
 from lilpipe.data.words import Words
 from tests.data.prose import prose
 
@@ -90,7 +90,7 @@ def with_lilpipe(config: MinhashConfig) -> Remove:
             for text in texts:
                 writer.add(Words(text).hashes, num_bytes=len(text.encode()))
         for rank in range(seeded.num_buckets):
-            MatchBand(seeded, signatures, pairs).run(None, rank, seeded.num_buckets)
+            MatchBands(seeded, signatures, pairs).run(None, rank, seeded.num_buckets)
         gone = set(near_duplicates(signatures, pairs, seeded)["row"].to_pylist())
         return [number for number in range(len(texts)) if number not in gone]
 

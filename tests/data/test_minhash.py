@@ -13,7 +13,7 @@ from lilpipe.config import MinhashConfig
 from lilpipe.data import minhash
 from lilpipe.data.minhash import (
     PAIR,
-    MatchBand,
+    MatchBands,
     Signatures,
     SignatureWriter,
     band_hashes,
@@ -51,7 +51,7 @@ def match(folder, shards, config=CONFIG, scores=None, **options):
     """Each dropped place, the place that stays for it, and their similarity."""
     write(folder / "signatures", shards, config, scores)
     for band in range(config.num_buckets):
-        MatchBand(config, folder / "signatures", folder / "pairs").run(None, band, config.num_buckets)
+        MatchBands(config, folder / "signatures", folder / "pairs").run(None, band, config.num_buckets)
     return rows(near_duplicates(folder / "signatures", folder / "pairs", config, **options))
 
 
@@ -287,7 +287,7 @@ def test_a_task_done_again_gives_the_same_bytes_and_a_broken_one_leaves_none(tmp
     found = match(tmp_path, [copies()])
     band = tmp_path / "pairs" / "00003.npy"
     before = band.read_bytes()
-    step = MatchBand(CONFIG, tmp_path / "signatures", tmp_path / "pairs")
+    step = MatchBands(CONFIG, tmp_path / "signatures", tmp_path / "pairs")
     band.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(minhash.os, "fsync", broken)
