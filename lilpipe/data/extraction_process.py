@@ -100,7 +100,9 @@ def main(cpu_seconds: float, memory_bytes: int) -> None:
     from lilpipe.data import extraction  # this process alone needs it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    least = memory_bytes if most == resource.RLIM_INFINITY else min(memory_bytes, most)
+    resource.setrlimit(resource.RLIMIT_AS, (least, most))
     logging.disable(logging.CRITICAL)  # trafilatura's complaints about pages
     while (page := _receive(sys.stdin.buffer)) is not None:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
