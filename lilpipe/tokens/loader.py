@@ -130,16 +130,19 @@ class PretrainLoader:
         epochs, indices = np.divmod(before, sizes)
         return Rows(streams, epochs, permute(indices, sizes, self._keys[streams], epochs))
 
-    def places(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """The places of the run (step x batch_size + row) at which rows of a stream stand, int64, ascending."""
+    def sightings(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """When rows of a stream are read: places of the run (step x batch_size + row), ascending, and at each the
+        epoch and which of ``rows`` it is, int64 [sightings] each.
+        """
         number, size = self._names.index(name), self.packings[name].num_rows
         num_places = self.num_steps * self.batch_size
         num_epochs = -(-self.interleaving.count(name, num_places) // size)
-        epochs = np.repeat(np.arange(num_epochs), len(rows))
-        images = np.tile(rows, num_epochs)
+        epochs, images = np.repeat(np.arange(num_epochs), len(rows)), np.tile(rows, num_epochs)
         indices = unpermute(images, np.full_like(images, size), np.full(len(images), self._keys[number]), epochs)
-        places = np.sort(self.interleaving.places(name, epochs * size + indices))
-        return places[places < num_places]
+        places = self.interleaving.places(name, epochs * size + indices)
+        order = np.argsort(places)
+        order = order[places[order] < num_places]
+        return places[order], epochs[order], images[order]
 
     # --- amounts --------------------------------------------------------------------------------------------------
 

@@ -132,15 +132,13 @@ def trace_document(shards: TokenShards, config: PretrainConfig, document_id: str
 
 def _sightings(loader: PretrainLoader, stream: str, number: int) -> Iterator[Sighting]:
     packing, begin = loader.packings[stream], int(loader.streams[stream].offsets[number])
-    for place in loader.places(stream, packing.rows_of(number)).tolist():
-        step, row = divmod(place, loader.batch_size)
-        rows = Rows(*(values[row : row + 1] for values in loader.rows(step)))
-        _, pieces = loader.pieces(rows)
-        for piece in np.flatnonzero(pieces.documents == number):
-            yield Sighting(
-                step=step,
-                row=row,
-                epoch=int(rows.epochs[0]),
-                first=int(pieces.starts[piece]) - begin,
-                stop=int(pieces.stops[piece]) - begin,
-            )
+    rows = packing.rows_of(number)
+    pieces = packing.pieces(rows)
+    held: dict[int, list[tuple[int, int]]] = {}
+    for piece in np.flatnonzero(pieces.documents == number):
+        span = int(pieces.starts[piece]) - begin, int(pieces.stops[piece]) - begin
+        held.setdefault(int(rows[pieces.rows[piece]]), []).append(span)
+    for place, epoch, row in zip(*(column.tolist() for column in loader.sightings(stream, rows)), strict=True):
+        step, index = divmod(place, loader.batch_size)
+        for first, stop in held[row]:
+            yield Sighting(step=step, row=index, epoch=epoch, first=first, stop=stop)

@@ -76,7 +76,7 @@ def test_every_document_was_seen_as_often_as_its_stream_was_passed(built_by_sour
         packing, stream = loader.packings[name], shards.stream(name, "train")
         count = loader.interleaving.count(name, 300 * 8)
         for number in range(0, stream.num_documents, 7):
-            times = len(loader.places(name, packing.rows_of(number)))
+            times = len(loader.sightings(name, packing.rows_of(number))[0])
             rows = len(packing.rows_of(number))
             assert rows * (count // packing.num_rows) <= times <= rows * -(-count // packing.num_rows)
 
