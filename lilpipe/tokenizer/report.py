@@ -115,7 +115,9 @@ def _pictures(usage: Usage, others: Sequence[str]) -> list[str]:
     for what, totals in (("source", usage.by_source), ("language", usage.by_language)):
         if len(totals) > 1 or (totals and others):
             parts += [report.heading(f"By {what}"), report.figure(_bars(_by_size(totals)[:MAX_BARS], others))]
-    return [report.note("Of the text measured; more bytes per token are fewer tokens for the same text."), *parts]
+    meaning = "More bytes per token are fewer tokens for the same text."
+    bias = " Measured on text that this tokenizer has learnt from, which favours it over the others." if others else ""
+    return [report.note(meaning + bias), *parts]
 
 
 def _bars(totals: Sequence[tuple[str, Totals]], others: Sequence[str]) -> Figure:
