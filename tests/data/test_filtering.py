@@ -7,7 +7,7 @@ from lilpipe.artifact import list_files
 from lilpipe.config import CorpusConfig
 from lilpipe.data.decontamination import MATCHES, EvaluationSet, write_index
 from lilpipe.data.documents import documents_schema, read_table, rejected_schema, write_table
-from lilpipe.data.filtering import FilterShards, WriteShards, matches_file
+from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
 from lilpipe.data.late import LateVerdicts, kept_file, rejected_file
 from lilpipe.data.learn import Learnt
 from lilpipe.data.minhash import MATCHES as NEAR_DUPLICATES
@@ -97,7 +97,7 @@ def test_what_is_found_of_evaluation_sets_lies_beside_the_documents(tmp_path, ac
     rows = [{"id": "leak", "text": text}, {"id": "clean", "text": prose(8)}]
     learnt = Learnt(evaluation=tmp_path / "index")
     folder = filtered(tmp_path, rows, learnt=learnt, decontamination={"action": action})
-    matches = read_table(matches_file(folder, 0))
+    matches = read_table(matches_folder(folder) / "00000.arrow")
     (match,) = matches.to_pylist()
     assert matches.schema == MATCHES
     assert (match["document"], match["set"], match["item"], match["item_share"]) == ("leak", "quiz", "7", 1)
