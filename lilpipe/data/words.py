@@ -122,7 +122,7 @@ _URL = re.compile(
 )
 _CONTRACTION = re.compile(r"([A-Za-z]+)(n['’]t|['’](?:ll|re|ve|d|m))")
 _UNIT = re.compile(
-    r"(?<=[0-9])(?:[kdcmµn]?m[²³]?|m/s|km/h|mph|ha|yd|in|ft|[kmµ]?g|t|lb|oz|[hkM]?Pa|[mkgt]b|[MKGT]B?|[%$£€¥]|\+)\Z"
+    r"(?<=[0-9])(?:[kdcmµn]?m[²³]?|km/h|mph|ha|yd|in|ft|[kmµ]?g|t|lb|oz|[hkM]?Pa|[mkgt]b|[MKGT]B?|[%$£€¥]|\+)\Z"
 )
 _WITH_MARKS = """
     and/or w/o o'clock ma'am C++ '' 's e.g. E.g. i.e. I.e. a.m. p.m. vs. co. Co. Inc. Ltd. Corp. Bros. Mr. Mrs. Ms. Dr.
@@ -131,6 +131,7 @@ _WITH_MARKS = """
 """
 _WHOLE = frozenset(_WITH_MARKS.split())
 """Words that keep their marks."""
+_TWO_WORDS = {"cannot": ["can", "not"], "Cannot": ["Can", "not"]}
 _MAX_ENDINGS = 16
 """Full stops, `'s` and units that are split from the end of one word, lest a long chunk of them take quadratic time."""
 
@@ -138,7 +139,7 @@ _MAX_ENDINGS = 16
 def split_chunk(chunk: str) -> list[str]:
     """The tokens of a text without white space."""
     if chunk.isalpha() or chunk in _WHOLE:
-        return [chunk]
+        return _TWO_WORDS.get(chunk) or [chunk]
     core = chunk.lstrip(_LEADING)
     before = list(chunk[: len(chunk) - len(core)])
     after: list[str] = []
@@ -177,7 +178,7 @@ def _ends_sentence(word: str) -> bool:
 def _split_core(core: str) -> list[str]:
     """The tokens of a word without the marks around it."""
     if core.isalnum() or core in _WHOLE:
-        return [core]
+        return _TWO_WORDS.get(core) or [core]
     if ("'" in core or "’" in core) and (contraction := _CONTRACTION.fullmatch(core)):
         return list(contraction.groups())
     if "." in core and _URL.fullmatch(core):

@@ -28,6 +28,7 @@ TOKENS = {
     "see https://example.org/a-b/c?d=e, or b.org": "see https://example.org/a-b/c?d=e , or b.org",
     "``x_1`` = a.b(c), --flag": "` ` x_1 ` ` = a.b(c ) , --flag",
     "===== ----- 10km 5% $3.50": "= = = = = ----- 10 km 5 % $ 3.50",
+    "It cannot (cannot) be": "It can not ( can not ) be",
     "one.Two 3-4 a<b": "one . Two 3 - 4 a < b",
     "→ ✓done “Über” naïve": "→ ✓ done “ Über ” naïve",
 }
