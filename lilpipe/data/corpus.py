@@ -57,18 +57,21 @@ def run(config: CorpusConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     prompts = inputs.get("prompts")
     with open_executor(config) as run_tasks:
         work = Work(workspace, run_tasks)
-        unreadable = [row for summary in _read(config, work) for row in summary.unreadable]
+        summaries = _read(config, work)
         selection = _select(config, work.folder("read"))
         learnt = learn(config, selection, prompts.path if isinstance(prompts, Artifact) else None, work)
         filtered = work.folder("filtered")
         work.run("filter", FilterShards(selection, config, learnt, filtered), selection.num_shards)
         late = _judge(config, selection, work)
         work.run("write", WriteShards(late, workspace.output), selection.num_shards)
+    unreadable = [row for summary in summaries for row in summary.unreadable]
     lines = (json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in unreadable)
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
     thresholds = _thresholds(config, learnt, late)
     write_thresholds(workspace.output, thresholds)
     counts = count_documents([source.name for source in config.sources], workspace.output, unreadable, thresholds)
+    for summary in summaries:
+        counts.sources[summary.source].skipped.update(summary.skipped)
     write_atomically(workspace.output / "counts.json", counts.to_json())
     if not counts.documents_kept:
         raise DataError(_nothing_kept(counts))

@@ -36,6 +36,8 @@ class SourceCounts:
     read: Tally = field(default_factory=Tally)
     kept: Tally = field(default_factory=Tally)
     quarantined: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """What was left out as no document at all, such as a picture in a WARC, by kind."""
     rejected: dict[str, dict[str, Tally]] = field(default_factory=dict)
     """Stage, then reason."""
 
@@ -78,6 +80,7 @@ class Counts:
         total = SourceCounts()
         for source in self.sources.values():
             total.quarantined += source.quarantined
+            total.skipped.update(source.skipped)
             for mine, theirs in ((total.read, source.read), (total.kept, source.kept)):
                 mine.add(theirs.documents, theirs.bytes)
             for stage, reasons in source.rejected.items():
@@ -103,6 +106,7 @@ class Counts:
             "bytes_kept": total.kept.bytes,
             "kept_share": total.kept.documents / max(1, total.read.documents),
             "quarantined": total.quarantined,
+            "skipped": total.skipped.total(),
             **{f"rejected_{reason}": count for reason, count in self.reasons().items()},
             **{f"rejected_bytes_{stage}": total.rejected_at(stage).bytes for stage in self.stages},
             **{f"kept_documents_{name}": source.kept.documents for name, source in self.sources.items()},

@@ -304,7 +304,7 @@ class Signatures:
 
 
 class MatchBands(PipelineStep):
-    """Finds the pairs of every ``world_size``-th band from ``rank`` on, verified; writes ``NNNNN.npy`` for each band."""
+    """Finds the pairs of every ``world_size``-th band from ``rank`` on, verified; writes a file for each."""
 
     type, name = "Dedup", "Near-duplicates in bands"
 

@@ -78,7 +78,7 @@ def build_report(
         **({"Labels": _kinds(counts.labels, "label")} if set(counts.labels) != {""} else {}),
         "Samples of kept documents": _kept_samples(directory),
         "Samples of rejected documents": _rejected_samples(counts, directory),
-        "Unreadable rows": _quarantine(unreadable),
+        "Unreadable rows": _quarantine(unreadable, total.skipped),
         "Settings": text_block(settings, title="The section", max_chars=len(settings)),
     }
     return page("Corpus", sections, subtitle=f"Sources: {', '.join(counts.sources)}", key_figures=figures)
@@ -95,7 +95,13 @@ def _funnel(counts: Counts, total: SourceCounts) -> list[str]:
     """What is left after each filter, as a picture by source and in numbers."""
     left = Tally(total.read.documents, total.read.bytes)
     rows = [
-        {"after": "Read", "documents": left.documents, "rejected": None, "MB": round(left.bytes / 1e6, 3), "MB rejected": None}
+        {
+            "after": "Read",
+            "documents": left.documents,
+            "rejected": None,
+            "MB": round(left.bytes / 1e6, 3),
+            "MB rejected": None,
+        }
     ]
     for stage in counts.stages:
         rejected = total.rejected_at(stage)
@@ -257,7 +263,12 @@ def _origin(row: dict[str, Any]) -> str:
     return " · ".join([*parts, f"{row['num_bytes']:,} bytes"])
 
 
-def _quarantine(unreadable: Sequence[Mapping[str, Any]]) -> list[str]:
+def _quarantine(unreadable: Sequence[Mapping[str, Any]], skipped: Mapping[str, int]) -> list[str]:
     shown = [{name: row[name] for name in ("source", "file", "row", "error")} for row in unreadable[:MAX_ROWS]]
     rest = len(unreadable) - len(shown)
-    return [table(shown), note(f"And {rest:,} more, all in quarantine.jsonl.") if rest > 0 else ""]
+    left_out = ", ".join(f"{count:,} × {kind}" for kind, count in sorted(skipped.items()))
+    return [
+        table(shown),
+        note(f"And {rest:,} more, all in quarantine.jsonl.") if rest > 0 else "",
+        note(f"Left out as no documents: {left_out}.") if left_out else "",
+    ]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +53,8 @@ class ReadSummary:
     """Documents that could be read, whether or not `max_bytes` admits them."""
     num_files: int
     unreadable: list[dict[str, Any]]
+    skipped: dict[str, int]
+    """What was left out as no document at all, such as a picture in a WARC, by kind."""
 
 
 class ReadParts(PipelineStep):
@@ -68,44 +71,50 @@ class ReadParts(PipelineStep):
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
         """Read one part; it is read again as a whole if this does not end."""
         part = self.parts[rank]
-        source_index = self.source_names.index(part.source.name)
-        rows: list[dict[str, Any]] = []
+        rows: list[_Row] = []
         unreadable: list[dict[str, Any]] = []
+        skipped: Counter[str] = Counter()
         num_runs, num_documents, num_bytes = 0, 0, 0
         # the installed documentation keeps to its bytes by itself
         first = FirstBytes(None if part.source.kind == "installed-docs" else part.source.max_bytes)
-        for row in read_part(part):
-            if isinstance(row, Unreadable):
-                unreadable.append({"source": part.source.name, **asdict(row)})
+        for document in read_part(part, skipped):
+            if isinstance(document, Unreadable):
+                unreadable.append({"source": part.source.name, **asdict(document)})
                 continue
             num_documents += 1
-            if not first.admits(row):
+            if not first.admits(document):
                 continue
-            rows.append(_run_row(row, part.source.name, source_index))
-            num_bytes += rows[-1]["num_bytes"]
+            rows.append(_Row(text_key(document.text), len(document.text.encode()), document))
+            num_bytes += rows[-1].num_bytes
             if num_bytes >= RUN_BYTES:
                 self._write_run(rank, num_runs, rows)
                 rows, num_runs, num_bytes = [], num_runs + 1, 0
         self._write_run(rank, num_runs, rows)
-        summary = ReadSummary(part.source.name, num_documents, max(1, len(part.files)), unreadable)
+        summary = ReadSummary(part.source.name, num_documents, max(1, len(part.files)), unreadable, dict(skipped))
         write_atomically(self.folder / "summaries" / f"{rank:05d}.json", json.dumps(asdict(summary)))
 
-    def _write_run(self, rank: int, number: int, rows: list[dict[str, Any]]) -> None:
-        rows.sort(key=lambda row: row["key"])  # stable: equal texts stay in the order of the source
-        table = pa.Table.from_pylist(rows, schema=RUNS)
+    def _write_run(self, rank: int, number: int, rows: list[_Row]) -> None:
+        rows.sort(key=lambda row: row.key)  # stable: equal texts stay in the order of the source
+        source = self.parts[rank].source.name
+        columns: dict[str, list[Any]] = {
+            "key": [row.key for row in rows],
+            "order": [row.document.order for row in rows],
+            "source_index": [self.source_names.index(source)] * len(rows),
+            "source": [source] * len(rows),
+            "num_bytes": [row.num_bytes for row in rows],
+        }
+        for name in set(RUNS.names) - set(columns):
+            columns[name] = [getattr(row.document, name) for row in rows]
+        table = pa.table(columns, schema=RUNS)
         write_table(self.folder / "runs" / f"{rank:05d}-{number:05d}.arrow", table, rows_per_batch=max(1, len(rows)))
 
 
-def _run_row(row: RawDocument, source: str, source_index: int) -> dict[str, Any]:
-    key, num_bytes = text_key(row.text), len(row.text.encode())
-    return {
-        **asdict(row),
-        "key": key,
-        "order": row.order,
-        "source": source,
-        "source_index": source_index,
-        "num_bytes": num_bytes,
-    }
+class _Row(NamedTuple):
+    """A document before it is sorted."""
+
+    key: int
+    num_bytes: int
+    document: RawDocument
 
 
 @dataclass(frozen=True)
