@@ -173,6 +173,9 @@ def _occurrences(usage: Usage, suspects: Suspects) -> Figure:
         # Points by the thousand are a bitmap in the picture, or the page would be megabytes.
         axes.scatter(ids + 1, np.maximum(usage.token_counts[ids], 0.5), s=3, color=colour, label=name, rasterized=True)
     axes.set(xscale="log", yscale="log", xlabel="id + 1", ylabel="occurrences")
+    axes.minorticks_off()  # they and exponents take longer to set than all the rest
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(frameon=False, markerscale=3)
     return figure
 
