@@ -184,8 +184,8 @@ def write_sources(folder):
     with (folder / "web" / "b.jsonl").open("a") as file:
         file.write('{"id": "bad"\n{"id": "no text"}\n')
     write_jsonl(folder / "german.jsonl", [{"id": f"german {n}", "text": german(n)} for n in range(NUM_GERMAN)])
-    write_jsonl(folder / "good.jsonl", [{"text": (german if n % 4 == 0 else prose)(n)} for n in range(1_000, 1_080)])
-    write_jsonl(folder / "bad.jsonl", [{"text": spam(n)} for n in range(1_000, 1_080)])
+    write_jsonl(folder / "good.jsonl", [{"text": (german if n % 4 == 0 else prose)(n)} for n in range(1_000, 1_060)])
+    write_jsonl(folder / "bad.jsonl", [{"text": spam(n)} for n in range(1_000, 1_060)])
     write_jsonl(folder / "quiz.jsonl", [{"id": "q1", "text": QUIZ}])
     questions = [("dev/0", "dev", QUESTION), ("train/0", "train", " ".join(re.split(r"(?<=\.) ", prose(0))[:2]))]
     rows = [{"id": key, "split": split, "family": "f", "question": q, "answer": "7"} for key, split, q in questions]

@@ -1,20 +1,45 @@
 """The stage as a whole, on hand-made sources with planted faults."""
 
+import gzip
 import json
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
 
+import psutil
 import pytest
 
 from lilpipe.artifact import list_files
 from lilpipe.config import CorpusConfig, Source
-from lilpipe.data import corpus, executor, steps
+from lilpipe.data import corpus, filtering, learn, minhash, sorting, survey
 from lilpipe.data.corpus import external, read_documents, read_rejected
+from lilpipe.data.language import bundled_model_path
+from lilpipe.data.sorting import text_key
+from lilpipe.data.work import PERCENT, Work
 from lilpipe.errors import DataError
 from lilpipe.stage import Workspace, get_stage
 
+from . import planted
 from .prose import prose, write_jsonl
 
 NUM_GOOD = 24
+FEW_BANDS = {"minhash": {"num_buckets": 8}}
+"""Each band is a task, and datatrove takes some time for any."""
+
+
+def no_report(*args, **kwargs):
+    return ""
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch):
+    """A report takes longer to draw than a small corpus to build; that of ``built`` is there before this."""
+    monkeypatch.setattr(corpus, "build_report", no_report)
 
 
 def sources(tmp_path):
@@ -32,13 +57,13 @@ def sources(tmp_path):
 
 
 def settings(tmp_path, **others):
-    others = {"num_workers": 1, "max_malformed_share": 0.5, "min_language_score": 0.3, **others}
+    others = {"num_workers": 1, "max_malformed_share": 0.5, "language": {"min_score": 0.3}, **FEW_BANDS, **others}
     return CorpusConfig.model_validate({"sources": sources(tmp_path), **others})
 
 
-def build(config, root):
+def build(config, root, **inputs):
     workspace = Workspace(root)
-    return get_stage("corpus").run(config, {}, workspace), workspace
+    return get_stage("corpus").run(config, inputs, workspace), workspace
 
 
 def rows(batches):
@@ -119,7 +144,7 @@ def test_counts_add_up_for_each_source(built):
 def test_the_corpus_is_in_the_order_of_a_hash_over_several_files(built):
     files = sorted((built[2].output / "documents").iterdir())
     assert len(files) > 3
-    keys = [steps.text_key(row["text"]) for row in rows(read_documents(built[2].output))]
+    keys = [text_key(row["text"]) for row in rows(read_documents(built[2].output))]
     assert keys == sorted(keys)
 
 
@@ -138,45 +163,115 @@ def test_nothing_outside_the_report_tells_of_this_machine(built):
             assert str(folder).encode() not in path.read_bytes()
 
 
-def test_progress_ends_with_all_tasks_done(built):
-    events = [json.loads(line) for line in built[2].events.read_text().splitlines()]
-    assert events[-1]["done"] == events[-1]["total"]
-    assert [event["done"] for event in events] == sorted(event["done"] for event in events)
+def test_progress_grows_through_all_steps_to_all_of_it(built):
+    events = events_of(built[2].root)
+    done = [event["done"] for event in events]
+    assert {event["total"] for event in events} == {100}
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, 100)
+    assert len(set(done)) > 8
 
 
 def files_of(workspace):
-    return {name: entry.sha256 for name, entry in list_files(workspace.output).items()}
+    """Digests of what is content; the report, which costs more to draw than the rest, is tested elsewhere."""
+    files = list_files(workspace.output).items()
+    return {name: entry.sha256 for name, entry in files if not name.startswith("report/")}
 
 
-def test_two_workers_give_the_bytes_of_one(built, small_shards):
-    folder, metrics, workspace = built
-    again, other = build(settings(folder, num_workers=2), folder / "two workers")
-    assert files_of(other) == files_of(workspace)
+# --- workers, kills and resumed runs ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of every filter over planted documents that nothing interrupts: folder, inputs, metrics, files."""
+    folder = tmp_path_factory.mktemp("whole")
+    _, prompts = planted.write_sources(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "SHARD_BYTES", 12_000)
+        patch.setattr(corpus, "build_report", no_report)
+        metrics, workspace = build(planted.settings(folder, **FEW_BANDS), folder / "work", prompts=prompts)
+    return folder, prompts, metrics, files_of(workspace)
+
+
+@pytest.fixture
+def planted_shards(monkeypatch):
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 12_000)
+
+
+def test_two_workers_give_the_bytes_of_one(whole, planted_shards):
+    folder, prompts, metrics, files = whole
+    config = planted.settings(folder, num_workers=2, **FEW_BANDS)
+    again, other = build(config, folder / "two workers", prompts=prompts)
+    assert files_of(other) == files
     assert again == metrics
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_run_that_ends_anywhere_goes_on_and_ends_in_the_same_bytes(built, small_shards, monkeypatch, seed):
-    folder, metrics, workspace = built
-    config, root = settings(folder), folder / f"broken {seed}"
+STEPS = ("read", "survey", "common n-grams", "shared lines", "addresses", "filter", "match", "write")
+
+
+def test_a_run_that_ends_in_every_step_once_goes_on_each_time_and_ends_in_the_same_bytes(whole, planted_shards):
+    folder, prompts, metrics, files = whole
+    config, root, never_broken = planted.settings(folder, **FEW_BANDS), folder / "broken", Work.run
+    started: Counter[str] = Counter()
+    sizes: dict[str, int] = {}
+    broken: set[str] = set()
+
+    def run(self, name, step, num_tasks):
+        """Do the step, but for the first time end after the task in the middle, before that is marked as done."""
+        real, sizes[name] = type(step).run, num_tasks
+
+        def counted(step, data=None, rank=0, world_size=1):
+            started[name] += 1
+            real(step, data, rank, world_size)
+            if name not in broken and rank == num_tasks // 2:
+                broken.add(name)
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(step), "run", counted)
+            never_broken(self, name, step, num_tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Work, "run", run)
+        for _ in STEPS:
+            with pytest.raises(KeyboardInterrupt):
+                build(config, root, prompts=prompts)
+        again, resumed = build(config, root, prompts=prompts)
+    assert broken == set(sizes) == set(STEPS)
+    assert files_of(resumed) == files
+    assert again == metrics
+    assert started == {name: num_tasks + 1 for name, num_tasks in sizes.items()}  # the one in the middle twice
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_in_which_writing_fails_again_and_again_ends_in_the_same_bytes(whole, planted_shards, monkeypatch, seed):
+    folder, prompts, metrics, files = whole
+    config, root = planted.settings(folder, **FEW_BANDS), folder / f"broken {seed}"
     draw = random.Random(seed)
     places = [
-        (executor, "_run_task"),
-        (steps, "write_table"),
-        (steps, "write_rows"),
-        (steps, "write_atomically"),
+        (sorting, "write_table"),
+        (sorting, "write_atomically"),
+        (survey, "write_table"),
+        (survey, "write_atomically"),
+        (learn, "write_index"),
+        (learn, "write_atomically"),
+        (filtering, "write_table"),
+        (filtering, "write_rows"),
+        (minhash, "sync_directory"),
         (corpus, "write_table"),
         (corpus, "write_atomically"),
     ]
-    for module, name in draw.sample(places, 4):
+    num_failed = 0
+    for module, name in draw.sample(places, 6):
         with monkeypatch.context() as patch:
-            _fail_after(patch, module, name, draw.randrange(5))
+            _fail_after(patch, module, name, draw.randrange(3))
             try:
-                build(config, root)
+                build(config, root, prompts=prompts)
             except KeyboardInterrupt:
-                continue
-    again, resumed = build(config, root)
-    assert files_of(resumed) == files_of(workspace)
+                num_failed += 1
+    assert num_failed
+    again, resumed = build(config, root, prompts=prompts)
+    assert files_of(resumed) == files
     assert again == metrics
 
 
@@ -192,28 +287,57 @@ def _fail_after(patch, module, name, calls):
     patch.setattr(module, name, failing)
 
 
-def test_a_finished_task_is_not_done_again(built, small_shards, monkeypatch):
-    folder, _, _ = built
-    root = folder / "stopped"
-    with monkeypatch.context() as patch:
-        _fail_after(patch, corpus, "_match", 0)
-        with pytest.raises(KeyboardInterrupt):
-            build(settings(folder), root)
-    monkeypatch.setattr(steps, "read_part", None)  # would fail if called
-    monkeypatch.setattr(steps.TakeShard, "run", None)
-    build(settings(folder), root)
+KILLED = """
+import sys
+from pathlib import Path
+from lilpipe.data import corpus
+from lilpipe.stage import Workspace
+from tests.artifacts import artifact
+from tests.data import planted
+folder, root = map(Path, sys.argv[1:])
+corpus.SHARD_BYTES = 12_000
+config = planted.settings(folder, num_workers=2, minhash={"num_buckets": 8})
+corpus.run(config, {"prompts": artifact(folder / "prompts")}, Workspace(root))
+"""
+
+
+def test_a_process_that_is_killed_with_its_workers_at_work_is_gone_on_with(whole, planted_shards):
+    folder, prompts, metrics, files = whole
+    root = folder / "killed"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(root)], cwd=Path(__file__).parents[2])
+    while process.poll() is None and not any(event["done"] >= PERCENT["filter"][0] for event in events_of(root)):
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert workers
+    assert psutil.wait_procs(workers, timeout=20)[1] == []  # none goes on writing beside the next try
+    again, resumed = build(planted.settings(folder, **FEW_BANDS), root, prompts=prompts)
+    assert files_of(resumed) == files
+    assert again == metrics
+
+
+def events_of(root):
+    """What a run has told, as far as lines are whole."""
+    path = root / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def test_the_same_documents_in_other_files_give_the_same_kept_texts(built, small_shards, tmp_path):
     folder, _, workspace = built
     lines = [line for name in ("one/b", "one/a") for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "all.jsonl").write_text("\n".join(lines) + "\n")
+    for number in range(4):
+        (tmp_path / "one" / f"{number}.jsonl").write_text("\n".join(lines[number::4]) + "\n")
     moved = Source(kind="jsonl", name="one", path=str(tmp_path / "one"))
     config = settings(folder)
     _, other = build(config.model_copy(update={"sources": (moved, config.sources[1])}), tmp_path / "work")
     kept = [row["text"].casefold().split() for row in rows(read_documents(workspace.output))]
     assert [row["text"].casefold().split() for row in rows(read_documents(other.output))] == kept
+
+
+# --- what is wrong with sources and settings ----------------------------------------------------------------------
 
 
 def test_too_many_unreadable_rows_fail_the_stage_with_examples(tmp_path):
@@ -224,8 +348,6 @@ def test_too_many_unreadable_rows_fail_the_stage_with_examples(tmp_path):
 
 
 def test_a_file_that_breaks_off_counts_as_a_share_of_the_files(tmp_path):
-    import gzip
-
     for i in range(3):
         content = gzip.compress("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(200)).encode())
         (tmp_path / f"{i}.jsonl.gz").write_bytes(content if i else content[:-2_000])
@@ -261,10 +383,10 @@ def test_filters_and_deduplication_can_be_turned_off(tmp_path):
         settings(
             tmp_path,
             min_chars=0,
-            exact_dedup=False,
+            exact_dedup={"documents": False},
             minhash={"enabled": False},
             quality={"gopher_repetition": False, "gopher_quality": False, "fineweb": False},
-            min_language_score=0,
+            language={"min_score": 0},
             languages=[],
         ),
         tmp_path / "work",
@@ -272,14 +394,54 @@ def test_filters_and_deduplication_can_be_turned_off(tmp_path):
     assert metrics["documents_kept"] == metrics["documents_read"] == NUM_GOOD + 5
 
 
-def test_external_digests_follow_the_content_of_the_sources(tmp_path):
-    config = settings(tmp_path)
+def test_external_digests_follow_the_content_of_every_file_that_is_named(tmp_path):
+    planted.write_sources(tmp_path)
+    model = tmp_path / "model.ftz"
+    shutil.copyfile(bundled_model_path(), model)
+    config = planted.settings(tmp_path, language={"model": str(model)})
+    files = {
+        "language model": model,
+        "corpus.url.blocked_domains": tmp_path / "domains.txt",
+        "corpus.url.blocked_words": tmp_path / "words.txt",
+        "corpus.quality.dirty_words": tmp_path / "dirty.txt",
+        "source web": tmp_path / "web" / "b.jsonl",
+        "source german": tmp_path / "german.jsonl",
+        "good example good": tmp_path / "good.jsonl",
+        "bad example bad": tmp_path / "bad.jsonl",
+        "evaluation set quiz": tmp_path / "quiz.jsonl",
+    }
     before = external(config)
-    assert set(before) == {"language model", "source one", "source two"}
-    with (tmp_path / "two" / "c.jsonl").open("a") as file:
-        file.write("\n")
-    after = external(config)
-    assert [key for key in before if before[key] != after[key]] == ["source two"]
+    assert set(before) == set(files)
+    for name, path in files.items():
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n")
+        after = external(config)
+        assert [key for key in before if before[key] != after[key]] == [name]
+        path.write_bytes(content)
+    assert external(config) == before
+
+
+@pytest.mark.parametrize("name", ["model", "blocked_domains", "blocked_words", "dirty_words"])
+def test_a_file_that_is_named_and_absent_fails_already_when_planning(tmp_path, name):
+    sections = {"model": "language", "dirty_words": "quality"}
+    section = sections.get(name, "url")
+    config = settings(tmp_path, **{section: {name: str(tmp_path / "absent")}})
+    with pytest.raises(DataError, match=rf"corpus\.{section}\.{name}: .*absent cannot be read"):
+        external(config)
+
+
+def test_what_is_not_turned_on_is_not_digested(tmp_path):
+    assert set(external(settings(tmp_path))) == {"language model", "source one", "source two"}
+    quiz = {"kind": "text", "name": "quiz", "path": str(tmp_path / "absent")}
+    off = settings(tmp_path, decontamination={"enabled": False, "sets": [quiz]})
+    assert set(external(off)) == {"language model", "source one", "source two"}
+
+
+def test_where_and_by_how_many_the_work_is_done_is_no_part_of_the_identity(tmp_path):
+    ways = ({"num_workers": 7}, {"executor": "slurm", "slurm": {"partition": "big"}}, {"ray": {"cpus_per_task": 3}})
+    identities = [settings(tmp_path, **way).identity() for way in ({}, *ways)]
+    assert identities == identities[:1] * len(identities)
+    assert settings(tmp_path, min_chars=7).identity() != identities[0]
 
 
 def test_max_bytes_does_not_make_bad_rows_a_larger_share(tmp_path):
