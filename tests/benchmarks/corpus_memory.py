@@ -67,7 +67,7 @@ def main() -> None:
             write_corpus(place, int(args.megabytes * 1e6 * factor))
             command = [sys.executable, "-m", "tests.benchmarks.corpus_memory", "--stage", "--folder", str(place)]
             command += ["--workers", str(args.workers), "--task-megabytes", str(args.task_megabytes)]
-            peaks.append(watch(subprocess.Popen(command), place / "work" / "events.jsonl"))
+            peaks.append(watch(subprocess.Popen(command), place / "work" / "scratch" / "tasks"))
     report(args.factors, peaks)
 
 
@@ -161,12 +161,12 @@ def _write(path: Path, rows: Iterator[dict[str, str]], num_bytes: int | None = N
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def watch(process: subprocess.Popen[bytes], events: Path) -> Peaks:
+def watch(process: subprocess.Popen[bytes], tasks: Path) -> Peaks:
     """Sample the process and its workers until it ends."""
     peaks: Peaks = defaultdict(lambda: (0.0, 0.0))
     tree = psutil.Process(process.pid)
     while process.poll() is None:
-        step = _step(events)
+        step = _step(tasks)
         for kind, pid in _processes(tree):
             with contextlib.suppress(OSError):  # it has ended
                 pss, own = _memory(pid)
@@ -193,13 +193,10 @@ def _memory(pid: int) -> tuple[float, float]:
     return pss, own
 
 
-def _step(events: Path) -> str:
-    """What the stage does, as its last event says."""
-    if not events.exists() or not (lines := events.read_text().splitlines()):
-        return "start"
-    event = json.loads(lines[-1])
-    after = " and after" if event.get("done") == event.get("total") else ""
-    return event.get("unit", "?").removeprefix("tasks: ") + after
+def _step(tasks: Path) -> str:
+    """The step whose tasks run, or have run last."""
+    folders = {folder.stat().st_mtime: folder.name for folder in tasks.glob("*")}
+    return folders[max(folders)] if folders else "start"
 
 
 def report(factors: list[int], peaks: list[Peaks]) -> None:
