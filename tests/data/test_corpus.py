@@ -437,6 +437,33 @@ def test_what_is_not_turned_on_is_not_digested(tmp_path):
     assert set(external(off)) == {"language model", "source one", "source two"}
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"classifier": {"min_score": 0.5}}, "got one without examples, expected `good` and `bad`"),
+        ({"classifier": {"keep_share": 0.5}}, "got one without examples, expected `good` and `bad`"),
+        ({"classifier": {"good": ["a"], "bad": ["b"]}}, "got both or neither, expected one of them"),
+        ({"classifier": {"good": ["a"], "min_score": 0.5}}, "got examples of one alone"),
+        ({"classifier": {"good": ["a", "a"], "bad": ["a"], "min_score": 0.5}}, r"good: names must differ.*'a', 'a'"),
+        ({"classifier": {"good": ["a"], "bad": ["b", "b"], "min_score": 0.5}}, r"bad: names must differ.*'b', 'b'"),
+        ({"decontamination": {"sets": ["quiz", "quiz"]}}, r"sets: names must differ.*'quiz', 'quiz'"),
+        ({"sources": ["a", "a"]}, r"sources: names must differ.*'a', 'a'"),
+        ({"sources": []}, "sources: got none, expected at least one"),
+    ],
+)
+def test_settings_that_would_be_ignored_or_hide_one_another_are_refused(section, message):
+    def source(name):
+        return {"kind": "text", "name": name, "path": "x"}
+
+    def filled(value):
+        if isinstance(value, dict):
+            return {name: filled(each) for name, each in value.items()}
+        return [source(name) for name in value] if isinstance(value, list) else value
+
+    with pytest.raises(ValueError, match=message):
+        CorpusConfig.model_validate(filled(section))
+
+
 def test_where_and_by_how_many_the_work_is_done_is_no_part_of_the_identity(tmp_path):
     ways = ({"num_workers": 7}, {"executor": "slurm", "slurm": {"partition": "big"}}, {"ray": {"cpus_per_task": 3}})
     identities = [settings(tmp_path, **way).identity() for way in ({}, *ways)]
