@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -126,16 +127,44 @@ def write_table(path: Path, table: pa.Table, *, rows_per_batch: int = ROWS_PER_B
 
 def write_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
     """Write an Arrow IPC file of these batches atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+    with TableWriter(path, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+class TableWriter:
+    """Writes an Arrow IPC file batch by batch; it appears when the context ends, and not where it ends in an error."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file = self._temporary.open("wb")
+        self._writer = pa.ipc.new_file(self._file, schema)
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        """Write a batch as it is."""
+        self._writer.write_batch(batch)
+
+    def write(self, table: pa.Table) -> None:
+        """Write a table as one batch, if it has rows."""
+        if table.num_rows:
+            self._writer.write_batch(_compact(table))
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._writer.close()
+        if kind is not None:
+            self._file.close()
+            self._temporary.unlink()
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._temporary.replace(self._path)
+        sync_directory(self._path.parent)
 
 
 def _compact(table: pa.Table) -> pa.RecordBatch:

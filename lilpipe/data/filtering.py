@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.config import CorpusConfig
-from lilpipe.data.chain import Document, Filter, Rejection, run_filters, score_names
+from lilpipe.data.chain import Document, Rejection, run_filters, score_names
 from lilpipe.data.decontamination import MATCHES, DecontaminationFilter
-from lilpipe.data.documents import documents_table, read_table, rejected_table, write_rows, write_table
+from lilpipe.data.documents import (
+    ROWS_PER_BATCH,
+    TableWriter,
+    documents_schema,
+    documents_table,
+    read_table,
+    rejected_schema,
+    rejected_table,
+    write_rows,
+)
 from lilpipe.data.filters import build_filters
-from lilpipe.data.late import CLASSIFIER_SCORE, SIMILARITY, LateVerdicts, kept_file, rejected_file
+from lilpipe.data.late import CLASSIFIER_SCORE, SIMILARITY, LateVerdict, LateVerdicts, kept_file, rejected_file
 from lilpipe.data.learn import Learnt
 from lilpipe.data.minhash import SignatureWriter
 from lilpipe.data.sorting import Selection
+
+BATCH_BYTES = 2 * 2**20
+"""Of text, after which a batch of documents is written."""
 
 
 class FilterShards(PipelineStep):
@@ -37,35 +50,62 @@ class FilterShards(PipelineStep):
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
         """Filter one shard; it is filtered again as a whole if this does not end."""
         filters = build_filters(self.config, self.learnt, rank)
-        kept: list[Document] = []
-        rejected: list[tuple[Document, tuple[str, Rejection]]] = []
-        with SignatureWriter(self.folder / "signatures", rank, self.config.minhash) as signatures:
+        names = [*score_names(filters), SIMILARITY]
+        with (
+            _DocumentWriter(kept_file(self.folder, rank), documents_schema(names), names) as kept,
+            _DocumentWriter(rejected_file(self.folder, rank), rejected_schema(names), names) as rejected,
+            SignatureWriter(self.folder / "signatures", rank, self.config.minhash) as signatures,
+        ):
             for document in self.selection.documents(rank):
                 text = document.text
                 if verdict := run_filters(filters, document):
                     document.text = text  # as read
-                    rejected.append((document, verdict))
+                    rejected.add(document, verdict)
                 else:
-                    kept.append(document)
+                    kept.add(document)
                     if self.config.minhash.enabled:
                         _sign(document, signatures)
-                document.forget_words()  # a shard's are ten times its text
+                document.forget_words()
         matches = [row for each in filters if isinstance(each, DecontaminationFilter) for row in each.drain()]
         write_rows(matches_folder(self.folder) / f"{rank:05d}.arrow", matches, MATCHES)
-        names = all_scores(filters)
-        table = documents_table([document for document, _ in rejected], names)
-        write_table(rejected_file(self.folder, rank), rejected_table(table, [verdict for _, verdict in rejected]))
-        write_table(kept_file(self.folder, rank), documents_table(kept, names))
+
+
+class _DocumentWriter:
+    """Writes documents a batch at a time, so that memory does not go with the size of the shard."""
+
+    def __init__(self, path: Path, schema: pa.Schema, scores: list[str]) -> None:
+        self._writer = TableWriter(path, schema)
+        self._scores = scores
+        self._documents: list[Document] = []
+        self._verdicts: list[tuple[str, Rejection]] = []
+        self._num_bytes = 0
+
+    def add(self, document: Document, verdict: tuple[str, Rejection] | None = None) -> None:
+        self._documents.append(document)
+        if verdict is not None:
+            self._verdicts.append(verdict)
+        self._num_bytes += document.num_bytes
+        if len(self._documents) >= ROWS_PER_BATCH or self._num_bytes >= BATCH_BYTES:
+            self._flush()
+
+    def __enter__(self) -> _DocumentWriter:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.__exit__(kind, error, at)
+
+    def _flush(self) -> None:
+        table = documents_table(self._documents, self._scores)
+        self._writer.write(rejected_table(table, self._verdicts) if self._verdicts else table)
+        self._documents, self._verdicts, self._num_bytes = [], [], 0
 
 
 def _sign(document: Document, signatures: SignatureWriter) -> None:
     score = document.scores.get(CLASSIFIER_SCORE)
     signatures.add(document.words.hashes, num_bytes=len(document.text.encode()), score=score)
-
-
-def all_scores(filters: list[Filter]) -> list[str]:
-    """The scores of the chain, and that of the late verdicts."""
-    return [*score_names(filters), SIMILARITY]
 
 
 def matches_folder(folder: Path) -> Path:
@@ -85,15 +125,31 @@ class WriteShards(PipelineStep):
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
         """Write one shard."""
-        kept, verdicts = read_table(kept_file(self.late.filtered, rank)), self.late.of(rank)
-        rows = [verdict.row for verdict in verdicts]
-        keep = np.ones(kept.num_rows, bool)
-        keep[rows] = False
-        late = _with_similarity(kept.take(pa.array(rows, pa.int64())), [verdict.similarity for verdict in verdicts])
-        late = rejected_table(late, [(verdict.stage, verdict.rejection) for verdict in verdicts])
-        rejected = pa.concat_tables([read_table(rejected_file(self.late.filtered, rank)), late])
-        write_table(self.output / "documents" / f"{rank:05d}.arrow", kept.filter(pa.array(keep)))
-        write_table(self.output / "rejected" / f"{rank:05d}.arrow", rejected)
+        kept = read_table(kept_file(self.late.filtered, rank))
+        rejected = read_table(rejected_file(self.late.filtered, rank))
+        verdicts = {verdict.row: verdict for verdict in self.late.of(rank)}
+        first = 0
+        with (
+            TableWriter(self.output / "documents" / f"{rank:05d}.arrow", kept.schema) as documents,
+            TableWriter(self.output / "rejected" / f"{rank:05d}.arrow", rejected.schema) as others,
+        ):
+            for batch in rejected.to_batches():
+                others.write_batch(batch)
+            for batch in kept.to_batches():
+                table = pa.Table.from_batches([batch])
+                rows = [row for row in range(batch.num_rows) if first + row in verdicts]
+                stays = np.ones(batch.num_rows, bool)
+                stays[rows] = False
+                documents.write(table.filter(pa.array(stays)))
+                others.write(
+                    _with_verdicts(table.take(pa.array(rows, pa.int64())), [verdicts[first + row] for row in rows])
+                )
+                first += batch.num_rows
+
+
+def _with_verdicts(documents: pa.Table, verdicts: list[LateVerdict]) -> pa.Table:
+    documents = _with_similarity(documents, [verdict.similarity for verdict in verdicts])
+    return rejected_table(documents, [(verdict.stage, verdict.rejection) for verdict in verdicts])
 
 
 def _with_similarity(documents: pa.Table, similarities: list[float | None]) -> pa.Table:

@@ -25,7 +25,7 @@ from lilpipe.data.documents import ORIGIN, read_table, write_table
 from lilpipe.data.normalise import normalise
 from lilpipe.data.readers import FirstBytes, Part, RawDocument, Unreadable, read_part
 
-RUN_BYTES = 32 * 2**20
+RUN_BYTES = 8 * 2**20
 ROWS_AT_A_TIME = 256
 
 RUNS = pa.schema(
