@@ -57,6 +57,12 @@ REJECTED = [
     (document("copy of a bracket"), "exact_dedup", "exact_duplicate", "bracket"),
     (document("near", scores={"near_dedup.similarity": 0.5}), "near_dedup", "near_duplicate", "kept/4"),
     (document("german", language="de", scores={"language.score": 0.9}), "language", "other_language", "de"),
+    (
+        document("leak", scores={"decontamination.matched_ngrams": 7, "decontamination.matched_share": 0.25}),
+        "decontamination",
+        "evaluation_text",
+        "quiz/1: [b]who",
+    ),
     (document("lines", scores={"line_dedup.removed_lines": 4}), "line_dedup", "only_repeated_lines", ""),
 ]
 EXERCISES = [{"id": f"exercise/{n}", "text": f"Exercise: {n} plus {n}\nSolution: {2 * n}"} for n in range(30)]
@@ -162,6 +168,7 @@ def test_a_rejected_document_shows_the_score_that_decided_its_threshold_and_what
         ["c4", "curly_bracket", "1", "≤ 0", "curly_bracket"],
         ["c4", "num_sentences", "", "≥ 5", ""],
         ["pii", "", "", "", "not reached"],
+        ["decontamination", "", "", "", "not reached"],
         ["near_dedup", "", "", "", "not reached"],
     ]
     assert lines[-1] == "rejected by c4: curly_bracket"
@@ -180,6 +187,11 @@ def test_a_rejected_document_shows_the_score_that_decided_its_threshold_and_what
             "lines",
             ["line_dedup", "removed_lines", "4", "", "only_repeated_lines"],
             "rejected by line_dedup: only_repeated_lines",
+        ),
+        (
+            "leak",
+            ["decontamination", "matched_ngrams", "7", "≤ 0", "evaluation_text"],
+            "rejected by decontamination: evaluation_text: quiz/1: [b]who",
         ),
         (
             "near",

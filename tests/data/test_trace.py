@@ -17,6 +17,8 @@ GOOD = {
     "c4.curly_bracket": 0,
     "c4.num_sentences": 9,
     "pii.emails": 1,
+    "decontamination.matched_ngrams": 0,
+    "decontamination.matched_share": 0,
 }
 
 
@@ -25,7 +27,8 @@ def corpus(tmp_path_factory):
     kept = [document(f"kept/{number}", scores=GOOD) for number in range(8)]
     near = document("near", scores=GOOD | {"near_dedup.similarity": 0.5})
     bracket = document("bracket", scores=GOOD | {"c4.curly_bracket": 1, "c4.num_sentences": float("nan")})
-    bracket.scores.pop("pii.emails")
+    for name in ("pii.emails", "decontamination.matched_ngrams", "decontamination.matched_share"):
+        del bracket.scores[name]
     rejected = [
         (document("short", scores={"length.chars": 9}, language=None, language_score=None), "length", "short", ""),
         (bracket, "c4", "curly_bracket", ""),
@@ -52,6 +55,8 @@ def test_a_kept_document_has_passed_every_stage_and_shows_score_and_threshold_of
         Verdict("c4", "curly_bracket", 0, Bounds(most=0), passed=True),
         Verdict("c4", "num_sentences", 9, Bounds(least=5), passed=True),
         Verdict("pii", "emails", 1, Bounds(), passed=True),
+        Verdict("decontamination", "matched_ngrams", 0, Bounds(most=0), passed=True),
+        Verdict("decontamination", "matched_share", 0, Bounds(), passed=True),
         Verdict("near_dedup", "similarity", None, Bounds(most=0.4), passed=True),
     ]
 
@@ -59,7 +64,7 @@ def test_a_kept_document_has_passed_every_stage_and_shows_score_and_threshold_of
 def test_a_rejected_document_ends_at_its_stage(corpus):
     fate = trace_document(corpus, "bracket")
     assert (fate.rejected_by, fate.row["reason"], fate.kept) == ("c4", "curly_bracket", None)
-    assert fate.not_reached == ["pii", "near_dedup"]
+    assert fate.not_reached == ["pii", "decontamination", "near_dedup"]
     assert [each.stage for each in fate.verdicts if not each.passed] == ["c4"] * 3
     assert [each.value for each in fate.verdicts if not each.passed] == [0, 1, None]  # the third was not taken
     assert [each.stage for each in fate.verdicts if each.passed] == [
