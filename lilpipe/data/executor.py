@@ -14,6 +14,7 @@ import copy
 import multiprocessing
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -26,9 +27,6 @@ from loguru import logger
 
 from lilpipe.config import CorpusConfig
 from lilpipe.data import on_ray, on_slurm
-
-NOT_RANK_ZERO = 1
-"""datatrove prints the log of local rank 0."""
 
 
 class RunTasks(Protocol):
@@ -103,7 +101,7 @@ def _run_here(
     on_done(finished)
     if pool is None:
         for done, rank in enumerate(ranks, finished + 1):
-            _run_task(copy.deepcopy(executor), rank)
+            _run_task(executor, rank)
             on_done(done)
         return
     futures = [pool.submit(_run_task, executor, rank) for rank in ranks]
@@ -113,7 +111,13 @@ def _run_here(
 
 
 def _run_task(executor: LocalPipelineExecutor, rank: int) -> None:
-    executor._run_for_rank(rank, NOT_RANK_ZERO)
+    """What datatrove's executor does, without a log and a file of statistics for each task, which take 10 ms."""
+    data = None
+    for step in copy.deepcopy(executor.pipeline):
+        data = step(data, rank, executor.world_size)  # type: ignore[operator]: of PipelineStep, not of other values
+    if data is not None:
+        deque(data, maxlen=0)
+    executor.mark_rank_as_completed(rank)
 
 
 def _start_worker() -> None:

@@ -7,45 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from matplotlib.figure import Figure
 
 from lilpipe.data.chain import Bounds
 from lilpipe.data.documents import read_documents, read_rejected, score_values
-from lilpipe.report import ACCENT, COLOURS
+from lilpipe.report import Histogram
 
 NUM_BINS = 40
-COLUMNS = 3
 LOGARITHMIC_FROM = 300.0
 """A score whose values span such a factor is drawn on a logarithmic axis."""
 
-REJECTED_COLOUR = COLOURS[1]
 
-
-def score_figure(directory: Path, bounds: Mapping[str, Bounds]) -> Figure | None:
-    """A small histogram for each score of ``bounds`` (``<stage>.<score>``) that was taken of any document."""
+def score_histograms(directory: Path, bounds: Mapping[str, Bounds]) -> list[Histogram]:
+    """A histogram for each score of ``bounds`` (``<stage>.<score>``) that was taken of any document."""
     edges = {name: _edges(*span) for name, span in _spans(directory, list(bounds)).items()}
-    if not edges:
-        return None
-    counts = _counts(directory, edges)
-    num_rows = -(-len(edges) // COLUMNS)
-    picture = Figure(figsize=(10, 1.9 * num_rows))
-    grid = picture.subplots(num_rows, COLUMNS, squeeze=False).ravel()
-    for axes, (name, bins) in zip(grid, edges.items(), strict=False):
-        kept, rejected = counts[name]
-        axes.stairs(kept + rejected, bins, fill=True, color=REJECTED_COLOUR, label="rejected")
-        axes.stairs(kept, bins, fill=True, color=ACCENT, label="kept")
-        for threshold in bounds[name]:
-            if threshold is not None and bins[0] <= threshold <= bins[-1]:
-                axes.axvline(threshold, color="#1f2733", linestyle=":", linewidth=1.2)
-        if bins[0] > 0 and bins[-1] / bins[0] > LOGARITHMIC_FROM:
-            axes.set_xscale("log")
-        axes.set_title(name.replace("_", " ").replace(".", " · "), fontsize=8, loc="left")
-        axes.tick_params(labelsize=7)
-    for axes in grid[len(edges) :]:
-        axes.set_visible(False)
-    next(iter(picture.axes)).legend(frameon=False, fontsize=7)
-    picture.tight_layout()
-    return picture
+    counts = _counts(directory, edges) if edges else {}
+    return [
+        Histogram(
+            title=name.replace("_", " ").replace(".", " · "),
+            edges=bins.tolist(),
+            counts={"kept": counts[name][0].tolist(), "rejected": counts[name][1].tolist()},
+            marks=[mark for mark in bounds[name] if mark is not None and bins[0] <= mark <= bins[-1]],
+        )
+        for name, bins in edges.items()
+    ]
 
 
 def _batches(directory: Path) -> Iterator[tuple[int, pa.RecordBatch]]:

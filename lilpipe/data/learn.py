@@ -18,7 +18,7 @@ from lilpipe.data.classifier import MODEL_FILE, train
 from lilpipe.data.decontamination import EvaluationIndex, write_index
 from lilpipe.data.documents import read_table, write_table
 from lilpipe.data.evaluation_sets import prompt_sets, source_sets
-from lilpipe.data.outliers import Unigrams, WordCounts, count_words, merge_counts
+from lilpipe.data.outliers import Unigrams, WordCounter, WordCounts, merge_counts
 from lilpipe.data.readers import FirstBytes, Unreadable, find_parts, read_part
 from lilpipe.data.repeated import document_line_keys
 from lilpipe.data.sorting import Selection
@@ -133,16 +133,18 @@ class SurveyShards(PipelineStep):
         if self.evaluation is not None:
             counters.append(KeyCounter(self.folder / "ngrams", rank, EvaluationIndex(self.evaluation).document_keys))
         pages = PageList(self.folder / "pages", rank, url_key)
+        counts_words = self.config.quality.max_kl_divergence is not None and rank < _word_shards(self.selection)
+        words = WordCounter()
         for document in self.selection.documents(rank):
             pages.add(document, document.place)
             for counter in counters:
                 counter.add(document)
+            if counts_words:
+                words.add(document.words)
         for each in (*counters, pages):
             each.close()
-        if self.config.quality.max_kl_divergence is not None and rank < _word_shards(self.selection):
-            counts = count_words(document.words for document in self.selection.documents(rank))
-            table = pa.table({"hash": counts.hashes, "count": counts.counts})
-            write_table(_words_file(self.folder, rank), table, rows_per_batch=max(1, table.num_rows))
+        if counts_words:
+            _write_counts(_words_file(self.folder, rank), words.total())
 
 
 def has_pages(config: CorpusConfig) -> bool:
@@ -184,6 +186,10 @@ def _words(selection: Selection, folder: Path) -> Path:
     path = folder / "words.arrow"
     tables = [read_table(_words_file(folder, rank)) for rank in range(_word_shards(selection))]
     counts = merge_counts(WordCounts(table["hash"].to_numpy(), table["count"].to_numpy()) for table in tables)
+    _write_counts(path, counts)
+    return path
+
+
+def _write_counts(path: Path, counts: WordCounts) -> None:
     table = pa.table({"hash": counts.hashes, "count": counts.counts})
     write_table(path, table, rows_per_batch=max(1, table.num_rows))
-    return path

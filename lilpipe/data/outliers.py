@@ -100,18 +100,26 @@ class WordCounts(NamedTuple):
 _BUFFERED_WORDS = 2**20
 
 
-def count_words(documents: Iterable[Words]) -> WordCounts:
-    """How often each word is in the documents; memory goes with the number of different words."""
-    total = WordCounts(np.empty(0, np.uint64), np.empty(0, np.int64))
-    buffered: list[np.ndarray] = []
-    num_buffered = 0
-    for words in documents:
-        buffered.append(words.hashes)
-        num_buffered += len(words.hashes)
-        if num_buffered >= _BUFFERED_WORDS:
-            total = merge_counts([total, _count(buffered)])
-            buffered, num_buffered = [], 0
-    return merge_counts([total, _count(buffered)])
+class WordCounter:
+    """Counts how often each word is; memory goes with the number of different words."""
+
+    def __init__(self) -> None:
+        self._total = WordCounts(np.empty(0, np.uint64), np.empty(0, np.int64))
+        self._buffered: list[np.ndarray] = []
+        self._num_buffered = 0
+
+    def add(self, words: Words) -> None:
+        """Count the words of a document."""
+        self._buffered.append(words.hashes)
+        self._num_buffered += len(words.hashes)
+        if self._num_buffered >= _BUFFERED_WORDS:
+            self.total()
+
+    def total(self) -> WordCounts:
+        """The counts so far."""
+        self._total = merge_counts([self._total, _count(self._buffered)])
+        self._buffered, self._num_buffered = [], 0
+        return self._total
 
 
 def merge_counts(parts: Iterable[WordCounts]) -> WordCounts:

@@ -14,9 +14,9 @@ from lilpipe.config import CorpusConfig
 from lilpipe.data.chain import Bounds
 from lilpipe.data.counts import Counts, SourceCounts, Tally
 from lilpipe.data.documents import read_documents, read_rejected
-from lilpipe.data.histograms import score_figure
+from lilpipe.data.histograms import score_histograms
 from lilpipe.data.trace import Thresholds
-from lilpipe.report import COLOURS, bars, figure, heading, note, page, table, text_block
+from lilpipe.report import COLOURS, bars, figure, heading, histograms, note, page, table, text_block
 
 NUM_SAMPLES = 10
 SAMPLES_PER_REASON = 10
@@ -219,14 +219,16 @@ def _scores(directory: Path, thresholds: Thresholds) -> list[str]:
         for name, each in scores.items()
         if each != Bounds()
     }
-    picture = score_figure(directory, bounds)
-    if picture is None:
+    panels = score_histograms(directory, bounds)
+    if not panels:
         return [note("No filter took a score.")]
     return [
-        note("Documents by score; a dotted line is the threshold. Rejected by any filter, not by this one alone; a "
-             "document has no score of the filters behind the one that rejected it."),
-        figure(picture),
-    ]  # fmt: skip
+        note(
+            "Documents by score; the dotted line is the threshold. Rejected by any filter, not by this one alone; a "
+            "document has no score of the filters behind the one that rejected it."
+        ),
+        histograms(panels),
+    ]
 
 
 def _kept_samples(directory: Path) -> list[str]:

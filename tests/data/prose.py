@@ -4,6 +4,8 @@ import json
 import random
 import re
 
+from lilpipe.data.outliers import WordCounter
+
 WORDS = {
     "noun": "river farmer village letter engine garden winter captain market window teacher mountain harbour forest "
     "baker bridge candle doctor kitchen lantern meadow orchard painter sailor tailor tower valley wagon",
@@ -43,3 +45,11 @@ def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def count_words(texts):
+    """How often each word is in these ``Words``."""
+    counter = WordCounter()
+    for words in texts:
+        counter.add(words)
+    return counter.total()

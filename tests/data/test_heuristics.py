@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from lilpipe.config.corpus import QualityConfig
 from lilpipe.data.chain import Bounds, Document, run_filters, score_names
 from lilpipe.data.heuristics import C4, FineWeb, GopherQuality, GopherRepetition, count_sentences, heuristic_filters
-from lilpipe.data.outliers import Unigrams, count_words
+from lilpipe.data.outliers import Unigrams
 from lilpipe.data.rules import Heuristic
 from lilpipe.data.words import STOP_WORDS, Words
 
-from .prose import prose
+from .prose import count_words, prose
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 DATATROVES = QualityConfig(

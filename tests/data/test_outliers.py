@@ -15,13 +15,12 @@ from lilpipe.data.outliers import (
     DuplicateNgramCoverage,
     Unigrams,
     WordCounts,
-    count_words,
     merge_counts,
 )
 from lilpipe.data.words import Words
 from lilpipe.errors import ConfigError
 
-from .prose import prose
+from .prose import count_words, prose
 
 letters = st.lists(st.sampled_from("abcdefgh"), max_size=30).map(" ".join)
 
