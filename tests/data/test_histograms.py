@@ -1,4 +1,4 @@
-"""Bins are held against the values, and the drawing against the bins."""
+"""What the bars of a score add up to, where they lie, and where the thresholds are drawn."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 
 from lilpipe.data.chain import Bounds
 from lilpipe.data.histograms import score_histograms
-from lilpipe.report import Histogram, histograms
+from lilpipe.report import PANEL_HEIGHT, PANEL_WIDTH, Histogram, histograms
 
 from .corpora import document, write_corpus
 
@@ -23,13 +23,11 @@ def corpus(folder, kept, rejected=(), score=CHARS):
     return write_corpus(folder, made[0], [(each, "c4", "lorem_ipsum", "") for each in made[1]])
 
 
-def draw(folder, kept, rejected=(), score=CHARS, bounds=Bounds(least=1)):  # noqa: B008 (frozen)
-    (panel,) = score_histograms(corpus(folder, kept, rejected, score), {score: bounds})
-    return panel
-
-
-def bins(panel):
-    return np.array(panel.edges), np.array(panel.counts["kept"]), np.array(panel.counts["rejected"])
+def histogram(folder, kept, rejected=(), bounds=Bounds(least=1)):  # noqa: B008 (frozen)
+    """Edges, documents in each bin, kept and rejected, and the thresholds that are drawn."""
+    (made,) = score_histograms(corpus(folder, kept, rejected), {CHARS: bounds})
+    assert list(made.counts) == ["kept", "rejected"]
+    return np.array(made.edges), *map(np.array, made.counts.values()), list(made.marks)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +43,7 @@ def bins(panel):
 def test_every_document_with_the_score_is_in_the_bin_that_its_value_lies_in(tmp_path, draw_values):
     values = draw_values(np.random.default_rng(0)).astype(np.float32)
     kept, rejected = values[:150], values[150:]
-    edges, num_kept, num_rejected = bins(draw(tmp_path, [*kept.tolist(), None, None], [*rejected.tolist(), None]))
+    edges, num_kept, num_rejected, _ = histogram(tmp_path, [*kept.tolist(), None, None], [*rejected.tolist(), None])
     assert (num_kept.sum(), num_rejected.sum()) == (150, 50)
     assert np.all(np.diff(edges) > 0)
     for each, counts in ((kept, num_kept), (rejected, num_rejected)):
@@ -55,57 +53,64 @@ def test_every_document_with_the_score_is_in_the_bin_that_its_value_lies_in(tmp_
 
 
 def test_the_threshold_is_drawn_where_it_is_and_only_if_it_is_among_the_values(tmp_path):
-    assert draw(tmp_path / "one", [10, 20, 90], bounds=Bounds(least=25)).marks == [25]
-    assert draw(tmp_path / "two", [10, 20, 90], bounds=Bounds(least=15, most=80)).marks == [15, 80]
-    assert draw(tmp_path / "out", [10, 20, 90], bounds=Bounds(least=5, most=100)).marks == []
-    assert draw(tmp_path / "end", [10, 20, 90], bounds=Bounds(least=10)).marks == [10]
+    def thresholds(name, **bounds):
+        return histogram(tmp_path / name, [10, 20, 90], bounds=Bounds(**bounds))[3]
+
+    assert thresholds("one", least=25) == [25]
+    assert thresholds("two", least=15, most=80) == [15, 80]
+    assert thresholds("out", least=5, most=100) == []
+    assert thresholds("end", least=10) == [10]
 
 
 @pytest.mark.parametrize("value", [0, 1, 250, -3])
 def test_a_score_that_is_the_same_for_all_is_one_bar(tmp_path, value):
-    edges, kept, rejected = bins(draw(tmp_path, [value] * 5, [value] * 2, bounds=Bounds(most=0)))
+    edges, kept, rejected, _ = histogram(tmp_path, [value] * 5, [value] * 2)
     assert edges[0] <= value <= edges[1]
     assert (kept[0], rejected[0], kept.sum(), rejected.sum()) == (5, 2, 5, 2)
 
 
 @pytest.mark.parametrize(
-    ("values", "even"), [([1, 10, 300], True), ([1, 10, 301], False), ([0, 3, 500], False), ([-1, 9e9], True)]
+    ("values", "logarithmic"), [([1, 10, 300], False), ([1, 10, 301], True), ([-1, 9e9], False), ([0, 299], False)]
 )
-def test_values_of_very_different_size_have_bins_in_a_geometric_row(tmp_path, values, even):
-    widths = np.diff(draw(tmp_path, values).edges)[1:]  # behind that of the zeros
-    assert np.allclose(widths, widths[0]) == even
-    assert even or np.allclose(widths[1:] / widths[:-1], widths[1] / widths[0])
+def test_values_of_very_different_size_lie_on_a_logarithmic_axis(tmp_path, values, logarithmic):
+    edges = histogram(tmp_path, values)[0]
+    widths = np.diff(np.log(edges) if logarithmic else edges)
+    np.testing.assert_allclose(widths, widths[0])
+    assert (edges[0], edges[-1]) == pytest.approx((min(values), max(values)))
 
 
 def test_of_a_count_the_documents_without_any_have_a_bar_of_their_own(tmp_path):
-    edges, kept, rejected = bins(draw(tmp_path, [0, 0, 0, 1, 2, 5_000], [0]))
+    edges, kept, rejected, _ = histogram(tmp_path, [0, 0, 0, 1, 2, 5_000], [0])
     assert (kept[0], rejected[0]) == (3, 1)
     assert edges[:2].tolist() == [0.5, 1]
 
 
 def test_scores_that_were_not_taken_have_no_histogram_and_the_rest_keep_their_order(tmp_path):
-    names = ["pii.emails", CHARS, "c4.num_sentences"]
-    panels = score_histograms(corpus(tmp_path / "some", [300], [4.0]), dict.fromkeys(names, Bounds(most=3)))
-    assert [panel.title for panel in panels] == ["length · chars"]
     rows = [document("a", scores={"c4.num_sentences": 7, CHARS: 5})]
-    panels = score_histograms(write_corpus(tmp_path / "two", rows), dict.fromkeys(names, Bounds(most=3)))
-    assert [panel.title for panel in panels] == ["length · chars", "c4 · num sentences"]
-
-
-def test_where_no_score_was_taken_there_is_none(tmp_path):
-    assert score_histograms(corpus(tmp_path, [None], [None]), {CHARS: Bounds(least=200)}) == []
+    names = ["pii.emails", CHARS, "c4.num_sentences"]
+    made = score_histograms(write_corpus(tmp_path / "two", rows), dict.fromkeys(names, Bounds(most=3)))
+    assert [each.title for each in made] == ["length · chars", "c4 · num sentences"]
+    assert score_histograms(corpus(tmp_path / "none", [None], [None]), {CHARS: Bounds(least=200)}) == []
     assert score_histograms(corpus(tmp_path / "other", [3]), {}) == []
 
 
-def test_bars_are_stacked_to_scale_and_a_mark_stands_where_its_value_is():
-    html = histograms([Histogram("a <b>", [0, 1, 2, 4], {"kept": [1, 0, 2], "rejected": [0, 0, 2]}, marks=[3])])
-    assert "a &lt;b&gt;" in html
-    kept, rejected = re.findall(r'd="([^"]*)"', html)
-    assert kept == "M0.0 90.0V67.5h100.0V90.0zM200.0 90.0V45.0h100.0V90.0z"
-    assert rejected == "M200.0 45.0V0.0h100.0V45.0z"
-    assert 'x1="250.0" x2="250.0"' in html
-
-
-def test_empty_bins_draw_nothing():
-    html = histograms([Histogram("none", [0, 1], {"kept": [0], "rejected": [0]})])
-    assert re.findall(r'd="([^"]*)"', html) == ["", ""]
+def test_bars_are_as_high_as_their_counts_and_stand_on_one_another_and_thresholds_are_between_them():
+    panel = Histogram("<score>", [0, 1, 10, 100], {"kept": [4, 0, 1], "rejected": [4, 2, 0]}, marks=[1, 55])
+    drawn = histograms([panel])
+    assert "&lt;score&gt;" in drawn
+    paths = re.findall(r'd="([^"]*)"', drawn)
+    bars = [re.findall(r"M([\d.]+) ([\d.]+)V([\d.]+)h([\d.]+)", path) for path in paths]
+    third, unit = PANEL_WIDTH / 3, PANEL_HEIGHT / 8
+    boxes = [[(float(x), float(base), float(base) - float(top)) for x, base, top, _ in each] for each in bars]
+    assert boxes == [
+        [
+            (0, PANEL_HEIGHT, pytest.approx(4 * unit, abs=0.11)),
+            (2 * third, PANEL_HEIGHT, pytest.approx(unit, abs=0.11)),
+        ],
+        [
+            (0, pytest.approx(4 * unit, abs=0.11), pytest.approx(4 * unit, abs=0.11)),
+            (third, PANEL_HEIGHT, pytest.approx(2 * unit, abs=0.11)),
+        ],
+    ]
+    marks = [float(x) for x in re.findall(r'class="mark" x1="([\d.]+)"', drawn)]
+    assert marks == pytest.approx([third, 2.5 * third], abs=0.1)
