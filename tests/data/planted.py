@@ -3,6 +3,7 @@
 ``write_sources`` makes them and the section that turns every stage on; ``VICTIMS`` says what must become of which.
 """
 
+import json
 import random
 import re
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from lilpipe.alignment.prompts import PROMPT_SCHEMA
 from lilpipe.config import CorpusConfig
 from lilpipe.data.documents import write_rows
+from lilpipe.stage import Workspace, get_stage
 from tests.artifacts import artifact
 
 from .prose import prose, write_jsonl
@@ -232,3 +234,25 @@ def section(folder):
 def settings(folder, **others):
     """The section over the sources in a folder, with other values of its fields."""
     return CorpusConfig.model_validate({**section(folder), **others})
+
+
+# --- running the stage ----------------------------------------------------------------------------------------------
+
+FEW_BANDS = {"minhash": {"num_buckets": 8}}
+"""Each band is a task, and datatrove takes some time for any."""
+
+
+def no_report(*args, **kwargs):
+    return ""
+
+
+def build(config, root, **inputs):
+    workspace = Workspace(root)
+    return get_stage("corpus").run(config, inputs, workspace), workspace
+
+
+def events_of(root):
+    """What a run has told, as far as lines are whole."""
+    path = root / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
