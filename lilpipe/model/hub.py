@@ -22,12 +22,11 @@ from lilpipe.config import ModelConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.transformer import Transformer
 from lilpipe.overrides import explain
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 GENERATION_FILE = "generation_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 """All that ``save_model`` writes."""
 

@@ -147,6 +147,9 @@ class Tokenizer:
         write_atomically(path, to_tiktoken(self.ranks))
 
 
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja")
+"""What ``Tokenizer.save`` writes."""
+
 HUGGING_FACE_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": "<|end_of_document|>",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from lilpipe.config import TokensConfig
 from lilpipe.data.documents import read_documents
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
 from lilpipe.tokens.report import write_report
 from lilpipe.tokens.shards import (
     CORPUS,
@@ -44,7 +45,9 @@ from lilpipe.tokens.shards import (
 )
 
 CHARS_PER_TASK = 2**18
-"""A thread encodes so much at once: a tenth of a second, so that none is long idle at the end."""
+"""A thread encodes so much at once: a few hundredths of a second, so that none is long idle at the end."""
+TASKS_AHEAD = 8
+"""Tasks for each thread that may wait, so that none is idle while a shard is written."""
 MAX_OPEN_SHARDS = 8
 """Shards being filled hold at most as many tokens as this many full ones: the memory of a corpus of many streams."""
 
@@ -77,7 +80,7 @@ def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
             counts = write_streams(workspace.output, texts, tokenizer, config, progress)
             _check_split(source, counts, config.validation_share)
             streams += sorted({stream for stream, _ in counts})
-    tokenizer.save(workspace.output / TOKENIZER_FOLDER)
+    copy_tokenizer(_path(inputs, "tokenizer"), workspace.output / TOKENIZER_FOLDER)
     write_index(workspace.output, tokenizer, streams)
     shards = TokenShards.open(workspace.output)
     write_report(shards, workspace.report / "report.html")
@@ -245,7 +248,7 @@ def encode_in_order(
     with ThreadPoolExecutor(config.num_workers) as pool:
         for first, group in _groups(texts):
             pending.append(pool.submit(work, first, group))
-            if len(pending) > 2 * config.num_workers:
+            if len(pending) > TASKS_AHEAD * config.num_workers:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
@@ -285,6 +288,13 @@ def _encode(
             document = Document(text.id, text.source, num_bytes=len(data), tokens=tokens)
         results.append(Encoded(position, place, document))
     return results
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Put the tokenizer's files beside the shards; to save it anew, its merges would have to be found again."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(source / name, target / name)
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -26,8 +26,8 @@ from lilpipe.tokens.shards import TokenShards, TokenStream
 IGNORED = -100
 """Target that counts for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
 PADDING_DOCUMENT = -1
-STEPS_AT_ONCE = 64
-"""Steps whose order is computed together: numpy takes about as long for one as for these."""
+STEPS_AT_ONCE = 16
+"""Steps whose order is computed together: of a small batch numpy takes about as long for one as for these."""
 
 
 class Batch(NamedTuple):

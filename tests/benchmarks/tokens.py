@@ -50,6 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         corpus = pa.table({name: [row[name] for row in rows] for name in ("id", "source", "text")})
         write_table(Path(root, "corpus/documents/00000.arrow"), corpus)
+        tokenizer.save(Path(root, "tokenizer"))
         compare_encoding(Path(root), tokenizer, texts)
         measure_loader(TokenShards.open(Path(root, "shards/output")))
 
@@ -60,7 +61,7 @@ def main() -> None:
 def compare_encoding(root: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
     """Bare tiktoken and the stage, run in turn; the last shards stay in ``root/shards``."""
     bare = tiktoken.Encoding(
-        "bare", pat_str=tokenizer.pattern, mergeable_ranks=dict(tokenizer.ranks), special_tokens={}
+        "bare", pat_str=tokenizer.pattern, mergeable_ranks=dict(tokenizer.ranks), special_tokens=tokenizer.special_ids
     )
     num_bytes = sum(len(text.encode()) for text in texts)
     times: dict[str, list[tuple[float, float]]] = {}
@@ -93,7 +94,7 @@ def _write_shards(root: Path, tokenizer: Tokenizer, workspace: Workspace) -> Non
     progress = build.Progress(workspace, total=0)
     texts = build.read_corpus(root / "corpus", "none")
     build.write_streams(workspace.output, texts, tokenizer, config, progress)
-    tokenizer.save(workspace.output / "tokenizer")
+    build.copy_tokenizer(root / "tokenizer", workspace.output / "tokenizer")
     write_index(workspace.output, tokenizer, ["corpus"])
 
 
