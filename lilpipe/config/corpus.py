@@ -65,6 +65,12 @@ class Source(Section):
         return self
 
 
+def _check_names(field: str, sources: tuple[Source, ...]) -> None:
+    names = [source.name for source in sources]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{field}: names must differ, got {names}")
+
+
 # --- filters ------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +225,10 @@ class ClassifierConfig(Section):
             raise ValueError("good and bad: got examples of one alone, expected both, or neither for no classifier")
         if self.enabled and (self.min_score is None) == (self.keep_share is None):
             raise ValueError("min_score and keep_share: got both or neither, expected one of them")
+        if not self.enabled and (self.min_score is not None or self.keep_share is not None):
+            raise ValueError("min_score and keep_share: got one without examples, expected `good` and `bad` beside it")
+        _check_names("good", self.good)
+        _check_names("bad", self.bad)
         return self
 
 
@@ -249,6 +259,11 @@ class DecontaminationConfig(Section):
     """An n-gram found in more documents of the corpus than this is no sign of contamination (GPT-3: 10)."""
     action: Literal["reject", "report"] = "reject"
     """What becomes of a document that matches."""
+
+    @model_validator(mode="after")
+    def _sets_are_named_apart(self) -> DecontaminationConfig:
+        _check_names("sets", self.sets)
+        return self
 
 
 # --- where the work is done ---------------------------------------------------------------------------------------
@@ -319,12 +334,10 @@ class CorpusConfig(Section):
 
     @model_validator(mode="after")
     def _sources_are_named_apart(self) -> CorpusConfig:
-        names = [source.name for source in self.sources]
-        if not names:
+        if not self.sources:
             raise ValueError("sources: got none, expected at least one; name a source or leave the default")
-        if len(set(names)) != len(names):
-            raise ValueError(f"sources: names must differ, got {names}")
+        _check_names("sources", self.sources)
         without = [source.name for source in self.sources if source.weight is None]
-        if without and len(without) < len(names):
+        if without and len(without) < len(self.sources):
             raise ValueError(f"sources: got no weight for {without}, expected one for every source or for none")
         return self
