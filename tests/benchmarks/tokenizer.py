@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,7 @@ def train_rustbpe(texts: list[str]) -> None:
 def learn(root: Path, config: TokenizerConfig) -> Tokenizer:
     """All that the stage does until it has a tokenizer that encodes: reading, counting, training."""
     sample = Sample.plan(config, root / "corpus", None)
-    texts = bpe.counted(sample.texts(), bpe.Counter(), Workspace(root / "work"), total=sample.num_bytes)
+    texts = bpe.counted(sample.texts(), Counter(), Workspace(root / "work"), total=sample.num_bytes)
     return bpe.learn((text.text for text in texts), config, None)
 
 
