@@ -24,7 +24,7 @@ test: setup ## All tests: offline, on the CPU, 3 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 cluster-test: setup ## Corpus tasks on a real Slurm and Ray of this host; what is not installed is skipped, with what to install
-	$(BIN)/python -m pytest tests/data/test_slurm.py tests/data/test_ray.py -rs
+	$(BIN)/python -m pytest tests/data/executors/test_slurm.py tests/data/executors/test_ray.py -rs
 
 lint: setup ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -26,6 +26,7 @@ NEUTRAL_MODULES = frozenset(
         "artifact",
         "cli",
         "config",
+        "data.findings",
         "data.histograms",
         "data.report",
         "data.trace",

@@ -76,6 +76,7 @@ def _plan_step(config: PipelineConfig, store: Store, name: str, made: dict[str, 
     section = config.section(name)
     missing = [source for source in _sources(config, name) if source not in made]
     if missing:
+        stage.external(section)  # so that a path that does not exist is told of now
         reason = f"after {', '.join(missing)}"
         return PlannedStep(name, stage, section, None, None, None, "waits", reason)
     inputs = _inputs(config, name, made)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lilpipe.artifact import Artifact
 from lilpipe.config import PipelineConfig, PretrainConfig
-from lilpipe.data.chain import Bounds
+from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.trace import Fate, Verdict
 from lilpipe.data.trace import trace_document as trace_fate
 from lilpipe.errors import ConfigError, DataError

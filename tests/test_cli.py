@@ -28,7 +28,8 @@ def test_plan_names_what_will_run_and_what_waits(lilpipe):
     done = lilpipe("plan")
     assert done.returncode == 0, done.stderr
     rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("│")}
-    assert "never run" in rows["corpus"]
+    assert "never run" in rows["prompts"]
+    assert "after prompts" in rows["corpus"]
     assert "after corpus" in rows["tokenizer"]
     assert list(rows)[-1] == "register"
 

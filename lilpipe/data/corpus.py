@@ -20,22 +20,22 @@ import numpy as np
 
 from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
 from lilpipe.config import CorpusConfig, Source
-from lilpipe.data.chain import Bounds
-from lilpipe.data.classifier import keep_threshold
 from lilpipe.data.counts import Counts, count_documents
-from lilpipe.data.decontamination import EvaluationIndex
 from lilpipe.data.documents import read_documents, read_rejected, read_table, write_table
-from lilpipe.data.executor import open_executor
+from lilpipe.data.executors.executor import open_executor
 from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
-from lilpipe.data.filters import build_filters
+from lilpipe.data.filters.build import build_filters
+from lilpipe.data.filters.chain import Bounds
+from lilpipe.data.filters.classifier import keep_threshold
+from lilpipe.data.filters.decontamination import EvaluationIndex
+from lilpipe.data.filters.language import bundled_model_path
 from lilpipe.data.findings import MATCHES_FILE, classifier_section, evaluation_section, gather_matches
-from lilpipe.data.language import bundled_model_path
 from lilpipe.data.late import LateVerdicts
 from lilpipe.data.learn import CLASSIFIER_REPORT, Learnt, learn
 from lilpipe.data.minhash import MatchBands, near_duplicates
-from lilpipe.data.readers import digest_source, find_parts
 from lilpipe.data.report import build_report
 from lilpipe.data.sorting import ReadParts, ReadSummary, Selection, run_files
+from lilpipe.data.sources.readers import digest_source, find_parts
 from lilpipe.data.trace import Thresholds, write_thresholds
 from lilpipe.data.work import Work
 from lilpipe.errors import DataError

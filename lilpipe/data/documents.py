@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from lilpipe.artifact import sync_directory
-from lilpipe.data.chain import Document, Rejection
+from lilpipe.data.filters.chain import Document, Rejection
 from lilpipe.errors import ArtifactError
 
 ORIGIN = pa.schema(

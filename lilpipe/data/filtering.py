@@ -10,8 +10,6 @@ import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.config import CorpusConfig
-from lilpipe.data.chain import Document, Rejection, run_filters, score_names
-from lilpipe.data.decontamination import MATCHES, DecontaminationFilter
 from lilpipe.data.documents import (
     ROWS_PER_BATCH,
     TableWriter,
@@ -22,7 +20,9 @@ from lilpipe.data.documents import (
     rejected_table,
     write_rows,
 )
-from lilpipe.data.filters import build_filters
+from lilpipe.data.filters.build import build_filters
+from lilpipe.data.filters.chain import Document, Rejection, run_filters, score_names
+from lilpipe.data.filters.decontamination import MATCHES, DecontaminationFilter
 from lilpipe.data.late import CLASSIFIER_SCORE, SIMILARITY, LateVerdict, LateVerdicts, kept_file, rejected_file
 from lilpipe.data.learn import Learnt
 from lilpipe.data.minhash import SignatureWriter

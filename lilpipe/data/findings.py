@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from lilpipe.config import DecontaminationConfig
-from lilpipe.data.decontamination import MATCHES, EvaluationIndex
 from lilpipe.data.documents import read_table
+from lilpipe.data.filters.decontamination import MATCHES, EvaluationIndex
 from lilpipe.report import heading, note, table, text_block
 
 MATCHES_FILE = "evaluation_matches.arrow"

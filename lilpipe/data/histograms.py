@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from lilpipe.data.chain import Bounds
 from lilpipe.data.documents import read_documents, read_rejected, score_values
+from lilpipe.data.filters.chain import Bounds
 from lilpipe.report import Histogram
 
 NUM_BINS = 40

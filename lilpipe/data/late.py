@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from lilpipe.data.chain import Rejection
 from lilpipe.data.documents import read_table, score_values
+from lilpipe.data.filters.chain import Rejection
 
 CLASSIFIER_SCORE = "classifier.score"
 SIMILARITY = "near_dedup.similarity"

@@ -14,16 +14,16 @@ from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import write_atomically
 from lilpipe.config import CorpusConfig, Source
-from lilpipe.data.classifier import MODEL_FILE, train
-from lilpipe.data.decontamination import EvaluationIndex, write_index
 from lilpipe.data.documents import read_table, write_table
-from lilpipe.data.evaluation_sets import prompt_sets, source_sets
-from lilpipe.data.outliers import Unigrams, WordCounter, WordCounts, merge_counts
-from lilpipe.data.readers import FirstBytes, Unreadable, find_parts, read_part
-from lilpipe.data.repeated import document_line_keys
+from lilpipe.data.filters.classifier import MODEL_FILE, train
+from lilpipe.data.filters.decontamination import EvaluationIndex, write_index
+from lilpipe.data.filters.evaluation_sets import prompt_sets, source_sets
+from lilpipe.data.filters.outliers import Unigrams, WordCounter, WordCounts, merge_counts
+from lilpipe.data.filters.repeated import document_line_keys
+from lilpipe.data.filters.url import url_key
 from lilpipe.data.sorting import Selection
+from lilpipe.data.sources.readers import FirstBytes, Unreadable, find_parts, read_part
 from lilpipe.data.survey import KeyCounter, MergeCounts, MergePages, MergeTask, PageList, plan_merge, shard_buckets
-from lilpipe.data.url import url_key
 from lilpipe.data.work import Work
 
 CLASSIFIER_REPORT = "classifier.json"

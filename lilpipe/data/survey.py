@@ -21,8 +21,8 @@ import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import write_atomically
-from lilpipe.data.chain import Document
 from lilpipe.data.documents import read_table, write_table
+from lilpipe.data.filters.chain import Document
 
 FILE_KEYS = 2**20
 """Most keys that a file of a shard is made from."""

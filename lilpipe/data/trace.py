@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lilpipe.artifact import write_atomically
-from lilpipe.data.chain import Bounds
 from lilpipe.data.documents import read_documents, read_rejected
+from lilpipe.data.filters.chain import Bounds
 from lilpipe.errors import DataError
 
 FILTERS_FILE = "filters.json"

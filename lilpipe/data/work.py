@@ -7,9 +7,8 @@ from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
 
-from lilpipe.data.executor import RunTasks
+from lilpipe.data.executors.executor import RunTasks
 from lilpipe.stage import Workspace
-
 
 PERCENT = {
     "read": (0, 25),

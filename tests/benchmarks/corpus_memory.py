@@ -28,7 +28,8 @@ from pathlib import Path
 import psutil
 
 from lilpipe.config import CorpusConfig
-from lilpipe.data import corpus, readers
+from lilpipe.data import corpus
+from lilpipe.data.sources import readers
 from lilpipe.stage import Workspace
 from tests.data import prose
 

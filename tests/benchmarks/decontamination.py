@@ -18,9 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lilpipe.config import DecontaminationConfig
-from lilpipe.data.chain import Document
-from lilpipe.data.decontamination import DecontaminationFilter, EvaluationSet, write_index
-from lilpipe.data.repeated import LineFilter, ParagraphFilter, document_line_keys
+from lilpipe.data.filters.chain import Document
+from lilpipe.data.filters.decontamination import DecontaminationFilter, EvaluationSet, write_index
+from lilpipe.data.filters.repeated import LineFilter, ParagraphFilter, document_line_keys
 from lilpipe.data.survey import KeyCounter, MergeCounts, merged_files, plan_merge
 
 ENGLISH = ("python-peps", "rust-rfcs", "rust-book")

@@ -35,11 +35,12 @@ from datatrove.utils.text import split_into_parts, split_into_words
 from loguru import logger
 
 from lilpipe.config.corpus import QualityConfig
-from lilpipe.data import words as word_tables
-from lilpipe.data.chain import Document, Filter, run_filters
-from lilpipe.data.heuristics import C4, FineWeb, GopherQuality, GopherRepetition
-from lilpipe.data.outliers import DirtyWords, Divergence, DuplicateNgramCoverage, Unigrams, count_words
-from lilpipe.data.words import Words, split_chunk
+from lilpipe.data.filters import words as word_tables
+from lilpipe.data.filters.chain import Document, Filter, run_filters
+from lilpipe.data.filters.heuristics import C4, FineWeb, GopherQuality, GopherRepetition
+from lilpipe.data.filters.outliers import DirtyWords, Divergence, DuplicateNgramCoverage, Unigrams
+from lilpipe.data.filters.words import Words, split_chunk
+from tests.data.prose import count_words
 
 ENGLISH = ("python-peps", "rust-rfcs", "rust-book")
 SPEED_BYTES = 3_000_000

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m tests.benchmarks.language [FOLDER]
 
 FOLDER holds the shared data (`../shared/data`). Rounds alternate, so that both meet the same load of the machine; time
-is the processor's. The peer is fastText's bare binding as ``lilpipe.data.fasttext_model`` calls it, which is what
+is the processor's. The peer is fastText's bare binding as ``fasttext_model`` calls it, which is what
 datatrove's `FT176LID` does with the same text; that class itself fetches its own model from the network.
 
 Half of the documents, by a hash of the id, served to choose the pieces and what is left out; the numbers are of the
@@ -22,8 +22,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from lilpipe.data.fasttext_model import best_label, codes, load
-from lilpipe.data.language import FIELD, bundled_model_path, identify
+from lilpipe.data.filters.fasttext_model import best_label, codes, load
+from lilpipe.data.filters.language import FIELD, bundled_model_path, identify
 
 ENGLISH = ("python-peps", "rust-rfcs", "rust-book")
 ROUNDS = 5

@@ -37,8 +37,8 @@ from datatrove.utils.hashing import HashConfig
 from loguru import logger
 
 from lilpipe.config import MinhashConfig
+from lilpipe.data.filters.words import Words
 from lilpipe.data.minhash import MatchBands, SignatureWriter, near_duplicates
-from lilpipe.data.words import Words
 from tests.data.prose import prose
 
 ROUNDS = 3

@@ -1,7 +1,7 @@
 """Corpus artifacts made by hand: what was kept, what was rejected and why, with the scores of each document."""
 
-from lilpipe.data.chain import Bounds, Document, Rejection
 from lilpipe.data.documents import documents_table, rejected_table, write_table
+from lilpipe.data.filters.chain import Bounds, Document, Rejection
 from lilpipe.data.trace import write_thresholds
 
 THRESHOLDS = {

@@ -4,7 +4,7 @@ import json
 import random
 import re
 
-from lilpipe.data.outliers import WordCounter
+from lilpipe.data.filters.outliers import WordCounter
 
 WORDS = {
     "noun": "river farmer village letter engine garden winter captain market window teacher mountain harbour forest "

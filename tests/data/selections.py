@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from lilpipe.config import CorpusConfig, Source
 from lilpipe.data.corpus import _select
-from lilpipe.data.readers import find_parts
 from lilpipe.data.sorting import ReadParts
+from lilpipe.data.sources.readers import find_parts
 
 from .prose import write_jsonl
 

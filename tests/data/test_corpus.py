@@ -9,7 +9,7 @@ import pytest
 from lilpipe.config import CorpusConfig, Source
 from lilpipe.data import corpus
 from lilpipe.data.corpus import external, read_documents, read_rejected
-from lilpipe.data.language import bundled_model_path
+from lilpipe.data.filters.language import bundled_model_path
 from lilpipe.data.sorting import text_key
 from lilpipe.errors import DataError
 

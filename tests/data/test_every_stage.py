@@ -7,11 +7,11 @@ import pytest
 
 from lilpipe.alignment.prompts import PROMPT_SCHEMA
 from lilpipe.data import corpus, trace
-from lilpipe.data.chain import Bounds
 from lilpipe.data.corpus import read_documents, read_rejected
 from lilpipe.data.documents import read_table, write_rows
+from lilpipe.data.filters.chain import Bounds
+from lilpipe.data.filters.url import url_key
 from lilpipe.data.minhash import num_hashes
-from lilpipe.data.url import url_key
 from lilpipe.stage import Workspace
 from tests.artifacts import artifact
 

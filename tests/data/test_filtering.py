@@ -5,14 +5,14 @@ import pytest
 
 from lilpipe.artifact import list_files
 from lilpipe.config import CorpusConfig
-from lilpipe.data.decontamination import MATCHES, EvaluationSet, write_index
 from lilpipe.data.documents import documents_schema, read_table, rejected_schema, write_table
 from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
+from lilpipe.data.filters.decontamination import MATCHES, EvaluationSet, write_index
+from lilpipe.data.filters.words import Words
 from lilpipe.data.late import LateVerdicts, kept_file, rejected_file
 from lilpipe.data.learn import Learnt
 from lilpipe.data.minhash import MATCHES as NEAR_DUPLICATES
 from lilpipe.data.minhash import Signatures, signatures
-from lilpipe.data.words import Words
 
 from .prose import prose
 from .selections import select

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from lilpipe.data.chain import Bounds
+from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.histograms import score_histograms
 from lilpipe.report import PANEL_HEIGHT, PANEL_WIDTH, Histogram, histograms
 

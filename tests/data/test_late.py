@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lilpipe.data.chain import Document, Rejection
 from lilpipe.data.documents import documents_table, write_rows, write_table
+from lilpipe.data.filters.chain import Document, Rejection
 from lilpipe.data.late import CLASSIFIER_SCORE, SIMILARITY, LateVerdict, LateVerdicts, kept_file
 from lilpipe.data.minhash import MATCHES
 

@@ -8,13 +8,13 @@ import pytest
 from lilpipe.alignment.prompts import PROMPT_SCHEMA
 from lilpipe.config import CorpusConfig
 from lilpipe.data import learn as learning
-from lilpipe.data.decontamination import EvaluationIndex
 from lilpipe.data.documents import write_rows
-from lilpipe.data.executor import open_executor
+from lilpipe.data.executors.executor import open_executor
+from lilpipe.data.filters.decontamination import EvaluationIndex
+from lilpipe.data.filters.repeated import line_keys
+from lilpipe.data.filters.words import Words
 from lilpipe.data.learn import Learnt, has_pages, learn
-from lilpipe.data.repeated import line_keys
 from lilpipe.data.survey import dropped_pages, frequent_keys, merged_files
-from lilpipe.data.words import Words
 from lilpipe.data.work import Work
 from lilpipe.stage import Workspace
 

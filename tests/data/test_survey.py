@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lilpipe.config import CorpusConfig
 from lilpipe.data import survey
-from lilpipe.data.chain import Document
-from lilpipe.data.executor import open_executor
+from lilpipe.data.executors.executor import open_executor
+from lilpipe.data.filters.chain import Document
 from lilpipe.data.survey import (
     NO_DATE,
     KeyCounter,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from lilpipe.data.chain import Bounds
+from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.trace import Verdict, read_thresholds, trace_document
 from lilpipe.errors import DataError
 

@@ -1,0 +1,1 @@
+"""Where the tasks of the data stages run: local processes, Slurm, Ray."""

@@ -1,0 +1,1 @@
+"""What judges and changes single documents, and what the filters share."""

@@ -1,0 +1,110 @@
+"""The chain of filters, in the order in which documents pass them, and the simplest of them.
+
+Cheap filters come first, then those that change the text, so that all behind them judge the text that may stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from lilpipe.config import CorpusConfig, PIIConfig
+from lilpipe.data.filters.chain import Bounds, Document, Filter, Rejection
+from lilpipe.data.filters.classifier import ClassifierFilter
+from lilpipe.data.filters.decontamination import DecontaminationFilter
+from lilpipe.data.filters.heuristics import heuristic_filters
+from lilpipe.data.filters.language import LanguageFilter
+from lilpipe.data.filters.normalise import normalise
+from lilpipe.data.filters.pii import PIIFilter
+from lilpipe.data.filters.repeated import LineFilter, ParagraphFilter
+from lilpipe.data.filters.url import UrlFilter
+from lilpipe.data.learn import Learnt
+from lilpipe.data.survey import dropped_pages, merged_files
+
+
+def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filter]:
+    """The filters of a shard that the section asks for."""
+    filters: list[Filter] = []
+    if config.url.blocked_domains or config.url.blocked_words:
+        filters.append(UrlFilter(config.url))
+    if learnt.pages is not None:
+        filters.append(UrlDuplicateFilter(dropped_pages(learnt.pages, shard)))
+    filters.append(LengthFilter(config.min_chars))
+    if config.exact_dedup.documents:
+        filters.append(ExactDuplicateFilter())
+    by_source = {source.name: source.languages for source in config.sources if source.languages is not None}
+    filters.append(LanguageFilter(config.language, config.languages, by_source))
+    if learnt.lines is not None:
+        filters.append(LineFilter(merged_files(learnt.lines, shard)))
+    if config.exact_dedup.paragraphs:
+        filters.append(ParagraphFilter())
+    filters += heuristic_filters(config.quality, learnt.unigrams())
+    if config.pii != OFF:
+        filters.append(PIIFilter(config.pii))
+    if learnt.evaluation is not None:
+        common = merged_files(learnt.ngrams, shard)
+        filters.append(DecontaminationFilter(config.decontamination, learnt.evaluation, common))
+    if learnt.classifier is not None:
+        filters.append(ClassifierFilter(learnt.classifier))
+    return filters
+
+
+OFF = PIIConfig(emails=False, ip_addresses=False, phone_numbers=False, secrets=False)
+
+
+class UrlDuplicateFilter:
+    """Drops the pages that another one of the same address replaces; the survey has found them."""
+
+    stage = "url_dedup"
+    bounds: Mapping[str, Bounds] = MappingProxyType({})
+
+    def __init__(self, dropped: Mapping[int, str]) -> None:
+        """``dropped`` has the places of the shard's pages that go, and the id of the page that stays."""
+        self.dropped = dropped
+
+    def __call__(self, document: Document) -> Rejection | None:
+        """Keep the document or name the page that replaces it."""
+        kept = self.dropped.get(document.place)
+        return None if kept is None else Rejection("duplicate_url", kept)
+
+
+class LengthFilter:
+    """Drops short documents, and those without a single letter or digit, on which the ratios have no meaning."""
+
+    stage = "length"
+
+    def __init__(self, min_chars: int) -> None:
+        self.min_chars = min_chars
+        self.bounds = {"chars": Bounds(least=min_chars)}
+
+    def __call__(self, document: Document) -> Rejection | None:
+        """Keep the document or say why not."""
+        chars = len(document.text.strip())
+        document.scores["length.chars"] = chars
+        if chars < self.min_chars:
+            return Rejection("too_few_chars")
+        return None if any(map(str.isalnum, document.text)) else Rejection("no_words")
+
+
+class ExactDuplicateFilter:
+    """Keeps the first of documents with the same normalised text, which must come one after the other.
+
+    They do: documents are sorted by the hash of that text, and a hash has one task.
+    """
+
+    stage = "exact_dedup"
+    bounds: Mapping[str, Bounds] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        self._key: int | None = None
+        self._kept: list[tuple[str, str]] = []
+
+    def __call__(self, document: Document) -> Rejection | None:
+        """Keep the document or say that it has been there, with the id of the one that was kept."""
+        if document.key != self._key:  # as nearly always: no text is normalised then
+            self._key, self._kept = document.key, []
+        for text, kept_id in self._kept:
+            if normalise(text) == normalise(document.text):
+                return Rejection("exact_duplicate", kept_id)
+        self._kept.append((document.text, document.id))
+        return None

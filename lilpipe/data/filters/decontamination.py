@@ -1,0 +1,272 @@
+"""Documents that hold text of an evaluation set: n-gram overlap (Brown et al. 2020, appendix C; Llama 3, Grattafiori
+et al. 2024, 5.1.4).
+
+Every n words in a row (13) of an evaluation item are looked for; an item of fewer words as a whole, and one of very few
+not at all. Words are compared without case, punctuation and white space. An n-gram that many documents of the corpus
+hold, such as a licence or a proverb, is no sign of contamination.
+
+What was found is also told with the text around it, so that a person can judge: n-grams alone cannot tell a leaked
+question from a quotation that both have from elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lilpipe.config import DecontaminationConfig
+from lilpipe.data.documents import read_table, write_table
+from lilpipe.data.filters.chain import Bounds, Document, Rejection
+from lilpipe.data.filters.ngrams import ngram_hashes
+from lilpipe.data.filters.words import Words
+from lilpipe.data.survey import contains, frequent_keys
+
+CONTEXT_CHARS = 120
+MAX_OVERLAP_CHARS = 600
+MAX_DETAIL_CHARS = 200
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Items of one evaluation, as id and text."""
+
+    name: str
+    items: Sequence[tuple[str, str]]
+
+
+# --- the index ----------------------------------------------------------------------------------------------------
+
+ITEMS = pa.schema([("set", pa.string()), ("item", pa.string()), ("num_ngrams", pa.int64())])  # 0: too short
+NGRAMS = pa.schema([("key", pa.uint64()), ("start", pa.uint64()), ("words", pa.uint16()), ("item", pa.uint32())])
+MAX_TABLE_BITS = 24
+
+
+def write_index(folder: Path, sets: Iterable[EvaluationSet], config: DecontaminationConfig) -> None:
+    """Write what ``EvaluationIndex`` reads: the items, and the n-grams to look for, sorted by their hash."""
+    items: list[dict[str, Any]] = []
+    found: list[tuple[np.ndarray, np.ndarray]] = []  # words of an item that is looked for, and its n-grams
+    numbers: list[int] = []
+    for each in sets:
+        for item, text in each.items:
+            hashes = Words(text).hashes
+            long_enough = len(hashes) >= min(config.min_item_words, config.ngram_size)
+            ngrams = ngram_hashes(hashes, min(len(hashes), config.ngram_size)) if long_enough else hashes[:0]
+            if long_enough:
+                found.append((hashes, ngrams))
+                numbers.append(len(items))
+            items.append({"set": each.name, "item": item, "num_ngrams": len(ngrams)})
+    start_words = min((min(len(hashes), config.ngram_size) for hashes, _ in found), default=0)
+    counts = [len(ngrams) for _, ngrams in found]
+    columns = {
+        "key": _joined([ngrams for _, ngrams in found]),
+        "start": _joined([ngram_hashes(hashes, start_words)[: len(ngrams)] for hashes, ngrams in found]),
+        "words": np.repeat([min(len(hashes), config.ngram_size) for hashes, _ in found], counts).astype(np.uint16),
+        "item": np.repeat(numbers, counts).astype(np.uint32),
+    }
+    order = np.argsort(columns["key"], kind="stable")
+    table = pa.table({name: column[order] for name, column in columns.items()}, schema=NGRAMS)
+    write_table(folder / "ngrams.arrow", table, rows_per_batch=max(1, len(table)))  # one batch: read where it is mapped
+    write_table(folder / "items.arrow", pa.Table.from_pylist(items, schema=ITEMS))
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.uint64), *parts])
+
+
+class EvaluationIndex:
+    """The n-grams of the evaluation sets, as ``write_index`` wrote them.
+
+    A document is searched in two steps: the words that n-grams start with, as many as the shortest n-gram has, by a
+    table of bits of their hash; and only where that hits, the n-grams themselves.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.items = read_table(folder / "items.arrow")
+        ngrams = read_table(folder / "ngrams.arrow")
+        self.keys = ngrams["key"].to_numpy()
+        self._item = ngrams["item"].to_numpy()
+        self._lengths = np.unique(ngrams["words"].to_numpy()).tolist()
+        self._starts = np.unique(ngrams["start"].to_numpy())
+        bits = min((16 * len(self._starts)).bit_length(), MAX_TABLE_BITS)
+        self._shift = np.uint64(64 - bits)
+        self._table = np.zeros(1 << bits, bool)
+        self._table[self._starts >> self._shift] = True
+
+    def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The n-grams of the index among a document's words.
+
+        Args:
+            hashes: uint64 [words].
+
+        Returns:
+            For each one found: the number of its first word, its number of words, and its key (uint64).
+        """
+        places, lengths, keys = [_NONE], [_NONE], [_NONE.astype(np.uint64)]
+        starts = ngram_hashes(hashes, self._lengths[0]) if self._lengths else hashes[:0]
+        near = self._table[starts >> self._shift].nonzero()[0]
+        if len(near):
+            near = near[contains(self._starts, starts[near])]
+        if not len(near):  # as nearly always
+            return places[0], lengths[0], keys[0]
+        for length in self._lengths:
+            here = near[near <= len(hashes) - length]
+            ngrams = ngram_hashes(hashes, length)[here]
+            hit = contains(self.keys, ngrams)
+            places.append(here[hit])
+            keys.append(ngrams[hit])
+            lengths.append(np.full(int(hit.sum()), length))
+        return np.concatenate(places), np.concatenate(lengths), np.concatenate(keys)
+
+    def document_keys(self, document: Document) -> np.ndarray:
+        """What the survey counts to tell the n-grams that many documents hold: uint64."""
+        return self.find(document.words.hashes)[2]
+
+    def items_with(self, key: np.uint64) -> list[int]:
+        """The items that hold an n-gram, by their rows in ``items``."""
+        first, end = np.searchsorted(self.keys, key), np.searchsorted(self.keys, key, side="right")
+        return np.unique(self._item[first:end]).tolist()
+
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """For each set how many items there are, and how many are too short to look for."""
+        counts: dict[str, dict[str, int]] = {}
+        for name, num_ngrams in zip(self.items["set"].to_pylist(), self.items["num_ngrams"].to_pylist(), strict=True):
+            count = counts.setdefault(name, {"items": 0, "too_short": 0})
+            count["items"] += 1
+            count["too_short"] += not num_ngrams
+        return counts
+
+
+_NONE = np.empty(0, np.int64)
+
+# --- the filter ---------------------------------------------------------------------------------------------------
+
+MATCHES = pa.schema(
+    [
+        *((name, pa.string()) for name in ("document", "source", "set", "item")),
+        ("matched_ngrams", pa.int64()),  # distinct, of the item
+        ("item_share", pa.float64()),  # of the item's n-grams
+        *((name, pa.string()) for name in ("before", "overlap", "after")),  # the longest overlap, as in the document
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a document shares with an item; a row of ``MATCHES``."""
+
+    document: str
+    source: str
+    set: str
+    item: str
+    matched_ngrams: int
+    item_share: float
+    before: str
+    overlap: str
+    after: str
+
+
+class DecontaminationFilter:
+    """Rejects, or reports, documents that hold an n-gram of an evaluation item.
+
+    ``matched_share`` is the share of the document's words that lie in such n-grams.
+    """
+
+    stage = "decontamination"
+
+    def __init__(self, config: DecontaminationConfig, index: Path, frequent_ngrams: Sequence[Path] = ()) -> None:
+        """``index`` is a folder that ``write_index`` has written, ``frequent_ngrams`` the survey's results."""
+        self.config = config
+        self.index = index
+        self.frequent_ngrams = frequent_ngrams
+        most = 0 if config.action == "reject" else None
+        self.bounds = {"matched_ngrams": Bounds(most=most), "matched_share": Bounds()}
+        self._matches: list[Match] = []
+        self._loaded: tuple[EvaluationIndex, np.ndarray] | None = None
+
+    def __call__(self, document: Document) -> Rejection | None:
+        """Keep the document, or name the item that it shares most with."""
+        if self._loaded is None:  # in the process that does the work
+            self._loaded = EvaluationIndex(self.index), frequent_keys(self.frequent_ngrams)
+        index, frequent = self._loaded
+        hashes = document.words.hashes
+        places, lengths, keys = index.find(hashes)
+        if len(keys):
+            sign = ~contains(frequent, keys)
+            places, lengths, keys = places[sign], lengths[sign], keys[sign]
+        document.scores["decontamination.matched_ngrams"] = len(keys)
+        document.scores["decontamination.matched_share"] = _covered(places, lengths) / len(hashes) if len(keys) else 0.0
+        if not len(keys):
+            return None
+        matches = list(self._describe(document, index, places, lengths, keys))
+        self._matches += matches
+        if self.config.action == "report":
+            return None
+        most = max(matches, key=lambda match: match.matched_ngrams)
+        words = " ".join(most.overlap.split())
+        return Rejection("evaluation_text", f"{most.set}/{most.item}: {_shortened(words, MAX_DETAIL_CHARS)}")
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The matches since the last call, as rows of ``MATCHES``."""
+        rows = [asdict(match) for match in self._matches]
+        self._matches.clear()
+        return rows
+
+    def _describe(
+        self, document: Document, index: EvaluationIndex, places: np.ndarray, lengths: np.ndarray, keys: np.ndarray
+    ) -> Iterator[Match]:
+        """A match for each item, in the order of the sets."""
+        found: dict[int, list[int]] = defaultdict(list)  # item to its n-grams among those found
+        items_with = {key: index.items_with(key) for key in np.unique(keys)}
+        for number, key in enumerate(keys):
+            for item in items_with[key]:
+                found[item].append(number)
+        spans = word_spans(document.text)
+        for item, numbers in sorted(found.items()):
+            row = index.items.slice(item, 1).to_pylist()[0]
+            first, last = _longest_run(places[numbers], int(lengths[numbers[0]]))
+            start, end = spans[first][0], spans[last][1]
+            distinct = len(np.unique(keys[numbers]))
+            yield Match(
+                document=document.id,
+                source=document.source,
+                set=row["set"],
+                item=row["item"],
+                matched_ngrams=distinct,
+                item_share=distinct / row["num_ngrams"],
+                before=document.text[max(0, start - CONTEXT_CHARS) : start],
+                overlap=_shortened(document.text[start:end], MAX_OVERLAP_CHARS),
+                after=document.text[end : end + CONTEXT_CHARS],
+            )
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Where in a text the words are that ``Words.hashes`` has."""
+    return [found.span() for found in _WORD.finditer(text) if found[0].strip("_")]
+
+
+def _covered(places: np.ndarray, lengths: np.ndarray) -> int:
+    """How many words lie in n-grams at these places."""
+    order = np.argsort(places, kind="stable")
+    places, ends = places[order], np.maximum.accumulate((places + lengths)[order])
+    return int((ends - np.maximum(places, np.append(0, ends[:-1]))).clip(0).sum())
+
+
+def _longest_run(places: np.ndarray, length: int) -> tuple[int, int]:
+    """The first and last word of the longest overlap that n-grams of ``length`` words at sorted places make up."""
+    runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+    longest = max(runs, key=len)
+    return int(longest[0]), int(longest[-1]) + length - 1
+
+
+def _shortened(text: str, chars: int) -> str:
+    """The text, its middle left out where it is too long."""
+    return text if len(text) <= chars else f"{text[: chars // 2]} … {text[-chars // 2 :]}"

@@ -1,0 +1,46 @@
+"""Evaluation sets to keep out of the corpus: the pipeline's own prompts, and sources that the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lilpipe.alignment.prompts import read_prompts
+from lilpipe.config import Source
+from lilpipe.data.filters.decontamination import EvaluationSet
+from lilpipe.data.filters.words import Words
+from lilpipe.data.sources.readers import Unreadable, find_parts, read_part
+from lilpipe.errors import DataError
+
+
+def prompt_sets(directory: Path, *, min_item_words: int) -> list[EvaluationSet]:
+    """The splits dev and test of a Prompts artifact: the questions, and where they are too short to be looked for,
+    the answer behind them.
+    """
+    sets = []
+    for split in ("dev", "test"):
+        items = []
+        for prompt in read_prompts(directory, split):
+            short = len(Words(prompt.question).hashes) < min_item_words
+            items.append((prompt.id, f"{prompt.question} {prompt.answer}" if short else prompt.question))
+        sets.append(EvaluationSet(f"prompts-{split}", items))
+    return sets
+
+
+def source_sets(sources: Iterable[Source]) -> list[EvaluationSet]:
+    """Sources as evaluation sets, each text an item. Raises ``DataError`` if one is empty or has unreadable rows."""
+    sets = []
+    for source in sources:
+        items = []
+        for part in find_parts(source):
+            for row in read_part(part):
+                if isinstance(row, Unreadable):
+                    raise DataError(
+                        f"evaluation set {source.name!r}: {row.file}:{row.row} {row.error}; expected that every item "
+                        f"can be read, as the others would pass unseen; mend the file"
+                    )
+                items.append((row.id, row.text))
+        if not items:
+            raise DataError(f"evaluation set {source.name!r}: {source.path} holds no items; correct `path`")
+        sets.append(EvaluationSet(source.name, items))
+    return sets

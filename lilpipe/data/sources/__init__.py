@@ -1,0 +1,1 @@
+"""Raw sources of every format as rows: documents, and what is none."""

@@ -1,0 +1,238 @@
+"""Files of a source: found by path, folder, glob or fsspec URL; opened plain or compressed; digested.
+
+Compressed streams are read by a reader of our own: those of fsspec and of the standard library differ in what they
+make of a second frame, of a truncated one, and of bytes behind the last one.
+"""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import zstandard
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from lilpipe.artifact import digest_file, digest_json
+from lilpipe.config import Source
+from lilpipe.data.sources.remote import RemoteStream, retried
+from lilpipe.errors import DataError
+
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+SUFFIXES = {
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet",),
+    "text": (".txt", ".md", ".markdown", ".rst"),
+    "warc": (".warc", ".wet"),
+}
+CHECKSUMS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c", "sha256", "blob_id")
+"""Under what names fsspec's file systems tell a digest of the content."""
+
+READ_BYTES = 1 << 20
+COMPRESSED_BYTES = 1 << 9
+"""How much is decompressed at a time."""
+MAX_WINDOW_BYTES = 1 << 31
+"""Memory that a compressed file may ask for (zstd's `--long=31`)."""
+
+
+class BrokenStream(Exception):
+    """A compressed file that is truncated or corrupt."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a source."""
+
+    url: str
+    name: str
+    """Path below the source's folder: what documents and reports carry, the same on every machine."""
+    size: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a large file that is read by a task of its own."""
+
+    start: int
+    """First byte, or first row group."""
+    stop: int
+    first_row: int
+    """Number of its first line or row, counted from 1."""
+
+
+def find_files(source: Source) -> list[File]:
+    """The files of a source, by name. Raises ``DataError`` if there are none."""
+    path = source.path or ""
+    filesystem, root = _filesystem(source)
+    filesystem.invalidate_cache()
+    kind, missing = _type_of(source, filesystem, root), "it is no file"
+    if kind == "directory":
+        found = retried(lambda: filesystem.find(root, detail=True), path)
+        found = {each: info for each, info in found.items() if _belongs(each[len(root) :], source.kind)}
+        missing = f"the folder holds no file that ends in {', '.join(SUFFIXES[source.kind])}"
+        missing += "" if source.kind == "parquet" else f" (or these with {', '.join(COMPRESSIONS)})"
+    elif kind is not None:
+        found = {root: retried(lambda: filesystem.info(root), path)}
+        root = root.rsplit("/", 1)[0]
+    elif any(sign in path for sign in "*?["):
+        found = cast(dict[str, Any], retried(lambda: filesystem.glob(root, detail=True), path))
+        found = {each: info for each, info in found.items() if not each.rsplit("/", 1)[-1].startswith(".")}
+        root = _fixed_part(root)
+        missing = "no file matches the pattern"
+    else:
+        raise DataError(f"source {source.name!r}: path {path} does not exist; correct the path or remove the source")
+    files = [_file(filesystem, each, root, info) for each, info in sorted(found.items()) if info["type"] == "file"]
+    if not files:
+        raise DataError(f"source {source.name!r}: path {path}: {missing}; correct `path` or `kind` ({source.kind})")
+    return _check_not_empty(source, files)
+
+
+def _type_of(source: Source, filesystem: Any, root: str) -> str | None:
+    try:
+        return str(retried(lambda: filesystem.info(root), str(source.path))["type"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:
+        raise DataError(f"source {source.name!r}: path {source.path} may not be read: {error}") from error
+
+
+def _filesystem(source: Source) -> tuple[Any, str]:
+    try:
+        filesystem, root = url_to_fs(str(source.path))
+    except (ValueError, ImportError) as error:
+        raise DataError(f"source {source.name!r}: path {source.path} cannot be opened: {error}") from error
+    return filesystem, root.rstrip("/") or root
+
+
+def _belongs(path: str, kind: str) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in path.split("/") if part)
+    compressions = ("",) if kind == "parquet" else ("", *COMPRESSIONS)
+    return not hidden and path.lower().endswith(tuple(s + c for s in SUFFIXES[kind] for c in compressions))
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folders of a glob before its first pattern."""
+    parts = pattern.split("/")
+    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+    return "/".join(parts[:first])
+
+
+def _file(filesystem: Any, path: str, root: str, info: dict[str, Any]) -> File:
+    return File(url=filesystem.unstrip_protocol(path), name=path[len(root) :].lstrip("/"), size=info.get("size") or 0)
+
+
+def _check_not_empty(source: Source, files: list[File]) -> list[File]:
+    if not any(file.size for file in files):
+        raise DataError(f"source {source.name!r}: path {source.path}: all files are empty (0 bytes)")
+    return files
+
+
+def digest_files(files: list[File]) -> str:
+    """Digest over names and contents; of remote files the store's own checksum is taken for it, if there is one."""
+    return digest_json([[file.name, _digest(file)] for file in files])
+
+
+def _digest(file: File) -> str:
+    path = local_path(file)
+    if path is not None:
+        return digest_file(path)
+    filesystem, name = url_to_fs(file.url)
+    info = retried(lambda: filesystem.info(name), file.url)
+    for key in CHECKSUMS:
+        if info.get(key):
+            return f"{key} {info[key]} {file.size}"
+    digest = hashlib.sha256()
+    with _open_raw(file) as raw:
+        while block := raw.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def local_path(file: File) -> Path | None:
+    """Where the file lies on this machine, None if it is remote."""
+    filesystem, path = url_to_fs(file.url)
+    return Path(path) if isinstance(filesystem, LocalFileSystem) else None
+
+
+def compression(file: File) -> str:
+    """The suffix that tells how the file is compressed, or nothing."""
+    return next((suffix for suffix in COMPRESSIONS if file.name.lower().endswith(suffix)), "")
+
+
+@contextmanager
+def open_file(file: File) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed by its suffix. Reading raises ``BrokenStream`` where it breaks off."""
+    with _open_raw(file) as raw:
+        suffix = compression(file)
+        if suffix:
+            yield cast(BinaryIO, io.BufferedReader(_Decompressed(raw, suffix), buffer_size=READ_BYTES))
+        else:
+            yield raw
+
+
+def _open_raw(file: File) -> BinaryIO:
+    path = local_path(file)
+    if path is not None:
+        return path.open("rb", buffering=READ_BYTES)
+    return cast(BinaryIO, io.BufferedReader(RemoteStream(file.url, file.size), buffer_size=READ_BYTES))
+
+
+_NEW_FRAME: dict[str, Callable[[], Any]] = {  # of one frame, member or stream
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj(),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lambda: lzma.LZMADecompressor(memlimit=MAX_WINDOW_BYTES),
+}
+
+
+class _Decompressed(io.RawIOBase):
+    """All frames of a compressed stream, with zeros between them (padding of tapes and blocks) left out."""
+
+    def __init__(self, raw: BinaryIO, suffix: str) -> None:
+        self._chunks = _decompress(raw, _NEW_FRAME[suffix])
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+
+def _pieces(frame: Any, data: bytes) -> Iterator[bytes]:
+    """What the data decompress to. At worst a byte gives 1 KiB by gzip, 32 KiB by zstd, and a MiB by bzip2."""
+    if not isinstance(frame, bz2.BZ2Decompressor | lzma.LZMADecompressor):
+        yield frame.decompress(data)
+        return
+    yield frame.decompress(data, READ_BYTES)
+    while not (frame.eof or frame.needs_input):
+        yield frame.decompress(b"", READ_BYTES)
+
+
+def _decompress(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    frame: Any = None
+    while data := raw.read(COMPRESSED_BYTES):
+        while data := data if frame else data.lstrip(b"\0"):
+            frame = frame or new_frame()
+            try:
+                yield from _pieces(frame, data)
+            except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError, ValueError) as error:
+                raise BrokenStream(str(error) or type(error).__name__) from error
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame is not None:
+        raise BrokenStream("compressed file ended before the end of its last frame")

@@ -1,0 +1,91 @@
+"""JSON lines: a document for each line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from lilpipe.config import Source
+from lilpipe.data.sources.files import READ_BYTES, BrokenStream, File, Span, compression, local_path, open_file
+from lilpipe.data.sources.rows import EXCERPT_CHARS, MAX_DOCUMENT_BYTES, Row, Unreadable, to_row, unreadable
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def divide(file: File, span_bytes: int) -> list[Span]:
+    """A plain local file in spans of whole lines, each of about ``span_bytes``; no spans of any other.
+
+    The file is read once for the number of each span's first line, so that rows are known by the same numbers
+    whatever the size of a span.
+    """
+    path = local_path(file)
+    if path is None or compression(file):
+        return []
+    spans: list[Span] = []
+    start, row = 0, 1
+    with path.open("rb", buffering=READ_BYTES) as stream:
+        while start < file.size:
+            num_bytes, num_lines = _skip(stream, span_bytes)
+            spans.append(Span(start, start + num_bytes, row))
+            start, row = start + max(1, num_bytes), row + num_lines
+    return spans
+
+
+def _skip(stream: BinaryIO, num_bytes: int) -> tuple[int, int]:
+    """Read so many bytes, and on to the end of a line; how many bytes and ends of lines that were."""
+    position = num_lines = 0
+    block = b""
+    while position < num_bytes and (block := stream.read(min(READ_BYTES, num_bytes - position))):
+        position += len(block)
+        num_lines += block.count(b"\n")
+    while not block.endswith(b"\n") and (block := stream.readline(READ_BYTES)):
+        position += len(block)
+        num_lines += block.endswith(b"\n")
+    return position, num_lines
+
+
+def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
+    """The rows of a file, or of a span of it."""
+    first = span.first_row if span else 1
+    number = first - 1
+    try:
+        with open_file(file) as stream:
+            for number, line in enumerate(_lines(stream, span), first):
+                if line.strip():
+                    yield _parse(line, source, file.name, number)
+    except BrokenStream as error:
+        yield Unreadable(file.name, number + 1, f"file breaks off after line {number}: {error}", breaks_off=True)
+
+
+def _lines(stream: BinaryIO, span: Span | None) -> Iterator[bytes]:
+    """Lines with their ends; of one that is too long no more than shows that it is."""
+    left = math.inf
+    if span:
+        stream.seek(span.start)
+        left = span.stop - span.start
+    while left > 0 and (line := stream.readline(MAX_DOCUMENT_BYTES + 1)):
+        left -= len(line)
+        rest = line
+        while len(line) > MAX_DOCUMENT_BYTES and rest and not rest.endswith(b"\n"):
+            rest = stream.readline(READ_BYTES)
+            left -= len(rest)
+        yield line
+
+
+def _parse(line: bytes, source: Source, file: str, number: int) -> Row:
+    if len(line) > MAX_DOCUMENT_BYTES:
+        error = f"is longer than {MAX_DOCUMENT_BYTES:,} bytes; divide the document"
+        return unreadable(file, number, error, _excerpt(line))
+    try:
+        values = json.loads((line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode())
+    except UnicodeDecodeError as error:
+        return unreadable(file, number, f"is no UTF-8: {error.reason} at byte {error.start}", _excerpt(line))
+    except (ValueError, RecursionError) as error:
+        return unreadable(file, number, f"is no JSON: {error}", _excerpt(line))
+    return to_row(values, source, file, number)
+
+
+def _excerpt(line: bytes) -> str:
+    return line[:EXCERPT_CHARS].decode(errors="replace").strip()

@@ -1,0 +1,171 @@
+"""Raw sources as rows, whatever their kind.
+
+A source is divided into ``Part``s, the units in which reading is spread over processes and resumed. The division
+depends on the source alone, and what a row is called does not depend on the division.
+"""
+
+from __future__ import annotations
+
+import codecs
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from lilpipe.config import Source
+from lilpipe.data.sources import huggingface, installed_docs, jsonl, parquet, warc
+from lilpipe.data.sources.files import BrokenStream, File, Span, digest_files, find_files, open_file
+from lilpipe.data.sources.rows import MAX_DOCUMENT_BYTES, RawDocument, Row, Unreadable, to_row
+
+__all__ = ["FirstBytes", "Part", "RawDocument", "Unreadable", "digest_source", "find_parts", "read_part"]
+
+PART_BYTES = 32 * 2**20
+INSTALLED_DOCS_PARTS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one reading task reads: some files, a span of one, or one of ``count`` equal shares of the source."""
+
+    source: Source
+    files: tuple[File, ...] = ()
+    span: Span | None = None
+    """Of the only file."""
+    index: int = 0
+    count: int = 1
+
+
+def find_parts(source: Source) -> list[Part]:
+    """The parts of a source. Raises ``DataError`` if its path does not exist or holds nothing of its kind."""
+    if source.kind == "installed-docs":
+        return [Part(source, index=index, count=INSTALLED_DOCS_PARTS) for index in range(INSTALLED_DOCS_PARTS)]
+    if source.kind == "huggingface":
+        count = huggingface.num_parts(source)
+        return [Part(source, index=index, count=count) for index in range(count)]
+    return [part for files in _grouped(find_files(source)) for part in _divided(source, files)]
+
+
+def _grouped(files: Iterable[File]) -> Iterator[tuple[File, ...]]:
+    """Neighbouring files together up to ``PART_BYTES``, so that a million small files are no million tasks."""
+    group: list[File] = []
+    num_bytes = 0
+    for file in files:
+        if group and num_bytes + file.size > PART_BYTES:
+            yield tuple(group)
+            group, num_bytes = [], 0
+        group.append(file)
+        num_bytes += file.size
+    yield tuple(group)
+
+
+def _divided(source: Source, files: tuple[File, ...]) -> list[Part]:
+    """A part for a group of files, or several for a large one that can be read from the middle."""
+    spans: list[Span] = []
+    if files[0].size > PART_BYTES and source.kind in ("jsonl", "parquet"):
+        divide = jsonl.divide if source.kind == "jsonl" else parquet.divide
+        spans = divide(files[0], PART_BYTES)
+    return [Part(source, files, span) for span in spans] or [Part(source, files)]
+
+
+def digest_source(source: Source) -> str:
+    """Digest of the content that ``find_parts`` and ``read_part`` would read. Raises ``DataError`` like the former."""
+    if source.kind == "installed-docs":
+        return installed_docs.digest()
+    if source.kind == "huggingface":
+        return huggingface.digest(source)
+    return digest_files(find_files(source))
+
+
+def read_part(part: Part, skipped: Counter[str] | None = None) -> Iterator[Row]:
+    """All rows of a part; of the installed documentation no more than `max_bytes` needs.
+
+    What is left out as no document at all, such as a picture in a WARC, is counted in ``skipped`` by its kind.
+    """
+    source = part.source
+    if source.kind == "installed-docs":
+        yield from _read_installed_docs(part)
+    elif source.kind == "huggingface":
+        yield from huggingface.read(source, part.index, part.count)
+    elif source.kind == "warc":
+        yield from warc.read(part.files, source, Counter() if skipped is None else skipped)
+    else:
+        for file in part.files:
+            if source.kind == "text":
+                yield from _read_text(file, source)
+            else:
+                yield from (jsonl if source.kind == "jsonl" else parquet).read(file, part.span, source)
+
+
+class FirstBytes:
+    """Tells which documents may be among the first ``max_bytes`` in order, judging by those seen so far.
+
+    It admits all that are, and some that those seen later push out.
+    """
+
+    def __init__(self, max_bytes: int | None) -> None:
+        self.max_bytes = max_bytes
+        self._heap: list[tuple[int, int]] = []  # (-order, bytes): the last in order on top
+        self._total = 0
+        self._cutoff = 2**64
+
+    def admits(self, document: RawDocument) -> bool:
+        """Whether to take the document."""
+        if self.max_bytes is None:
+            return True
+        if document.order >= self._cutoff:
+            return False
+        size = len(document.text.encode())
+        heapq.heappush(self._heap, (-document.order, size))
+        self._total += size
+        while self._total > self.max_bytes:
+            negative, size = heapq.heappop(self._heap)
+            self._total, self._cutoff = self._total - size, -negative
+        return document.order < self._cutoff
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def _read_text(file: File, source: Source) -> Iterator[Row]:
+    """One document for a file, whose id is the file's name."""
+    try:
+        with open_file(file) as stream:
+            content = stream.read(MAX_DOCUMENT_BYTES + 1)
+        text = content.decode(_encoding(content)) if len(content) <= MAX_DOCUMENT_BYTES else None
+    except UnicodeDecodeError as error:
+        reason = f"is no {error.encoding.upper()}: {error.reason} at byte {error.start}"
+        yield Unreadable(file.name, 1, reason, breaks_off=True)
+    except BrokenStream as error:
+        yield Unreadable(file.name, 1, f"file breaks off: {error}", breaks_off=True)
+    else:
+        if text is None:
+            yield Unreadable(file.name, 1, f"is longer than {MAX_DOCUMENT_BYTES:,} bytes; divide the file")
+        else:
+            yield to_row({"text": text, "id": file.name}, source, file.name, 1)
+
+
+def _encoding(content: bytes) -> str:
+    """UTF-16 where a byte order mark says so, else UTF-8."""
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+# --- installed-docs -----------------------------------------------------------------------------------------------
+
+
+def _read_installed_docs(part: Part) -> Iterator[Row]:
+    """Every ``count``-th document in order, up to an equal share of `max_bytes`, without reading the others."""
+    left = None if part.source.max_bytes is None else part.source.max_bytes // part.count
+    for item in installed_docs.items()[part.index :: part.count]:
+        try:
+            texts = installed_docs.texts_of(item)
+        except (SyntaxError, ValueError, RecursionError) as error:
+            yield Unreadable(item.id, getattr(error, "lineno", None) or 1, f"is no Python: {error.args[0]}")
+            continue
+        for number, text in enumerate(texts, 1):
+            if left is not None:
+                left -= len(text.encode(errors="replace"))
+                if left < 0:
+                    return
+            values = {"text": text, "id": item.id if len(texts) == 1 else f"{item.id}#{number}"}
+            values |= {"name": item.name, "version": item.version, "licence": item.licence}
+            yield to_row(values, part.source, item.id, number)
