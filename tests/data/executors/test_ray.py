@@ -93,7 +93,7 @@ def test_relative_paths_mean_the_same_as_here(run_tasks, tmp_path, monkeypatch):
 def test_a_parent_that_ends_takes_its_tasks_along(run_tasks, tmp_path, how, joins):
     address = sys.modules["ray"].get_runtime_context().gcs_address if joins else None
     code = (
-        "import signal, sys; from pathlib import Path; from tests.data import test_ray as t, task_steps\n"
+        "import signal, sys; from pathlib import Path; from tests.data.executors import test_ray as t, task_steps\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
         f"with t.open_executor(t.config(address={address!r})) as run_tasks:\n"
         f"    task_steps.run(run_tasks, Path({str(tmp_path)!r}), fault='block')\n"

@@ -152,7 +152,7 @@ def test_a_parent_that_is_told_to_end_takes_its_jobs_along(slurm, tmp_path):
 def start_parent(folder):
     """A process that runs the pipeline, of which rank 0 blocks."""
     code = (
-        "import signal, sys; from pathlib import Path; from tests.data import test_slurm as t, task_steps\n"
+        "import signal, sys; from pathlib import Path; from tests.data.executors import test_slurm as t, task_steps\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
         "with t.open_executor(t.config()) as run_tasks:\n"
         f"    task_steps.run(run_tasks, Path({str(folder)!r}), fault='block')\n"

@@ -116,7 +116,7 @@ def test_what_lies_in_freed_memory_does_not_reach_the_model(tmp_path, trained):
 def test_another_process_trains_the_same_bytes(tmp_path, trained):
     folder, _ = trained
     code = (
-        "from pathlib import Path; from tests.data.test_classifier import *; import sys;"
+        "from pathlib import Path; from tests.data.filters.test_classifier import *; import sys;"
         "train(GOOD, BAD, config(), Path(sys.argv[1]))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={"PYTHONHASHSEED": "7"})
