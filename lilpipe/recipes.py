@@ -60,7 +60,8 @@ def tiny() -> PipelineConfig:
             num_test=1_000,
         ),
         tokenizer=TokenizerConfig(vocab_size=1024),
-        tokens=TokensConfig(num_workers=workers),
+        # At 2 % there are 25 documents, of which a single one can be half the text.
+        tokens=TokensConfig(validation_share=0.05, num_workers=workers),
         pretrain=PretrainConfig(
             model=ModelConfig(
                 hidden_size=96, num_layers=3, num_heads=3, num_kv_heads=1, intermediate_size=256, max_seq_len=128

@@ -40,8 +40,8 @@ def everything_on(folder: Path, *, num_workers: int = 1) -> CorpusConfig:
             },
             "exact_dedup": {"paragraphs": True, "lines": True},
             "classifier": {
-                "good": [source("rust-book")],
-                "bad": [source("python-peps", max_bytes=1_000_000)],
+                "good": [source("rust-book", max_bytes=300_000)],
+                "bad": [source("python-peps", max_bytes=300_000)],
                 "keep_share": 0.9,
             },
             "pii": {"phone_numbers": True},
