@@ -49,7 +49,7 @@ STOCK = MinhashConfig(num_buckets=14, hashes_per_bucket=8, min_similarity=0)
 CONFIGS = {
     "lilpipe, 14 x 8": STOCK,
     "lilpipe, as by default": MinhashConfig(),
-    "lilpipe, at least 0.6": MinhashConfig(min_similarity=0.6),
+    "lilpipe, at least 0.55": MinhashConfig(min_similarity=0.55),
 }
 
 Remove = Callable[[list[str], int, Path], list[int]]
