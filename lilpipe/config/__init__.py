@@ -48,6 +48,7 @@ from lilpipe.config.section import (
     Share,
 )
 from lilpipe.config.tokens import (
+    OtherTokenizer,
     TokenizerConfig,
     TokensConfig,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "Operational",
     "OptimizerConfig",
     "OrchestrationConfig",
+    "OtherTokenizer",
     "PIIConfig",
     "PipelineConfig",
     "PreferencesConfig",

@@ -122,7 +122,7 @@ class QualityConfig(Section):
     max_ellipsis_line_ratio: Share = 0.3
     """Gopher quality: most lines that end in an ellipsis, as a share."""
     min_stop_words: NonNegativeInt = 2
-    """Gopher quality: fewest distinct stop words in a document."""
+    """Gopher quality: fewest distinct stop words in a document; they are English ones, of English documents alone."""
     min_alpha_word_ratio: Share = 0.7
     """Gopher quality: least share of words that hold a letter."""
     max_duplicate_line_ratio: Share = 0.3

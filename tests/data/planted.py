@@ -211,7 +211,6 @@ def section(folder):
         "exact_dedup": {"paragraphs": True, "lines": True},
         "quality": {
             "c4": True,
-            "min_stop_words": 0,  # Gopher's are English
             "max_duplicate_ngram_coverage": 0.15,
             "coverage_ngram_size": 3,
             "max_dirty_words": 1,

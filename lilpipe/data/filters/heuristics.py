@@ -154,8 +154,9 @@ class GopherQuality(Heuristic):
         yield "ellipsis_line_ratio", sum(ends) / num_lines
 
         yield "alpha_word_ratio", int(np.count_nonzero(words.marks & ALPHABETIC)) / num_tokens
-        stop_words = int(np.bitwise_or.reduce(words.marks, initial=np.uint32(0))) >> STOP_WORDS_FROM_BIT
-        yield "num_stop_words", stop_words.bit_count()
+        if document.language in (None, "en"):  # the stop words are English
+            stop_words = int(np.bitwise_or.reduce(words.marks, initial=np.uint32(0))) >> STOP_WORDS_FROM_BIT
+            yield "num_stop_words", stop_words.bit_count()
 
 
 # --- FineWeb ------------------------------------------------------------------------------------------------------

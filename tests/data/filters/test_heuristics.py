@@ -313,3 +313,15 @@ def test_lines_of_white_space_do_not_count_for_fineweb():
     assert FineWeb(QualityConfig())(plain) is None
     for name in ("punctuated_line_ratio", "short_line_ratio"):
         assert spaced.scores[f"fineweb.{name}"] == plain.scores[f"fineweb.{name}"]
+
+
+@pytest.mark.parametrize(
+    ("language", "reason"), [(None, "too_few_stop_words"), ("en", "too_few_stop_words"), ("de", None)]
+)
+def test_stop_words_are_asked_of_english_alone(language, reason):
+    german = (
+        "Der alte Müller ging gestern langsam durch den dunklen Wald nach Hause und fand dort einen kleinen Hund. " * 3
+    )
+    document = Document(id="a", text=german, source="mine", language=language)
+    rejection = GopherQuality(QualityConfig())(document)
+    assert (rejection and rejection.reason) == reason
