@@ -20,10 +20,10 @@ INSTALLED := $(VENV)/.installed
 pipeline: setup ## Run the full pipeline; CONFIG=mine.toml lays your settings over the recipe
 	@$(BIN)/python -m flows --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(SEED),--seed $(SEED))
 
-test: setup ## All tests: offline, on the CPU, 3 minutes on two cores
+test: setup ## All tests: offline, on the CPU, 5 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-cluster-test: setup ## Corpus tasks on a real Slurm and Ray of this host; what is not installed is skipped, with what to install
+cluster-test: setup ## Corpus tasks on a real Slurm and Ray of this host; says what to install for those it skips
 	$(BIN)/python -m pytest tests/data/executors/test_slurm.py tests/data/executors/test_ray.py -rs
 
 lint: setup ## Style and types
