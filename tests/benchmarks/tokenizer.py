@@ -34,8 +34,8 @@ from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.sample import Sample
 from lilpipe.tokenizer.vocabulary import read_vocabulary
 from tests import artifacts
+from tests.benchmarks.english import english_documents
 
-FILES = ("python-peps.jsonl.gz", "rust-rfcs.jsonl.gz", "rust-book.jsonl.gz")
 PATTERN = "gpt4"
 VOCAB_SIZE = 32_768
 ROUNDS = 5
@@ -43,10 +43,7 @@ ROUNDS = 5
 
 def main() -> None:
     """Print the figures."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data")
-    if not all((folder / name).exists() for name in FILES):
-        sys.exit(f"{folder}: expected the shared documents {', '.join(FILES)}; give their folder")
-    rows = [json.loads(line) for name in FILES for line in gzip.decompress((folder / name).read_bytes()).splitlines()]
+    folder, rows = english_documents()
     texts = [row["text"] for row in rows]
     num_bytes = sum(len(text.encode()) for text in texts)
     print(f"{len(texts)} documents, {num_bytes / 1e6:.1f} MB; {len(os.sched_getaffinity(0))} cores")

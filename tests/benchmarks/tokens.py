@@ -6,11 +6,8 @@ Both sides encode the same English documents (25 MB) with the same 32 k vocabula
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,8 +28,8 @@ from lilpipe.tokens import build
 from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.report import write_report
 from lilpipe.tokens.shards import TokenShards, write_index
+from tests.benchmarks.english import english_documents
 
-FILES = ("python-peps.jsonl.gz", "rust-rfcs.jsonl.gz", "rust-book.jsonl.gz")
 NUM_THREADS = len(os.sched_getaffinity(0))
 REPEATS = 5
 ROUNDS_OF_LOADER = 2_000
@@ -40,10 +37,7 @@ ROUNDS_OF_LOADER = 2_000
 
 def main() -> None:
     """Print the figures as lines of Markdown."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/data")
-    if not all((folder / name).exists() for name in FILES):
-        sys.exit(f"{folder}: expected the shared documents {', '.join(FILES)}; give their folder")
-    rows = [json.loads(line) for name in FILES for line in gzip.decompress((folder / name).read_bytes()).splitlines()]
+    _, rows = english_documents()
     texts = [row["text"] for row in rows]
     print(f"{len(texts)} documents, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB; {NUM_THREADS} threads\n")
     tokenizer = train(texts, vocab_size=32_768)
