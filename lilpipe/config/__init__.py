@@ -34,6 +34,14 @@ from lilpipe.config.corpus import (
     Source,
     UrlConfig,
 )
+from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
+from lilpipe.config.parallel import (
+    KubernetesLaunchConfig,
+    LaunchConfig,
+    Layout,
+    ParallelConfig,
+    SlurmLaunchConfig,
+)
 from lilpipe.config.pipeline import (
     DEFAULT_STEPS,
     OrchestrationConfig,
@@ -53,15 +61,19 @@ from lilpipe.config.tokens import (
     TokensConfig,
 )
 from lilpipe.config.training import (
+    BudgetConfig,
+    HealthConfig,
     MixtureConfig,
-    ModelConfig,
+    NeedleConfig,
     OptimizerConfig,
+    PhaseConfig,
     PretrainConfig,
     TrainingSection,
 )
 
 __all__ = [
     "DEFAULT_STEPS",
+    "BudgetConfig",
     "ClassifierConfig",
     "Columns",
     "CorpusConfig",
@@ -70,16 +82,25 @@ __all__ = [
     "EvaluateConfig",
     "ExactDedupConfig",
     "GRPOConfig",
+    "HealthConfig",
+    "KubernetesLaunchConfig",
     "LanguageConfig",
+    "LaunchConfig",
+    "Layout",
+    "MLAConfig",
     "MinhashConfig",
     "MixtureConfig",
+    "MoEConfig",
     "ModelConfig",
+    "NeedleConfig",
     "NumWorkers",
     "Operational",
     "OptimizerConfig",
     "OrchestrationConfig",
     "OtherTokenizer",
     "PIIConfig",
+    "ParallelConfig",
+    "PhaseConfig",
     "PipelineConfig",
     "PreferencesConfig",
     "PretrainConfig",
@@ -94,6 +115,7 @@ __all__ = [
     "Section",
     "Share",
     "SlurmConfig",
+    "SlurmLaunchConfig",
     "Source",
     "Step",
     "TokenizerConfig",

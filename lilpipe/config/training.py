@@ -1,4 +1,4 @@
-"""Sections of model, optimizer and pretraining."""
+"""Sections of optimizer and pretraining."""
 
 from __future__ import annotations
 
@@ -6,47 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig
 from lilpipe.config.section import Operational, Section, Share
-
-
-class ModelConfig(Section):
-    """Llama-style decoder (Touvron et al. 2023; Grattafiori et al. 2024)."""
-
-    hidden_size: PositiveInt = 256
-    """Width of the residual stream."""
-    num_layers: PositiveInt = 6
-    """Decoder blocks."""
-    num_heads: PositiveInt = 4
-    """Query heads; hidden_size is divided among them."""
-    num_kv_heads: PositiveInt = 2
-    """Key and value heads (GQA, Ainslie et al. 2023); divides num_heads."""
-    intermediate_size: PositiveInt = 704
-    """Width of the SwiGLU layer."""
-    max_seq_len: PositiveInt = 256
-    """Longest sequence."""
-    rope_theta: PositiveFloat = 10_000.0
-    """Base of the rotary embedding (Llama 3: 500,000)."""
-    norm_eps: PositiveFloat = 1e-5
-    """Epsilon of RMSNorm."""
-    tie_embeddings: bool = True
-    """Whether the output layer shares the embedding's weights."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
-        if (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(
-                f"head size hidden_size / num_heads = {self.hidden_size // self.num_heads} must be even for RoPE"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}")
-        return self
-
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
 
 
 class OptimizerConfig(Section):
@@ -64,8 +26,10 @@ class OptimizerConfig(Section):
     """Decoupled decay, on matrices alone."""
     warmup_steps: NonNegativeInt = 50
     """Steps of linear warmup."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warmup."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after warmup. `wsd`: warmup, stable, decay (Hu et al. 2024)."""
+    decay_share: Share = 0.2
+    """Share of the steps, at the end, over which `wsd` falls; the others do not use it."""
     min_lr_ratio: Share = 0.0
     """Learning rate at the end as a share of the peak."""
     max_grad_norm: PositiveFloat = 1.0
@@ -83,8 +47,13 @@ class TrainingSection(Section):
     """Threads of a process; also able to change the order of summation."""
     checkpoint_every: Annotated[PositiveInt, Operational] = 200
     """Steps between checkpoints."""
+    keep_last: Annotated[PositiveInt, Operational] = 2
+    """Checkpoints kept to go on from."""
+    keep_every: Annotated[PositiveInt | None, Operational] = None
+    """Checkpoints after multiples of so many steps are kept as well, without their optimizer state."""
     log_every: Annotated[PositiveInt, Operational] = 10
     """Steps between logged points."""
+    launch: Launch = LaunchConfig()
 
 
 class MixtureConfig(Section):
@@ -101,6 +70,63 @@ class MixtureConfig(Section):
     """Another limit for single streams."""
 
 
+class PhaseConfig(Section):
+    """A part of pretraining with settings of its own, from one step up to the next phase or the end.
+
+    What a phase does not name stays as pretraining has it. Phases make a batch ramp (Llama 3: 4 M, 8 M, 16 M tokens),
+    stages of context length (8 k to 128 k in six) and annealing on the best data.
+    """
+
+    from_step: PositiveInt
+    """First step of the phase, counted from 0."""
+    batch_size: PositiveInt | None = None
+    """Sequences of a step."""
+    accumulation_steps: PositiveInt | None = None
+    """Micro-batches of a step."""
+    seq_len: PositiveInt | None = None
+    """Tokens of a sequence; at most model.max_seq_len."""
+    rope_theta: PositiveFloat | None = None
+    """Base of the rotary embedding, raised with the length of the context (Xiong et al. 2023)."""
+    exercise_share: Share | None = None
+    mixture: MixtureConfig | None = None
+
+
+class HealthConfig(Section):
+    """What to do about steps that would spoil the weights."""
+
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """Where the loss or the gradient is not finite. `skip` leaves the update out. `rollback` goes back to the last
+    checkpoint and leaves out the batches from there to here (PaLM, Chowdhery et al. 2022, 5.1)."""
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """Where the loss or the gradient's norm lies above what the last steps lead one to expect."""
+    spike_deviations: PositiveFloat = 6.0
+    """A spike lies so many standard deviations above the mean of the last `window` steps."""
+    window: PositiveInt = 128
+    """Steps that the mean and the deviation are taken from; before there are so many, nothing is a spike."""
+    max_events: PositiveInt = 10
+    """Skips and roll-backs after which the run stops."""
+
+
+class NeedleConfig(Section):
+    """Needle in a haystack: a fact set in a long text, and how much likelier the model finds it than a wrong one."""
+
+    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where in the text the fact stands, from its beginning (0) to its end (1)."""
+    num_samples: PositiveInt = 8
+    """Texts for each depth."""
+
+
+class BudgetConfig(Section):
+    """What `lilpipe plan` reckons with; nothing here can change an output."""
+
+    device: str | None = None
+    """Accelerator by name (`h100`); the one at hand where none is given. See `lilpipe.model.devices`."""
+    mfu: Share = 0.4
+    """Share of the device's peak that is expected to be reached (Chowdhery et al. 2022)."""
+    price_per_hour: NonNegativeFloat = 0.0
+    """Price of one device for an hour."""
+
+
 class PretrainConfig(TrainingSection):
     """Next-token training of a fresh model on token shards."""
 
@@ -111,7 +137,24 @@ class PretrainConfig(TrainingSection):
     batch_size: PositiveInt = 16
     """Sequences of one optimizer step, over all workers and accumulation steps."""
     accumulation_steps: PositiveInt = 1
-    """Micro-batches of one optimizer step on each worker."""
+    """Micro-batches of one optimizer step on each worker; those of the pipeline where there is one."""
+    seq_len: PositiveInt | None = None
+    """Tokens of a sequence; model.max_seq_len where none is given."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Changes on the way, in order."""
+    parallel: ParallelConfig = ParallelConfig()
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Arithmetic of forward and backward passes; weights, reductions and optimizer state stay in fp32. `fp8` takes the
+    extra `fp8` and a GPU that has it."""
+    compile: bool | None = None
+    """Whether blocks are compiled (`torch.compile`); none compiles where the run is long enough to earn it."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass: nothing, all but the matrix products, or whole blocks."""
+    within_documents: bool = False
+    """Attention stays inside documents (Llama 3, 3.2)."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the squared logarithm of the softmax's normaliser (PaLM: 1e-4)."""
+    health: HealthConfig = HealthConfig()
     exercise_share: Share = 0.5
     """Share of tokens from the exercises of the `prompts` stage; the rest comes from the corpus."""
     mixture: MixtureConfig = MixtureConfig()
@@ -125,6 +168,11 @@ class PretrainConfig(TrainingSection):
     """Steps between validations."""
     eval_rows: PositiveInt = 64
     """Validation rows of each stream."""
+    needle: NeedleConfig | None = None
+    """Needle-in-a-haystack at the end of each phase; none leaves it out."""
+    sample_prompts: Annotated[tuple[str, ...], Operational] = ("The ",)
+    """Beginnings that the model continues at each validation, for people to read."""
+    budget: Annotated[BudgetConfig, Operational] = BudgetConfig()
 
     @model_validator(mode="after")
     def _stride_fits(self) -> PretrainConfig:
@@ -139,10 +187,15 @@ class PretrainConfig(TrainingSection):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> PretrainConfig:
-        parts = self.num_workers * self.accumulation_steps
+        parts = self.layout.data * self.accumulation_steps
         if self.batch_size % parts:
             raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of num_workers x accumulation_steps = "
-                f"{self.num_workers} x {self.accumulation_steps} = {parts}"
+                f"batch_size {self.batch_size} must be a multiple of replicate x shard x accumulation_steps = "
+                f"{self.layout.replicate} x {self.layout.shard} x {self.accumulation_steps} = {parts}"
             )
         return self
+
+    @property
+    def layout(self) -> Layout:
+        """The mesh of processes."""
+        return self.parallel.layout(self.num_workers)

@@ -1,0 +1,103 @@
+"""How a model is cut over processes, and how those are started."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from lilpipe.config.section import Operational, Section
+
+
+class Layout(NamedTuple):
+    """Processes along each dimension of the mesh, outermost first."""
+
+    pipeline: int
+    replicate: int
+    shard: int
+    context: int
+    tensor: int
+
+    @property
+    def data(self) -> int:
+        """Parts into which the rows of a batch are divided."""
+        return self.replicate * self.shard
+
+
+class ParallelConfig(Section):
+    """The device mesh: pipeline x replicate x shard x context x tensor processes.
+
+    All are 1 by default, but `replicate`, which takes what the others leave of num_workers.
+    """
+
+    pipeline: PositiveInt = 1
+    """Stages of layers (Narayanan et al. 2021)."""
+    replicate: PositiveInt | None = None
+    """Groups that hold the whole model each: data parallelism (DDP), or with `shard` hybrid sharding (HSDP)."""
+    shard: PositiveInt = 1
+    """Processes over which parameters, gradients and optimizer state are sharded (FSDP2; Zhao et al. 2023)."""
+    context: PositiveInt = 1
+    """Parts of a sequence, balanced head and tail; keys and values are gathered (Llama 3, section 3.3.2)."""
+    tensor: PositiveInt = 1
+    """Parts of each matrix, with the sequence parallel in between (Shoeybi et al. 2019; Korthikanti et al. 2022)."""
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order of the pipeline's forward and backward passes (zero bubble: Qi et al. 2023)."""
+    stages_per_worker: PositiveInt = 1
+    """Pipeline stages on each worker; `interleaved` and `zero_bubble` take 2 or more."""
+
+    def layout(self, num_workers: int) -> Layout:
+        """The mesh of ``num_workers`` processes. Raises ``ValueError`` with the arithmetic if there is none."""
+        others = self.pipeline * self.shard * self.context * self.tensor
+        product = f"pipeline {self.pipeline} x shard {self.shard} x context {self.context} x tensor {self.tensor}"
+        if self.replicate is None and num_workers % others:
+            raise ValueError(f"num_workers {num_workers} must be a multiple of {product} = {others}")
+        replicate = num_workers // others if self.replicate is None else self.replicate
+        if replicate * others != num_workers:
+            raise ValueError(
+                f"num_workers {num_workers} must be {product} x replicate {replicate} = {replicate * others}"
+            )
+        return Layout(self.pipeline, replicate, self.shard, self.context, self.tensor)
+
+
+class SlurmLaunchConfig(Section):
+    """Options of `srun` for the training stages; the store must lie on a file system that all nodes see."""
+
+    partition: str | None = None
+    time: str = "24:00:00"
+    """Longest time of the job."""
+    cpus_per_task: PositiveInt = 1
+    gpus_per_node: NonNegativeInt = 0
+    options: dict[str, str] = {}
+    """Further options of `srun`, such as `account`."""
+
+
+class KubernetesLaunchConfig(Section):
+    """A PyTorchJob of the Kubernetes training operator; the store must lie on a volume that all pods mount."""
+
+    image: str = "lilpipe:latest"
+    namespace: str = "default"
+    gpus_per_pod: NonNegativeInt = 0
+    volume_claim: str = "lilpipe"
+    """Persistent volume claim with the store."""
+    mount_path: str = "/store"
+    """Where the volume is mounted, here and in the pods."""
+    resources: dict[str, Any] = {}
+    """Further requests of a pod, such as `{"cpu": "16", "memory": "128Gi"}`."""
+
+
+class LaunchConfig(Section):
+    """How the processes of a training stage are started; nothing here can change an output."""
+
+    launcher: Literal["torchrun", "srun", "kubernetes"] = "torchrun"
+    """`torchrun` on this host, `srun` under Slurm, or the Kubernetes training operator."""
+    num_nodes: PositiveInt = 1
+    """Hosts; num_workers is divided among them."""
+    max_restarts: NonNegativeInt = 3
+    """How often all workers are started again, from the last checkpoint, after one of them died."""
+    timeout_seconds: PositiveInt = 600
+    """Longest wait in a collective before the run ends with an error that names it."""
+    slurm: SlurmLaunchConfig = SlurmLaunchConfig()
+    kubernetes: KubernetesLaunchConfig = KubernetesLaunchConfig()
+
+
+Launch = Annotated[LaunchConfig, Operational]
