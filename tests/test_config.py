@@ -34,7 +34,7 @@ def test_tables_of_a_file_merge_over_the_recipe_and_overrides_go_over_both(tmp_p
     [
         ("[sft]\nnum_epoch = 2\n", "there is no setting 'sft.num_epoch'; did you mean sft.num_epochs?"),
         ("[sft]\nnum_epochs = 0\n", "sft.num_epochs: Input should be greater than 0 (got 0)"),
-        ("[pretrain]\nbatch_size = 15\nreplicate x shard = 2\n", "batch_size 15 must be a multiple of replicate x shard"),
+        ("[pretrain]\nbatch_size = 15\nnum_workers = 2\n", "batch_size 15 must be a multiple of replicate x shard"),
         ('[[corpus.sources]]\nkind = "jsonl"\nname = "x"\n', "needs `path`"),
         ("[corpus\n", "is not valid TOML"),
         ('recipe = "huge"\n', "there is no such recipe; known: tiny"),
