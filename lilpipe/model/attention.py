@@ -52,6 +52,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
 
+def document_mask(documents_BT: Tensor) -> Tensor:
+    """Boolean mask ``[B, 1, T, T]``: a token attends to those before it of its own document, and to itself."""
+    num_tokens = documents_BT.shape[1]
+    causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=documents_BT.device).tril()
+    return (causal_TT & (documents_BT[:, :, None] == documents_BT[:, None, :]))[:, None]
+
+
 class KVCache:
     """Keys and values of every layer for B sequences of up to S positions.
 
@@ -66,7 +73,7 @@ class KVCache:
     @classmethod
     def empty(cls, model: Transformer, *, num_rows: int, max_len: int) -> KVCache:
         """A cache of zeros for ``num_rows`` sequences of up to ``max_len`` tokens."""
-        config, weight = model.config, model.model.embed_tokens.weight
+        config, weight = model.config, next(model.parameters())
         shape = (config.num_layers, num_rows, max_len, config.num_kv_heads, config.head_size)
         return cls(*(torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2)))
 
@@ -130,7 +137,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows."""
         B, T, _ = x_BTD.shape
-        H, K, E = self.num_heads, self.num_kv_heads, self.head_size
+        H, K, E = -1, -1, self.head_size  # all the heads that this process holds
         # One product for all three, with the weights put together, was measured: no faster at width 96.
         q_BTHE = apply_rope(self.q_proj(x_BTD).view(B, T, H, E), *rope)
         k_BTKE = apply_rope(self.k_proj(x_BTD).view(B, T, K, E), *rope)
@@ -144,6 +151,6 @@ class Attention(nn.Module):
             v_BTKE.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
-            enable_gqa=H != K,
+            enable_gqa=self.num_heads != self.num_kv_heads,
         )
-        return self.o_proj(y_BHTE.transpose(1, 2).reshape(B, T, H * E))
+        return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))

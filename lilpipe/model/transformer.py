@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
 from lilpipe.errors import DataError
-from lilpipe.model.attention import Attention, CacheView, KVCache, Linear, rope_table
+from lilpipe.model.attention import Attention, CacheView, KVCache, Linear, document_mask, rope_table
+from lilpipe.model.scores import soften, token_scores
 
 INIT_STD = 0.02
 """Standard deviation of fresh weights (Radford et al. 2019, GPT-2; Hugging Face's default for Llama)."""
@@ -77,42 +79,66 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
+class Part(NamedTuple):
+    """What of the model a pipeline stage holds."""
+
+    layers: range
+    """Numbers of its blocks."""
+    first: bool
+    """Whether it holds the embedding."""
+    last: bool
+    """Whether it holds the last norm and the output layer."""
+
+
 class Decoder(nn.Module):
-    """Everything below the output layer."""
+    """Everything below the output layer, or the part of it that a pipeline stage holds."""
 
     rope_cos: Tensor
     rope_sin: Tensor
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, part: Part) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        cos, sin = rope_table(config.max_seq_len, config.head_size, config.rope_theta)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size) if part.first else None
+        # By their numbers in the whole model, so that a name means the same in every layout.
+        self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in part.layers})
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps) if part.last else None
+        self.register_buffer("rope_cos", None, persistent=False)
+        self.register_buffer("rope_sin", None, persistent=False)
+        self.set_rope(config.rope_theta)
+
+    def set_rope(self, theta: float) -> None:
+        """Make the rotary embedding's tables anew, for another base."""
+        device = next(self.parameters()).device
+        with torch.device(device):
+            self.rope_cos, self.rope_sin = rope_table(self.config.max_seq_len, self.config.head_size, theta)
 
     def forward(
         self,
-        tokens_BT: Tensor,
+        x: Tensor,
         positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Final hidden states ``[B, T, D]``, normalised."""
-        num_tokens = tokens_BT.shape[1]
+        """Final hidden states ``[B, T, D]``, normalised; of a stage that is not the last, what goes to the next.
+
+        ``x`` is tokens ``[B, T]``, or for a stage that is not the first what came from the one before.
+        """
+        num_tokens = x.shape[1]
         if num_tokens > self.config.max_seq_len:
             raise DataError(
                 f"sequence of {num_tokens} tokens: the model takes at most max_seq_len = {self.config.max_seq_len}; "
                 "cut the sequence or raise model.max_seq_len"
             )
         view = None if cache is None else CacheView(cache, num_tokens, positions_BT)
-        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD = x if self.embed_tokens is None else self.embed_tokens(x)
         rope = self._angles(num_tokens, positions_BT, x_BTD.dtype)
-        for block in self.layers:
+        if documents_BT is not None:
+            mask = document_mask(documents_BT)
+        for block in self.layers.values():
             x_BTD = block(x_BTD, rope, mask, view)
-        return self.norm(x_BTD)
+        return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def _angles(self, num_tokens: int, positions_BT: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[1 or B, T, 1, E]`` for the tokens' positions."""
@@ -123,41 +149,63 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The language model. Its weights are zeros until ``init_weights`` or a checkpoint fills them."""
+    """The language model, or one pipeline stage of it.
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    Its weights are zeros until ``init_weights`` or a checkpoint fills them.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, part: Part | None = None) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.model = Decoder(config, vocab_size)
-        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
+        self.part = part or Part(range(config.num_layers), first=True, last=True)
+        self.model = Decoder(config, vocab_size, self.part)
+        own_head = self.part.last and not config.tie_embeddings
+        self.lm_head = Linear(config.hidden_size, vocab_size) if own_head else None
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+        return next(self.parameters()).device
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's matrix ``[V, D]``."""
+        if self.lm_head is not None:
+            return self.lm_head.weight
+        assert self.model.embed_tokens is not None, "a pipeline stage without the embedding cannot share its weights"
+        return self.model.embed_tokens.weight
 
     def forward(
         self,
         tokens_BT: Tensor,
         *,
         positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        targets_BT: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """Logits ``[B, T, V]`` in float32 of the token that follows each token.
+    ) -> Any:
+        """Logits ``[B, T, V]`` in float32 of the token that follows each token, or ``Scores`` of ``targets_BT``.
 
-        ``positions_BT`` defaults to 0..T-1 in each row. ``mask`` is boolean, ``[B or 1, 1, T, T]``, True where a token
-        may attend, and takes the place of the causal mask (it must be causal itself). With a ``cache``, keys and
-        values are written to it at ``positions_BT`` and each token attends to the positions of its row up to its own;
-        ``mask`` then is not used. Raises ``DataError`` for a sequence longer than ``max_seq_len``.
+        ``positions_BT`` is the place of each token in its row, 0..T-1 where it is not given. ``documents_BT`` numbers
+        the documents of a row: attention then stays within each. ``mask`` is boolean, ``[B or 1, 1, T, T]``, True
+        where a token may attend, and takes the place of the causal mask (it must be causal itself). With a ``cache``,
+        keys and values are written to it at ``positions_BT`` and each token attends to the positions of its row up to
+        its own; ``mask`` then is not used. A pipeline stage that is not the first takes hidden states ``[B, T, D]``
+        in place of tokens, and one that is not the last returns them. Raises ``DataError`` for a sequence longer than
+        ``max_seq_len``.
         """
-        return self.logits(self.model(tokens_BT, positions_BT, mask, cache))
+        hidden_BTD = self.model(tokens_BT, positions_BT, documents_BT, mask, cache)
+        if not self.part.last:
+            return hidden_BTD
+        if targets_BT is None:
+            return self.logits(hidden_BTD)
+        return token_scores(hidden_BTD, self.output_weight, targets_BT, softcap=self.config.logit_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` in float32 of final hidden states ``[..., D]``."""
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, weight).float()
+        return soften(F.linear(hidden, self.output_weight).float(), self.config.logit_softcap)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
