@@ -1,7 +1,8 @@
-"""The errors that a user can mend. Each message names the field or file, what was got, what was expected, what to do.
+"""The errors that a user can mend, and those that another try may mend.
 
-They are shown at the command line without a trace-back, and are never retried: running the same thing again
-cannot help. Any other exception is taken for a failure of infrastructure (or a bug) and is retried.
+The message of a ``LilpipeError`` names the field or file, what was got, what was expected, what to do. It is shown at
+the command line without a trace-back, and is never retried: running the same thing again cannot help. A
+``StageFailure``, and any other exception, is taken for a failure of infrastructure (or a bug) and is retried.
 """
 
 
@@ -27,3 +28,15 @@ class StoreError(LilpipeError):
 
 class ClusterError(LilpipeError):
     """A cluster refused, cancelled or lost the work, in a way that another try does not mend."""
+
+
+class StageFailure(RuntimeError):
+    """A stage's process ended in a way that another try may mend: killed, out of memory, a lost peer, a bug."""
+
+
+class Preempted(StageFailure):
+    """The stage was told to end (SIGTERM), has saved, and goes on from there in the next try."""
+
+
+class HungCollective(StageFailure):
+    """A worker waited in a collective for longer than ``launch.timeout_seconds`` for others that did not come."""

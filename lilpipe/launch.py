@@ -21,15 +21,12 @@ from typing import Any
 from lilpipe import errors
 from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config import Section
+from lilpipe.errors import StageFailure
 from lilpipe.stage import Metrics, Stage
 
 POLL_SECONDS = 0.1
 TERM_SECONDS = 20
 _PR_SET_PDEATHSIG = 1
-
-
-class StageFailure(RuntimeError):
-    """A stage's process ended in a way that another try may mend: killed, out of memory, a lost peer, a bug."""
 
 
 def launch(
