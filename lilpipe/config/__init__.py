@@ -42,6 +42,7 @@ from lilpipe.config.parallel import (
     ParallelConfig,
     SlurmLaunchConfig,
 )
+from lilpipe.config.phases import MixtureConfig, Phase, PhaseConfig
 from lilpipe.config.pipeline import (
     DEFAULT_STEPS,
     OrchestrationConfig,
@@ -63,10 +64,8 @@ from lilpipe.config.tokens import (
 from lilpipe.config.training import (
     BudgetConfig,
     HealthConfig,
-    MixtureConfig,
     NeedleConfig,
     OptimizerConfig,
-    PhaseConfig,
     PretrainConfig,
     TrainingSection,
 )
@@ -100,6 +99,7 @@ __all__ = [
     "OtherTokenizer",
     "PIIConfig",
     "ParallelConfig",
+    "Phase",
     "PhaseConfig",
     "PipelineConfig",
     "PreferencesConfig",

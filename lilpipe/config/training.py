@@ -8,6 +8,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig
+from lilpipe.config.phases import MixtureConfig, Phase, PhaseConfig, resolve_phases
 from lilpipe.config.section import Operational, Section, Share
 
 
@@ -54,41 +55,6 @@ class TrainingSection(Section):
     log_every: Annotated[PositiveInt, Operational] = 10
     """Steps between logged points."""
     launch: Launch = LaunchConfig()
-
-
-class MixtureConfig(Section):
-    """How the training tokens of the corpus are shared out among its streams; see `tokens.streams_by`."""
-
-    weights: dict[str, NonNegativeFloat] = {}
-    """Weight of each stream, by tokens, in any unit; a stream that is not named has none. Empty: every stream in
-    proportion to its tokens. Llama 3 (Grattafiori et al. 2024, 3.1.2): 50 general, 25 mathematics and reasoning,
-    17 code, 8 multilingual."""
-    max_epochs: PositiveFloat = 4.0
-    """Most times that a token of a stream is trained on; what a stream cannot give goes to the others in proportion
-    to their weights. Up to 4 epochs repeated text is worth nearly as much as new (Muennighoff et al. 2023)."""
-    max_epochs_of: dict[str, PositiveFloat] = {}
-    """Another limit for single streams."""
-
-
-class PhaseConfig(Section):
-    """A part of pretraining with settings of its own, from one step up to the next phase or the end.
-
-    What a phase does not name stays as pretraining has it. Phases make a batch ramp (Llama 3: 4 M, 8 M, 16 M tokens),
-    stages of context length (8 k to 128 k in six) and annealing on the best data.
-    """
-
-    from_step: PositiveInt
-    """First step of the phase, counted from 0."""
-    batch_size: PositiveInt | None = None
-    """Sequences of a step."""
-    accumulation_steps: PositiveInt | None = None
-    """Micro-batches of a step."""
-    seq_len: PositiveInt | None = None
-    """Tokens of a sequence; at most model.max_seq_len."""
-    rope_theta: PositiveFloat | None = None
-    """Base of the rotary embedding, raised with the length of the context (Xiong et al. 2023)."""
-    exercise_share: Share | None = None
-    mixture: MixtureConfig | None = None
 
 
 class HealthConfig(Section):
@@ -162,8 +128,8 @@ class PretrainConfig(TrainingSection):
     """How documents fill rows. `concat`: windows of all documents end to end. `best_fit`: whole documents, cut only
     where they are longer than a row, the rest of a row padded (Ding et al. 2024)."""
     stride: PositiveInt | None = None
-    """Tokens from one window of `concat` to the next; max_seq_len where none is given. With fewer, windows overlap
-    and a token is a target max_seq_len / stride times in a pass."""
+    """Tokens from one window of `concat` to the next; seq_len where none is given. With fewer, windows overlap
+    and a token is a target seq_len / stride times in a pass."""
     eval_every: Annotated[PositiveInt, Operational] = 200
     """Steps between validations."""
     eval_rows: PositiveInt = 64
@@ -175,23 +141,55 @@ class PretrainConfig(TrainingSection):
     budget: Annotated[BudgetConfig, Operational] = BudgetConfig()
 
     @model_validator(mode="after")
-    def _stride_fits(self) -> PretrainConfig:
-        if self.stride is not None and self.packing == "best_fit":
-            raise ValueError(f"stride {self.stride} would be ignored by packing best_fit; leave it out, or take concat")
-        if self.stride is not None and self.stride > self.model.max_seq_len:
-            raise ValueError(
-                f"stride {self.stride} must be at most model.max_seq_len {self.model.max_seq_len}: what lies between "
-                "two windows would never be trained on"
-            )
+    def _phases_follow(self) -> PretrainConfig:
+        least = 1
+        for number, phase in enumerate(self.phases):
+            if not least <= phase.from_step < self.num_steps:
+                raise ValueError(
+                    f"phases.{number}.from_step {phase.from_step} must be {least} to {self.num_steps - 1}: after the "
+                    f"phase before it and below num_steps {self.num_steps}"
+                )
+            if phase.rope_theta is not None and self.model.architecture == "gpt2":
+                raise ValueError(f"phases.{number}.rope_theta would be ignored: gpt2 has learned positions")
+            least = phase.from_step + 1
         return self
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> PretrainConfig:
-        parts = self.layout.data * self.accumulation_steps
-        if self.batch_size % parts:
+    def _sequences_fit(self) -> PretrainConfig:
+        if self.stride is not None and self.packing == "best_fit":
+            raise ValueError(f"stride {self.stride} would be ignored by packing best_fit; leave it out, or take concat")
+        for phase in self.resolved_phases:
+            if phase.seq_len > self.model.max_seq_len:
+                raise ValueError(
+                    f"{phase.setting('seq_len')} {phase.seq_len} must be at most model.max_seq_len "
+                    f"{self.model.max_seq_len}"
+                )
+            if self.stride is not None and self.stride > phase.seq_len:
+                raise ValueError(
+                    f"stride {self.stride} must be at most {phase.setting('seq_len')} {phase.seq_len}: what lies "
+                    "between two windows would never be trained on"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> PretrainConfig:
+        layout = self.layout
+        for phase in self.resolved_phases:
+            parts = layout.data * phase.accumulation_steps
+            if phase.batch_size % parts:
+                raise ValueError(
+                    f"{phase.setting('batch_size')} {phase.batch_size} must be a multiple of replicate x shard x "
+                    f"accumulation_steps = {layout.replicate} x {layout.shard} x {phase.accumulation_steps} = {parts}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> PretrainConfig:
+        optimizer, num_steps = self.optimizer, self.num_steps
+        if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_share * num_steps > num_steps:
             raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of replicate x shard x accumulation_steps = "
-                f"{self.layout.replicate} x {self.layout.shard} x {self.accumulation_steps} = {parts}"
+                f"optimizer: warmup_steps {optimizer.warmup_steps} + decay_share {optimizer.decay_share} x num_steps "
+                f"{num_steps} must be at most {num_steps}; shorten one of them, or take more steps"
             )
         return self
 
@@ -199,3 +197,23 @@ class PretrainConfig(TrainingSection):
     def layout(self) -> Layout:
         """The mesh of processes."""
         return self.parallel.layout(self.num_workers)
+
+    @property
+    def resolved_phases(self) -> tuple[Phase, ...]:
+        """The settings of all steps: the first phase begins at step 0, each of `phases` where it says."""
+        whole = Phase(
+            number=0,
+            first=0,
+            stop=self.num_steps,
+            batch_size=self.batch_size,
+            accumulation_steps=self.accumulation_steps,
+            seq_len=self.seq_len or self.model.max_seq_len,
+            rope_theta=self.model.rope_theta,
+            exercise_share=self.exercise_share,
+            mixture=self.mixture,
+        )
+        return resolve_phases(whole, self.phases)
+
+    def phase_of(self, step: int) -> Phase:
+        """The settings of a step."""
+        return next(phase for phase in self.resolved_phases if step < phase.stop)

@@ -238,7 +238,7 @@ def test_shards_of_another_tokenizer_are_an_error(tokenizer, tmp_path):
 def test_a_stride_that_would_be_ignored_or_would_skip_tokens_is_refused():
     with pytest.raises(ValueError, match="stride 8 would be ignored by packing best_fit"):
         config(stride=8, packing="best_fit")
-    with pytest.raises(ValueError, match=r"stride 25 must be at most model\.max_seq_len 24"):
+    with pytest.raises(ValueError, match=r"stride 25 must be at most seq_len 24"):
         config(stride=25)
 
 
