@@ -10,19 +10,22 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lilpipe.artifact import Artifact, InputEntry, Inputs, Manifest, content_digest, list_files
+from lilpipe.artifact import Artifact, InputEntry, Inputs, Manifest, content_digest, list_files, write_atomically
 from lilpipe.config import PipelineConfig, Section
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.fingerprint import Ingredients, code_and_packages, difference
 from lilpipe.launch import launch
 from lilpipe.stage import Metrics, Stage, get_stage
 from lilpipe.store import Store
+
+INGREDIENTS = "ingredients.json"
+"""In a workspace: what is being made there."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,13 @@ class PlannedStep:
     status: Literal["cached", "run", "waits"]
     """`waits`: it cannot be told yet, since its inputs are still to be made."""
     reason: str
+
+    @property
+    def workspace(self) -> str:
+        """Name of its workspace: its fingerprint but for what changes rounding alone, so that it may go on under
+        another number of workers.
+        """
+        return _workspace(self.ingredients, self.config) if self.ingredients else ""
 
 
 class Listener(Protocol):
@@ -86,17 +96,36 @@ def _plan_step(config: PipelineConfig, store: Store, name: str, made: dict[str, 
         return PlannedStep(name, stage, section, inputs, ingredients, lookup.artifact, "cached", "up to date")
     if lookup.problems:
         reason = f"damaged: {'; '.join(lookup.problems[:3])}"
-    elif store.is_in_progress(stage.name, ingredients.fingerprint):
+    elif store.is_in_progress(stage.name, _workspace(ingredients, section)):
         reason = "goes on from where it was interrupted"
+    elif other := _unfinished(store, name, ingredients):
+        reason = f"from the start: unfinished work was under other settings ({'; '.join(other[:3])})"
     else:
         reason = "; ".join(changes(store, name, ingredients)[:3]) or "never run"
     return PlannedStep(name, stage, section, inputs, ingredients, None, "run", reason)
+
+
+def _workspace(ingredients: Ingredients, section: Section) -> str:
+    return replace(ingredients, config=section.identity(rounding=False)).fingerprint
 
 
 def changes(store: Store, step: str, ingredients: Ingredients) -> list[str]:
     """What differs from the artifact of this step that is nearest, the newest of equals; nothing if there is none."""
     earlier = [manifest for manifest in reversed(store.manifests(ingredients.stage)) if manifest.step == step]
     return min((difference(_ingredients_of(manifest), ingredients) for manifest in earlier), key=len, default=[])
+
+
+def _unfinished(store: Store, step: str, ingredients: Ingredients) -> list[str]:
+    """What differs from the nearest work of this step that was left unfinished; nothing if there is none."""
+    found = []
+    for path in store.workspaces(ingredients.stage):
+        try:
+            left = json.loads((path / INGREDIENTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # killed before it began
+        if left.pop("step") == step:
+            found.append(difference(Ingredients(**left), ingredients))
+    return min(found, key=len, default=[])
 
 
 def _ingredients_of(manifest: Manifest) -> Ingredients:
@@ -178,7 +207,7 @@ def run_step(
     if planned.ingredients is None:
         raise ArtifactError(f"step {step}: {planned.reason} is still to be run; run that first, or the full pipeline")
     stage, fingerprint = planned.stage, planned.ingredients.fingerprint
-    with store.lock(stage.name, fingerprint):
+    with store.lock(stage.name, planned.workspace):
         # Another process may have run it while this one waited for the lock.
         lookup = store.find(stage.name, fingerprint)
         if lookup.problems:
@@ -199,7 +228,8 @@ def _run(planned: PlannedStep, store: Store, listeners: Sequence[Listener]) -> A
         role: store.fetch(value) if isinstance(value, Artifact) else tuple(store.fetch(item) for item in value)
         for role, value in planned.inputs.items()
     }
-    work = store.work(planned.stage.name, planned.ingredients.fingerprint)
+    work = store.work(planned.stage.name, planned.workspace)
+    write_atomically(work / INGREDIENTS, json.dumps({"step": planned.name, **asdict(planned.ingredients)}))
     attempts = work / "attempts.jsonl"
 
     def on_event(event: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The store: committed artifacts, work in progress, and what each pipeline run used.
 
     <root>/artifacts/<stage>/<fingerprint>/   committed: the manifest is there, whole
-    <root>/work/<stage>/<fingerprint>/        in progress; a killed stage goes on from here
+    <root>/work/<stage>/<workspace>/          in progress; a killed stage goes on from here
     <root>/damaged/<stage>/<fingerprint>.N/   what was found damaged and taken out of use
     <root>/refs/<pipeline run>/<step>.json    the artifact that a step of a pipeline run ended in
 
@@ -131,24 +131,28 @@ class Store:
 
     # --- work in progress -----------------------------------------------------------------------------------------
 
-    def is_in_progress(self, stage: str, fingerprint: str) -> bool:
+    def is_in_progress(self, stage: str, workspace: str) -> bool:
         """Whether an earlier try has left its workspace."""
-        return (self.local / "work" / stage / fingerprint).exists()
+        return (self.local / "work" / stage / workspace).exists()
 
-    def work(self, stage: str, fingerprint: str) -> Path:
+    def work(self, stage: str, workspace: str) -> Path:
         """The directory in which a stage works; made if absent."""
-        directory = self.local / "work" / stage / fingerprint
+        directory = self.local / "work" / stage / workspace
         with _explained(directory):
             directory.mkdir(parents=True, exist_ok=True)
         return directory
 
+    def workspaces(self, stage: str) -> list[Path]:
+        """Of all work of a stage that is in progress or was left unfinished, the directories."""
+        return sorted((self.local / "work" / stage).glob("*/"))
+
     @contextmanager
-    def lock(self, stage: str, fingerprint: str) -> Iterator[bool]:
+    def lock(self, stage: str, workspace: str) -> Iterator[bool]:
         """Hold the stage's workspace alone; yields whether another process had to be waited for.
 
         The kernel frees the lock when its holder dies, so that nothing is left behind by a kill.
         """
-        path = self.local / "locks" / f"{stage}-{fingerprint}"
+        path = self.local / "locks" / f"{stage}-{workspace}"
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w")

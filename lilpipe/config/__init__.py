@@ -53,6 +53,7 @@ from lilpipe.config.pipeline import (
 from lilpipe.config.section import (
     NumWorkers,
     Operational,
+    Rounding,
     Section,
     Share,
 )
@@ -109,6 +110,7 @@ __all__ = [
     "RayConfig",
     "RegisterConfig",
     "RejectionSamplingConfig",
+    "Rounding",
     "SFTConfig",
     "SamplingConfig",
     "SamplingSection",

@@ -14,6 +14,16 @@ class _Operational:
 
 Operational = _Operational()
 
+
+class _Rounding:
+    """Marks a field that changes how sums are rounded and nothing else.
+
+    It is part of the fingerprint, but work in progress may go on under another value of it.
+    """
+
+
+Rounding = _Rounding()
+
 Share = Annotated[float, Field(ge=0, le=1)]
 NumWorkers = Annotated[PositiveInt, Operational]
 
@@ -23,13 +33,24 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    def identity(self) -> dict[str, Any]:
-        """The values that can change a stage's output, as plain JSON values, with defaults spelled out."""
-        values = {}
-        for name, field in type(self).model_fields.items():
-            if not any(mark is Operational for mark in field.metadata):
-                values[name] = _plain(getattr(self, name))
-        return values
+    def identity(self, *, rounding: bool = True) -> dict[str, Any]:
+        """The values that can change a stage's output, as plain JSON values, with defaults spelled out.
+
+        Without ``rounding``, those that can change more than how sums are rounded.
+        """
+        ignored = (Operational,) if rounding else (Operational, Rounding)
+        return {
+            name: _plain(getattr(self, name))
+            for name, field in type(self).model_fields.items()
+            if not any(mark is other for mark in field.metadata for other in ignored)
+        }
+
+    @classmethod
+    def rounding_fields(cls) -> frozenset[str]:
+        """Names of the fields that change how sums are rounded and nothing else."""
+        return frozenset(
+            name for name, field in cls.model_fields.items() if any(mark is Rounding for mark in field.metadata)
+        )
 
 
 def _plain(value: Any) -> Any:

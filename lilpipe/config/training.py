@@ -9,7 +9,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig
 from lilpipe.config.phases import MixtureConfig, Phase, PhaseConfig, resolve_phases
-from lilpipe.config.section import Operational, Section, Share
+from lilpipe.config.section import Operational, Rounding, Section, Share
 
 
 class OptimizerConfig(Section):
@@ -42,9 +42,9 @@ class TrainingSection(Section):
 
     seed: int | None = None
     """Seed of initialisation, data order and sampling; the pipeline's `seed` where none is given."""
-    num_workers: PositiveInt = 1
+    num_workers: Annotated[PositiveInt, Rounding] = 1
     """Processes under torchrun. Part of the fingerprint: another world size sums in another order."""
-    threads_per_worker: PositiveInt = 1
+    threads_per_worker: Annotated[PositiveInt, Rounding] = 1
     """Threads of a process; also able to change the order of summation."""
     checkpoint_every: Annotated[PositiveInt, Operational] = 200
     """Steps between checkpoints."""
@@ -102,19 +102,19 @@ class PretrainConfig(TrainingSection):
     """Optimizer steps."""
     batch_size: PositiveInt = 16
     """Sequences of one optimizer step, over all workers and accumulation steps."""
-    accumulation_steps: PositiveInt = 1
+    accumulation_steps: Annotated[PositiveInt, Rounding] = 1
     """Micro-batches of one optimizer step on each worker; those of the pipeline where there is one."""
     seq_len: PositiveInt | None = None
     """Tokens of a sequence; model.max_seq_len where none is given."""
     phases: tuple[PhaseConfig, ...] = ()
     """Changes on the way, in order."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Annotated[ParallelConfig, Rounding] = ParallelConfig()
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """Arithmetic of forward and backward passes; weights, reductions and optimizer state stay in fp32. `fp8` takes the
     extra `fp8` and a GPU that has it."""
-    compile: bool | None = None
+    compile: Annotated[bool | None, Rounding] = None
     """Whether blocks are compiled (`torch.compile`); none compiles where the run is long enough to earn it."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], Rounding] = "none"
     """What is computed again in the backward pass: nothing, all but the matrix products, or whole blocks."""
     within_documents: bool = False
     """Attention stays inside documents (Llama 3, 3.2)."""
