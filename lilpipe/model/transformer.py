@@ -9,8 +9,7 @@ Dimensions: B sequences, T tokens, D width, V vocabulary, E size of one head.
 
 from __future__ import annotations
 
-import hashlib
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
 from lilpipe.errors import DataError
-from lilpipe.model.attention import Attention, CacheView, KVCache, Linear, document_mask, rope_table
+from lilpipe.model.attention import Attention, CacheView, KeysAndValues, KVCache, Linear, document_mask, rope_table
+from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.scores import soften, token_scores
-
-INIT_STD = 0.02
-"""Standard deviation of fresh weights (Radford et al. 2019, GPT-2; Hugging Face's default for Llama)."""
 
 
 class Embedding(nn.Embedding):
@@ -72,7 +69,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, view: CacheView | None
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, view: KeysAndValues | None
     ) -> Tensor:
         """One layer."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask, view)
@@ -85,9 +82,9 @@ class Part(NamedTuple):
     layers: range
     """Numbers of its blocks."""
     first: bool
-    """Whether it holds the embedding."""
+    """Whether it begins with the embedding."""
     last: bool
-    """Whether it holds the last norm and the output layer."""
+    """Whether it ends with the last norm and the output layer; if that is tied, it holds an embedding of its own."""
 
 
 class Decoder(nn.Module):
@@ -99,7 +96,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, part: Part) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(vocab_size, config.hidden_size) if part.first else None
+        self.part = part
+        self.context: Callable[[Tensor, Tensor | None], KeysAndValues] | None = None
+        """Under context parallelism, (positions, documents) of the tokens at hand to those of the whole rows."""
+        embeds = part.first or (part.last and config.tie_embeddings)
+        self.embed_tokens = Embedding(vocab_size, config.hidden_size) if embeds else None
         # By their numbers in the whole model, so that a name means the same in every layout.
         self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in part.layers})
         self.norm = RMSNorm(config.hidden_size, config.norm_eps) if part.last else None
@@ -132,9 +133,12 @@ class Decoder(nn.Module):
                 "cut the sequence or raise model.max_seq_len"
             )
         view = None if cache is None else CacheView(cache, num_tokens, positions_BT)
-        x_BTD = x if self.embed_tokens is None else self.embed_tokens(x)
+        x_BTD = self.embed_tokens(x) if self.part.first and self.embed_tokens is not None else x
         rope = self._angles(num_tokens, positions_BT, x_BTD.dtype)
-        if documents_BT is not None:
+        if self.context is not None:
+            assert positions_BT is not None, "context parallelism needs the tokens' positions"
+            view = self.context(positions_BT, documents_BT)
+        elif documents_BT is not None:
             mask = document_mask(documents_BT)
         for block in self.layers.values():
             x_BTD = block(x_BTD, rope, mask, view)
@@ -162,6 +166,8 @@ class Transformer(nn.Module):
         self.model = Decoder(config, vocab_size, self.part)
         own_head = self.part.last and not config.tie_embeddings
         self.lm_head = Linear(config.hidden_size, vocab_size) if own_head else None
+        self.token_scores = token_scores
+        """Replaced under tensor parallelism, where a worker holds a part of the vocabulary."""
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +207,7 @@ class Transformer(nn.Module):
             return hidden_BTD
         if targets_BT is None:
             return self.logits(hidden_BTD)
-        return token_scores(hidden_BTD, self.output_weight, targets_BT, softcap=self.config.logit_softcap)
+        return self.token_scores(hidden_BTD, self.output_weight, targets_BT, softcap=self.config.logit_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` in float32 of final hidden states ``[..., D]``."""
@@ -209,21 +215,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter from a generator of its own, seeded by ``seed`` and the parameter's name.
-
-        So a weight does not depend on the order of modules or on which process holds it. Matrices are normal with
-        ``INIT_STD``; those that write to the residual stream are divided by sqrt(2 x num_layers), the number of
-        summands there (Radford et al. 2019). Norms start at one.
-        """
+        """Fill every parameter with its ``initial_value``."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = INIT_STD / math.sqrt(2 * self.config.num_layers) if writes_residual else INIT_STD
-            digest = hashlib.sha256(f"init_weights:{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            parameter.copy_(initial_value(name, parameter.shape, seed=seed, config=self.config))
 
 
 def token_logprobs(model: Transformer, tokens_BT: Tensor) -> Tensor:

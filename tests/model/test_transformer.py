@@ -9,7 +9,8 @@ from lilpipe.config import ModelConfig
 from lilpipe.errors import DataError
 from lilpipe.model.attention import KVCache, apply_rope, rope_table
 from lilpipe.model.flops import num_parameters, training_flops_per_token
-from lilpipe.model.transformer import INIT_STD, Transformer, token_logprobs
+from lilpipe.model.initial_weights import INIT_STD
+from lilpipe.model.transformer import Transformer, token_logprobs
 from tests.model.checkpoints import SMALL, small_model
 
 VOCAB = 50
