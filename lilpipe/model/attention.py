@@ -9,7 +9,7 @@ heads, E size of one head.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,17 @@ class KVCache:
             own[:, :, : other.shape[2]].index_copy_(1, rows_B, other.index_select(1, source_rows_B))
 
 
+class KeysAndValues(Protocol):
+    """Where a layer finds keys and values beyond those it has just made: in a cache, or on other workers."""
+
+    mask_B1TS: Tensor | None
+    """What each token may attend to; None is what came before it."""
+
+    def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """Take new keys and values, and return all that may be attended to: two tensors ``[B, S, K, E]``."""
+        ...
+
+
 class CacheView:
     """Where one forward pass writes in a cache and what it may attend to, worked out once for all layers.
 
@@ -133,7 +144,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_heads * config.head_size, config.hidden_size)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, view: CacheView | None = None
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, view: KeysAndValues | None = None
     ) -> Tensor:
         """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows."""
         B, T, _ = x_BTD.shape
