@@ -233,12 +233,14 @@ def _read(file: safe_open, item: ReadItem) -> Tensor:
 
 def drop_optimizer(directory: Path) -> None:
     """Leave the model alone of a checkpoint. Killed midway and called again, it comes to the same."""
+    superfluous = [*directory.glob(f"{OPTIMIZER}-*"), *directory.glob(f".{INDEX}.*")]
+    if not superfluous:
+        return
     index = Index.read(directory)
     tensors = {name: entry for name, entry in index.tensors.items() if not name.startswith(f"{OPTIMIZER}/")}
-    if len(tensors) < len(index.tensors):
-        files = {name: entry for name, entry in index.files.items() if not name.startswith(f"{OPTIMIZER}-")}
-        index.model_copy(update={"tensors": tensors, "files": files}).write(directory)
-    for path in directory.glob(f"{OPTIMIZER}-*.safetensors"):
+    files = {name: entry for name, entry in index.files.items() if not name.startswith(f"{OPTIMIZER}-")}
+    index.model_copy(update={"tensors": tensors, "files": files}).write(directory)
+    for path in superfluous:
         path.unlink()
 
 
