@@ -1,17 +1,17 @@
 """Batches of pretraining rows: a pure function of (seed, step).
 
-``lilpipe.tokens.order`` says which row of which stream stands where, ``lilpipe.tokens.packing`` which parts of
+``lilpipe.tokens.stretch`` says which row of which stream stands where, ``lilpipe.tokens.packing`` which parts of
 documents a row holds. The loader has no state: resuming is an integer, the world size does not matter, and
 ``lilpipe.tokens.trace`` says which documents any row of any step held.
 
-Shapes: B rows of a batch, T tokens of a row (``seq_len``), R rows asked for, N pieces of documents in them.
+Shapes: B rows of a batch, T tokens of a row (``seq_len``), N pieces of documents in them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.order import Interleaving, permute, stream_key, unpermute
+from lilpipe.tokens.order import stream_key
 from lilpipe.tokens.packing import BestFit, Concat, Packing, Pieces
 from lilpipe.tokens.shards import TokenShards, TokenStream
+from lilpipe.tokens.stretch import Rows, Source, Steps, Stretch
 
 IGNORED = -100
 """Target that counts for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
 PADDING_DOCUMENT = -1
-STEPS_AT_ONCE = 16
-"""Steps whose order is computed together: of a small batch numpy takes about as long for one as for these."""
 
 
 class Batch(NamedTuple):
@@ -43,40 +42,37 @@ class Batch(NamedTuple):
     """Place of an input in what the row holds of its document, from 0."""
 
 
-class Rows(NamedTuple):
-    """Where rows come from; int64 [R] each."""
+class StretchPlan(NamedTuple):
+    """What a stretch of a run is to be."""
 
-    streams: np.ndarray
-    """Number of the stream in ``PretrainLoader.streams``."""
-    epochs: np.ndarray
-    """How many passes over the stream come before."""
-    rows: np.ndarray
-    """Number of the row in its stream's packing."""
+    steps: Sequence[Steps]
+    seq_len: int
+    """Inputs of a row."""
+    shares: Mapping[str, float]
+    """Share of the training tokens of each stream; they add up to 1."""
 
 
 class PretrainLoader:
-    """Batches of training rows from streams in given shares."""
+    """Batches of training rows, from streams in given shares.
+
+    A stretch goes on in each stream where the last one of the same ``seq_len`` left it, so that no row comes again
+    before all others came. Rows of another length have an order of their own.
+    """
 
     def __init__(
         self,
         shards: TokenShards,
+        plans: Sequence[StretchPlan],
         *,
-        shares: Mapping[str, float],
-        seq_len: int,
-        batch_size: int,
-        num_steps: int,
         seed: int,
         packing: Literal["concat", "best_fit"] = "concat",
         stride: int | None = None,
     ) -> None:
-        """Pack the streams, and check that they can fill a batch.
+        """Pack the streams, and check that they can fill batches.
 
         Args:
             shards: Where tokens come from.
-            shares: Share of the training tokens of each stream; they add up to 1.
-            seq_len: Inputs of a row.
-            batch_size: Rows of a step, over all workers.
-            num_steps: Steps of the run.
+            plans: The stretches of the run, which hold all its steps from 0 on.
             seed: Seed of the order of rows.
             packing: How documents fill rows; see ``lilpipe.tokens.packing``.
             stride: Tokens between windows of ``concat``; ``seq_len`` where none is given.
@@ -85,72 +81,62 @@ class PretrainLoader:
             ConfigError: The shares do not add up to 1 or name a stream that is not there.
             DataError: A stream has fewer rows than one batch takes of it.
         """
-        _check_shares(shares, shards.streams)
-        names = [name for name, share in shares.items() if share > 0]
-        self.shards = shards
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.num_steps = num_steps
+        for plan in plans:
+            _check_shares(plan.shares, shards.streams)
+        self.shards, self._seed = shards, seed
+        names = dict.fromkeys(name for plan in plans for name, share in plan.shares.items() if share > 0)
         self.streams = {name: shards.stream(name, "train") for name in names}
-        self.packings: dict[str, Packing] = {
-            name: _pack(stream, seq_len=seq_len, packing=packing, stride=stride)
-            for name, stream in self.streams.items()
+        self._names = list(names)
+        self.stretches: list[Stretch] = []
+        pack = cache(lambda name, seq_len: _pack(self.streams[name], seq_len=seq_len, packing=packing, stride=stride))
+        for plan in plans:
+            packings = {name: pack(name, plan.seq_len) for name, share in plan.shares.items() if share > 0}
+            for name, packed in packings.items():
+                _check_fills_batches(name, self.streams[name], packed, plan)
+            self.stretches.append(self._stretch(plan, packings))
+        self.num_steps = self.stretches[-1].stop
+
+    def _stretch(self, plan: StretchPlan, packings: Mapping[str, Packing]) -> Stretch:
+        """What follows the stretches that there are."""
+        alike = [stretch for stretch in self.stretches if stretch.seq_len == plan.seq_len]
+        is_first = not self.stretches or self.stretches[0].seq_len == plan.seq_len
+        sources = {
+            name: Source(
+                number=self._names.index(name),
+                packing=packed,
+                key=stream_key(self._seed, name if is_first else f"{name}/{plan.seq_len}"),
+                begin=sum(stretch.count(name) for stretch in alike),
+            )
+            for name, packed in packings.items()
         }
-        for name, packed in self.packings.items():
-            _check_fills_batch(name, self.streams[name], packed, share=shares[name], batch_size=batch_size)
-        self.interleaving = Interleaving(_row_shares({name: shares[name] for name in names}, self.packings))
-        self.streams = {name: self.streams[name] for name in self.interleaving.names}
-        self._names = list(self.streams)
-        self._num_rows = np.array([self.packings[name].num_rows for name in self._names])
-        self._keys = np.array([stream_key(seed, name) for name in self._names], dtype=np.uint64)
-        self._rows_of_block = lru_cache(maxsize=2)(self._compute_rows_of_block)
+        shares = _row_shares({name: plan.shares[name] for name in packings}, packings)
+        return Stretch(plan.steps, sources, shares=shares, seq_len=plan.seq_len)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
-        """The rows of a step for one worker, B = batch_size / world_size.
+        """The rows of a step for one worker, B = the step's batch size / world_size.
 
         Worker ``rank`` holds the batch's rows ``rank``, ``rank + world_size``, ...
         """
-        assert self.batch_size % world_size == 0, f"batch_size {self.batch_size} over {world_size} workers"
         rows = self.rows(step)
-        return self._assemble(Rows(*(values[rank::world_size] for values in rows)))
+        assert len(rows.rows) % world_size == 0, f"batch_size {len(rows.rows)} over {world_size} workers"
+        return self._assemble(self.stretch_of(step), Rows(*(values[rank::world_size] for values in rows)))
 
     # --- order ----------------------------------------------------------------------------------------------------
 
-    def rows(self, step: int) -> Rows:
-        """Where the rows of a step come from, R = batch_size."""
+    def stretch_of(self, step: int) -> Stretch:
+        """The stretch that holds a step."""
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
-        block, within = divmod(step, STEPS_AT_ONCE)
-        first = within * self.batch_size
-        return Rows(*(values[first : first + self.batch_size] for values in self._rows_of_block(block)))
+        return next(stretch for stretch in self.stretches if step < stretch.stop)
 
-    def _compute_rows_of_block(self, block: int) -> Rows:
-        num_places = STEPS_AT_ONCE * self.batch_size
-        streams, before = self.interleaving.at(np.arange(block * num_places, (block + 1) * num_places))
-        sizes = self._num_rows[streams]
-        epochs, indices = np.divmod(before, sizes)
-        return Rows(streams, epochs, permute(indices, sizes, self._keys[streams], epochs))
-
-    def sightings(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """When rows of a stream are read: places of the run (step x batch_size + row), ascending, and at each the
-        epoch and which of ``rows`` it is, int64 [sightings] each.
-        """
-        number, size = self._names.index(name), self.packings[name].num_rows
-        num_places = self.num_steps * self.batch_size
-        num_epochs = -(-self.interleaving.count(name, num_places) // size)
-        epochs, images = np.repeat(np.arange(num_epochs), len(rows)), np.tile(rows, num_epochs)
-        indices = unpermute(images, np.full_like(images, size), np.full(len(images), self._keys[number]), epochs)
-        places = self.interleaving.places(name, epochs * size + indices)
-        order = np.argsort(places)
-        order = order[places[order] < num_places]
-        return places[order], epochs[order], images[order]
+    def rows(self, step: int) -> Rows:
+        """Where the rows of a step come from."""
+        return self.stretch_of(step).rows(step)
 
     # --- amounts --------------------------------------------------------------------------------------------------
 
     def num_targets(self, name: str) -> float:
         """Targets of the run that come from a stream: those of its rows, and of a pass that is cut off its share."""
-        packed = self.packings[name]
-        num_rows = self.interleaving.count(name, self.num_steps * self.batch_size)
-        return num_rows * packed.num_targets / packed.num_rows
+        return sum(stretch.num_targets(name) for stretch in self.stretches)
 
     def epochs(self, name: str) -> float:
         """How often the run trains on a token of a stream, on average."""
@@ -158,24 +144,24 @@ class PretrainLoader:
 
     # --- tokens ---------------------------------------------------------------------------------------------------
 
-    def pieces(self, rows: Rows) -> tuple[np.ndarray, Pieces]:
-        """What rows hold: of each piece the number of its stream, int64 [N], and where it lies."""
+    def pieces(self, stretch: Stretch, rows: Rows) -> tuple[np.ndarray, Pieces]:
+        """What rows of a stretch hold: of each piece the number of its stream, int64 [N], and where it lies."""
         parts, streams = [], []
-        for number, name in enumerate(self._names):
-            chosen = np.flatnonzero(rows.streams == number)
+        for source in stretch.sources.values():
+            chosen = np.flatnonzero(rows.streams == source.number)
             if len(chosen):
-                pieces = self.packings[name].pieces(rows.rows[chosen])
+                pieces = source.packing.pieces(rows.rows[chosen])
                 parts.append(pieces._replace(rows=chosen[pieces.rows]))
-                streams.append(np.full(len(pieces.rows), number))
+                streams.append(np.full(len(pieces.rows), source.number))
         if len(parts) == 1:
             return streams[0], parts[0]
         order = np.argsort(np.concatenate([part.rows for part in parts]), kind="stable")
         joined = Pieces(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
         return np.concatenate(streams)[order], joined
 
-    def _assemble(self, rows: Rows) -> Batch:
-        streams_N, pieces = self.pieces(rows)
-        num_rows, width = len(rows.rows), self.seq_len + 1
+    def _assemble(self, stretch: Stretch, rows: Rows) -> Batch:
+        streams_N, pieces = self.pieces(stretch, rows)
+        num_rows, seq_len, width = len(rows.rows), stretch.seq_len, stretch.seq_len + 1
         lengths_N = pieces.stops - pieces.starts
         firsts_B = np.searchsorted(pieces.rows, np.arange(num_rows))  # first piece of each row
         used_B = np.add.reduceat(lengths_N, firsts_B)  # tokens of each row
@@ -186,13 +172,13 @@ class PretrainLoader:
         for stream, begin, start, stop in _reads(streams_N, pieces, begins_N):
             flat[begin : begin + stop - start] = self.streams[self._names[stream]].read(start, stop)
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
-        documents, positions = _number(pieces.rows, lengths_N, firsts_B, used_B, seq_len=self.seq_len)
+        documents, positions = _number(pieces.rows, lengths_N, firsts_B, used_B, seq_len=seq_len)
         severed = begins_N[~pieces.follows]
         if len(severed):
             row, column = np.divmod(severed, width)
             targets[row[column > 0], column[column > 0] - 1] = IGNORED
         if used_B.min() < width:
-            columns_T = np.arange(self.seq_len)
+            columns_T = np.arange(seq_len)
             padding = columns_T >= used_B[:, None]
             inputs[padding] = self.shards.tokenizer.padding_id
             documents[padding], positions[padding] = PADDING_DOCUMENT, 0
@@ -282,11 +268,14 @@ def _check_shares(shares: Mapping[str, float], streams: Sequence[str]) -> None:
         raise ConfigError(f"shares: got {dict(shares)}, expected shares that add up to 1")
 
 
-def _check_fills_batch(name: str, stream: TokenStream, packing: Packing, *, share: float, batch_size: int) -> None:
-    got, expected = packing.num_rows, math.ceil(round(share * batch_size, 6))
-    if got < expected or packing.num_targets == 0:
-        raise DataError(
-            f"training split of stream {name!r}: got {got} rows ({stream.num_tokens} tokens in all), expected at "
-            f"least {max(expected, 1)} for one batch ({share:.0%} of batch_size {batch_size}); add documents, or lower "
-            "pretrain.batch_size or pretrain.model.max_seq_len"
-        )
+def _check_fills_batches(name: str, stream: TokenStream, packing: Packing, plan: StretchPlan) -> None:
+    for steps in plan.steps:
+        share = plan.shares[name]
+        got, expected = packing.num_rows, math.ceil(round(share * steps.batch_size, 6))
+        if got < expected or packing.num_targets == 0:
+            of = f"the phase from step {steps.first:,}" if steps.first else "pretrain"
+            raise DataError(
+                f"training split of stream {name!r}: got {got} rows of {plan.seq_len} tokens ({stream.num_tokens} "
+                f"tokens in all), expected at least {max(expected, 1)} for one batch ({share:.0%} of batch_size "
+                f"{steps.batch_size}); add documents, or lower batch_size or seq_len of {of}"
+            )

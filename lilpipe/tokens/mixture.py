@@ -8,7 +8,7 @@ et al. 2024, 3.1.2) took 50 % general, 25 % mathematics and reasoning, 17 % code
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lilpipe.config import MixtureConfig
@@ -26,26 +26,36 @@ class Part:
     reached: float
     """Share that it gives."""
     epochs: float
-    """How often each of its tokens is trained on."""
+    """How often each of its tokens is trained on, in all phases up to this one."""
     max_epochs: float
+    """Most that ``epochs`` should come to."""
     reason: str = ""
     """Why the share is not the one asked for; empty where it is."""
 
 
 def mixture(
-    weights: Mapping[str, float], tokens: Mapping[str, int], *, total_tokens: float, max_epochs: Mapping[str, float]
+    weights: Mapping[str, float],
+    tokens: Mapping[str, int],
+    *,
+    total_tokens: float,
+    max_epochs: Mapping[str, float],
+    used: Mapping[str, float] | None = None,
 ) -> dict[str, Part]:
     """Shares of ``total_tokens`` training tokens by stream, which add up to 1.
 
-    ``weights``, ``tokens`` and ``max_epochs`` have the same streams; weights need not add up to 1. Where all streams
-    together cannot give the tokens within their limits, each passes its limit by the same factor, and the reason
-    says so: a limit that must hold is for the caller to check.
+    ``weights``, ``tokens`` and ``max_epochs`` have the same streams; weights need not add up to 1. ``used`` is how many
+    tokens of a stream were trained on before: they count towards its limit. Where all streams together cannot give
+    the tokens within their limits, each passes its limit by the same factor, and the reason says so: a limit that
+    must hold is for the caller to check.
     """
+    used = used or {}
     asked = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    most = {name: max_epochs[name] * tokens[name] / total_tokens for name in weights}  # as shares
-    available = sum(most[name] for name in weights if asked[name] > 0)
-    if available <= 1:
-        reached = {name: most[name] / available if asked[name] > 0 and available else 0.0 for name in weights}
+    limits = {name: max_epochs[name] * tokens[name] / total_tokens for name in weights}  # as shares
+    before = {name: used.get(name, 0.0) / total_tokens for name in weights}
+    most = {name: max(0.0, limits[name] - before[name]) for name in weights}
+    if sum(most[name] for name in weights if asked[name] > 0) <= 1:
+        reached = _exceed([name for name in weights if asked[name] > 0], limits, before)
+        reached = dict.fromkeys(weights, 0.0) | reached
     else:
         reached = _fill(asked, most)
     return {
@@ -53,12 +63,24 @@ def mixture(
             tokens=tokens[name],
             asked=asked[name],
             reached=reached[name],
-            epochs=reached[name] * total_tokens / tokens[name] if tokens[name] else 0.0,
+            epochs=(reached[name] + before[name]) * total_tokens / tokens[name] if tokens[name] else 0.0,
             max_epochs=max_epochs[name],
-            reason=_reason(asked[name], reached[name], most[name]),
+            reason=_reason(asked[name], reached[name], most[name], is_empty=tokens[name] == 0),
         )
         for name in weights
     }
+
+
+def _exceed(names: Sequence[str], limits: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """Shares that add up to 1 with which all pass their limits by one factor, but for those that are past it."""
+    names = [name for name in names if limits[name] > 0]
+    while names:
+        total, limit = 1 + sum(before[name] for name in names), sum(limits[name] for name in names)
+        shares = {name: limits[name] * total / limit - before[name] for name in names}
+        if min(shares.values()) >= 0:
+            return shares
+        names = [name for name in names if shares[name] > 0]
+    return {}
 
 
 def _fill(asked: Mapping[str, float], most: Mapping[str, float]) -> dict[str, float]:
@@ -73,12 +95,12 @@ def _fill(asked: Mapping[str, float], most: Mapping[str, float]) -> dict[str, fl
     return reached
 
 
-def _reason(asked: float, reached: float, most: float) -> str:
+def _reason(asked: float, reached: float, most: float, *, is_empty: bool) -> str:
     if abs(reached - asked) < 1e-9 and reached <= most + 1e-9:
         return ""
     if reached > most + 1e-9:
         return "all streams together hold too few tokens: each passes its limit by the same factor"
-    if most == 0:
+    if is_empty:
         return "holds too few tokens for a row"
     return "at its limit of epochs" if reached >= most - 1e-9 else "takes what others cannot give"
 
@@ -89,16 +111,21 @@ def largest_total(weights: Mapping[str, float], tokens: Mapping[str, int], max_e
     return int(min(tokens[name] * max_epochs[name] * total / weight for name, weight in weights.items() if weight > 0))
 
 
-def resolve(config: MixtureConfig, tokens: Mapping[str, int]) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights and limits of all streams that there are. Raises ``ConfigError`` for one that is not."""
+def resolve(
+    config: MixtureConfig, tokens: Mapping[str, int], *, setting: str = "mixture"
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Weights and limits of all streams that there are; ``setting`` is where they stand in the section.
+
+    Raises ``ConfigError`` for a stream that is not there.
+    """
     for field, names in (("weights", config.weights), ("max_epochs_of", config.max_epochs_of)):
         if missing := sorted(names.keys() - tokens.keys()):
             raise ConfigError(
-                f"pretrain.mixture.{field}: got {', '.join(map(repr, missing))}, expected streams of the tokens: "
+                f"pretrain.{setting}.{field}: got {', '.join(map(repr, missing))}, expected streams of the tokens: "
                 f"{', '.join(tokens)}; they are set by tokens.streams_by"
             )
     if config.weights and not any(config.weights.values()):
-        raise ConfigError("pretrain.mixture.weights: got no weight above 0, expected at least one")
+        raise ConfigError(f"pretrain.{setting}.weights: got no weight above 0, expected at least one")
     weights = {name: config.weights.get(name, 0.0) if config.weights else float(tokens[name]) for name in tokens}
     limits = {name: config.max_epochs_of.get(name, config.max_epochs) for name in tokens}
     return weights, limits

@@ -1,73 +1,112 @@
 """What a pretraining run trains on: the shares of its streams, and the loader, from config and shards alone.
 
-Training and ``lilpipe.tokens.trace`` both start here, so that they cannot disagree.
+Training and ``lilpipe.tokens.trace`` both start here, so that they cannot disagree. Phases with the same length of
+sequence and the same mixture are one stretch: their tokens are shared out together, and what earlier stretches took
+of a stream counts towards its limit of epochs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
 
-from lilpipe.config import PretrainConfig
+from lilpipe.config import Phase, PretrainConfig
 from lilpipe.errors import ConfigError
-from lilpipe.tokens.loader import PretrainLoader
+from lilpipe.tokens.loader import PretrainLoader, StretchPlan
 from lilpipe.tokens.mixture import Part, mixture, resolve
 from lilpipe.tokens.shards import CORPUS, EXERCISES, TokenShards
+from lilpipe.tokens.stretch import Steps
+
+
+@dataclass(frozen=True)
+class PlannedStretch:
+    """Consecutive phases that differ neither in length of sequence nor in mixture, and what they are to read."""
+
+    phases: tuple[Phase, ...]
+    parts: Mapping[str, Part]
+    """What each stream of the corpus is asked for and gives; shares are of the corpus's part of the tokens."""
+    shares: Mapping[str, float]
+    """Share of the training tokens of each stream that gives any, the exercises among them."""
+
+    @property
+    def exercise_share(self) -> float:
+        """Share of the tokens from exercises."""
+        return self.phases[0].exercise_share
+
+    @property
+    def seq_len(self) -> int:
+        """Inputs of a row."""
+        return self.phases[0].seq_len
+
+    @property
+    def steps(self) -> tuple[Steps, ...]:
+        """Where each phase begins and ends, and its batch size."""
+        return tuple(Steps(phase.first, phase.stop, phase.batch_size) for phase in self.phases)
 
 
 def open_loader(config: PretrainConfig, shards: TokenShards) -> PretrainLoader:
     """The loader of a run. Raises ``ConfigError`` for shares of what is not there, ``DataError`` for too few tokens."""
     assert config.seed is not None
-    return PretrainLoader(
-        shards,
-        shares=stream_shares(config, shards),
-        seq_len=config.model.max_seq_len,
-        batch_size=config.batch_size,
-        num_steps=config.num_steps,
-        seed=config.seed,
-        packing=config.packing,
-        stride=config.stride,
-    )
+    plans = [StretchPlan(each.steps, each.seq_len, each.shares) for each in plan_stretches(config, shards)]
+    return PretrainLoader(shards, plans, seed=config.seed, packing=config.packing, stride=config.stride)
 
 
-def corpus_mixture(config: PretrainConfig, shards: TokenShards) -> dict[str, Part]:
-    """What each stream of the corpus is asked for and gives; shares are of the corpus's part of the tokens.
+def plan_stretches(config: PretrainConfig, shards: TokenShards) -> list[PlannedStretch]:
+    """The stretches of a run, in order.
 
     A row counts as full of tokens, so with padding (``best_fit``) epochs come out a little below what stands here.
+    Raises ``ConfigError`` for shares of what is not there.
     """
-    total = config.num_steps * config.batch_size * config.model.max_seq_len * (1 - config.exercise_share)
-    tokens = usable_tokens(config, shards)
-    if not total or not any(tokens.values()):
+    used: Counter[str] = Counter()
+    planned = []
+    for _, group in groupby(config.resolved_phases, key=lambda each: (each.seq_len, each.exercise_share, each.mixture)):
+        phases = tuple(group)
+        total = sum((phase.stop - phase.first) * phase.batch_size * phase.seq_len for phase in phases)
+        total *= 1 - phases[0].exercise_share
+        parts = _corpus_mixture(phases[0], shards, total_tokens=total, used=used)
+        used.update({name: part.reached * total for name, part in parts.items()})
+        planned.append(PlannedStretch(phases, parts, _stream_shares(phases[0], parts, shards)))
+    return planned
+
+
+def _corpus_mixture(
+    phase: Phase, shards: TokenShards, *, total_tokens: float, used: Mapping[str, float]
+) -> dict[str, Part]:
+    tokens = usable_tokens(shards, seq_len=phase.seq_len)
+    if not total_tokens or not any(tokens.values()):
         return {}
-    weights, limits = resolve(config.mixture, tokens)
-    return mixture(weights, tokens, total_tokens=total, max_epochs=limits)
+    weights, limits = resolve(phase.mixture, tokens, setting=phase.setting("mixture"))
+    return mixture(weights, tokens, total_tokens=total_tokens, max_epochs=limits, used=used)
 
 
-def usable_tokens(config: PretrainConfig, shards: TokenShards) -> dict[str, int]:
+def usable_tokens(shards: TokenShards, *, seq_len: int) -> dict[str, int]:
     """Training tokens of each stream of the corpus; 0 where they do not fill a row."""
     counts = {name: shards.stream(name, "train").num_tokens for name in shards.corpus_streams}
-    return {name: count if count > config.model.max_seq_len else 0 for name, count in counts.items()}
+    return {name: count if count > seq_len else 0 for name, count in counts.items()}
 
 
-def stream_shares(config: PretrainConfig, shards: TokenShards) -> dict[str, float]:
-    """Share of training tokens of each stream that gives any. Raises ``ConfigError`` for a part that is not there."""
+def _stream_shares(phase: Phase, parts: Mapping[str, Part], shards: TokenShards) -> dict[str, float]:
     there = {CORPUS: bool(shards.corpus_streams), EXERCISES: EXERCISES in shards.streams}
-    wanted = {CORPUS: config.exercise_share < 1, EXERCISES: config.exercise_share > 0}
+    wanted = {CORPUS: phase.exercise_share < 1, EXERCISES: phase.exercise_share > 0}
     for part in (CORPUS, EXERCISES):
         if wanted[part] and not there[part]:
-            _refuse(part, config, shards)
-    reached: Mapping[str, float] = {name: part.reached for name, part in corpus_mixture(config, shards).items()}
-    if not reached and wanted[CORPUS]:  # no stream fills a row: the loader says of the first what it lacks
-        reached = {shards.corpus_streams[0]: 1.0}
-    shares = {name: share * (1 - config.exercise_share) for name, share in reached.items()}
-    return {name: share for name, share in (shares | {EXERCISES: config.exercise_share}).items() if share > 0}
+            _refuse(part, phase, shards)
+    reached: Mapping[str, float] = {name: part.reached for name, part in parts.items()}
+    if wanted[CORPUS] and not any(reached.values()):  # none fills a row: the loader says of the first what it lacks
+        asked = [name for name, part in parts.items() if part.asked > 0] or shards.corpus_streams
+        reached = {asked[0]: 1.0}
+    shares = {name: share * (1 - phase.exercise_share) for name, share in reached.items()}
+    return {name: share for name, share in (shares | {EXERCISES: phase.exercise_share}).items() if share > 0}
 
 
-def _refuse(part: str, config: PretrainConfig, shards: TokenShards) -> None:
+def _refuse(part: str, phase: Phase, shards: TokenShards) -> None:
     remedy = {
         CORPUS: "set it below 1 only where the tokens hold a corpus",
         EXERCISES: "set it to 0, or give the step `tokens` an input `prompts`",
     }[part]
     raise ConfigError(
-        f"pretrain.exercise_share: got {config.exercise_share}, which takes rows from {part!r}, but the tokens hold "
-        f"{', '.join(shards.streams) or 'nothing'} alone; {remedy}"
+        f"pretrain.{phase.setting('exercise_share')}: got {phase.exercise_share}, which takes rows from {part!r}, but "
+        f"the tokens hold {', '.join(shards.streams) or 'nothing'} alone; {remedy}"
     )

@@ -13,9 +13,10 @@ import numpy as np
 
 from lilpipe.config import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.loader import PretrainLoader, Rows
+from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import SPLITS, Split, TokenShards
+from lilpipe.tokens.stretch import Rows, Stretch
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class TracedRow:
     row: int
     stream: str
     epoch: int
-    """Passes over the stream before this one."""
+    """Passes over the stream before this one, in rows of this length."""
     spans: tuple[Span, ...]
 
 
@@ -72,25 +73,36 @@ class TracedDocument:
 
 def trace_row(shards: TokenShards, config: PretrainConfig, *, step: int, row: int) -> TracedRow:
     """The documents of one row; steps and rows count from 0. Raises ``ConfigError`` for a place that the run lacks."""
-    for name, value, end in (("step", step, config.num_steps), ("row", row, config.batch_size)):
-        if not 0 <= value < end:
-            raise ConfigError(f"{name}: got {value}, expected 0 to {end - 1}, as the run had {end}")
+    _check_place("step", step, config.num_steps, of="the run")
+    _check_place("row", row, config.phase_of(step).batch_size, of="the step")
     loader = open_loader(config, shards)
     rows = Rows(*(values[row : row + 1] for values in loader.rows(step)))
     stream = list(loader.streams)[int(rows.streams[0])]
-    spans = tuple(_spans(loader, stream, rows))
+    spans = tuple(_spans(loader, step, rows))
     return TracedRow(step=step, row=row, stream=stream, epoch=int(rows.epochs[0]), spans=spans)
 
 
-def _spans(loader: PretrainLoader, stream: str, rows: Rows) -> Iterator[Span]:
-    tokens = loader.streams[stream]
-    _, pieces = loader.pieces(rows)
-    for number, start, stop in zip(*(column.tolist() for column in pieces[1:4]), strict=True):
+def documents_of(loader: PretrainLoader, step: int) -> list[str]:
+    """Ids of the documents in the batch of a step, over all workers, in the order in which they lie there."""
+    return list(dict.fromkeys(span.document_id for span in _spans(loader, step, loader.rows(step))))
+
+
+def _check_place(name: str, value: int, end: int, *, of: str) -> None:
+    if not 0 <= value < end:
+        raise ConfigError(f"{name}: got {value}, expected 0 to {end - 1}, as {of} had {end}")
+
+
+def _spans(loader: PretrainLoader, step: int, rows: Rows) -> Iterator[Span]:
+    numbers, pieces = loader.pieces(loader.stretch_of(step), rows)
+    names = list(loader.streams)
+    columns = (column.tolist() for column in (numbers, *pieces[1:4]))
+    for stream, number, start, stop in zip(*columns, strict=True):
+        tokens = loader.streams[names[stream]]
         document, begin = tokens.document(number), int(tokens.offsets[number])
         yield Span(
             document_id=document.id,
             source=document.source,
-            stream=stream,
+            stream=names[stream],
             number=number,
             first=start - begin,
             stop=stop - begin,
@@ -115,7 +127,8 @@ def trace_document(shards: TokenShards, config: PretrainConfig, document_id: str
     found = []
     for stream, split, number in places:
         document = shards.stream(stream, split).document(number)
-        seen = _sightings(loader, stream, number) if split == "train" and stream in loader.streams else ()
+        reading = [each for each in loader.stretches if split == "train" and stream in each.sources]
+        seen = [sighting for stretch in reading for sighting in _sightings(loader, stretch, stream, number)]
         found.append(
             TracedDocument(
                 document_id=document.id,
@@ -130,15 +143,15 @@ def trace_document(shards: TokenShards, config: PretrainConfig, document_id: str
     return found
 
 
-def _sightings(loader: PretrainLoader, stream: str, number: int) -> Iterator[Sighting]:
-    packing, begin = loader.packings[stream], int(loader.streams[stream].offsets[number])
+def _sightings(loader: PretrainLoader, stretch: Stretch, stream: str, number: int) -> Iterator[Sighting]:
+    packing, begin = stretch.sources[stream].packing, int(loader.streams[stream].offsets[number])
     rows = packing.rows_of(number)
     pieces = packing.pieces(rows)
     held: dict[int, list[tuple[int, int]]] = {}
     for piece in np.flatnonzero(pieces.documents == number):
         span = int(pieces.starts[piece]) - begin, int(pieces.stops[piece]) - begin
         held.setdefault(int(rows[pieces.rows[piece]]), []).append(span)
-    for place, epoch, row in zip(*(column.tolist() for column in loader.sightings(stream, rows)), strict=True):
-        step, index = divmod(place, loader.batch_size)
+    seen = (column.tolist() for column in stretch.sightings(stream, rows))
+    for step, index, epoch, row in zip(*seen, strict=True):
         for first, stop in held[row]:
             yield Sighting(step=step, row=index, epoch=epoch, first=first, stop=stop)

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch.nn.functional as F
 from torch import nn
 
-from lilpipe import distributed, report
+from lilpipe import distributed
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import PretrainConfig
 from lilpipe.evaluation.bits_per_byte import bits_per_byte
@@ -22,11 +22,11 @@ from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokens.loader import IGNORED, Batch, PretrainLoader, corpus_validation_shares, validation_rows
-from lilpipe.tokens.mixture import Part, largest_total
-from lilpipe.tokens.plan import corpus_mixture, open_loader
+from lilpipe.tokens.plan import open_loader, plan_stretches
 from lilpipe.tokens.shards import CORPUS, EXERCISES, TokenShards
 from lilpipe.training.curves import write_report
 from lilpipe.training.loop import Evaluation, Loss, LossFunction, train
+from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
 
 
 def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
@@ -39,10 +39,9 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     shards = TokenShards.open(tokens.path)
     tokenizer = shards.tokenizer  # checked now and not after hours of training
     loader = open_loader(config, shards)
-    parts = corpus_mixture(config, shards)
-    for name, part in parts.items():
-        if part.reason:
-            workspace.log(f"mixture: {name} gives {part.reached:.1%} of {part.asked:.1%} asked for: {part.reason}")
+    planned = plan_stretches(config, shards)
+    for line in unmet_shares(planned):
+        workspace.log(line)
     model = Transformer(config.model, shards.vocab_size)
     model.init_weights(config.seed)
     model = model.to(distributed.device())
@@ -74,45 +73,9 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
             losses=result.losses,
             config=config,
             key_figures={name: value for name, value in metrics.items() if not name.startswith(("share_", "epochs_"))},
-            sections={"Mixture": mixture_section(config, loader, parts)},
+            sections={"Mixture": mixture_section(planned, loader)},
         )
     return metrics
-
-
-def measure_mixture(loader: PretrainLoader) -> Metrics:
-    """Of each stream the share of the training tokens that it gives, and how often each of its tokens is a target."""
-    targets = {name: loader.num_targets(name) for name in loader.streams}
-    metrics: Metrics = {}
-    for name, count in targets.items():
-        metrics[f"share_{name}"] = count / sum(targets.values())
-        metrics[f"epochs_{name}"] = loader.epochs(name)
-    return metrics
-
-
-def mixture_section(config: PretrainConfig, loader: PretrainLoader, parts: Mapping[str, Part]) -> str:
-    """What was asked of each stream, what was reached, and why not; and how far the weights would go."""
-    reached = measure_mixture(loader)
-    corpus = 1 - config.exercise_share
-    rows: list[dict[str, report.Cell]] = [
-        {
-            "stream": name,
-            "tokens": loader.shards.stream(name, "train").num_tokens,
-            "% asked": 100 * (parts[name].asked * corpus if name in parts else config.exercise_share),
-            "% reached": 100 * reached.get(f"share_{name}", 0.0),
-            "epochs": reached.get(f"epochs_{name}", 0.0),
-            "most epochs": parts[name].max_epochs if name in parts else "",
-            "why": parts[name].reason if name in parts else "",
-        }
-        for name in loader.shards.streams
-        if name in parts or name in loader.streams
-    ]
-    if not parts:
-        return report.table(rows)
-    weights = {name: part.asked for name, part in parts.items()}
-    limits = {name: part.max_epochs for name, part in parts.items()}
-    most = largest_total(weights, {name: part.tokens for name, part in parts.items()}, limits) / corpus
-    note = f"These weights can be kept, within the limits on epochs, up to {most:,.0f} training tokens."
-    return report.table(rows) + report.note(note)
 
 
 def next_token_loss(loader: PretrainLoader, *, accumulation_steps: int) -> LossFunction:

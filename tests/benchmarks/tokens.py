@@ -25,9 +25,10 @@ from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import train
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens import build
-from lilpipe.tokens.loader import PretrainLoader
+from lilpipe.tokens.loader import PretrainLoader, StretchPlan
 from lilpipe.tokens.report import write_report
 from lilpipe.tokens.shards import TokenShards, write_index
+from lilpipe.tokens.stretch import Steps
 from tests.benchmarks.english import english_documents
 
 NUM_THREADS = len(os.sched_getaffinity(0))
@@ -113,15 +114,8 @@ def measure_loader(shards: TokenShards) -> None:
     anywhere = np.random.default_rng(0).integers(0, 1_000_000, size=ROUNDS_OF_LOADER).tolist()
     for packing in ("concat", "best_fit"):
         for batch_size, seq_len in ((16, 128), (16, 1024), (64, 1024), (64, 4096)):
-            loader = PretrainLoader(
-                shards,
-                shares={"corpus": 1.0},
-                seq_len=seq_len,
-                batch_size=batch_size,
-                num_steps=1_000_000,
-                seed=0,
-                packing=packing,
-            )
+            plan = StretchPlan([Steps(0, 1_000_000, batch_size)], seq_len, {"corpus": 1.0})
+            loader = PretrainLoader(shards, [plan], seed=0, packing=packing)
             in_turn = range(ROUNDS_OF_LOADER)
             order, following, any_step = (
                 _microseconds(loader.rows, in_turn),

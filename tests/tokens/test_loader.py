@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.loader import IGNORED, PretrainLoader, corpus_validation_shares, validation_rows
+from lilpipe.tokens.loader import IGNORED, PretrainLoader, StretchPlan, corpus_validation_shares, validation_rows
 from lilpipe.tokens.shards import TokenShards
+from lilpipe.tokens.stretch import Steps
 
 SHARES = {"corpus": 0.6, "exercises": 0.4}
 
 
-def make(built, **options):
-    settings = {"shares": SHARES, "seq_len": 16, "batch_size": 8, "num_steps": 40, "seed": 3, **options}
-    return PretrainLoader(TokenShards.open(built.workspace.output), **settings)
+def make(built, *, shares=SHARES, seq_len=16, batch_size=8, num_steps=40, seed=3, **options):
+    """A loader of a run that is one stretch."""
+    plan = StretchPlan([Steps(0, num_steps, batch_size)], seq_len, shares)
+    return PretrainLoader(TokenShards.open(built.workspace.output), [plan], seed=seed, **options)
+
+
+def packing_of(loader, stream):
+    return loader.stretches[0].sources[stream].packing
 
 
 def whole(built, stream, split="train"):
@@ -70,7 +76,7 @@ def test_any_number_of_rows_keeps_to_the_shares_within_a_row(built):
 
 @pytest.mark.parametrize("options", [{}, {"stride": 5}, {"packing": "best_fit"}])
 def test_every_row_is_read_once_in_each_epoch_and_in_another_order(built, options):
-    num_rows = make(built, **options).packings["corpus"].num_rows
+    num_rows = packing_of(make(built, **options), "corpus").num_rows
     loader = make(built, shares={"corpus": 1.0}, batch_size=1, num_steps=3 * num_rows, **options)
     read = [rows(loader, step)[0] for step in range(3 * num_rows)]
     epochs = [[number for _, epoch, number in read if epoch == each] for each in range(3)]
@@ -86,7 +92,7 @@ def test_padding_of_one_stream_does_not_change_the_shares_of_tokens(built):
         batch = loader.batch(step)
         for row, (stream, _, _) in enumerate(rows(loader, step)):
             targets[stream] += int((batch.targets[row] != IGNORED).sum())
-    fill = [loader.packings[name].num_targets / loader.packings[name].num_rows for name in SHARES]
+    fill = [packing_of(loader, name).num_targets / packing_of(loader, name).num_rows for name in SHARES]
     assert abs(fill[0] - fill[1]) > 0.2  # rows of equal shares would not do
     for stream, share in SHARES.items():
         assert targets[stream] / targets.total() == pytest.approx(share, abs=1e-3)
@@ -145,7 +151,7 @@ def test_of_best_fit_each_pair_of_neighbours_in_a_document_is_learnt_once_in_an_
     end, padding = tokenizer.document_end_id, tokenizer.padding_id
     documents = [stream.document(number).tokens.tolist() for number in range(stream.num_documents)]
     pairs = Counter(pair for tokens in documents for pair in pairwise(tokens))
-    num_rows = make(built, packing="best_fit").packings["corpus"].num_rows
+    num_rows = packing_of(make(built, packing="best_fit"), "corpus").num_rows
     loader = make(built, shares={"corpus": 1.0}, batch_size=1, num_steps=num_rows, packing="best_fit")
     learnt, after_end = Counter(), Counter()
     num_targets = 0
@@ -167,7 +173,7 @@ def test_of_best_fit_each_pair_of_neighbours_in_a_document_is_learnt_once_in_an_
     assert learnt == pairs
     assert 0 < after_end.total() < len(documents)
     assert {target for _, target in after_end} <= {tokens[0] for tokens in documents}
-    assert num_targets == loader.packings["corpus"].num_targets
+    assert num_targets == packing_of(loader, "corpus").num_targets
 
 
 # --- validation ---------------------------------------------------------------------------------------------------
@@ -211,7 +217,7 @@ def test_a_stream_with_too_few_rows_for_a_batch_is_an_error_with_numbers(built):
     num_tokens = built.shards.stream("exercises", "train").num_tokens
     with pytest.raises(
         DataError,
-        match=rf"'exercises': got 3 rows \({num_tokens} tokens in all\), expected at least 4 .*40%",
+        match=rf"'exercises': got 3 rows of 300 tokens \({num_tokens} tokens in all\), expected at least 4 .*40%",
     ):
         make(built, seq_len=300, shares={"exercises": 0.4, "corpus": 0.6})
 

@@ -60,6 +60,29 @@ def test_an_empty_stream_gives_nothing_and_says_so():
     assert parts["b"].reason == "holds too few tokens for a row"
 
 
+def test_what_was_trained_on_before_counts_towards_the_limit():
+    # Of `a` 15 of 2 x 20 tokens are used, so that 25 are left of the 50 asked for.
+    weights, tokens = {"a": 1.0, "b": 1.0}, {"a": 20, "b": 200}
+    limits = dict.fromkeys(weights, 2.0)
+    parts = mixture(weights, tokens, total_tokens=100, max_epochs=limits, used={"a": 15, "b": 100})
+    assert reached(parts) == pytest.approx({"a": 0.25, "b": 0.75})
+    assert [part.epochs for part in parts.values()] == pytest.approx([2.0, 0.875])
+    assert parts["a"].reason == "at its limit of epochs"
+
+
+def test_where_all_are_used_up_each_comes_to_the_same_factor_of_its_limit_but_for_one_beyond_it():
+    # `c` had 9 epochs of 1. The others come to (20 + 10 + 70) / 50 = 2 epochs: 30 and 40 tokens more.
+    tokens = {"a": 20, "b": 30, "c": 10}
+    limits = dict.fromkeys(tokens, 1.0)
+    parts = mixture(
+        dict.fromkeys(tokens, 1.0), tokens, total_tokens=70, max_epochs=limits, used={"a": 10, "b": 20, "c": 90}
+    )
+    assert reached(parts) == pytest.approx({"a": 30 / 70, "b": 40 / 70, "c": 0.0})
+    assert [part.epochs for part in parts.values()] == pytest.approx([2.0, 2.0, 9.0])
+    assert "too few tokens" in parts["a"].reason
+    assert parts["c"].reason == "at its limit of epochs"
+
+
 @st.composite
 def cases(draw):
     names = [f"s{index}" for index in range(draw(st.integers(1, 6)))]

@@ -72,11 +72,11 @@ def test_every_document_was_seen_as_often_as_its_stream_was_passed(built_by_sour
     shards = built_by_source.shards
     run = config(num_steps=300, **settings)
     loader = open_loader(run, shards)
-    for name in loader.streams:
-        packing, stream = loader.packings[name], shards.stream(name, "train")
-        count = loader.interleaving.count(name, 300 * 8)
+    (stretch,) = loader.stretches
+    for name, source in stretch.sources.items():
+        packing, stream, count = source.packing, shards.stream(name, "train"), stretch.count(name)
         for number in range(0, stream.num_documents, 7):
-            times = len(loader.sightings(name, packing.rows_of(number))[0])
+            times = len(stretch.sightings(name, packing.rows_of(number))[0])
             rows = len(packing.rows_of(number))
             assert rows * (count // packing.num_rows) <= times <= rows * -(-count // packing.num_rows)
 

@@ -1,0 +1,79 @@
+"""What a pretraining run takes from each stream, for people: in metrics, in the log, and as tables of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lilpipe import report
+from lilpipe.stage import Metrics
+from lilpipe.tokens.loader import PretrainLoader
+from lilpipe.tokens.mixture import largest_total
+from lilpipe.tokens.plan import PlannedStretch
+from lilpipe.tokens.stretch import Stretch
+
+
+def measure_mixture(loader: PretrainLoader) -> Metrics:
+    """Of each stream the share of the training tokens that it gives, and how often each of its tokens is a target."""
+    targets = {name: loader.num_targets(name) for name in loader.streams}
+    metrics: Metrics = {}
+    for name, count in targets.items():
+        metrics[f"share_{name}"] = count / sum(targets.values())
+        metrics[f"epochs_{name}"] = loader.epochs(name)
+    return metrics
+
+
+def unmet_shares(planned: Sequence[PlannedStretch]) -> Iterator[str]:
+    """A line for each stream that does not give the share asked of it."""
+    for stretch in planned:
+        where = f" from step {stretch.phases[0].first:,}" if len(planned) > 1 else ""
+        for name, part in stretch.parts.items():
+            if part.reason:
+                reached = f"{part.reached:.1%} of {part.asked:.1%} asked for"
+                yield f"mixture{where}: {name} gives {reached}: {part.reason}"
+
+
+def mixture_section(planned: Sequence[PlannedStretch], loader: PretrainLoader) -> str:
+    """What was asked of each stream, what was reached, and why not; and how far the weights would go.
+
+    With phases, a table for each length of sequence and mixture; epochs are those up to its end.
+    """
+    parts = []
+    done = dict.fromkeys(loader.streams, 0.0)
+    for plan, stretch in zip(planned, loader.stretches, strict=True):
+        for name, stream in loader.streams.items():
+            done[name] += stretch.num_targets(name) / stream.num_tokens
+        if len(planned) > 1:
+            steps = f"Steps {plan.phases[0].first:,} to {plan.phases[-1].stop - 1:,}"
+            parts.append(report.note(f"{steps}, sequences of {plan.seq_len:,} tokens:"))
+        parts.append(report.table(_rows(plan, loader, stretch, epochs=done)))
+    if len(planned) == 1 and planned[0].parts:
+        parts.append(report.note(_reach(planned[0])))
+    return "".join(parts)
+
+
+def _rows(
+    plan: PlannedStretch, loader: PretrainLoader, stretch: Stretch, *, epochs: dict[str, float]
+) -> list[dict[str, report.Cell]]:
+    targets = {name: stretch.num_targets(name) for name in loader.streams}
+    corpus, parts = 1 - plan.exercise_share, plan.parts
+    return [
+        {
+            "stream": name,
+            "tokens": loader.shards.stream(name, "train").num_tokens,
+            "% asked": 100 * (parts[name].asked * corpus if name in parts else plan.exercise_share),
+            "% reached": 100 * targets.get(name, 0.0) / sum(targets.values()),
+            "epochs": epochs.get(name, 0.0),
+            "most epochs": parts[name].max_epochs if name in parts else "",
+            "why": parts[name].reason if name in parts else "",
+        }
+        for name in loader.shards.streams
+        if name in parts or targets.get(name)
+    ]
+
+
+def _reach(plan: PlannedStretch) -> str:
+    weights = {name: part.asked for name, part in plan.parts.items()}
+    limits = {name: part.max_epochs for name, part in plan.parts.items()}
+    tokens = {name: part.tokens for name, part in plan.parts.items()}
+    most = largest_total(weights, tokens, limits) / (1 - plan.exercise_share)
+    return f"These weights can be kept, within the limits on epochs, up to {most:,.0f} training tokens."
