@@ -174,6 +174,12 @@ class Transformer(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    def set_rope(self, theta: float) -> None:
+        """Give the rotary embedding another base: a phase of pretraining with longer context raises it."""
+        if theta != self.config.rope_theta:
+            self.config = self.config.model_copy(update={"rope_theta": theta})
+            self.model.set_rope(theta)
+
     @property
     def output_weight(self) -> Tensor:
         """The output layer's matrix ``[V, D]``."""
