@@ -54,6 +54,8 @@ class Display:
         if "message" in event:
             self.console.print(f"  {step}: {event['message']}", markup=False, highlight=False, soft_wrap=True)
             return
+        if "metrics" not in event:
+            return
         done, total, unit = event["done"], event["total"], event["unit"]
         numbers = "  ".join(f"{name} {_number(value)}" for name, value in list(event["metrics"].items())[:4])
         if self._progress is not None and self._task is not None:

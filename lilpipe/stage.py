@@ -59,6 +59,10 @@ class Workspace:
         """
         self._append({"done": done, "total": total, "unit": unit, "metrics": metrics})
 
+    def text(self, done: int, name: str, text: str) -> None:
+        """Record a text after ``done`` units, such as samples of a model; MLflow keeps it as a file."""
+        self._append({"done": done, "name": name, "text": text})
+
     def log(self, message: str) -> None:
         """Record one line for people."""
         self._append({"message": message})

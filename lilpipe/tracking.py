@@ -99,13 +99,15 @@ class MLflowTracker:
         assert planned.ingredients is not None
         fingerprint = planned.ingredients.fingerprint
         self._open(step, planned.stage.name, fingerprint, started=time.time())
-        work = self.store.work(planned.stage.name, fingerprint)
+        work = self.store.work(planned.stage.name, planned.workspace)
         self._curves[step].add(read_events(work / "events.jsonl"))
 
     @_shielded
     def stage_event(self, step: str, event: dict[str, Any]) -> None:
-        """Keep the metrics of one step of training; deliver a batch now and then."""
-        if (curve := self._curves.get(step)) is not None:
+        """Keep the metrics of one step of training; deliver a batch now and then. Texts go at once."""
+        if "text" in event and step in self._runs:
+            self.client.log_text(self._runs[step], event["text"], f"{event['name']}/{event['done']:08d}.txt")
+        elif (curve := self._curves.get(step)) is not None:
             curve.add([event])
             if curve.is_due():
                 curve.deliver(self.client)

@@ -112,7 +112,7 @@ class StagePage:
         """Pass messages on, and progress now and then."""
         if "message" in event:
             self.logger.info("%s", event["message"])
-        elif self._progress is not None and time.time() - self._updated >= PROGRESS_SECONDS:
+        elif "metrics" in event and self._progress is not None and time.time() - self._updated >= PROGRESS_SECONDS:
             self._updated = time.time()
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())
             text = f"{step}: {event['done']:,} of {event['total']:,} {event['unit']}" + (f", {numbers}" * bool(numbers))

@@ -130,7 +130,21 @@ def test_a_failure_is_told_apart_and_the_next_run_goes_on_from_there(store, faul
     assert len((faults / "first-halves").read_text()) == 1  # what had been paid for was kept
     assert first.manifest.elapsed_seconds > 0
     assert not [name for name in first.manifest.files if name.endswith(".tmp")]
-    assert not Path(store.root, "work", "prompts", first.manifest.fingerprint).exists()
+    assert not list(Path(store.root, "work", "prompts").iterdir())
+
+
+def test_unfinished_work_under_other_settings_is_named_and_kept(store, faults):
+    (faults / "fail").touch()
+    with pytest.raises(StageFailure):
+        run_all(toy_config(), store)
+    assert plan(toy_config(), store)["first"].reason == "goes on from where it was interrupted"
+    changed = toy_config(prompts={"num_dev": 200})
+    assert plan(changed, store)["first"].reason == (
+        "from the start: unfinished work was under other settings (config num_dev: 300 -> 200)"
+    )
+    (faults / "fail").unlink()
+    run_all(changed, store)
+    assert plan(toy_config(), store)["first"].reason == "goes on from where it was interrupted"
 
 
 def test_a_killed_parent_takes_its_workers_along_and_leaves_the_store_usable(store, faults, tmp_path):

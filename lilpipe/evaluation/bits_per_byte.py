@@ -11,24 +11,25 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS_AT_ONCE = 32
 
 
-@torch.no_grad()
 def bits_per_byte(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor, num_bytes: int) -> float:
     """Bits per byte of ``targets_BT`` given ``inputs_BT``; targets below 0 do not count.
 
     ``num_bytes`` is the number of bytes of text behind the targets that count. No rows are 0 bits: a
     worker's share may be empty, and the shares of all add up.
     """
-    if len(inputs_BT) == 0:
-        return 0.0
-    nats = torch.zeros((), dtype=torch.float64)
+    return nats(model, inputs_BT, targets_BT) / math.log(2) / num_bytes
+
+
+@torch.no_grad()
+def nats(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> float:
+    """Negative log-likelihood of all targets in nats; targets below 0 do not count."""
+    total = torch.zeros((), dtype=torch.float64)
     for inputs, targets in zip(inputs_BT.split(ROWS_AT_ONCE), targets_BT.split(ROWS_AT_ONCE), strict=True):
-        logits_NV = model(inputs).float().flatten(0, 1)
-        losses_N = F.cross_entropy(logits_NV, targets.flatten().clamp(min=0), reduction="none")
-        nats += losses_N[targets.flatten() >= 0].double().sum().cpu()
-    return nats.item() / math.log(2) / num_bytes
+        if len(inputs):
+            total -= model(inputs, targets_BT=targets).logprobs.double().sum().cpu()
+    return total.item()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lilpipe.evaluation.bits_per_byte import bits_per_byte
+from lilpipe.model.scores import Scores
 
 
 class Fixed(nn.Module):
@@ -14,8 +15,9 @@ class Fixed(nn.Module):
         super().__init__()
         self.logits = torch.tensor(probabilities).log()
 
-    def forward(self, tokens_BT):
-        return self.logits.expand(*tokens_BT.shape, -1)
+    def forward(self, tokens_BT, *, targets_BT):
+        logprobs_BT = self.logits.log_softmax(-1)[targets_BT.clamp(min=0)].where(targets_BT >= 0, 0.0)
+        return Scores(logprobs_BT, self.logits.logsumexp(-1).expand_as(logprobs_BT))
 
 
 def test_bits_are_summed_over_tokens_and_divided_by_bytes():

@@ -1,0 +1,86 @@
+"""Where the time of a run went: useful steps, and each loss by its cause, over all its tries.
+
+Goodput is the share of the wall time, from the first try's start, in steps that were not done before.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lilpipe.artifact import write_atomically
+
+USEFUL = "step"
+CAUSES = (USEFUL, "setup", "restart", "replay", "save", "evaluation", "rollback")
+"""`setup`: up to the first step of the first try. `restart`: from the last sign of life of a try to the first step of
+the next. `replay`: steps that an earlier try had done already. `rollback`: steps that were undone, and left out."""
+WRITE_SECONDS = 1.0
+
+
+class Goodput:
+    """The account of one run, kept in a file that outlives a kill; without a path it is not kept."""
+
+    def __init__(self, path: Path | None, *, process_started: float) -> None:
+        self._path = path
+        self.seconds = dict.fromkeys(CAUSES, 0.0)
+        self.furthest = 0
+        """Most steps that any try has done."""
+        self.started = process_started
+        self._restarted_from: float | None = None
+        if path is not None and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            self.seconds |= before["seconds"]
+            self.furthest, self.started = before["furthest"], before["started"]
+            self._restarted_from = before["time"]
+        self._process_started = process_started
+        self._written = 0.0
+
+    def first_step(self) -> None:
+        """The first step of this try begins: what lies before was setting up."""
+        if self._restarted_from is None:
+            self.seconds["setup"] += time.time() - self._process_started
+        else:
+            self.seconds["restart"] += time.time() - self._restarted_from
+
+    def step(self, done: int, seconds: float, *, undone: bool = False) -> None:
+        """A step, the ``done``th, has been taken."""
+        cause = "rollback" if undone else USEFUL if done > self.furthest else "replay"
+        self.furthest = max(self.furthest, done)
+        self.seconds[cause] += seconds
+        if time.time() - self._written > WRITE_SECONDS:
+            self.write()
+
+    def undo(self, seconds: float) -> None:
+        """Useful steps of so many seconds were undone by a roll-back."""
+        self.seconds[USEFUL] -= seconds
+        self.seconds["rollback"] += seconds
+
+    @contextmanager
+    def measure(self, cause: str) -> Iterator[None]:
+        """Account the time in the block to a cause."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[cause] += time.perf_counter() - begun
+            self.write()
+
+    @property
+    def share(self) -> float:
+        """Useful time over wall time."""
+        return self.seconds[USEFUL] / max(time.time() - self.started, 1e-9)
+
+    def write(self) -> None:
+        """Put the account on disk."""
+        self._written = time.time()
+        account = {
+            "time": self._written,
+            "started": self.started,
+            "furthest": self.furthest,
+            "seconds": self.seconds,
+        }
+        if self._path is not None:
+            write_atomically(self._path, json.dumps(account))

@@ -1,0 +1,132 @@
+"""Plain data parallelism: every worker holds the whole model and trains on its rows of the batch.
+
+Gradients lie in one flat buffer, so that the all-reduce, the norm and the clipping are one call each.
+``lilpipe.parallel`` does the same for models that are cut over workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lilpipe import distributed
+from lilpipe.evaluation.bits_per_byte import nats
+
+CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one micro-batch on one worker."""
+
+    total: Tensor
+    """Scalar with a gradient: the loss summed, not averaged."""
+    count: float
+    """What the sum is divided by, once added up over the whole step: tokens, pairs, ..."""
+    num_tokens: int
+    """Tokens that went through the model, for tokens/s."""
+    metrics: Mapping[str, tuple[float | Tensor, float]] = field(default_factory=dict)
+    """Further metrics as (sum, count), averaged like the loss; the same names on every worker."""
+
+
+LossFunction = Callable[[nn.Module, int, int], Loss]
+"""(model, step from 0, micro-batch from 0) to the loss of this worker's rows; a pure function of the three."""
+
+
+class Trainee(Protocol):
+    """A model in training, however it lies over the workers."""
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The modules that this worker holds: the model, or stages of a pipeline."""
+        ...
+
+    def forward_backward(self, step: int) -> list[Loss]:
+        """Add the gradients of this worker's micro-batches up, and give their losses."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Forget the last step's gradients."""
+        ...
+
+    def reduce(self, *, count: float, max_norm: float) -> float:
+        """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
+        ...
+
+    def after_update(self) -> Mapping[str, float]:
+        """What follows an optimizer step, the same on all workers: experts are balanced. Gives metrics."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of this worker by their names in the whole model."""
+        ...
+
+    def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
+        """Negative log-likelihood of all targets; every worker is given all rows and gets the same number."""
+        ...
+
+
+class Replica:
+    """A model of which every worker holds the whole."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction, *, accumulation_steps: Callable[[int], int]) -> None:
+        self.model = model
+        self.parts = [model]
+        self._loss = loss
+        self._accumulation_steps = accumulation_steps
+        self._gradients = FlatGradients(model)
+
+    def forward_backward(self, step: int) -> list[Loss]:
+        """Add the gradients of this worker's micro-batches up, and give their losses."""
+        losses = []
+        for micro in range(self._accumulation_steps(step)):
+            loss = self._loss(self.model, step, micro)
+            loss.total.backward()
+            losses.append(loss)
+        return losses
+
+    def zero_grad(self) -> None:
+        """Forget the last step's gradients."""
+        self._gradients.buffer.zero_()
+
+    def reduce(self, *, count: float, max_norm: float) -> float:
+        """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
+        return self._gradients.reduce(count=count, max_norm=max_norm)
+
+    def after_update(self) -> Mapping[str, float]:
+        """Balance the experts, where there are any."""
+        balance = getattr(self.model, "balance_experts", None)
+        return balance(distributed.all_reduce_sum) if balance else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name."""
+        names = self.model.state_dict().keys()
+        found = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {name: tensor.detach() for name, tensor in found.items() if name in names}
+
+    def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
+        """Negative log-likelihood of all targets; the rows are divided among the workers."""
+        mine, device = slice(distributed.rank(), None, distributed.world_size()), distributed.device()
+        return distributed.sum_floats([nats(self.model, inputs_BT[mine].to(device), targets_BT[mine].to(device))])[0]
+
+
+class FlatGradients:
+    """The gradients of a model as views of one buffer [number of parameters]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        sizes = [parameter.numel() for parameter in parameters]
+        self.buffer = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        for parameter, view in zip(parameters, self.buffer.split(sizes), strict=True):
+            parameter.grad = view.view_as(parameter)
+
+    def reduce(self, *, count: float, max_norm: float) -> float:
+        """Sum over workers, divide by ``count``, clip to ``max_norm``; gives the norm before clipping."""
+        distributed.all_reduce_sum(self.buffer)
+        norm = torch.linalg.vector_norm(self.buffer).item() / count
+        self.buffer.mul_(min(1.0, max_norm / (norm + CLIP_EPSILON)) / count)
+        return norm
