@@ -5,16 +5,21 @@ one in bfloat16, which on a CPU without bfloat16 arithmetic is slower than the w
 (184 ms against 11 ms a step for 21 matrices of about 96 x 256, one core with AVX2). Here matrices of one shape go
 together, in float32 on a CPU, and each worker orthogonalises its share of them.
 
-Dimensions: M matrices of one shape, R rows, C columns, R <= C.
+A matrix that lies in parts on several workers (a DTensor) is orthogonalised whole: those of one layout are stacked,
+redistributed so that each worker has some of them whole, and brought back (an all-to-all there and one back).
+
+Dimensions: M matrices of one shape, R rows, C columns, R <= C; E experts, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from lilpipe import distributed
 
@@ -22,6 +27,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic; chosen for the steepest slope at zero, so singular values end in about 0.7 to 1.2, not at 1."""
 NUM_ITERATIONS = 5
 EPSILON = 1e-7
+ELEMENTS_AT_ONCE = 2**26
+"""Elements of matrices in parts that a worker takes whole at one time, unless one matrix alone has more."""
 
 
 def orthogonalize(x_MRC: Tensor) -> Tensor:
@@ -36,55 +43,139 @@ def orthogonalize(x_MRC: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For the matrices of hidden layers.
+    """For the matrices of hidden layers, ``[O, I]``, and for those of experts, ``[E, I, O]``, each on its own.
 
-    ``learning_rate`` follows Jordan et al.: the update is scaled by sqrt(max(1, rows / columns)), and 0.02 is the
-    usual value. Decay is decoupled, ``learning_rate * weight_decay`` a step.
+    ``learning_rate`` follows Jordan et al.: the update is scaled by sqrt(max(1, outputs / inputs)), and 0.02 is the
+    usual value. Decay is decoupled, ``learning_rate * weight_decay`` a step. ``replicas``: the processes that hold the
+    same matrices, where these are no DTensors; all processes if none are given.
     """
 
     def __init__(
-        self, matrices: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, momentum: float = 0.95
+        self,
+        matrices: Iterable[nn.Parameter],
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(matrices, {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum})
+        self._replicas = replicas
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update the matrices by their gradients."""
         assert closure is None
         for group in self.param_groups:
-            updates = _orthogonalize_all([self._nesterov(matrix, group["momentum"]) for matrix in group["params"]])
-            for matrix, update in zip(group["params"], updates, strict=True):
-                scale = math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+            matrices: list[nn.Parameter] = group["params"]
+            momenta = [self._nesterov(matrix, group["momentum"]) for matrix in matrices]
+            whole = [index for index, matrix in enumerate(matrices) if not isinstance(matrix, DTensor)]
+            updates = dict(
+                zip(whole, _orthogonalize_all([momenta[index] for index in whole], self._replicas), strict=True)
+            )
+            for indices in _by_layout(matrices).values():
+                parts = _orthogonalize_parts([matrices[i] for i in indices], [momenta[i] for i in indices])
+                updates |= dict(zip(indices, parts, strict=True))
+            for index, matrix in enumerate(matrices):
+                scale = math.sqrt(max(1.0, _outputs_to_inputs(matrix)))
+                part = _local(matrix).mul_(1 - group["lr"] * group["weight_decay"])
+                part.add_(updates[index], alpha=-group["lr"] * scale)
+
+    def fresh_state(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The state of a matrix before the first step."""
+        return {"momentum_buffer": torch.zeros_like(matrix)}
 
     def _nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
-        """The gradient and the momentum that it has just entered, mixed."""
-        assert matrix.grad is not None
+        """The gradient and the momentum that it has just entered, mixed; of what lies here."""
+        gradient = matrix.grad
+        assert gradient is not None
+        if isinstance(matrix, DTensor) and isinstance(gradient, DTensor):
+            gradient = gradient.redistribute(placements=matrix.placements)
         state = self.state[matrix]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
-        return matrix.grad.lerp(state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum), momentum)
+        if not state:
+            state.update(self.fresh_state(matrix))
+        gradient = _local(gradient)
+        return gradient.lerp(_local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum), momentum)
 
 
-def _orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
-    """Each matrix orthogonalised; those of one shape in one call, each worker its share."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(index)
+def _outputs_to_inputs(matrix: Tensor) -> float:
+    """Of a layer ``[O, I]`` or of experts ``[E, I, O]``."""
+    return matrix.shape[0] / matrix.shape[1] if matrix.ndim == 2 else matrix.shape[2] / matrix.shape[1]
+
+
+def _orthogonalize_all(matrices: Sequence[Tensor], replicas: dist.ProcessGroup | None) -> list[Tensor]:
+    """Each matrix orthogonalised; those of one shape in one call, each of the replicas its share."""
+    if not matrices:
+        return []
     sizes = [matrix.numel() for matrix in matrices]
     buffer = matrices[0].new_zeros(sum(sizes))
     results = [part.view_as(matrix) for part, matrix in zip(buffer.split(sizes), matrices, strict=True)]
-    dtype = torch.bfloat16 if buffer.is_cuda else buffer.dtype
+    sources, targets = _single(matrices), _single(results)
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, matrix in enumerate(sources):
+        by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(index)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    if replicas is not None:
+        rank, world_size = dist.get_rank(replicas), dist.get_world_size(replicas)
     for indices in by_shape.values():
-        mine = indices[distributed.rank() :: distributed.world_size()]
+        mine = indices[rank::world_size]
         if mine:
-            wide = orthogonalize(torch.stack([_wide(matrices[index]) for index in mine]).to(dtype))
+            wide = orthogonalize(torch.stack([_wide(sources[index]) for index in mine]).to(_dtype(buffer)))
             for index, result in zip(mine, wide, strict=True):
-                _wide(results[index]).copy_(result)
-    distributed.all_reduce_sum(buffer)  # the others' parts are zeros here, so this gathers without rounding
+                _wide(targets[index]).copy_(result)
+    if dist.is_initialized():
+        dist.all_reduce(buffer, group=replicas)  # the others' parts are zeros here, so this gathers without rounding
     return results
 
 
+def _by_layout(matrices: Sequence[Tensor]) -> dict[tuple[object, ...], list[int]]:
+    """The matrices that lie in parts, by what must be equal for them to move together; not too many at a time."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    counts: dict[tuple[object, ...], int] = {}
+    for index, matrix in enumerate(matrices):
+        if isinstance(matrix, DTensor):
+            layout = (matrix.shape, matrix.device_mesh, matrix.placements)
+            number = counts[layout] = counts.get(layout, -1) + 1
+            at_once = max(1, ELEMENTS_AT_ONCE // matrix.numel()) * matrix.device_mesh.size()
+            groups.setdefault((*layout, number // at_once), []).append(index)
+    return groups
+
+
+def _orthogonalize_parts(matrices: Sequence[Tensor], momenta: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices of one layout orthogonalised; from this worker's parts of the momenta to its parts of the results.
+
+    Stacked along a new last dimension, the tensors keep the numbers of the dimensions along which they are cut.
+    """
+    like = matrices[0]
+    assert isinstance(like, DTensor)
+    mesh, shape = like.device_mesh, torch.Size((*like.shape, len(matrices)))
+    stride = torch.empty(shape, device="meta").stride()
+    parts = torch.stack(list(momenta), dim=-1)
+    stacked = DTensor.from_local(parts.to(_dtype(parts)), mesh, like.placements, shape=shape, stride=stride)
+    apart = [Shard(0 if like.ndim == 3 else 2)] * mesh.ndim  # by experts, or by matrices
+    x_RCM = stacked.redistribute(placements=apart).to_local().movedim(-1, 0)
+    if x_RCM.numel():
+        wide = _wide(x_RCM)
+        _wide(x_RCM).copy_(orthogonalize(wide.reshape(-1, *wide.shape[-2:])).view(wide.shape))
+    result = DTensor.from_local(x_RCM.movedim(0, -1).contiguous(), mesh, apart, shape=shape, stride=stride)
+    return list(result.redistribute(placements=like.placements).to_local().to(parts.dtype).unbind(-1))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    """In which matrices like this one are orthogonalised."""
+    return torch.bfloat16 if tensor.is_cuda else tensor.dtype
+
+
+def _single(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices as they are, and those of experts as views of each."""
+    return [matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else [tensor])]
+
+
 def _wide(matrix: Tensor) -> Tensor:
-    """The matrix as a view with no more rows than columns."""
-    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+    """The matrices as a view with no more rows than columns."""
+    return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix

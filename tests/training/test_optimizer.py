@@ -12,7 +12,7 @@ from tests.training import toy
 def test_embeddings_norms_biases_and_the_output_layer_are_told_from_matrices_of_the_blocks():
     model = toy.ToyModel()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    blocks, matrices, rest = ([names[id(p)] for p in group] for group in split_parameters(model))
+    blocks, matrices, rest = ([names[id(p)] for p in group] for group in split_parameters([model]))
     assert blocks == ["hidden.weight", "wide.weight"]
     assert matrices == ["lm_head.weight"]
     assert rest == ["embed_tokens.weight", "hidden.bias", "norm.weight", "norm.bias"]
