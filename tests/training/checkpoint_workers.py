@@ -10,14 +10,27 @@ import os
 import shutil
 import signal
 import sys
+import zlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from lilpipe import distributed
+from lilpipe.errors import ArtifactError, StoreError
 from lilpipe.training import checkpoint_files
 from lilpipe.training.checkpoint import Checkpoints
+from lilpipe.training.optimizer import Optimizer
+from tests.training import toy
 
 TOUCHING = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
+KINDS = ("adamw", "muon")
 
 
 def open_checkpoints(directory, *, identity=None, safe=(), keep_last=2, keep_every=None, log=print):
@@ -50,9 +63,9 @@ def die_at(call):
 
     def half(tensors, path):
         Path(path).write_bytes(b"half")
-        save_file(tensors, path)
+        save(tensors, path)
 
-    save_file = counted(checkpoint_files.save_file)
+    save = counted(checkpoint_files.save_file)
     checkpoint_files.save_file = half
     for name in TOUCHING:
         setattr(os, name, counted(getattr(os, name)))
@@ -97,6 +110,202 @@ def save_again(directory):
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
+class Model(nn.Module):
+    """Matrices, some of which do not divide evenly, experts [E, I, O] and vectors shorter than the world."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 8)
+        self.up = nn.Linear(8, 12)
+        self.up_again = nn.Linear(8, 12, bias=False)
+        self.down = nn.Linear(12, 8, bias=False)
+        self.uneven = nn.Linear(10, 7, bias=False)
+        self.few = nn.Linear(6, 2)
+        self.experts = nn.Parameter(torch.empty(6, 4, 9))
+        self.lm_head = nn.Linear(8, 11, bias=False)
+        self.double()
+
+
+def fsdp(model, mesh):
+    fully_shard(model, mesh=mesh)
+
+
+def tensor_parallel(model, mesh):
+    """With both orders of division: a part of the rows and a part of the columns."""
+    parallelize_module(model, mesh, {"up": ColwiseParallel(), "up_again": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def tensor_parallel_and_fsdp(model, mesh):
+    tensor_parallel(model, mesh["tensor"])
+    fully_shard(model, mesh=mesh["shard"])
+
+
+LAYOUTS = {
+    "whole": ((4,), ("world",), lambda model, mesh: None),
+    "fsdp": ((4,), ("shard",), fsdp),
+    "hsdp": ((2, 2), ("replicate", "shard"), fsdp),
+    "tensor": ((4,), ("tensor",), tensor_parallel),
+    "tensor x fsdp": ((2, 2), ("shard", "tensor"), tensor_parallel_and_fsdp),
+}
+
+
+def whole_value(name, step):
+    """The value of a parameter at the start (step -1), or its gradient at a step."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode()))
+    return torch.randn(dict(Model().named_parameters())[name].shape, generator=generator, dtype=torch.float64)
+
+
+def part_of(value, like):
+    """The value laid out as another tensor is."""
+    if not isinstance(like, DTensor):
+        return value
+    mesh, placements = like.device_mesh, like.placements
+    shape, offsets = compute_local_shape_and_global_offset(like.shape, mesh, placements)
+    here = value[tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))]
+    return DTensor.from_local(
+        here.contiguous(), mesh, placements, shape=like.shape, stride=torch.empty(like.shape, device="meta").stride()
+    )
+
+
+def build(layout, kind):
+    """The model at its start, and its optimizer."""
+    model = Model()
+    if layout != "one process":
+        shape, names, apply = LAYOUTS[layout]
+        apply(model, init_device_mesh("cpu", shape, mesh_dim_names=names))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(part_of(whole_value(name, -1), parameter))
+    optimizer = Optimizer(model, toy.optimizer(kind=kind, weight_decay=0.1))
+    optimizer.init_state()
+    return model, optimizer
+
+
+def take_steps(model, optimizer, steps):
+    for step in steps:
+        for name, parameter in model.named_parameters():
+            parameter.grad = part_of(whole_value(name, step), parameter)
+        optimizer.step(1.0)
+
+
+def state_of(model, optimizer):
+    tensors = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
+    return tensors | {f"optimizer/{name}": tensor for name, tensor in optimizer.state().items()}
+
+
+def gathered(tensors):
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def updated(layout, kind):
+    """Model and state after three steps."""
+    model, optimizer = build(layout, kind)
+    take_steps(model, optimizer, range(3))
+    return gathered(state_of(model, optimizer))
+
+
+def largest_difference(tensors, others):
+    assert tensors.keys() == others.keys()
+    return max((tensors[name] - others[name]).abs().max().item() for name in tensors)
+
+
+def resharded(root, kind):
+    """Saved under FSDP while training goes on; of the layouts that read it, those that got other bits."""
+    model, optimizer = build("fsdp", kind)
+    take_steps(model, optimizer, range(3))
+    checkpoints = open_checkpoints(root)
+    saved = gathered(state_of(model, optimizer))
+    checkpoints.save(3, state_of(model, optimizer), {"rank": distributed.rank()})
+    take_steps(model, optimizer, range(3, 6))  # with collectives of its own
+    checkpoints.wait()
+    if distributed.is_main():
+        save_file(saved, root / "saved.safetensors")
+    wrong = []
+    for layout in LAYOUTS:
+        other, other_optimizer = build(layout, kind)
+        tensors = state_of(other, other_optimizer)
+        found = open_checkpoints(root).load_latest(tensors)
+        equal = all(torch.equal(tensor, saved[name]) for name, tensor in gathered(tensors).items())
+        if found != (3, {"rank": 0}) or not equal:
+            wrong.append(layout)
+    return wrong
+
+
+def bytes_on_disk(root, layout):
+    """Of all tensors, saved under a layout that holds copies, and the number of files they lie in."""
+    checkpoints = open_checkpoints(root)
+    checkpoints.save(1, state_of(*build(layout, "adamw")), {})
+    checkpoints.wait()
+    found = list((root / "step-00000001").glob("*.safetensors"))
+    return sum(tensor.nbytes for path in found for tensor in load_file(path).values()), len(found)
+
+
+def stages(root):
+    """Saved by the stages of a pipeline, two processes each."""
+    stage = distributed.rank() // 2
+    checkpoints = open_checkpoints(root)
+    checkpoints.save(1, {f"model/layers.{stage}": torch.full((3,), float(stage)), "model/shared": torch.ones(2)}, {})
+    checkpoints.wait()
+
+
+def raised(error, function, *args):
+    try:
+        function(*args)
+    except error as caught:
+        return str(caught)
+    return "nothing"
+
+
+def failures(root):
+    """What each rank is told if one of them cannot write, if files of one are damaged, if a setting has changed."""
+    checkpoints, state = open_checkpoints(root, identity={"seed": 1}), state_of(*build("fsdp", "adamw"))
+    checkpoints.save(1, state, {})
+    checkpoints.save(2, state, {})
+    checkpoints.wait()
+    write = checkpoint_files.save_file
+    if distributed.rank() == 2:
+        checkpoint_files.save_file = full_disk
+    checkpoints.save(3, state, {})
+    told = {"disk": raised(StoreError, checkpoints.wait)}
+    checkpoint_files.save_file = write
+    told["setting"] = raised(ArtifactError, open_checkpoints(root, identity={"seed": 2}).load_latest, state)
+    distributed.barrier()
+    if distributed.is_main():
+        (root / "step-00000002" / "model-00003.safetensors").write_bytes(b"")
+    distributed.barrier()
+    found = checkpoints.load_latest(state)
+    return {**told, "found": found and found[0]}
+
+
+def full_disk(*args):
+    raise OSError(28, "No space left on device")
+
+
+def main(root):
+    torch.set_num_threads(1)
+    distributed.init()
+    expected = {kind: load_file(root / f"{kind}.safetensors") for kind in KINDS}
+    report = {
+        "muon and adamw": {
+            f"{kind} {layout}": largest_difference(updated(layout, kind), expected[kind])
+            for kind in KINDS
+            for layout in LAYOUTS
+        },
+        "resharded": {kind: resharded(root / f"resharded-{kind}", kind) for kind in KINDS},
+        "bytes": {layout: bytes_on_disk(root / layout, layout) for layout in ("whole", "hsdp")},
+        "failures": failures(root / "failures"),
+    }
+    stages(root / "stages")
+    (root / f"rank{distributed.rank()}.json").write_text(json.dumps(report))
+    distributed.barrier()
+    distributed.shutdown()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "killed":
         killed(Path(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]))

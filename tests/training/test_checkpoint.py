@@ -6,11 +6,12 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lilpipe.errors import ArtifactError, StoreError
 from lilpipe.training import checkpoint, checkpoint_files
 from lilpipe.training.checkpoint import check_space
-from tests.training.checkpoint_workers import open_checkpoints, small_state
+from tests.training.checkpoint_workers import KINDS, build, open_checkpoints, small_state, state_of, updated
 
 IDENTITY = {"pretrain": {"seed": 1, "batch_size": 16, "betas": (0.9, 0.95), "parallel": {"shard": 4}}, "num_steps": 9}
 
@@ -274,3 +275,62 @@ def test_a_kill_at_any_touch_of_the_disk_leaves_the_old_checkpoint_or_the_new_on
     kept = [name for name in tries[-1]["again"] if "optimizer" in name]
     assert [name.split("/")[0] for name in kept] == ["step-00000005"]
     assert {name.split("/")[0] for name in tries[-1]["again"]} == {"LATEST", "step-00000004", "step-00000005"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The folder in which four processes worked, and the report of each."""
+    root = tmp_path_factory.mktemp("world")
+    for kind in KINDS:
+        save_file(updated("one process", kind), root / f"{kind}.safetensors")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    subprocess.run([*command, "-m", "tests.training.checkpoint_workers", str(root)], check=True, timeout=300)
+    return root, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(4)]
+
+
+@pytest.mark.distributed
+def test_updates_of_parts_are_those_of_one_process(world):
+    for report in world[1]:
+        assert len(report["muon and adamw"]) == 10
+        assert max(report["muon and adamw"].values()) <= 1e-12
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_fsdp_is_read_to_the_bit_under_any_layout_and_by_one_process(world, kind):
+    root, reports = world
+    assert [report["resharded"][kind] for report in reports] == [[]] * 4
+    tensors = state_of(*build("one process", kind))
+    assert open_checkpoints(root / f"resharded-{kind}").load_latest(tensors) == (3, {"rank": 0})
+    expected = load_file(root / f"resharded-{kind}" / "saved.safetensors")
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor.detach(), expected[name]), name
+
+
+@pytest.mark.distributed
+def test_what_several_processes_hold_is_written_once_and_by_all_of_them(world):
+    num_bytes = sum(tensor.nbytes for tensor in state_of(*build("one process", "adamw")).values())
+    assert [report["bytes"] for report in world[1]] == [{"whole": [num_bytes, 8], "hsdp": [num_bytes, 8]}] * 4
+
+
+@pytest.mark.distributed
+def test_stages_that_hold_different_layers_save_one_checkpoint(world):
+    tensors = {f"model/{name}": torch.zeros(size) for name, size in (("layers.0", 3), ("layers.1", 3), ("shared", 2))}
+    assert open_checkpoints(world[0] / "stages").load_latest(tensors) == (1, {})
+    assert {name: tensor.unique().tolist() for name, tensor in tensors.items()} == {
+        "model/layers.0": [0.0],
+        "model/layers.1": [1.0],
+        "model/shared": [1.0],
+    }
+
+
+@pytest.mark.distributed
+def test_what_goes_wrong_on_one_process_is_told_to_all(world):
+    for report in world[1]:
+        assert (
+            "rank 2 cannot write a checkpoint (OSError: [Errno 28] No space left on device)"
+            in (report["failures"]["disk"])
+        )
+        assert "seed was 1 and is 2" in report["failures"]["setting"]
+        assert report["failures"]["found"] == 1
