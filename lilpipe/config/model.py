@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lilpipe.config.section import Section, Share
+from lilpipe.config.section import Section
 
 
 class MoEConfig(Section):
@@ -62,7 +62,7 @@ class ModelConfig(Section):
 
     architecture: Literal["llama", "gpt2"] = "llama"
     """`llama`: RMSNorm, rotary positions, SwiGLU, no biases. `gpt2`: LayerNorm, learned positions, GELU, biases; it
-    takes neither grouped heads nor the options below except `logit_softcap`."""
+    takes neither grouped heads nor the options below except `logit_softcap` and `dropout`."""
     hidden_size: PositiveInt = 256
     """Width of the residual stream."""
     num_layers: PositiveInt = 6
@@ -85,7 +85,7 @@ class ModelConfig(Section):
     """RMSNorm on each head of queries and keys, before rotation (Henry et al. 2020; Qwen 3)."""
     logit_softcap: PositiveFloat | None = None
     """Logits are bent into +- this, `cap * tanh(logits / cap)` (Gemma 2: 30)."""
-    dropout: Share = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of elements dropped after attention and after the feed-forward layer while training."""
     moe: MoEConfig | None = None
     """Mixture of experts; none is the dense layer everywhere."""
@@ -113,6 +113,17 @@ class ModelConfig(Section):
         for name in ("moe", "mla", "qk_norm"):
             if getattr(self, name):
                 raise ValueError(f"gpt2: {name} would be ignored; leave it out, or take architecture llama")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_used(self) -> ModelConfig:
+        if self.mla and self.qk_norm:
+            raise ValueError("qk_norm would be ignored: mla normalises its latents instead; leave one of them out")
+        if self.moe and self.moe.first_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"moe.first_dense_layers {self.moe.first_dense_layers} must be less than num_layers {self.num_layers}: "
+                "no layer would have experts"
+            )
         return self
 
     @property

@@ -1,7 +1,8 @@
 """Causal self-attention with rotary positions, grouped key/value heads and a cache of keys and values.
 
 Sources: Vaswani et al. 2017 (attention), Su et al. 2021 (RoPE, in Hugging Face's rotate-half pairing), Ainslie et al.
-2023 (GQA), Dao 2023 (the fused kernel behind ``scaled_dot_product_attention``).
+2023 (GQA), Henry et al. 2020 (queries and keys normalised, with Qwen 3's names), Dao 2023 (the fused kernel behind
+``scaled_dot_product_attention``).
 
 Dimensions: B sequences, T tokens, S cached positions, D width of the residual stream, H query heads, K key/value
 heads, E size of one head.
@@ -16,22 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
+from lilpipe.model.layers import Linear, RMSNorm
 
 if TYPE_CHECKING:
     from lilpipe.model.transformer import Transformer
 
 
-class Linear(nn.Linear):
-    """A matrix without bias that starts as zeros: weights come from ``init_weights`` or from a file, never from the
-    global random generator.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Fill with zeros."""
-        nn.init.zeros_(self.weight)
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines of the tokens' rotation, ``[B or 1, T, 1, E]`` each."""
 
 
 def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +56,9 @@ class KVCache:
     """Keys and values of every layer for B sequences of up to S positions.
 
     Row b of a layer holds position s of sequence b in column s, so sequences of different length lie side by side
-    without padding on the left, and what lies beyond a sequence's length is never attended to.
+    without padding on the left, and what lies beyond a sequence's length is never attended to. Under multi-head
+    latent attention the keys are one head, as wide as the latent and the rotated part together, and values have no
+    width.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -74,8 +69,11 @@ class KVCache:
     def empty(cls, model: Transformer, *, num_rows: int, max_len: int) -> KVCache:
         """A cache of zeros for ``num_rows`` sequences of up to ``max_len`` tokens."""
         config, weight = model.config, next(model.parameters())
-        shape = (config.num_layers, num_rows, max_len, config.num_kv_heads, config.head_size)
-        return cls(*(torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(2)))
+        heads, widths = config.num_kv_heads, (config.head_size, config.head_size)
+        if config.mla is not None:
+            heads, widths = 1, (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim, 0)
+        shape = (config.num_layers, num_rows, max_len, heads)
+        return cls(*(torch.zeros(*shape, width, device=weight.device, dtype=weight.dtype) for width in widths))
 
     def select_rows(self, rows_B: Tensor) -> KVCache:
         """The rows of those numbers alone."""
@@ -138,20 +136,30 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_size = config.head_size
-        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_size)
-        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_size)
-        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_size)
-        self.o_proj = Linear(config.num_heads * config.head_size, config.hidden_size)
+        bias = config.architecture == "gpt2"
+        self.q_proj = Linear(config.hidden_size, config.num_heads * config.head_size, bias=bias)
+        self.k_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_size, bias=bias)
+        self.v_proj = Linear(config.hidden_size, config.num_kv_heads * config.head_size, bias=bias)
+        self.o_proj = Linear(config.num_heads * config.head_size, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, view: KeysAndValues | None = None
+        self, x_BTD: Tensor, rope: Angles | None, mask: Tensor | None = None, view: KeysAndValues | None = None
     ) -> Tensor:
-        """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows."""
+        """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows.
+
+        Without ``rope``, queries and keys are not rotated: positions are then in the residual stream.
+        """
         B, T, _ = x_BTD.shape
         H, K, E = -1, -1, self.head_size  # all the heads that this process holds
         # One product for all three, with the weights put together, was measured: no faster at width 96.
-        q_BTHE = apply_rope(self.q_proj(x_BTD).view(B, T, H, E), *rope)
-        k_BTKE = apply_rope(self.k_proj(x_BTD).view(B, T, K, E), *rope)
+        q_BTHE = self.q_proj(x_BTD).view(B, T, H, E)
+        k_BTKE = self.k_proj(x_BTD).view(B, T, K, E)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        if rope is not None:
+            q_BTHE, k_BTKE = apply_rope(q_BTHE, *rope), apply_rope(k_BTKE, *rope)
         v_BTKE = self.v_proj(x_BTD).view(B, T, K, E)
         if view is not None:
             k_BTKE, v_BTKE = view.update(self.layer, k_BTKE, v_BTKE)

@@ -1,0 +1,133 @@
+"""Multi-head latent attention: keys and values of all heads come from one small latent of each token.
+
+Source: DeepSeek-V2 (2024, section 2.1), with DeepSeek-V3's names for parameters. A head of queries and keys has a part
+without position, and a part that is rotated; the rotated part of the key is one for all heads. What a cache holds of
+a token is its latent and that rotated part, ``kv_lora_rank + qk_rope_head_dim`` numbers a layer.
+
+Rotation pairs elements i and i + half, as elsewhere here; DeepSeek's own weights pair 2i and 2i + 1, and
+``from_interleaved`` reorders them.
+
+Dimensions: B sequences, T tokens, S tokens that may be attended to, D width, H heads, N the part of a head without
+position, P the part with it, V width of a head's values, R width of the latent, C = R + P what is cached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilpipe.config import ModelConfig
+from lilpipe.model.attention import Angles, KeysAndValues, apply_rope
+from lilpipe.model.layers import Linear, RMSNorm
+
+LATENT_NORM_EPS = 1e-6
+"""As in DeepSeek's code, where the config's epsilon is that of the residual stream alone."""
+
+
+class LatentAttention(nn.Module):
+    """One layer's self-attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.mla is not None
+        mla = config.mla
+        self.layer = layer
+        self.nope_size, self.rope_size = mla.qk_nope_head_dim, mla.qk_rope_head_dim
+        self.value_size, self.latent_size = mla.v_head_dim, mla.kv_lora_rank
+        self.scale = (self.nope_size + self.rope_size) ** -0.5
+        query_size = config.num_heads * (self.nope_size + self.rope_size)
+        if mla.q_lora_rank is None:
+            self.q_proj = Linear(config.hidden_size, query_size)
+        else:
+            self.q_a_proj = Linear(config.hidden_size, mla.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(mla.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(mla.q_lora_rank, query_size)
+        self.has_query_latent = mla.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.latent_size + self.rope_size)
+        self.kv_a_layernorm = RMSNorm(self.latent_size, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(self.latent_size, config.num_heads * (self.nope_size + self.value_size))
+        self.o_proj = Linear(config.num_heads * self.value_size, config.hidden_size)
+
+    def forward(
+        self, x_BTD: Tensor, rope: Angles | None, mask: Tensor | None = None, view: KeysAndValues | None = None
+    ) -> Tensor:
+        """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows."""
+        assert rope is not None
+        q_BTHE = self._queries(x_BTD).unflatten(-1, (-1, self.nope_size + self.rope_size))
+        q_BTHN, q_BTHP = q_BTHE.split([self.nope_size, self.rope_size], dim=-1)
+        latent_BTR, k_BTP = self.kv_a_proj_with_mqa(x_BTD).split([self.latent_size, self.rope_size], dim=-1)
+        k_BT1P = apply_rope(k_BTP[:, :, None], *rope)
+        kv_BS1C = torch.cat([self.kv_a_layernorm(latent_BTR)[:, :, None], k_BT1P], dim=-1)
+        if view is not None:  # to a cache this is one head of keys; its values, the latent, are a part of them
+            kv_BS1C, _ = view.update(self.layer, kv_BS1C, kv_BS1C[..., :0])
+            mask = view.mask_B1TS
+        q_BTHP = apply_rope(q_BTHP, *rope)
+        attend = self._attend_to_latents if x_BTD.shape[1] == 1 else self._attend_to_heads
+        return self.o_proj(attend(q_BTHN, q_BTHP, kv_BS1C, mask).flatten(2))
+
+    def _queries(self, x_BTD: Tensor) -> Tensor:
+        if self.has_query_latent:
+            return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        return self.q_proj(x_BTD)
+
+    def _attend_to_heads(self, q_BTHN: Tensor, q_BTHP: Tensor, kv_BS1C: Tensor, mask: Tensor | None) -> Tensor:
+        """Values ``[B, T, H, V]``, from keys and values made whole: the fewest operations for many tokens."""
+        latent_BS1R, k_BS1P = kv_BS1C.split([self.latent_size, self.rope_size], dim=-1)
+        kv_BSHE = self.kv_b_proj(latent_BS1R[:, :, 0]).unflatten(-1, (-1, self.nope_size + self.value_size))
+        k_BSHN, v_BSHV = kv_BSHE.split([self.nope_size, self.value_size], dim=-1)
+        k_BSHE = torch.cat([k_BSHN, k_BS1P.expand(-1, -1, k_BSHN.shape[2], -1)], dim=-1)
+        # The fused kernel wants values as wide as keys: widened by zeros, both passes took half the time on a CPU.
+        padding = max(0, self.nope_size + self.rope_size - self.value_size)
+        y_BHTV = F.scaled_dot_product_attention(
+            torch.cat([q_BTHN, q_BTHP], dim=-1).transpose(1, 2),
+            k_BSHE.transpose(1, 2),
+            F.pad(v_BSHV, (0, padding)).transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+        )
+        return y_BHTV[..., : self.value_size].transpose(1, 2)
+
+    def _attend_to_latents(self, q_B1HN: Tensor, q_B1HP: Tensor, kv_BS1C: Tensor, mask: Tensor | None) -> Tensor:
+        """Values ``[B, 1, H, V]`` of one token, from the latents themselves (DeepSeek-V2, section 2.1.2).
+
+        The matrix that makes keys is applied to the query in place of every key, and the one that makes values to
+        their weighted sum. To attention the heads then are H queries of one head.
+        """
+        weight_HER = self.kv_b_proj.weight.unflatten(0, (-1, self.nope_size + self.value_size))
+        to_key_HNR, to_value_HVR = weight_HER.split([self.nope_size, self.value_size], dim=1)
+        q_B1HR = torch.einsum("bthn,hnr->bthr", q_B1HN, to_key_HNR)
+        kv_B1SC = kv_BS1C.transpose(1, 2)
+        y_B1HR = F.scaled_dot_product_attention(
+            torch.cat([q_B1HR, q_B1HP], dim=-1),
+            kv_B1SC,
+            kv_B1SC[..., : self.latent_size],
+            attn_mask=mask,
+            scale=self.scale,
+        )
+        return torch.einsum("bthr,hvr->bthv", y_B1HR, to_value_HVR)
+
+
+def from_interleaved(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights whose rotation pairs elements 2i and 2i + 1 (Hugging Face's ``rope_interleave``), in our pairing.
+
+    Only the rows that make the rotated parts of queries and keys change places.
+    """
+    assert config.mla is not None
+    nope_size, rope_size, latent_size = (
+        config.mla.qk_nope_head_dim,
+        config.mla.qk_rope_head_dim,
+        config.mla.kv_lora_rank,
+    )
+    halves = torch.cat([torch.arange(0, rope_size, 2), torch.arange(1, rope_size, 2)])
+    in_head = torch.cat([torch.arange(nope_size), nope_size + halves])
+    result = dict(state)
+    for name, tensor in state.items():
+        if name.endswith(("self_attn.q_proj.weight", "self_attn.q_b_proj.weight")):
+            result[name] = tensor.unflatten(0, (config.num_heads, -1))[:, in_head].flatten(0, 1)
+        elif name.endswith("self_attn.kv_a_proj_with_mqa.weight"):
+            result[name] = tensor[torch.cat([torch.arange(latent_size), latent_size + halves])]
+    return result

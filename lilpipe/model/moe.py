@@ -1,0 +1,153 @@
+"""Mixture of experts in place of the feed-forward layer: each token goes to a few of many small SwiGLU layers.
+
+Router, shared experts and balancing without an auxiliary loss are those of DeepSeek-V3 (2024, section 2.1.2). A
+token's affinity to an expert is a sigmoid. It goes to the experts with the highest affinity plus bias and sums their
+outputs by affinity alone. After each optimizer step the bias of an expert that got too few tokens goes up, and down
+where it got too many. No token is dropped. Parameters have DeepSeek-V3's names, with the experts' matrices stacked.
+
+Dimensions: B sequences, T tokens, N = B T tokens, D width, E experts, K experts of a token, I width of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilpipe.config import MoEConfig
+from lilpipe.model.grouped import grouped_linear
+from lilpipe.model.layers import SwiGLU
+
+EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
+
+
+class Router(nn.Module):
+    """Which experts each token goes to, and with what weight."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.experts_per_token = moe.experts_per_token
+        self.routed_scale = moe.routed_scale
+        self.weight = nn.Parameter(torch.zeros(moe.num_experts, hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of the experts chosen and their weights, ``[N, K]`` both.
+
+        Affinities are computed in float32 at least, whatever the precision of the rest.
+        """
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            affinities_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype)).sigmoid()
+        with torch.no_grad():
+            chosen_NK = (
+                (affinities_NE + self.e_score_correction_bias).topk(self.experts_per_token, sorted=False).indices
+            )
+        weights_NK = affinities_NE.gather(1, chosen_NK)
+        return chosen_NK, self.routed_scale * weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+
+
+class Experts(nn.Module):
+    """The routed experts, their matrices stacked so that each kind is one grouped product."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.zeros(moe.num_experts, moe.expert_size, hidden_size))
+        self.up_proj = nn.Parameter(torch.zeros(moe.num_experts, moe.expert_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.zeros(moe.num_experts, hidden_size, moe.expert_size))
+
+    def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, loads_E: Tensor) -> Tensor:
+        """Weighted sums over each token's experts ``[N, D]``; ``loads_E`` is how often each expert was chosen."""
+        N, K = chosen_NK.shape
+        order = chosen_NK.flatten().argsort(stable=True)  # [N K]: by expert
+        inverse = order.argsort()
+        ends_E = loads_E.cumsum(0)
+        x = reorder(x_ND[:, None].expand(-1, K, -1).flatten(0, 1), order, inverse)
+        gated = F.silu(grouped_linear(x, self.gate_proj, ends_E)) * grouped_linear(x, self.up_proj, ends_E)
+        y = reorder(grouped_linear(gated, self.down_proj, ends_E), inverse, order)
+        return (y.view(N, K, -1) * weights_NK[..., None].to(y.dtype)).sum(1)
+
+
+class MoE(nn.Module):
+    """The routed experts, and those that every token goes to, which are one SwiGLU layer of their summed width."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+        super().__init__()
+        self.gate = Router(hidden_size, moe)
+        self.experts = Experts(hidden_size, moe)
+        shared_size = moe.num_shared_experts * moe.expert_size
+        self.shared_experts = SwiGLU(hidden_size, shared_size) if shared_size else None
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output ``[B, T, D]``, and how many tokens went to each expert, int64 ``[E]``.
+
+        The loads are an output, not added up in here, so that they count once when the layer is recomputed in the
+        backward pass.
+        """
+        x_ND = x_BTD.flatten(0, -2)
+        chosen_NK, weights_NK = self.gate(x_ND)
+        experts_E = torch.arange(len(self.gate.weight), device=x_ND.device)
+        loads_E = (chosen_NK.flatten()[:, None] == experts_E).sum(0)
+        y_BTD = self.experts(x_ND, chosen_NK, weights_NK, loads_E).view_as(x_BTD)
+        if self.shared_experts is not None:
+            y_BTD = y_BTD + self.shared_experts(x_BTD)
+        return y_BTD, loads_E
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order. Indexing would add up gradients as if a row could be taken twice, serially on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0][ctx.saved_tensors[0]], None, None
+
+
+def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """``x[order]``, where ``inverse`` is the permutation that undoes ``order``."""
+    return _Reorder.apply(x, order, inverse)
+
+
+def balanced_bias(bias_LE: Tensor, loads_LE: Tensor, rate: float) -> Tensor:
+    """The biases after a step in which each expert of L layers got so many tokens (DeepSeek-V3, 2.1.2)."""
+    return bias_LE + rate * (loads_LE.double().mean(-1, keepdim=True) - loads_LE).sign().to(bias_LE.dtype)
+
+
+def imbalance(loads_LE: Tensor) -> Tensor:
+    """Tokens of the busiest expert over those of the average one, float64 [L]; 1 is even, E all to one."""
+    return loads_LE.amax(-1).double() / loads_LE.double().mean(-1).clamp(min=1e-9)
+
+
+def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each expert's matrices as tensors of their own, ``...experts.<number>.gate_proj.weight``; others as they are."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        prefix, _, matrix = name.rpartition(".")
+        if prefix.endswith("mlp.experts") and matrix in EXPERT_MATRICES:
+            result |= {f"{prefix}.{number}.{matrix}.weight": expert for number, expert in enumerate(tensor)}
+        else:
+            result[name] = tensor
+    return result
+
+
+def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of ``to_huggingface``."""
+    result: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        prefix, _, rest = name.partition(".mlp.experts.")
+        parts = rest.split(".")
+        if len(parts) == 3 and parts[0].isdigit() and parts[1] in EXPERT_MATRICES:
+            stacks.setdefault(f"{prefix}.mlp.experts.{parts[1]}", {})[int(parts[0])] = tensor
+        else:
+            result[name] = tensor
+    return result | {name: torch.stack([e for _, e in sorted(stack.items())]) for name, stack in stacks.items()}
