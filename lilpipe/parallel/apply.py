@@ -1,0 +1,105 @@
+"""Building a model that is cut over processes, none of which ever holds the whole of it.
+
+The order matters: the stages of this process without memory (on the meta device), then tensor parallelism, context
+parallelism, activation checkpointing, compilation, sharding, and only then memory and weights. A weight's value is a
+function of the seed and of its name, so every layout starts from the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lilpipe import distributed
+from lilpipe.config import PretrainConfig
+from lilpipe.model.initial_weights import initial_value
+from lilpipe.model.transformer import Part, Transformer
+from lilpipe.parallel.context import GatheredSequence
+from lilpipe.parallel.mesh import Mesh
+from lilpipe.parallel.model import Batches, Objective, ParallelModel
+from lilpipe.parallel.pipeline import stages_of
+from lilpipe.parallel.tensor import divide_matrices
+
+
+def parallelize(
+    config: PretrainConfig,
+    vocab_size: int,
+    *,
+    batches: Batches,
+    loss: Objective,
+    mesh: Mesh | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ParallelModel:
+    """The model of ``config`` with fresh weights, cut over ``mesh``.
+
+    Args:
+        config: Shape, layout, precision and seed.
+        vocab_size: Words of the embedding.
+        batches: The micro-batches of a step for this process's data rank.
+        loss: Their loss.
+        mesh: The processes; all of them in the layout of ``config`` if none is given.
+        dtype: Of the weights.
+    """
+    assert config.seed is not None
+    mesh = mesh or Mesh(config.layout)
+    compute_dtype = dtype if config.precision == "fp32" else torch.bfloat16
+    stages = [_stage(config, vocab_size, part, mesh, dtype) for part in _parts(config, mesh)]
+    if config.layout.shard > 1 or compute_dtype != dtype:
+        for stage in stages:
+            _shard(stage, mesh, compute_dtype, reduce_dtype=dtype)
+    for stage in stages:
+        _fill(stage, config.seed)
+    return ParallelModel(stages, mesh, config, batches=batches, loss=loss, dtype=compute_dtype)
+
+
+def _parts(config: PretrainConfig, mesh: Mesh) -> Sequence[Part]:
+    """What the stages of this process hold: every ``pipeline``-th of all."""
+    pipeline, per_worker = config.layout.pipeline, config.parallel.stages_per_worker
+    return stages_of(config.model.num_layers, pipeline * per_worker)[mesh.coordinate.pipeline :: pipeline]
+
+
+def _stage(config: PretrainConfig, vocab_size: int, part: Part, mesh: Mesh, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        stage = Transformer(config.model, vocab_size, part).to(dtype)
+    if mesh.layout.tensor > 1:
+        divide_matrices(stage, mesh.tensor)
+    if mesh.layout.context > 1:
+        group = mesh.context_group
+        stage.model.context = lambda positions_BT, documents_BT: GatheredSequence(positions_BT, documents_BT, group)
+    return stage
+
+
+def _shard(stage: Transformer, mesh: Mesh, compute_dtype: torch.dtype, *, reduce_dtype: torch.dtype) -> None:
+    """Shard parameters over the mesh, each block by itself; gradients are summed, not averaged."""
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
+    # In a pipeline a stage is used by one micro-batch after the other, so what is gathered stays.
+    reshard = mesh.layout.pipeline == 1
+    for module in [*stage.model.layers.values(), stage]:
+        fully_shard(module, mesh=mesh.sharding, mp_policy=policy, reshard_after_forward=reshard)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other sum with a factor
+
+
+@torch.no_grad()
+def _fill(stage: Transformer, seed: int) -> None:
+    """Give a stage memory for what this process holds, and fill it one tensor at a time."""
+    stage.to_empty(device=distributed.device())
+    stage.model.set_rope(stage.config.rope_theta)
+    saved = stage.state_dict().keys()
+    for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
+        if name in saved:
+            _assign(tensor, initial_value(name, tensor.shape, seed=seed, config=stage.config))
+
+
+def _assign(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be a part of it."""
+    if isinstance(tensor, DTensor):
+        value = value.to(tensor.device)
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)

@@ -1,0 +1,64 @@
+"""Scores under tensor parallelism: each process holds a part of the vocabulary, and no logits are ever gathered.
+
+The maximum, the softmax's denominator and the target's logit are what processes exchange: three numbers a token
+(Shoeybi et al. 2019, section 3).
+
+Dimensions: B sequences, T tokens, N tokens of all of them, D width, W words of this process's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from lilpipe.model import scores
+from lilpipe.model.scores import Scores, soften
+from lilpipe.parallel.collectives import gather_sequence, sum_of_parts
+
+
+class VocabularyScores:
+    """``lilpipe.model.scores.token_scores`` for an output layer whose words are divided over ``group``.
+
+    Hidden states come in parts of the sequence, as the sequence-parallel norm leaves them; targets are of the whole.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+
+    def score(
+        self, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, softcap: float | None = None
+    ) -> Scores:
+        """Scores of all targets, the same on every process of the group."""
+        assert isinstance(weight_VD, DTensor)
+        weight_WD = weight_VD.to_local()
+        hidden_ND, targets_N = gather_sequence(hidden_BTD, self.group).flatten(0, -2), targets_BT.flatten()
+        num_at_once = max(1, scores.LOGITS_AT_ONCE // len(weight_WD))
+        if len(targets_N) <= num_at_once:
+            parts = [self._score(hidden_ND, weight_WD, targets_N, softcap)]
+        else:
+            parts = [
+                checkpoint(self._score, hidden, weight_WD, targets, softcap, use_reentrant=False)
+                for hidden, targets in zip(hidden_ND.split(num_at_once), targets_N.split(num_at_once), strict=True)
+            ]
+        logprobs, normalisers = zip(*parts, strict=True)
+        return Scores(torch.cat(logprobs).view(targets_BT.shape), torch.cat(normalisers).view(targets_BT.shape))
+
+    def _score(
+        self, hidden_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        logits_NW = F.linear(hidden_ND, weight_WD)
+        logits_NW = soften(logits_NW if logits_NW.dtype == torch.float64 else logits_NW.float(), softcap)
+        highest_N = logits_NW.detach().amax(-1)
+        dist.all_reduce(highest_N, dist.ReduceOp.MAX, group=self.group)
+        words_N = targets_N - dist.get_rank(self.group) * len(weight_WD)
+        own_N = (words_N >= 0) & (words_N < len(weight_WD))
+        chosen_N = logits_NW.gather(1, words_N.where(own_N, 0)[:, None])[:, 0].where(own_N, 0.0)
+        total_N = (logits_NW - highest_N[:, None]).exp().sum(-1)
+        total_N, chosen_N = sum_of_parts(torch.stack([total_N, chosen_N]), self.group)
+        counts_N, normaliser_N = targets_N >= 0, total_N.log() + highest_N
+        return (chosen_N - normaliser_N).where(counts_N, 0.0), normaliser_N.where(counts_N, 0.0)
