@@ -25,7 +25,7 @@ class Goodput:
 
     def __init__(self, path: Path | None, *, process_started: float) -> None:
         self._path = path
-        self.seconds = dict.fromkeys(CAUSES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
         self.furthest = 0
         """Most steps that any try has done."""
         self.started = process_started

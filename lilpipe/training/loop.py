@@ -1,52 +1,41 @@
 """The training loop that pretraining, fine-tuning, preference and policy optimisation share.
 
 A step sums the loss and its gradient over all micro-batches of all workers and divides by the global count (of
-tokens, pairs, ...). One rule then covers accumulation and data parallelism: however a batch is cut, the update is
-the same. Gradients lie in one flat buffer, so the all-reduce, the norm and the clipping are one call each.
+tokens, pairs, ...). One rule then covers accumulation and every layout of workers: however a batch is cut, the update
+is the same.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lilpipe import distributed
-from lilpipe.config import OptimizerConfig, TrainingSection
-from lilpipe.errors import ConfigError, DataError
+from lilpipe.config import HealthConfig, OptimizerConfig, TrainingSection
+from lilpipe.errors import ConfigError, DataError, LilpipeError
 from lilpipe.stage import Workspace
-from lilpipe.training import checkpoint
+from lilpipe.training.checkpoint import Checkpoints
+from lilpipe.training.goodput import Goodput
+from lilpipe.training.health import Finding, examine
 from lilpipe.training.optimizer import Optimizer
+from lilpipe.training.replica import FlatGradients, Loss, LossFunction, Replica, Trainee
 from lilpipe.training.schedule import lr_scale
 
-CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+__all__ = ["Evaluation", "FlatGradients", "Loss", "LossFunction", "TrainingResult", "train"]
 
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss of one micro-batch on one worker."""
-
-    total: Tensor
-    """Scalar with a gradient: the loss summed, not averaged."""
-    count: float
-    """What the sum is divided by, once added up over the whole step: tokens, pairs, ..."""
-    num_tokens: int
-    """Tokens that went through the model, for tokens/s."""
-    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Further metrics as (sum, count), averaged like the loss; the same names on every worker."""
-
-
-LossFunction = Callable[[nn.Module, int, int], Loss]
-"""(model, step from 0, micro-batch from 0) to the loss of this worker's rows; a pure function of the three."""
-Evaluation = Callable[[nn.Module, int], Mapping[str, float]]
-"""(model, number of steps done) to metrics; called on every worker, and the same on each."""
-
+Evaluation = Callable[[Any, int], Mapping[str, float]]
+"""(what is trained, number of steps done) to metrics; called on every worker, and the same on each."""
+Gauges = Callable[[int, float], Mapping[str, float]]
+"""(tokens, seconds) of the steps since the last report to further numbers of that time."""
 
 @dataclass
 class TrainingResult:
@@ -60,6 +49,12 @@ class TrainingResult:
     """Time in steps; evaluations and checkpoints are left out."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the last evaluation."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps, from 0, whose batches have no part in the weights; see ``HealthConfig``."""
+    goodput: float = 0.0
+    """Share of the wall time in useful steps."""
+    time: dict[str, float] = field(default_factory=dict)
+    """Seconds by cause; see ``lilpipe.training.goodput``."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -68,81 +63,110 @@ class TrainingResult:
 
     def final_loss(self, num_steps: int = 50) -> float:
         """Mean loss of the last steps."""
-        tail = self.losses[-num_steps:]
+        tail = [loss for loss in self.losses[-num_steps:] if math.isfinite(loss)]
         return math.fsum(tail) / len(tail)
 
 
 def train(
-    model: nn.Module,
+    model: nn.Module | Trainee,
     *,
-    loss: LossFunction,
     num_steps: int,
     workspace: Workspace,
     section: TrainingSection,
     optimizer: OptimizerConfig,
+    loss: LossFunction | None = None,
     accumulation_steps: int = 1,
     evaluate: Evaluation | None = None,
     eval_every: int = 0,
+    milestones: Collection[int] = (),
     identity: Mapping[str, Any] | None = None,
+    health: HealthConfig | None = None,
+    before_step: Callable[[int], None] | None = None,
+    describe: Callable[[int], str] | None = None,
+    gauges: Gauges | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place for ``num_steps`` and say how it went.
 
     State goes to ``workspace.scratch`` every ``section.checkpoint_every`` steps and at the end; called again after
-    a kill, the run goes on from there and ends in the same weights, bit for bit. ``evaluate`` runs every
-    ``eval_every`` steps (0: never) and at the end. ``identity``, with the section's own, marks the checkpoints;
-    those of another run are refused (``ArtifactError``). Raises ``ConfigError`` naming the step if the loss or a
-    gradient is not finite, ``DataError`` if a step's count is zero.
+    a kill, the run goes on from there and ends in the same weights, bit for bit.
+
+    Args:
+        model: A module of which every worker holds the whole, with ``loss``; or a trainee that knows its own.
+        num_steps: Optimizer steps, skipped ones included.
+        workspace: Where checkpoints and progress go.
+        section: The stage's settings.
+        optimizer: Optimizer and schedule.
+        loss: The loss of a micro-batch.
+        accumulation_steps: Micro-batches of a step, for a module.
+        evaluate: Called every ``eval_every`` steps (0: never) and at the end.
+        eval_every: Steps between evaluations.
+        milestones: Numbers of steps done after which it is called as well.
+        identity: With the section's own, marks the checkpoints; those of another run are refused.
+        health: What to do about steps that would spoil the weights.
+        before_step: Called with each step's number before it is taken.
+        describe: What a step's batch was made of, for the log of a bad one.
+        gauges: Further numbers for each report.
+
+    Raises:
+        ArtifactError: The workspace holds checkpoints of another run.
+        ConfigError: The loss or a gradient is bad, and ``health`` says stop; names the step.
+        DataError: A step's count is zero.
+        Preempted: A SIGTERM came; the state is saved.
     """
-    run = _Run(model, Optimizer(model, optimizer), workspace, section, num_steps=num_steps, identity=identity or {})
-    gradients = FlatGradients(model)
-    meter = _Meter(workspace, num_steps=num_steps, log_every=section.log_every)
-    for step in range(run.resume(), num_steps):
-        started = time.perf_counter()
-        gradients.zero()
-        totals = _accumulate(model, loss, step, accumulation_steps)
-        grad_norm = gradients.reduce(count=totals.count, max_norm=optimizer.max_grad_norm)
-        _check_finite(step, loss=totals.loss, grad_norm=grad_norm, learning_rate=optimizer.learning_rate)
-        scale = lr_scale(
-            step,
-            num_steps=num_steps,
-            warmup_steps=optimizer.warmup_steps,
-            shape=optimizer.schedule,
-            min_ratio=optimizer.min_lr_ratio,
-        )
-        run.optimizer.step(scale)
-        done, seconds = step + 1, time.perf_counter() - started
-        run.record(totals, seconds=seconds)
-        meter.record(done, totals, seconds=seconds, lr=scale * optimizer.learning_rate, grad_norm=grad_norm)
-        if done % section.checkpoint_every == 0 or done == num_steps:
-            run.save(done)
-        if evaluate and eval_every and done % eval_every == 0 and done < num_steps:
-            workspace.progress(done, num_steps, "steps", **_evaluate(model, evaluate, done))
+    subject = model
+    if isinstance(model, nn.Module):
+        assert loss is not None
+        model = Replica(model, loss, accumulation_steps=lambda _: accumulation_steps)
+    run = _Run(model, workspace, section, optimizer, num_steps=num_steps, identity=identity or {}, health=health)
+    meter = _Meter(workspace, num_steps=num_steps, log_every=section.log_every, gauges=gauges)
+    with distributed.honours_stop(), run.saving():
+        step = run.resume()
+        run.goodput.first_step()
+        while step < num_steps:
+            started = time.perf_counter()
+            distributed.heartbeat(step)
+            if before_step:
+                before_step(step)
+            if step in run.left_out:
+                step += 1
+                continue
+            model.zero_grad()
+            totals = _accumulate(model, step)
+            grad_norm = model.reduce(count=totals.count, max_norm=optimizer.max_grad_norm)
+            finding = run.examine(step, totals.loss, grad_norm)
+            if finding:
+                run.note_bad_step(step, finding, describe)
+                if finding.action == "rollback":
+                    step = run.roll_back(step)
+                    continue
+            scale = _lr_scale(step, num_steps, optimizer)
+            balance: Mapping[str, float] = {}
+            if finding is None:
+                run.optimizer.step(scale)
+                balance = model.after_update()
+            done, seconds = step + 1, time.perf_counter() - started
+            run.record(step, totals, grad_norm=grad_norm, seconds=seconds)
+            meter.record(
+                done,
+                totals,
+                seconds=seconds,
+                lr=scale * optimizer.learning_rate,
+                grad_norm=grad_norm,
+                goodput=run.goodput.share,
+                **balance,
+            )
+            if done % section.checkpoint_every == 0 or done == num_steps or totals.stop:
+                run.save(done)
+            if totals.stop and done < num_steps:
+                raise distributed.Preempted(f"pre-empted after step {done} of {num_steps}; it is saved")
+            is_due = done in milestones or (eval_every > 0 and done % eval_every == 0)
+            if evaluate and is_due and done < num_steps:
+                workspace.progress(done, num_steps, "steps", **run.evaluate(evaluate, subject, done))
+            step = done
     if evaluate:
-        run.result.metrics = _evaluate(model, evaluate, num_steps)
+        run.result.metrics = run.evaluate(evaluate, subject, num_steps)
         workspace.progress(num_steps, num_steps, "steps", **run.result.metrics)
-    return run.result
-
-
-class FlatGradients:
-    """The gradients of a model as views of one buffer [number of parameters]."""
-
-    def __init__(self, model: nn.Module) -> None:
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        sizes = [parameter.numel() for parameter in parameters]
-        self.buffer = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-        for parameter, view in zip(parameters, self.buffer.split(sizes), strict=True):
-            parameter.grad = view.view_as(parameter)
-
-    def zero(self) -> None:
-        """Forget the last step's gradients."""
-        self.buffer.zero_()
-
-    def reduce(self, *, count: float, max_norm: float) -> float:
-        """Sum over workers, divide by ``count``, clip to ``max_norm``; gives the norm before clipping."""
-        distributed.all_reduce_sum(self.buffer)
-        norm = torch.linalg.vector_norm(self.buffer).item() / count
-        self.buffer.mul_(min(1.0, max_norm / (norm + CLIP_EPSILON)) / count)
-        return norm
+    return run.finish()
 
 
 @dataclass(frozen=True)
@@ -152,19 +176,20 @@ class _Totals:
     loss: float
     count: float
     num_tokens: int
+    stop: bool
+    """Whether any worker was asked to stop."""
     metrics: dict[str, float]
 
 
-def _accumulate(model: nn.Module, loss: LossFunction, step: int, accumulation_steps: int) -> _Totals:
+def _accumulate(model: Trainee, step: int) -> _Totals:
     """Add up gradients over this worker's micro-batches, and the numbers beside them over all workers."""
-    model.train()
-    sums: dict[str, float] = {"loss": 0.0, "count": 0.0, "tokens": 0.0}
-    for micro in range(accumulation_steps):
-        part = loss(model, step, micro)
-        part.total.backward()
+    for part in model.parts:
+        part.train()
+    sums: dict[str, float] = {"loss": 0.0, "count": 0.0, "tokens": 0.0, "stop": float(distributed.stop_requested())}
+    for part in model.forward_backward(step):
         values = {"loss": part.total.item(), "count": part.count, "tokens": part.num_tokens}
         for name, (total, count) in part.metrics.items():
-            values |= {f"sum/{name}": total, f"count/{name}": count}
+            values |= {f"sum/{name}": float(total), f"count/{name}": count}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     sums = dict(zip(sums, distributed.sum_floats(list(sums.values())), strict=True))
@@ -175,23 +200,20 @@ def _accumulate(model: nn.Module, loss: LossFunction, step: int, accumulation_st
         loss=sums["loss"] / sums["count"],
         count=sums["count"],
         num_tokens=int(sums["tokens"]),
+        stop=sums["stop"] > 0,
         metrics={name: sums[f"sum/{name}"] / max(sums[f"count/{name}"], 1e-12) for name in names},
     )
 
 
-def _check_finite(step: int, *, loss: float, grad_norm: float, learning_rate: float) -> None:
-    """Stop before the weights are spoilt. Loss and norm are global, so all workers stop together."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ConfigError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}: training has diverged; lower "
-            f"optimizer.learning_rate (now {learning_rate}) or lengthen optimizer.warmup_steps"
-        )
-
-
-def _evaluate(model: nn.Module, evaluate: Evaluation, done: int) -> dict[str, float]:
-    model.eval()
-    with torch.inference_mode():
-        return dict(evaluate(model, done))
+def _lr_scale(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
+    return lr_scale(
+        step,
+        num_steps=num_steps,
+        warmup_steps=optimizer.warmup_steps,
+        shape=optimizer.schedule,
+        min_ratio=optimizer.min_lr_ratio,
+        decay_share=optimizer.decay_share,
+    )
 
 
 class _Run:
@@ -199,86 +221,177 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
+        model: Trainee,
         workspace: Workspace,
         section: TrainingSection,
+        optimizer: OptimizerConfig,
         *,
         num_steps: int,
         identity: Mapping[str, Any],
+        health: HealthConfig | None,
     ) -> None:
-        self.optimizer = optimizer
+        self.model = model
+        self.optimizer = Optimizer(model.parts, optimizer)
+        self.health = health or HealthConfig()
         self.result = TrainingResult()
-        self._parameters = dict(model.named_parameters())
+        self.left_out: set[int] = set()
+        """Steps that a roll-back has decided to leave out."""
+        self._learning_rate = optimizer.learning_rate
         self._workspace = workspace
-        self._directory: Path = workspace.scratch / "checkpoints"
-        world_size = distributed.world_size()
-        self._identity = {**section.identity(), "num_steps": num_steps, "world_size": world_size, **identity}
+        self._losses, self._grad_norms, self._step_seconds = torch.full((3, num_steps), math.nan, dtype=torch.float64)
+        process_started = psutil.Process().create_time()
+        self.goodput = Goodput(
+            workspace.scratch / f"goodput-{distributed.rank()}.json", process_started=process_started
+        )
+        directory: Path = workspace.scratch / "checkpoints"
+        whole = {**section.identity(), "num_steps": num_steps, "world_size": distributed.world_size(), **identity}
+        self.checkpoints = Checkpoints(
+            directory,
+            identity=whole,
+            safe=section.rounding_fields() | {"world_size"},
+            keep_last=section.keep_last,
+            keep_every=section.keep_every,
+            log=workspace.log,
+        )
 
-    def record(self, totals: _Totals, *, seconds: float) -> None:
+    def examine(self, step: int, loss: float, grad_norm: float) -> Finding | None:
+        """Whether the step would spoil the weights. Loss and norm are global, so all workers decide alike."""
+        used = [done for done in range(max(0, step - 2 * self.health.window), step) if done not in self.left_out]
+        finding = examine(
+            loss,
+            grad_norm,
+            losses=self._losses[used].tolist() if self.health.on_spike != "ignore" else [],
+            grad_norms=self._grad_norms[used].tolist() if self.health.on_spike != "ignore" else [],
+            config=self.health,
+        )
+        if finding is not None and (finding.action == "stop" or len(self.result.skipped) >= self.health.max_events):
+            raise ConfigError(
+                f"step {step + 1}: {finding.reason}: training has diverged; lower optimizer.learning_rate (now "
+                f"{self._learning_rate}) or lengthen optimizer.warmup_steps"
+            )
+        return finding
+
+    def note_bad_step(self, step: int, finding: Finding, describe: Callable[[int], str] | None) -> None:
+        """Log it, with what its batch was made of."""
+        self.result.skipped.append(step)
+        self.left_out.add(step)
+        made_of = f"; its batch: {describe(step)}" if describe else ""
+        self._workspace.log(f"step {step + 1}: {finding.reason}; {finding.action}{made_of}")
+
+    def roll_back(self, step: int) -> int:
+        """Take up the last checkpoint; the batches from there to ``step`` are left out. Gives the step to go on at."""
+        skipped, left_out = list(self.result.skipped), set(self.left_out)
+        undone = float(torch.nansum(self._step_seconds[:step]))
+        self.checkpoints.wait()
+        done = self._load()
+        self.goodput.undo(undone - float(torch.nansum(self._step_seconds[:done])))
+        self.left_out = left_out | set(range(done, step + 1))
+        self.result.skipped = skipped
+        return done
+
+    def record(self, step: int, totals: _Totals, *, grad_norm: float, seconds: float) -> None:
         """Note down one step."""
-        self.result.losses.append(totals.loss)
-        self.result.seconds += seconds
+        self._losses[step], self._grad_norms[step], self._step_seconds[step] = totals.loss, grad_norm, seconds
         self.result.num_tokens += totals.num_tokens
+        self.goodput.step(step + 1, seconds, undone=step in self.left_out)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside, saves go on in the background; they have ended when it is left, also by an error of all workers."""
+        try:
+            yield
+        except (LilpipeError, distributed.Preempted):
+            self.checkpoints.wait()
+            raise
+        self.checkpoints.wait()
 
     def save(self, done: int) -> None:
-        """Write the state after ``done`` steps; rank 0 does, as every worker holds the same."""
-        if not distributed.is_main():
-            return
-        tensors = {f"model/{name}": parameter.detach() for name, parameter in self._parameters.items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
-        tensors["losses"] = torch.tensor(self.result.losses, dtype=torch.float64)
-        tensors["num_tokens"] = torch.tensor(self.result.num_tokens)
-        tensors["seconds"] = torch.tensor(self.result.seconds, dtype=torch.float64)
-        checkpoint.save(self._directory, checkpoint.Checkpoint(done, tensors), identity=self._identity)
+        """Write the state after ``done`` steps, in the background."""
+        with self.goodput.measure("save"):
+            record = {
+                "num_tokens": self.result.num_tokens,
+                "skipped": self.result.skipped,
+                "left_out": sorted(self.left_out),
+            }
+            self.checkpoints.save(done, self._tensors(), record)
 
     def resume(self) -> int:
         """Take over the last state that can be read; gives the number of steps done."""
-        found = checkpoint.load_latest(self._directory, identity=self._identity, log=self._workspace.log)
-        done = found.step if found else 0
-        if distributed.sum_floats([float(done)]) != [float(done) * distributed.world_size()]:
-            raise RuntimeError(f"workers found different checkpoints in {self._directory}; they must share the folder")
-        if found:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(found.tensors[f"model/{name}"])
-            state = {k.removeprefix("optimizer/"): v for k, v in found.tensors.items() if k.startswith("optimizer/")}
-            self.optimizer.load_state(state)
-            self.result.losses = found.tensors["losses"].tolist()
-            self.result.num_tokens = int(found.tensors["num_tokens"])
-            self.result.seconds = float(found.tensors["seconds"])
+        self.optimizer.init_state()
+        self.checkpoints.check_space(self._tensors())
+        done = self._load()
+        if done:
             self._workspace.log(f"going on from the checkpoint after step {done}")
+        elif self.health.on_nan == "rollback" or self.health.on_spike == "rollback":
+            self.save(0)
         return done
+
+    def _load(self) -> int:
+        found = self.checkpoints.load_latest(self._tensors())
+        done, record = found or (0, {})
+        if distributed.sum_floats([float(done)]) != [float(done) * distributed.world_size()]:
+            raise RuntimeError("workers found different checkpoints; they must share the workspace's folder")
+        self.result.num_tokens = record.get("num_tokens", 0)
+        self.result.skipped = list(record.get("skipped", []))
+        self.left_out = set(record.get("left_out", []))
+        for values in (self._losses, self._grad_norms, self._step_seconds):
+            values[done:] = math.nan
+        return done
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.tensors().items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
+        record = {"losses": self._losses, "grad_norms": self._grad_norms, "seconds": self._step_seconds}
+        return tensors | {f"record/{name}": tensor for name, tensor in record.items()}
+
+    def evaluate(self, evaluate: Evaluation, subject: Any, done: int) -> dict[str, float]:
+        """Call it without gradients, in evaluation mode."""
+        for part in self.model.parts:
+            part.eval()
+        with self.goodput.measure("evaluation"), torch.inference_mode():
+            return dict(evaluate(subject, done))
+
+    def finish(self) -> TrainingResult:
+        """The result, complete."""
+        self.goodput.write()
+        self.result.losses = self._losses.tolist()
+        self.result.seconds = float(torch.nansum(self._step_seconds))
+        self.result.goodput = self.goodput.share
+        self.result.time = dict(self.goodput.seconds)
+        return self.result
 
 
 class _Meter:
     """Reports every ``log_every`` steps, with means over the steps since the last report."""
 
-    def __init__(self, workspace: Workspace, *, num_steps: int, log_every: int) -> None:
+    def __init__(self, workspace: Workspace, *, num_steps: int, log_every: int, gauges: Gauges | None) -> None:
         self._workspace = workspace
         self._num_steps = num_steps
         self._log_every = log_every
+        self._gauges = gauges
         self._window: list[_Totals] = []
         self._seconds = 0.0
 
-    def record(self, done: int, totals: _Totals, *, seconds: float, lr: float, grad_norm: float) -> None:
+    def record(self, done: int, totals: _Totals, *, seconds: float, **values: float) -> None:
         """One step has ended."""
         self._window.append(totals)
         self._seconds += seconds
         if done % self._log_every == 0 or done == self._num_steps:
-            self._report(done, lr=lr, grad_norm=grad_norm)
+            self._report(done, **values)
 
-    def _report(self, done: int, *, lr: float, grad_norm: float) -> None:
+    def _report(self, done: int, **values: float) -> None:
         window = self._window
         metrics = {name: math.fsum(t.metrics[name] for t in window) / len(window) for name in window[-1].metrics}
+        num_tokens = sum(totals.num_tokens for totals in window)
+        gauges = self._gauges(num_tokens, self._seconds) if self._gauges else {}
         self._workspace.progress(
             done,
             self._num_steps,
             "steps",
             loss=math.fsum(totals.loss for totals in window) / len(window),
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens_per_second=sum(totals.num_tokens for totals in window) / self._seconds,
+            tokens_per_second=num_tokens / self._seconds,
+            **values,
             **metrics,
+            **gauges,
         )
         self._window, self._seconds = [], 0.0
