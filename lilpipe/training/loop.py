@@ -185,13 +185,14 @@ def _accumulate(model: Trainee, step: int) -> _Totals:
     """Add up gradients over this worker's micro-batches, and the numbers beside them over all workers."""
     for part in model.parts:
         part.train()
-    sums: dict[str, float] = {"loss": 0.0, "count": 0.0, "tokens": 0.0, "stop": float(distributed.stop_requested())}
+    sums: dict[str, float] = {"loss": 0.0, "count": 0.0, "tokens": 0.0}
     for part in model.forward_backward(step):
         values = {"loss": part.total.item(), "count": part.count, "tokens": part.num_tokens}
         for name, (total, count) in part.metrics.items():
             values |= {f"sum/{name}": float(total), f"count/{name}": count}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + float(value)
+    sums["stop"] = float(distributed.stop_requested())
     sums = dict(zip(sums, distributed.sum_floats(list(sums.values())), strict=True))
     if sums["count"] <= 0:
         raise DataError(f"step {step + 1}: there is nothing to learn from in this batch; check the data's masks")
