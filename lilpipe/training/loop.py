@@ -240,10 +240,8 @@ class _Run:
         self._learning_rate = optimizer.learning_rate
         self._workspace = workspace
         self._losses, self._grad_norms, self._step_seconds = torch.full((3, num_steps), math.nan, dtype=torch.float64)
-        process_started = psutil.Process().create_time()
-        self.goodput = Goodput(
-            workspace.scratch / f"goodput-{distributed.rank()}.json", process_started=process_started
-        )
+        account = workspace.scratch / "goodput.json" if distributed.is_main() else None
+        self.goodput = Goodput(account, process_started=psutil.Process().create_time())
         directory: Path = workspace.scratch / "checkpoints"
         whole = {**section.identity(), "num_steps": num_steps, "world_size": distributed.world_size(), **identity}
         self.checkpoints = Checkpoints(

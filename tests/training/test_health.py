@@ -94,7 +94,7 @@ def test_a_roll_back_leaves_out_all_batches_since_the_last_checkpoint(tmp_path):
 
 def test_a_roll_back_before_the_first_checkpoint_goes_back_to_the_start(tmp_path):
     health = HealthConfig(on_nan="rollback")
-    model, result = toy.run(tmp_path, num_steps=6, loss=poisoned(1), health=health, checkpoint_every=4)
+    model, _ = toy.run(tmp_path, num_steps=6, loss=poisoned(1), health=health, checkpoint_every=4)
     expected, _ = toy.run(tmp_path / "skip", num_steps=6, loss=poisoned(0, 1), health=HealthConfig(on_nan="skip"))
     assert torch.equal(toy.weights(model), toy.weights(expected))
 
