@@ -63,6 +63,8 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._log = log
+        # The thread must not ask a group that may be gone.
+        self._rank, self._world_size = distributed.rank(), distributed.world_size()
         # Collectives of the thread on the default group would mix with those of training.
         self._group = _new_group() if dist.is_initialized() else None
         self._plan: WritePlan | None = None
@@ -80,7 +82,7 @@ class Checkpoints:
         """Raise ``StoreError`` if the disk cannot take all checkpoints that are kept to go on from, and one more."""
         plan = self._planned(tensors)
         copies = max(1, self._keep_last + 1 - len(self.steps))
-        self._together(lambda: check_space(self._directory, plan.num_bytes, copies) if distributed.is_main() else None)
+        self._together(lambda: check_space(self._directory, plan.num_bytes, copies) if self._rank == 0 else None)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Save the state after ``step`` steps; returns once it is copied, and writes it in the background.
@@ -92,7 +94,7 @@ class Checkpoints:
         self.wait()
         plan = self._planned(tensors)
         self._stage(plan, tensors)
-        text = json.dumps(dict(record)) if distributed.is_main() else ""
+        text = json.dumps(dict(record)) if self._rank == 0 else ""
         executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = executor.submit(self._write, step, plan, text)
         executor.shutdown(wait=False)  # the thread ends with its work
@@ -149,7 +151,7 @@ class Checkpoints:
 
     def _write(self, step: int, plan: WritePlan, record: str) -> None:
         """What the thread does."""
-        main, rank = distributed.is_main(), distributed.rank()
+        main, rank = self._rank == 0, self._rank
         temporary = self._directory / f".{_name(step)}.tmp"
         self._together(lambda: self._prepare(temporary, plan.num_bytes) if main else None)
         entries = self._together(lambda: files.write_tensors(temporary, self._staged, rank=rank))
@@ -206,7 +208,7 @@ class Checkpoints:
         path, index, problem = self._directory / _name(step), None, ""
         try:
             index = Index.read(path)
-            index.check_files(path, sorted(index.files)[distributed.rank() :: distributed.world_size()])
+            index.check_files(path, sorted(index.files)[self._rank :: self._world_size])
         except (OSError, ValueError) as error:
             problem = str(error)
         problems = [problem for problem in self._gather(problem) if problem]
@@ -249,7 +251,7 @@ class Checkpoints:
             failure, problem = (
                 error,
                 (
-                    f"{self._directory}: rank {distributed.rank()} cannot write a checkpoint "
+                    f"{self._directory}: rank {self._rank} cannot write a checkpoint "
                     f"({type(error).__name__}: {error}); check space and permissions"
                 ),
             )

@@ -8,7 +8,7 @@ together, in float32 on a CPU, and each worker orthogonalises its share of them.
 A matrix that lies in parts on several workers (a DTensor) is orthogonalised whole: those of one layout are stacked,
 redistributed so that each worker has some of them whole, and brought back (an all-to-all there and one back).
 
-Dimensions: M matrices of one shape, R rows, C columns, R <= C; E experts, I inputs, O outputs.
+Dimensions: M matrices of one shape, R rows, C columns, R <= C; E experts, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def orthogonalize(x_MRC: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For the matrices of hidden layers, ``[O, I]``, and for those of experts, ``[E, I, O]``, each on its own.
+    """For the matrices of hidden layers, ``[O, I]``, and for those of experts, ``[E, O, I]``, each on its own.
 
     ``learning_rate`` follows Jordan et al.: the update is scaled by sqrt(max(1, outputs / inputs)), and 0.02 is the
     usual value. Decay is decoupled, ``learning_rate * weight_decay`` a step. ``replicas``: the processes that hold the
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
                 parts = _orthogonalize_parts([matrices[i] for i in indices], [momenta[i] for i in indices])
                 updates |= dict(zip(indices, parts, strict=True))
             for index, matrix in enumerate(matrices):
-                scale = math.sqrt(max(1.0, _outputs_to_inputs(matrix)))
+                scale = math.sqrt(max(1.0, matrix.shape[-2] / matrix.shape[-1]))
                 part = _local(matrix).mul_(1 - group["lr"] * group["weight_decay"])
                 part.add_(updates[index], alpha=-group["lr"] * scale)
 
@@ -96,11 +96,6 @@ class Muon(torch.optim.Optimizer):
             state.update(self.fresh_state(matrix))
         gradient = _local(gradient)
         return gradient.lerp(_local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum), momentum)
-
-
-def _outputs_to_inputs(matrix: Tensor) -> float:
-    """Of a layer ``[O, I]`` or of experts ``[E, I, O]``."""
-    return matrix.shape[0] / matrix.shape[1] if matrix.ndim == 2 else matrix.shape[2] / matrix.shape[1]
 
 
 def _orthogonalize_all(matrices: Sequence[Tensor], replicas: dist.ProcessGroup | None) -> list[Tensor]:

@@ -92,6 +92,7 @@ def killed(root):
         found.append({"status": status, "found": what_lies_in(directory), "again": save_again(directory)})
         if status == 0:
             break
+    open_checkpoints(root / "left").save(1, small_state(1), {})  # and leaves without waiting
     print(json.dumps(found))
 
 
@@ -111,7 +112,7 @@ def save_again(directory):
 
 
 class Model(nn.Module):
-    """Matrices, some of which do not divide evenly, experts [E, I, O] and vectors shorter than the world."""
+    """Matrices, some of which do not divide evenly, experts [E, O, I] and vectors shorter than the world."""
 
     def __init__(self):
         super().__init__()
@@ -207,6 +208,23 @@ def updated(layout, kind):
     return gathered(state_of(model, optimizer))
 
 
+def updated_in_stages(kind, expected):
+    """Largest difference where two stages hold plain parts of the model, two processes each."""
+    model, stage = Model(), distributed.rank() // 2
+    replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "replica")).get_group("replica")
+    parts = [nn.ModuleDict({name: part}) for name, part in list(model.named_children())[stage::2]]
+    named = {name: parameter for part in parts for name, parameter in part.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(whole_value(name, -1))
+    optimizer = Optimizer(parts, toy.optimizer(kind=kind, weight_decay=0.1), replicas=replicas)
+    for step in range(3):
+        for name, parameter in named.items():
+            parameter.grad = whole_value(name, step)
+        optimizer.step(1.0)
+    return max((parameter - expected[f"model/{name}"]).abs().max().item() for name, parameter in named.items())
+
+
 def largest_difference(tensors, others):
     assert tensors.keys() == others.keys()
     return max((tensors[name] - others[name]).abs().max().item() for name in tensors)
@@ -294,6 +312,7 @@ def main(root):
             for kind in KINDS
             for layout in LAYOUTS
         },
+        "stages": {kind: updated_in_stages(kind, expected[kind]) for kind in KINDS},
         "resharded": {kind: resharded(root / f"resharded-{kind}", kind) for kind in KINDS},
         "bytes": {layout: bytes_on_disk(root / layout, layout) for layout in ("whole", "hsdp")},
         "failures": failures(root / "failures"),

@@ -258,10 +258,17 @@ def test_space_is_asked_of_the_disk_that_a_missing_folder_will_lie_on(tmp_path):
         check_space(tmp_path / "a" / "b", 2**60, 2)
 
 
-def test_a_kill_at_any_touch_of_the_disk_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
-    command = [sys.executable, "-m", "tests.training.checkpoint_workers", "killed", str(tmp_path)]
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a process that killed its children, and what they left."""
+    root = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-m", "tests.training.checkpoint_workers", "killed", str(root)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    tries = json.loads(lines[-1])
+    return root, json.loads(lines[-1])
+
+
+def test_a_kill_at_any_touch_of_the_disk_leaves_the_old_checkpoint_or_the_new_one(killed):
+    _, tries = killed
     assert tries[-1]["status"] == 0
     assert len(tries) > 25
     assert all(one["status"] == -9 for one in tries[:-1])
@@ -275,6 +282,11 @@ def test_a_kill_at_any_touch_of_the_disk_leaves_the_old_checkpoint_or_the_new_on
     kept = [name for name in tries[-1]["again"] if "optimizer" in name]
     assert [name.split("/")[0] for name in kept] == ["step-00000005"]
     assert {name.split("/")[0] for name in tries[-1]["again"]} == {"LATEST", "step-00000004", "step-00000005"}
+
+
+def test_a_process_that_ends_during_a_save_finishes_it(killed):
+    root, _ = killed
+    assert load(root / "left") == (1, {}, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +305,7 @@ def test_updates_of_parts_are_those_of_one_process(world):
     for report in world[1]:
         assert len(report["muon and adamw"]) == 10
         assert max(report["muon and adamw"].values()) <= 1e-12
+        assert max(report["stages"].values()) <= 1e-12
 
 
 @pytest.mark.distributed
