@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig
@@ -76,7 +76,7 @@ class HealthConfig(Section):
 class NeedleConfig(Section):
     """Needle in a haystack: a fact set in a long text, and how much likelier the model finds it than a wrong one."""
 
-    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where in the text the fact stands, from its beginning (0) to its end (1)."""
     num_samples: PositiveInt = 8
     """Texts for each depth."""
