@@ -18,7 +18,8 @@ from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import RegisterConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.flops import num_parameters
-from lilpipe.model.hub import MODEL_FILES, load_model
+from lilpipe.model.hub import load_model, model_files
+from lilpipe.model.layouts import Lilpipe, layout_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
@@ -31,13 +32,13 @@ SAMPLE_TEXT = "Reverse the list 3, 14, 15.\n\tÉtude in naïve 日本語 🙂 <|
 
 CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 ---
 
 # {name}
 
-A Llama-style language model trained by lilpipe.
+A language model trained by lilpipe, with the architecture of {architecture}.
 
 | | |
 | --- | --- |
@@ -49,19 +50,9 @@ A Llama-style language model trained by lilpipe.
 
 ## How to load it
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{loading}
 
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH")
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "..."}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-)
-answer = model.generate(**prompt, max_new_tokens=48, do_sample=False)
-print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-Or `lilpipe chat PATH`.
+`lilpipe chat PATH` talks to it.
 
 ## How it was made
 
@@ -75,6 +66,22 @@ The last stage was `{stage}`, with these settings:
 """
 
 
+WITH_TRANSFORMERS = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+prompt = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "..."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+answer = model.generate(**prompt, max_new_tokens=48, do_sample=False)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+WITHOUT_TRANSFORMERS = "No class of transformers computes this model: lilpipe alone loads it."
+
+
 def run(config: RegisterConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001
     """Copy the model, describe it, and load it back. Raises ``ArtifactError`` if it comes back different."""
     source = inputs["model"]
@@ -85,7 +92,7 @@ def run(config: RegisterConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     # A run that was killed starts over: copying is all the work there is.
     shutil.rmtree(workspace.output)
     workspace.output.mkdir()
-    for name in MODEL_FILES:
+    for name in model_files(source.path):
         shutil.copyfile(source.path / name, workspace.output / name)
     card = model_card(model, source, {} if report is None else read_metrics(report.path))
     (workspace.output / CARD_FILE).write_text(card, encoding="utf-8")
@@ -142,11 +149,13 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float]) -> str:
     """The text of the card: a function of what is trained alone, without times, paths or the registry's name."""
     shape = model.config
+    layout = layout_for(shape)
+    own = isinstance(layout, Lilpipe)
     facts = {
         "Parameters": f"{num_parameters(shape, model.vocab_size):,}",
         "Vocabulary": f"{model.vocab_size:,}, byte-level BPE",
         "Context": f"{shape.max_seq_len:,} tokens",
-        "Layers": f"{shape.num_layers}, {shape.hidden_size} wide, SwiGLU {shape.intermediate_size}",
+        "Layers": f"{shape.num_layers}, {shape.hidden_size} wide, feed-forward {shape.intermediate_size}",
         "Heads": f"{shape.num_heads} for queries, {shape.num_kv_heads} for keys and values",
         "Embeddings": "tied" if shape.tie_embeddings else "not tied",
         "Content digest of the checkpoint": f"`{source.content_digest}`",
@@ -154,6 +163,9 @@ def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float
     rows = [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
     return CARD.format(
         name=f"A language model of {num_parameters(shape, model.vocab_size):,} parameters",
+        library="lilpipe" if own else "transformers",
+        architecture="this package's own" if own else f"transformers' `{layout.class_name}`",
+        loading=WITHOUT_TRANSFORMERS if own else WITH_TRANSFORMERS,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         results="\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "It has not been evaluated.",
         stage=source.manifest.stage,

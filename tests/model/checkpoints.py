@@ -2,7 +2,7 @@
 
 import torch
 
-from lilpipe.config import ModelConfig
+from lilpipe.config import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
 
@@ -11,6 +11,23 @@ PATTERN = r" ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]+|\s+"
 SMALL = ModelConfig(
     hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48, max_seq_len=64, rope_theta=500.0
 )
+
+MOE = MoEConfig(num_experts=4, experts_per_token=2, num_shared_experts=1, expert_size=24, routed_scale=1.5)
+MLA = MLAConfig(q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+ARCHITECTURES = {
+    "Llama with grouped heads, tied": {},
+    "Llama with one key/value head": {"num_kv_heads": 1},
+    "Llama with a key/value head for each query head": {"num_kv_heads": 4},
+    "Llama not tied": {"tie_embeddings": False},
+    "Qwen 3": {"qk_norm": True},
+    "GPT-2": {"architecture": "gpt2", "num_kv_heads": 4, "intermediate_size": 80},
+    "GPT-2 not tied": {"architecture": "gpt2", "num_kv_heads": 4, "tie_embeddings": False},
+    "GLM-4.5": {"moe": MOE},
+    "GLM-4.5 with norms on queries and keys": {"moe": MOE, "qk_norm": True, "tie_embeddings": False},
+    "DeepSeek-V3": {"moe": MOE, "mla": MLA, "tie_embeddings": False},
+    "DeepSeek-V2 without a latent of queries": {"mla": MLA.model_copy(update={"q_lora_rank": None})},
+}
+"""What the decoder shares with a class of transformers, as changes to ``SMALL``."""
 
 
 def small_tokenizer():
@@ -31,4 +48,7 @@ def small_model(config=SMALL, *, vocab_size=None, seed=0, scale=8.0):
                 parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
             else:
                 parameter.mul_(scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.eval()

@@ -5,22 +5,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lilpipe.artifact import digest_file
-from lilpipe.config import SamplingConfig
+from lilpipe.config import ModelConfig, MoEConfig, SamplingConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.generation.engine import generate
-from lilpipe.model.hub import MODEL_FILES, load_model, read_model_config, save_model
+from lilpipe.model.hub import load_model, load_weights, model_files, read_model_config, save_model, save_tensors
+from lilpipe.model.transformer import Part, Transformer
 from lilpipe.tokenizer.chat_template import Message, render
-from tests.model.checkpoints import SMALL, small_model, small_tokenizer
+from tests.model.checkpoints import ARCHITECTURES, MLA, MOE, SMALL, small_model, small_tokenizer
 
-SHAPES = {
-    "grouped heads, tied": {},
-    "one key/value head": {"num_kv_heads": 1},
-    "a key/value head for each query head": {"num_kv_heads": 4},
-    "not tied": {"tie_embeddings": False},
-}
+EVERY_ARCHITECTURE = pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
+MODEL_TYPES = {"Llama": "llama", "Qwen": "qwen3", "GPT": "gpt2", "GLM": "glm4_moe", "DeepSeek": "deepseek_v3"}
 
 
 def tokens(model, shape=(3, 40)):
@@ -37,7 +34,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def checkpoint(saved, tmp_path):
     """A copy to damage."""
-    for name in MODEL_FILES:
+    for name in model_files(saved):
         (tmp_path / name).write_bytes((saved / name).read_bytes())
     return tmp_path
 
@@ -48,26 +45,117 @@ def edit(checkpoint, **changes):
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
-@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_transformers_gives_the_same_logits(tmp_path, changes):
-    model = small_model(SMALL.model_copy(update=changes))
-    save_model(model, small_tokenizer(), tmp_path)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+def logits_of(reference, tokens_BT):
     with torch.no_grad():
-        expected, got = reference(tokens(model)).logits, model(tokens(model))
-    assert expected.std() > 0.5
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        return reference(tokens_BT).logits
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_what_transformers_saves_loads_here(tmp_path, tied):
-    model = small_model(SMALL.model_copy(update={"tie_embeddings": tied}))
+@EVERY_ARCHITECTURE
+def test_transformers_gives_the_same_logits_and_what_it_saves_loads_here(tmp_path, changes):
+    model = small_model(SMALL.model_copy(update=changes))
     save_model(model, small_tokenizer(), tmp_path / "ours")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    reference, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info  # no tensor is missing, left over or of another shape
+    expected = logits_of(reference, tokens(model))
+    assert expected.std() > 0.5
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens(model)), expected, atol=1e-5, rtol=1e-5)
+
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(model_files(tmp_path / "theirs")) > 4  # several shards and their index
     small_tokenizer().save(tmp_path / "theirs")
     loaded, _ = load_model(tmp_path / "theirs")
-    assert loaded.config == model.config
-    assert torch.equal(loaded(tokens(model)), model(tokens(model)))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@EVERY_ARCHITECTURE
+def test_a_model_comes_back_as_it_was(tmp_path, changes):
+    original = small_model(SMALL.model_copy(update={**changes, "dropout": 0.1}))
+    save_model(original, small_tokenizer(), tmp_path)
+    loaded, tokenizer = load_model(tmp_path)
+    unused = {}  # what the architecture has none of
+    if original.config.mla is not None:
+        unused = {"num_kv_heads": 4}
+    elif original.config.architecture == "gpt2":
+        unused = {"rope_theta": 10_000.0}
+    assert loaded.config == original.config.model_copy(update=unused)
+    assert not loaded.training
+    assert tokenizer.digest == small_tokenizer().digest
+    assert loaded.state_dict().keys() == original.state_dict().keys()
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(("name", "changes"), ARCHITECTURES.items(), ids=ARCHITECTURES)
+def test_a_model_is_written_as_the_class_that_computes_it(tmp_path, name, changes):
+    save_model(small_model(SMALL.model_copy(update=changes)), small_tokenizer(), tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.model_type == MODEL_TYPES[name.split("-")[0].split()[0]]
+    assert config.architectures is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logit_softcap": 5.0},
+        {"architecture": "gpt2", "num_kv_heads": 4, "logit_softcap": 5.0},
+        {"moe": MoEConfig(num_experts=4, num_shared_experts=0, expert_size=24)},
+        {"moe": MOE, "mla": MLA, "logit_softcap": 5.0},
+    ],
+    ids=["bent logits", "bent GPT-2", "no shared expert", "bent DeepSeek-V3"],
+)
+def test_what_no_class_computes_is_written_under_a_name_of_our_own(tmp_path, changes):
+    original = small_model(SMALL.model_copy(update=changes))
+    save_model(original, small_tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match="lilpipe"):
+        AutoConfig.from_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path)
+    assert loaded.config == original.config
+    assert torch.equal(loaded(tokens(loaded)), original(tokens(original)))
+
+
+def test_deepseeks_own_order_of_rotated_rows_is_read(tmp_path):
+    changes = ARCHITECTURES["DeepSeek-V3"]
+    save_model(small_model(SMALL.model_copy(update=changes)), small_tokenizer(), tmp_path)
+    edit(tmp_path, rope_interleave=...)  # what transformers takes for true, as DeepSeek's files mean it
+    loaded, _ = load_model(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        got = loaded(tokens(loaded))
+    torch.testing.assert_close(got, logits_of(reference, tokens(loaded)), atol=1e-5, rtol=1e-5)
+
+
+def test_gpt2_as_openai_left_it_is_read(saved, tmp_path):
+    """Without the class's prefix, with the constants of attention, the width of the inner layer unsaid."""
+    config = ModelConfig(
+        architecture="gpt2", hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, intermediate_size=128
+    )
+    model = small_model(config)
+    save_model(model, small_tokenizer(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    bare |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 256, 256).tril() for layer in range(2)}
+    save_file(bare, tmp_path / "model.safetensors")
+    edit(tmp_path, n_inner=None, n_ctx=256, resid_pdrop=..., tie_word_embeddings=..., layer_norm_epsilon=...)
+    loaded, _ = load_model(tmp_path)
+    assert loaded.config == config.model_copy(update={"dropout": 0.1})
+    assert torch.equal(loaded(tokens(loaded)), model(tokens(model)))
+
+
+def test_a_config_of_the_first_llamas_is_read(checkpoint):
+    edit(checkpoint, rope_parameters=..., rope_theta=..., num_key_value_heads=..., head_dim=None)
+    config, _ = read_model_config(checkpoint)
+    assert (config.rope_theta, config.num_kv_heads) == (10_000.0, config.num_heads)
+
+
+def test_an_output_layer_that_is_stored_twice_is_read_once(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, checkpoint / "model.safetensors")
+    loaded, _ = load_model(checkpoint)
+    assert torch.equal(loaded(tokens(loaded)), small_model()(tokens(loaded)))
 
 
 def test_transformers_tokenizer_gives_the_same_ids(saved):
@@ -109,21 +197,11 @@ def test_the_base_of_the_rotation_is_said_for_transformers_4_and_5(saved):
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500.0
 
 
-def test_a_model_comes_back_as_it_was(saved):
-    model, tokenizer = load_model(saved)
-    original = small_model()
-    assert model.config == original.config
-    assert not model.training
-    assert tokenizer.digest == small_tokenizer().digest
-    for name, tensor in original.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-
-
 def test_equal_weights_give_equal_bytes_and_no_other_files(saved, tmp_path):
     save_model(small_model(), small_tokenizer(), tmp_path)
     save_model(small_model(), small_tokenizer(), tmp_path)  # over an earlier one
-    assert {path.name for path in tmp_path.iterdir()} == set(MODEL_FILES)
-    for name in MODEL_FILES:
+    assert {path.name for path in tmp_path.iterdir()} == set(model_files(saved))
+    for name in model_files(saved):
         assert digest_file(tmp_path / name) == digest_file(saved / name), name
 
 
@@ -139,17 +217,24 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type: got 'gpt2', expected 'llama'"),
-        ({"model_type": ...}, r"model_type: got None, expected 'llama'"),
+        ({"model_type": "gemma"}, r"model_type: got 'gemma', expected one of llama, qwen3, gpt2,"),
+        ({"model_type": ...}, r"model_type: got None, expected one of llama"),
+        ({"model_type": "gpt2"}, r"n_embd: missing"),
+        ({"model_type": "qwen3"}, r"self_attn\.k_norm\.weight: got nothing, expected \(8,\)"),
+        ({"model_type": "glm4_moe"}, r"partial_rotary_factor: got 0\.5, expected 1\.0"),
+        ({"model_type": "deepseek_v3"}, r"n_group: got 8, expected 1"),
+        ({"model_type": "lilpipe"}, r"model: missing"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config: got quantized weights"),
         ({"hidden_act": "gelu"}, r"hidden_act: got 'gelu', expected 'silu'"),
         ({"attention_bias": True}, r"attention_bias: got True, expected False"),
         ({"hidden_size": ...}, r"hidden_size: missing"),
-        ({"num_attention_heads": 5}, r"hidden_size 32 must be a multiple of num_heads 5"),
+        ({"num_attention_heads": 5, "head_dim": ...}, r"hidden_size 32 must be a multiple of num_heads 5"),
         ({"head_dim": 16}, r"head_dim: got 16, expected 8"),
         ({"vocab_size": "many"}, r"vocab_size: got 'many', expected a positive whole number"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type: got 'llama3'"),
-        ({"rope_parameters": ..., "rope_theta": ...}, r"rope_theta: missing"),
-        ({"vocab_size": 100}, r"embed_tokens\.weight: got \(270, 32\), expected \(100, 32\)"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_type: got 'linear'"),
+        ({"vocab_size": 100}, r"vocab_size: got 100, expected at least the tokenizer's 270"),
+        ({"vocab_size": 300}, r"embed_tokens\.weight: got \(270, 32\), expected \(300, 32\)"),
         ({"num_hidden_layers": 2}, r"layers\.2\..*: got \(.*\), expected nothing"),
         ({"num_hidden_layers": 4}, r"layers\.3\..*: got nothing, expected"),
         ({"tie_word_embeddings": False}, r"lm_head\.weight: got nothing, expected \(270, 32\)"),
@@ -192,3 +277,51 @@ def test_a_model_smaller_than_its_tokenizers_vocabulary_is_refused(tmp_path):
     save_model(small_model(vocab_size=260), small_tokenizer(), tmp_path)
     with pytest.raises(ArtifactError, match="vocab_size: got 260, expected at least the tokenizer's 270"):
         load_model(tmp_path)
+
+
+def test_bfloat16_is_written_but_for_the_routers_correction(tmp_path):
+    model = small_model(SMALL.model_copy(update=ARCHITECTURES["DeepSeek-V3"]))
+    save_model(model, small_tokenizer(), tmp_path, dtype=torch.bfloat16)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = [name for name, tensor in weights.items() if tensor.dtype == torch.float32]
+    assert kept == [f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)]
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reference.dtype == torch.bfloat16
+    loaded, _ = load_model(tmp_path)
+    for name, tensor in model.state_dict().items():
+        rounded = tensor if name.endswith("correction_bias") else tensor.bfloat16().float()
+        assert torch.equal(loaded.state_dict()[name], rounded), name
+
+
+@EVERY_ARCHITECTURE
+def test_shards_hold_what_one_file_holds_and_leave_nothing_else_behind(tmp_path, changes):
+    model = small_model(SMALL.model_copy(update=changes))
+    directory = tmp_path / "model"
+
+    def save(max_shard_bytes):
+        tensors = ((name, tensor) for name, tensor in model.state_dict().items())  # can be gone through once
+        config, vocab_size = model.config, model.vocab_size
+        save_tensors(config, vocab_size, tensors, small_tokenizer(), directory, max_shard_bytes=max_shard_bytes)
+        return sorted(path.name for path in directory.iterdir())
+
+    whole = save(10**9)
+    assert whole == sorted(model_files(directory))
+    assert "model.safetensors" in whole
+    for size in (60_000, 20_000):
+        names = save(size)
+        assert names == sorted(model_files(directory))
+        assert "model.safetensors" not in names
+        loaded, _ = load_model(directory)
+        assert torch.equal(loaded(tokens(model)), model(tokens(model)))
+    reference = AutoModelForCausalLM.from_pretrained(directory)
+    torch.testing.assert_close(logits_of(reference, tokens(model)), model(tokens(model)), atol=1e-5, rtol=1e-5)
+    assert save(10**9) == whole
+
+
+def test_a_pipeline_stage_takes_its_part(saved):
+    part = Transformer(SMALL, small_tokenizer().vocab_size, Part(range(1, 2), first=False, last=False))
+    load_weights(part.state_dict(), saved)
+    whole = small_model().state_dict()
+    assert part.state_dict()
+    for name, tensor in part.state_dict().items():
+        assert torch.equal(tensor, whole[name]), name

@@ -8,9 +8,9 @@ from lilpipe.artifact import MANIFEST, Artifact, Manifest, content_digest, diges
 from lilpipe.config import RegisterConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model import register
-from lilpipe.model.hub import MODEL_FILES, load_model, save_model
+from lilpipe.model.hub import load_model, model_files, save_model
 from lilpipe.stage import Workspace, get_stage
-from tests.model.checkpoints import small_model, small_tokenizer
+from tests.model.checkpoints import SMALL, small_model, small_tokenizer
 
 
 def artifact(directory, *, kind, stage):
@@ -63,8 +63,8 @@ def run(tmp_path, name="work", **inputs):
 
 def test_the_released_model_is_the_trained_one_with_a_card(tmp_path, source, report):
     workspace, metrics = run(tmp_path, model=source, report=report)
-    assert {path.name for path in workspace.output.iterdir()} == {*MODEL_FILES, "README.md"}
-    for name in MODEL_FILES:
+    assert {path.name for path in workspace.output.iterdir()} == {*model_files(source.path), "README.md"}
+    for name in model_files(source.path):
         assert digest_file(workspace.output / name) == digest_file(source.path / name)
     assert metrics == {"num_parameters": sum(p.numel() for p in small_model().parameters())}
 
@@ -87,6 +87,14 @@ def test_the_cards_code_runs_as_written(tmp_path, source):
     code = re.search(r"```python\n(.*?)```", (workspace.output / "README.md").read_text(), re.DOTALL)
     assert code
     exec(code[1].replace("PATH", str(workspace.output)), {})
+
+
+def test_what_transformers_cannot_load_the_card_does_not_offer_to_it(tmp_path):
+    save_model(small_model(SMALL.model_copy(update={"logit_softcap": 30.0})), small_tokenizer(), tmp_path / "bent")
+    workspace, _ = run(tmp_path, model=artifact(tmp_path / "bent", kind="Checkpoint", stage="grpo"))
+    card = (workspace.output / "README.md").read_text()
+    assert "lilpipe alone loads it" in card
+    assert "AutoModelForCausalLM" not in card
 
 
 def test_without_a_report_the_card_says_so(tmp_path, source):

@@ -1,0 +1,316 @@
+"""How Hugging Face's architectures write our decoder down: their settings, and their names of tensors.
+
+Each ``Layout`` stands for a class of ``transformers`` that computes what our decoder computes under some settings.
+What no class computes, such as bent logits, has a layout of our own that this package alone reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lilpipe.config import MLAConfig, ModelConfig, MoEConfig
+from lilpipe.model import gpt2, mla, moe
+
+Stated = Mapping[str, Any]
+"""The content of a ``config.json``."""
+Tensors = dict[str, Tensor]
+"""Tensors of one layer, or of what stands outside the layers."""
+
+
+class Layout:
+    """One class of ``transformers``: which of our models it computes, and how it says so."""
+
+    model_type: ClassVar[str]
+    class_name: ClassVar[str]
+    keys: ClassVar[Mapping[str, str]] = {}
+    """Our settings to theirs."""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """What their settings must be for our decoder to compute the same."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """What the class takes where ``config.json`` is silent; what is fixed and not here may be left out."""
+
+    def computes(self, config: ModelConfig) -> bool:
+        """Whether the class computes the same as a decoder of this configuration."""
+        raise NotImplementedError
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """The settings of ``config.json`` that are this class's."""
+        return {**self.fixed, **{theirs: getattr(config, ours) for ours, theirs in self.keys.items()}}
+
+    def read(self, stated: Stated) -> dict[str, Any]:
+        """The values of a ``ModelConfig``. Raises ``ValueError`` that names the key for what is missing or other."""
+        for key, expected in self.fixed.items():
+            if (got := stated.get(key, self.defaults.get(key, expected))) != expected:
+                raise ValueError(f"{key}: got {got!r}, expected {expected!r}")
+        return self.values(stated, self.keys)
+
+    def values(self, stated: Stated, keys: Mapping[str, str]) -> dict[str, Any]:
+        """What is stated under ``keys``, by our names."""
+        stated = {**self.defaults, **stated}
+        if missing := [theirs for theirs in keys.values() if theirs not in stated]:
+            raise ValueError(f"{missing[0]}: missing")
+        return {ours: stated[theirs] for ours, theirs in keys.items()}
+
+    def to_ours(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
+        """Tensors by the names in the files to tensors by the decoder's names."""
+        return tensors
+
+    def to_theirs(self, tensors: Tensors) -> Tensors:
+        """The other way."""
+        return tensors
+
+
+class Llama(Layout):
+    """Touvron et al. 2023, Grattafiori et al. 2024; files of the first two Llamas leave some settings out."""
+
+    model_type = "llama"
+    class_name = "LlamaForCausalLM"
+    keys: ClassVar = {
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "intermediate_size": "intermediate_size",
+        "max_seq_len": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    }
+    fixed: ClassVar = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    defaults: ClassVar = {"tie_word_embeddings": False, "rope_theta": 10_000.0, "head_dim": None}
+
+    def computes(self, config: ModelConfig) -> bool:
+        """A dense decoder without options."""
+        return _is_dense(config) and not config.qk_norm
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """The base of the rotation is said twice: for transformers before version 5, and since."""
+        return {
+            **super().write(config),
+            "head_dim": config.head_size,
+            "attention_dropout": 0.0,
+            "rope_theta": config.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            # For stages here that train on; transformers has no such dropout.
+            **({"dropout": config.dropout} if config.dropout else {}),
+        }
+
+    def read(self, stated: Stated) -> dict[str, Any]:
+        """Refuses scaled rotation (Llama 3.1 and later) and heads that are not as wide as D over their number."""
+        stated = {"num_key_value_heads": stated.get("num_attention_heads"), **self.defaults, **stated}
+        values = super().read(stated)
+        rope = stated.get("rope_parameters") or {}
+        scaling = stated.get("rope_scaling") or rope
+        if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
+            raise ValueError(f"rope_type: got {kind!r}, expected 'default'; the decoder scales no rotation")
+        self.check_heads(stated, values)
+        theta = rope.get("rope_theta", stated["rope_theta"])
+        return {**values, "rope_theta": theta, "dropout": stated.get("dropout", 0.0)}
+
+    def check_heads(self, stated: Stated, values: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` for heads of another width than ours."""
+        expected = values["hidden_size"] // values["num_heads"]
+        if stated["head_dim"] not in (None, expected):
+            raise ValueError(f"head_dim: got {stated['head_dim']}, expected {expected}")
+
+
+class Qwen3(Llama):
+    """Llama with RMSNorm on queries and keys (Yang et al. 2025)."""
+
+    model_type = "qwen3"
+    class_name = "Qwen3ForCausalLM"
+    fixed: ClassVar = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+    defaults: ClassVar = {**Llama.defaults, "head_dim": 128}
+
+    def computes(self, config: ModelConfig) -> bool:
+        """A dense decoder with norms on queries and keys."""
+        return _is_dense(config) and config.qk_norm
+
+    def read(self, stated: Stated) -> dict[str, Any]:
+        """As Llama."""
+        return {**super().read(stated), "qk_norm": True}
+
+
+class GPT2(Layout):
+    """Radford et al. 2019."""
+
+    model_type = "gpt2"
+    class_name = "GPT2LMHeadModel"
+    keys: ClassVar = {
+        "hidden_size": "n_embd",
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "num_kv_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_seq_len": "n_positions",
+        "norm_eps": "layer_norm_epsilon",
+        "tie_embeddings": "tie_word_embeddings",
+        "dropout": "resid_pdrop",
+    }
+    fixed: ClassVar = {
+        "activation_function": "gelu_new",
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    defaults: ClassVar = {"tie_word_embeddings": True, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5}
+
+    def computes(self, config: ModelConfig) -> bool:
+        """GPT-2 as it was."""
+        return config.architecture == "gpt2" and config.logit_softcap is None
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Dropout stands after each part of a block alone."""
+        return {**super().write(config), "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+
+    def read(self, stated: Stated) -> dict[str, Any]:
+        """The feed-forward layer is four times as wide where its width is not said."""
+        inner = stated.get("n_inner") or 4 * stated.get("n_embd", 0)
+        return {**super().read({**stated, "n_inner": inner}), "architecture": "gpt2"}
+
+    def to_ours(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
+        """One matrix becomes queries, keys and values."""
+        return gpt2.from_huggingface(tensors)
+
+    def to_theirs(self, tensors: Tensors) -> Tensors:
+        """The inverse."""
+        return gpt2.to_huggingface(tensors)
+
+
+class Glm4Moe(Llama):
+    """DeepSeek-V3's mixture of experts behind grouped-query attention (GLM-4.5 Team 2025)."""
+
+    model_type = "glm4_moe"
+    class_name = "Glm4MoeForCausalLM"
+    fixed: ClassVar = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "partial_rotary_factor": 1.0,
+    }
+    defaults: ClassVar = {**Llama.defaults, "head_dim": 128, "partial_rotary_factor": 0.5}
+    moe_keys: ClassVar[Mapping[str, str]] = {
+        "num_experts": "n_routed_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "num_shared_experts": "n_shared_experts",
+        "expert_size": "moe_intermediate_size",
+        "first_dense_layers": "first_k_dense_replace",
+        "routed_scale": "routed_scaling_factor",
+    }
+
+    def computes(self, config: ModelConfig) -> bool:
+        """A mixture with a shared expert, behind grouped-query attention."""
+        return config.mla is None and config.moe is not None and _is_plain_moe(config)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Without a mixture, which multi-head latent attention may do, all blocks count as dense ones at the bottom."""
+        experts = config.moe or MoEConfig(first_dense_layers=config.num_layers)
+        stated = super().write(config) | {theirs: getattr(experts, ours) for ours, theirs in self.moe_keys.items()}
+        stated["rope_parameters"]["partial_rotary_factor"] = 1.0
+        if config.moe is not None:
+            stated["bias_update_rate"] = config.moe.bias_update_rate  # for stages here that train on
+        return {**stated, "use_qk_norm": config.qk_norm, "num_nextn_predict_layers": 0}
+
+    def read(self, stated: Stated) -> dict[str, Any]:
+        """Where every block is dense there is no mixture."""
+        values = super().read({**(stated.get("rope_parameters") or {}), **stated})
+        experts = self.values(stated, self.moe_keys)
+        if "bias_update_rate" in stated:
+            experts["bias_update_rate"] = stated["bias_update_rate"]
+        mixes = experts["first_dense_layers"] < values["num_layers"]
+        return {**values, "moe": experts if mixes else None, "qk_norm": stated.get("use_qk_norm", False)}
+
+    def to_ours(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
+        """The experts' matrices become one tensor of each kind."""
+        return moe.from_huggingface(tensors)
+
+    def to_theirs(self, tensors: Tensors) -> Tensors:
+        """The inverse."""
+        return moe.to_huggingface(tensors)
+
+
+class DeepseekV3(Glm4Moe):
+    """Multi-head latent attention (DeepSeek-V2, 2024), with the mixture of experts (DeepSeek-V3, 2024) or without."""
+
+    model_type = "deepseek_v3"
+    class_name = "DeepseekV3ForCausalLM"
+    fixed: ClassVar = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+    }
+    defaults: ClassVar = {**Llama.defaults, "n_group": 8, "topk_group": 4}
+    mla_keys: ClassVar[Mapping[str, str]] = {name: name for name in MLAConfig.model_fields}
+
+    def computes(self, config: ModelConfig) -> bool:
+        """Multi-head latent attention; a mixture must have a shared expert."""
+        return config.mla is not None and _is_plain_moe(config)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Heads have no one width; rotation pairs elements as everywhere here, not as in DeepSeek's own files."""
+        assert config.mla is not None
+        stated = super().write(config) | {theirs: getattr(config.mla, ours) for ours, theirs in self.mla_keys.items()}
+        for key in ("head_dim", "use_qk_norm"):
+            del stated[key]
+        return {**stated, "num_key_value_heads": config.num_heads, "rope_interleave": False}
+
+    def read(self, stated: Stated) -> dict[str, Any]:
+        """With the widths of the latents."""
+        return {**super().read(stated), "mla": self.values(stated, self.mla_keys)}
+
+    def check_heads(self, stated: Stated, values: Mapping[str, Any]) -> None:
+        """The parts of a head say their own widths."""
+
+    def to_ours(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:
+        """Rotated rows change places where the files pair neighbours."""
+        tensors = super().to_ours(tensors, config, stated)
+        return mla.from_interleaved(tensors, config) if stated.get("rope_interleave", True) else tensors
+
+
+class Lilpipe(Layout):
+    """What no class of ``transformers`` computes, under the decoder's own names."""
+
+    model_type = "lilpipe"
+    class_name = "Transformer"
+
+    def computes(self, config: ModelConfig) -> bool:  # noqa: ARG002
+        """Everything."""
+        return True
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """The configuration as it is."""
+        return {"model": config.model_dump(mode="json")}
+
+    def read(self, stated: Stated) -> dict[str, Any]:
+        """The configuration as it was."""
+        if not isinstance(stated.get("model"), dict):
+            raise ValueError("model: missing")
+        return stated["model"]
+
+
+LAYOUTS: tuple[Layout, ...] = (Llama(), Qwen3(), GPT2(), DeepseekV3(), Glm4Moe(), Lilpipe())
+"""In the order in which they are asked whether they compute a model."""
+
+
+def layout_for(config: ModelConfig) -> Layout:
+    """The layout in which a model of this configuration is written."""
+    return next(layout for layout in LAYOUTS if layout.computes(config))
+
+
+def _is_dense(config: ModelConfig) -> bool:
+    """Whether a decoder is Llama's but for norms on queries and keys."""
+    plain = config.architecture == "llama" and config.logit_softcap is None
+    return plain and config.moe is None and config.mla is None
+
+
+def _is_plain_moe(config: ModelConfig) -> bool:
+    """Whether the mixture, if there is one, is one that transformers has: experts to choose from and a shared one."""
+    experts = config.moe
+    counted = experts is None or (experts.num_experts > 1 and experts.num_shared_experts > 0)
+    return config.logit_softcap is None and counted
