@@ -1,0 +1,20 @@
+"""Each kind of decoder, small."""
+
+from lilpipe.config import MLAConfig, MoEConfig
+
+SMALL_MOE = MoEConfig(num_experts=6, experts_per_token=2, num_shared_experts=2, expert_size=16, routed_scale=1.7)
+SMALL_MLA = MLAConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+
+OPTIONS = {
+    "plain": {},
+    "untied": {"tie_embeddings": False},
+    "qk_norm": {"qk_norm": True},
+    "softcap": {"logit_softcap": 5.0},
+    "theta": {"rope_theta": 500_000.0},
+    "gpt2": {"architecture": "gpt2", "num_kv_heads": 4},
+    "moe": {"moe": SMALL_MOE},
+    "mla": {"mla": SMALL_MLA},
+    "mla, wide values": {"mla": SMALL_MLA.model_copy(update={"q_lora_rank": None, "v_head_dim": 14})},
+    "mla, moe": {"mla": SMALL_MLA, "moe": SMALL_MOE.model_copy(update={"num_shared_experts": 0})},
+}
+"""Changes to ``SMALL`` that make each kind of decoder."""
