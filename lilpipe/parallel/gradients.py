@@ -80,5 +80,5 @@ def _num_copies(parameter: Tensor, mesh: Mesh) -> int:
     parts = 1
     if isinstance(parameter, DTensor):
         for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):
-            parts *= size if placement.is_shard() else 1
+            parts *= 1 if placement.is_replicate() else size
     return mesh.size // mesh.layout.pipeline // parts

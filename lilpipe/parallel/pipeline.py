@@ -113,7 +113,7 @@ class Pipeline:
         hidden = torch.empty(self._hidden_shape(num_rows, num_tokens), dtype=self._dtype, device="meta")
         score = torch.empty(num_rows, num_tokens, dtype=self._score_dtype, device="meta")
         tokens = torch.empty(num_rows, num_tokens, dtype=torch.int64, device="meta")
-        return PipelineStage(
+        return _Stage(
             part,
             local * self.mesh.layout.pipeline + self.mesh.coordinate.pipeline,
             self._num_stages,
@@ -126,6 +126,15 @@ class Pipeline:
     def _hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, int, int]:
         return num_rows, num_tokens // self.mesh.layout.tensor, self.parts[0].config.hidden_size
 
-    def _loss_of(self, scores: Scores, number: Tensor) -> Tensor:
+    def _loss_of(self, scores: tuple[Tensor, Tensor], number: Tensor) -> Tensor:
         assert self._loss is not None
-        return self._loss(scores, int(number))
+        return self._loss(Scores(*scores), int(number))
+
+
+class _Stage(PipelineStage):
+    """A stage whose scores are a plain tuple; torch takes another kind of tuple for a single output."""
+
+    def forward_maybe_with_nosync(self, *args: Any, **inputs: Any) -> Any:
+        """Run the module."""
+        output = super().forward_maybe_with_nosync(*args, **inputs)
+        return tuple(output) if isinstance(output, Scores) else output
