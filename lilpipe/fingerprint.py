@@ -34,6 +34,7 @@ NEUTRAL_MODULES = frozenset(
         "errors",
         "fingerprint",
         "launch",
+        "model.devices",
         "overrides",
         "pipeline",
         "recipes",
@@ -45,7 +46,9 @@ NEUTRAL_MODULES = frozenset(
         "tokens.report",
         "tokens.trace",
         "tracking",
+        "training.budget",
         "training.curves",
+        "training.memory",
         "worker",
     )
 ) | {"lilpipe"}

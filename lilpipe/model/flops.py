@@ -1,35 +1,147 @@
 """What a model costs: parameters, and the operations that training takes.
 
 Source: Chowdhery et al. 2022 (PaLM), appendix B. One multiplication with one addition counts as two operations.
+Shapes are those of the decoder in ``lilpipe.model``: Llama's, GPT-2's (Radford et al. 2019), with the mixture of
+experts of DeepSeek-V3 (2024) and the multi-head latent attention of DeepSeek-V2 (2024).
 """
 
 from __future__ import annotations
 
-from lilpipe.config import ModelConfig
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from lilpipe.config import ModelConfig, MoEConfig
+
+Recomputed = Literal["none", "selective", "full"]
+
+
+class Shape(NamedTuple):
+    """A matrix that a token's vector is multiplied by."""
+
+    inputs: int
+    outputs: int
 
 
 def num_parameters(config: ModelConfig, vocab_size: int) -> int:
     """All weights; the output layer counts only where it has weights of its own."""
-    num_tables = 1 if config.tie_embeddings else 2
-    norms = (2 * config.num_layers + 1) * config.hidden_size
-    return num_tables * vocab_size * config.hidden_size + _block_matrices(config) + norms
+    blocks = sum(block_parameters(config, layer) for layer in range(config.num_layers))
+    return embedding_parameters(config, vocab_size) + blocks + head_parameters(config, vocab_size)
 
 
-def training_flops_per_token(config: ModelConfig, vocab_size: int, *, seq_len: int | None = None) -> int:
-    """Floating-point operations per token of a forward and backward pass without recomputation: 6 N + 12 L H E T.
+def num_active_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """The weights that one token meets: all but the routed experts that it is not sent to."""
+    blocks = sum(block_parameters(config, layer, active=True) for layer in range(config.num_layers))
+    return embedding_parameters(config, vocab_size) + blocks + head_parameters(config, vocab_size)
 
-    N is the number of weights that a token is multiplied by: those of the blocks and of the output layer, tied or
-    not; the embedding's look-up and the norms are left out. L layers, H heads of size E and T = ``seq_len`` tokens
-    (``max_seq_len`` where none is given) give the attention's two products. As in PaLM, attention counts in full,
-    though half of it is masked, so that utilisations can be compared.
+
+def embedding_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """The table of tokens, and GPT-2's of positions."""
+    num_positions = config.max_seq_len if config.architecture == "gpt2" else 0
+    return (vocab_size + num_positions) * config.hidden_size
+
+
+def head_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """The last norm, and the output layer where it is not the embedding's table."""
+    return _norm(config) + (0 if config.tie_embeddings else vocab_size * config.hidden_size)
+
+
+def block_parameters(config: ModelConfig, layer: int, *, active: bool = False) -> int:
+    """Weights, biases and norms of one block; ``active``: of its routed experts only as many as a token is sent to."""
+    matrices = block_matrices(config, layer, active=active)
+    biases = sum(matrix.outputs for matrix in matrices) if config.architecture == "gpt2" else 0
+    return _size(matrices) + biases + 2 * _norm(config) + _attention_norms(config)
+
+
+def block_matrices(config: ModelConfig, layer: int, *, active: bool = False) -> list[Shape]:
+    """The matrices of one block; ``active`` as in ``block_parameters``."""
+    if config.moe is None or layer < config.moe.first_dense_layers:
+        return attention_matrices(config) + _dense_matrices(config)
+    return attention_matrices(config) + _moe_matrices(config.hidden_size, config.moe, active=active)
+
+
+def training_flops_per_token(
+    config: ModelConfig, vocab_size: int, *, seq_len: int | None = None, recomputed: Recomputed = "none"
+) -> int:
+    """Floating-point operations per token of a forward and a backward pass, which takes twice the forward's.
+
+    For dense attention that is PaLM's 6 N + 12 L H E T, where N is the number of weights that a token is multiplied
+    by. ``recomputed`` adds what activation checkpointing does again: under `full` the forward pass of the blocks,
+    under `selective` no matrix product. Utilisation by convention leaves it out (MFU; with it, HFU).
     """
-    multiplied = _block_matrices(config) + vocab_size * config.hidden_size
-    attention = config.num_layers * config.num_heads * config.head_size * (seq_len or config.max_seq_len)
-    return 6 * multiplied + 12 * attention
+    forward = forward_flops_per_token(config, vocab_size, seq_len=seq_len)
+    head = 2 * vocab_size * config.hidden_size
+    return 3 * forward + (forward - head if recomputed == "full" else 0)
 
 
-def _block_matrices(config: ModelConfig) -> int:
-    """Weights of the blocks' matrices."""
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads  # q, o and k, v
-    mlp = 3 * config.intermediate_size
-    return config.num_layers * config.hidden_size * (heads * config.head_size + mlp)
+def forward_flops_per_token(config: ModelConfig, vocab_size: int, *, seq_len: int | None = None) -> int:
+    """Floating-point operations per token of a forward pass over rows of ``seq_len`` (``max_seq_len``) tokens.
+
+    Each weight that a token is multiplied by, the output layer's included, tied or not, takes 2; attention's two
+    products take 2 L H T (width of a key + width of a value). Left out are look-ups, norms, biases and all that works
+    element by element. As in PaLM, attention counts in full, though half of it is masked, so that utilisations can
+    be compared.
+    """
+    blocks = sum(_size(block_matrices(config, layer, active=True)) for layer in range(config.num_layers))
+    key, value = head_widths(config)
+    attention = config.num_layers * config.num_heads * (key + value) * (seq_len or config.max_seq_len)
+    return 2 * (blocks + vocab_size * config.hidden_size + attention)
+
+
+def head_widths(config: ModelConfig) -> tuple[int, int]:
+    """Width of one head of queries and keys, and of one head of values."""
+    if config.mla is None:
+        return config.head_size, config.head_size
+    return config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim, config.mla.v_head_dim
+
+
+def attention_matrices(config: ModelConfig) -> list[Shape]:
+    """Attention's matrices in the order in which a token meets them."""
+    width, heads = config.hidden_size, config.num_heads
+    if config.architecture == "gpt2":
+        return [Shape(width, 3 * width), Shape(width, width)]
+    key, value = head_widths(config)
+    output = Shape(heads * value, width)
+    if (mla := config.mla) is None:
+        kv = Shape(width, config.num_kv_heads * config.head_size)
+        return [Shape(width, heads * key), kv, kv, output]
+    queries = [Shape(width, heads * key)]
+    if mla.q_lora_rank is not None:
+        queries = [Shape(width, mla.q_lora_rank), Shape(mla.q_lora_rank, heads * key)]
+    latent = Shape(width, mla.kv_lora_rank + mla.qk_rope_head_dim)
+    return [*queries, latent, Shape(mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + value)), output]
+
+
+def _dense_matrices(config: ModelConfig) -> list[Shape]:
+    if config.architecture == "gpt2":
+        return [
+            Shape(config.hidden_size, config.intermediate_size),
+            Shape(config.intermediate_size, config.hidden_size),
+        ]
+    return _swiglu(config.hidden_size, config.intermediate_size)
+
+
+def _moe_matrices(width: int, moe: MoEConfig, *, active: bool) -> list[Shape]:
+    """The router's, the routed experts' and the shared experts' matrices; the shared ones are one wide expert."""
+    routed = (moe.experts_per_token if active else moe.num_experts) * _swiglu(width, moe.expert_size)
+    shared = _swiglu(width, moe.num_shared_experts * moe.expert_size) if moe.num_shared_experts else []
+    return [Shape(width, moe.num_experts), *routed, *shared]
+
+
+def _swiglu(width: int, inner: int) -> list[Shape]:
+    return [Shape(width, inner), Shape(width, inner), Shape(inner, width)]
+
+
+def _norm(config: ModelConfig) -> int:
+    """RMSNorm has a scale, LayerNorm a shift as well."""
+    return (2 if config.architecture == "gpt2" else 1) * config.hidden_size
+
+
+def _attention_norms(config: ModelConfig) -> int:
+    """Norms inside attention: of the latents of MLA, or of a head of queries and of keys."""
+    if config.mla is not None:
+        return (config.mla.q_lora_rank or 0) + config.mla.kv_lora_rank
+    return 2 * config.head_size if config.qk_norm else 0
+
+
+def _size(matrices: Iterable[Shape]) -> int:
+    return sum(matrix.inputs * matrix.outputs for matrix in matrices)

@@ -1,0 +1,195 @@
+"""What pretraining will take, before anything runs: parameters, tokens, operations, time, money and memory.
+
+Time is operations over what the devices reach: model FLOPs (``lilpipe.model.flops``) / (devices x peak x MFU), with
+the MFU that `pretrain.budget` expects. Validation, checkpoints and restarts come on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lilpipe.config import Phase, PretrainConfig
+from lilpipe.errors import ConfigError
+from lilpipe.model.devices import Device, device_at_hand, get_device
+from lilpipe.model.flops import Recomputed, num_active_parameters, num_parameters, training_flops_per_token
+from lilpipe.report import Cell
+from lilpipe.training.memory import STANDING, Term, peak_memory, total
+
+GIBI = 2**30
+SPARE_MEMORY = 0.05
+"""Share of a device's memory that the context, the collectives and the allocator's gaps take."""
+_UNITS = {
+    "num_parameters": ("parameters", 1),
+    "tokens": ("tokens", 1),
+    "tokens_per_second": ("tokens/s", 1),
+    "seconds": ("time in steps, s", 1),
+    "mfu": ("MFU", 1),
+    "cost": ("cost", 1),
+    "peak_memory_bytes": ("peak memory per worker, MiB", 2**20),
+}
+"""What can be set beside the plan: its name and unit in a report."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The plan of one pretraining run; see ``budget``."""
+
+    num_parameters: int
+    num_active_parameters: int
+    num_steps: int
+    tokens: int
+    flops: float
+    """Model FLOPs of the whole run, recomputation left out."""
+    executed_flops: float
+    """With what activation checkpointing computes again."""
+    device: Device
+    peak: float
+    """Operations per second of one device in the run's arithmetic."""
+    num_devices: int
+    mfu: float
+    price_per_hour: float
+    memory: tuple[Term, ...]
+    """Of the fullest worker; the terms add up."""
+    remedies: tuple[str, ...]
+    """What could be changed to take less memory."""
+
+    @property
+    def seconds(self) -> float:
+        """Time in steps."""
+        return self.flops / (self.num_devices * self.peak * self.mfu)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all devices."""
+        return self.tokens / self.seconds
+
+    @property
+    def cost(self) -> float:
+        """Price of all devices for that time."""
+        return self.num_devices * self.seconds / 3600 * self.price_per_hour
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        """Of the fullest worker."""
+        return total(self.memory)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the plan impossible."""
+        free = self.device.memory_bytes * (1 - SPARE_MEMORY)
+        if self.peak_memory_bytes <= free:
+            return []
+        return [
+            f"peak memory {_gib(self.peak_memory_bytes)} is more than the {_gib(free)} that {self.device.name} has for "
+            f"one worker ({_gib(self.device.memory_bytes)} less {SPARE_MEMORY:.0%}): {'; or '.join(self.remedies)}"
+        ]
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Each quantity: its name, its value, and the arithmetic behind it."""
+        active = self.num_active_parameters
+        per_token = self.flops / self.tokens
+        again = self.executed_flops / self.flops - 1
+        rate = f"{self.num_devices} x {self.device.name} x {self.peak:.3g} FLOP/s x MFU {self.mfu:.2g}"
+        recomputed = f"; {again:.0%} more computed again" if again else ""
+        return [
+            ("parameters", f"{self.num_parameters:,}", f"{active:,} of them for one token"),
+            ("tokens", f"{self.tokens:,}", f"{self.tokens / active:.3g} a parameter"),
+            ("steps", f"{self.num_steps:,}", f"{self.tokens / self.num_steps:,.0f} tokens a step"),
+            ("FLOPs", f"{self.flops:.3g}", f"{per_token:.3g} x {self.tokens:,} tokens{recomputed}"),
+            ("time", _duration(self.seconds), f"{self.flops:.3g} / ({rate})"),
+            ("tokens/s", f"{self.tokens_per_second:,.0f}", self.device.source),
+            (
+                "cost",
+                f"{self.cost:,.2f}",
+                f"{self.num_devices} x {_duration(self.seconds)} x {self.price_per_hour:g}/h",
+            ),
+            *((term.name, _gib(term.bytes), term.arithmetic) for term in self.memory),
+            ("peak memory per worker", _gib(self.peak_memory_bytes), f"of {_gib(self.device.memory_bytes)}"),
+        ]
+
+
+def budget(config: PretrainConfig, vocab_size: int) -> Budget:
+    """The plan of a run. Raises ``ConfigError`` for a device that is not known or lacks the precision."""
+    settings, model = config.budget, config.model
+    if not settings.mfu:
+        raise ConfigError("pretrain.budget.mfu: got 0, which never ends; expected a share above 0, such as 0.4")
+    processes = -(-config.num_workers // config.launch.num_nodes)
+    named = get_device(settings.device) if settings.device else None
+    device = named or device_at_hand(num_threads=config.threads_per_worker, num_processes=processes)
+    memory = peak_memory(config, vocab_size, on_cpu=device.name == "cpu")
+    return Budget(
+        num_parameters=num_parameters(model, vocab_size),
+        num_active_parameters=num_active_parameters(model, vocab_size),
+        num_steps=config.num_steps,
+        tokens=sum(_tokens(phase) for phase in config.resolved_phases),
+        flops=_flops(config, vocab_size, "none"),
+        executed_flops=_flops(config, vocab_size, config.activation_checkpointing),
+        device=device,
+        peak=device.peak(config.precision),
+        num_devices=config.num_workers,
+        mfu=settings.mfu,
+        price_per_hour=settings.price_per_hour,
+        memory=memory,
+        remedies=tuple(_remedies(config, memory)),
+    )
+
+
+def _tokens(phase: Phase) -> int:
+    return (phase.stop - phase.first) * phase.batch_size * phase.seq_len
+
+
+def _flops(config: PretrainConfig, vocab_size: int, recomputed: Recomputed) -> float:
+    """Operations of the whole run, each phase at its length of a sequence."""
+    return float(
+        sum(
+            _tokens(phase)
+            * training_flops_per_token(config.model, vocab_size, seq_len=phase.seq_len, recomputed=recomputed)
+            for phase in config.resolved_phases
+        )
+    )
+
+
+def _remedies(config: PretrainConfig, memory: tuple[Term, ...]) -> list[str]:
+    """What would help, the most first: each setting by the size of the terms that it divides."""
+    sizes = {term.name: term.bytes for term in memory}
+    rows = max(p.batch_size // (config.layout.data * p.accumulation_steps) for p in config.resolved_phases)
+    standing = math.fsum(sizes[name] for name in STANDING)
+    options = {f"raise parallel.shard from {config.layout.shard}, with more workers": standing}
+    activations = sizes.get("activations", 0.0)
+    if config.activation_checkpointing != "full":
+        options["set activation_checkpointing to 'selective' or 'full'"] = activations
+    if rows > 1:
+        options[f"raise accumulation_steps: a micro-batch has {rows} rows"] = activations
+    else:
+        options["raise parallel.context or parallel.tensor: a micro-batch is one row already"] = activations
+    if "gathered gradients" in sizes:
+        options["lower accumulation_steps to 1, as FSDP keeps gradients whole in between"] = sizes["gathered gradients"]
+    return sorted(options, key=lambda option: -options[option])
+
+
+def planned_beside_actual(plan: Budget, actual: Mapping[str, float]) -> list[dict[str, Cell]]:
+    """Rows for a report's table. ``actual`` maps what was measured to its value: any of num_parameters, tokens,
+    tokens_per_second, seconds, mfu, cost and peak_memory_bytes.
+    """
+    rows: list[dict[str, Cell]] = []
+    for name, (label, unit) in _UNITS.items():
+        if name in actual:
+            planned, measured = float(getattr(plan, name)) / unit, actual[name] / unit
+            ratio = measured / planned if planned else None
+            rows.append({"": label, "planned": planned, "actual": measured, "actual / planned": ratio})
+    return rows
+
+
+def _gib(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / GIBI:,.2f} GiB" if count >= GIBI / 10 else f"{count / 2**20:,.2f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} s"

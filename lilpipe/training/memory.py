@@ -1,0 +1,305 @@
+"""Peak memory of one worker of pretraining, by arithmetic alone.
+
+A step's memory is what always lies there (weights, gradients, optimizer state) and, at the start of the backward
+pass, what the forward pass saved for it: counted tensor by tensor for this decoder run eagerly, in the way of
+Korthikanti et al. 2022. Sharding divides the first as in ZeRO (Rajbhandari et al. 2020). `torch.compile` saves less
+than this; what the allocator and the collectives keep for themselves comes on top.
+
+Sizes in formulas: n tokens of a micro-batch on this worker, D width, H query heads, K key/value heads, E size of a
+head, F width of the feed-forward layer, V vocabulary; c bytes of an element in the arithmetic's precision.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lilpipe.config import MLAConfig, ModelConfig, Phase, PretrainConfig
+from lilpipe.model.flops import (
+    block_matrices,
+    block_parameters,
+    embedding_parameters,
+    head_parameters,
+    head_widths,
+)
+from lilpipe.model.scores import LOGITS_AT_ONCE
+
+FP32 = 4
+STANDING = ("weights", "gradients", "optimizer state")
+"""Names of the terms that lie there all the time."""
+LOGIT_COPIES = 5
+"""Float32 tensors of the logits' size alive at once when their backward pass begins (torch 2.13, eager)."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the memory."""
+
+    name: str
+    bytes: float
+    arithmetic: str
+    """How it comes about, for people."""
+
+
+def peak_memory(config: PretrainConfig, vocab_size: int, *, on_cpu: bool = False) -> tuple[Term, ...]:
+    """What the fullest worker holds at the fullest moment of the run; the terms add up."""
+    worker = _Worker(config, vocab_size, on_cpu=on_cpu)
+    passing = max((worker.of_phase(phase) for phase in config.resolved_phases), key=total)
+    update = worker.update()
+    at_peak = passing if total(passing) >= total(update) else update
+    return (*worker.standing(), *(term for term in at_peak if term.bytes))
+
+
+def total(terms: tuple[Term, ...]) -> float:
+    """Bytes of all terms."""
+    return math.fsum(term.bytes for term in terms)
+
+
+class _Worker:
+    """The worker of the layout that holds most."""
+
+    def __init__(self, config: PretrainConfig, vocab_size: int, *, on_cpu: bool) -> None:
+        self.config = config
+        self.model = config.model
+        self.vocab_size = vocab_size
+        self.layout = config.layout
+        self.on_cpu = on_cpu
+        self.element_bytes = FP32 if config.precision == "fp32" else 2
+        low_and_cut = self.element_bytes < FP32 and self.layout.pipeline * self.layout.context * self.layout.tensor > 1
+        self.gathers = self.layout.shard > 1 or low_and_cut
+        """Whether FSDP holds the weights, which it does for lower precision too wherever the model is cut."""
+        stages = self.layout.pipeline * config.parallel.stages_per_worker
+        self.blocks_per_stage = math.ceil(self.model.num_layers / stages)
+        self.num_blocks = self.blocks_per_stage * config.parallel.stages_per_worker
+
+    # --- what always lies there -----------------------------------------------------------------------------------
+
+    def standing(self) -> tuple[Term, ...]:
+        """Weights, gradients and optimizer state, in fp32."""
+        parts = self.layout.shard * self.layout.tensor
+        weights, matrices = self._parameters(), self._block_matrices()
+        held = f"{_millions(weights)} parameters" + (f" / {self._divisor()}" if parts > 1 else "")
+        if self.config.optimizer.kind == "muon":
+            state = FP32 * matrices + 2 * FP32 * (weights - matrices)
+            how = f"(4 B x {_millions(matrices)} by Muon + 8 B x {_millions(weights - matrices)})"
+            how += f" / {self._divisor()}" if parts > 1 else ""
+        else:
+            state, how = 2 * FP32 * weights, f"8 B x {held}"
+        return (
+            Term("weights", FP32 * weights / parts, f"4 B x {held}"),
+            Term("gradients", FP32 * weights / parts, f"4 B x {held}"),
+            Term("optimizer state", state / parts, how),
+        )
+
+    def _divisor(self) -> str:
+        sizes = {"shard": self.layout.shard, "tensor": self.layout.tensor}
+        return "(" + " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) + ")"
+
+    def _parameters(self) -> int:
+        """Of this worker's pipeline stages, before sharding: the first has the embedding, the last the head."""
+        blocks = sum(self._per_block(layer) for layer in self._layers())
+        first, last = embedding_parameters(self.model, self.vocab_size), head_parameters(self.model, self.vocab_size)
+        if self.layout.pipeline == 1:
+            return blocks + first + last
+        if self.model.tie_embeddings:  # both ends hold the table
+            last += embedding_parameters(self.model, self.vocab_size)
+        return blocks + max(first, last)
+
+    def _block_matrices(self) -> int:
+        """Weights of the blocks' matrices, which Muon updates."""
+        matrices = (matrix for layer in self._layers() for matrix in block_matrices(self.model, layer))
+        return sum(matrix.inputs * matrix.outputs for matrix in matrices)
+
+    def _layers(self) -> range:
+        """As many blocks as a worker holds, the last ones: with a mixture of experts they are the largest."""
+        return range(self.model.num_layers - self.num_blocks, self.model.num_layers)
+
+    def _per_block(self, layer: int) -> int:
+        return block_parameters(self.model, max(layer, 0))
+
+    # --- in a step ------------------------------------------------------------------------------------------------
+
+    def of_phase(self, phase: Phase) -> tuple[Term, ...]:
+        """What comes on top in the forward and backward pass."""
+        rows = phase.batch_size // (self.layout.data * phase.accumulation_steps)
+        num_tokens = rows * math.ceil(phase.seq_len / self.layout.context)
+        return (
+            self._copies(),
+            self._unsharded_gradients(phase),
+            *self._activations(phase, num_tokens),
+            self._logits(num_tokens),
+        )
+
+    def _copies(self) -> Term:
+        """Weights beside the sharded or fp32 ones: gathered by FSDP, or cast for lower precision."""
+        c = self.element_bytes
+        weights = self._parameters() / self.layout.tensor
+        if not self.gathers:
+            size = c * weights if c < FP32 else 0
+            return Term("cast weights", size, f"{c} B x {_millions(weights)} parameters")
+        block = self._per_block(self.model.num_layers - 1) / self.layout.tensor
+        rest = weights - self.num_blocks * block
+        largest = max(block, rest)
+        gradients = f"{c + FP32} B x gradients of {_millions(largest)}"
+        if self.layout.pipeline > 1:  # what is gathered stays for the next micro-batch
+            size, how = c * weights, f"{c} B x {_millions(weights)}"
+        else:
+            size, how = c * (2 * block + rest), f"{c} B x (2 blocks of {_millions(block)} + {_millions(rest)})"
+        return Term("gathered weights", size + (c + FP32) * largest, f"{how} + {gradients}")
+
+    def _unsharded_gradients(self, phase: Phase) -> Term:
+        """FSDP adds the micro-batches' gradients up whole, and shards them with the last one."""
+        if not self.gathers or phase.accumulation_steps == 1:
+            return Term("gathered gradients", 0, "")
+        weights = self._parameters() / self.layout.tensor
+        how = f"4 B x {_millions(weights)}, whole until the last of {phase.accumulation_steps} micro-batches"
+        return Term("gathered gradients", FP32 * weights, how)
+
+    def _activations(self, phase: Phase, num_tokens: int) -> tuple[Term, ...]:
+        """What the forward pass saves in blocks, for all micro-batches in flight."""
+        passes, in_flight = self._passes_in_flight(phase.accumulation_steps)
+        blocks = passes * self.blocks_per_stage
+        whole = max(self._per_token(layer) for layer in (0, self.model.num_layers - 1)) + self._mask(phase, num_tokens)
+        kept = {"none": whole, "selective": self._selective(), "full": self._stream() / self.layout.tensor}
+        mode = self.config.activation_checkpointing
+        per_token = kept[mode]
+        how = f"{per_token:,.0f} B x {num_tokens:,} tokens x {blocks} blocks{in_flight}"
+        terms = [Term("activations", per_token * num_tokens * blocks, f"{how}, checkpointing {mode}")]
+        if mode != "none":
+            terms.append(
+                Term("one block again", whole * num_tokens, f"{whole:,.0f} B x {num_tokens:,} tokens, recomputed")
+            )
+        return tuple(terms)
+
+    def _passes_in_flight(self, micro_batches: int) -> tuple[int, str]:
+        """Forward passes of a stage that wait for their backward pass on the first worker of the pipeline."""
+        size, chunks = self.layout.pipeline, self.config.parallel.stages_per_worker
+        if size == 1:
+            return 1, ""
+        if chunks == 1:
+            passes, how = size, f"pipeline {size}"
+        else:  # Narayanan et al. 2021, 2.2: those of the warm-up and the one that follows
+            passes, how = (chunks - 1) * size + 2 * (size - 1) + 1, f"{chunks} x {size} stages"
+        passes = min(passes, micro_batches * chunks)
+        return passes, f" ({passes} passes in flight: {how}, {micro_batches} micro-batches)"
+
+    def _per_token(self, layer: int) -> float:
+        """Bytes that one block saves for each token."""
+        return activation_bytes(
+            self.model,
+            layer,
+            element_bytes=self.element_bytes,
+            stream_bytes=self._stream_bytes(),
+            tensor=self.layout.tensor,
+            context=self.layout.context,
+            fused_norm=not self.on_cpu,
+        )
+
+    def _stream_bytes(self) -> int:
+        """Of an element of the residual stream: autocast leaves it in fp32, FSDP does not."""
+        return self.element_bytes if self.gathers else FP32
+
+    def _stream(self) -> int:
+        return self.model.hidden_size * self._stream_bytes()
+
+    def _selective(self) -> float:
+        """The block's input, and what its matrix products and its attention put out."""
+        _, value = head_widths(self.model)
+        matrices = block_matrices(self.model, self.model.num_layers - 1, active=True)
+        outputs = sum(matrix.outputs for matrix in matrices) + self.model.num_heads * value
+        return (self._stream() + outputs * self.element_bytes) / self.layout.tensor
+
+    def _mask(self, phase: Phase, num_tokens: int) -> float:
+        """On a CPU a mask within documents is a tensor [rows, T, T], which attention turns into floats."""
+        if not self.on_cpu or not (self.config.within_documents or self.layout.context > 1) or not num_tokens:
+            return 0.0
+        return FP32 * phase.seq_len
+
+    def _logits(self, num_tokens: int) -> Term:
+        """The output layer's, or the working tensors of a block's backward pass where these are larger."""
+        vocab = self.vocab_size / self.layout.tensor
+        at_once = min(num_tokens, max(1, int(LOGITS_AT_ONCE // vocab)))
+        logits = LOGIT_COPIES * FP32 * at_once * vocab
+        width = max((matrix.outputs for matrix in block_matrices(self.model, 0)), default=0)
+        working = self.element_bytes * num_tokens * (2 * width + 2 * self.model.hidden_size) / self.layout.tensor
+        if working > logits:
+            how = (
+                f"{self.element_bytes} B x {num_tokens:,} tokens x 2 x (widest {width:,} + {self.model.hidden_size:,})"
+            )
+            return Term("working tensors", working, how)
+        parts = f" / tensor {self.layout.tensor}" if self.layout.tensor > 1 else ""
+        how = f"{LOGIT_COPIES} x 4 B x {at_once:,} tokens at once x {self.vocab_size:,}{parts}"
+        return Term("logits", logits, how)
+
+    # --- between steps --------------------------------------------------------------------------------------------
+
+    def update(self) -> tuple[Term, ...]:
+        """What comes on top while the optimizer runs: Muon's updates of all matrices, before and after."""
+        if self.config.optimizer.kind != "muon":
+            return ()
+        matrices = self._block_matrices() / (self.layout.shard * self.layout.tensor)
+        return (Term("Muon's updates", 3 * FP32 * matrices, f"3 x 4 B x {_millions(matrices)} in matrices"),)
+
+
+def activation_bytes(
+    model: ModelConfig,
+    layer: int,
+    *,
+    element_bytes: int = FP32,
+    stream_bytes: int = FP32,
+    tensor: int = 1,
+    context: int = 1,
+    fused_norm: bool = False,
+) -> float:
+    """Bytes that one block saves for its backward pass, for each token on the worker.
+
+    Norms save their input, what they put out (the next matrices' input) and, not fused (on a CPU), the normalised
+    input as well. Attention saves queries, keys, values, its output, and a number for each head. SwiGLU saves gate,
+    its SiLU, up and their product; GELU its input and output. With tensor parallelism and the sequence parallel in
+    between, all is divided but what is gathered: the input of both parts.
+    """
+    gpt2 = model.architecture == "gpt2"
+    c, s, width = element_bytes, stream_bytes, model.hidden_size
+    norm = width * (s if fused_norm or gpt2 else 2 * s) + FP32 * (2 if gpt2 else 1)
+    divided = 2 * norm + _attention_bytes(model, c, context=context, fused_norm=fused_norm)
+    divided += _feed_forward_bytes(model, layer, c) + (2 * width if model.dropout else 0)
+    return 2 * c * width + divided / tensor
+
+
+def _attention_bytes(model: ModelConfig, c: int, *, context: int, fused_norm: bool) -> float:
+    heads = model.num_heads
+    key, _ = head_widths(model)
+    normed = 1 if fused_norm else 2  # inputs and normalised inputs of norms inside attention
+    if (mla := model.mla) is not None:
+        return _latent_attention_bytes(model, mla, c, context=context, normed=normed)
+    kv = model.num_kv_heads * model.head_size
+    norms = c * normed * (heads * key + kv) + FP32 * (heads + model.num_kv_heads) if model.qk_norm else 0
+    return c * (2 * heads * key + 2 * kv * context) + norms + FP32 * heads
+
+
+def _latent_attention_bytes(model: ModelConfig, mla: MLAConfig, c: int, *, context: int, normed: int) -> float:
+    """Latents before and after their norm; queries, keys, values and output, as wide as the wider of them."""
+    heads = model.num_heads
+    key, value = head_widths(model)
+    queries = c * (normed + 1) * mla.q_lora_rank + FP32 if mla.q_lora_rank else 0
+    latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+    latents = c * (latent * (1 + context) + (normed - 1) * mla.kv_lora_rank) + FP32
+    wide = max(key, value)
+    cut = value if value < key else 0  # the output without the zeros that values are widened by
+    return queries + latents + c * heads * (key + (key + wide) * context + wide + cut) + FP32 * heads
+
+
+def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> float:
+    if model.architecture == "gpt2":
+        return 2 * c * model.intermediate_size
+    if (moe := model.moe) is None or layer < moe.first_dense_layers:
+        return 4 * c * model.intermediate_size
+    # Of each routed copy of a token the input, SwiGLU, and the output, which its weight multiplies.
+    routed = moe.experts_per_token * (2 * model.hidden_size + 4 * moe.expert_size)
+    shared = 4 * moe.num_shared_experts * moe.expert_size
+    router = moe.num_experts + 8 * moe.experts_per_token + 1  # affinities, weights, and the order by expert in int64
+    return c * (routed + shared) + FP32 * router
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.2f} M"

@@ -1,0 +1,166 @@
+"""Memory by formula against what torch saves and allocates."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lilpipe.config import ModelConfig, OptimizerConfig, ParallelConfig, PhaseConfig, PretrainConfig
+from lilpipe.model.flops import num_parameters
+from lilpipe.model.transformer import Transformer
+from lilpipe.training.memory import STANDING, activation_bytes, peak_memory
+
+VOCAB = 200
+NUM_TOKENS = 2 * 64
+SMALL = ModelConfig(hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=176, max_seq_len=64)
+MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "expert_size": 48, "first_dense_layers": 1}
+MLA = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 12}
+
+
+def changed(**changes):
+    return ModelConfig.model_validate({**SMALL.model_dump(), **changes})
+
+
+def filled(config, vocab_size=VOCAB):
+    model = Transformer(config, vocab_size)
+    model.init_weights(0)
+    model.set_dropout_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model
+
+
+def step(model, **inputs):
+    tokens_BT = torch.arange(NUM_TOKENS).view(2, 64) % VOCAB
+    model(tokens_BT, targets_BT=tokens_BT, **inputs).logprobs.sum().backward()
+
+
+def saved_bytes(model, **inputs):
+    """Bytes of all that one forward pass saves, each storage once, weights and tables left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tokens_BT = torch.arange(NUM_TOKENS).view(2, 64) % VOCAB
+        kept = model(tokens_BT, targets_BT=tokens_BT, **inputs)  # noqa: F841 (else its storages would be used again)
+    return sum(found.values())
+
+
+SHAPES = {
+    "grouped heads": SMALL,
+    "a head of keys for each of queries": changed(num_kv_heads=4),
+    "a wide feed-forward layer": changed(intermediate_size=400),
+    "long and narrow": changed(hidden_size=32, num_layers=9),
+    "norms of queries and keys": changed(qk_norm=True),
+    "dropout": changed(dropout=0.1),
+    "gpt2": changed(architecture="gpt2", num_kv_heads=4),
+    "experts": changed(moe=MOE),
+    "experts, none shared": changed(moe={**MOE, "num_shared_experts": 0, "experts_per_token": 3}),
+    "latent attention": changed(mla=MLA),
+    "queries straight from the stream": changed(mla={**MLA, "q_lora_rank": None, "v_head_dim": 20}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_block_saves_what_the_formula_says(name):
+    config = SHAPES[name]
+    # Of two depths, so that what stands outside the blocks falls out.
+    deeper = config.model_copy(update={"num_layers": config.num_layers + 1})
+    block = saved_bytes(filled(deeper)) - saved_bytes(filled(config))
+    assert block / NUM_TOKENS == pytest.approx(activation_bytes(config, config.num_layers), rel=0.01)
+
+
+def test_on_a_cpu_each_block_keeps_the_mask_of_documents_as_floats():
+    documents_BT = torch.zeros(2, 64, dtype=torch.int64)
+    deeper = filled(SMALL.model_copy(update={"num_layers": 5}))
+    block = saved_bytes(deeper, documents_BT=documents_BT) - saved_bytes(filled(SMALL), documents_BT=documents_BT)
+    config = PretrainConfig(model=SMALL, batch_size=2, within_documents=True)
+    planned = {term.name: term.bytes for term in peak_memory(config, VOCAB, on_cpu=True)}
+    assert block == pytest.approx(planned["activations"] / SMALL.num_layers, rel=0.01)
+
+
+def peak_bytes(work, path):
+    """Most bytes that torch had allocated at once for ``work``, above what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    profiler.export_chrome_trace(str(path))
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    assert events
+    return max(event["args"]["Total Allocated"] for event in events)
+
+
+@pytest.mark.parametrize(
+    ("model", "vocab_size"), [(SMALL, VOCAB), (changed(num_layers=2), 4_000), (changed(intermediate_size=800), VOCAB)]
+)
+def test_a_step_takes_what_the_plan_says(model, vocab_size, tmp_path):
+    config = PretrainConfig(model=model, batch_size=2)
+    planned = sum(term.bytes for term in peak_memory(config, vocab_size, on_cpu=True) if term.name not in STANDING)
+    built = filled(model, vocab_size)
+    step(built)
+    measured = peak_bytes(lambda: step(built), tmp_path / "trace.json")
+    assert measured == pytest.approx(planned, rel=0.1)
+
+
+# --- sharding and the rest, by hand ---------------------------------------------------------------------------------
+
+
+def terms(vocab_size=VOCAB, **settings):
+    return {term.name: term.bytes for term in peak_memory(PretrainConfig(**settings), vocab_size)}
+
+
+def test_sharding_divides_weights_gradients_and_optimizer_state():
+    whole, parts = terms(model=SMALL), terms(model=SMALL, num_workers=4, parallel=ParallelConfig(shard=4))
+    for name in ("weights", "gradients", "optimizer state"):
+        assert parts[name] == whole[name] / 4
+    assert whole["weights"] == 4 * num_parameters(SMALL, VOCAB)
+    assert whole["optimizer state"] == 2 * whole["weights"]
+
+
+def test_muon_keeps_one_moment_of_the_blocks_matrices():
+    adamw, muon = terms(model=SMALL), terms(model=SMALL, optimizer=OptimizerConfig(kind="muon"))
+    matrices = SMALL.num_layers * 64 * (2 * 64 + 2 * 32 + 3 * 176)
+    assert adamw["optimizer state"] - muon["optimizer state"] == 4 * matrices
+
+
+def test_replicas_that_do_not_shard_hold_everything_whole():
+    assert terms(model=SMALL, num_workers=4, batch_size=16) == terms(model=SMALL, batch_size=4)
+
+
+def test_a_phase_of_longer_sequences_sets_the_peak():
+    plain = {"model": SMALL, "num_steps": 10, "seq_len": 16}
+    raised = terms(**plain, phases=(PhaseConfig(from_step=5, seq_len=64),))
+    assert raised == terms(**(plain | {"seq_len": 64}))
+
+
+def test_checkpointing_saves_less_the_more_it_computes_again():
+    kept = {mode: terms(model=SMALL, activation_checkpointing=mode) for mode in ("none", "selective", "full")}
+    activations = [kept[mode]["activations"] for mode in ("none", "selective", "full")]
+    assert activations == sorted(activations, reverse=True)
+    assert activations[2] == SMALL.num_layers * 16 * 64 * 64 * 4  # the input of each block
+
+
+def test_accumulation_takes_fewer_rows_at_once():
+    once, four = terms(model=SMALL), terms(model=SMALL, accumulation_steps=4)
+    assert four["activations"] == once["activations"] / 4
+
+
+def test_the_first_worker_of_a_pipeline_holds_as_many_micro_batches_as_there_are_stages():
+    settings = {"model": SMALL, "batch_size": 16, "accumulation_steps": 8}
+    pipeline = {"num_workers": 4, "parallel": ParallelConfig(pipeline=4)}
+    # Four micro-batches of a quarter of the layers: as much as one of all the layers.
+    assert terms(**settings, **pipeline)["activations"] == terms(**settings)["activations"]
+    few = settings | {"accumulation_steps": 2, "batch_size": 4}
+    assert terms(**few, **pipeline)["activations"] == terms(**few)["activations"] / 2
+
+
+def test_logits_of_a_large_vocabulary_are_bounded():
+    large, larger = (terms(vocab_size, model=SMALL, batch_size=512)["logits"] for vocab_size in (10_000, 100_000))
+    assert larger == pytest.approx(large, rel=0.01)
+    assert large == pytest.approx(5 * 4 * 2**25, rel=0.01)
