@@ -1,4 +1,8 @@
-"""The process in which a stage runs: ``python -m lilpipe.worker JOB``, once or under ``torchrun``."""
+"""The process in which a stage runs: ``python -m lilpipe.worker JOB``, once or by a launcher.
+
+Exit status 0: done. 1: failed. 75 (EX_TEMPFAIL): told to end by SIGTERM, and saved. What was raised is told in
+two files; see ``lilpipe.launch.failure``.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +15,46 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from lilpipe.artifact import Artifact, Inputs, read_manifest, write_atomically
-from lilpipe.errors import DataError, LilpipeError, StoreError
+from lilpipe.config.parallel import LaunchConfig
+from lilpipe.errors import DataError, HungCollective, LilpipeError, Preempted, StoreError
+from lilpipe.launch.failure import RAISED, forget, report
+from lilpipe.launch.processes import be_killed_with_parent
+from lilpipe.launch.srun import rank_environment
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.store import explain_os_error
 
+EX_TEMPFAIL = 75
+
 
 def main(job_file: Path) -> int:
-    """Run the job; rank 0 writes ``metrics.json``, a failing rank ``failure.json``. Returns the exit status."""
-    faulthandler.enable()
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run the job; rank 0 writes ``metrics.json``, a failing rank its error. Returns the exit status."""
     work = job_file.parent
     rank = int(os.environ.get("RANK", "0"))
     try:
         metrics = run(json.loads(job_file.read_text(encoding="utf-8")), work, rank=rank)
-    except LilpipeError as error:
-        _report(work, type(error).__name__, str(error))
-        return 1
-    except OSError as error:
-        # A full or read-only disk is the user's to mend; anything else of this kind may pass.
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
-            _report(work, StoreError.__name__, explain_os_error(work, error))
+    except Exception as error:
+        told = _for_users(error, work)
+        report(work, told, rank=rank)
+        if isinstance(told, Preempted):
+            return EX_TEMPFAIL
+        if isinstance(told, LilpipeError | HungCollective):
             return 1
         raise
-    except MemoryError:
-        _report(work, DataError.__name__, f"stage ran out of memory in {work}; lower its batch size or num_workers")
-        return 1
     if rank == 0:
         write_atomically(work / "metrics.json", json.dumps(metrics))
     return 0
+
+
+def _for_users(error: Exception, work: Path) -> Exception:
+    """What is the user's to mend, in words: a full or read-only disk, and too little memory."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+        return StoreError(explain_os_error(work, error))
+    if isinstance(error, MemoryError):
+        return DataError(f"stage ran out of memory in {work}; lower its batch size or num_workers")
+    return error
 
 
 def run(job: dict, work: Path, *, rank: int) -> Metrics:
@@ -54,14 +68,32 @@ def run(job: dict, work: Path, *, rank: int) -> Metrics:
     inputs = _inputs(job["inputs"])
     if not stage.distributed:
         return stage.run(config, inputs, workspace)
+    return _run_distributed(stage, config, inputs, workspace)
+
+
+def _run_distributed(stage: Stage, config: Any, inputs: Inputs, workspace: Workspace) -> Metrics:
+    """Run a stage that trains, as one of several workers or alone."""
     import torch
 
     from lilpipe import distributed
 
     torch.set_num_threads(getattr(config, "threads_per_worker", 1))
-    distributed.init()
+    settings: LaunchConfig = getattr(config, "launch", LaunchConfig())
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts and settings.launcher == "kubernetes":  # the other launchers are heard by the parent
+        workspace.log(f"all workers start again from the last checkpoint (restart {restarts})")
+        if workspace.rank == 0:
+            forget(workspace.root / RAISED)
+    timeout_seconds, heartbeats = settings.timeout_seconds, workspace.root / "heartbeats"
     try:
+        distributed.init(timeout_seconds=timeout_seconds, folder=heartbeats)
         return stage.run(config, inputs, workspace)
+    except Exception as error:
+        told = distributed.hang(error, heartbeats, timeout_seconds=timeout_seconds) or _for_users(error, workspace.root)
+        report(workspace.root, told, rank=workspace.rank)  # before this worker leaves, by which the others fail too
+        if told is error:
+            raise
+        raise told from error
     finally:
         distributed.shutdown()
 
@@ -77,14 +109,20 @@ def _inputs(entries: dict) -> Inputs:
     }
 
 
-def _report(work: Path, kind: str, message: str) -> None:
-    print(f"{kind}: {message}", file=sys.stderr, flush=True)
-    write_atomically(work / "failure.json", json.dumps({"type": kind, "message": message}))
-
-
 def _terminate(signum: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
+def _main(arguments: list[str]) -> int:
+    faulthandler.enable()
+    signal.signal(signal.SIGTERM, _terminate)
+    job_file, launcher = Path(arguments[0]), arguments[1:]
+    if launcher == ["srun"]:
+        os.environ.update(rank_environment(os.environ))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        be_killed_with_parent()
+    return main(job_file)
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(_main(sys.argv[1:]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from lilpipe.config.section import Operational, Section
 
@@ -94,10 +94,21 @@ class LaunchConfig(Section):
     """Hosts; num_workers is divided among them."""
     max_restarts: NonNegativeInt = 3
     """How often all workers are started again, from the last checkpoint, after one of them died."""
+    stop_seconds: PositiveInt = 30
+    """Longest time to save in after SIGTERM; then workers are killed. Slurm has its own (`KillWait`)."""
     timeout_seconds: PositiveInt = 600
     """Longest wait in a collective before the run ends with an error that names it."""
     slurm: SlurmLaunchConfig = SlurmLaunchConfig()
     kubernetes: KubernetesLaunchConfig = KubernetesLaunchConfig()
+
+    @model_validator(mode="after")
+    def _launcher_reaches_the_nodes(self) -> LaunchConfig:
+        if self.num_nodes > 1 and self.launcher == "torchrun":
+            raise ValueError(
+                f"num_nodes {self.num_nodes}: launcher torchrun starts processes on this host alone; take srun or "
+                f"kubernetes, or num_nodes 1"
+            )
+        return self
 
 
 Launch = Annotated[LaunchConfig, Operational]

@@ -1,0 +1,103 @@
+"""Run one stage in processes of its own: plain Python for one, a launcher for several.
+
+The stage is described by a job file; it records its progress in ``events.jsonl`` of its workspace, which the parent
+follows while it waits. The parent owns the processes: on any exception here (a cancelled task, a timeout, Ctrl-C)
+they get SIGTERM, then SIGKILL, and if the parent itself is killed the kernel sends the SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.config import Section
+from lilpipe.config.parallel import LaunchConfig
+from lilpipe.errors import ConfigError, StageFailure
+from lilpipe.launch.failure import FINAL, RAISED, forget, read_final
+from lilpipe.launch.kubernetes import Kubernetes
+from lilpipe.launch.lines import Lines
+from lilpipe.launch.processes import OneProcess
+from lilpipe.launch.srun import Srun
+from lilpipe.launch.torchrun import Torchrun
+from lilpipe.launch.workers import Ended, Job, Restarted, Workers
+from lilpipe.stage import Metrics, Stage, Workspace
+
+POLL_SECONDS = 0.1
+TAIL_LINES = 20
+LAUNCHERS: dict[str, Callable[[Job], Workers]] = {"torchrun": Torchrun, "srun": Srun, "kubernetes": Kubernetes}
+
+
+def launch(
+    stage: Stage, config: Section, inputs: Inputs, work: Path, *, on_event: Callable[[dict[str, Any]], None]
+) -> Metrics:
+    """Run the stage in ``work`` and return its metrics. Raises what the stage raised, or ``StageFailure``."""
+    job = _describe(stage, config, inputs, work)
+    events = Lines(work / "events.jsonl")
+    workers = _start(job) if stage.distributed else OneProcess(job)
+    try:
+        while not isinstance(state := workers.poll(), Ended):
+            if isinstance(state, Restarted):
+                Workspace(work).log(f"{state.cause}; all workers start again from the last checkpoint")
+            for event in events.read():
+                on_event(json.loads(event))
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        workers.stop()
+        raise
+    for event in events.read():
+        on_event(json.loads(event))
+    if state.problem is None:
+        return json.loads((work / "metrics.json").read_text(encoding="utf-8"))
+    raise read_final(work) or _failure(job, state)
+
+
+def _start(job: Job) -> Workers:
+    settings = job.settings
+    if job.num_workers % settings.num_nodes:
+        raise ConfigError(f"num_workers {job.num_workers} must be a multiple of launch.num_nodes {settings.num_nodes}")
+    if settings.launcher == "torchrun" and job.num_workers == 1:
+        return OneProcess(job)
+    return LAUNCHERS[settings.launcher](job)
+
+
+def _describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
+    """Write the job file, and clear away what an earlier try has left of its end."""
+    for stale in ("metrics.json", FINAL, RAISED):
+        forget(work / stale)
+    settings = getattr(config, "launch", LaunchConfig())
+    environment = dict(os.environ)
+    if threads := getattr(config, "threads_per_worker", None):
+        environment["OMP_NUM_THREADS"] = str(threads)
+    job = Job(
+        file=work.absolute() / "job.json",
+        num_workers=getattr(config, "num_workers", 1) if stage.distributed else 1,
+        environment=environment,
+        settings=settings,
+    )
+    shutil.rmtree(job.heartbeats, ignore_errors=True)
+    described = {"module": stage.run.__module__, "config": config.model_dump(), "inputs": _paths(inputs)}
+    write_atomically(job.file, json.dumps(described))
+    return job
+
+
+def _paths(inputs: Inputs) -> dict[str, Any]:
+    def entry(artifact: Artifact) -> dict[str, str]:
+        return {"uri": artifact.uri, "path": str(artifact.path)}
+
+    return {
+        role: entry(value) if isinstance(value, Artifact) else [entry(artifact) for artifact in value]
+        for role, value in inputs.items()
+    }
+
+
+def _failure(job: Job, ended: Ended) -> StageFailure:
+    """What can be told of workers whose end another try may mend."""
+    text = ended.trace or job.log.read_text(encoding="utf-8", errors="replace")
+    lines = "".join(f"\n  {line}" for line in text.splitlines()[-TAIL_LINES:])
+    return StageFailure(f"{ended.problem}; {'from' if ended.trace else 'last lines of'} {job.log}:{lines}")
