@@ -232,7 +232,7 @@ class _Run:
         health: HealthConfig | None,
     ) -> None:
         self.model = model
-        self.optimizer = Optimizer(model.parts, optimizer)
+        self.optimizer = Optimizer(model.parts, optimizer, replicas=model.replicas)
         self.health = health or HealthConfig()
         self.result = TrainingResult()
         self.left_out: set[int] = set()

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lilpipe import distributed
 from lilpipe.evaluation.bits_per_byte import nats
@@ -45,6 +46,11 @@ class Trainee(Protocol):
         """The modules that this worker holds: the model, or stages of a pipeline."""
         ...
 
+    @property
+    def replicas(self) -> ProcessGroup | None:
+        """The workers that hold the same plain tensors; none is all of them."""
+        ...
+
     def forward_backward(self, step: int) -> list[Loss]:
         """Add the gradients of this worker's micro-batches up, and give their losses."""
         ...
@@ -75,7 +81,8 @@ class Replica:
 
     def __init__(self, model: nn.Module, loss: LossFunction, *, accumulation_steps: Callable[[int], int]) -> None:
         self.model = model
-        self.parts = [model]
+        self.parts: list[nn.Module] = [model]
+        self.replicas = None
         self._loss = loss
         self._accumulation_steps = accumulation_steps
         self._gradients = FlatGradients(model)
