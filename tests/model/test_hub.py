@@ -1,10 +1,15 @@
 """Checkpoints against transformers, which is the reader that they are written for."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lilpipe.artifact import digest_file
@@ -54,7 +59,8 @@ def logits_of(reference, tokens_BT):
 def test_transformers_gives_the_same_logits_and_what_it_saves_loads_here(tmp_path, changes):
     model = small_model(SMALL.model_copy(update=changes))
     save_model(model, small_tokenizer(), tmp_path / "ours")
-    reference, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    loaded_with_info: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    reference, info = loaded_with_info
     assert not any(info.values()), info  # no tensor is missing, left over or of another shape
     expected = logits_of(reference, tokens(model))
     assert expected.std() > 0.5
@@ -325,3 +331,21 @@ def test_a_pipeline_stage_takes_its_part(saved):
     assert part.state_dict()
     for name, tensor in part.state_dict().items():
         assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_process_that_holds_shards_takes_its_own(saved):
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())  # sends nothing, waits for nobody
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        whole = small_model().state_dict()
+        sharded = {
+            name: distribute_tensor(torch.zeros_like(tensor), mesh, [Shard(0)], src_data_rank=None)
+            for name, tensor in whole.items()
+        }
+        load_weights(sharded, saved)
+        for name, tensor in whole.items():
+            held = sharded[name]
+            assert isinstance(held, DTensor)
+            assert torch.equal(held.to_local(), tensor.chunk(2)[1]), name
+    finally:
+        dist.destroy_process_group()
