@@ -33,6 +33,7 @@ NEUTRAL_MODULES = frozenset(
         "display",
         "errors",
         "fingerprint",
+        "heartbeat",
         "launch",
         "model.devices",
         "overrides",
