@@ -67,16 +67,37 @@ def run(
 
 @app.command("plan")
 def show_plan(
-    recipe: Recipe = "tiny", config: ConfigFile = None, overrides: Overrides = None, seed: Seed = None
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    device: Annotated[str | None, typer.Option(help="Accelerator, such as h100; the one at hand by default.")] = None,
+    mfu: Annotated[float | None, typer.Option(min=0, max=1, help="Share of its peak that is reached.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one device for an hour.")] = None,
 ) -> None:
-    """Show which steps are cached, which will run, and why."""
+    """Show which steps are cached, which will run, and why; and what pretraining will take."""
+    budgets = {"device": device, "mfu": mfu, "price_per_hour": price}
+    given = [f"pretrain.budget.{name}={value}" for name, value in budgets.items() if value is not None]
+    loaded = _load(recipe, config, [*(overrides or []), *given], seed)
+    console = Console()
+    console.print(_steps_table(loaded))
+    from lilpipe.training.budget import budget, budget_table
+
+    for name in (name for name, step in loaded.steps.items() if step.stage == "pretrain"):
+        planned = budget(loaded.section(name), loaded.tokenizer.vocab_size)
+        console.print(budget_table(planned, title=name))
+        for warning in planned.warnings:
+            console.print(f"[yellow bold]warning[/]: {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _steps_table(loaded: PipelineConfig) -> Table:
     table = Table()
     for header in ("step", "status", "why"):
         table.add_column(header)
     colours = {"cached": "dim", "run": "yellow", "waits": "cyan"}
-    for name, planned in plan(_load(recipe, config, overrides, seed), Store()).items():
+    for name, planned in plan(loaded, Store()).items():
         table.add_row(name, f"[{colours[planned.status]}]{planned.status}[/]", escape(planned.reason))
-    Console().print(table)
+    return table
 
 
 @app.command()

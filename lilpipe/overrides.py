@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -63,6 +63,15 @@ def set_dotted(values: dict[str, Any], key: str, value: Any, *, model: type[Base
         inner = inner.setdefault(parent, {})
     inner[last] = value
     merge(values, change, model=model, where=where)
+
+
+def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The full names of all settings in nested tables."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _unknown(name: str, known: Iterable[str], *, where: str) -> str:

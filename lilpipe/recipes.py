@@ -31,7 +31,8 @@ from lilpipe.config import (
     TokensConfig,
 )
 from lilpipe.errors import ConfigError
-from lilpipe.overrides import explain, merge, set_dotted
+from lilpipe.overrides import dotted, explain, merge, set_dotted
+from lilpipe.scaling.depth import derive
 
 
 def tiny() -> PipelineConfig:
@@ -108,7 +109,9 @@ def get_recipe(name: str) -> PipelineConfig:
 def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | None = None) -> PipelineConfig:
     """A recipe with a TOML file's values over it and dotted ``overrides`` over both.
 
-    The file may name its recipe (``recipe = "tiny"``), which then stands. Raises ``ConfigError`` naming the field.
+    The file may name its recipe (``recipe = "tiny"``), which then stands. Where file or overrides set `depth` or
+    `params`, what follows from it (``lilpipe.scaling.depth``) takes the place of the recipe's values, and gives way to
+    settings of their own. Raises ``ConfigError`` naming the field.
     """
     values: dict[str, Any] = {}
     if file is not None:
@@ -124,6 +127,9 @@ def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | N
     merge(complete, values, model=PipelineConfig, where=where)
     for key, value in (overrides or {}).items():
         set_dotted(complete, key, value, model=PipelineConfig, where="overrides")
+    given = {*dotted(values), *dotted(overrides or {})}
+    for key, value in derive(complete, given).items():
+        set_dotted(complete, key, value, model=PipelineConfig, where="depth")
     try:
         return PipelineConfig.model_validate(complete)
     except ValidationError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from lilpipe.config.alignment import (
     DPOConfig,
@@ -69,6 +69,10 @@ class OrchestrationConfig(Section):
     """Another timeout for single steps."""
 
 
+_NO_STAGES = {"recipe", "seed", "depth", "params", "steps", "orchestration", "register_"}
+"""Fields of the whole that are no stage's section."""
+
+
 class PipelineConfig(Section):
     """The whole pipeline."""
 
@@ -76,6 +80,11 @@ class PipelineConfig(Section):
     """Recipe from which this configuration started."""
     seed: int = 0
     """Seed of every training stage that names none of its own."""
+    depth: PositiveInt | None = None
+    """Layers from which shape, batch, learning rate and steps of pretraining were derived, where they are not given:
+    see `lilpipe.scaling.depth`. It is kept to show where these come from."""
+    params: PositiveInt | str | None = None
+    """The same from a number of parameters, such as "350M": the nearest depth."""
     steps: dict[str, Step] = DEFAULT_STEPS
     """The order and wiring of the stages."""
     corpus: CorpusConfig = CorpusConfig()
@@ -99,7 +108,7 @@ class PipelineConfig(Section):
         sections = set(type(self).model_fields) | {"register"}
         known: list[str] = []
         for name, node in self.steps.items():
-            if node.stage not in sections - {"recipe", "seed", "steps", "orchestration", "register_"}:
+            if node.stage not in sections - _NO_STAGES:
                 raise ValueError(f"steps.{name}.stage: there is no stage {node.stage!r}")
             for role, upstream in node.inputs.items():
                 for source in (upstream,) if isinstance(upstream, str) else upstream:

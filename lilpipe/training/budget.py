@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rich.markup import escape
+from rich.table import Table
+
 from lilpipe.config import Phase, PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.devices import Device, device_at_hand, get_device
@@ -167,6 +170,17 @@ def _remedies(config: PretrainConfig, memory: tuple[Term, ...]) -> list[str]:
     if "gathered gradients" in sizes:
         options["lower accumulation_steps to 1, as FSDP keeps gradients whole in between"] = sizes["gathered gradients"]
     return sorted(options, key=lambda option: -options[option])
+
+
+def budget_table(plan: Budget, *, title: str) -> Table:
+    """The plan for a terminal."""
+    table = Table(title=title, title_justify="left")
+    for header, justify in (("", "left"), ("planned", "right"), ("arithmetic", "left")):
+        table.add_column(header, justify=justify)  # type: ignore[arg-type]
+    for name, value, arithmetic in plan.lines():
+        section = name in ("cost", plan.memory[-1].name)
+        table.add_row(escape(name), escape(value), escape(arithmetic), end_section=section)
+    return table
 
 
 def planned_beside_actual(plan: Budget, actual: Mapping[str, float]) -> list[dict[str, Cell]]:
