@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from lilpipe import distributed
 from lilpipe.evaluation.bits_per_byte import nats
+from lilpipe.model.transformer import Transformer
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
@@ -105,9 +106,11 @@ class Replica:
         return self._gradients.reduce(count=count, max_norm=max_norm)
 
     def after_update(self) -> Mapping[str, float]:
-        """Balance the experts, where there are any."""
-        balance = getattr(self.model, "balance_experts", None)
-        return balance(distributed.all_reduce_sum) if balance else {}
+        """Balance the experts, where there are any; `expert_imbalance` is that of the worst layer."""
+        if not isinstance(self.model, Transformer):
+            return {}
+        imbalances = self.model.balance_experts(distributed.all_reduce_sum)
+        return {"expert_imbalance": max(imbalances.values())} if imbalances else {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers by name."""
