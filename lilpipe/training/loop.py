@@ -22,6 +22,7 @@ from torch import nn
 from lilpipe import distributed
 from lilpipe.config import HealthConfig, OptimizerConfig, TrainingSection
 from lilpipe.errors import ConfigError, DataError, LilpipeError
+from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace
 from lilpipe.training.checkpoint import Checkpoints
 from lilpipe.training.goodput import Goodput
@@ -36,6 +37,7 @@ Evaluation = Callable[[Any, int], Mapping[str, float]]
 """(what is trained, number of steps done) to metrics; called on every worker, and the same on each."""
 Gauges = Callable[[int, float], Mapping[str, float]]
 """(tokens, seconds) of the steps since the last report to further numbers of that time."""
+
 
 @dataclass
 class TrainingResult:
@@ -125,11 +127,12 @@ def train(
         while step < num_steps:
             started = time.perf_counter()
             distributed.heartbeat(step)
-            if before_step:
-                before_step(step)
             if step in run.left_out:
                 step += 1
                 continue
+            if before_step:
+                before_step(step)
+            run.seed_dropout(step)
             model.zero_grad()
             totals = _accumulate(model, step)
             grad_norm = model.reduce(count=totals.count, max_norm=optimizer.max_grad_norm)
@@ -238,6 +241,7 @@ class _Run:
         self.left_out: set[int] = set()
         """Steps that a roll-back has decided to leave out."""
         self._learning_rate = optimizer.learning_rate
+        self._seed = section.seed or 0
         self._workspace = workspace
         self._losses, self._grad_norms, self._step_seconds = torch.full((3, num_steps), math.nan, dtype=torch.float64)
         account = workspace.scratch / "goodput.json" if distributed.is_main() else None
@@ -287,6 +291,12 @@ class _Run:
         self.left_out = left_out | set(range(done, step + 1))
         self.result.skipped = skipped
         return done
+
+    def seed_dropout(self, step: int) -> None:
+        """Let what is dropped in a step be a function of the seed and the step."""
+        for part in self.model.parts:
+            if isinstance(part, Transformer) and part.config.dropout:
+                part.set_dropout_seed(self._seed, step)
 
     def record(self, step: int, totals: _Totals, *, grad_norm: float, seconds: float) -> None:
         """Note down one step."""
