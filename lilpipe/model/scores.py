@@ -8,6 +8,7 @@ Dimensions: B sequences, T tokens, N tokens of all of them, D width, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,8 +42,14 @@ def token_scores(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, s
             checkpoint(_score, hidden, weight_VD, targets, softcap, use_reentrant=False)
             for hidden, targets in zip(hidden_ND.split(num_at_once), targets_N.split(num_at_once), strict=True)
         ]
-    logprobs, normalisers = zip(*parts, strict=True)
-    return Scores(torch.cat(logprobs).view(targets_BT.shape), torch.cat(normalisers).view(targets_BT.shape))
+    return gather_scores(parts, targets_BT)
+
+
+def gather_scores(parts: Sequence[tuple[Tensor, Tensor]], targets_BT: Tensor) -> Scores:
+    """Log-probabilities and normalisers of all parts, zeros where a target does not count."""
+    counts_BT = targets_BT >= 0
+    logprobs, normaliser = (torch.cat(column).view(targets_BT.shape) for column in zip(*parts, strict=True))
+    return Scores(logprobs.where(counts_BT, 0.0), normaliser.where(counts_BT, 0.0))
 
 
 def soften(logits: Tensor, cap: float | None) -> Tensor:
@@ -53,7 +60,6 @@ def soften(logits: Tensor, cap: float | None) -> Tensor:
 def _score(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     logits_NV = F.linear(hidden_ND, weight_VD)
     logits_NV = soften(logits_NV.float() if logits_NV.dtype != torch.float64 else logits_NV, softcap)
-    counts_N = targets_N >= 0
     normaliser_N = logits_NV.logsumexp(-1)
     chosen_N = logits_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
-    return (chosen_N - normaliser_N).where(counts_N, 0.0), normaliser_N.where(counts_N, 0.0)
+    return chosen_N - normaliser_N, normaliser_N

@@ -23,15 +23,15 @@ ELEMENTS_AT_ONCE = 2**25
 
 
 def fill_in(parameters: Sequence[Tensor]) -> None:
-    """Give each parameter a gradient, zero where none came about, laid out as the parameter is.
-
-    The norms' gradients of tensor parallelism come as parts to be added up.
-    """
+    """Give each parameter a gradient, of zeros where none came about."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        elif isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
-            parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+
+
+def undivided(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The parameters that tensor parallelism leaves whole, whether FSDP shards them or not."""
+    return [p for p in parameters if not (isinstance(p, DTensor) and "tensor" in (p.device_mesh.mesh_dim_names or ()))]
 
 
 def sum_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:

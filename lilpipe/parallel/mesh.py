@@ -31,7 +31,7 @@ class Mesh:
         self.layout = layout
         self.size = math.prod(layout)
         num_meshes, left_over = divmod(distributed.world_size(), self.size)
-        assert num_meshes and not left_over, f"{distributed.world_size()} processes for {layout} = {self.size}"
+        assert num_meshes > 0 == left_over, f"{distributed.world_size()} processes for {layout} = {self.size}"
         world = init_device_mesh(distributed.device().type, (distributed.world_size(),), mesh_dim_names=("world",))
         self.dimensions = world._unflatten(0, (num_meshes, *layout), ("mesh", *layout._fields))[layout._fields]
         # Parameters are sharded over the parts of a sequence as well: each has gradients of its own to add.
@@ -48,6 +48,7 @@ class Mesh:
         self._whole = self.dimensions._flatten("whole").get_group()
         self._data = self.dimensions["replicate", "shard"]._flatten("data").get_group()
         self._summing = self.dimensions["replicate", "shard", "context"]._flatten("summing").get_group()
+        self._stage = self.dimensions["replicate", "shard", "context", "tensor"]._flatten("stage").get_group()
         self._ends = _pair_up_ends(torch.arange(distributed.world_size()).view(num_meshes, pipeline, -1))
 
     @cached_property
@@ -86,6 +87,11 @@ class Mesh:
     def summing_group(self) -> ProcessGroup:
         """The processes that compute parts of the same gradients: replicate x shard x context."""
         return self._summing
+
+    @property
+    def stage_group(self) -> ProcessGroup:
+        """The processes that hold the same stages: all dimensions but the pipeline's."""
+        return self._stage
 
     @property
     def ends_group(self) -> ProcessGroup | None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -25,7 +26,7 @@ from lilpipe.parallel.collectives import gather
 from lilpipe.parallel.context import head_and_tail
 from lilpipe.parallel.mesh import Mesh
 from lilpipe.parallel.pipeline import MicroBatch, Pipeline
-from lilpipe.tokens.loader import PADDING_DOCUMENT, Batch
+from lilpipe.tokens.loader import Batch
 from lilpipe.training.replica import Loss
 
 Batches = Callable[[int], Sequence[Batch]]
@@ -54,6 +55,7 @@ class ParallelModel:
         """For the optimizer and the checkpoints: their parameters have their names in the whole model."""
         self.mesh = mesh
         self._config = config
+        self._seed = config.seed or 0
         self._stages = list(stages)
         self._batches = batches
         self._loss = loss
@@ -68,6 +70,9 @@ class ParallelModel:
         part in the output layer, gives zeros.
         """
         batches = [self._part_of_rows(batch) for batch in self._batches(step)]
+        inputs = [self._inputs(batch, number) for number, batch in enumerate(batches)]
+        for stage in self._stages:
+            stage.set_dropout_seed(self._seed, step)
         losses: dict[int, Loss] = {}
 
         def loss_of(scores: Scores, number: int) -> Tensor:
@@ -75,12 +80,12 @@ class ParallelModel:
             return losses[number].total
 
         if self._pipeline is not None:
-            self._pipeline.forward_backward([self._inputs(batch) for batch in batches], loss_of)
+            self._pipeline.forward_backward(inputs, loss_of)
         else:
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(inputs):
                 for module in self._sharded():
                     module.set_requires_gradient_sync(number == len(batches) - 1)
-                loss_of(self._forward(self._inputs(batch)), number).backward()
+                loss_of(self._stages[0](batch.tokens_BT, **batch.inputs), number).backward()
         return [self._weigh(losses.get(number) or self._no_loss(batch)) for number, batch in enumerate(batches)]
 
     def zero_grad(self) -> None:
@@ -94,6 +99,7 @@ class ParallelModel:
         gradients.fill_in(parameters)
         if not self._sharded():  # which FSDP has summed in the backward pass
             gradients.sum_over(gradients.local_gradients(parameters), self.mesh.summing_group)
+        gradients.sum_over(gradients.local_gradients(gradients.undivided(parameters)), self.mesh.tensor_group)
         counted = parameters
         if self.mesh.ends_group is not None and self._config.model.tie_embeddings:
             embeddings = [stage.model.embed_tokens.weight for stage in self._stages if stage.model.embed_tokens]
@@ -104,10 +110,24 @@ class ParallelModel:
         gradients.clip(parameters, norm=norm, count=count, max_norm=max_norm)
         return norm
 
-    def _forward(self, batch: MicroBatch) -> Scores:
-        if self._pipeline is not None:
-            return self._pipeline.forward(batch)
-        return self._stages[0](batch.tokens_BT, **batch.inputs)
+    @property
+    def replicas(self) -> ProcessGroup:
+        """The processes that hold the same stages, and of plain tensors the same values."""
+        return self.mesh.stage_group
+
+    def after_update(self) -> Mapping[str, float]:
+        """Balance the experts, where there are any, by the tokens of all processes; gives their mean imbalance."""
+        if self._config.model.moe is None:
+            return {}
+
+        def add_up(loads_LE: Tensor) -> Tensor:
+            dist.all_reduce(loads_LE, group=self.mesh.summing_group)
+            dist.all_reduce(loads_LE, group=self.mesh.tensor_group)
+            return loads_LE
+
+        found = [value for stage in self._stages for value in stage.balance_experts(add_up).values()]
+        total, count = self.mesh.sum([sum(found), len(found)])
+        return {"expert_imbalance": total / count} if count else {}
 
     def _weigh(self, loss: Loss) -> Loss:
         """The loss, for one process of those that compute it; a loss of zeros for the others."""
@@ -132,42 +152,76 @@ class ParallelModel:
     def _places(self, seq_len: int, part: int) -> Tensor:
         return head_and_tail(seq_len, part=part, num_parts=self.mesh.layout.context)
 
-    def _inputs(self, batch: Batch) -> MicroBatch:
-        inputs = {"targets_BT": batch.targets}
+    def _inputs(self, batch: Batch, number: int) -> MicroBatch:
+        """What the stages take of a micro-batch, ``number`` in its step."""
+        inputs = {"targets_BT": batch.targets, **self._positions(batch.inputs)}
         if self._config.within_documents:
             inputs["documents_BT"] = batch.documents
-        layout = self.mesh.layout
-        if layout.context > 1 or (layout.tensor > 1 and layout.pipeline > 1):
-            seq_len = batch.inputs.shape[1] * layout.context
-            places = self._places(seq_len, self.mesh.coordinate.context).to(batch.inputs.device)
-            inputs["positions_BT"] = places.expand(len(batch.inputs), -1).contiguous()
+        if self._config.model.dropout:
+            # By their places in the whole batch, of which a data rank has every so manieth row.
+            rows_B = torch.arange(len(batch.inputs), device=batch.inputs.device) + number * len(batch.inputs)
+            inputs["rows_B"] = rows_B * self.mesh.layout.data + self.mesh.data_rank
         return MicroBatch(batch.inputs, inputs)
+
+    def _positions(self, tokens_BT: Tensor) -> dict[str, Tensor]:
+        """Places of tokens in their rows, where they do not follow from the shape of what a stage takes."""
+        layout = self.mesh.layout
+        if layout.context == 1 and (layout.tensor == 1 or layout.pipeline == 1):
+            return {}
+        places = self._places(tokens_BT.shape[1] * layout.context, self.mesh.coordinate.context)
+        return {"positions_BT": places.to(tokens_BT.device).repeat(len(tokens_BT), 1)}
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def scores(self, batch: Batch) -> Scores:
-        """Scores ``[B, T]`` of rows that every process gives alike, the same bits on every process.
+    def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
+        """Negative log-likelihood of all targets; every process is given all rows and gets the same number.
 
         The rows are divided among the data ranks.
         """
-        num_rows, seq_len = batch.inputs.shape
-        layout = self.mesh.layout
-        padded = _pad(batch, rows_to=layout.data, length_to=2 * layout.context * layout.tensor)
-        own = [column.chunk(layout.data)[self.mesh.data_rank] for column in padded]
-        modes = [part.training for part in self.parts]
+        num_ranks = self.mesh.layout.data
+        padding = (0, 0, 0, -len(inputs_BT) % num_ranks)
+        inputs_BT, targets_BT = F.pad(inputs_BT, padding), F.pad(targets_BT, padding, value=IGNORED)
+        mine = slice(self.mesh.data_rank, None, num_ranks)
+        total = -self.score(inputs_BT[mine], targets_BT[mine]).logprobs.double().sum()
+        dist.all_reduce(total, group=self.mesh.data_group)
+        return total.item()
+
+    @torch.no_grad()
+    def score(self, inputs_BT: Tensor, targets_BT: Tensor) -> Scores:
+        """Scores of targets, on every process of this data rank; all of its processes give the same rows.
+
+        All data ranks must call this together, with as many rows as the others.
+        """
+        seq_len, device = inputs_BT.shape[1], distributed.device()
+        # What is added on the right is not seen from the left.
+        padding = (0, -seq_len % (2 * self.mesh.layout.context * self.mesh.layout.tensor))
+        inputs_BT, targets_BT = F.pad(inputs_BT, padding), F.pad(targets_BT, padding, value=IGNORED)
+        places = self._places(inputs_BT.shape[1], self.mesh.coordinate.context)
+        was_training = [part.training for part in self.parts]
         for part in self.parts:
             part.eval()
-        pieces = zip(*(column.split(ROWS_AT_ONCE) for column in own), strict=True)
-        found = [torch.stack(self._forward(self._inputs(self._part_of_rows(Batch(*piece))))) for piece in pieces]
+        found_2BT = torch.cat(
+            [
+                self._score_part(tokens[:, places].to(device), targets[:, places].to(device))
+                for tokens, targets in zip(inputs_BT.split(ROWS_AT_ONCE), targets_BT.split(ROWS_AT_ONCE), strict=True)
+            ],
+            dim=1,
+        )
+        for part, training in zip(self.parts, was_training, strict=True):
+            part.train(training)
         for module in self._sharded():
-            module.reshard()  # else weights loaded after this would not be seen
-        for part, mode in zip(self.parts, modes, strict=True):
-            part.train(mode)
-        scores_2TB = gather(torch.cat(found, dim=1).transpose(1, 2), self.mesh.context_group)
-        order = torch.cat([self._places(padded.inputs.shape[1], part) for part in range(layout.context)])
-        scores_2BT = gather(scores_2TB[:, order.argsort()].transpose(1, 2), self.mesh.data_group)
-        return Scores(*scores_2BT[:, :num_rows, :seq_len])
+            module.reshard()  # else weights that are loaded after this would not be seen
+        found_2TB = gather(found_2BT.transpose(1, 2), self.mesh.context_group)
+        order = torch.cat([self._places(inputs_BT.shape[1], part) for part in range(self.mesh.layout.context)])
+        return Scores(*found_2TB[:, order.argsort()[:seq_len]].transpose(1, 2))
+
+    def _score_part(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Log-probabilities and normalisers ``[2, B, T]`` of the tokens of this process."""
+        batch = MicroBatch(tokens_BT, {"targets_BT": targets_BT, **self._positions(tokens_BT)})
+        if self._pipeline is not None:
+            return torch.stack(self._pipeline.forward(batch))
+        return torch.stack(self._stages[0](tokens_BT, **batch.inputs))
 
     # --- names and tensors ----------------------------------------------------------------------------------------
 
@@ -179,11 +233,6 @@ class ParallelModel:
             named = dict(part.named_parameters()) | dict(part.named_buffers())
             found |= {name: tensor.detach() for name, tensor in named.items() if name in saved}
         return found
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of this process by their names in the whole model."""
-        for part in self.parts:
-            yield from part.named_parameters()
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the whole model on the CPU of the mesh's first process, one at a time.
@@ -221,18 +270,6 @@ class ParallelModel:
 
     def _sharded(self) -> list[FSDPModule]:
         return [module for stage in self._stages for module in stage.modules() if isinstance(module, FSDPModule)]
-
-
-def _pad(batch: Batch, *, rows_to: int, length_to: int) -> Batch:
-    """With rows and, on the right, tokens added that do not count, up to multiples of both."""
-    num_rows, seq_len = batch.inputs.shape
-    padding = (0, -seq_len % length_to, 0, -num_rows % rows_to)
-    return Batch(
-        inputs=F.pad(batch.inputs, padding),
-        targets=F.pad(batch.targets, padding, value=IGNORED),
-        documents=F.pad(batch.documents, padding, value=PADDING_DOCUMENT),
-        positions=F.pad(batch.positions, padding),
-    )
 
 
 def _whole(tensor: Tensor) -> Tensor:

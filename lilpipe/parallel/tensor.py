@@ -1,63 +1,121 @@
 """Tensor parallelism: each process holds a part of every matrix (Shoeybi et al. 2019).
 
-Between the matrices, where norms and residuals work on single tokens, each process holds a part of the sequence
-(Korthikanti et al. 2022): what was an all-reduce becomes a reduce-scatter and an all-gather, and no activation is
-held twice.
+Where norms and residuals work on single tokens, each process holds a part of the sequence (Korthikanti et al. 2022). It
+is gathered before the matrices of attention and of the feed-forward layer, and what these give is summed and scattered.
+In between, tensors are whole on each process and their gradients are parts to be added up. So are the gradients of the
+parameters that are not divided (norms, latents, experts), which ``ParallelModel.reduce`` adds up at the end of a step.
+
+A divided parameter is a DTensor, by which optimizer and checkpoints know its part; the arithmetic is on plain tensors.
+Experts are not divided: each process sends its part of the sequence through all of them.
+
+Dimensions: B sequences, T tokens, D width.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lilpipe.model.moe import MoE
 from lilpipe.model.transformer import Transformer
+from lilpipe.parallel.collectives import gather_sequence, scatter_sequence
 from lilpipe.parallel.vocabulary import VocabularyScores
 
-NORMS_BEFORE_MATRICES = ("input_layernorm", "post_attention_layernorm")
+BY_OUTPUTS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_b_proj", "self_attn.kv_b_proj"),
+    *("mlp.gate_proj", "mlp.up_proj"),
+)
+"""Matrices of a block that lead into heads and hidden units, of which each process has some."""
+BY_INPUTS = ("self_attn.o_proj", "mlp.down_proj")
+"""Matrices that lead out of them."""
 
 
 def divide_matrices(stage: Transformer, mesh: DeviceMesh) -> None:
     """Cut the matrices of a pipeline stage, or of the whole model, over ``mesh``, in place."""
-    styles: dict[str, ParallelStyle] = {}
-    if stage.model.embed_tokens is not None:
-        styles["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))
-    if stage.model.norm is not None:
-        styles["model.norm"] = SequenceParallel(use_local_output=True)
+    group, decoder = mesh.get_group(), stage.model
+    if decoder.embed_tokens is not None:
+        _divide(decoder.embed_tokens, "weight", 0, mesh)
+        decoder.embed_tokens.forward = partial(_embed, decoder.embed_tokens, group)  # type: ignore[assignment]
+    if decoder.embed_positions is not None:
+        decoder.embed_positions.register_forward_pre_hook(partial(_take_part_of_positions, group))
     if stage.lm_head is not None:
-        styles["lm_head"] = ColwiseParallel()
-    for layer, block in stage.model.layers.items():
-        styles |= {f"model.layers.{layer}.{name}": style for name, style in _styles_of_block().items()}
-    parallelize_module(stage, mesh, styles)
-    for block in stage.model.layers.values():
-        for norm in NORMS_BEFORE_MATRICES:
-            block.get_submodule(norm).register_forward_hook(_gather_sequence)
-    stage.token_scores = VocabularyScores(mesh.get_group()).score
+        _divide(stage.lm_head, "weight", 0, mesh)
+    for block in decoder.layers.values():
+        _divide_block(block, mesh)
+    stage.token_scores = VocabularyScores(group).score
 
 
-def _styles_of_block() -> dict[str, ParallelStyle]:
-    """Divided by columns is what leads into heads and hidden units, by rows what leads out of them."""
-    return {
-        **{name: SequenceParallel() for name in NORMS_BEFORE_MATRICES},
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": ColwiseParallel(),
-        "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
-    }
+def _divide_block(block: nn.Module, mesh: DeviceMesh) -> None:
+    group, modules = mesh.get_group(), dict(block.named_modules())
+    block.register_forward_pre_hook(partial(_take_part_of_draws, group))
+    modules["input_layernorm"].register_forward_hook(partial(_gather_output, group))
+    if not isinstance(modules["mlp"], MoE):
+        modules["post_attention_layernorm"].register_forward_hook(partial(_gather_output, group))
+    for name in BY_OUTPUTS:
+        if isinstance(linear := modules.get(name), nn.Linear):
+            _divide(linear, "weight", 0, mesh)
+            _divide(linear, "bias", 0, mesh)
+            linear.forward = partial(_to_own_outputs, linear)  # type: ignore[assignment]
+    for name in BY_INPUTS:
+        if isinstance(linear := modules.get(name), nn.Linear):
+            _divide(linear, "weight", 1, mesh)
+            linear.forward = partial(_from_own_inputs, linear, group)  # type: ignore[assignment]
 
 
-def _gather_sequence(module: nn.Module, args: Any, output: DTensor) -> DTensor:  # noqa: ARG001 (fixed signature)
-    """After a norm, once for all matrices that follow it."""
-    return output.redistribute(placements=[Replicate()])
+def _divide(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
+    parameter = getattr(module, name)
+    if parameter is not None:
+        setattr(module, name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(dim)], src_data_rank=None)))
+
+
+# --- forward passes on the parts --------------------------------------------------------------------------------------
+
+
+def _to_own_outputs(linear: nn.Linear, x_BTD: Tensor) -> Tensor:
+    return F.linear(x_BTD, _own(linear.weight), None if linear.bias is None else _own(linear.bias))
+
+
+def _from_own_inputs(linear: nn.Linear, group: ProcessGroup, x_BTD: Tensor) -> Tensor:
+    """The sum over processes, of which each gets its part of the sequence; a bias is added once."""
+    y_BTD = scatter_sequence(F.linear(x_BTD, _own(linear.weight)), group)
+    return y_BTD if linear.bias is None else y_BTD + linear.bias
+
+
+def _embed(embedding: nn.Embedding, group: ProcessGroup, tokens_BT: Tensor) -> Tensor:
+    """Vectors of this process's words, zeros for the others', summed: each process gets its part of the sequence."""
+    words = _own(embedding.weight)
+    numbers_BT = tokens_BT - dist.get_rank(group) * len(words)
+    own_BT = (numbers_BT >= 0) & (numbers_BT < len(words))
+    return scatter_sequence(F.embedding(numbers_BT.where(own_BT, 0), words) * own_BT[..., None], group)
+
+
+def _own(parameter: Tensor) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    return parameter.to_local()
+
+
+# --- the sequence and its parts ---------------------------------------------------------------------------------------
+
+
+def _gather_output(group: ProcessGroup, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+    return gather_sequence(output, group)
+
+
+def _take_part_of_positions(group: ProcessGroup, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:  # noqa: ARG001
+    return (_part(args[0], 1, group),)
+
+
+def _take_part_of_draws(group: ProcessGroup, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001
+    """What dropout draws by: the last argument of a block, ``[2, B, T]`` if there is one."""
+    return None if args[-1] is None else (*args[:-1], _part(args[-1], 2, group))
+
+
+def _part(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    return tensor.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]

@@ -45,8 +45,7 @@ class VocabularyScores:
                 checkpoint(self._score, hidden, weight_WD, targets, softcap, use_reentrant=False)
                 for hidden, targets in zip(hidden_ND.split(num_at_once), targets_N.split(num_at_once), strict=True)
             ]
-        logprobs, normalisers = zip(*parts, strict=True)
-        return Scores(torch.cat(logprobs).view(targets_BT.shape), torch.cat(normalisers).view(targets_BT.shape))
+        return scores.gather_scores(parts, targets_BT)
 
     def _score(
         self, hidden_ND: Tensor, weight_WD: Tensor, targets_N: Tensor, softcap: float | None
@@ -60,5 +59,5 @@ class VocabularyScores:
         chosen_N = logits_NW.gather(1, words_N.where(own_N, 0)[:, None])[:, 0].where(own_N, 0.0)
         total_N = (logits_NW - highest_N[:, None]).exp().sum(-1)
         total_N, chosen_N = sum_of_parts(torch.stack([total_N, chosen_N]), self.group)
-        counts_N, normaliser_N = targets_N >= 0, total_N.log() + highest_N
-        return (chosen_N - normaliser_N).where(counts_N, 0.0), normaliser_N.where(counts_N, 0.0)
+        normaliser_N = total_N.log() + highest_N
+        return chosen_N - normaliser_N, normaliser_N

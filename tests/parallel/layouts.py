@@ -9,52 +9,83 @@ import torch
 from lilpipe.config.parallel import Layout
 from tests.parallel import toy
 
+DOCUMENTS = {"within_documents": True}
+INTERLEAVED = {"schedule": "interleaved", "stages_per_worker": 2}
+ZERO_BUBBLE = {"schedule": "zero_bubble", "stages_per_worker": 2}
+UNTIED = {"tie_embeddings": False, "logit_softcap": 5.0}
+GPT2 = {"architecture": "gpt2", "num_kv_heads": 8, "dropout": 0.1}
+MOE = {"qk_norm": True, "dropout": 0.1, "moe": {"num_experts": 4, "expert_size": 16, "bias_update_rate": 0.01}}
+MLA = {"mla": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}}
+LATENT_MOE = MLA | {"moe": MOE["moe"]}
+
 
 @dataclass(frozen=True)
 class Case:
+    """One layout, and what is trained in it."""
+
     name: str
     layout: Layout
-    dtype: torch.dtype = torch.float64
-    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def ranks(self):
-        return range(prod(self.layout))
+    def size(self):
+        return prod(self.layout)
+
+    @property
+    def tolerance(self):
+        return 1e-12 if self.dtype == torch.float64 else 2e-6
 
     def config(self):
-        return toy.config(self.layout, **self.options)
+        return toy.config(self.layout, **self.settings)
 
 
-def case(name, *, pipeline=1, replicate=1, shard=1, context=1, tensor=1, dtype=torch.float64, **options):
-    return Case(name, Layout(pipeline, replicate, shard, context, tensor), dtype, options)
+def case(name, *, pipeline=1, replicate=1, shard=1, context=1, tensor=1, dtype=torch.float64, **settings):
+    return Case(name, Layout(pipeline, replicate, shard, context, tensor), dtype, settings)
 
 
-DOCUMENTS = {"within_documents": True}
 CASES = [
     case("ddp2", replicate=2),
     case("ddp4", replicate=4, **DOCUMENTS),
     case("fsdp2", shard=2),
     case("fsdp4", shard=4, **DOCUMENTS),
-    case("hsdp2x2", replicate=2, shard=2),
-    case("tp2", tensor=2),
+    case("hsdp2x2", replicate=2, shard=2, model=UNTIED),
+    case("tp2", tensor=2, model=UNTIED),
     case("tp4", tensor=4, **DOCUMENTS),
-    case("tp2 softcap untied", tensor=2, logit_softcap=5.0, tie_embeddings=False),
-    case("fsdp2xtp2", shard=2, tensor=2, **DOCUMENTS),
-    case("ddp2xtp2", replicate=2, tensor=2),
+    case("fsdp2 x tp2", shard=2, tensor=2, **DOCUMENTS),
+    case("ddp2 x tp2", replicate=2, tensor=2),
     case("cp2", context=2),
     case("cp4", context=4, **DOCUMENTS),
-    case("cp2xtp2", context=2, tensor=2, **DOCUMENTS),
-    case("fsdp2xcp2", shard=2, context=2, **DOCUMENTS),
-    case("ddp2xcp2", replicate=2, context=2),
-    case("pp2", pipeline=2),
-    case("pp2 untied", pipeline=2, tie_embeddings=False, **DOCUMENTS),
+    case("cp2 x tp2", context=2, tensor=2, **DOCUMENTS),
+    case("fsdp2 x cp2", shard=2, context=2, **DOCUMENTS),
+    case("ddp2 x cp2", replicate=2, context=2),
+    case("pp2", pipeline=2, model=UNTIED, **DOCUMENTS),
     case("pp4", pipeline=4),
-    case("pp2 interleaved", pipeline=2, schedule="interleaved", stages_per_worker=2),
-    case("pp2 zero bubble", pipeline=2, schedule="zero_bubble", stages_per_worker=2, **DOCUMENTS),
-    case("pp2xtp2", pipeline=2, tensor=2, **DOCUMENTS),
-    case("pp2xtp2 zero bubble", pipeline=2, tensor=2, schedule="zero_bubble", stages_per_worker=2),
-    case("pp2xcp2", pipeline=2, context=2, **DOCUMENTS),
-    case("pp2xddp2 interleaved", pipeline=2, replicate=2, schedule="interleaved", stages_per_worker=2),
-    case("pp2xfsdp2", pipeline=2, shard=2),
-    case("pp2xfsdp2 zero bubble", pipeline=2, shard=2, schedule="zero_bubble", stages_per_worker=2),
+    case("pp2 interleaved", pipeline=2, **INTERLEAVED, **DOCUMENTS),
+    case("pp2 zero bubble", pipeline=2, **ZERO_BUBBLE),
+    case("pp2 x tp2", pipeline=2, tensor=2, **DOCUMENTS),
+    case("pp2 x tp2 zero bubble", pipeline=2, tensor=2, **ZERO_BUBBLE),
+    case("pp2 x cp2", pipeline=2, context=2, **DOCUMENTS),
+    case("pp2 x ddp2 interleaved", pipeline=2, replicate=2, **INTERLEAVED),
+    case("pp2 x fsdp2", pipeline=2, shard=2, **DOCUMENTS),
+    case("pp2 x fsdp2 zero bubble", pipeline=2, shard=2, **ZERO_BUBBLE),
+    case("gpt2 tp2", tensor=2, model=GPT2),
+    case("gpt2 cp2 x tp2", context=2, tensor=2, model=GPT2),
+    case("gpt2 pp2 x tp2", pipeline=2, tensor=2, model=GPT2),
+    case("moe tp2", tensor=2, model=MOE),
+    case("moe fsdp2 x tp2", shard=2, tensor=2, model=MOE),
+    case("moe pp2 x cp2", pipeline=2, context=2, model=MOE),
+    case("mla tp2", tensor=2, model=MLA),
+    case("mla moe fsdp2 x cp2", shard=2, context=2, model=LATENT_MOE),
+    case("mla moe pp2 x tp2", pipeline=2, tensor=2, model=LATENT_MOE, **DOCUMENTS),
+    case("muon fsdp2 x tp2", shard=2, tensor=2, optimizer="muon"),
+    case("muon pp2 x cp2", pipeline=2, context=2, optimizer="muon"),
+    *(
+        case(f"{name} in float32", dtype=torch.float32, within_documents=True, **layout)
+        for name, layout in {
+            "fsdp4": {"shard": 4},
+            "cp2 x tp2": {"context": 2, "tensor": 2},
+            "pp2 x fsdp2": {"pipeline": 2, "shard": 2},
+        }.items()
+    ),
 ]

@@ -6,30 +6,30 @@ import torch.nn.functional as F
 from lilpipe.config import ModelConfig, OptimizerConfig, ParallelConfig, PretrainConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokens.loader import IGNORED, Batch
+from lilpipe.training.optimizer import Optimizer
 from lilpipe.training.replica import Loss
 
 NUM_STEPS = 10
 VOCAB = 64
 SEQ_LEN = 16
 ROWS = 8
-MICRO_BATCHES = 4
-"""Of a step on each worker; the rows allow fewer where there are more than two data ranks."""
 LEARNING_RATE = 1e-2
 Z_LOSS = 1e-2
+SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 48}
 
 
-def config(layout, *, within_documents=False, schedule="1f1b", stages_per_worker=1, precision="fp32", **model):
+def config(layout, *, model=None, optimizer="adamw", stages_per_worker=1, schedule="1f1b", **settings):
     """Pretraining of the toy in a layout (pipeline, replicate, shard, context, tensor)."""
     pipeline, replicate, shard, context, tensor = layout
-    shape = {"hidden_size": 32, "num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 48}
+    shape = SHAPE | {"num_layers": max(2, pipeline * stages_per_worker), "max_seq_len": SEQ_LEN} | (model or {})
     return PretrainConfig(
         seed=7,
         num_workers=pipeline * replicate * shard * context * tensor,
         num_steps=NUM_STEPS,
         batch_size=ROWS,
-        accumulation_steps=min(MICRO_BATCHES, ROWS // (replicate * shard)),
-        model=ModelConfig(**(shape | {"max_seq_len": SEQ_LEN} | model)),
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, max_grad_norm=1.0, warmup_steps=0),
+        accumulation_steps=2 * pipeline if pipeline > 1 else 2,
+        model=ModelConfig(**shape),
+        optimizer=OptimizerConfig(kind=optimizer, learning_rate=LEARNING_RATE, max_grad_norm=1.0, warmup_steps=0),
         parallel=ParallelConfig(
             pipeline=pipeline,
             replicate=replicate,
@@ -39,8 +39,7 @@ def config(layout, *, within_documents=False, schedule="1f1b", stages_per_worker
             schedule=schedule,
             stages_per_worker=stages_per_worker,
         ),
-        within_documents=within_documents,
-        precision=precision,
+        **settings,
     )
 
 
@@ -61,33 +60,66 @@ def loss(scores, part):
     return Loss(total, count, part.targets.numel(), {"normaliser": (scores.normaliser.sum().item(), count)})
 
 
-def optimizer(parameters):
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+class AdamW:
+    """torch's own, with decay on every parameter."""
+
+    def __init__(self, parts):
+        parameters = [parameter for part in parts for parameter in part.parameters()]
+        self._adamw = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step(self, lr_scale):
+        self._adamw.step()
+
+
+def optimizer(config, parts, replicas=None):
+    """torch's AdamW, or ours where Muon is asked for."""
+    return Optimizer(parts, config.optimizer, replicas=replicas) if config.optimizer.kind == "muon" else AdamW(parts)
 
 
 def plain_losses(config, dtype):
-    """Loss of each step: whole batches, whole logits, torch's own clipping."""
+    """Loss and gradient norm of each step: whole batches, whole logits, torch's own clipping. Then what it learnt."""
     model = Transformer(config.model, VOCAB)
     model.init_weights(config.seed)
     model.to(dtype)
-    adamw = optimizer(model.parameters())
+    updates = optimizer(config, [model])
     losses, norms = [], []
     for step in range(NUM_STEPS):
         rows = batch(step)
-        allowed = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()[None]
-        if config.within_documents:
-            allowed = allowed & (rows.documents[:, :, None] == rows.documents[:, None, :])
-        hidden = model.model(rows.inputs, mask=allowed[:, None])
-        logits = F.linear(hidden, model.output_weight)
-        if config.model.logit_softcap:
-            logits = config.model.logit_softcap * torch.tanh(logits / config.model.logit_softcap)
-        counts = rows.targets != IGNORED
-        total = F.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), reduction="sum")
-        total = total + Z_LOSS * logits.logsumexp(-1)[counts].square().sum()
-        mean = total / counts.sum()
-        adamw.zero_grad()
+        model.set_dropout_seed(config.seed, step)
+        mean = _mean_loss(model, rows, within_documents=config.within_documents)
+        model.zero_grad()
         mean.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        adamw.step()
+        updates.step(1.0)
+        model.balance_experts(lambda loads: loads)
         losses.append(mean.item())
-    return losses, norms
+    return {"losses": losses, "norms": norms, "nats": nats(model), "weights": digest(model.state_dict().items())}
+
+
+def _mean_loss(model, rows, *, within_documents):
+    allowed = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()[None]
+    if within_documents:
+        allowed = allowed & (rows.documents[:, :, None] == rows.documents[:, None, :])
+    logits = F.linear(model.model(rows.inputs, mask=allowed[:, None]), model.output_weight)
+    if cap := model.config.logit_softcap:
+        logits = cap * torch.tanh(logits / cap)
+    counts = rows.targets != IGNORED
+    total = F.cross_entropy(logits.flatten(0, 1), rows.targets.flatten(), reduction="sum")
+    return (total + Z_LOSS * logits.logsumexp(-1)[counts].square().sum()) / counts.sum()
+
+
+def held_out():
+    """Five rows, which no number of data ranks here divides, of a length that no layout divides."""
+    rows = batch(NUM_STEPS)
+    return rows.inputs[:5, :13], rows.targets[:5, :13]
+
+
+@torch.no_grad()
+def nats(model):
+    inputs, targets = held_out()
+    return -model.eval()(inputs, targets_BT=targets).logprobs.double().sum().item()
+
+
+def digest(tensors):
+    """Each tensor by two numbers."""
+    return {name: [t.double().sum().item(), t.double().square().sum().item()] for name, t in sorted(tensors)}

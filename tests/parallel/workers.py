@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -15,54 +14,40 @@ from tests.parallel import toy
 from tests.parallel.layouts import CASES
 
 
-def train(model):
-    """Loss and gradient norm of each step."""
-    adamw = toy.optimizer([parameter for part in model.parts for parameter in part.parameters()])
+def train(case):
+    """What ``toy.plain_losses`` gives, of a model cut over a mesh."""
+    config, mesh = case.config(), Mesh(case.layout)
+
+    def batches(step):
+        rows = [column[mesh.data_rank :: mesh.layout.data] for column in toy.batch(step)]
+        return [toy.Batch(*parts) for parts in zip(*(r.chunk(config.accumulation_steps) for r in rows), strict=True)]
+
+    model = parallelize(config, toy.VOCAB, batches=batches, loss=toy.loss, mesh=mesh, dtype=case.dtype)
+    updates = toy.optimizer(config, model.parts, model.replicas)
     losses, norms = [], []
     for step in range(toy.NUM_STEPS):
         model.zero_grad()
         parts = model.forward_backward(step)
-        total, count = model.mesh.sum(
-            [sum(part.total.item() for part in parts), sum(float(part.count) for part in parts)]
-        )
+        total, count = mesh.sum([sum(part.total.item() for part in parts), sum(float(part.count) for part in parts)])
         norms.append(model.reduce(count=count, max_norm=1.0))
-        adamw.step()
+        updates.step(1.0)
+        model.after_update()
         losses.append(total / count)
-    return losses, norms
-
-
-def run(case, mesh):
-    config = case.config()
-    data, rank = mesh.layout.data, mesh.data_rank
-
-    def batches(step):
-        rows = [column.chunk(data)[rank] for column in toy.batch(step)]
-        return [toy.Batch(*parts) for parts in zip(*(rows.chunk(config.accumulation_steps) for rows in rows), strict=True)]
-
-    model = parallelize(config, toy.VOCAB, batches=batches, loss=toy.loss, mesh=mesh, dtype=case.dtype)
-    losses, norms = train(model)
-    return {"losses": losses, "norms": norms}
+    result = {"losses": losses, "norms": norms, "nats": model.nats(*toy.held_out())}
+    return result | {"weights": toy.digest(model.full_tensors())}
 
 
 def main(root, names):
     torch.set_num_threads(1)
     distributed.init()
-    report = {}
+    report, seconds = {}, {}
     for case in [case for case in CASES if case.name in names]:
         begun = time.perf_counter()
-        mesh = Mesh(case.layout)
-        if True:
-            try:
-                report[case.name] = run(case, mesh)
-            except Exception as error:
-                if len(names) == 1:
-                    raise
-                traceback.print_exc()
-                print("FAILED", case.name, flush=True)
-                report[case.name] = {"error": repr(error)}
-            if distributed.rank() in (0,):
-                print(f"{case.name} {time.perf_counter() - begun:.1f}s", flush=True)
+        report[case.name] = train(case)
+        seconds[case.name] = time.perf_counter() - begun
     (root / f"rank{distributed.rank()}.json").write_text(json.dumps(report))
+    if distributed.is_main():
+        print("\n".join(f"{spent:6.1f} s {name}" for name, spent in seconds.items()))
     distributed.barrier()
     distributed.shutdown()
 
