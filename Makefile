@@ -13,18 +13,24 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: pipeline test cluster-test lint setup up down seeds clean
+.PHONY: pipeline test distributed-test slow-test cluster-test lint setup up down seeds clean
 
 INSTALLED := $(VENV)/.installed
 
 pipeline: setup ## Run the full pipeline; CONFIG=mine.toml lays your settings over the recipe
 	@$(BIN)/python -m flows --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(SEED),--seed $(SEED))
 
-test: setup ## All tests: offline, on the CPU, 5 minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: setup ## The fast tests: offline, on the CPU, 5 minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slow"
 
-cluster-test: setup ## Corpus tasks on a real Slurm and Ray of this host; says what to install for those it skips
-	$(BIN)/python -m pytest tests/data/executors/test_slurm.py tests/data/executors/test_ray.py -rs
+distributed-test: setup ## Tests that start several processes: layouts, launchers, planted faults
+	$(BIN)/python -m pytest -m distributed -rs
+
+slow-test: setup ## Tests that take minutes each: more processes, more kills
+	$(BIN)/python -m pytest -m slow -rs --timeout 3600
+
+cluster-test: setup ## Tasks and workers on a real Slurm and Ray of this host; says what to install for those it skips
+	$(BIN)/python -m pytest tests/data/executors/test_slurm.py tests/data/executors/test_ray.py tests/launch/test_srun.py -rs
 
 lint: setup ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

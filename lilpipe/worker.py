@@ -23,6 +23,7 @@ from lilpipe.errors import DataError, HungCollective, LilpipeError, Preempted, S
 from lilpipe.launch.failure import RAISED, forget, report
 from lilpipe.launch.processes import be_killed_with_parent
 from lilpipe.launch.srun import rank_environment
+from lilpipe.launch.workers import METRICS
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.store import explain_os_error
 
@@ -44,7 +45,7 @@ def main(job_file: Path) -> int:
             return 1
         raise
     if rank == 0:
-        write_atomically(work / "metrics.json", json.dumps(metrics))
+        write_atomically(work / METRICS, json.dumps(metrics))
     return 0
 
 

@@ -1,6 +1,7 @@
 """A Slurm cluster of this host alone: munged, slurmctld and slurmd on loopback, with all they write in one folder.
 
-For trying and testing ``corpus.executor = "slurm"`` without a cluster, as any user, with Debian's `slurm-wlm`:
+For trying and testing ``corpus.executor = "slurm"`` and ``launch.launcher = "srun"`` without a cluster, as any user,
+with Debian's `slurm-wlm`:
 
     python deploy/slurm/one_host.py /tmp/slurm      # prints the setting to export; Ctrl-C stops it
 
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
-COMMANDS = ("sbatch", "squeue", "scancel", "sinfo")
+COMMANDS = ("sbatch", "srun", "squeue", "scancel", "sinfo")
 START_SECONDS = 30
 STOP_SECONDS = 10
 PARTITION = "cpu"

@@ -25,7 +25,7 @@ from lilpipe.launch.lines import Lines
 from lilpipe.launch.processes import OneProcess
 from lilpipe.launch.srun import Srun
 from lilpipe.launch.torchrun import Torchrun
-from lilpipe.launch.workers import Ended, Job, Restarted, Workers
+from lilpipe.launch.workers import METRICS, Ended, Job, Restarted, Workers
 from lilpipe.stage import Metrics, Stage, Workspace
 
 POLL_SECONDS = 0.1
@@ -53,7 +53,7 @@ def launch(
     for event in events.read():
         on_event(json.loads(event))
     if state.problem is None:
-        return json.loads((work / "metrics.json").read_text(encoding="utf-8"))
+        return json.loads((work / METRICS).read_text(encoding="utf-8"))
     raise read_final(work) or _failure(job, state)
 
 
@@ -68,7 +68,7 @@ def _start(job: Job) -> Workers:
 
 def _describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
     """Write the job file, and clear away what an earlier try has left of its end."""
-    for stale in ("metrics.json", FINAL, RAISED):
+    for stale in (METRICS, FINAL, RAISED):
         forget(work / stale)
     settings = getattr(config, "launch", LaunchConfig())
     environment = dict(os.environ)

@@ -16,14 +16,19 @@ from collections.abc import Mapping
 
 from lilpipe.errors import ClusterError, ConfigError
 from lilpipe.launch.failure import read_final
+from lilpipe.launch.lines import Lines
 from lilpipe.launch.processes import explain, start_process, stop_process, worker_command
-from lilpipe.launch.workers import Ended, Job, Restarted
+from lilpipe.launch.workers import METRICS, Ended, Job, Restarted
 
 CONTROLLER_SECONDS = 300
 """How long a controller that does not answer (it may be restarting) is asked again."""
 CANCEL_SECONDS = 120
 """How long cancelled jobs may take to end; Slurm's `KillWait` is 30 s by default."""
+METRICS_SECONDS = 90
+"""How long what a node has written may take to be seen here: NFS keeps directories for up to 60 s."""
 OWN_OPTIONS = {"job-name", "nodes", "ntasks", "ntasks-per-node", "kill-on-bad-exit", "output", "error", "test-only"}
+_TASK_ENDED = re.compile(r"^srun: error: (?P<host>\S+): tasks? (?P<task>[\d,-]+): (?P<how>.+?)\s*$")
+"""What `srun` says of tasks that did not end well."""
 _PORTS = range(15_000, 30_000)
 """Below those that Linux gives to outgoing connections."""
 
@@ -78,8 +83,10 @@ class Srun:
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self._lines = Lines(job.log)
         self._command = command(job, job.environment)
         self._restarts = 0
+        self._done_at: float | None = None
         _cancel(job.name)  # what a parent that was killed may have left at work in this folder
         if "SLURM_JOB_ID" not in job.environment:
             _try_submission(self._command)
@@ -90,16 +97,31 @@ class Srun:
         status = self._process.poll()
         if status is None:
             return None
-        if status == 0:
-            return Ended(None)
-        ended = explain(self._job, 128 - status if status > 128 else status, "a task: ")
         if _state(self._job.name) == "CANCELLED":
             raise ClusterError(f"Slurm job {self._job.name} was cancelled; run again to go on")
+        if status == 0:
+            return self._wait_for_metrics()
+        ended = self._explain(128 - status if status > 128 else status)
         if read_final(self._job.work) or self._restarts == self._job.settings.max_restarts:
             return ended
         self._restarts += 1
         self._process = start_process(self._command, self._job)
         return Restarted(f"{ended.problem} (restart {self._restarts} of {self._job.settings.max_restarts})")
+
+    def _explain(self, status: int) -> Ended:
+        """How the first task ended that did: the status is that of all, the highest."""
+        ends = [match for line in self._lines.read() if (match := _TASK_ENDED.search(line))]
+        if ends and not ends[0]["how"].startswith("Exited"):
+            return Ended(f"task {ends[0]['task']} on {ends[0]['host']}: {ends[0]['how']}")
+        return explain(self._job, status, "srun: ")
+
+    def _wait_for_metrics(self) -> Ended | None:
+        """Done when the metrics are seen here, which another node has written."""
+        self._done_at = self._done_at or time.monotonic()
+        if (self._job.work / METRICS).exists():
+            return Ended(None)
+        late = time.monotonic() > self._done_at + METRICS_SECONDS
+        return Ended(f"srun ended well, but there is no {METRICS}") if late else None
 
     def stop(self) -> None:
         """Tell `srun`, which passes SIGTERM on; what does not end then is cancelled."""

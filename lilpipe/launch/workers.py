@@ -9,6 +9,9 @@ from typing import Protocol
 
 from lilpipe.config.parallel import LaunchConfig
 
+METRICS = "metrics.json"
+"""What rank 0 writes in the end."""
+
 
 @dataclass(frozen=True)
 class Job:
