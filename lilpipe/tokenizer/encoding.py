@@ -8,6 +8,9 @@ A token's id is its rank: merges of lower rank are applied first. Ids 0 to 255 a
 their own where a vocabulary was extended), then come the merges, then the special tokens. All bytes are there, so no
 text is unknown. Text is never read as a special token: ``"<|user|>"`` in a document encodes as the eight characters
 that it is (``transformers`` does so with ``split_special_tokens=True``).
+
+A vocabulary from elsewhere keeps its own special tokens. One of them ends a document; tokens for turns of a
+conversation it may lack.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +28,16 @@ import tiktoken
 from lilpipe.artifact import write_atomically
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE
+from lilpipe.tokenizer.imported import check_added_tokens, document_end, exact_merges
 from lilpipe.tokenizer.patterns import resolve_pattern
 from lilpipe.tokenizer.vocabulary import (
     TOKENIZER_FILE,
+    Merge,
     Ranks,
+    Vocabulary,
     from_hugging_face,
     read_vocabulary,
+    recover_merges,
     to_hugging_face,
     to_tiktoken,
 )
@@ -53,25 +61,70 @@ def special_tokens(num_reserved: int = NUM_RESERVED) -> tuple[str, ...]:
 class Tokenizer:
     """A vocabulary of bytes, merges and special tokens, with tiktoken underneath."""
 
-    def __init__(self, ranks: Ranks, pattern: str, *, num_reserved: int = NUM_RESERVED) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        pattern: str,
+        *,
+        num_reserved: int = NUM_RESERVED,
+        special: Sequence[str] | None = None,
+        document_end: str = NAMED_TOKENS[0],
+    ) -> None:
         """Make a tokenizer of ``ranks`` (token bytes to id, the 256 bytes among them, ids without gaps).
 
-        ``pattern`` cuts text into pieces before merging: a preset's name or a regular expression.
+        ``pattern`` cuts text into pieces before merging: a preset's name or a regular expression. ``special`` are the
+        names of other special tokens than ours, of which ``document_end`` ends a document.
         """
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.pattern = resolve_pattern(pattern)
         assert list(self.ranks.values()) == list(range(len(ranks))), "ranks must be 0, 1, 2, ..."
-        self.special_ids = {name: len(ranks) + index for index, name in enumerate(special_tokens(num_reserved))}
+        names = special_tokens(num_reserved) if special is None else special
+        self.special_ids = {name: len(ranks) + index for index, name in enumerate(names)}
         self.vocab_size = len(ranks) + len(self.special_ids)
         self._encoding = tiktoken.Encoding(
             "lilpipe", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
         )
-        self.document_end_id = self.special_ids["<|end_of_document|>"]
-        self.padding_id = self.special_ids["<|padding|>"]
-        self.system_id = self.special_ids["<|system|>"]
-        self.user_id = self.special_ids["<|user|>"]
-        self.assistant_id = self.special_ids["<|assistant|>"]
-        self.turn_end_id = self.special_ids["<|end_of_turn|>"]
+        self.document_end = document_end
+        self.document_end_id = self.special_ids[document_end]
+        self.padding_id = self.special_ids.get("<|padding|>", self.document_end_id)
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether there are tokens for a conversation."""
+        return set(NAMED_TOKENS) <= self.special_ids.keys()
+
+    @property
+    def system_id(self) -> int:
+        """Begins a system message."""
+        return self._turn_token("<|system|>")
+
+    @property
+    def user_id(self) -> int:
+        """Begins a user's message."""
+        return self._turn_token("<|user|>")
+
+    @property
+    def assistant_id(self) -> int:
+        """Begins the model's answer."""
+        return self._turn_token("<|assistant|>")
+
+    @property
+    def turn_end_id(self) -> int:
+        """Ends a message."""
+        return self._turn_token("<|end_of_turn|>")
+
+    def _turn_token(self, name: str) -> int:
+        if name not in self.special_ids:
+            raise DataError(
+                f"tokenizer: got a vocabulary from elsewhere without {name}, expected one with tokens for "
+                "conversations; train the model on with a tokenizer that extends this one (tokenizer.base)"
+            )
+        return self.special_ids[name]
+
+    @cached_property
+    def merges(self) -> tuple[Merge, ...]:
+        """The pair that makes each token, in order of rank; known from the file where there is one."""
+        return tuple(recover_merges(self.ranks))
 
     @property
     def digest(self) -> str:
@@ -89,6 +142,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text. A lone surrogate, which no UTF-8 can hold, counts as U+FFFD."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of text in which the name of a special token stands for it, such as a conversation put in writing."""
+        return self._encoding.encode(text, allowed_special="all")
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
         """Ids of each text."""
@@ -109,22 +166,47 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read the tokenizer of a Tokenizer or Checkpoint artifact. Raises ``ArtifactError``."""
+        """Read the tokenizer of a Tokenizer or Checkpoint artifact, or of a model from elsewhere.
+
+        Raises ``ArtifactError`` for what is none, and for one whose ids tiktoken would not give.
+        """
         path = directory / TOKENIZER_FILE
+        if not path.exists() and (directory / "vocab.json").exists():
+            path = directory / "vocab.json"
         try:
-            vocabulary = from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
-            assert vocabulary.pattern is not None
-            num_reserved = len(vocabulary.special) - len(NAMED_TOKENS)
-            tokenizer = cls(vocabulary.ranks, vocabulary.pattern, num_reserved=num_reserved)
-            if vocabulary.special != tokenizer.special:
-                raise ValueError(f"special tokens: got {vocabulary.special}, expected {tokenizer.special}")
+            if path.name == TOKENIZER_FILE:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                vocabulary = from_hugging_face(content)
+                check_added_tokens(content["added_tokens"])
+                ignore_merges = bool(content["model"].get("ignore_merges"))
+            else:
+                vocabulary, ignore_merges = read_vocabulary(path), False
+            return cls._of(vocabulary, directory, ignore_merges=ignore_merges)
         except FileNotFoundError as error:
             raise ArtifactError(f"{path}: missing; expected a directory that holds a tokenizer") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
             raise ArtifactError(
-                f"{path}: got something that is no byte-level BPE of this package ({error!r}); "
-                "expected the file that the tokenizer stage writes; run that stage again"
+                f"{path}: got something that is no byte-level BPE of this package ({error!r}); expected the file that "
+                "the tokenizer stage writes, or one from elsewhere that tiktoken can follow; run that stage again"
             ) from error
+
+    @classmethod
+    def _of(cls, vocabulary: Vocabulary, directory: Path, *, ignore_merges: bool) -> Tokenizer:
+        """The tokenizer of a vocabulary that was read there."""
+        assert vocabulary.pattern is not None
+        special = dict(sorted(vocabulary.special))
+        names = tuple(special.values())
+        if NAMED_TOKENS[0] in names:
+            tokenizer = cls(vocabulary.ranks, vocabulary.pattern, num_reserved=len(names) - len(NAMED_TOKENS))
+            merges = vocabulary.merges
+        else:
+            merges = exact_merges(vocabulary, ignore_merges=ignore_merges)
+            end = document_end(directory, special)
+            tokenizer = cls(vocabulary.ranks, vocabulary.pattern, special=names, document_end=end)
+        if tuple(special.items()) != tokenizer.special:
+            raise ValueError(f"special tokens: got {vocabulary.special}, expected {tokenizer.special}")
+        if merges is not None:
+            tokenizer.merges = merges
         return tokenizer
 
     @classmethod
@@ -136,11 +218,13 @@ class Tokenizer:
         return cls(ranks, pattern, num_reserved=num_reserved)
 
     def save(self, directory: Path) -> None:
-        """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
-        content = to_hugging_face(self.ranks, self.pattern, self.special)
+        """Write ``tokenizer.json``, ``tokenizer_config.json`` and, for conversations, ``chat_template.jinja``."""
+        content = to_hugging_face(self.ranks, self.pattern, self.special, self.merges)
         write_atomically(directory / TOKENIZER_FILE, _json(content))
-        write_atomically(directory / "tokenizer_config.json", _json(HUGGING_FACE_CONFIG))
-        write_atomically(directory / "chat_template.jinja", CHAT_TEMPLATE)
+        names = {"eos_token": self.document_end, "pad_token": "<|padding|>" if self.has_turns else self.document_end}
+        write_atomically(directory / "tokenizer_config.json", _json({**HUGGING_FACE_CONFIG, **names}))
+        if self.has_turns:
+            write_atomically(directory / "chat_template.jinja", CHAT_TEMPLATE)
 
     def save_tiktoken(self, path: Path) -> None:
         """Write tokens and ranks in tiktoken's format; pattern and special tokens have no place in it."""
@@ -148,12 +232,10 @@ class Tokenizer:
 
 
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja")
-"""What ``Tokenizer.save`` writes."""
+"""What ``Tokenizer.save`` writes, the last where there are tokens for conversations."""
 
 HUGGING_FACE_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": "<|end_of_document|>",
-    "pad_token": "<|padding|>",
     "clean_up_tokenization_spaces": False,
     "model_input_names": ["input_ids", "attention_mask"],
 }

@@ -25,6 +25,7 @@ GPT2_FILES = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
 """Files of ids, and the files of merges beside them, as OpenAI and Hugging Face name them."""
 
 Ranks = Mapping[bytes, int]
+Merge = tuple[bytes, bytes]
 
 NEVER = 2**32
 """Above every rank: tiktoken's are of 32 bits."""
@@ -40,6 +41,8 @@ class Vocabulary:
     """The regular expression that cuts text into pieces; None where the file does not say."""
     special: tuple[tuple[int, str], ...] = ()
     """Ids and names of special tokens."""
+    merges: tuple[Merge, ...] | None = None
+    """Pairs in the order in which they merge; None where the file does not say, which the ranks make up for."""
 
 
 def vocabulary_file(path: Path) -> Path:
@@ -133,22 +136,33 @@ def _named_ranks(ids: Mapping[str, int], merges: Iterable[Sequence[str]], leave_
     return dict(_by_rank({_token(name): rank for name, rank in ids.items() if name not in leave_out}))
 
 
+def _token_pairs(pairs: Iterable[Sequence[str]]) -> tuple[Merge, ...]:
+    return tuple((_token(left), _token(right)) for left, right in pairs)
+
+
 def _read_gpt2(path: Path) -> Vocabulary:
     ids: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
     lines = path.with_name(GPT2_FILES[path.name]).read_text(encoding="utf-8").split("\n")
     merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     special = set(ids) - set(CHARACTER_BYTES) - {"".join(pair) for pair in merges}
     ranks = _named_ranks(ids, merges, special)
-    return Vocabulary(ranks, PATTERNS["gpt2"], tuple((ids[name], name) for name in sorted(special)))
+    return Vocabulary(
+        ranks, PATTERNS["gpt2"], tuple((ids[name], name) for name in sorted(special)), _token_pairs(merges)
+    )
 
 
 # --- tokenizer.json -----------------------------------------------------------------------------------------------
 
 
-def to_hugging_face(ranks: Ranks, pattern: str, special: Sequence[tuple[int, str]]) -> dict[str, Any]:
-    """The content of ``tokenizer.json``, with which ``transformers`` gives the ids that tiktoken gives."""
+def to_hugging_face(
+    ranks: Ranks, pattern: str, special: Sequence[tuple[int, str]], merges: Sequence[Merge] | None = None
+) -> dict[str, Any]:
+    """The content of ``tokenizer.json``, with which ``transformers`` gives the ids that tiktoken gives.
+
+    ``merges`` are those of ``recover_merges``, if they are known.
+    """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    merges = recover_merges(ranks)
+    merges = recover_merges(ranks) if merges is None else merges
     return {
         "version": "1.0",
         "truncation": None,
@@ -186,9 +200,9 @@ def from_hugging_face(content: Mapping[str, Any]) -> Vocabulary:
     if model.get("type") != "BPE" or content.get("normalizer") is not None:
         raise ValueError(f"got model {model.get('type')!r}, normalizer {content.get('normalizer')}, expected BPE, none")
     special = tuple((token["id"], token["content"]) for token in content["added_tokens"])
-    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     ranks = _named_ranks(model["vocab"], pairs, {name for _, name in special})
-    return Vocabulary(ranks, _pattern_of(content["pre_tokenizer"]), special)
+    return Vocabulary(ranks, _pattern_of(content["pre_tokenizer"]), special, _token_pairs(pairs))
 
 
 def _pattern_of(pre_tokenizer: Mapping[str, Any]) -> str:
@@ -199,7 +213,7 @@ def _pattern_of(pre_tokenizer: Mapping[str, Any]) -> str:
     return splits[0]["pattern"]["Regex"] if splits else PATTERNS["gpt2"]
 
 
-def recover_merges(ranks: Ranks) -> list[tuple[bytes, bytes]]:
+def recover_merges(ranks: Ranks) -> list[Merge]:
     """The pair that makes each token longer than a byte, in order of rank; none for a token that merging never makes.
 
     Merges inside a piece go their way whatever stands around them, until one crosses its border. So wherever merging
@@ -209,7 +223,7 @@ def recover_merges(ranks: Ranks) -> list[tuple[bytes, bytes]]:
     return [pair for pair in found if pair is not None]
 
 
-def _last_pair(token: bytes, ranks: Ranks) -> tuple[bytes, bytes] | None:
+def _last_pair(token: bytes, ranks: Ranks) -> Merge | None:
     """Merge a token's bytes by rank, leftmost first, until two parts are left; None where more stay."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
