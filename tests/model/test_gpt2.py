@@ -113,5 +113,5 @@ def test_small_models_of_tests_use_their_biases():
     tokens = torch.arange(9)[None]
     with torch.no_grad():
         before = model(tokens)
-        model.model.layers["1"].mlp.up_proj.bias.zero_()
+        model.get_parameter("model.layers.1.mlp.up_proj.bias").zero_()
         assert not torch.allclose(before, model(tokens), atol=1e-3)

@@ -16,7 +16,7 @@ VOCAB = 50
 
 
 def peer_config(mla, *, interleaved):
-    return DeepseekV3Config(
+    config = DeepseekV3Config(
         hidden_size=SMALL.hidden_size,
         num_attention_heads=SMALL.num_heads,
         num_key_value_heads=SMALL.num_heads,
@@ -26,10 +26,11 @@ def peer_config(mla, *, interleaved):
         qk_rope_head_dim=mla.qk_rope_head_dim,
         v_head_dim=mla.v_head_dim,
         max_position_embeddings=SMALL.max_seq_len,
-        rope_theta=SMALL.rope_theta,
         rope_interleave=interleaved,
-        attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": SMALL.rope_theta},
     )
+    config._attn_implementation = "eager"
+    return config
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -38,7 +39,7 @@ def test_outputs_and_gradients_are_those_of_transformers(changes, interleaved):
     mla = SMALL_MLA.model_copy(update=changes)
     config = SMALL.model_copy(update={"mla": mla})
     model = small_model(config, vocab_size=VOCAB)
-    mine = model.model.layers["0"].self_attn
+    mine = model.get_submodule("model.layers.0.self_attn")
     peer = DeepseekV3Attention(peer_config(mla, interleaved=interleaved), 0)
     peer.load_state_dict(mine.state_dict())
     if interleaved:
@@ -58,7 +59,7 @@ def test_outputs_and_gradients_are_those_of_transformers(changes, interleaved):
 
 def test_one_token_attends_to_latents_as_it_would_to_keys_and_values():
     model = small_model(SMALL.model_copy(update={"mla": SMALL_MLA}), vocab_size=VOCAB).double()
-    attention = model.model.layers["0"].self_attn
+    attention = model.get_submodule("model.layers.0.self_attn")
     assert isinstance(attention, LatentAttention)
     generator = torch.Generator().manual_seed(0)
     q_nope, q_rope, kv = (torch.randn(3, *s, generator=generator).double() for s in ((1, 4, 8), (1, 4, 4), (7, 1, 20)))

@@ -23,7 +23,7 @@ def model():
     return small_model(vocab_size=VOCAB)
 
 
-@pytest.fixture(scope="module", params=OPTIONS.values(), ids=OPTIONS)
+@pytest.fixture(scope="module", params=OPTIONS.values(), ids=list(OPTIONS))
 def any_model(request):
     return small_model(SMALL.model_copy(update=request.param), vocab_size=VOCAB)
 
