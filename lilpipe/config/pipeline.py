@@ -17,6 +17,7 @@ from lilpipe.config.alignment import (
     SFTConfig,
 )
 from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.parallel import check_vocabulary
 from lilpipe.config.section import Section
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
 from lilpipe.config.training import PretrainConfig
@@ -117,7 +118,9 @@ class PipelineConfig(Section):
                             f"steps.{name}.inputs.{role}: got {source!r}, expected one of the steps before it: "
                             f"{', '.join(known) or 'none'}"
                         )
-            self.section(name)
+            section = self.section(name)
+            if isinstance(section, PretrainConfig):
+                check_vocabulary(section.layout, self.tokenizer.vocab_size)
             known.append(name)
         for name in self.orchestration.stage_timeout_seconds:
             if name not in known:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from lilpipe.config.model import ModelConfig
-from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig
+from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig, check_layout
 from lilpipe.config.phases import MixtureConfig, Phase, PhaseConfig, resolve_phases
 from lilpipe.config.section import Operational, Rounding, Section, Share
 
@@ -181,6 +181,11 @@ class PretrainConfig(TrainingSection):
                     f"{phase.setting('batch_size')} {phase.batch_size} must be a multiple of replicate x shard x "
                     f"accumulation_steps = {layout.replicate} x {layout.shard} x {phase.accumulation_steps} = {parts}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _layout_fits(self) -> PretrainConfig:
+        check_layout(self)
         return self
 
     @model_validator(mode="after")

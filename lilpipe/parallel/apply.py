@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lilpipe import distributed
 from lilpipe.config import PretrainConfig
+from lilpipe.config.parallel import check_vocabulary
+from lilpipe.errors import ConfigError
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.transformer import Part, Transformer
 from lilpipe.parallel.context import GatheredSequence
@@ -43,8 +45,15 @@ def parallelize(
         loss: Their loss.
         mesh: The processes; all of them in the layout of ``config`` if none is given.
         dtype: Of the weights.
+
+    Raises:
+        ConfigError: The vocabulary cannot be divided.
     """
     assert config.seed is not None
+    try:
+        check_vocabulary(config.layout, vocab_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     mesh = mesh or Mesh(config.layout)
     compute_dtype = dtype if config.precision == "fp32" else torch.bfloat16
     stages = [_stage(config, vocab_size, part, mesh, dtype) for part in _parts(config, mesh)]

@@ -55,9 +55,7 @@ class MicroBatch:
 class Pipeline:
     """The stages of this process and their neighbours."""
 
-    def __init__(
-        self, parts: Sequence[Transformer], config: ParallelConfig, mesh: Mesh, *, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, parts: Sequence[Transformer], config: ParallelConfig, mesh: Mesh, *, dtype: torch.dtype) -> None:
         """``dtype`` is that of the hidden states that stages exchange."""
         self.parts = parts
         self.mesh = mesh

@@ -89,3 +89,18 @@ CASES = [
         }.items()
     ),
 ]
+EIGHT = [
+    case("pp2 x ddp2 x tp2", pipeline=2, replicate=2, tensor=2, **DOCUMENTS),
+    case("pp2 x fsdp2 x cp2 zero bubble", pipeline=2, shard=2, context=2, **ZERO_BUBBLE, **DOCUMENTS),
+    case("pp2 x cp2 x tp2 interleaved", pipeline=2, context=2, tensor=2, **INTERLEAVED),
+    case("pp4 x fsdp2", pipeline=4, shard=2, model=UNTIED),
+    case("hsdp2x2 x tp2", replicate=2, shard=2, tensor=2, **DOCUMENTS),
+    case("hsdp2x2 x cp2", replicate=2, shard=2, context=2),
+    case("ddp2 x cp2 x tp2", replicate=2, context=2, tensor=2, **DOCUMENTS),
+    case("fsdp2 x cp2 x tp2", shard=2, context=2, tensor=2, **DOCUMENTS),
+    case("moe pp2 x fsdp2 x tp2", pipeline=2, shard=2, tensor=2, model=MOE),
+    case("muon hsdp2x2 x tp2", replicate=2, shard=2, tensor=2, optimizer="muon"),
+    case("hsdp2x2 x tp2 in float32", replicate=2, shard=2, tensor=2, dtype=torch.float32, **DOCUMENTS),
+    case("pp2 x cp2 x tp2 in float32", pipeline=2, context=2, tensor=2, dtype=torch.float32, **DOCUMENTS),
+]
+"""Of eight processes."""

@@ -11,7 +11,7 @@ from lilpipe import distributed
 from lilpipe.parallel.apply import parallelize
 from lilpipe.parallel.mesh import Mesh
 from tests.parallel import toy
-from tests.parallel.layouts import CASES
+from tests.parallel.layouts import CASES, EIGHT
 
 
 def train(case):
@@ -41,7 +41,7 @@ def main(root, names):
     torch.set_num_threads(1)
     distributed.init()
     report, seconds = {}, {}
-    for case in [case for case in CASES if case.name in names]:
+    for case in [case for case in CASES + EIGHT if case.name in names]:
         begun = time.perf_counter()
         report[case.name] = train(case)
         seconds[case.name] = time.perf_counter() - begun
