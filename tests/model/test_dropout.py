@@ -73,6 +73,15 @@ def test_a_stage_of_a_pipeline_draws_what_the_whole_model_does(model):
     assert torch.equal(alone(hidden[1][0]), hidden[1][1])
 
 
+def test_each_layer_draws_for_itself(model):
+    model.set_dropout_seed(0)
+    draws = []
+    for block in model.model.layers.values():
+        block.register_forward_pre_hook(lambda _, args: draws.append(args[-1]))
+    model(TOKENS)
+    assert len(torch.unique(torch.stack(draws).flatten(0, 1).flatten(1), dim=0)) == 2 * SMALL.num_layers
+
+
 def test_recomputed_blocks_drop_the_same(model):
     model.set_dropout_seed(0)
     parameters = list(model.parameters())
