@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,8 +30,15 @@ Overrides = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of all training stages.")]
 
 
-def _load(recipe: str, file: Path | None, overrides: list[str] | None, seed: int | None) -> PipelineConfig:
-    values = dict(parse_override(text) for text in overrides or [])
+def _load(
+    recipe: str,
+    file: Path | None,
+    overrides: list[str] | None,
+    seed: int | None,
+    *,
+    changes: dict[str, Any] | None = None,
+) -> PipelineConfig:
+    values = dict(parse_override(text) for text in overrides or []) | (changes or {})
     if seed is not None:
         values["seed"] = seed
     return load(recipe, file=file, overrides=values)
@@ -124,6 +131,58 @@ def why(
 
 
 @app.command()
+def scaling(
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    depths: Annotated[str, typer.Option(help="Depths to train, or of which the runs are cached.")] = "1,2,3,4",
+    ratios: Annotated[
+        str, typer.Option("--tokens-per-parameter", help="Several: the law is in parameters and tokens.")
+    ] = "20",
+    from_store: Annotated[bool, typer.Option("--from-store", help="Train nothing; take all runs there are.")] = False,
+    target_depth: Annotated[int | None, typer.Option(min=1, help="Depth to predict; twice the largest.")] = None,
+    metric: Annotated[str, typer.Option(help="Metric of pretraining.")] = "validation_bits_per_byte_corpus",
+    output: Annotated[Path | None, typer.Option(help="Directory of the report; in the store by default.")] = None,
+) -> None:
+    """Fit a law of the loss to small runs and predict a larger one, with a report and a plot."""
+    from lilpipe.display import Display
+    from lilpipe.scaling import study
+    from lilpipe.scaling.report import show, write_study
+
+    def loaded(changes: dict[str, Any]) -> PipelineConfig:
+        return _load(recipe, config, overrides, seed, changes=changes)
+
+    layers = [int(depth) for depth in _numbers(depths, "--depths")]
+    store, target = Store(), loaded({"depth": target_depth or 2 * max(layers)})
+    if from_store:
+        runs = study.stored_runs(store, metric=metric)
+    else:
+        configs = study.configurations(loaded, depths=layers, ratios=_numbers(ratios, "--tokens-per-parameter"))
+        runs = study.trained_runs(configs, metric=metric, store=store, listeners=[Display()])
+    found = study.study(runs, metric=metric, target=study.planned_run(target))
+    directory = output or store.local / "scaling" / new_pipeline_run(target)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{metric} = {found.law}, from {len(runs)} runs", markup=False)
+    for name, prediction in (("held out", found.held_out), ("target", found.target)):
+        if prediction is not None:
+            actual = "" if prediction.run.loss is None else f", actual {prediction.run.loss:.4g}"
+            console.print(f"  {name}, {prediction.run.flops:.3g} FLOPs: {show(prediction)}{actual}", markup=False)
+    console.print(f"  {write_study(found, directory)}", markup=False)
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    """Numbers above 0 that stand between commas."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) <= 0:
+        raise ConfigError(f"{option}: got {text!r}, expected numbers above 0 between commas, such as 2,3,4,6")
+    return numbers
+
+
+@app.command()
 def trace(
     doc: Annotated[str | None, typer.Option(help="Id of a document: its verdicts, and the steps that saw it.")] = None,
     step: Annotated[int | None, typer.Option(help="Step of pretraining, from 0: the documents of a row of it.")] = None,
@@ -167,6 +226,35 @@ def talk(
             raise ConfigError("chat: no checkpoint of this configuration is in the store; run the pipeline first")
         checkpoint = store.fetch(made[-1]).path
     chat(checkpoint, temperature=temperature)
+
+
+@app.command()
+def harness(
+    checkpoint: Annotated[Path, typer.Argument(help="Directory of a checkpoint.")],
+    tasks: Annotated[list[str], typer.Option("--task", help="Task of the harness; may be given again.")],
+    include_path: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; all where none is given.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
+    chat: Annotated[bool, typer.Option(help="Put questions as messages of a user.")] = False,
+) -> None:
+    """Run tasks of EleutherAI's evaluation harness on a checkpoint (extra `eval`)."""
+    try:
+        from lilpipe.evaluation.harness import run_harness
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"harness: {error.name} is not installed; run `pip install -c constraints.txt -e '.[eval]'`"
+        ) from error
+    _, table = run_harness(
+        checkpoint,
+        tasks,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        chat=chat,
+    )
+    Console(highlight=False).print(table, markup=False, soft_wrap=True)
 
 
 def main() -> None:

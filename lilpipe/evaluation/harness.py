@@ -1,0 +1,236 @@
+"""EleutherAI's evaluation harness (Gao et al. 2021) on our models, for the tasks that it knows and for your own.
+
+``lm_eval`` is an extra (`eval`), which this module alone needs. An exported checkpoint can as well be given to the
+harness's own ``hf`` model, which must come to the same results.
+
+Dimensions: B rows, T tokens, N tokens that are scored, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+
+from lilpipe.config import SamplingConfig
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.generation.engine import generate
+from lilpipe.model.hub import load_model
+from lilpipe.model.transformer import Transformer
+from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE
+from lilpipe.tokenizer.encoding import Tokenizer
+
+MAX_NEW_TOKENS = 256
+"""Longest answer where a task does not say, as the harness's own models have it."""
+
+Scored = tuple[float, bool]
+"""Log-likelihood of a continuation, and whether greedy decoding gives it."""
+
+
+class HarnessModel(TemplateLM):
+    """A model of ours as the harness wants it: strings in, log-likelihoods and strings out."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, batch_size: int = 16, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.tokens = tokenizer
+        self.batch_size = batch_size
+        self.seed = seed
+        self.max_length = model.config.max_seq_len
+
+    # --- text and ids ---------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands before a text and after it."""
+        return self.tokens.document_end_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:  # noqa: ARG002
+        """Ids of a text, in which a special token's name is the token: a rendered conversation is such a text."""
+        return self.tokens.encode_marked(string)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        special = set(self.tokens.special_ids.values())
+        return self.tokens.decode([token for token in ids if token not in special])
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation in writing. Without a prompt for an answer the last message is left open."""
+        if not self.tokens.has_turns:
+            raise DataError("--chat: got a vocabulary without tokens for conversations, expected one with them")
+        turns = "".join(f"<|{message['role']}|>{message['content']}<|end_of_turn|>" for message in chat_history)
+        return turns + "<|assistant|>" if add_generation_prompt else turns.removesuffix("<|end_of_turn|>")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """For the harness's records."""
+        return CHAT_TEMPLATE if chat_template else ""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches."""
+        return self.tokens.digest
+
+    # --- log-likelihoods ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
+        **kwargs: Any,  # noqa: ARG002
+    ) -> list[Scored]:
+        """Scores of continuations after their contexts, of which as many tokens count as the model takes."""
+        if too_long := max((len(ids) for _, _, ids in requests if len(ids) > self.max_length), default=0):
+            raise DataError(
+                f"a continuation of {too_long} tokens: the model takes at most max_seq_len = {self.max_length}; "
+                "leave the task out or take a model with more"
+            )
+        rows = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        scores: dict[int, Scored] = {}
+        for batch in _batches([len(row) for row in rows], self.batch_size):
+            hidden_BTD = self.model.model(self._padded([rows[index][:-1] for index in batch]))
+            for hidden_TD, index in zip(hidden_BTD, batch, strict=True):
+                continuation_N = torch.tensor(requests[index][2], device=hidden_TD.device)
+                end = len(rows[index]) - 1
+                logits_NV = self.model.logits(hidden_TD[end - len(continuation_N) : end])
+                logprobs_N1 = logits_NV.log_softmax(-1).gather(1, continuation_N[:, None])
+                greedy = bool((logits_NV.argmax(-1) == continuation_N).all())
+                scores[index] = (float(logprobs_N1.sum()), greedy)
+                self._remember("loglikelihood", requests[index][0], scores[index])
+        return [scores[index] for index in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
+        """Log-likelihoods of whole texts, each cut into windows that hold as much as the model takes."""
+        windows = [
+            [(None, *make_disjoint_window(window)) for window in self._windows(request.args[0])] for request in requests
+        ]
+        scores = iter(self._loglikelihood_tokens([window for parts in windows for window in parts]))
+        totals = [sum(next(scores)[0] for _ in parts) for parts in windows]
+        for request, total in zip(requests, totals, strict=True):
+            self._remember("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
+        """Inputs and the targets among them, such that each token of the text is a target once."""
+        ids = self.tok_encode(text)
+        return get_rolling_token_windows(
+            ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+        )
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Tokens ``[B, T]``, filled on the right, where nothing looks at them."""
+        longest = max(map(len, rows))
+        filled = [[*row, *[self.tokens.padding_id] * (longest - len(row))] for row in rows]
+        return torch.tensor(filled, device=self.model.device)
+
+    def _remember(self, kind: str, request: Any, result: Any) -> None:
+        """Give a result to the harness's cache, if it keeps one."""
+        if request is not None:
+            self.cache_hook.add_partial(kind, request, result)
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
+        """Answers up to a stop string or the end of the document or turn. Raises ``ConfigError`` for settings of
+        sampling that the engine does not have.
+        """
+        answers: dict[int, str] = {}
+        groups: dict[str, list[int]] = {}
+        arguments: list[tuple[str, dict[str, Any]]] = [cast(Any, request.args) for request in requests]
+        for index, (_, settings) in enumerate(arguments):
+            groups.setdefault(repr(sorted(settings.items())), []).append(index)
+        for indices in groups.values():
+            texts = self._answers([arguments[index][0] for index in indices], arguments[indices[0]][1])
+            for index, text in zip(indices, texts, strict=True):
+                answers[index] = text
+                self._remember("generate_until", arguments[index], text)
+        return [answers[index] for index in range(len(requests))]
+
+    def _answers(self, contexts: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
+        """An answer to each context, under the same settings."""
+        settings = {**normalize_gen_kwargs(settings, MAX_NEW_TOKENS)}
+        stops = handle_stop_sequences(settings.pop("until", None), eos=self.tokens.document_end)
+        num_tokens = settings.pop("max_gen_toks")
+        if not 0 < num_tokens < self.max_length:
+            raise ConfigError(
+                f"max_gen_toks: got {num_tokens}, expected less than max_seq_len = {self.max_length}; "
+                "set it in the task's generation_kwargs"
+            )
+        sampling = SamplingConfig(
+            temperature=settings.pop("temperature", 0.0) if settings.pop("do_sample", False) else 0.0,
+            top_p=settings.pop("top_p", 1.0),
+            max_new_tokens=num_tokens,
+            batch_size=self.batch_size,
+        )
+        settings.pop("temperature", None)
+        if settings:
+            raise ConfigError(
+                f"generation_kwargs: got {', '.join(settings)}, expected until, max_gen_toks, do_sample, temperature "
+                "and top_p alone; leave the others out"
+            )
+        room = self.max_length - num_tokens
+        prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
+        stop_ids = [self.tokens.document_end_id, *([self.tokens.turn_end_id] if self.tokens.has_turns else [])]
+        for [answer] in generate(self.model, prompts, sampling=sampling, stop_ids=stop_ids, seed=self.seed):
+            yield postprocess_generated_text(self._decode(answer.tokens), stop=stops, think_end_token=None)
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of rows, those of like length together, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def run_harness(
+    checkpoint: Path,
+    tasks: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    chat: bool = False,
+) -> tuple[dict[str, Any], str]:
+    """Results of the tasks by name, and a table of them.
+
+    ``include_path`` is a folder of task files of your own. Raises ``ConfigError`` for a task that is not known.
+    """
+    manager = _task_manager(tasks, include_path)
+    model, tokenizer = load_model(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results: Any = simple_evaluate(
+        model=HarnessModel(model.to(device), tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        apply_chat_template=chat,
+        bootstrap_iters=0,
+    )
+    return results["results"], make_table(results)
+
+
+def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+    """What knows the tasks: the files in ``include_path``, or those and the harness's own, which take long to list."""
+    own = str(include_path) if include_path else None
+    if own and not _unknown(tasks, manager := TaskManager(include_path=own, include_defaults=False)):
+        return manager
+    manager = TaskManager(include_path=own)
+    if unknown := _unknown(tasks, manager):
+        raise ConfigError(
+            f"--task: got {', '.join(unknown)}, expected names that the harness knows or that a file in --include-path "
+            "gives; `lm-eval ls tasks` lists its own"
+        )
+    return manager
+
+
+def _unknown(tasks: Sequence[str], manager: TaskManager) -> list[str]:
+    return [task for task in tasks if not manager.match_tasks([task])]
