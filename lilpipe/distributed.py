@@ -104,6 +104,7 @@ def honours_stop() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        _stop.clear()
 
 
 def _request_stop(_signum: int, _frame: FrameType | None) -> None:

@@ -50,9 +50,8 @@ class Place:
     def describe(self, now: float) -> str:
         """One line for people."""
         where = f"rank {self.rank}: step {self.step}, {self.phase}, for {now - self.since:.1f} s"
-        if not self.stack:
-            return where
-        return f"{where}; {f'waits in {self.collective} at' if self.collective else 'has not come; is at'} {self.line}"
+        waits = f"waits in {self.collective}" if self.collective else "is"
+        return f"{where}; {waits} at {self.line}" if self.stack else where
 
 
 class Heartbeat:
@@ -108,20 +107,21 @@ def read_places(folder: Path) -> list[Place]:
 
 
 def describe_hang(folder: Path, *, timeout_seconds: float) -> str:
-    """The message of a hang: the collective and step, who came to it and who did not, and where each rank is."""
+    """The message of a hang: the collective and step, who came to it and who did not, and where each rank is.
+
+    Gloo waits inside of the call, where the stack shows it. NCCL's calls return at once, and the wait is elsewhere:
+    there the places alone are told, and its flight recorder has the rest.
+    """
     now = time.time()
     places = read_places(folder)
-    waiting = [place for place in places if place.collective]
+    lines = [f"  {place.describe(now)}" for place in places]
+    limit = f"did not end in launch.timeout_seconds ({timeout_seconds:g})"
+    came = [place for place in places if place.collective]
+    if not came:
+        return "\n".join([f"a collective {limit}; where the workers are:", *lines])
     absent = [place for place in places if not place.collective]
-    first = waiting[0] if waiting else None
-    what = f"{first.collective} (step {first.step}, {first.line})" if first else "a collective"
-    return "\n".join(
-        [
-            f"{what} did not end in launch.timeout_seconds ({timeout_seconds:g}): "
-            f"{_ranks(waiting)} came to it, {_ranks(absent)} did not",
-            *(f"  {place.describe(now)}" for place in places),
-        ]
-    )
+    first = f"{came[0].collective} (step {came[0].step}, {came[0].line}) {limit}"
+    return "\n".join([f"{first}: {_ranks(came)} came to it, {_ranks(absent)} did not", *lines])
 
 
 def _ranks(places: list[Place]) -> str:

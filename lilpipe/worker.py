@@ -23,7 +23,7 @@ from lilpipe.errors import DataError, HungCollective, LilpipeError, Preempted, S
 from lilpipe.launch.failure import RAISED, forget, report
 from lilpipe.launch.processes import be_killed_with_parent
 from lilpipe.launch.srun import rank_environment
-from lilpipe.launch.workers import METRICS
+from lilpipe.launch.workers import HEARTBEATS, METRICS
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.store import explain_os_error
 
@@ -80,12 +80,10 @@ def _run_distributed(stage: Stage, config: Any, inputs: Inputs, workspace: Works
 
     torch.set_num_threads(getattr(config, "threads_per_worker", 1))
     settings: LaunchConfig = getattr(config, "launch", LaunchConfig())
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if restarts and settings.launcher == "kubernetes":  # the other launchers are heard by the parent
-        workspace.log(f"all workers start again from the last checkpoint (restart {restarts})")
-        if workspace.rank == 0:
-            forget(workspace.root / RAISED)
-    timeout_seconds, heartbeats = settings.timeout_seconds, workspace.root / "heartbeats"
+    timeout_seconds, heartbeats = settings.timeout_seconds, workspace.root / HEARTBEATS
+    if settings.launcher == "kubernetes" and workspace.rank == 0 and any(heartbeats.glob("*.json")):
+        workspace.log("all workers start again from the last checkpoint")  # the other launchers tell the parent
+        forget(workspace.root / RAISED)
     try:
         distributed.init(timeout_seconds=timeout_seconds, folder=heartbeats)
         return stage.run(config, inputs, workspace)

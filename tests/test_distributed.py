@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lilpipe import distributed
+from lilpipe.errors import HungCollective
 from tests.training import workers
 
 
@@ -31,11 +33,37 @@ def test_a_plain_process_is_a_group_of_one():
     distributed.shutdown()
 
 
+def test_inside_of_honours_stop_sigterm_only_asks_and_outside_it_does_what_it_did():
+    before = signal.getsignal(signal.SIGTERM)
+    with distributed.honours_stop():
+        assert not distributed.stop_requested()
+        signal.raise_signal(signal.SIGTERM)
+        assert distributed.stop_requested()
+    assert signal.getsignal(signal.SIGTERM) is before
+    with distributed.honours_stop():
+        assert not distributed.stop_requested()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_hang"),
+    [
+        (RuntimeError("[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"), True),
+        (RuntimeError("wait timeout after 5000ms, keys: /default_pg/0//1//cpu//0"), True),
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:9138"), False),
+        (TimeoutError("Timed out waiting for the data"), False),
+    ],
+)
+def test_a_timeout_of_a_collective_is_told_from_other_errors(tmp_path, error, is_hang):
+    assert isinstance(distributed.hang(error, tmp_path, timeout_seconds=4), HungCollective) is is_hang
+
+
+@pytest.mark.distributed
 def test_two_workers_know_their_places_and_add_up(reports):
     assert [(r["rank"], r["world_size"], r["is_main"]) for r in reports] == [(0, 2, True), (1, 2, False)]
     assert [r["sum"] for r in reports] == [[2.0, 10.0]] * 2
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("kind", "dtype"), workers.CASES)
 def test_two_workers_train_as_one_does(reports, tmp_path, kind, dtype):
     expected = workers.train(tmp_path, kind, dtype)
@@ -44,19 +72,23 @@ def test_two_workers_train_as_one_does(reports, tmp_path, kind, dtype):
         assert report["losses"][f"{kind}-{dtype}"] == pytest.approx(expected, rel=0, abs=tolerance)
 
 
+@pytest.mark.distributed
 def test_both_workers_see_the_same_losses_and_end_in_the_same_weights(reports):
     assert reports[0]["losses"] == reports[1]["losses"]
     assert reports[0]["whole"] == reports[1]["whole"]
 
 
+@pytest.mark.distributed
 def test_two_workers_that_resume_end_in_the_same_bits(reports):
     assert {report[name] for report in reports for name in ("whole", "resumed")} == {reports[0]["whole"]}
 
 
+@pytest.mark.distributed
 def test_a_bad_loss_on_one_worker_stops_both_with_the_same_words(reports):
     assert "step 3:" in reports[0]["error"]
     assert reports[0]["error"] == reports[1]["error"]
 
 
+@pytest.mark.distributed
 def test_no_thread_of_the_group_outlives_it_to_race_the_interpreters_end(reports):
     assert not [name for report in reports for name in report["threads"] if "gloo" in name]

@@ -22,6 +22,7 @@ from lilpipe.launch.workers import Ended, Job
 POLL_SECONDS = 5.0
 API_SECONDS = 300
 """How long an API server that does not answer is asked again."""
+RETRY_SECONDS = 1.0
 FORWARDED = ("HF_HUB_OFFLINE", "OMP_NUM_THREADS")
 """What the pods take over of this process's environment."""
 _KIND = "pytorchjobs.kubeflow.org"
@@ -166,4 +167,4 @@ class Kubernetes:
             silent = any(sign in result.stderr for sign in ("connection refused", "timeout", "was refused", "no route"))
             if not result.returncode or not silent or time.monotonic() > deadline:
                 return result
-            time.sleep(1)
+            time.sleep(RETRY_SECONDS)

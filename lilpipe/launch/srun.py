@@ -18,14 +18,12 @@ from lilpipe.errors import ClusterError, ConfigError
 from lilpipe.launch.failure import read_final
 from lilpipe.launch.lines import Lines
 from lilpipe.launch.processes import explain, start_process, stop_process, worker_command
-from lilpipe.launch.workers import METRICS, Ended, Job, Restarted
+from lilpipe.launch.workers import Ended, Job, Restarted
 
 CONTROLLER_SECONDS = 300
 """How long a controller that does not answer (it may be restarting) is asked again."""
 CANCEL_SECONDS = 120
 """How long cancelled jobs may take to end; Slurm's `KillWait` is 30 s by default."""
-METRICS_SECONDS = 90
-"""How long what a node has written may take to be seen here: NFS keeps directories for up to 60 s."""
 OWN_OPTIONS = {"job-name", "nodes", "ntasks", "ntasks-per-node", "kill-on-bad-exit", "output", "error", "test-only"}
 _TASK_ENDED = re.compile(r"^srun: error: (?P<host>\S+): tasks? (?P<task>[\d,-]+): (?P<how>.+?)\s*$")
 """What `srun` says of tasks that did not end well."""
@@ -86,7 +84,6 @@ class Srun:
         self._lines = Lines(job.log)
         self._command = command(job, job.environment)
         self._restarts = 0
-        self._done_at: float | None = None
         _cancel(job.name)  # what a parent that was killed may have left at work in this folder
         if "SLURM_JOB_ID" not in job.environment:
             _try_submission(self._command)
@@ -100,7 +97,7 @@ class Srun:
         if _state(self._job.name) == "CANCELLED":
             raise ClusterError(f"Slurm job {self._job.name} was cancelled; run again to go on")
         if status == 0:
-            return self._wait_for_metrics()
+            return Ended(None)
         ended = self._explain(128 - status if status > 128 else status)
         if read_final(self._job.work) or self._restarts == self._job.settings.max_restarts:
             return ended
@@ -114,14 +111,6 @@ class Srun:
         if ends and not ends[0]["how"].startswith("Exited"):
             return Ended(f"task {ends[0]['task']} on {ends[0]['host']}: {ends[0]['how']}")
         return explain(self._job, status, "srun: ")
-
-    def _wait_for_metrics(self) -> Ended | None:
-        """Done when the metrics are seen here, which another node has written."""
-        self._done_at = self._done_at or time.monotonic()
-        if (self._job.work / METRICS).exists():
-            return Ended(None)
-        late = time.monotonic() > self._done_at + METRICS_SECONDS
-        return Ended(f"srun ended well, but there is no {METRICS}") if late else None
 
     def stop(self) -> None:
         """Tell `srun`, which passes SIGTERM on; what does not end then is cancelled."""

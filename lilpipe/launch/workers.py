@@ -11,6 +11,8 @@ from lilpipe.config.parallel import LaunchConfig
 
 METRICS = "metrics.json"
 """What rank 0 writes in the end."""
+HEARTBEATS = "heartbeats"
+"""Where each worker says how far it has come; cleared before a launch."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Job:
     @property
     def heartbeats(self) -> Path:
         """Where each worker says how far it has come."""
-        return self.work / "heartbeats"
+        return self.work / HEARTBEATS
 
     @property
     def name(self) -> str:

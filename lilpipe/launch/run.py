@@ -30,6 +30,8 @@ from lilpipe.stage import Metrics, Stage, Workspace
 
 POLL_SECONDS = 0.1
 TAIL_LINES = 20
+METRICS_SECONDS = 90
+"""How long what another host has written may take to be seen here: NFS keeps directories for up to 60 s."""
 LAUNCHERS: dict[str, Callable[[Job], Workers]] = {"torchrun": Torchrun, "srun": Srun, "kubernetes": Kubernetes}
 
 
@@ -37,7 +39,7 @@ def launch(
     stage: Stage, config: Section, inputs: Inputs, work: Path, *, on_event: Callable[[dict[str, Any]], None]
 ) -> Metrics:
     """Run the stage in ``work`` and return its metrics. Raises what the stage raised, or ``StageFailure``."""
-    job = _describe(stage, config, inputs, work)
+    job = describe(stage, config, inputs, work)
     events = Lines(work / "events.jsonl")
     workers = _start(job) if stage.distributed else OneProcess(job)
     try:
@@ -53,7 +55,7 @@ def launch(
     for event in events.read():
         on_event(json.loads(event))
     if state.problem is None:
-        return json.loads((work / METRICS).read_text(encoding="utf-8"))
+        return _read_metrics(work / METRICS)
     raise read_final(work) or _failure(job, state)
 
 
@@ -66,7 +68,7 @@ def _start(job: Job) -> Workers:
     return LAUNCHERS[settings.launcher](job)
 
 
-def _describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
+def describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
     """Write the job file, and clear away what an earlier try has left of its end."""
     for stale in (METRICS, FINAL, RAISED):
         forget(work / stale)
@@ -94,6 +96,15 @@ def _paths(inputs: Inputs) -> dict[str, Any]:
         role: entry(value) if isinstance(value, Artifact) else [entry(artifact) for artifact in value]
         for role, value in inputs.items()
     }
+
+
+def _read_metrics(path: Path) -> Metrics:
+    deadline = time.monotonic() + METRICS_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise StageFailure(f"the workers ended well, but {path} is not there; they must share this folder")
+        time.sleep(POLL_SECONDS)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _failure(job: Job, ended: Ended) -> StageFailure:
