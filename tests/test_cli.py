@@ -4,6 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from lilpipe.cli import app
+from lilpipe.errors import LilpipeError
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,14 +28,57 @@ def lilpipe(tmp_path):
     return call
 
 
+@pytest.fixture
+def invoke(tmp_path, monkeypatch):
+    """The same in this process, which spares the imports; errors are raised."""
+    monkeypatch.setenv("LILPIPE_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, arguments)
+
+
 def test_plan_names_what_will_run_and_what_waits(lilpipe):
     done = lilpipe("plan")
     assert done.returncode == 0, done.stderr
-    rows = {line.split("│")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("│")}
+    steps, _ = done.stdout.split("\npretrain ")
+    rows = {line.split("│")[1].strip(): line for line in steps.splitlines() if line.startswith("│")}
     assert "never run" in rows["prompts"]
     assert "after prompts" in rows["corpus"]
     assert "after corpus" in rows["tokenizer"]
     assert list(rows)[-1] == "register"
+
+
+def test_plan_says_what_pretraining_will_take_on_the_device_that_is_named(invoke):
+    done = invoke("plan", "--device", "h100", "--mfu", "0.5", "--price", "3", "--set", "depth=12")
+    assert done.exit_code == 0, done.exception
+    _, budget = done.stdout.split("\npretrain ")
+    rows = {cells[1].strip(): cells for line in budget.splitlines() if len(cells := line.split("│")) > 3}
+    assert "75,123,456" in rows["parameters"][2]
+    assert "2 x h100 x 6.7e+13 FLOP/s x MFU 0.5" in rows["time"][3].replace("1 x", "2 x")  # one worker on one core
+    assert {"weights", "gradients", "optimizer state", "activations", "peak memory per worker"} <= set(rows)
+    assert "warning" not in budget
+
+
+def test_plan_warns_of_memory_that_the_device_does_not_have(invoke):
+    done = invoke("plan", "--device", "rtx-4090", "--set", "params=8B", "--set", "pretrain.num_workers=1")
+    assert done.exit_code == 0, done.exception
+    assert "warning: peak memory" in done.stdout
+    assert "raise parallel.shard from 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "--device", "h10"), "there is no such device; did you mean h100?"),
+        (("plan", "--set", "depth=deep"), "depth: got 'deep', expected a whole number above 0"),
+        (("scaling", "--depths", "1,deep,3"), "--depths: got '1,deep,3', expected numbers above 0 between commas"),
+        (("scaling", "--from-store"), "holds no finished pretraining"),
+        (("scaling", "--depths", "1,2"), "got 2 runs, expected at least 3"),
+    ],
+)
+def test_settings_that_cannot_be_planned_are_refused_by_name(invoke, arguments, message):
+    done = invoke(*arguments)
+    assert isinstance(done.exception, LilpipeError)
+    assert message in str(done.exception)
 
 
 @pytest.mark.parametrize(

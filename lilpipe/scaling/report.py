@@ -1,0 +1,130 @@
+"""A scaling study on disk: ``report.html`` for people, ``scaling.json`` for programs, and the plot, ``scaling.png``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lilpipe import report
+from lilpipe.artifact import write_atomically
+from lilpipe.scaling.study import Prediction, Run, Study, features, tokens_per_parameter
+
+CURVE_POINTS = 100
+
+
+def write_study(study: Study, directory: Path, *, title: str = "Scaling law") -> Path:
+    """Write all three files; gives the report's path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "scaling.json", json.dumps(study.as_json(), indent=2) + "\n")
+    draw(study).savefig(directory / "scaling.png", dpi=150)
+    sections = {
+        "Loss against compute": [report.figure(draw(study)), report.note(_explanation(study))],
+        "Predictions": report.table(_prediction_rows(study)) if _predictions(study) else report.note("None."),
+        "Runs": report.table([_row(run, study) for run in study.runs]),
+    }
+    key_figures: dict[str, report.Cell] = {"law": str(study.law), "runs": len(study.runs)}
+    if study.target is not None:
+        key_figures[f"{study.metric} at {study.target.run.flops:.3g} FLOPs"] = show(study.target)
+    page = report.page(title, sections, subtitle=f"{study.metric} = {study.law}", key_figures=key_figures)
+    write_atomically(directory / "report.html", page)
+    return directory / "report.html"
+
+
+def show(prediction: Prediction) -> str:
+    """A predicted loss with its interval."""
+    if prediction.interval is None:
+        return f"{prediction.loss:.4g} (too few runs for an interval)"
+    low, high = prediction.interval
+    return f"{prediction.loss:.4g} ({low:.4g} to {high:.4g})"
+
+
+def _explanation(study: Study) -> str:
+    in_what = " and ".join(study.law.coefficients)
+    return (
+        f"Points are runs; lines are the law in {in_what}, dashed beyond the runs. Bars hold 9 of 10 new runs, if the "
+        "law holds: they tell of noise, not of a law that bends."
+    )
+
+
+def _predictions(study: Study) -> list[tuple[str, Prediction]]:
+    named = {"held out": study.held_out, "target": study.target}
+    return [(name, prediction) for name, prediction in named.items() if prediction is not None]
+
+
+def _prediction_rows(study: Study) -> list[dict[str, report.Cell]]:
+    rows: list[dict[str, report.Cell]] = []
+    for name, prediction in _predictions(study):
+        actual = prediction.run.loss
+        low, high = prediction.interval or (None, None)
+        rows.append(
+            {
+                "run": f"{name}, {prediction.run.num_layers} layers",
+                "FLOPs": f"{prediction.run.flops:.3g}",
+                "predicted": prediction.loss,
+                "low": low,
+                "high": high,
+                "actual": actual,
+                "error": f"{prediction.loss / actual - 1:+.2%}" if actual else "",
+            }
+        )
+    return rows
+
+
+def _row(run: Run, study: Study) -> dict[str, report.Cell]:
+    fitted = float(study.law.predict(features([run], like=study.runs))[0])
+    return {
+        "layers": run.num_layers,
+        "parameters": run.parameters,
+        "tokens": run.tokens,
+        "tokens / parameter": run.ratio,
+        "FLOPs": f"{run.flops:.3g}",
+        study.metric: run.loss,
+        "by the law": fitted,
+        "fingerprint": run.fingerprint[:12],
+    }
+
+
+def draw(study: Study) -> Figure:
+    """Loss against FLOPs, both logarithmic, with the law, the run held out and the target."""
+    picture = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = picture.add_subplot()
+    for colour, ratio in zip(report.COLOURS, tokens_per_parameter(study.runs), strict=False):
+        alike = [run for run in study.runs if ratio <= run.ratio <= 1.1 * ratio]
+        losses = [run.loss for run in alike if run.loss is not None]
+        axes.plot([r.flops for r in alike], losses, "o", color=colour, label=f"{ratio:.0f} tokens a parameter")
+        _draw_law(axes, study, alike, colour, "-")
+        if study.target is not None and ratio <= study.target.run.ratio <= 1.1 * ratio:
+            _draw_law(axes, study, [alike[-1], study.target.run], colour, "--")
+    for (name, prediction), colour in zip(_predictions(study), report.COLOURS[3:], strict=False):
+        _draw_prediction(axes, prediction, colour, f"{name}: {show(prediction)}")
+    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=study.metric.replace("_", " "))
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter("{x:.3g}")
+    axes.grid(visible=True, which="both", alpha=0.2)
+    axes.legend(frameon=False, fontsize=8)
+    return picture
+
+
+def _draw_law(axes: Axes, study: Study, runs: Sequence[Run], colour: str, style: str) -> None:
+    """The law from the first of these runs to the last, along a straight line between their logarithms."""
+    if len(runs) < 2:
+        return
+
+    def between(values: Sequence[float]) -> np.ndarray:
+        return np.geomspace(values[0], values[-1], CURVE_POINTS)
+
+    ends = features([runs[0], runs[-1]], like=study.runs)
+    losses = study.law.predict({name: between(values).tolist() for name, values in ends.items()})
+    axes.plot(between([runs[0].flops, runs[-1].flops]), losses, style, color=colour, linewidth=1.4)
+
+
+def _draw_prediction(axes: Axes, prediction: Prediction, colour: str, label: str) -> None:
+    low, high = prediction.interval or (prediction.loss, prediction.loss)
+    bars = [[max(0.0, prediction.loss - low)], [max(0.0, high - prediction.loss)]]
+    at = {"x": [prediction.run.flops], "y": [prediction.loss], "yerr": bars, "label": label, "color": colour}
+    axes.errorbar(**at, fmt="D", markerfacecolor="none", markersize=9, capsize=6, zorder=4)
