@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lilpipe.config import PipelineConfig
+from lilpipe.config import PipelineConfig, Step
 from lilpipe.errors import ConfigError, LilpipeError
 from lilpipe.overrides import parse_override
 from lilpipe.pipeline import Listener, changes, check_wiring, plan, run_step
@@ -90,7 +90,7 @@ def show_plan(
     console.print(_steps_table(loaded))
     from lilpipe.training.budget import budget, budget_table
 
-    for name in (name for name, step in loaded.steps.items() if step.stage == "pretrain"):
+    for name in (name for name, node in loaded.steps.items() if node.stage == "pretrain"):
         planned = budget(loaded.section(name), loaded.tokenizer.vocab_size)
         console.print(budget_table(planned, title=name))
         for warning in planned.warnings:
@@ -226,6 +226,19 @@ def talk(
             raise ConfigError("chat: no checkpoint of this configuration is in the store; run the pipeline first")
         checkpoint = store.fetch(made[-1]).path
     chat(checkpoint, temperature=temperature)
+
+
+@app.command("import")
+def import_model(
+    directory: Annotated[Path, typer.Argument(help="Directory of a model in Hugging Face's layout.")],
+) -> None:
+    """Check a model from elsewhere and put it into the store as a Checkpoint."""
+    settings = {"path": str(directory.resolve())}
+    config = PipelineConfig(recipe="import", steps={"import_model": Step(stage="import_model", settings=settings)})
+    artifact, cached = run_step(config, "import_model", store=Store(), pipeline_run=new_pipeline_run(config))
+    console = Console(highlight=False)
+    console.print(f"{'already there' if cached else 'imported'}: {artifact.path}", markup=False, soft_wrap=True)
+    console.print(f'as the step of a pipeline: stage = "import_model", settings = {{path = {settings["path"]!r}}}')
 
 
 @app.command()

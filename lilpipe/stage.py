@@ -27,6 +27,7 @@ STAGES: dict[str, str] = {
     "tokenizer": "lilpipe.tokenizer.bpe",
     "tokens": "lilpipe.tokens.build",
     "pretrain": "lilpipe.training.pretrain",
+    "import_model": "lilpipe.model.import_model",
     "rejection_sampling": "lilpipe.alignment.rejection_sampling",
     "sft": "lilpipe.training.sft",
     "preferences": "lilpipe.alignment.preferences",

@@ -34,7 +34,7 @@ from lilpipe.config.corpus import (
     Source,
     UrlConfig,
 )
-from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
+from lilpipe.config.model import ImportModelConfig, MLAConfig, ModelConfig, MoEConfig
 from lilpipe.config.parallel import (
     KubernetesLaunchConfig,
     LaunchConfig,
@@ -83,6 +83,7 @@ __all__ = [
     "ExactDedupConfig",
     "GRPOConfig",
     "HealthConfig",
+    "ImportModelConfig",
     "KubernetesLaunchConfig",
     "LanguageConfig",
     "LaunchConfig",

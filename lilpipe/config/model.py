@@ -130,3 +130,10 @@ class ModelConfig(Section):
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
+
+
+class ImportModelConfig(Section):
+    """A model from elsewhere, as the input of a step here."""
+
+    path: str = ""
+    """Directory in Hugging Face's layout: Llama, Qwen 3, GPT-2, or a small GLM-4.5 or DeepSeek-V3."""

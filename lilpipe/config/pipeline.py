@@ -17,6 +17,7 @@ from lilpipe.config.alignment import (
     SFTConfig,
 )
 from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.model import ImportModelConfig
 from lilpipe.config.parallel import check_vocabulary
 from lilpipe.config.section import Section
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
@@ -93,6 +94,7 @@ class PipelineConfig(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokens: TokensConfig = TokensConfig()
     pretrain: PretrainConfig = PretrainConfig()
+    import_model: ImportModelConfig = ImportModelConfig()
     rejection_sampling: RejectionSamplingConfig = RejectionSamplingConfig()
     sft: SFTConfig = SFTConfig()
     preferences: PreferencesConfig = PreferencesConfig()

@@ -106,6 +106,18 @@ def load_model(directory: Path) -> tuple[Transformer, Tokenizer]:
     Raises ``ArtifactError`` naming file and key if the directory holds no checkpoint that this decoder computes
     exactly.
     """
+    config, vocab_size, tokenizer = check_model(directory)
+    model = Transformer(config, vocab_size)
+    load_weights(model.state_dict(), directory)
+    return model.eval(), tokenizer
+
+
+def check_model(directory: Path) -> tuple[ModelConfig, int, Tokenizer]:
+    """The shape, the vocabulary size and the tokenizer of a checkpoint whose weights are not read yet.
+
+    Raises ``ArtifactError`` if they do not belong together, or if the files are not those of a checkpoint that this
+    decoder computes exactly.
+    """
     config, vocab_size = read_model_config(directory)
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > vocab_size:
@@ -113,9 +125,8 @@ def load_model(directory: Path) -> tuple[Transformer, Tokenizer]:
             f"{directory / CONFIG_FILE}: vocab_size: got {vocab_size}, expected at least the tokenizer's "
             f"{tokenizer.vocab_size}; model and tokenizer do not belong together"
         )
-    model = Transformer(config, vocab_size)
-    load_weights(model.state_dict(), directory)
-    return model.eval(), tokenizer
+    _check_shapes(directory, config, vocab_size)
+    return config, vocab_size, tokenizer
 
 
 @torch.no_grad()
@@ -142,6 +153,12 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     All names and shapes are checked before the first is given. Raises ``ArtifactError``.
     """
     config, vocab_size = read_model_config(directory)
+    _check_shapes(directory, config, vocab_size)
+    yield from _renamed(directory, config)
+
+
+def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int) -> None:
+    """Raise ``ArtifactError`` for a tensor that is missing, left over or of another shape."""
     given = dict(_renamed(directory, config, shapes_only=True))
     with torch.device("meta"):
         expected = dict(Transformer(config, vocab_size).state_dict())
@@ -149,7 +166,6 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (given, expected))
         if got != wanted:
             raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} by {CONFIG_FILE}")
-    yield from _renamed(directory, config)
 
 
 def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,79 @@
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lilpipe.artifact import read_manifest
+from lilpipe.cli import app
+from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import step
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.model.hub import load_model, save_model
+from lilpipe.pipeline import check_wiring
+from lilpipe.store import Store
+from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Shards in bfloat16, as models are published."""
+    save_model(small_model(SMALL.model_copy(update=ARCHITECTURES["GPT-2"])), small_tokenizer(), tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "published", max_shard_size="20KB")
+    small_tokenizer().save(tmp_path / "published")
+    return tmp_path / "published"
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("LILPIPE_STORE", str(tmp_path / "store"))
+    return Store()
+
+
+def imported(directory):
+    result = CliRunner().invoke(app, ["import", str(directory)])
+    if result.exception:
+        raise result.exception
+    state, path = result.output.splitlines()[0].split(": ")
+    return state, load_model(path := type(directory)(path)), path
+
+
+def test_a_model_from_elsewhere_becomes_a_checkpoint_with_the_way_back(directory):
+    state, (model, _), path = imported(directory)
+    assert state == "imported"
+    expected, _ = load_model(directory)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    manifest = read_manifest(path)
+    assert manifest.kind == "Checkpoint"
+    assert manifest.external.keys() >= {"config.json", "model.safetensors.index.json", "tokenizer.json"}
+    assert manifest.files.keys() >= set(manifest.external) - {"vocab.json", "merges.txt"}
+    assert imported(directory)[0] == "already there"
+
+
+def test_stages_that_read_a_checkpoint_take_it(directory):
+    steps = {"prompts": step("prompts"), "base": step("import_model", {"path": str(directory)})}
+    steps["samples"] = step("rejection_sampling", model="base", prompts="prompts")
+    check_wiring(PipelineConfig(recipe="x", steps=steps), "samples")
+
+
+def test_a_step_that_makes_no_checkpoint_cannot_stand_in_for_one():
+    steps = {"prompts": step("prompts"), "samples": step("rejection_sampling", model="prompts", prompts="prompts")}
+    with pytest.raises(ConfigError, match="makes a Prompts, expected a Checkpoint"):
+        check_wiring(PipelineConfig(recipe="x", steps=steps), "samples")
+
+
+def test_a_directory_without_a_checkpoint_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(DataError, match=r"import_model\.path: .*nowhere: got no weights"):
+        imported(tmp_path / "nowhere")
+
+
+def test_what_the_decoder_does_not_compute_is_not_imported(directory, store):
+    shutil.copy(directory / "config.json", directory / "kept.json")
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace('"gelu_new"', '"relu"'))
+    with pytest.raises(Exception, match="activation_function: got 'relu', expected 'gelu_new'"):
+        imported(directory)
+    assert not store.manifests("import_model")
