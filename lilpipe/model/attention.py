@@ -13,13 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
 from lilpipe.model.layers import Linear, RMSNorm
+from lilpipe.model.masks import attend
 
 if TYPE_CHECKING:
+    from lilpipe.model.masks import Mask
     from lilpipe.model.transformer import Transformer
 
 
@@ -43,13 +44,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x [B, T, heads, E]`` by the angles of ``cos`` and ``sin [B or 1, T, 1, E]``."""
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
-
-
-def document_mask(documents_BT: Tensor) -> Tensor:
-    """Boolean mask ``[B, 1, T, T]``: a token attends to those before it of its own document, and to itself."""
-    num_tokens = documents_BT.shape[1]
-    causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=documents_BT.device).tril()
-    return (causal_TT & (documents_BT[:, :, None] == documents_BT[:, None, :]))[:, None]
 
 
 class KVCache:
@@ -88,7 +82,7 @@ class KVCache:
 class KeysAndValues(Protocol):
     """Where a layer finds keys and values beyond those it has just made: in a cache, or on other workers."""
 
-    mask_B1TS: Tensor | None
+    mask_B1TS: Mask | None
     """What each token may attend to; None is what came before it."""
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +98,7 @@ class CacheView:
 
     def __init__(self, cache: KVCache, num_tokens: int, positions_BT: Tensor | None) -> None:
         self.cache = cache
-        self.mask_B1TS = None
+        self.mask_B1TS: Mask | None = None
         self.num_columns = num_tokens
         self.slots_N = None
         if positions_BT is not None:
@@ -145,7 +139,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, rope: Angles | None, mask: Tensor | None = None, view: KeysAndValues | None = None
+        self, x_BTD: Tensor, rope: Angles | None, mask: Mask | None = None, view: KeysAndValues | None = None
     ) -> Tensor:
         """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows.
 
@@ -164,12 +158,11 @@ class Attention(nn.Module):
         if view is not None:
             k_BTKE, v_BTKE = view.update(self.layer, k_BTKE, v_BTKE)
             mask = view.mask_B1TS
-        y_BHTE = F.scaled_dot_product_attention(
+        y_BHTE = attend(
             q_BTHE.transpose(1, 2),
             k_BTKE.transpose(1, 2),
             v_BTKE.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
+            mask,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))

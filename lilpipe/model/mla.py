@@ -14,6 +14,7 @@ position, P the part with it, V width of a head's values, R width of the latent,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ from torch import Tensor, nn
 from lilpipe.config import ModelConfig
 from lilpipe.model.attention import Angles, KeysAndValues, apply_rope
 from lilpipe.model.layers import Linear, RMSNorm
+from lilpipe.model.masks import attend
+
+if TYPE_CHECKING:
+    from lilpipe.model.masks import Mask
 
 LATENT_NORM_EPS = 1e-6
 """As in DeepSeek's code, where the config's epsilon is that of the residual stream alone."""
@@ -52,7 +57,7 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(config.num_heads * self.value_size, config.hidden_size)
 
     def forward(
-        self, x_BTD: Tensor, rope: Angles | None, mask: Tensor | None = None, view: KeysAndValues | None = None
+        self, x_BTD: Tensor, rope: Angles | None, mask: Mask | None = None, view: KeysAndValues | None = None
     ) -> Tensor:
         """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows."""
         assert rope is not None
@@ -65,15 +70,15 @@ class LatentAttention(nn.Module):
             kv_BS1C, _ = view.update(self.layer, kv_BS1C, kv_BS1C[..., :0])
             mask = view.mask_B1TS
         q_BTHP = apply_rope(q_BTHP, *rope)
-        attend = self._attend_to_latents if x_BTD.shape[1] == 1 else self._attend_to_heads
-        return self.o_proj(attend(q_BTHN, q_BTHP, kv_BS1C, mask).flatten(2))
+        heads_of = self._attend_to_latents if x_BTD.shape[1] == 1 else self._attend_to_heads
+        return self.o_proj(heads_of(q_BTHN, q_BTHP, kv_BS1C, mask).flatten(2))
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         if self.has_query_latent:
             return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         return self.q_proj(x_BTD)
 
-    def _attend_to_heads(self, q_BTHN: Tensor, q_BTHP: Tensor, kv_BS1C: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_to_heads(self, q_BTHN: Tensor, q_BTHP: Tensor, kv_BS1C: Tensor, mask: Mask | None) -> Tensor:
         """Values ``[B, T, H, V]``, from keys and values made whole: the fewest operations for many tokens."""
         latent_BS1R, k_BS1P = kv_BS1C.split([self.latent_size, self.rope_size], dim=-1)
         kv_BSHE = self.kv_b_proj(latent_BS1R[:, :, 0]).unflatten(-1, (-1, self.nope_size + self.value_size))
@@ -81,22 +86,22 @@ class LatentAttention(nn.Module):
         k_BSHE = torch.cat([k_BSHN, k_BS1P.expand(-1, -1, k_BSHN.shape[2], -1)], dim=-1)
         # The fused kernel wants values as wide as keys: widened by zeros, both passes took half the time on a CPU.
         padding = max(0, self.nope_size + self.rope_size - self.value_size)
-        y_BHTV = F.scaled_dot_product_attention(
+        y_BHTV = attend(
             torch.cat([q_BTHN, q_BTHP], dim=-1).transpose(1, 2),
             k_BSHE.transpose(1, 2),
             F.pad(v_BSHV, (0, padding)).transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
+            mask,
             scale=self.scale,
         )
         return y_BHTV[..., : self.value_size].transpose(1, 2)
 
-    def _attend_to_latents(self, q_B1HN: Tensor, q_B1HP: Tensor, kv_BS1C: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_to_latents(self, q_B1HN: Tensor, q_B1HP: Tensor, kv_BS1C: Tensor, mask: Mask | None) -> Tensor:
         """Values ``[B, 1, H, V]`` of one token, from the latents themselves (DeepSeek-V2, section 2.1.2).
 
         The matrix that makes keys is applied to the query in place of every key, and the one that makes values to
         their weighted sum. To attention the heads then are H queries of one head.
         """
+        assert mask is None or isinstance(mask, Tensor), "a cache comes with a boolean mask"
         weight_HER = self.kv_b_proj.weight.unflatten(0, (-1, self.nope_size + self.value_size))
         to_key_HNR, to_value_HVR = weight_HER.split([self.nope_size, self.value_size], dim=1)
         q_B1HR = torch.einsum("bthn,hnr->bthr", q_B1HN, to_key_HNR)

@@ -13,7 +13,7 @@ Dimensions: B sequences, T tokens, D width, V vocabulary, E size of one head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,17 @@ from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
 from lilpipe.errors import DataError
-from lilpipe.model.attention import Angles, Attention, CacheView, KeysAndValues, KVCache, document_mask, rope_table
+from lilpipe.model.attention import Angles, Attention, CacheView, KeysAndValues, KVCache, rope_table
 from lilpipe.model.dropout import dropout, dropout_seed, layer_numbers, token_numbers
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Embedding, GELULayer, Linear, SwiGLU, residual_norm
+from lilpipe.model.masks import document_mask
 from lilpipe.model.mla import LatentAttention
 from lilpipe.model.moe import MoE, balanced_bias, imbalance
 from lilpipe.model.scores import soften, token_scores
+
+if TYPE_CHECKING:
+    from lilpipe.model.masks import Mask
 
 
 class Block(nn.Module):
@@ -45,7 +49,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rope: Angles | None,
-        mask: Tensor | None,
+        mask: Mask | None,
         view: KeysAndValues | None,
         draws_2BT: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +124,7 @@ class Decoder(nn.Module):
         x: Tensor,
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         rows_B: Tensor | None = None,
     ) -> Tensor:
@@ -224,7 +228,7 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         rows_B: Tensor | None = None,
     ) -> Any:

@@ -9,11 +9,17 @@ Dimensions: B sequences, T tokens of a part, S tokens of all P parts, K key/valu
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lilpipe.model.masks import allow
 from lilpipe.parallel.collectives import gather, gather_sequence
+
+if TYPE_CHECKING:
+    from lilpipe.model.masks import Mask
 
 
 def head_and_tail(seq_len: int, *, part: int, num_parts: int) -> Tensor:
@@ -27,10 +33,8 @@ class GatheredSequence:
 
     def __init__(self, positions_BT: Tensor, documents_BT: Tensor | None, group: ProcessGroup) -> None:
         self.group = group
-        allowed_BTS = gather(positions_BT, group)[:, None, :] <= positions_BT[:, :, None]
-        if documents_BT is not None:
-            allowed_BTS &= gather(documents_BT, group)[:, None, :] == documents_BT[:, :, None]
-        self.mask_B1TS: Tensor | None = allowed_BTS[:, None]
+        documents_BS = None if documents_BT is None else gather(documents_BT, group)
+        self.mask_B1TS: Mask | None = allow(positions_BT, gather(positions_BT, group), documents_BT, documents_BS)
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Keys and values of this part to those of all parts, ``[B, S, K, E]`` each."""

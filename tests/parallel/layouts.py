@@ -9,14 +9,20 @@ import torch
 from lilpipe.config.parallel import Layout
 from tests.parallel import toy
 
-DOCUMENTS = {"within_documents": True}
-INTERLEAVED = {"schedule": "interleaved", "stages_per_worker": 2}
-ZERO_BUBBLE = {"schedule": "zero_bubble", "stages_per_worker": 2}
-UNTIED = {"tie_embeddings": False, "logit_softcap": 5.0}
-GPT2 = {"architecture": "gpt2", "num_kv_heads": 8, "dropout": 0.1}
-MOE = {"qk_norm": True, "dropout": 0.1, "moe": {"num_experts": 4, "expert_size": 16, "bias_update_rate": 0.01}}
-MLA = {"mla": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}}
-LATENT_MOE = MLA | {"moe": MOE["moe"]}
+DOCUMENTS: dict[str, Any] = {"within_documents": True}
+INTERLEAVED: dict[str, Any] = {"schedule": "interleaved", "stages_per_worker": 2}
+ZERO_BUBBLE: dict[str, Any] = {"schedule": "zero_bubble", "stages_per_worker": 2}
+UNTIED: dict[str, Any] = {"tie_embeddings": False, "logit_softcap": 5.0}
+GPT2: dict[str, Any] = {"architecture": "gpt2", "num_kv_heads": 8, "dropout": 0.1}
+MOE: dict[str, Any] = {
+    "qk_norm": True,
+    "dropout": 0.1,
+    "moe": {"num_experts": 4, "expert_size": 16, "bias_update_rate": 0.01},
+}
+MLA: dict[str, Any] = {
+    "mla": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+}
+LATENT_MOE: dict[str, Any] = MLA | {"moe": MOE["moe"]}
 
 
 @dataclass(frozen=True)
@@ -53,42 +59,41 @@ CASES = [
     case("tp2", tensor=2, model=UNTIED),
     case("tp4", tensor=4, **DOCUMENTS),
     case("fsdp2 x tp2", shard=2, tensor=2, **DOCUMENTS),
-    case("ddp2 x tp2", replicate=2, tensor=2),
     case("cp2", context=2),
     case("cp4", context=4, **DOCUMENTS),
     case("cp2 x tp2", context=2, tensor=2, **DOCUMENTS),
     case("fsdp2 x cp2", shard=2, context=2, **DOCUMENTS),
-    case("ddp2 x cp2", replicate=2, context=2),
     case("pp2", pipeline=2, model=UNTIED, **DOCUMENTS),
     case("pp4", pipeline=4),
     case("pp2 interleaved", pipeline=2, **INTERLEAVED, **DOCUMENTS),
     case("pp2 zero bubble", pipeline=2, **ZERO_BUBBLE),
     case("pp2 x tp2", pipeline=2, tensor=2, **DOCUMENTS),
-    case("pp2 x tp2 zero bubble", pipeline=2, tensor=2, **ZERO_BUBBLE),
     case("pp2 x cp2", pipeline=2, context=2, **DOCUMENTS),
     case("pp2 x ddp2 interleaved", pipeline=2, replicate=2, **INTERLEAVED),
-    case("pp2 x fsdp2", pipeline=2, shard=2, **DOCUMENTS),
     case("pp2 x fsdp2 zero bubble", pipeline=2, shard=2, **ZERO_BUBBLE),
     case("gpt2 tp2", tensor=2, model=GPT2),
+    case("moe pp2 x cp2", pipeline=2, context=2, model=MOE),
+    case("mla moe fsdp2 x cp2", shard=2, context=2, model=LATENT_MOE),
+    case("muon fsdp2 x tp2", shard=2, tensor=2, optimizer="muon"),
+    case("fsdp4 in float32", shard=4, dtype=torch.float32, **DOCUMENTS),
+    case("cp2 x tp2 in float32", context=2, tensor=2, dtype=torch.float32, **DOCUMENTS),
+    case("pp2 x fsdp2 in float32", pipeline=2, shard=2, dtype=torch.float32),
+]
+"""Of two or four processes."""
+MORE = [
+    case("ddp2 x tp2", replicate=2, tensor=2),
+    case("ddp2 x cp2", replicate=2, context=2),
+    case("pp2 x tp2 zero bubble", pipeline=2, tensor=2, **ZERO_BUBBLE),
+    case("pp2 x fsdp2", pipeline=2, shard=2, **DOCUMENTS),
     case("gpt2 cp2 x tp2", context=2, tensor=2, model=GPT2),
     case("gpt2 pp2 x tp2", pipeline=2, tensor=2, model=GPT2),
     case("moe tp2", tensor=2, model=MOE),
     case("moe fsdp2 x tp2", shard=2, tensor=2, model=MOE),
-    case("moe pp2 x cp2", pipeline=2, context=2, model=MOE),
     case("mla tp2", tensor=2, model=MLA),
-    case("mla moe fsdp2 x cp2", shard=2, context=2, model=LATENT_MOE),
     case("mla moe pp2 x tp2", pipeline=2, tensor=2, model=LATENT_MOE, **DOCUMENTS),
-    case("muon fsdp2 x tp2", shard=2, tensor=2, optimizer="muon"),
     case("muon pp2 x cp2", pipeline=2, context=2, optimizer="muon"),
-    *(
-        case(f"{name} in float32", dtype=torch.float32, within_documents=True, **layout)
-        for name, layout in {
-            "fsdp4": {"shard": 4},
-            "cp2 x tp2": {"context": 2, "tensor": 2},
-            "pp2 x fsdp2": {"pipeline": 2, "shard": 2},
-        }.items()
-    ),
 ]
+"""Of two or four processes, for the slower suite."""
 EIGHT = [
     case("pp2 x ddp2 x tp2", pipeline=2, replicate=2, tensor=2, **DOCUMENTS),
     case("pp2 x fsdp2 x cp2 zero bubble", pipeline=2, shard=2, context=2, **ZERO_BUBBLE, **DOCUMENTS),

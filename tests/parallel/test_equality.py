@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
 
 import pytest
 
 from tests.parallel import toy
-from tests.parallel.layouts import CASES, EIGHT
+from tests.parallel.layouts import CASES, EIGHT, MORE
 
 
 def launch(root, cases, *, num_workers):
@@ -32,28 +31,29 @@ def four_workers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def four_workers_for_longer(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("more"), MORE, num_workers=4)
+
+
+@pytest.fixture(scope="module")
 def eight_workers(tmp_path_factory):
     return launch(tmp_path_factory.mktemp("eight"), EIGHT, num_workers=8)
 
 
-@lru_cache
-def one_process(model_and_settings, dtype):
-    return toy.plain_losses(model_and_settings, dtype)
-
-
 def check(case, reports):
     expected = toy.plain_losses(case.config(), case.dtype)
+    loosely = 20 * case.tolerance  # for numbers that are larger than a loss, or further on
     for report in reports:
         got = report[case.name]
         assert got["losses"] == pytest.approx(expected["losses"], rel=0, abs=case.tolerance)
-        assert got["norms"] == pytest.approx(expected["norms"], rel=case.tolerance)
-        assert got["nats"] == pytest.approx(expected["nats"], rel=case.tolerance)
-        assert got["losses"] == reports[0][case.name]["losses"]  # to the bit, so that workers decide alike
-        assert got["norms"] == reports[0][case.name]["norms"]
+        assert got["norms"] == pytest.approx(expected["norms"], rel=loosely)
+        assert got["nats"] == pytest.approx(expected["nats"], rel=loosely)
+        if case.size == len(reports):  # to the bit, so that all workers decide alike
+            assert (got["losses"], got["norms"]) == (reports[0][case.name]["losses"], reports[0][case.name]["norms"])
     got = reports[0][case.name]["weights"]  # the first worker alone is given whole tensors
     assert got.keys() == expected["weights"].keys()
     for name, (total, squares) in expected["weights"].items():
-        assert got[name] == pytest.approx([total, squares], rel=0, abs=10 * case.tolerance), name
+        assert got[name] == pytest.approx([total, squares], rel=0, abs=loosely), name
 
 
 @pytest.mark.distributed
@@ -61,6 +61,28 @@ def check(case, reports):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_layout_trains_as_one_process_does(case, four_workers):
     check(case, four_workers)
+
+
+@pytest.mark.distributed
+def test_gradients_that_are_not_added_up_are_found_out(four_workers):
+    expected = four_workers[0]["cp2"]["losses"]
+    wrong = [abs(got - loss) for got, loss in zip(four_workers[0]["fault"], expected, strict=True)]
+    assert wrong[0] == 0  # before the first update
+    assert max(wrong) > 1e-3
+
+
+@pytest.mark.distributed
+def test_no_worker_ever_holds_the_whole_model(four_workers):
+    for report in four_workers:
+        assert report["memory"]["held"] < 0.35
+        assert report["memory"]["largest"] < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", MORE, ids=lambda case: case.name)
+def test_a_layout_and_an_architecture_train_as_one_process_does(case, four_workers_for_longer):
+    check(case, four_workers_for_longer)
 
 
 @pytest.mark.slow

@@ -3,20 +3,22 @@
 import pytest
 from pydantic import ValidationError
 
-from lilpipe.config import PipelineConfig, PretrainConfig
-from lilpipe.config.parallel import ParallelConfig, check_vocabulary
+from lilpipe.config import ParallelConfig, PipelineConfig, PretrainConfig
+from lilpipe.config.parallel import check_vocabulary
 
 MODEL = {"hidden_size": 96, "num_layers": 4, "num_heads": 6, "num_kv_heads": 3, "intermediate_size": 64}
 
 
 def config(num_workers, *, model=None, batch_size=8, accumulation_steps=1, seq_len=48, **parallel):
-    return PretrainConfig(
-        num_workers=num_workers,
-        batch_size=batch_size,
-        accumulation_steps=accumulation_steps,
-        seq_len=seq_len,
-        model=MODEL | (model or {}),
-        parallel=ParallelConfig(**parallel),
+    return PretrainConfig.model_validate(
+        {
+            "num_workers": num_workers,
+            "batch_size": batch_size,
+            "accumulation_steps": accumulation_steps,
+            "seq_len": seq_len,
+            "model": MODEL | (model or {}),
+            "parallel": parallel,
+        }
     )
 
 
@@ -60,7 +62,7 @@ def test_an_impossible_layout_is_refused_with_the_arithmetic(problem, message):
 def test_a_layout_must_suit_every_phase():
     phases = [{"from_step": 500, "seq_len": 18}]
     with pytest.raises(ValidationError, match=r"phases.0.seq_len 18 must be a multiple of 2 x parallel.context = 4"):
-        PretrainConfig(num_workers=2, seq_len=16, phases=phases, parallel=ParallelConfig(context=2))
+        PretrainConfig.model_validate({"num_workers": 2, "seq_len": 16, "phases": phases, "parallel": {"context": 2}})
 
 
 def test_latent_attention_has_no_key_heads_to_divide():
@@ -76,7 +78,7 @@ def test_a_vocabulary_that_tensor_parallelism_cannot_divide_is_refused_with_the_
         check_vocabulary(layout, 301)
     pretrain = {"num_workers": 2, "parallel": {"tensor": 2}}
     with pytest.raises(ValidationError, match="must divide the vocabulary of 4095"):
-        PipelineConfig(recipe="toy", tokenizer={"vocab_size": 4095}, pretrain=pretrain)
+        PipelineConfig.model_validate({"recipe": "toy", "tokenizer": {"vocab_size": 4095}, "pretrain": pretrain})
 
 
 def test_all_dimensions_multiply_to_the_number_of_workers():

@@ -1,9 +1,11 @@
 """A small model, its batches, and ten steps of training it in one process with nothing of ``lilpipe.parallel``."""
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 
-from lilpipe.config import ModelConfig, OptimizerConfig, ParallelConfig, PretrainConfig
+from lilpipe.config import PretrainConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokens.loader import IGNORED, Batch
 from lilpipe.training.optimizer import Optimizer
@@ -15,32 +17,25 @@ SEQ_LEN = 16
 ROWS = 8
 LEARNING_RATE = 1e-2
 Z_LOSS = 1e-2
-SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 48}
+SHAPE = {"hidden_size": 32, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 48, "max_seq_len": SEQ_LEN}
+PARALLEL = ("schedule", "stages_per_worker")
 
 
-def config(layout, *, model=None, optimizer="adamw", stages_per_worker=1, schedule="1f1b", **settings):
-    """Pretraining of the toy in a layout (pipeline, replicate, shard, context, tensor)."""
-    pipeline, replicate, shard, context, tensor = layout
-    shape = SHAPE | {"num_layers": max(2, pipeline * stages_per_worker), "max_seq_len": SEQ_LEN} | (model or {})
-    return PretrainConfig(
-        seed=7,
-        num_workers=pipeline * replicate * shard * context * tensor,
-        num_steps=NUM_STEPS,
-        batch_size=ROWS,
-        accumulation_steps=2 * pipeline if pipeline > 1 else 2,
-        model=ModelConfig(**shape),
-        optimizer=OptimizerConfig(kind=optimizer, learning_rate=LEARNING_RATE, max_grad_norm=1.0, warmup_steps=0),
-        parallel=ParallelConfig(
-            pipeline=pipeline,
-            replicate=replicate,
-            shard=shard,
-            context=context,
-            tensor=tensor,
-            schedule=schedule,
-            stages_per_worker=stages_per_worker,
-        ),
-        **settings,
-    )
+def config(layout, *, model=None, optimizer="adamw", **settings):
+    """Pretraining of the toy in a layout; ``settings`` are those of the whole or of ``parallel``."""
+    parallel = layout._asdict() | {name: settings.pop(name) for name in PARALLEL if name in settings}
+    num_stages = parallel["pipeline"] * parallel.get("stages_per_worker", 1)
+    values = {
+        "seed": 7,
+        "num_workers": prod(layout),
+        "num_steps": NUM_STEPS,
+        "batch_size": ROWS,
+        "accumulation_steps": 2 * layout.pipeline if layout.pipeline > 1 else 2,
+        "model": SHAPE | {"num_layers": max(2, num_stages)} | (model or {}),
+        "optimizer": {"kind": optimizer, "learning_rate": LEARNING_RATE, "max_grad_norm": 1.0, "warmup_steps": 0},
+        "parallel": parallel,
+    }
+    return PretrainConfig.model_validate(values | settings)
 
 
 def batch(step):

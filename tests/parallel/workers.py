@@ -5,13 +5,17 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from lilpipe import distributed
-from lilpipe.parallel.apply import parallelize
+from lilpipe.config.parallel import Layout
+from lilpipe.model.initial_weights import initial_value
+from lilpipe.model.transformer import Transformer
+from lilpipe.parallel import apply, gradients
 from lilpipe.parallel.mesh import Mesh
 from tests.parallel import toy
-from tests.parallel.layouts import CASES, EIGHT
+from tests.parallel.layouts import CASES, EIGHT, MORE
 
 
 def train(case):
@@ -22,7 +26,7 @@ def train(case):
         rows = [column[mesh.data_rank :: mesh.layout.data] for column in toy.batch(step)]
         return [toy.Batch(*parts) for parts in zip(*(r.chunk(config.accumulation_steps) for r in rows), strict=True)]
 
-    model = parallelize(config, toy.VOCAB, batches=batches, loss=toy.loss, mesh=mesh, dtype=case.dtype)
+    model = apply.parallelize(config, toy.VOCAB, batches=batches, loss=toy.loss, mesh=mesh, dtype=case.dtype)
     updates = toy.optimizer(config, model.parts, model.replicas)
     losses, norms = [], []
     for step in range(toy.NUM_STEPS):
@@ -37,17 +41,48 @@ def train(case):
     return result | {"weights": toy.digest(model.full_tensors())}
 
 
+def train_with_a_fault():
+    """Losses of context parallelism whose gradients are not added up."""
+    case = next(case for case in CASES if case.name == "cp2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "sum_over", lambda tensors, group: None)
+        return train(case)["losses"]
+
+
+def memory():
+    """The largest share of the model's weights that was ever made on this worker, and the share that it holds.
+
+    Whole weights are made one at a time, to be cut.
+    """
+    made = []
+
+    def value(*args, **options):
+        whole = initial_value(*args, **options)
+        made.append(whole.numel())
+        return whole
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply, "initial_value", value)
+        config = toy.config(Layout(pipeline=2, replicate=1, shard=2, context=1, tensor=1), model={"num_layers": 8})
+        model = apply.parallelize(config, toy.VOCAB, batches=lambda step: [], loss=toy.loss)
+    held = sum(gradients.local(tensor).numel() for tensor in model.tensors().values())
+    whole = sum(parameter.numel() for parameter in Transformer(config.model, toy.VOCAB).parameters())
+    return {"held": held / whole, "largest": max(made) / whole}
+
+
 def main(root, names):
     torch.set_num_threads(1)
     distributed.init()
     report, seconds = {}, {}
-    for case in [case for case in CASES + EIGHT if case.name in names]:
-        begun = time.perf_counter()
+    if distributed.world_size() == 4:
+        report = {"fault": train_with_a_fault(), "memory": memory()}
+    for case in [case for case in CASES + MORE + EIGHT if case.name in names]:
+        begun = time.process_time()
         report[case.name] = train(case)
-        seconds[case.name] = time.perf_counter() - begun
+        seconds[case.name] = time.process_time() - begun
     (root / f"rank{distributed.rank()}.json").write_text(json.dumps(report))
     if distributed.is_main():
-        print("\n".join(f"{spent:6.1f} s {name}" for name, spent in seconds.items()))
+        print("\n".join(f"{spent:6.1f} s of CPU: {name}" for name, spent in seconds.items()))
     distributed.barrier()
     distributed.shutdown()
 
