@@ -1,25 +1,32 @@
 """How likely each target token is: all that any objective here needs of the output layer.
 
-Logits of a large vocabulary are most of a step's memory. Asked for scores, the model computes them a part of the
-tokens at a time, and again in the backward pass, so that they are never whole.
+Logits of a large vocabulary are most of a step's memory. Asked for scores, the model computes them for some tokens at
+a time, so that they are never whole, and for a large batch once more in the backward pass. Their gradient is written
+down by hand, the softmax less one at the target, so that all passes over a part's logits but one are in place.
 
-Dimensions: B sequences, T tokens, N tokens of all of them, D width, V vocabulary.
+Dimensions: B sequences, T tokens, N tokens of all of them or of a part, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Target that counts for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
 LOGITS_AT_ONCE = 2**25
 """Logits that may be in memory at once: 128 MiB in float32."""
+LOGITS_IN_CACHE = 2**20
+"""Logits of a part on a CPU, 4 MiB in float32: with a quarter of that the products took 15 % longer, with four times
+as much the rest did."""
+LEAST_TOKENS = 128
+"""Tokens of a part on a CPU, however large the vocabulary: with fewer the time goes into reading the weights."""
 
 
 class Scores(NamedTuple):
@@ -31,18 +38,24 @@ class Scores(NamedTuple):
     """Logarithm of the softmax's denominator."""
 
 
-def token_scores(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, softcap: float | None = None) -> Scores:
-    """Scores of targets under the logits ``hidden @ weight.T``; differentiable in both."""
-    hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
-    num_at_once = max(1, LOGITS_AT_ONCE // len(weight_VD))
-    if len(targets_N) <= num_at_once:
-        parts = [_score(hidden_ND, weight_VD, targets_N, softcap)]
-    else:
-        parts = [
-            checkpoint(_score, hidden, weight_VD, targets, softcap, use_reentrant=False)
-            for hidden, targets in zip(hidden_ND.split(num_at_once), targets_N.split(num_at_once), strict=True)
-        ]
-    return gather_scores(parts, targets_BT)
+def token_scores(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
+    *,
+    softcap: float | None = None,
+    compiled: bool = False,
+) -> Scores:
+    """Scores of targets under the logits ``hidden @ weight.T``; differentiable, once, in both.
+
+    They are float64 where the hidden states are. ``compiled`` fuses the passes over a part's logits.
+    """
+    device = hidden_BTD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_BTD, weight_VD = hidden_BTD.to(dtype), weight_VD.to(dtype)
+    hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten().clamp(min=0)
+    return gather_scores([_Scores.apply(hidden_ND, weight_VD, targets_N, softcap, compiled)], targets_BT)
 
 
 def gather_scores(parts: Sequence[tuple[Tensor, Tensor]], targets_BT: Tensor) -> Scores:
@@ -57,9 +70,99 @@ def soften(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _score(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+class Part(NamedTuple):
+    """The softmax of some tokens, as its gradient needs it."""
+
+    logprobs_N: Tensor
+    normaliser_N: Tensor
+    exponentials_NV: Tensor
+    """Of the softened logits less the largest, times the softening's slope."""
+    sums_N: Tensor
+    """Of the exponentials without the slope."""
+    target_slopes_N: Tensor
+    """The softening's slope at the target."""
+
+
+def score_part(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None) -> Part:
+    """Score some targets, with all logits and sums in float32 (float64 if the hidden states are)."""
     logits_NV = F.linear(hidden_ND, weight_VD)
-    logits_NV = soften(logits_NV.float() if logits_NV.dtype != torch.float64 else logits_NV, softcap)
-    normaliser_N = logits_NV.logsumexp(-1)
-    chosen_N = logits_NV.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
-    return chosen_N - normaliser_N, normaliser_N
+    logits_NV = soften(logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float(), softcap)
+    chosen_N = _at(logits_NV, targets_N)
+    slopes_NV = None if softcap is None else 1 - (logits_NV / softcap).square()
+    largest_N = logits_NV.amax(-1)
+    exponentials_NV = logits_NV.sub_(largest_N[:, None]).exp_()
+    sums_N = exponentials_NV.sum(-1)
+    normaliser_N = sums_N.log() + largest_N
+    if slopes_NV is None:
+        target_slopes_N = torch.ones_like(sums_N)
+    else:
+        target_slopes_N = _at(slopes_NV, targets_N)
+        exponentials_NV.mul_(slopes_NV)
+    return Part(chosen_N - normaliser_N, normaliser_N, exponentials_NV, sums_N, target_slopes_N)
+
+
+def logits_gradient(part: Part, targets_N: Tensor, logprob_grad_N: Tensor, normaliser_grad_N: Tensor) -> Tensor:
+    """Gradient ``[N, V]`` by the logits before softening, from those by log-probabilities and normalisers."""
+    factor_N = (normaliser_grad_N - logprob_grad_N) / part.sums_N
+    gradient_NV = part.exponentials_NV * factor_N[:, None]
+    at_target_N = logprob_grad_N * part.target_slopes_N
+    return gradient_NV.scatter_add_(1, targets_N[:, None], at_target_N[:, None])
+
+
+class _Scores(torch.autograd.Function):
+    """Part by part. Parts stay for the backward pass if all of them together are within ``LOGITS_AT_ONCE``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens, vocab_size = len(targets_N), len(weight_VD)
+        ctx.num_at_once, ctx.softcap, ctx.compiled = tokens_at_once(vocab_size, hidden_ND.device), softcap, compiled
+        keep = any(ctx.needs_input_grad) and num_tokens * vocab_size <= LOGITS_AT_ONCE
+        score = _compiled(score_part) if compiled else score_part
+        ctx.parts, columns = [], []
+        for hidden, targets in zip(hidden_ND.split(ctx.num_at_once), targets_N.split(ctx.num_at_once), strict=True):
+            part = score(hidden, weight_VD, targets, softcap)
+            columns.append((part.logprobs_N, part.normaliser_N))
+            if keep:
+                ctx.parts.append(part)
+            del part
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
+        logprobs, normalisers = zip(*columns, strict=True)
+        return torch.cat(logprobs), torch.cat(normalisers)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, logprob_grad_N: Tensor, normaliser_grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
+        score = _compiled(score_part) if ctx.compiled else score_part
+        gradient = _compiled(logits_gradient) if ctx.compiled else logits_gradient
+        hidden_grad_ND = torch.empty_like(hidden_ND)
+        weight_grad_VD = torch.zeros_like(weight_VD, dtype=logprob_grad_N.dtype)  # parts are summed in float32
+        by_token = (hidden_ND, targets_N, logprob_grad_N, normaliser_grad_N, hidden_grad_ND)
+        rows = zip(*(tensor.split(ctx.num_at_once) for tensor in by_token), strict=True)
+        for number, (hidden, targets, logprob_grad, normaliser_grad, hidden_grad) in enumerate(rows):
+            part = ctx.parts[number] if ctx.parts else score(hidden, weight_VD, targets, ctx.softcap)
+            gradient_NV = gradient(part, targets, logprob_grad, normaliser_grad).to(hidden.dtype)
+            torch.mm(gradient_NV, weight_VD, out=hidden_grad)
+            if weight_grad_VD.dtype == hidden.dtype:
+                weight_grad_VD.addmm_(gradient_NV.t(), hidden)
+            else:
+                weight_grad_VD.add_(gradient_NV.t() @ hidden)
+        return hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype), None, None, None
+
+
+def tokens_at_once(vocab_size: int, device: torch.device) -> int:
+    """Tokens of a part: on a CPU as many as its caches hold, elsewhere as memory is to hold."""
+    if device.type == "cpu":
+        return max(LEAST_TOKENS, LOGITS_IN_CACHE // vocab_size)
+    return max(1, LOGITS_AT_ONCE // vocab_size)
+
+
+def _at(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return logits_NV.gather(1, targets_N[:, None])[:, 0]
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
