@@ -137,14 +137,18 @@ def load_weights(into: Mapping[str, Tensor], directory: Path) -> None:
     which each process fills its own part. Raises ``ArtifactError`` if the files do not hold what ``config.json`` says.
     """
     for name, tensor in read_tensors(directory):
-        target: Any = into.get(name)
-        if hasattr(target, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor  # takes 0.6 s
+        copy_into(into.get(name), tensor)
 
-            whole = tensor.to(target.device, target.dtype)
-            target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
-        elif target is not None:
-            target.copy_(tensor)
+
+def copy_into(target: Any, tensor: Tensor) -> None:
+    """Fill a tensor, or this process's part of a DTensor, from a whole one; nothing if there is no target."""
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor  # takes 0.6 s
+
+        whole = tensor.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+    elif target is not None:
+        target.copy_(tensor)
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,73 @@
+"""Training a model on from a checkpoint: which models and vocabularies can follow on which.
+
+What tokens mean must stay, so the vocabulary must be the checkpoint's or add to it: a tokenizer with the checkpoint's
+as ``tokenizer.base`` has its ids, and special tokens behind them. Sequences may grow longer and be rotated by another
+base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lilpipe.config import ModelConfig
+from lilpipe.errors import ArtifactError, ConfigError
+from lilpipe.model.hub import copy_into, read_model_config, read_tensors
+from lilpipe.tokenizer.encoding import Tokenizer
+
+MAY_DIFFER = ("dropout", "rope_theta", "max_seq_len")
+"""Settings that the weights do not hang on; GPT-2 alone has weights for each position."""
+
+_BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@torch.no_grad()
+def start_from(into: Mapping[str, Tensor], directory: Path, *, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Copy a checkpoint's weights into a model that has its initial ones, one tensor after another.
+
+    ``into`` is as for ``load_weights``. Rows of tokens that the checkpoint does not have stay as they are. Raises
+    ``ConfigError`` for a model of another shape, ``ArtifactError`` for a vocabulary that does not follow on.
+    """
+    check_shape(config, directory)
+    check_vocabulary(tokenizer, directory)
+    for name, tensor in read_tensors(directory):
+        target: Any = into.get(name)
+        if target is not None and name in _BY_TOKEN:
+            rows = target.full_tensor() if hasattr(target, "full_tensor") else target.clone()
+            shared = min(len(rows), len(tensor))
+            rows[:shared] = tensor[:shared]
+            tensor = rows
+        copy_into(target, tensor)
+
+
+def check_shape(config: ModelConfig, directory: Path) -> None:
+    """Raise ``ConfigError`` naming the settings in which a model differs from the checkpoint."""
+    stored, _ = read_model_config(directory)
+    free = [name for name in MAY_DIFFER if name != "max_seq_len" or config.architecture == "llama"]
+    wanted, got = stored.model_dump(exclude=set(free)), config.model_dump(exclude=set(free))
+    for section in (wanted["moe"], got["moe"]):
+        if section:
+            del section["bias_update_rate"]
+    if config.mla is not None:
+        del wanted["num_kv_heads"], got["num_kv_heads"]
+    if differing := [name for name in wanted if wanted[name] != got[name]]:
+        name = differing[0]
+        raise ConfigError(
+            f"pretrain.model.{name}: got {got[name]!r}, expected {wanted[name]!r} as in the checkpoint {directory}; "
+            f"set what differs ({', '.join(differing)}) as it is there, or start without it"
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer, directory: Path) -> None:
+    """Raise ``ArtifactError`` if a token would mean another than to the checkpoint."""
+    stored = Tokenizer.load(directory)
+    if (tokenizer.ranks, tokenizer.pattern) != (stored.ranks, stored.pattern):
+        raise ArtifactError(
+            f"{directory}: got a vocabulary of {len(stored.ranks):,} tokens, expected the {len(tokenizer.ranks):,} of "
+            "the token shards; make these with a tokenizer whose tokenizer.base is the checkpoint's tokenizer.json and "
+            "which adds no merges"
+        )
