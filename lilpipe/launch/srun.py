@@ -94,7 +94,10 @@ class Srun:
         status = self._process.poll()
         if status is None:
             return None
-        if _state(self._job.name) == "CANCELLED":
+        state = _state(self._job.name)
+        if state in ("RUNNING", "COMPLETING"):  # Slurm has still to say how
+            return None
+        if state == "CANCELLED":  # even where the exit status is 0
             raise ClusterError(f"Slurm job {self._job.name} was cancelled; run again to go on")
         if status == 0:
             return Ended(None)

@@ -129,7 +129,7 @@ def jobs():
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_when_a_task_is_killed_all_start_again_and_go_on_from_what_was_saved(slurm, tmp_path):
     assert launch_toy(tmp_path, fault="kill") == {"total": toy.expected(), "first": 5.0}
     (restart,) = toy.messages(tmp_path)
@@ -138,20 +138,20 @@ def test_when_a_task_is_killed_all_start_again_and_go_on_from_what_was_saved(slu
     )
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_an_error_of_the_users_ends_the_job_without_a_restart(slurm, tmp_path):
     with pytest.raises(DataError, match=r"^field: got that, expected this$"):
         launch_toy(tmp_path, fault="data", once=False)
     assert not toy.messages(tmp_path)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_task_that_gets_sigterm_before_it_is_preempted_lets_all_save(slurm, tmp_path):
     with pytest.raises(Preempted, match=r"^pre-empted after step 6; saved$"):
         launch_toy(tmp_path, fault="term")
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_job_that_a_person_cancels_is_not_tried_again(slurm, tmp_path):
     def cancel(event):
         subprocess.run(["scancel", f"--user={os.getuid()}"], check=True)
@@ -160,7 +160,7 @@ def test_a_job_that_a_person_cancels_is_not_tried_again(slurm, tmp_path):
         launch_toy(tmp_path, fault="slow", on_event=cancel)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_cancelling_the_stage_cancels_the_job(slurm, tmp_path):
     class Cancelled(BaseException):
         pass
@@ -176,13 +176,13 @@ def test_cancelling_the_stage_cancels_the_job(slurm, tmp_path):
         time.sleep(0.1)
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_a_job_that_slurm_does_not_take_is_a_mistake_in_the_settings(slurm, tmp_path):
     with pytest.raises(ConfigError, match=r"(?is)launch.slurm: .*invalid partition.*correct partition"):
         launch_toy(tmp_path, settings={"slurm": {"partition": "nowhere"}})
 
 
-@pytest.mark.distributed
+@pytest.mark.slow
 def test_in_an_allocation_the_stage_runs_as_a_step_of_it(slurm, tmp_path):
     code = (
         "import sys; from pathlib import Path; from tests.launch import toy\n"
