@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lilpipe.model import scores
 from lilpipe.model.scores import IGNORED, token_scores
@@ -54,7 +56,7 @@ def test_scores_and_gradients_are_those_of_the_whole_softmax(softcap):
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_the_gradient_written_by_hand_is_that_of_finite_differences(softcap):
     hidden, weight, targets = inputs()
-    assert torch.autograd.gradcheck(lambda *x: tuple(token_scores(*x, targets, softcap=softcap)), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: tuple(token_scores(h, w, targets, softcap=softcap)), (hidden, weight))
 
 
 def test_ignored_targets_score_zero_and_leave_no_gradient():
@@ -68,13 +70,13 @@ def test_ignored_targets_score_zero_and_leave_no_gradient():
 
 def test_half_precision_is_as_good_as_its_inputs():
     """Logits, softmax and sums are float32; a target that is nearly certain keeps a gradient of the right size."""
-    hidden, weight, targets = (x if x.dtype == torch.int64 else x.detach() for x in inputs(torch.float32))
+    hidden, weight, targets = inputs(torch.float32)
     targets = targets.clamp(min=0)
-    hidden = hidden + 2 * weight[targets]  # makes most targets likely
-    halves = [x.bfloat16().requires_grad_() for x in (hidden, weight)]
-    wholes = [x.detach().float().requires_grad_() for x in halves]
-    found = token_scores(*halves, targets)
-    expected = naive(*wholes, targets, None)
+    likely = hidden.detach() + 2 * weight.detach()[targets]
+    halves = [likely.bfloat16().requires_grad_(), weight.detach().bfloat16().requires_grad_()]
+    wholes = [half.detach().float().requires_grad_() for half in halves]
+    found = token_scores(halves[0], halves[1], targets)
+    expected = naive(wholes[0], wholes[1], targets, None)
     assert found.logprobs.dtype == torch.float32
     torch.testing.assert_close(tuple(found), expected, atol=0.1, rtol=0.02)
     gradients = torch.autograd.grad(mixed_loss(*found), halves)
@@ -108,10 +110,10 @@ def test_no_buffer_holds_the_logits_of_all_tokens(monkeypatch):
     targets = torch.zeros(4, 64, dtype=torch.int64)
     made = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            made.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+            made.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
             return out
 
     monkeypatch.setattr(scores, "LEAST_TOKENS", 64)
