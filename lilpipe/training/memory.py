@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from lilpipe.config import MLAConfig, ModelConfig, Phase, PretrainConfig
 from lilpipe.model.flops import (
     block_matrices,
@@ -22,13 +24,13 @@ from lilpipe.model.flops import (
     head_parameters,
     head_widths,
 )
-from lilpipe.model.scores import LOGITS_AT_ONCE
+from lilpipe.model.scores import LOGITS_AT_ONCE, tokens_at_once
 
 FP32 = 4
 STANDING = ("weights", "gradients", "optimizer state")
 """Names of the terms that lie there all the time."""
 LOGIT_COPIES = 5
-"""Float32 tensors of the logits' size alive at once when their backward pass begins (torch 2.13, eager)."""
+"""Float32 tensors of the logits' size alive at once where autograd makes their gradient (torch 2.13, eager)."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,8 @@ class _Worker:
         return (
             self._copies(),
             self._unsharded_gradients(phase),
-            *self._activations(phase, num_tokens),
-            self._logits(num_tokens),
+            self._kept(phase, num_tokens),
+            *max(self._logits(num_tokens), self._one_block(phase, num_tokens), key=total),
         )
 
     def _copies(self) -> Term:
@@ -155,21 +157,18 @@ class _Worker:
         how = f"4 B x {_millions(weights)}, whole until the last of {phase.accumulation_steps} micro-batches"
         return Term("gathered gradients", FP32 * weights, how)
 
-    def _activations(self, phase: Phase, num_tokens: int) -> tuple[Term, ...]:
-        """What the forward pass saves in blocks, for all micro-batches in flight."""
+    def _kept(self, phase: Phase, num_tokens: int) -> Term:
+        """What the forward pass keeps of blocks, for all micro-batches in flight."""
         passes, in_flight = self._passes_in_flight(phase.accumulation_steps)
         blocks = passes * self.blocks_per_stage
-        whole = max(self._per_token(layer) for layer in (0, self.model.num_layers - 1)) + self._mask(phase, num_tokens)
-        kept = {"none": whole, "selective": self._selective(), "full": self._stream() / self.layout.tensor}
         mode = self.config.activation_checkpointing
-        per_token = kept[mode]
-        how = f"{per_token:,.0f} B x {num_tokens:,} tokens x {blocks} blocks{in_flight}"
-        terms = [Term("activations", per_token * num_tokens * blocks, f"{how}, checkpointing {mode}")]
-        if mode != "none":
-            terms.append(
-                Term("one block again", whole * num_tokens, f"{whole:,.0f} B x {num_tokens:,} tokens, recomputed")
-            )
-        return tuple(terms)
+        per_token = {
+            "none": self._of_block(phase),
+            "selective": self._selective(),
+            "full": self._stream() / self.layout.tensor,
+        }[mode]
+        how = f"{per_token:,.0f} B x {num_tokens:,} tokens x {blocks} blocks{in_flight}, checkpointing {mode}"
+        return Term("activations", per_token * num_tokens * blocks, how)
 
     def _passes_in_flight(self, micro_batches: int) -> tuple[int, str]:
         """Forward passes of a stage that wait for their backward pass on the first worker of the pipeline."""
@@ -183,17 +182,21 @@ class _Worker:
         passes = min(passes, micro_batches * chunks)
         return passes, f" ({passes} passes in flight: {how}, {micro_batches} micro-batches)"
 
-    def _per_token(self, layer: int) -> float:
-        """Bytes that one block saves for each token."""
-        return activation_bytes(
-            self.model,
-            layer,
-            element_bytes=self.element_bytes,
-            stream_bytes=self._stream_bytes(),
-            tensor=self.layout.tensor,
-            context=self.layout.context,
-            fused_norm=not self.on_cpu,
+    def _of_block(self, phase: Phase) -> float:
+        """Bytes that the largest block saves for each token, of a kind that is first or last."""
+        saved = (
+            activation_bytes(
+                self.model,
+                layer,
+                element_bytes=self.element_bytes,
+                stream_bytes=self._stream_bytes(),
+                tensor=self.layout.tensor,
+                context=self.layout.context,
+                fused_norm=not self.on_cpu,
+            )
+            for layer in (0, self.model.num_layers - 1)
         )
+        return max(saved) + self._mask(phase)
 
     def _stream_bytes(self) -> int:
         """Of an element of the residual stream: autocast leaves it in fp32, FSDP does not."""
@@ -203,33 +206,47 @@ class _Worker:
         return self.model.hidden_size * self._stream_bytes()
 
     def _selective(self) -> float:
-        """The block's input, and what its matrix products and its attention put out."""
+        """The block's input, and what its matrix products and its attention put out; routed experts run again."""
         _, value = head_widths(self.model)
-        matrices = block_matrices(self.model, self.model.num_layers - 1, active=True)
-        outputs = sum(matrix.outputs for matrix in matrices) + self.model.num_heads * value
+        model = self.model
+        if (moe := model.moe) is not None:
+            model = model.model_copy(update={"moe": moe.model_copy(update={"experts_per_token": 0})})
+        matrices = block_matrices(model, model.num_layers - 1, active=True)
+        outputs = sum(matrix.outputs for matrix in matrices) + model.num_heads * value
         return (self._stream() + outputs * self.element_bytes) / self.layout.tensor
 
-    def _mask(self, phase: Phase, num_tokens: int) -> float:
+    def _mask(self, phase: Phase) -> float:
         """On a CPU a mask within documents is a tensor [rows, T, T], which attention turns into floats."""
-        if not self.on_cpu or not (self.config.within_documents or self.layout.context > 1) or not num_tokens:
+        if not self.on_cpu or not (self.config.within_documents or self.layout.context > 1):
             return 0.0
         return FP32 * phase.seq_len
 
-    def _logits(self, num_tokens: int) -> Term:
-        """The output layer's, or the working tensors of a block's backward pass where these are larger."""
-        vocab = self.vocab_size / self.layout.tensor
-        at_once = min(num_tokens, max(1, int(LOGITS_AT_ONCE // vocab)))
-        logits = LOGIT_COPIES * FP32 * at_once * vocab
-        width = max((matrix.outputs for matrix in block_matrices(self.model, 0)), default=0)
-        working = self.element_bytes * num_tokens * (2 * width + 2 * self.model.hidden_size) / self.layout.tensor
-        if working > logits:
-            how = (
-                f"{self.element_bytes} B x {num_tokens:,} tokens x 2 x (widest {width:,} + {self.model.hidden_size:,})"
-            )
-            return Term("working tensors", working, how)
-        parts = f" / tensor {self.layout.tensor}" if self.layout.tensor > 1 else ""
-        how = f"{LOGIT_COPIES} x 4 B x {at_once:,} tokens at once x {self.vocab_size:,}{parts}"
-        return Term("logits", logits, how)
+    def _logits(self, num_tokens: int) -> tuple[Term, ...]:
+        """What comes on top when the output layer's backward pass begins: exponentials, of all tokens or of a part,
+        their gradient a part at a time, and that of the matrix.
+        """
+        vocab = self.vocab_size // self.layout.tensor
+        if self.layout.tensor > 1:
+            at_once = min(num_tokens, max(1, LOGITS_AT_ONCE // vocab))
+            how = f"{LOGIT_COPIES} x 4 B x {at_once:,} tokens at once x {vocab:,} words of this worker"
+            return (Term("logits", LOGIT_COPIES * FP32 * at_once * vocab, how),)
+        at_once = min(num_tokens, tokens_at_once(vocab, torch.device("cpu" if self.on_cpu else "cuda")))
+        kept = num_tokens if num_tokens * vocab <= LOGITS_AT_ONCE else at_once
+        gradient = FP32 if self.element_bytes == FP32 else FP32 + self.element_bytes
+        matrix, width = FP32 * vocab * self.model.hidden_size, self.model.hidden_size
+        how = f"(4 B x {kept:,} tokens + {gradient} B x {at_once:,} at once + 4 B x {width:,}) x {vocab:,} words"
+        return (Term("logits", vocab * (FP32 * kept + gradient * at_once) + matrix, how),)
+
+    def _one_block(self, phase: Phase, num_tokens: int) -> tuple[Term, ...]:
+        """What comes on top in the backward pass of a block: itself computed again, and its working tensors."""
+        c, again = self.element_bytes, self._of_block(phase)
+        checkpoints = self.config.activation_checkpointing != "none"
+        widest, width = max(matrix.outputs for matrix in block_matrices(self.model, 0)), self.model.hidden_size
+        working = c * num_tokens * 2 * (widest + width) / self.layout.tensor
+        return (
+            Term("one block again", again * num_tokens * checkpoints, f"{again:,.0f} B x {num_tokens:,} tokens"),
+            Term("working tensors", working, f"{c} B x {num_tokens:,} tokens x 2 x (widest {widest:,} + {width:,})"),
+        )
 
     # --- between steps --------------------------------------------------------------------------------------------
 

@@ -18,6 +18,12 @@ def chinchilla(parameters, tokens):
     return 1.69 + 406.4 * np.asarray(parameters) ** -0.34 + 410.7 * np.asarray(tokens) ** -0.28
 
 
+def interval(*arguments, **options):
+    found = predict_interval(*arguments, **options)
+    assert found is not None
+    return found
+
+
 def test_a_law_of_compute_is_found_where_there_is_no_noise():
     law = fit({"FLOPs": FLOPS}, compute_law(FLOPS).tolist())
     assert law.floor == pytest.approx(1.5, rel=1e-3)
@@ -65,7 +71,7 @@ def test_intervals_hold_about_as_many_new_runs_as_they_say():
     rng, held = np.random.default_rng(0), 0
     for seed in range(12):
         losses = compute_law(FLOPS) * np.exp(0.005 * rng.standard_normal(6))
-        low, high = predict_interval({"FLOPs": FLOPS}, losses.tolist(), {"FLOPs": [1e17]}, num_samples=60, seed=seed)
+        low, high = interval({"FLOPs": FLOPS}, losses.tolist(), {"FLOPs": [1e17]}, num_samples=60, seed=seed)
         held += low <= compute_law(1e17) * np.exp(0.005 * rng.standard_normal()) <= high
     assert 9 <= held <= 12
 
@@ -75,7 +81,7 @@ def test_an_interval_is_wider_the_further_away_and_the_noisier_the_runs():
 
     def width(sigma, at):
         losses = (compute_law(FLOPS) * np.exp(sigma * noise)).tolist()
-        low, high = predict_interval({"FLOPs": FLOPS}, losses, {"FLOPs": [at]}, num_samples=100)
+        low, high = interval({"FLOPs": FLOPS}, losses, {"FLOPs": [at]}, num_samples=100)
         return high - low
 
     assert width(0.002, 1e16) < width(0.002, 1e20) < width(0.02, 1e20)

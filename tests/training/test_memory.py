@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from lilpipe.config import ModelConfig, OptimizerConfig, ParallelConfig, PhaseConfig, PretrainConfig
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.transformer import Transformer
+from lilpipe.training import activation_checkpointing
 from lilpipe.training.memory import STANDING, activation_bytes, peak_memory
 
 VOCAB = 200
@@ -96,16 +97,18 @@ def peak_bytes(work, path):
     return max(event["args"]["Total Allocated"] for event in events)
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    ("model", "vocab_size"), [(SMALL, VOCAB), (changed(num_layers=2), 4_000), (changed(intermediate_size=800), VOCAB)]
+    ("model", "vocab_size"), [(SMALL, VOCAB), (changed(num_layers=2), 4_000), (changed(num_layers=8, moe=MOE), VOCAB)]
 )
-def test_a_step_takes_what_the_plan_says(model, vocab_size, tmp_path):
-    config = PretrainConfig(model=model, batch_size=2)
+def test_a_step_takes_what_the_plan_says(model, vocab_size, mode, tmp_path):
+    config = PretrainConfig(model=model, batch_size=2, activation_checkpointing=mode)
     planned = sum(term.bytes for term in peak_memory(config, vocab_size, on_cpu=True) if term.name not in STANDING)
     built = filled(model, vocab_size)
+    activation_checkpointing.apply(built, mode)
     step(built)
     measured = peak_bytes(lambda: step(built), tmp_path / "trace.json")
-    assert measured == pytest.approx(planned, rel=0.1)
+    assert measured == pytest.approx(planned, rel=0.15)
 
 
 # --- sharding and the rest, by hand ---------------------------------------------------------------------------------
@@ -156,11 +159,14 @@ def test_the_first_worker_of_a_pipeline_holds_as_many_micro_batches_as_there_are
     pipeline = {"num_workers": 4, "parallel": ParallelConfig(pipeline=4)}
     # Four micro-batches of a quarter of the layers: as much as one of all the layers.
     assert terms(**settings, **pipeline)["activations"] == terms(**settings)["activations"]
-    few = settings | {"accumulation_steps": 2, "batch_size": 4}
-    assert terms(**few, **pipeline)["activations"] == terms(**few)["activations"] / 2
+    # Interleaved, two stages of one block each: 2 + 2 passes to warm up and the one that follows.
+    interleaved = ParallelConfig(pipeline=2, stages_per_worker=2, schedule="interleaved")
+    found = terms(**settings, num_workers=2, parallel=interleaved)["activations"]
+    assert found == terms(**settings)["activations"] * 5 / 4
 
 
 def test_logits_of_a_large_vocabulary_are_bounded():
-    large, larger = (terms(vocab_size, model=SMALL, batch_size=512)["logits"] for vocab_size in (10_000, 100_000))
-    assert larger == pytest.approx(large, rel=0.01)
-    assert large == pytest.approx(5 * 4 * 2**25, rel=0.01)
+    for vocab_size in (10_000, 100_000):
+        logits = terms(vocab_size, model=SMALL, batch_size=512)["logits"]
+        # A part of the exponentials and its gradient, and the gradient of the output layer's matrix.
+        assert logits - 4 * 64 * vocab_size == pytest.approx(2 * 4 * 2**25, rel=0.01)
