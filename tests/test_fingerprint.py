@@ -74,7 +74,8 @@ def test_every_stage_depends_on_its_own_code_and_not_on_another_stages():
 def test_every_package_in_a_fingerprint_has_a_version():
     for name in stage.STAGES:
         _, packages = code_and_packages(name)
-        assert "not installed" not in packages.values(), f"{name}: {packages}"
+        absent = {package for package, version in packages.items() if version == "not installed"}
+        assert absent <= {"torchao"}, f"{name}: {packages}"  # of the extra `fp8`
 
 
 BASE = Ingredients("sft", {"a": 1, "b": {"c": [1, 2]}}, {"model": ["0" * 64]}, {}, {"m": "1" * 64}, {"torch": "2"})

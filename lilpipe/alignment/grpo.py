@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lilpipe import distributed
 from lilpipe.alignment.completions import Completion, complete, pad_completions
-from lilpipe.alignment.order import derive_seed, rows_of_step
+from lilpipe.alignment.order import rows_of_step
 from lilpipe.alignment.prompts import Prompt, assert_not_held_out, read_prompts
 from lilpipe.alignment.rewards import reward
 from lilpipe.artifact import Artifact, Inputs
@@ -30,6 +30,7 @@ from lilpipe.config import GRPOConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer, token_logprobs
+from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.curves import write_report

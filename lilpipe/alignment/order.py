@@ -1,16 +1,10 @@
-"""Seeds and the order of rows, as pure functions of a position: to resume is to know one integer."""
+"""The order of rows, a pure function of a position: to resume is to know one integer."""
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
-
-def derive_seed(seed: int, *purpose: str | int) -> int:
-    """A seed for one purpose and position, independent of all others."""
-    digest = hashlib.sha256("/".join(str(part) for part in (seed, *purpose)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+from lilpipe.seeds import derive_seed
 
 
 def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:

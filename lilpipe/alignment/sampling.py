@@ -11,11 +11,11 @@ import pyarrow as pa
 from lilpipe import distributed
 from lilpipe.alignment.chunks import Row, run_chunks
 from lilpipe.alignment.completions import Completion, PromptForm, complete
-from lilpipe.alignment.order import derive_seed
 from lilpipe.alignment.prompts import Prompt
 from lilpipe.artifact import Artifact
 from lilpipe.config import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.model.hub import load_model
+from lilpipe.seeds import derive_seed
 from lilpipe.stage import Workspace
 
 SAMPLE_SCHEMA = pa.schema(

@@ -24,7 +24,6 @@ from matplotlib.figure import Figure
 from lilpipe import distributed, report
 from lilpipe.alignment.chunks import Row, run_chunks
 from lilpipe.alignment.completions import PromptForm, complete
-from lilpipe.alignment.order import derive_seed
 from lilpipe.alignment.prompts import Prompt, read_prompts
 from lilpipe.alignment.rewards import brevity_win
 from lilpipe.alignment.sampling import SAMPLE_SCHEMA, by_prompt, sample_rows
@@ -35,6 +34,7 @@ from lilpipe.evaluation.bits_per_byte import bits_per_byte
 from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate, pass_at_k, share_estimate
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
+from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.loader import corpus_validation_shares, validation_rows

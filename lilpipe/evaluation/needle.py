@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lilpipe import distributed
-from lilpipe.alignment.order import derive_seed
 from lilpipe.config import NeedleConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.scores import IGNORED
+from lilpipe.seeds import derive_seed
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.shards import TokenShards
 

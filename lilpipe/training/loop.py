@@ -130,9 +130,9 @@ def train(
             if step in run.left_out:
                 step += 1
                 continue
+            run.seed_dropout(step)
             if before_step:
                 before_step(step)
-            run.seed_dropout(step)
             model.zero_grad()
             totals = _accumulate(model, step)
             grad_norm = model.reduce(count=totals.count, max_norm=optimizer.max_grad_norm)
@@ -293,10 +293,10 @@ class _Run:
         return done
 
     def seed_dropout(self, step: int) -> None:
-        """Let what is dropped in a step be a function of the seed and the step."""
+        """Let what is dropped in a step be a function of the seed, the step and the worker."""
         for part in self.model.parts:
             if isinstance(part, Transformer) and part.config.dropout:
-                part.set_dropout_seed(self._seed, step)
+                part.set_dropout_seed(self._seed, step, distributed.rank())
 
     def record(self, step: int, totals: _Totals, *, grad_norm: float, seconds: float) -> None:
         """Note down one step."""

@@ -1,32 +1,35 @@
 """Stage ``pretrain``: next-token training of a fresh model on token shards.
 
 Tokens come from the streams of the corpus and from the exercises in stated shares; validation is in bits per byte of
-each.
-
-Dimensions: B rows, T tokens.
+each. One trainer serves every layout of workers; see ``lilpipe.parallel``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
-
-import torch.nn.functional as F
-from torch import nn
-
-from lilpipe import distributed
+from lilpipe import distributed, report
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import PretrainConfig
-from lilpipe.evaluation.bits_per_byte import bits_per_byte
-from lilpipe.model.hub import save_model
+from lilpipe.config import ModelConfig, PretrainConfig
+from lilpipe.errors import ConfigError
+from lilpipe.model.flops import num_parameters
+from lilpipe.model.hub import save_tensors
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokens.loader import IGNORED, Batch, PretrainLoader, corpus_validation_shares, validation_rows
+from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.plan import open_loader, plan_stretches
-from lilpipe.tokens.shards import CORPUS, EXERCISES, TokenShards
+from lilpipe.tokens.shards import TokenShards
+from lilpipe.tokens.trace import documents_of
+from lilpipe.training import activation_checkpointing, compilation, precision
+from lilpipe.training.budget import Budget, budget, planned_beside_actual
 from lilpipe.training.curves import write_report
-from lilpipe.training.loop import Evaluation, Loss, LossFunction, train
+from lilpipe.training.gauges import Gauges, peak_memory
+from lilpipe.training.loop import TrainingResult, train
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
+from lilpipe.training.next_token import NextToken
+from lilpipe.training.replica import Replica, Trainee
+from lilpipe.training.validation import Validation
+
+DOCUMENTS_SHOWN = 20
+"""Documents of a bad batch that the log names."""
 
 
 def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
@@ -35,92 +38,154 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     """
     tokens = inputs["tokens"]
     assert isinstance(tokens, Artifact)
-    assert config.seed is not None
     shards = TokenShards.open(tokens.path)
     tokenizer = shards.tokenizer  # checked now and not after hours of training
     loader = open_loader(config, shards)
     planned = plan_stretches(config, shards)
     for line in unmet_shares(planned):
         workspace.log(line)
-    model = Transformer(config.model, shards.vocab_size)
-    model.init_weights(config.seed)
-    model = model.to(distributed.device())
+    trainee, objective = build(config, shards.vocab_size, loader)
+    plan = _plan(config, shards.vocab_size, workspace)
+    gauges = Gauges(plan, objective)
     result = train(
-        model,
-        loss=next_token_loss(loader, accumulation_steps=config.accumulation_steps),
+        trainee,
         num_steps=config.num_steps,
         workspace=workspace,
         section=config,
         optimizer=config.optimizer,
-        accumulation_steps=config.accumulation_steps,
-        evaluate=validation(shards, seq_len=config.model.max_seq_len, num_rows=config.eval_rows),
+        evaluate=Validation(config, shards, tokenizer, workspace),
         eval_every=config.eval_every,
+        milestones=[phase.stop for phase in config.resolved_phases],
         identity={"tokens": tokens.content_digest},
+        health=config.health,
+        before_step=lambda step: _enter_phase(trainee, config, step),
+        describe=lambda step: _describe(loader, step),
+        gauges=gauges,
     )
     metrics = {
         **result.metrics,
         "train_loss": result.final_loss(),
         "tokens": float(result.num_tokens),
         "tokens_per_second": result.tokens_per_second,
-        "num_parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+        "mfu": gauges.mfu(result.tokens_per_second),
+        "peak_memory_gib": peak_memory() / 2**30,
+        "num_parameters": float(num_parameters(config.model, shards.vocab_size)),
+        "goodput": result.goodput,
+        "skipped_steps": float(len(result.skipped)),
         **measure_mixture(loader),
     }
+    _export(trainee, trained_config(config), shards, workspace)
     if distributed.is_main():
-        save_model(model, tokenizer, workspace.output)
         write_report(
             workspace,
             title="Pretraining",
             losses=result.losses,
             config=config,
             key_figures={name: value for name, value in metrics.items() if not name.startswith(("share_", "epochs_"))},
-            sections={"Mixture": mixture_section(planned, loader)},
+            sections={
+                "Planned and actual": plan_section(plan, metrics, result),
+                "Where the time went": time_section(result),
+                "Mixture": mixture_section(planned, loader),
+            },
         )
     return metrics
 
 
-def next_token_loss(loader: PretrainLoader, *, accumulation_steps: int) -> LossFunction:
-    """Cross-entropy summed over this worker's rows of a micro-batch."""
-    rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
+def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tuple[Trainee, NextToken]:
+    """The fresh model as this worker holds it, and its objective."""
+    assert config.seed is not None
+    device = distributed.device()
+    precision.check(config, device)
+    if config.layout.replicate < config.num_workers:
+        from lilpipe.parallel.apply import parallelize  # experimental parts of torch, which others do without
+        from lilpipe.parallel.mesh import Mesh
 
-    @lru_cache(maxsize=1)
-    def rows(step: int) -> Batch:
-        return loader.batch(step, rank=rank, world_size=world_size)
+        mesh = Mesh(config.layout)
+        objective = NextToken(config, loader, rank=mesh.data_rank, world_size=config.layout.data, device=device)
+        model = parallelize(config, vocab_size, batches=objective.batches, loss=objective.loss, mesh=mesh)
+        return model, objective
+    model = Transformer(config.model, vocab_size)
+    model.init_weights(config.seed)
+    model = model.to(device)
+    activation_checkpointing.apply(model, config.activation_checkpointing)
+    if config.precision == "fp8":
+        precision.convert_fp8(model)
+    if compilation.is_wanted(config, vocab_size):
+        compilation.compile_blocks(model)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    objective = NextToken(config, loader, rank=rank, world_size=world_size, device=device)
+    return Replica(model, objective.loss_of_replica, accumulation_steps=objective.accumulation_steps), objective
 
-    def loss(model: nn.Module, step: int, micro: int) -> Loss:
-        batch = rows(step)
-        inputs_BT, targets_BT = (part.chunk(accumulation_steps)[micro] for part in (batch.inputs, batch.targets))
-        count = int((targets_BT != IGNORED).sum())
-        logits_NV = model(inputs_BT.to(device)).flatten(0, 1)
-        total = F.cross_entropy(logits_NV, targets_BT.flatten().to(device), reduction="sum", ignore_index=IGNORED)
-        return Loss(total, count=count, num_tokens=targets_BT.numel())
 
-    return loss
+def _enter_phase(trainee: Trainee, config: PretrainConfig, step: int) -> None:
+    """Give every part the rotary base of the step's phase; let dropout follow from the row, whoever holds it."""
+    assert config.seed is not None
+    for part in trainee.parts:
+        assert isinstance(part, Transformer)
+        part.set_rope(config.phase_of(step).rope_theta)
+        part.set_dropout_seed(config.seed, step)
 
 
-def validation(shards: TokenShards, *, seq_len: int, num_rows: int) -> Evaluation:
-    """``validation_bits_per_byte_<stream>`` of every stream, the rows divided among the workers.
+def trained_config(config: PretrainConfig) -> ModelConfig:
+    """The model's shape with the rotary base that it ends with."""
+    return config.model.model_copy(update={"rope_theta": config.resolved_phases[-1].rope_theta})
 
-    ``validation_bits_per_byte_corpus`` of a corpus in several streams is their mean by ``corpus_validation_shares``.
-    """
-    rank, world_size, device = distributed.rank(), distributed.world_size(), distributed.device()
-    corpus = corpus_validation_shares(shards, seq_len=seq_len)
-    names = [*corpus, *(name for name in shards.streams if name == EXERCISES)]
-    rows = {name: validation_rows(shards, name, num_rows=num_rows, seq_len=seq_len) for name in names}
 
-    def evaluate(model: nn.Module, done: int) -> Mapping[str, float]:  # noqa: ARG001 (the same rows at any step)
-        # A worker's rows over the bytes of all rows: the parts add up to the whole.
-        parts = [
-            bits_per_byte(
-                model, inputs_BT[rank::world_size].to(device), targets_BT[rank::world_size].to(device), num_bytes
-            )
-            for inputs_BT, targets_BT, num_bytes in rows.values()
-        ]
-        bits = dict(zip(rows, distributed.sum_floats(parts), strict=True))
-        if corpus:
-            bits[CORPUS] = sum(share * bits[name] for name, share in corpus.items())
-        return {f"validation_bits_per_byte_{name}": value for name, value in bits.items()}
+def _describe(loader: PretrainLoader, step: int) -> str:
+    """The documents of a batch."""
+    documents = documents_of(loader, step)
+    more = f" and {len(documents) - DOCUMENTS_SHOWN} more" if len(documents) > DOCUMENTS_SHOWN else ""
+    return ", ".join(documents[:DOCUMENTS_SHOWN]) + more
 
-    return evaluate
+
+def _export(trainee: Trainee, config: ModelConfig, shards: TokenShards, workspace: Workspace) -> None:
+    """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole."""
+    tensors = trainee.full_tensors()
+    if distributed.is_main():
+        save_tensors(config, shards.vocab_size, tensors, shards.tokenizer, workspace.output)
+    else:
+        for _ in tensors:  # the others' part in gathering
+            pass
+
+
+def _plan(config: PretrainConfig, vocab_size: int, workspace: Workspace) -> Budget | None:
+    """What the run is reckoned to take, for the worker that reports; none on a device whose peak is not known."""
+    if not distributed.is_main():
+        return None
+    try:
+        return budget(config, vocab_size)
+    except ConfigError as error:
+        workspace.log(f"no utilisation is shown: {error}")
+        return None
+
+
+def plan_section(plan: Budget | None, metrics: Metrics, result: TrainingResult) -> str:
+    """The budget beside what the run took."""
+    if plan is None:
+        return report.note("Without a known device there was no plan.")
+    actual = {
+        "num_parameters": metrics["num_parameters"],
+        "tokens": metrics["tokens"],
+        "tokens_per_second": metrics["tokens_per_second"],
+        "seconds": result.seconds,
+        "mfu": metrics["mfu"],
+        "cost": plan.num_devices * result.seconds / 3600 * plan.price_per_hour,
+        "peak_memory_bytes": metrics["peak_memory_gib"] * 2**30,
+    }
+    note = f"Planned for {plan.num_devices} x {plan.device.name} ({plan.device.source}) at an MFU of {plan.mfu:.0%}."
+    return report.table(planned_beside_actual(plan, actual)) + report.note(note)
+
+
+def time_section(result: TrainingResult) -> str:
+    """Wall time by cause, over all tries."""
+    total = sum(result.time.values())
+    rows: list[dict[str, report.Cell]] = [
+        {"cause": cause, "seconds": seconds, "% of all": 100 * seconds / total}
+        for cause, seconds in result.time.items()
+        if seconds
+    ]
+    note = f"Goodput, the share of wall time in steps that were not done before: {result.goodput:.1%}."
+    return report.table(rows) + report.note(note)
 
 
 STAGE = Stage(

@@ -6,7 +6,7 @@ Gradients lie in one flat buffer, so that the all-reduce, the norm and the clipp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -72,6 +72,10 @@ class Trainee(Protocol):
         """Parameters and persistent buffers of this worker by their names in the whole model."""
         ...
 
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the whole model by name, one at a time; all workers run through it, the first gets them."""
+        ...
+
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
         """Negative log-likelihood of all targets; every worker is given all rows and gets the same number."""
         ...
@@ -100,6 +104,8 @@ class Replica:
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
         self._gradients.buffer.zero_()
+        if isinstance(self.model, Transformer):
+            self.model.model.expert_loads.clear()  # of a step that was skipped
 
     def reduce(self, *, count: float, max_norm: float) -> float:
         """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
@@ -117,6 +123,10 @@ class Replica:
         names = self.model.state_dict().keys()
         found = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         return {name: tensor.detach() for name, tensor in found.items() if name in names}
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and persistent buffers by name, once each."""
+        yield from self.tensors().items()
 
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
         """Negative log-likelihood of all targets; the rows are divided among the workers."""

@@ -1,4 +1,5 @@
-from lilpipe.alignment.order import derive_seed, rows_of_step
+from lilpipe.alignment.order import rows_of_step
+from lilpipe.seeds import derive_seed
 
 
 def test_every_epoch_visits_each_row_once_in_an_order_of_its_own():

@@ -16,6 +16,7 @@ from lilpipe.tokens.loader import IGNORED, PretrainLoader, validation_rows
 from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training import pretrain
+from lilpipe.training.next_token import NextToken
 from tests.training.conftest import write_tokens
 
 MODEL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=24)
@@ -51,7 +52,7 @@ def test_the_stage_is_known_by_its_name():
 
 def test_training_lowers_bits_per_byte_of_both_sources(trained):
     workspace, metrics = trained
-    points = [json.loads(line)["metrics"] for line in workspace.events.read_text().splitlines()]
+    points = [json.loads(line).get("metrics", {}) for line in workspace.events.read_text().splitlines()]
     for source in ("corpus", "exercises"):
         name = f"validation_bits_per_byte_{source}"
         first, last = (point[name] for point in points if name in point)
@@ -105,7 +106,7 @@ def test_a_run_killed_between_and_after_its_steps_ends_in_the_same_bytes(trained
         with pytest.raises(Killed):
             pretrain.run(config(), {"tokens": tokens}, workspace)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_model", dying)
+        patch.setattr(pretrain, "save_tensors", dying)
         with pytest.raises(Killed):
             pretrain.run(config(), {"tokens": tokens}, workspace)
     pretrain.run(config(), {"tokens": tokens}, workspace)
@@ -141,7 +142,7 @@ def test_the_loss_is_the_mean_over_targets_that_count(tokens):
     loader = open_loader(run, TokenShards.open(tokens.path))
     model = Transformer(MODEL, 264)
     model.init_weights(0)
-    loss = pretrain.next_token_loss(loader, accumulation_steps=2)
+    objective = NextToken(run, loader, rank=0, world_size=1, device=torch.device("cpu"))
     for step in range(5):
         batch = loader.batch(step)
         assert 0 < (batch.targets == IGNORED).sum() < batch.targets.numel()
@@ -149,10 +150,96 @@ def test_the_loss_is_the_mean_over_targets_that_count(tokens):
             log_probs = model(batch.inputs).float().log_softmax(dim=-1)
         places = [(b, t) for b in range(4) for t in range(24) if batch.targets[b, t] >= 0]
         expected = sum(-log_probs[b, t, batch.targets[b, t]].item() for b, t in places)
-        parts = [loss(model, step, micro) for micro in range(2)]
+        parts = [objective.loss_of_replica(model, step, micro) for micro in range(2)]
         assert sum(part.total.item() for part in parts) == pytest.approx(expected, rel=1e-5)
         assert sum(part.count for part in parts) == len(places)
         assert sum(part.num_tokens for part in parts) == 4 * 24
+
+
+def test_the_z_loss_is_the_square_of_the_normaliser_and_attention_stays_inside_documents(tokens):
+    run = config(z_loss=0.01, within_documents=True, batch_size=2)
+    loader = open_loader(run, TokenShards.open(tokens.path))
+    model = Transformer(MODEL, 264)
+    model.init_weights(0)
+    objective = NextToken(run, loader, rank=0, world_size=1, device=torch.device("cpu"))
+    found = objective.loss_of_replica(model, 3, 0).total.item()
+    batch = loader.batch(3)
+    assert (batch.documents > 0).any()
+    expected = 0.0
+    for tokens_T, targets_T, documents_T in zip(batch.inputs, batch.targets, batch.documents, strict=True):
+        for document in documents_T.unique():
+            inside = documents_T == document
+            with torch.no_grad():
+                logits = model(tokens_T[inside][None])[0]
+            expected += F.cross_entropy(logits, targets_T[inside], reduction="sum").item()
+            expected += 0.01 * logits.logsumexp(-1).square().sum().item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+# --- phases -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_phases_grows_its_batch_and_its_context_and_is_killed_without_a_trace(tokens, tmp_path, monkeypatch):
+    phases = [
+        {"from_step": 10, "batch_size": 8, "accumulation_steps": 2},
+        {"from_step": 20, "seq_len": 24, "rope_theta": 50_000.0, "exercise_share": 0.0},
+    ]
+    run = config(num_steps=30, seq_len=12, phases=phases, needle={"num_samples": 1, "depths": [0.5]})
+    assert run.phase_of(25).rope_theta == 50_000.0
+    with pytest.raises(ConfigError, match="needle"):  # 12 tokens have no room for one
+        pretrain.run(run, {"tokens": tokens}, Workspace(tmp_path / "needle"))
+    run = run.model_copy(update={"needle": None})
+    metrics = pretrain.run(run, {"tokens": tokens}, Workspace(tmp_path / "whole"))
+    assert metrics["tokens"] == 10 * 4 * 12 + 10 * 8 * 12 + 10 * 4 * 24
+    model, _ = load_model(tmp_path / "whole" / "output")
+    assert model.config.rope_theta == 50_000.0
+
+    def dying(self, step):
+        if step == 23:
+            raise KeyboardInterrupt
+        return batches(self, step)
+
+    batches = NextToken.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(NextToken, "batches", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(run, {"tokens": tokens}, Workspace(tmp_path / "cut"))
+    pretrain.run(run, {"tokens": tokens}, Workspace(tmp_path / "cut"))
+    assert digest(Workspace(tmp_path / "cut")) == digest(Workspace(tmp_path / "whole"))
+
+
+def test_what_is_seen_while_it_runs(trained):
+    workspace, _ = trained
+    events = [json.loads(line) for line in workspace.events.read_text().splitlines()]
+    step = next(event["metrics"] for event in events if "loss" in event.get("metrics", {}))
+    seen = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gib", "data_wait_share", "goodput"}
+    assert set(step) == seen
+    assert 0 < step["mfu"] < 1
+    texts = [event for event in events if "text" in event]
+    assert [event["done"] for event in texts] == [20, 40]
+    assert texts[0]["text"].startswith("The ")
+    page = (workspace.report / "report.html").read_text()
+    assert "Planned and actual" in page
+    assert "Where the time went" in page
+
+
+@pytest.mark.parametrize("options", [{"moe": {"num_experts": 4, "expert_size": 8}}, {"mla": {}}, {"dropout": 0.1}])
+def test_options_of_the_decoder_train_and_are_killed_without_a_trace(tokens, tmp_path, options, monkeypatch):
+    run = config(num_steps=12, checkpoint_every=5, model={**MODEL.model_dump(), "num_layers": 2, **options})
+    pretrain.run(run, {"tokens": tokens}, Workspace(tmp_path / "whole"))
+
+    def dying(self, step):
+        if step == 8:
+            raise KeyboardInterrupt
+        return batches(self, step)
+
+    batches = NextToken.batches
+    with monkeypatch.context() as patch:
+        patch.setattr(NextToken, "batches", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(run, {"tokens": tokens}, Workspace(tmp_path / "cut"))
+    pretrain.run(run, {"tokens": tokens}, Workspace(tmp_path / "cut"))
+    assert digest(Workspace(tmp_path / "cut")) == digest(Workspace(tmp_path / "whole"))
 
 
 # --- mixture ------------------------------------------------------------------------------------------------------

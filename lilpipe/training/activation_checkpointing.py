@@ -1,0 +1,50 @@
+"""Memory for time: what the backward pass needs of a block is computed again instead of kept (Chen et al. 2016).
+
+``full`` keeps the inputs of blocks alone. ``selective`` keeps what is dear to compute, the results of matrix products
+and of attention, and computes the rest again (Korthikanti et al. 2022).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from lilpipe.model.transformer import Transformer
+
+Mode = Literal["none", "selective", "full"]
+
+_aten = torch.ops.aten
+DEAR = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten.bmm.default,
+        _aten._grouped_mm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+"""Operations whose results ``selective`` keeps."""
+
+
+def apply(model: Transformer, mode: Mode) -> None:
+    """Have the blocks of ``model`` compute again in the backward pass, in place; names of parameters stay.
+
+    Losses and gradients are the same bits: dropout is drawn by the numbers of tokens and layers, not by a state.
+    """
+    if mode == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for block in model.model.layers.values():
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _policy(_context: Any, operation: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in DEAR else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,38 @@
+"""Compiling the block that a decoder repeats: once for all layers, so that a cold start is short.
+
+A compiled run sums in another order than an eager one; whether a run is compiled therefore follows from its
+configuration alone, and a resumed run is compiled as it was.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lilpipe import distributed
+from lilpipe.config import PretrainConfig
+from lilpipe.model.flops import training_flops_per_token
+from lilpipe.model.transformer import Transformer
+
+WORTH_FLOPS = {"cpu": 1e13, "cuda": 5e17}
+"""Operations of one worker from which compiling pays: about twenty times what the device does in a cold compile."""
+
+
+def is_wanted(config: PretrainConfig, vocab_size: int) -> bool:
+    """As ``config.compile`` says, else whether the run is long enough to earn the time of compiling."""
+    if config.compile is not None:
+        return config.compile
+    flops = sum(
+        (phase.stop - phase.first)
+        * phase.batch_size
+        * phase.seq_len
+        * training_flops_per_token(config.model, vocab_size, seq_len=phase.seq_len)
+        for phase in config.resolved_phases
+    )
+    return flops / config.num_workers >= WORTH_FLOPS[distributed.device().type]
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile the blocks of ``model`` in place; those of one kind share what is compiled."""
+    for block in model.model.layers.values():
+        assert isinstance(block, nn.Module)
+        block.compile(dynamic=False)

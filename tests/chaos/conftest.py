@@ -1,0 +1,3 @@
+from tests.training.conftest import tokenizer
+
+__all__ = ["tokenizer"]
