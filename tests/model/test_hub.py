@@ -21,7 +21,6 @@ from lilpipe.model.transformer import Part, Transformer
 from lilpipe.tokenizer.chat_template import Message, render
 from tests.model.checkpoints import ARCHITECTURES, MLA, MOE, SMALL, small_model, small_tokenizer
 
-EVERY_ARCHITECTURE = pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
 MODEL_TYPES = {"Llama": "llama", "Qwen": "qwen3", "GPT": "gpt2", "GLM": "glm4_moe", "DeepSeek": "deepseek_v3"}
 
 
@@ -55,13 +54,14 @@ def logits_of(reference, tokens_BT):
         return reference(tokens_BT).logits
 
 
-@EVERY_ARCHITECTURE
-def test_transformers_gives_the_same_logits_and_what_it_saves_loads_here(tmp_path, changes):
+@pytest.mark.parametrize(("name", "changes"), ARCHITECTURES.items(), ids=ARCHITECTURES)
+def test_transformers_gives_the_same_logits_and_what_it_saves_loads_here(tmp_path, name, changes):
     model = small_model(SMALL.model_copy(update=changes))
     save_model(model, small_tokenizer(), tmp_path / "ours")
     loaded_with_info: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     reference, info = loaded_with_info
     assert not any(info.values()), info  # no tensor is missing, left over or of another shape
+    assert reference.config.model_type == MODEL_TYPES[name.replace("-", " ").split()[0]]
     expected = logits_of(reference, tokens(model))
     assert expected.std() > 0.5
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_transformers_gives_the_same_logits_and_what_it_saves_loads_here(tmp_pat
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-@EVERY_ARCHITECTURE
+@pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_a_model_comes_back_as_it_was(tmp_path, changes):
     original = small_model(SMALL.model_copy(update={**changes, "dropout": 0.1}))
     save_model(original, small_tokenizer(), tmp_path)
@@ -91,14 +91,6 @@ def test_a_model_comes_back_as_it_was(tmp_path, changes):
     assert loaded.state_dict().keys() == original.state_dict().keys()
     for name, tensor in original.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-
-
-@pytest.mark.parametrize(("name", "changes"), ARCHITECTURES.items(), ids=ARCHITECTURES)
-def test_a_model_is_written_as_the_class_that_computes_it(tmp_path, name, changes):
-    save_model(small_model(SMALL.model_copy(update=changes)), small_tokenizer(), tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert config.model_type == MODEL_TYPES[name.split("-")[0].split()[0]]
-    assert config.architectures is not None
 
 
 @pytest.mark.parametrize(
@@ -299,9 +291,9 @@ def test_bfloat16_is_written_but_for_the_routers_correction(tmp_path):
         assert torch.equal(loaded.state_dict()[name], rounded), name
 
 
-@EVERY_ARCHITECTURE
-def test_shards_hold_what_one_file_holds_and_leave_nothing_else_behind(tmp_path, changes):
-    model = small_model(SMALL.model_copy(update=changes))
+@pytest.mark.parametrize("name", ["GPT-2", "DeepSeek-V3"])
+def test_shards_hold_what_one_file_holds_and_leave_nothing_else_behind(tmp_path, name):
+    model = small_model(SMALL.model_copy(update=ARCHITECTURES[name]))
     directory = tmp_path / "model"
 
     def save(max_shard_bytes):
