@@ -28,7 +28,7 @@ from lilpipe.model.layers import Embedding, GELULayer, Linear, SwiGLU, residual_
 from lilpipe.model.masks import document_mask
 from lilpipe.model.mla import LatentAttention
 from lilpipe.model.moe import MoE, balanced_bias, imbalance
-from lilpipe.model.scores import soften, token_scores
+from lilpipe.model.scores import Scores, soften, token_scores
 
 if TYPE_CHECKING:
     from lilpipe.model.masks import Mask
@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         self.model = Decoder(config, vocab_size, self.part)
         own_head = self.part.last and not config.tie_embeddings
         self.lm_head = Linear(config.hidden_size, vocab_size) if own_head else None
-        self.token_scores = token_scores
+        self.token_scores: Callable[..., Scores] = token_scores
         """Replaced under tensor parallelism, where a worker holds a part of the vocabulary."""
 
     @property

@@ -25,6 +25,7 @@ from lilpipe.parallel.mesh import Mesh
 from lilpipe.parallel.model import Batches, Objective, ParallelModel
 from lilpipe.parallel.pipeline import stages_of
 from lilpipe.parallel.tensor import divide_matrices
+from lilpipe.training import activation_checkpointing, compilation
 
 
 def parallelize(
@@ -79,6 +80,9 @@ def _stage(config: PretrainConfig, vocab_size: int, part: Part, mesh: Mesh, dtyp
     if mesh.layout.context > 1:
         group = mesh.context_group
         stage.model.context = lambda positions_BT, documents_BT: GatheredSequence(positions_BT, documents_BT, group)
+    activation_checkpointing.apply(stage, config.activation_checkpointing)
+    if compilation.is_wanted(config, vocab_size):
+        compilation.compile_blocks(stage)
     return stage
 
 

@@ -75,6 +75,8 @@ CASES = [
     case("moe pp2 x cp2", pipeline=2, context=2, model=MOE),
     case("mla moe fsdp2 x cp2", shard=2, context=2, model=LATENT_MOE),
     case("muon fsdp2 x tp2", shard=2, tensor=2, optimizer="muon"),
+    case("cp2 x tp2 recomputed", context=2, tensor=2, activation_checkpointing="full"),
+    case("pp2 x fsdp2 recomputed", pipeline=2, shard=2, activation_checkpointing="selective", **DOCUMENTS),
     case("fsdp4 in float32", shard=4, dtype=torch.float32, **DOCUMENTS),
     case("cp2 x tp2 in float32", context=2, tensor=2, dtype=torch.float32, **DOCUMENTS),
     case("pp2 x fsdp2 in float32", pipeline=2, shard=2, dtype=torch.float32),
@@ -92,8 +94,21 @@ MORE = [
     case("mla tp2", tensor=2, model=MLA),
     case("mla moe pp2 x tp2", pipeline=2, tensor=2, model=LATENT_MOE, **DOCUMENTS),
     case("muon pp2 x cp2", pipeline=2, context=2, optimizer="muon"),
+    case("moe pp2 zero bubble recomputed", pipeline=2, **ZERO_BUBBLE, model=MOE, activation_checkpointing="full"),
+    case("fsdp4 compiled", shard=4, compile=True, **DOCUMENTS),
+    case("cp2 x tp2 compiled", context=2, tensor=2, compile=True),
+    case("pp2 x fsdp2 compiled", pipeline=2, shard=2, compile=True),
 ]
 """Of two or four processes, for the slower suite."""
+LOW: dict[str, Any] = {"precision": "bf16", "dtype": torch.float32}
+BFLOAT16 = [
+    case("one in bfloat16", **LOW),
+    case("fsdp4 in bfloat16", shard=4, **LOW),
+    case("ddp4 in bfloat16", replicate=4, **LOW),
+    case("cp2 x tp2 in bfloat16", context=2, tensor=2, **LOW),
+    case("pp2 x ddp2 in bfloat16", pipeline=2, replicate=2, **LOW),
+]
+"""The first is one process, too."""
 EIGHT = [
     case("pp2 x ddp2 x tp2", pipeline=2, replicate=2, tensor=2, **DOCUMENTS),
     case("pp2 x fsdp2 x cp2 zero bubble", pipeline=2, shard=2, context=2, **ZERO_BUBBLE, **DOCUMENTS),

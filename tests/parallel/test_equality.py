@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.parallel import toy
-from tests.parallel.layouts import CASES, EIGHT, MORE
+from tests.parallel.layouts import BFLOAT16, CASES, EIGHT, MORE
 
 
 def launch(root, cases, *, num_workers):
@@ -32,7 +32,7 @@ def four_workers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four_workers_for_longer(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("more"), MORE, num_workers=4)
+    return launch(tmp_path_factory.mktemp("more"), MORE + BFLOAT16, num_workers=4)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,15 @@ def test_a_layout_trains_as_one_process_does(case, four_workers):
 @pytest.mark.distributed
 def test_gradients_that_are_not_added_up_are_found_out(four_workers):
     expected = four_workers[0]["cp2"]["losses"]
-    wrong = [abs(got - loss) for got, loss in zip(four_workers[0]["fault"], expected, strict=True)]
+    wrong = [abs(got - loss) for got, loss in zip(four_workers[0]["gradients not summed"], expected, strict=True)]
     assert wrong[0] == 0  # before the first update
     assert max(wrong) > 1e-3
+
+
+@pytest.mark.distributed
+def test_logits_a_few_at_a_time_give_the_same_scores(four_workers):
+    expected = four_workers[0]["tp2"]["losses"]
+    assert four_workers[0]["few logits at once"] == pytest.approx(expected, rel=0, abs=1e-12)
 
 
 @pytest.mark.distributed
@@ -83,6 +89,15 @@ def test_no_worker_ever_holds_the_whole_model(four_workers):
 @pytest.mark.parametrize("case", MORE, ids=lambda case: case.name)
 def test_a_layout_and_an_architecture_train_as_one_process_does(case, four_workers_for_longer):
     check(case, four_workers_for_longer)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("case", BFLOAT16[1:], ids=lambda case: case.name)
+def test_in_bfloat16_a_layout_begins_as_one_process_does(case, four_workers_for_longer):
+    got, expected = (four_workers_for_longer[0][name]["losses"][:5] for name in (case.name, BFLOAT16[0].name))
+    assert got[0] == pytest.approx(expected[0], abs=1e-4)
+    assert got == pytest.approx(expected, abs=2e-3)  # rounding to 8 bits makes more of every difference
 
 
 @pytest.mark.slow

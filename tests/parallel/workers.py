@@ -10,12 +10,13 @@ import torch
 
 from lilpipe import distributed
 from lilpipe.config.parallel import Layout
+from lilpipe.model import scores
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.transformer import Transformer
 from lilpipe.parallel import apply, gradients
 from lilpipe.parallel.mesh import Mesh
 from tests.parallel import toy
-from tests.parallel.layouts import CASES, EIGHT, MORE
+from tests.parallel.layouts import BFLOAT16, CASES, EIGHT, MORE
 
 
 def train(case):
@@ -41,11 +42,11 @@ def train(case):
     return result | {"weights": toy.digest(model.full_tensors())}
 
 
-def train_with_a_fault():
-    """Losses of context parallelism whose gradients are not added up."""
-    case = next(case for case in CASES if case.name == "cp2")
+def train_patched(name, module, attribute, value):
+    """Losses of a case with something of the library replaced."""
+    case = next(case for case in CASES if case.name == name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gradients, "sum_over", lambda tensors, group: None)
+        patch.setattr(module, attribute, value)
         return train(case)["losses"]
 
 
@@ -74,9 +75,11 @@ def main(root, names):
     torch.set_num_threads(1)
     distributed.init()
     report, seconds = {}, {}
-    if distributed.world_size() == 4:
-        report = {"fault": train_with_a_fault(), "memory": memory()}
-    for case in [case for case in CASES + MORE + EIGHT if case.name in names]:
+    if "cp2" in names:
+        report["memory"] = memory()
+        report["gradients not summed"] = train_patched("cp2", gradients, "sum_over", lambda tensors, group: None)
+        report["few logits at once"] = train_patched("tp2", scores, "LOGITS_AT_ONCE", 5 * toy.VOCAB)
+    for case in [case for case in CASES + MORE + BFLOAT16 + EIGHT if case.name in names]:
         begun = time.process_time()
         report[case.name] = train(case)
         seconds[case.name] = time.process_time() - begun
