@@ -192,7 +192,6 @@ class _Worker:
                 stream_bytes=self._stream_bytes(),
                 tensor=self.layout.tensor,
                 context=self.layout.context,
-                fused_norm=not self.on_cpu,
             )
             for layer in (0, self.model.num_layers - 1)
         )
@@ -266,41 +265,39 @@ def activation_bytes(
     stream_bytes: int = FP32,
     tensor: int = 1,
     context: int = 1,
-    fused_norm: bool = False,
 ) -> float:
     """Bytes that one block saves for its backward pass, for each token on the worker.
 
-    Norms save their input, what they put out (the next matrices' input) and, not fused (on a CPU), the normalised
-    input as well. Attention saves queries, keys, values, its output, and a number for each head. SwiGLU saves gate,
-    its SiLU, up and their product; GELU its input and output. With tensor parallelism and the sequence parallel in
-    between, all is divided but what is gathered: the input of both parts.
+    Norms save their input and what they put out, the next matrices' input. Attention saves queries, keys, values, its
+    output, and a number for each head. SwiGLU saves gate, its SiLU, up and their product; GELU its input and output.
+    With tensor parallelism and the sequence parallel in between, all is divided but what is gathered: the input of
+    both parts.
     """
     gpt2 = model.architecture == "gpt2"
     c, s, width = element_bytes, stream_bytes, model.hidden_size
-    norm = width * (s if fused_norm or gpt2 else 2 * s) + FP32 * (2 if gpt2 else 1)
-    divided = 2 * norm + _attention_bytes(model, c, context=context, fused_norm=fused_norm)
+    norm = s * width + FP32 * (2 if gpt2 else 1)
+    divided = 2 * norm + _attention_bytes(model, c, context=context)
     divided += _feed_forward_bytes(model, layer, c) + (2 * width if model.dropout else 0)
     return 2 * c * width + divided / tensor
 
 
-def _attention_bytes(model: ModelConfig, c: int, *, context: int, fused_norm: bool) -> float:
+def _attention_bytes(model: ModelConfig, c: int, *, context: int) -> float:
     heads = model.num_heads
     key, _ = head_widths(model)
-    normed = 1 if fused_norm else 2  # inputs and normalised inputs of norms inside attention
     if (mla := model.mla) is not None:
-        return _latent_attention_bytes(model, mla, c, context=context, normed=normed)
+        return _latent_attention_bytes(model, mla, c, context=context)
     kv = model.num_kv_heads * model.head_size
-    norms = c * normed * (heads * key + kv) + FP32 * (heads + model.num_kv_heads) if model.qk_norm else 0
+    norms = c * (heads * key + kv) + FP32 * (heads + model.num_kv_heads) if model.qk_norm else 0
     return c * (2 * heads * key + 2 * kv * context) + norms + FP32 * heads
 
 
-def _latent_attention_bytes(model: ModelConfig, mla: MLAConfig, c: int, *, context: int, normed: int) -> float:
+def _latent_attention_bytes(model: ModelConfig, mla: MLAConfig, c: int, *, context: int) -> float:
     """Latents before and after their norm; queries, keys, values and output, as wide as the wider of them."""
     heads = model.num_heads
     key, value = head_widths(model)
-    queries = c * (normed + 1) * mla.q_lora_rank + FP32 if mla.q_lora_rank else 0
+    queries = 2 * c * mla.q_lora_rank + FP32 if mla.q_lora_rank else 0
     latent = mla.kv_lora_rank + mla.qk_rope_head_dim
-    latents = c * (latent * (1 + context) + (normed - 1) * mla.kv_lora_rank) + FP32
+    latents = c * latent * (1 + context) + FP32
     wide = max(key, value)
     cut = value if value < key else 0  # the output without the zeros that values are widened by
     return queries + latents + c * heads * (key + (key + wide) * context + wide + cut) + FP32 * heads
