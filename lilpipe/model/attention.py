@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
+from lilpipe.model.gradients import rotate
 from lilpipe.model.layers import Linear, RMSNorm
 from lilpipe.model.masks import attend
 
@@ -42,8 +43,7 @@ def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x [B, T, heads, E]`` by the angles of ``cos`` and ``sin [B or 1, T, 1, E]``."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
+    return rotate(x, cos, sin)
 
 
 class KVCache:

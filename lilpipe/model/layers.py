@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
+from lilpipe.model.gradients import rms_norm
 
 
 class Linear(nn.Linear):
@@ -44,7 +45,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` to the same shape."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def residual_norm(config: ModelConfig) -> nn.Module:

@@ -133,7 +133,8 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, logprob_grad_N: Tensor, normaliser_grad_N: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads_N: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logprob_grad_N, normaliser_grad_N = grads_N
         hidden_ND, weight_VD, targets_N = ctx.saved_tensors
         score = _compiled(score_part) if ctx.compiled else score_part
         gradient = _compiled(logits_gradient) if ctx.compiled else logits_gradient
