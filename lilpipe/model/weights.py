@@ -100,31 +100,32 @@ def write_tensors(
     The same tensors give the same bytes. Files take their names when all are whole, and the index is written after
     them; weights that lay there before are gone afterwards.
     """
-    written: list[tuple[Path, list[str]]] = []
+    held: list[list[str]] = []
     num_bytes = 0
     for number, shard in enumerate(_shards(tensors, dtype=dtype, max_shard_bytes=max_shard_bytes)):
-        temporary = directory / f".{WEIGHTS_FILE}.{number}.{os.getpid()}.tmp"
-        save_file(shard, temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as file:
+        save_file(shard, _temporary(directory, number), metadata={"format": "pt"})
+        with _temporary(directory, number).open("rb") as file:
             os.fsync(file.fileno())
-        written.append((temporary, sorted(shard)))
+        held.append(sorted(shard))
         num_bytes += sum(tensor.nbytes for tensor in shard.values())
+    names = [f"model-{number + 1:05}-of-{len(held):05}.safetensors" for number in range(len(held))]
+    names = names if len(held) > 1 else [WEIGHTS_FILE]
     before = {path.name for path in directory.glob("model*.safetensors")}
-    if len(written) == 1:
-        names = [WEIGHTS_FILE]
-        written[0][0].replace(directory / WEIGHTS_FILE)
-        (directory / INDEX_FILE).unlink(missing_ok=True)
-    else:
-        names = [f"model-{number + 1:05}-of-{len(written):05}.safetensors" for number in range(len(written))]
-        (directory / INDEX_FILE).unlink(missing_ok=True)
-        for (temporary, _), name in zip(written, names, strict=True):
-            temporary.replace(directory / name)
-        files = {tensor: name for (_, held), name in zip(written, names, strict=True) for tensor in held}
+    (directory / INDEX_FILE).unlink(missing_ok=True)  # or a kill between two files would leave a mixture
+    for number, name in enumerate(names):
+        _temporary(directory, number).replace(directory / name)
+    if len(names) > 1:
+        files = {tensor: name for tensors_of_file, name in zip(held, names, strict=True) for tensor in tensors_of_file}
         index = {"metadata": {"total_size": num_bytes}, "weight_map": files}
         write_atomically(directory / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
     for name in before - set(names):
         (directory / name).unlink()
     sync_directory(directory)
+
+
+def _temporary(directory: Path, number: int) -> Path:
+    """A file in the making. The next try after a kill writes it anew, so that none is left behind."""
+    return directory / f".{WEIGHTS_FILE}.{number}.tmp"
 
 
 def _shards(tensors: NamedTensors, *, dtype: torch.dtype, max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -62,6 +62,8 @@ def test_a_killed_write_leaves_the_weights_that_were_there(sharded):
     with pytest.raises(KeyboardInterrupt):
         write_tensors(failing(), sharded, dtype=torch.float32, max_shard_bytes=64)
     assert {name: (sharded / name).read_bytes() for name in weight_files(sharded)} == before
+    write_tensors(tensors().items(), sharded, dtype=torch.float32, max_shard_bytes=128)
+    assert {path.name: path.read_bytes() for path in sharded.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
