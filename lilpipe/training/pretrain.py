@@ -1,4 +1,4 @@
-"""Stage ``pretrain``: next-token training of a fresh model on token shards.
+"""Stage ``pretrain``: next-token training on token shards, of a fresh model or of a checkpoint.
 
 Tokens come from the streams of the corpus and from the exercises in stated shares; validation is in bits per byte of
 each. One trainer serves every layout of workers; see ``lilpipe.parallel``.
@@ -10,6 +10,7 @@ from lilpipe import distributed, report
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import ModelConfig, PretrainConfig
 from lilpipe.errors import ConfigError
+from lilpipe.model.continuation import start_from
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import save_tensors
 from lilpipe.model.transformer import Transformer
@@ -45,6 +46,11 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     for line in unmet_shares(planned):
         workspace.log(line)
     trainee, objective = build(config, shards.vocab_size, loader)
+    identity = {"tokens": tokens.content_digest}
+    if (source := inputs.get("model")) is not None:
+        assert isinstance(source, Artifact)
+        start_from(trainee.tensors(), source.path, config=config.model, tokenizer=tokenizer)
+        identity["model"] = source.content_digest
     plan = _plan(config, shards.vocab_size, workspace)
     gauges = Gauges(plan, objective)
     result = train(
@@ -56,7 +62,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         evaluate=Validation(config, shards, tokenizer, workspace),
         eval_every=config.eval_every,
         milestones=[phase.stop for phase in config.resolved_phases],
-        identity={"tokens": tokens.content_digest},
+        identity=identity,
         health=config.health,
         before_step=lambda step: _enter_phase(trainee, config, step),
         describe=lambda step: _describe(loader, step),
@@ -194,6 +200,7 @@ STAGE = Stage(
     config=PretrainConfig,
     run=run,
     inputs={"tokens": "TokenShards"},
+    optional_inputs={"model": "Checkpoint"},
     distributed=True,
     main_metric="validation_bits_per_byte_corpus",
 )

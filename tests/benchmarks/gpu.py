@@ -5,8 +5,8 @@
 
 Ours is the path that `pretrain` takes: blocks compiled one by one, autocast, scores in parts, fused AdamW, gradients in
 one buffer. Theirs is `LlamaForCausalLM` of the same shape in a plain loop with the same optimizer, eager ("nanoGPT
-style") and compiled. One runs after the other, as two would not fit in memory; median and spread are printed. MFU counts
-attention (PaLM, appendix B) and takes the vendor's dense peak.
+style") and compiled. One runs after the other, as two would not fit in memory; median and spread are printed. MFU
+counts attention (PaLM, appendix B) and takes the vendor's dense peak.
 """
 
 from __future__ import annotations

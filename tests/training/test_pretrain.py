@@ -17,6 +17,7 @@ from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training import pretrain
 from lilpipe.training.next_token import NextToken
+from tests.alignment.conftest import as_artifact
 from tests.training.conftest import write_tokens
 
 MODEL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=24)
@@ -126,6 +127,16 @@ def test_seed_shares_and_packing_change_the_model(trained, tokens, tmp_path, set
     workspace = Workspace(tmp_path)
     pretrain.run(config(**settings), {"tokens": tokens}, workspace)
     assert digest(workspace) != digest(trained[0])
+
+
+def test_a_run_can_start_from_a_checkpoint(trained, tokens, tmp_path):
+    source, before = trained
+    checkpoint = as_artifact(source.output, kind="Checkpoint")
+    after = pretrain.run(config(), {"tokens": tokens, "model": checkpoint}, Workspace(tmp_path))
+    assert after["train_loss"] < before["train_loss"] - 0.1
+    other = config(model={**MODEL.model_dump(), "intermediate_size": 48})
+    with pytest.raises(ConfigError, match=r"pretrain\.model\.intermediate_size: got 48, expected 32"):
+        pretrain.run(other, {"tokens": tokens, "model": checkpoint}, Workspace(tmp_path / "other"))
 
 
 def test_accumulation_gives_the_same_losses(trained, tokens, tmp_path):
