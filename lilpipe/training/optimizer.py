@@ -116,16 +116,6 @@ class Optimizer:
             for key, value in optimizer.state[parameter].items()
         }
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the state that ``state`` gave."""
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for path, tensor in tensors.items():
-            name, _, key = path.rpartition("/")
-            by_name.setdefault(name, {})[key] = tensor
-        for optimizer, parameter, name in self._owned():
-            state = by_name.get(name, {})
-            optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
-
     def _owned(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter, str]]:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
