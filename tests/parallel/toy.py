@@ -30,7 +30,7 @@ def config(layout, *, model=None, optimizer="adamw", **settings):
         "num_workers": prod(layout),
         "num_steps": NUM_STEPS,
         "batch_size": ROWS,
-        "accumulation_steps": 2 * layout.pipeline if layout.pipeline > 1 else 2,
+        "accumulation_steps": min(2 * layout.pipeline, ROWS // layout.data),
         "model": SHAPE | {"num_layers": max(2, num_stages)} | (model or {}),
         "optimizer": {"kind": optimizer, "learning_rate": LEARNING_RATE, "max_grad_norm": 1.0, "warmup_steps": 0},
         "parallel": parallel,

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ from lilpipe.parallel.mesh import Mesh
 from tests.parallel import toy
 from tests.parallel.layouts import BFLOAT16, CASES, EIGHT, MORE
 
+mesh_of = cache(Mesh)
+
 
 def train(case):
     """What ``toy.plain_losses`` gives, of a model cut over a mesh."""
-    config, mesh = case.config(), Mesh(case.layout)
+    config, mesh = case.config(), mesh_of(case.layout)
 
     def batches(step):
         rows = [column[mesh.data_rank :: mesh.layout.data] for column in toy.batch(step)]
@@ -87,6 +90,7 @@ def main(root, names):
     if distributed.is_main():
         print("\n".join(f"{spent:6.1f} s of CPU: {name}" for name, spent in seconds.items()))
     distributed.barrier()
+    mesh_of.cache_clear()
     distributed.shutdown()
 
 
