@@ -78,6 +78,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "num_parameters": float(num_parameters(config.model, shards.vocab_size)),
         "goodput": result.goodput,
         "skipped_steps": float(len(result.skipped)),
+        **{f"seconds_{cause}": seconds for cause, seconds in result.time.items()},
         **measure_mixture(loader),
     }
     _export(trainee, trained_config(config), shards, workspace)
@@ -87,7 +88,9 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
             title="Pretraining",
             losses=result.losses,
             config=config,
-            key_figures={name: value for name, value in metrics.items() if not name.startswith(("share_", "epochs_"))},
+            key_figures={
+                name: value for name, value in metrics.items() if not name.startswith(("share_", "epochs_", "seconds_"))
+            },
             sections={
                 "Planned and actual": plan_section(plan, metrics, result),
                 "Where the time went": time_section(result),
