@@ -27,6 +27,7 @@ from lilpipe.parallel.context import head_and_tail
 from lilpipe.parallel.mesh import Mesh
 from lilpipe.parallel.pipeline import MicroBatch, Pipeline
 from lilpipe.tokens.loader import Batch
+from lilpipe.training.next_token import rows_of
 from lilpipe.training.replica import Loss
 
 Batches = Callable[[int], Sequence[Batch]]
@@ -55,7 +56,6 @@ class ParallelModel:
         """For the optimizer and the checkpoints: their parameters have their names in the whole model."""
         self.mesh = mesh
         self._config = config
-        self._seed = config.seed or 0
         self._stages = list(stages)
         self._batches = batches
         self._loss = loss
@@ -71,8 +71,6 @@ class ParallelModel:
         """
         batches = [self._part_of_rows(batch) for batch in self._batches(step)]
         inputs = [self._inputs(batch, number) for number, batch in enumerate(batches)]
-        for stage in self._stages:
-            stage.set_dropout_seed(self._seed, step)
         losses: dict[int, Loss] = {}
 
         def loss_of(scores: Scores, number: int) -> Tensor:
@@ -92,6 +90,8 @@ class ParallelModel:
         """Forget the last step's gradients."""
         for parameter in self._parameters():
             parameter.grad = None
+        for stage in self._stages:
+            stage.model.expert_loads.clear()  # of a step that was skipped
 
     def reduce(self, *, count: float, max_norm: float) -> float:
         """Sum gradients over processes, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
@@ -116,7 +116,7 @@ class ParallelModel:
         return self.mesh.stage_group
 
     def after_update(self) -> Mapping[str, float]:
-        """Balance the experts, where there are any, by the tokens of all processes; gives their mean imbalance."""
+        """Balance the experts by the tokens of all processes; `expert_imbalance` is that of the worst layer."""
         if self._config.model.moe is None:
             return {}
 
@@ -126,8 +126,9 @@ class ParallelModel:
             return loads_LE
 
         found = [value for stage in self._stages for value in stage.balance_experts(add_up).values()]
-        total, count = self.mesh.sum([sum(found), len(found)])
-        return {"expert_imbalance": total / count} if count else {}
+        worst = torch.tensor(max(found, default=0.0), dtype=torch.float64, device=distributed.device())
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=self.mesh.pipeline_group)
+        return {"expert_imbalance": worst.item()}
 
     def _weigh(self, loss: Loss) -> Loss:
         """The loss, for one process of those that compute it; a loss of zeros for the others."""
@@ -158,9 +159,9 @@ class ParallelModel:
         if self._config.within_documents:
             inputs["documents_BT"] = batch.documents
         if self._config.model.dropout:
-            # By their places in the whole batch, of which a data rank has every so manieth row.
-            rows_B = torch.arange(len(batch.inputs), device=batch.inputs.device) + number * len(batch.inputs)
-            inputs["rows_B"] = rows_B * self.mesh.layout.data + self.mesh.data_rank
+            rank, world_size = self.mesh.data_rank, self.mesh.layout.data
+            rows_B = rows_of(number * len(batch.inputs), len(batch.inputs), rank=rank, world_size=world_size)
+            inputs["rows_B"] = rows_B.to(batch.inputs.device)
         return MicroBatch(batch.inputs, inputs)
 
     def _positions(self, tokens_BT: Tensor) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ def test_a_diverged_model_is_refused(model):
     broken = Transformer(model.config, VOCAB)
     broken.load_state_dict(model.state_dict())
     with torch.no_grad():
-        broken.model.norm.weight.fill_(float("nan"))
+        broken.get_parameter("model.norm.weight").fill_(float("nan"))
     with pytest.raises(DataError, match="not finite"):
         generate(broken, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=0)
 

@@ -126,7 +126,7 @@ def test_a_damaged_copy_is_refused(tmp_path, source, monkeypatch):
 def test_a_model_that_has_diverged_is_not_released(tmp_path):
     model = small_model()
     with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
+        model.get_parameter("model.norm.weight")[0] = float("nan")
     save_model(model, small_tokenizer(), tmp_path / "diverged")
     with pytest.raises(ArtifactError, match="not finite"):
         run(tmp_path, model=artifact(tmp_path / "diverged", kind="Checkpoint", stage="grpo"))

@@ -35,6 +35,9 @@ def train(case):
     losses, norms = [], []
     for step in range(toy.NUM_STEPS):
         model.zero_grad()
+        for part in model.parts:
+            assert isinstance(part, Transformer)
+            part.set_dropout_seed(config.seed, step)
         parts = model.forward_backward(step)
         total, count = mesh.sum([sum(part.total.item() for part in parts), sum(float(part.count) for part in parts)])
         norms.append(model.reduce(count=count, max_norm=1.0))
