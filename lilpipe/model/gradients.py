@@ -23,7 +23,7 @@ def by_hand(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """``x [..., D]`` over its root mean square, times ``weight_D`` (Zhang & Sennrich 2019)."""
-    if by_hand(x) and x.dtype == weight_D.dtype:
+    if by_hand(x) and x.dtype == weight_D.dtype != torch.bfloat16:  # which torch takes to float32 on the way
         return _RMSNorm.apply(x, weight_D, eps)
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 

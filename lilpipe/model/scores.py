@@ -21,12 +21,12 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """Target that counts for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
 LOGITS_AT_ONCE = 2**25
-"""Logits that may be in memory at once: 128 MiB in float32."""
+"""Logits that may be in memory at once: 128 MiB in float32. More if ``LEAST_TOKENS`` make more."""
 LOGITS_IN_CACHE = 2**20
 """Logits of a part on a CPU, 4 MiB in float32: with a quarter of that the products took 15 % longer, with four times
 as much the rest did."""
-LEAST_TOKENS = 128
-"""Tokens of a part on a CPU, however large the vocabulary: with fewer the time goes into reading the weights."""
+LEAST_TOKENS = {"cpu": 128, "cuda": 2048}
+"""Tokens of a part however large the vocabulary: with fewer the time goes into reading the weights."""
 
 
 class Scores(NamedTuple):
@@ -156,8 +156,8 @@ class _Scores(torch.autograd.Function):
 def tokens_at_once(vocab_size: int, device: torch.device) -> int:
     """Tokens of a part: on a CPU as many as its caches hold, elsewhere as memory is to hold."""
     if device.type == "cpu":
-        return max(LEAST_TOKENS, LOGITS_IN_CACHE // vocab_size)
-    return max(1, LOGITS_AT_ONCE // vocab_size)
+        return max(LEAST_TOKENS["cpu"], LOGITS_IN_CACHE // vocab_size)
+    return max(LEAST_TOKENS["cuda"], LOGITS_AT_ONCE // vocab_size)
 
 
 def _at(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

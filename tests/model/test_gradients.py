@@ -11,15 +11,16 @@ def angles(num_tokens, size, dtype):
     return cos[None, :, None], sin[None, :, None]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 8), (5, 8)])
-def test_the_norm_is_torchs_bit_for_bit_and_so_is_its_gradient_to_rounding(shape):
+def test_the_norm_is_torchs_bit_for_bit_and_its_gradient_to_rounding(shape, dtype):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator, requires_grad=True)
-    weight = torch.randn(8, generator=generator, requires_grad=True)
+    x = torch.randn(shape, dtype=dtype, generator=generator, requires_grad=True)
+    weight = torch.randn(8, dtype=dtype, generator=generator, requires_grad=True)
     expected = F.rms_norm(x, (8,), weight, 1e-5)
     found = rms_norm(x, weight, 1e-5)
     assert torch.equal(found, expected)
-    grad = torch.randn(shape, generator=generator)
+    grad = torch.randn(shape, dtype=dtype, generator=generator)
     wanted = torch.autograd.grad(expected, [x, weight], grad)
     torch.testing.assert_close(torch.autograd.grad(found, [x, weight], grad), wanted)
 

@@ -36,7 +36,7 @@ def mixed_loss(logprobs, normaliser):
 def parts(request, monkeypatch):
     """Parts of two tokens, so that the last one is short, kept for the backward pass or computed again."""
     monkeypatch.setattr(scores, "LOGITS_IN_CACHE", 0)
-    monkeypatch.setattr(scores, "LEAST_TOKENS", 2)
+    monkeypatch.setitem(scores.LEAST_TOKENS, "cpu", 2)
     monkeypatch.setattr(scores, "LOGITS_AT_ONCE", 2**25 if request.param == "kept" else VOCAB)
 
 
@@ -116,7 +116,7 @@ def test_no_buffer_holds_the_logits_of_all_tokens(monkeypatch):
             made.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
             return out
 
-    monkeypatch.setattr(scores, "LEAST_TOKENS", 64)
+    monkeypatch.setitem(scores.LEAST_TOKENS, "cpu", 64)
     monkeypatch.setattr(scores, "LOGITS_IN_CACHE", 0)
     with Watch():
         token_scores(hidden, weight, targets).logprobs.sum().backward()
