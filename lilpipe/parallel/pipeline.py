@@ -64,7 +64,7 @@ class Pipeline:
         self._score_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._num_stages = config.pipeline * config.stages_per_worker
         self._loss: Callable[[Scores, int], Tensor] | None = None
-        self._schedule = lru_cache(maxsize=4)(self._build_schedule)
+        self._schedule = lru_cache(maxsize=1)(self._build_schedule)
 
     def forward_backward(self, batches: Sequence[MicroBatch], loss: Callable[[Scores, int], Tensor]) -> None:
         """Run the schedule; ``loss`` of (scores, number of the micro-batch) is called where the last stage is."""
