@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -27,6 +28,11 @@ class Layout(NamedTuple):
     def data(self) -> int:
         """Parts into which the rows of a batch are divided."""
         return self.replicate * self.shard
+
+    @property
+    def seq_len_multiple(self) -> int:
+        """Lengths that can be cut: two chunks for each part of a sequence, and those of a part evenly over `tensor`."""
+        return math.lcm(2 * self.context, self.context * self.tensor) if self.context > 1 else self.tensor
 
 
 class ParallelConfig(Section):
@@ -87,12 +93,11 @@ def _problems(config: PretrainConfig) -> Iterator[str]:
         if size % layout.tensor:
             yield f"parallel.tensor {layout.tensor} must divide model.{name} {size}"
     for phase in config.resolved_phases:
-        parts = 2 * layout.context if layout.context > 1 else 1
-        if phase.seq_len % parts or phase.seq_len // layout.context % layout.tensor:
-            each = phase.seq_len / layout.context
+        if phase.seq_len % layout.seq_len_multiple:
             yield (
-                f"{phase.setting('seq_len')} {phase.seq_len} must be a multiple of 2 x parallel.context = {parts}, the "
-                f"chunks of a sequence, and seq_len / context = {each:g} one of parallel.tensor {layout.tensor}"
+                f"{phase.setting('seq_len')} {phase.seq_len} must be a multiple of {layout.seq_len_multiple}, so that "
+                f"2 x parallel.context {layout.context} chunks, and the tokens of each context part over "
+                f"parallel.tensor {layout.tensor}, come out even"
             )
         yield from _schedule_problems(parallel, phase.setting("accumulation_steps"), phase.accumulation_steps)
 

@@ -180,6 +180,8 @@ class ParallelModel:
 
         The rows are divided among the data ranks.
         """
+        if len(inputs_BT) == 0:
+            return 0.0
         num_ranks = self.mesh.layout.data
         padding = (0, 0, 0, -len(inputs_BT) % num_ranks)
         inputs_BT, targets_BT = F.pad(inputs_BT, padding), F.pad(targets_BT, padding, value=IGNORED)
@@ -196,7 +198,7 @@ class ParallelModel:
         """
         seq_len, device = inputs_BT.shape[1], distributed.device()
         # What is added on the right is not seen from the left.
-        padding = (0, -seq_len % (2 * self.mesh.layout.context * self.mesh.layout.tensor))
+        padding = (0, -seq_len % self.mesh.layout.seq_len_multiple)
         inputs_BT, targets_BT = F.pad(inputs_BT, padding), F.pad(targets_BT, padding, value=IGNORED)
         places = self._places(inputs_BT.shape[1], self.mesh.coordinate.context)
         was_training = [part.training for part in self.parts]

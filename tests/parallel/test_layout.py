@@ -30,10 +30,13 @@ def config(num_workers, *, model=None, batch_size=8, accumulation_steps=1, seq_l
         (lambda: config(4, tensor=4), "parallel.tensor 4 must divide model.num_heads 6"),
         (lambda: config(2, tensor=2), "parallel.tensor 2 must divide model.num_kv_heads 3"),
         (lambda: config(3, tensor=3), "parallel.tensor 3 must divide model.intermediate_size 64"),
-        (lambda: config(2, context=2, seq_len=50), r"seq_len 50 must be a multiple of 2 x parallel.context = 4"),
+        (
+            lambda: config(2, context=2, seq_len=50),
+            r"seq_len 50 must be a multiple of 4, .* 2 x parallel.context 2 chunks",
+        ),
         (
             lambda: config(12, context=4, tensor=3, seq_len=40, model={"intermediate_size": 66}),
-            r"seq_len / context = 10 one of parallel.tensor 3",
+            r"seq_len 40 must be a multiple of 24, .* over parallel.tensor 3",
         ),
         (
             lambda: config(2, pipeline=2, stages_per_worker=4, schedule="interleaved", accumulation_steps=2),
@@ -61,7 +64,7 @@ def test_an_impossible_layout_is_refused_with_the_arithmetic(problem, message):
 
 def test_a_layout_must_suit_every_phase():
     phases = [{"from_step": 500, "seq_len": 18}]
-    with pytest.raises(ValidationError, match=r"phases.0.seq_len 18 must be a multiple of 2 x parallel.context = 4"):
+    with pytest.raises(ValidationError, match=r"phases.0.seq_len 18 must be a multiple of 4, "):
         PretrainConfig.model_validate({"num_workers": 2, "seq_len": 16, "phases": phases, "parallel": {"context": 2}})
 
 
@@ -85,3 +88,11 @@ def test_all_dimensions_multiply_to_the_number_of_workers():
     parallel = ParallelConfig(pipeline=2, shard=2, context=2, tensor=2)
     assert parallel.layout(48) == (2, 3, 2, 2, 2)
     assert parallel.layout(48).data == 6
+
+
+@pytest.mark.parametrize(
+    ("context", "tensor", "multiple"), [(1, 1, 1), (1, 4, 4), (2, 1, 4), (2, 2, 4), (2, 4, 8), (4, 3, 24)]
+)
+def test_a_sequence_is_cut_into_chunks_and_these_over_tensor_parallelism(context, tensor, multiple):
+    parallel = ParallelConfig(context=context, tensor=tensor)
+    assert parallel.layout(context * tensor).seq_len_multiple == multiple
