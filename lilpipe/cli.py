@@ -154,11 +154,14 @@ def scaling(
         return _load(recipe, config, overrides, seed, changes=changes)
 
     layers = [int(depth) for depth in _numbers(depths, "--depths")]
-    store, target = Store(), loaded({"depth": target_depth or 2 * max(layers)})
+    lengths = _numbers(ratios, "--tokens-per-parameter")
+    # Trained as long as the runs are, for a law of compute holds for runs that are scaled alike.
+    (target,) = study.configurations(loaded, depths=[target_depth or 2 * max(layers)], ratios=[max(lengths)])
+    store = Store()
     if from_store:
         runs = study.stored_runs(store, metric=metric)
     else:
-        configs = study.configurations(loaded, depths=layers, ratios=_numbers(ratios, "--tokens-per-parameter"))
+        configs = study.configurations(loaded, depths=layers, ratios=lengths)
         runs = study.trained_runs(configs, metric=metric, store=store, listeners=[Display()])
     found = study.study(runs, metric=metric, target=study.planned_run(target))
     directory = output or store.local / "scaling" / new_pipeline_run(target)
