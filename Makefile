@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 RECIPE ?= tiny
 SEED   ?=
 CONFIG ?=
+TESTS  ?=
 
 # Offline and quiet: nothing is looked up on a hub, no telemetry is sent.
 export HF_HUB_OFFLINE ?= 1
@@ -24,7 +25,7 @@ test: setup ## The fast tests: offline, on the CPU, 5 minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slow"
 
 distributed-test: setup ## Tests that start several processes: layouts, launchers, planted faults
-	$(BIN)/python -m pytest -m distributed -rs
+	$(BIN)/python -m pytest -m distributed -rs $(TESTS)
 
 slow-test: setup ## Tests that take minutes each: more processes, more kills
 	$(BIN)/python -m pytest -m slow -rs --timeout 3600

@@ -182,6 +182,8 @@ def plan_section(plan: Budget | None, metrics: Metrics, result: TrainingResult) 
         "peak_memory_bytes": metrics["peak_memory_gib"] * 2**30,
     }
     note = f"Planned for {plan.num_devices} x {plan.device.name} ({plan.device.source}) at an MFU of {plan.mfu:.0%}."
+    if plan.device.name == "cpu":
+        note += " Memory is planned for tensors; the actual is all that the process holds, its libraries too."
     return report.table(planned_beside_actual(plan, actual)) + report.note(note)
 
 
