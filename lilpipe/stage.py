@@ -32,7 +32,10 @@ STAGES: dict[str, str] = {
     "sft": "lilpipe.training.sft",
     "preferences": "lilpipe.alignment.preferences",
     "dpo": "lilpipe.alignment.dpo",
+    "reward_model": "lilpipe.alignment.reward_model",
     "grpo": "lilpipe.alignment.grpo",
+    "ppo": "lilpipe.alignment.ppo",
+    "classify": "lilpipe.training.classify",
     "evaluate": "lilpipe.evaluation.evaluate",
     "register": "lilpipe.model.register",
 }

@@ -7,18 +7,6 @@ A field marked ``Operational`` cannot change a stage's output (a worker count, a
 left out of the fingerprint: changing it rebuilds nothing.
 """
 
-from lilpipe.config.alignment import (
-    DPOConfig,
-    EvaluateConfig,
-    GRPOConfig,
-    PreferencesConfig,
-    PromptsConfig,
-    RegisterConfig,
-    RejectionSamplingConfig,
-    SamplingConfig,
-    SamplingSection,
-    SFTConfig,
-)
 from lilpipe.config.corpus import (
     ClassifierConfig,
     Columns,
@@ -34,6 +22,8 @@ from lilpipe.config.corpus import (
     Source,
     UrlConfig,
 )
+from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
 from lilpipe.config.model import ImportModelConfig, MLAConfig, ModelConfig, MoEConfig
 from lilpipe.config.parallel import (
     KubernetesLaunchConfig,
@@ -50,6 +40,11 @@ from lilpipe.config.pipeline import (
     Step,
     step,
 )
+from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
+from lilpipe.config.prompts import PromptsConfig
+from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
+from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
+from lilpipe.config.sampling import SamplingConfig, SamplingSection
 from lilpipe.config.section import (
     NumWorkers,
     Operational,
@@ -57,6 +52,7 @@ from lilpipe.config.section import (
     Section,
     Share,
 )
+from lilpipe.config.sft import SFTConfig
 from lilpipe.config.tokens import (
     OtherTokenizer,
     TokenizerConfig,
@@ -75,6 +71,7 @@ __all__ = [
     "DEFAULT_STEPS",
     "BudgetConfig",
     "ClassifierConfig",
+    "ClassifyConfig",
     "Columns",
     "CorpusConfig",
     "DPOConfig",
@@ -100,6 +97,7 @@ __all__ = [
     "OrchestrationConfig",
     "OtherTokenizer",
     "PIIConfig",
+    "PPOConfig",
     "ParallelConfig",
     "Phase",
     "PhaseConfig",
@@ -111,6 +109,7 @@ __all__ = [
     "RayConfig",
     "RegisterConfig",
     "RejectionSamplingConfig",
+    "RewardModelConfig",
     "Rounding",
     "SFTConfig",
     "SamplingConfig",

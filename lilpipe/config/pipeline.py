@@ -6,20 +6,17 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lilpipe.config.alignment import (
-    DPOConfig,
-    EvaluateConfig,
-    GRPOConfig,
-    PreferencesConfig,
-    PromptsConfig,
-    RegisterConfig,
-    RejectionSamplingConfig,
-    SFTConfig,
-)
 from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
 from lilpipe.config.model import ImportModelConfig
 from lilpipe.config.parallel import check_vocabulary
+from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
+from lilpipe.config.prompts import PromptsConfig
+from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
+from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.config.section import Section
+from lilpipe.config.sft import SFTConfig
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.overrides import set_dotted
@@ -100,6 +97,9 @@ class PipelineConfig(Section):
     preferences: PreferencesConfig = PreferencesConfig()
     dpo: DPOConfig = DPOConfig()
     grpo: GRPOConfig = GRPOConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    ppo: PPOConfig = PPOConfig()
+    classify: ClassifyConfig = ClassifyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     register_: RegisterConfig = Field(default=RegisterConfig(), alias="register")
     orchestration: OrchestrationConfig = OrchestrationConfig()
