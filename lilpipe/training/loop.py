@@ -306,11 +306,15 @@ class _Run:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Inside, saves go on in the background; they have ended when it is left, also by an error of all workers."""
+        """Inside, saves go on in the background; they have ended when it is left, also by an error of all workers.
+
+        By an error of one worker of several they have not: a save would wait for the others.
+        """
         try:
             yield
-        except (LilpipeError, distributed.Preempted):
-            self.checkpoints.wait()
+        except BaseException as error:
+            if distributed.world_size() == 1 or isinstance(error, LilpipeError | distributed.Preempted):
+                self.checkpoints.wait()
             raise
         self.checkpoints.wait()
 

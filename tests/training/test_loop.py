@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.training.checkpoint import Checkpoints
 from lilpipe.training.loop import Loss
 from tests.training import toy
 
@@ -189,3 +191,21 @@ def test_a_process_killed_at_each_write_ends_in_the_same_bytes(tmp_path):
     assert report["signals"].count(-signal.SIGKILL) >= 8
     assert len(set(report["digests"])) == 1
     assert len(report["digests"]) == 2
+
+
+def test_an_error_leaves_a_run_only_after_the_save_under_way_has_ended(tmp_path, monkeypatch):
+    write = Checkpoints._write
+
+    def slow(*arguments):
+        time.sleep(0.3)
+        write(*arguments)
+
+    def dying(model, step, micro):
+        if step == 4:
+            raise Killed
+        return toy.loss(model, step, micro)
+
+    monkeypatch.setattr(Checkpoints, "_write", slow)
+    with pytest.raises(Killed):
+        toy.run(tmp_path, loss=dying)
+    assert (tmp_path / "scratch" / "checkpoints" / "LATEST").read_text() == "step-00000004"
