@@ -1,0 +1,161 @@
+"""The decoder with a linear head in place of the output layer: rewards, values and classes.
+
+A checkpoint of it is laid out as any other (``lilpipe.model.hub``), with the head as ``score.weight`` and the class of
+``transformers`` that computes the same, such as ``LlamaForSequenceClassification``: that one reads the head at the last
+token, as ``last_outputs`` does.
+
+Dimensions: B sequences, T tokens, D width, O outputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilpipe.artifact import write_atomically
+from lilpipe.config import ModelConfig
+from lilpipe.errors import ArtifactError
+from lilpipe.model.dropout import dropout_seed
+from lilpipe.model.hub import CONFIG_FILE, read_model_config, save_tensors
+from lilpipe.model.initial_weights import initial_value
+from lilpipe.model.layers import Linear
+from lilpipe.model.layouts import layout_for
+from lilpipe.model.transformer import Decoder, Part, Transformer
+from lilpipe.model.weights import stored_tensors
+from lilpipe.tokenizer.encoding import Tokenizer
+
+HEAD = "score.weight"
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of classes in ``transformers`` that our head replaces the output layer of."""
+
+
+class HeadModel(nn.Module):
+    """A decoder and a head of ``num_outputs`` linear functions of its final hidden states."""
+
+    def __init__(self, decoder: Decoder, vocab_size: int, num_outputs: int) -> None:
+        super().__init__()
+        self.config = decoder.config
+        self.vocab_size = vocab_size
+        self.model = decoder
+        self.score = Linear(decoder.config.hidden_size, num_outputs)
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs for each token."""
+        return len(self.score.weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.score.weight.device
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        rows_B: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs ``[B, T, O]`` in float32 at each token, given those before it; arguments as ``Transformer``'s."""
+        hidden_BTD = self.model(tokens_BT, positions_BT, documents_BT, None, None, rows_B)
+        return F.linear(hidden_BTD, self.score.weight).float()
+
+    def set_dropout_seed(self, *parts: int) -> None:
+        """Let what dropout draws follow from these numbers, as ``Transformer.set_dropout_seed``."""
+        self.model.dropout_seed = dropout_seed(*parts)
+
+
+def with_head(model: Transformer, num_outputs: int, *, seed: int) -> HeadModel:
+    """The decoder of ``model``, shared and not copied, with a fresh head in place of the output layer."""
+    result = HeadModel(model.model, model.vocab_size, num_outputs)
+    with torch.no_grad():
+        shape = result.score.weight.shape
+        result.score.weight.copy_(initial_value(HEAD, shape, seed=seed, config=model.config))
+    return result.to(model.device)
+
+
+def last_outputs(outputs_BTO: Tensor, lengths_B: Tensor) -> Tensor:
+    """Outputs ``[B, O]`` at the last token of each row, of rows that are padded on the right."""
+    return outputs_BTO[torch.arange(len(lengths_B), device=outputs_BTO.device), lengths_B - 1]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], *, padding_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T], padded on the right, and the rows' lengths [B]."""
+    lengths_B = torch.tensor([len(row) for row in rows])
+    tokens_BT = torch.full((len(rows), int(lengths_B.max())), padding_id)
+    for row, ids in enumerate(rows):
+        tokens_BT[row, : len(ids)] = torch.tensor(ids)
+    return tokens_BT, lengths_B
+
+
+# --- directories --------------------------------------------------------------------------------------------------
+
+
+def save_head_model(
+    model: HeadModel, tokenizer: Tokenizer, directory: Path, *, labels: Sequence[str] | None = None
+) -> None:
+    """Write model and tokenizer, each file atomically; ``labels`` are the names of the outputs."""
+    save_tensors(model.config, model.vocab_size, model.state_dict().items(), tokenizer, directory)
+    path = directory / CONFIG_FILE
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    names = list(labels or (f"output_{index}" for index in range(model.num_outputs)))
+    stated["architectures"] = [_class_name(stated["architectures"][0])]
+    stated["id2label"] = {str(index): name for index, name in enumerate(names)}
+    stated["label2id"] = {name: index for index, name in enumerate(names)}
+    write_atomically(path, json.dumps(stated, indent=2, sort_keys=True) + "\n")
+
+
+def _class_name(language_model: str) -> str:
+    for end in _LANGUAGE_MODELS:
+        if language_model.endswith(end):
+            return language_model.removesuffix(end) + "ForSequenceClassification"
+    return HeadModel.__name__
+
+
+def load_head_model(directory: Path) -> tuple[HeadModel, Tokenizer]:
+    """The model in float32, on the CPU in evaluation mode, and its tokenizer.
+
+    Raises ``ArtifactError`` if the directory holds no decoder with a head, such as a language model.
+    """
+    config, vocab_size = read_model_config(directory)
+    tensors = _read(directory, config)
+    if HEAD not in tensors:
+        raise ArtifactError(
+            f"{directory}: holds no {HEAD}, expected a model with a head, as the stages reward_model and classify "
+            "make; check the step's inputs"
+        )
+    with torch.device("meta"):
+        decoder = Decoder(config, vocab_size, Part(range(config.num_layers), first=True, last=True))
+        model = HeadModel(decoder, vocab_size, len(tensors[HEAD]))
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (tensors, expected))
+        if got != wanted:
+            raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} by {CONFIG_FILE}")
+    model = HeadModel(Decoder(config, vocab_size, decoder.part), vocab_size, model.num_outputs)
+    model.load_state_dict(tensors)
+    return model.eval(), Tokenizer.load(directory)
+
+
+def read_labels(directory: Path) -> list[str]:
+    """The names of a model's outputs, in their order."""
+    names: dict[str, str] = _stated(directory).get("id2label", {})
+    return [names[str(index)] for index in range(len(names))]
+
+
+def _read(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Tensors by our names; the head's is the same everywhere."""
+    stored = dict(stored_tensors(directory))
+    head = {HEAD: stored.pop(HEAD)} if HEAD in stored else {}
+    return layout_for(config).to_ours(stored, config, _stated(directory)) | head
+
+
+def _stated(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
