@@ -50,7 +50,14 @@ FILLERS = (
 PROSE_SHARE = 0.25
 """Share of pretraining's exercises that state their fact in a sentence."""
 
-PROMPT_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "split", "family", "question", "answer")])
+PROMPT_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "split", "family", "question", "answer")),
+        ("difficulty", pa.int32()),
+        ("reference", pa.string()),
+        ("verifier", pa.string()),
+    ]
+)
 DOCUMENT_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
 MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string())])
 CONVERSATION_SCHEMA = pa.schema(
@@ -60,14 +67,25 @@ CONVERSATION_SCHEMA = pa.schema(
 _ANSWER = re.compile(r"Answer:[ ]*(\S[^\n]*)\Z")
 
 
+Verifier = Literal["answer", "numeric", "program", "none"]
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """A question whose answer is known."""
+    """A question, and what is known of its answer."""
 
     id: str
     family: str
     question: str
     answer: str
+    """What the verifier compares with; the tests for ``program``."""
+    difficulty: int = 0
+    """Items or steps of a generated task; 0 where it is not known."""
+    reference: str = ""
+    """An answer in words, by a person or by the task's author."""
+    verifier: str = "answer"
+    """What decides whether a response is correct, a ``Verifier``: the stated answer word for word, its number, a
+    program's tests, or nothing (an instruction that has many good answers)."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,19 @@ def _stated_answer(response: str) -> str | None:
 def read_prompts(directory: Path, split: Split) -> list[Prompt]:
     """The prompts of one split of a Prompts artifact, in their order."""
     rows = read_table(directory / "prompts.arrow")
-    return [Prompt(r["id"], r["family"], r["question"], r["answer"]) for r in rows if r["split"] == split]
+    return [
+        Prompt(
+            row["id"],
+            row["family"],
+            row["question"],
+            row["answer"],
+            difficulty=row.get("difficulty") or 0,
+            reference=row.get("reference") or "",
+            verifier=row.get("verifier") or "answer",
+        )
+        for row in rows
+        if row["split"] == split
+    ]
 
 
 def read_exercises(directory: Path) -> Iterator[tuple[str, str]]:
@@ -259,6 +289,9 @@ def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
             "family": family,
             "question": t.question,
             "answer": t.answer,
+            "difficulty": 0,
+            "reference": "",
+            "verifier": "answer",
         }
         for split, tasks in prompts.items()
         for i, (family, t) in enumerate(tasks)

@@ -41,7 +41,7 @@ from lilpipe.config.pipeline import (
     step,
 )
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
-from lilpipe.config.prompts import PromptsConfig
+from lilpipe.config.prompts import ANSWER_REWARD, PromptsConfig, RewardConfig, RewardConfigs
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.config.sampling import SamplingConfig, SamplingSection
@@ -63,11 +63,13 @@ from lilpipe.config.training import (
     HealthConfig,
     NeedleConfig,
     OptimizerConfig,
+    ParallelSection,
     PretrainConfig,
     TrainingSection,
 )
 
 __all__ = [
+    "ANSWER_REWARD",
     "DEFAULT_STEPS",
     "BudgetConfig",
     "ClassifierConfig",
@@ -99,6 +101,7 @@ __all__ = [
     "PIIConfig",
     "PPOConfig",
     "ParallelConfig",
+    "ParallelSection",
     "Phase",
     "PhaseConfig",
     "PipelineConfig",
@@ -109,6 +112,8 @@ __all__ = [
     "RayConfig",
     "RegisterConfig",
     "RejectionSamplingConfig",
+    "RewardConfig",
+    "RewardConfigs",
     "RewardModelConfig",
     "Rounding",
     "SFTConfig",

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from lilpipe.config.section import Section, Share
 
@@ -30,3 +39,104 @@ class PromptsConfig(Section):
     """Share of written answers, in exercises and demonstrations, that open with sentences of courtesy."""
     max_filler_sentences: Annotated[int, Field(ge=0, le=8)] = 3
     """Most sentences of courtesy before an answer."""
+
+
+RewardKind = Literal["answer", "numeric", "format", "regex", "length", "language", "reward_model", "program", "file"]
+
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "answer": (),
+    "numeric": ("marker", "tolerance"),
+    "format": ("template",),
+    "regex": ("pattern",),
+    "length": ("target_tokens", "limit_tokens", "buffer_tokens"),
+    "language": ("language",),
+    "reward_model": (),
+    "program": ("timeout_seconds", "memory_mib"),
+    "file": ("path", "function"),
+}
+"""The options of each kind; one given to another kind is refused, as it would be ignored."""
+
+_NEEDED: Mapping[str, tuple[str, ...]] = {"regex": ("pattern",), "file": ("path", "function")}
+
+
+class RewardConfig(Section):
+    """One reward of a response; a stage adds up those that it names, each by its weight."""
+
+    kind: RewardKind
+    """`answer`: 1 if the prompt's own verifier accepts the response. `numeric`: 1 if it states the number of the
+    prompt's answer. `format`: 1 if it has the form of `template`. `regex`: 1 if `pattern` is found in it. `length`:
+    near `target_tokens`, or a penalty beyond `limit_tokens`. `language`: the probability of `language`. `reward_model`:
+    the score of the stage's input `reward_model`. `program`: 1 if its code passes the prompt's tests. `file`: a
+    function of the user's own."""
+    weight: float = 1.0
+    """Factor of this reward in the sum; negative for a penalty."""
+    name: str | None = None
+    """Name in logs and tables; the kind where none is given."""
+    marker: str | None = None
+    """Text before the number (`numeric`), such as `####`; the last number of the response where none is given."""
+    tolerance: NonNegativeFloat | None = None
+    """Largest difference to the right number (`numeric`); 0 where none is given."""
+    template: Literal["answer", "think"] | None = None
+    """`answer`: courtesy or steps, then `Answer: X` (the default). `think`: `<think>..</think><answer>..</answer>`
+    (DeepSeek-R1)."""
+    pattern: str | None = None
+    """Regular expression (`regex`), in Python's syntax; `.` matches a line's end too."""
+    target_tokens: PositiveInt | None = None
+    """Length wanted (`length`): 1 there, down to 0 at no tokens or twice as many."""
+    limit_tokens: PositiveInt | None = None
+    """Length that is too long (`length`): -1 from there (soft over-long punishment, Yu et al. 2025, DAPO)."""
+    buffer_tokens: PositiveInt | None = None
+    """Tokens before `limit_tokens` over which the penalty grows from 0; a fifth of it where none is given."""
+    language: str | None = None
+    """Code of the language wanted (`language`), such as `en`, the default."""
+    timeout_seconds: PositiveFloat | None = None
+    """Time of a program (`program`), by the clock and of the processor; 5 where none is given."""
+    memory_mib: PositiveInt | None = None
+    """Address space of a program (`program`); 256 where none is given."""
+    path: str | None = None
+    """Python file with the function (`file`); its content is part of the stage's identity."""
+    function: str | None = None
+    """Name of the function in it: `score(prompt: Prompt, response: Response) -> float`."""
+
+    @model_validator(mode="after")
+    def _options_match_kind(self) -> RewardConfig:
+        allowed = {"kind", "weight", "name", *_OPTIONS[self.kind]}
+        given = {name for name in type(self).model_fields if getattr(self, name) is not None}
+        if unused := sorted(given - allowed):
+            expected = ", ".join(_OPTIONS[self.kind]) or "none"
+            raise ValueError(
+                f"reward of kind {self.kind!r}: got options {', '.join(unused)}, expected of {expected}; remove them"
+            )
+        if missing := [name for name in _NEEDED.get(self.kind, ()) if name not in given]:
+            raise ValueError(f"reward of kind {self.kind!r}: needs {' and '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _length_has_one_aim(self) -> RewardConfig:
+        if self.kind == "length" and (self.target_tokens is None) == (self.limit_tokens is None):
+            raise ValueError("reward of kind 'length': give one of target_tokens and limit_tokens")
+        if self.buffer_tokens is not None and self.buffer_tokens > (self.limit_tokens or 0):
+            raise ValueError(
+                f"reward of kind 'length': buffer_tokens {self.buffer_tokens} is more than limit_tokens "
+                f"{self.limit_tokens}; it is the stretch before that limit"
+            )
+        return self
+
+    @property
+    def label(self) -> str:
+        """The name in logs and tables."""
+        return self.name or self.kind
+
+
+def _names_differ(rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+    names = [reward.label for reward in rewards]
+    if len(set(names)) != len(names):
+        raise ValueError(f"rewards: names must differ, got {names}; give each a `name`")
+    return rewards
+
+
+RewardConfigs = Annotated[tuple[RewardConfig, ...], Field(min_length=1), AfterValidator(_names_differ)]
+"""The rewards of a stage. ``(RewardConfig(kind="answer"),)`` is 1 for a response that is correct and ended."""
+
+ANSWER_REWARD: tuple[RewardConfig, ...] = (RewardConfig(kind="answer"),)
+"""The default of every stage."""
