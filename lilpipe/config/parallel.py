@@ -12,7 +12,7 @@ from lilpipe.config.section import Operational, Section
 
 if TYPE_CHECKING:
     from lilpipe.config.model import ModelConfig
-    from lilpipe.config.training import PretrainConfig
+    from lilpipe.config.training import ParallelSection, PretrainConfig
 
 
 class Layout(NamedTuple):
@@ -86,12 +86,26 @@ def check_vocabulary(layout: Layout, vocab_size: int) -> None:
         )
 
 
-def _problems(config: PretrainConfig) -> Iterator[str]:
-    parallel, layout = config.parallel, config.layout
-    yield from _stage_problems(parallel, config.model.num_layers)
-    for name, size in _divided_by_tensor(config.model).items():
+def check_model(section: ParallelSection, model: ModelConfig) -> None:
+    """Raise ``ValueError`` for a layout in which a model, whose sequences are to be any, cannot be cut."""
+    for problem in (
+        *_model_problems(section, model),
+        *_schedule_problems(section.parallel, "accumulation_steps", section.accumulation_steps),
+    ):
+        raise ValueError(problem)
+
+
+def _model_problems(section: ParallelSection, model: ModelConfig) -> Iterator[str]:
+    layout = section.layout
+    yield from _stage_problems(section.parallel, model.num_layers)
+    for name, size in _divided_by_tensor(model).items():
         if size % layout.tensor:
             yield f"parallel.tensor {layout.tensor} must divide model.{name} {size}"
+
+
+def _problems(config: PretrainConfig) -> Iterator[str]:
+    parallel, layout = config.parallel, config.layout
+    yield from _model_problems(config, config.model)
     for phase in config.resolved_phases:
         if phase.seq_len % layout.seq_len_multiple:
             yield (

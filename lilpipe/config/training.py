@@ -57,6 +57,26 @@ class TrainingSection(Section):
     launch: Launch = LaunchConfig()
 
 
+class ParallelSection(TrainingSection):
+    """What every stage has in common whose model may be cut over its processes."""
+
+    accumulation_steps: Annotated[PositiveInt, Rounding] = 1
+    """Micro-batches of one optimizer step on each worker; those of the pipeline where there is one."""
+    parallel: Annotated[ParallelConfig, Rounding] = ParallelConfig()
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Arithmetic of forward and backward passes; weights, reductions and optimizer state stay in fp32. `fp8` takes the
+    extra `fp8` and a GPU that has it."""
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], Rounding] = "none"
+    """What is computed again in the backward pass: nothing, all but the matrix products, or whole blocks."""
+    compile: Annotated[bool | None, Rounding] = None
+    """Whether blocks are compiled (`torch.compile`); none compiles where the run is long enough to earn it."""
+
+    @property
+    def layout(self) -> Layout:
+        """The mesh of processes."""
+        return self.parallel.layout(self.num_workers)
+
+
 class HealthConfig(Section):
     """What to do about steps that would spoil the weights."""
 
@@ -93,7 +113,7 @@ class BudgetConfig(Section):
     """Price of one device for an hour."""
 
 
-class PretrainConfig(TrainingSection):
+class PretrainConfig(ParallelSection):
     """Next-token training of a fresh model on token shards."""
 
     model: ModelConfig = ModelConfig()
@@ -102,20 +122,10 @@ class PretrainConfig(TrainingSection):
     """Optimizer steps."""
     batch_size: PositiveInt = 16
     """Sequences of one optimizer step, over all workers and accumulation steps."""
-    accumulation_steps: Annotated[PositiveInt, Rounding] = 1
-    """Micro-batches of one optimizer step on each worker; those of the pipeline where there is one."""
     seq_len: PositiveInt | None = None
     """Tokens of a sequence; model.max_seq_len where none is given."""
     phases: tuple[PhaseConfig, ...] = ()
     """Changes on the way, in order."""
-    parallel: Annotated[ParallelConfig, Rounding] = ParallelConfig()
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Arithmetic of forward and backward passes; weights, reductions and optimizer state stay in fp32. `fp8` takes the
-    extra `fp8` and a GPU that has it."""
-    compile: Annotated[bool | None, Rounding] = None
-    """Whether blocks are compiled (`torch.compile`); none compiles where the run is long enough to earn it."""
-    activation_checkpointing: Annotated[Literal["none", "selective", "full"], Rounding] = "none"
-    """What is computed again in the backward pass: nothing, all but the matrix products, or whole blocks."""
     within_documents: bool = False
     """Attention stays inside documents (Llama 3, 3.2)."""
     z_loss: NonNegativeFloat = 0.0
@@ -197,11 +207,6 @@ class PretrainConfig(TrainingSection):
                 f"{num_steps} must be at most {num_steps}; shorten one of them, or take more steps"
             )
         return self
-
-    @property
-    def layout(self) -> Layout:
-        """The mesh of processes."""
-        return self.parallel.layout(self.num_workers)
 
     @property
     def resolved_phases(self) -> tuple[Phase, ...]:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lilpipe import distributed
-from lilpipe.config import PretrainConfig
+from lilpipe.config import ModelConfig, ParallelSection
 from lilpipe.config.parallel import check_vocabulary
 from lilpipe.errors import ConfigError
 from lilpipe.model.initial_weights import initial_value
@@ -29,61 +29,72 @@ from lilpipe.training import activation_checkpointing, compilation
 
 
 def parallelize(
-    config: PretrainConfig,
+    section: ParallelSection,
+    model: ModelConfig,
     vocab_size: int,
     *,
     batches: Batches,
     loss: Objective,
     mesh: Mesh | None = None,
+    within_documents: bool = False,
+    compiled: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> ParallelModel:
-    """The model of ``config`` with fresh weights, cut over ``mesh``.
+    """A model with fresh weights, cut over ``mesh``.
 
     Args:
-        config: Shape, layout, precision and seed.
+        section: Layout, precision and seed.
+        model: Its shape.
         vocab_size: Words of the embedding.
         batches: The micro-batches of a step for this process's data rank.
         loss: Their loss.
-        mesh: The processes; all of them in the layout of ``config`` if none is given.
+        mesh: The processes; all of them in the layout of ``section`` if none is given.
+        within_documents: Whether attention stays inside the documents of a row.
+        compiled: Whether blocks are compiled.
         dtype: Of the weights.
 
     Raises:
         ConfigError: The vocabulary cannot be divided.
     """
-    assert config.seed is not None
+    assert section.seed is not None
     try:
-        check_vocabulary(config.layout, vocab_size)
+        check_vocabulary(section.layout, vocab_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    mesh = mesh or Mesh(config.layout)
-    compute_dtype = dtype if config.precision == "fp32" else torch.bfloat16
-    stages = [_stage(config, vocab_size, part, mesh, dtype) for part in _parts(config, mesh)]
-    if config.layout.shard > 1 or compute_dtype != dtype:
+    mesh = mesh or Mesh(section.layout)
+    compute_dtype = dtype if section.precision == "fp32" else torch.bfloat16
+    stages = []
+    for part in _parts(section, model.num_layers, mesh):
+        with torch.device("meta"):
+            stage = Transformer(model, vocab_size, part).to(dtype)
+        _cut(stage, section, mesh)
+        if compiled:
+            compilation.compile_blocks(stage)
+        stages.append(stage)
+    if section.layout.shard > 1 or compute_dtype != dtype:
         for stage in stages:
             _shard(stage, mesh, compute_dtype, reduce_dtype=dtype)
     for stage in stages:
-        _fill(stage, config.seed)
-    return ParallelModel(stages, mesh, config, batches=batches, loss=loss, dtype=compute_dtype)
+        _fill(stage, section.seed)
+    return ParallelModel(
+        stages, mesh, section, batches=batches, loss=loss, within_documents=within_documents, dtype=compute_dtype
+    )
 
 
-def _parts(config: PretrainConfig, mesh: Mesh) -> Sequence[Part]:
+def _parts(section: ParallelSection, num_layers: int, mesh: Mesh) -> Sequence[Part]:
     """What the stages of this process hold: every ``pipeline``-th of all."""
-    pipeline, per_worker = config.layout.pipeline, config.parallel.stages_per_worker
-    return stages_of(config.model.num_layers, pipeline * per_worker)[mesh.coordinate.pipeline :: pipeline]
+    pipeline, per_worker = section.layout.pipeline, section.parallel.stages_per_worker
+    return stages_of(num_layers, pipeline * per_worker)[mesh.coordinate.pipeline :: pipeline]
 
 
-def _stage(config: PretrainConfig, vocab_size: int, part: Part, mesh: Mesh, dtype: torch.dtype) -> Transformer:
-    with torch.device("meta"):
-        stage = Transformer(config.model, vocab_size, part).to(dtype)
+def _cut(stage: Transformer, section: ParallelSection, mesh: Mesh) -> None:
+    """Divide matrices and sequences, and mark what is computed again."""
     if mesh.layout.tensor > 1:
         divide_matrices(stage, mesh.tensor)
     if mesh.layout.context > 1:
         group = mesh.context_group
         stage.model.context = lambda positions_BT, documents_BT: GatheredSequence(positions_BT, documents_BT, group)
-    activation_checkpointing.apply(stage, config.activation_checkpointing)
-    if compilation.is_wanted(config, vocab_size):
-        compilation.compile_blocks(stage)
-    return stage
+    activation_checkpointing.apply(stage, section.activation_checkpointing)
 
 
 def _shard(stage: Transformer, mesh: Mesh, compute_dtype: torch.dtype, *, reduce_dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lilpipe import distributed
-from lilpipe.config import PretrainConfig
+from lilpipe.config import ParallelSection
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.parallel import gradients
@@ -26,13 +26,13 @@ from lilpipe.parallel.collectives import gather
 from lilpipe.parallel.context import head_and_tail
 from lilpipe.parallel.mesh import Mesh
 from lilpipe.parallel.pipeline import MicroBatch, Pipeline
-from lilpipe.tokens.loader import Batch
 from lilpipe.training.next_token import rows_of
 from lilpipe.training.replica import Loss
 
-Batches = Callable[[int], Sequence[Batch]]
-"""Step, from 0, to the micro-batches of this process's data rank, whole rows each."""
-Objective = Callable[[Scores, Batch], Loss]
+Batches = Callable[[int], Sequence[Any]]
+"""Step, from 0, to the micro-batches of this process's data rank, whole rows each: named tuples with
+``inputs``, ``targets`` and ``documents`` [B, T]; under context parallelism all their columns are such."""
+Objective = Callable[[Scores, Any], Loss]
 """Scores of a micro-batch's targets to its loss; both may be parts of the rows."""
 ROWS_AT_ONCE = 32
 """Rows of a data rank that go through the model together in an evaluation."""
@@ -45,21 +45,23 @@ class ParallelModel:
         self,
         stages: Sequence[Transformer],
         mesh: Mesh,
-        config: PretrainConfig,
+        section: ParallelSection,
         *,
         batches: Batches,
         loss: Objective,
+        within_documents: bool,
         dtype: torch.dtype,
     ) -> None:
         """Take the stages over; ``dtype`` is that of hidden states. Made by ``parallelize``."""
         self.parts: list[nn.Module] = list(stages)
         """For the optimizer and the checkpoints: their parameters have their names in the whole model."""
         self.mesh = mesh
-        self._config = config
+        self._model = stages[0].config
+        self._within_documents = within_documents
         self._stages = list(stages)
         self._batches = batches
         self._loss = loss
-        self._pipeline = Pipeline(stages, config.parallel, mesh, dtype=dtype) if mesh.layout.pipeline > 1 else None
+        self._pipeline = Pipeline(stages, section.parallel, mesh, dtype=dtype) if mesh.layout.pipeline > 1 else None
 
     # --- a training step ------------------------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@ class ParallelModel:
             gradients.sum_over(gradients.local_gradients(parameters), self.mesh.summing_group)
         gradients.sum_over(gradients.local_gradients(gradients.undivided(parameters)), self.mesh.tensor_group)
         counted = parameters
-        if self.mesh.ends_group is not None and self._config.model.tie_embeddings:
+        if self.mesh.ends_group is not None and self._model.tie_embeddings:
             embeddings = [stage.model.embed_tokens.weight for stage in self._stages if stage.model.embed_tokens]
             gradients.sum_over(gradients.local_gradients(embeddings), self.mesh.ends_group)
             if self.mesh.holds_last_stage:
@@ -117,7 +119,7 @@ class ParallelModel:
 
     def after_update(self) -> Mapping[str, float]:
         """Balance the experts by the tokens of all processes; `expert_imbalance` is that of the worst layer."""
-        if self._config.model.moe is None:
+        if self._model.moe is None:
             return {}
 
         def add_up(loads_LE: Tensor) -> Tensor:
@@ -137,28 +139,28 @@ class ParallelModel:
         metrics = dict.fromkeys(loss.metrics, (0.0, 0.0))
         return Loss(torch.zeros(()), count=0.0, num_tokens=0, metrics=metrics)
 
-    def _no_loss(self, batch: Batch) -> Loss:
+    def _no_loss(self, batch: Any) -> Loss:
         """For the names of metrics, where the output layer is on another process."""
         return self._loss(Scores(*torch.zeros(2, *batch.targets.shape, device=batch.targets.device)), batch)
 
     # --- rows and their parts -------------------------------------------------------------------------------------
 
-    def _part_of_rows(self, batch: Batch) -> Batch:
+    def _part_of_rows(self, batch: Any) -> Any:
         """The tokens of this process under context parallelism."""
         if self.mesh.layout.context == 1:
             return batch
         places = self._places(batch.inputs.shape[1], self.mesh.coordinate.context).to(batch.inputs.device)
-        return Batch(*(column[:, places] for column in batch))
+        return type(batch)(*(column[:, places] for column in batch))
 
     def _places(self, seq_len: int, part: int) -> Tensor:
         return head_and_tail(seq_len, part=part, num_parts=self.mesh.layout.context)
 
-    def _inputs(self, batch: Batch, number: int) -> MicroBatch:
+    def _inputs(self, batch: Any, number: int) -> MicroBatch:
         """What the stages take of a micro-batch, ``number`` in its step."""
         inputs = {"targets_BT": batch.targets, **self._positions(batch.inputs)}
-        if self._config.within_documents:
+        if self._within_documents:
             inputs["documents_BT"] = batch.documents
-        if self._config.model.dropout:
+        if self._model.dropout:
             rank, world_size = self.mesh.data_rank, self.mesh.layout.data
             rows_B = rows_of(number * len(batch.inputs), len(batch.inputs), rank=rank, world_size=world_size)
             inputs["rows_B"] = rows_B.to(batch.inputs.device)

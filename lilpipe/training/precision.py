@@ -11,14 +11,14 @@ import importlib.util
 import torch
 from torch import nn
 
-from lilpipe.config import PretrainConfig
+from lilpipe.config import ParallelSection
 from lilpipe.errors import ConfigError
 
 FP8_CAPABILITY = (8, 9)
 """Least CUDA capability with float8: Ada; Hopper is 9.0."""
 
 
-def check(config: PretrainConfig, device: torch.device) -> None:
+def check(config: ParallelSection, device: torch.device) -> None:
     """Raise ``ConfigError`` if the device or an installed package cannot do ``config.precision``."""
     if config.precision != "fp8":
         return

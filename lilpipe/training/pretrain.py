@@ -111,7 +111,16 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
 
         mesh = Mesh(config.layout)
         objective = NextToken(config, loader, rank=mesh.data_rank, world_size=config.layout.data, device=device)
-        model = parallelize(config, vocab_size, batches=objective.batches, loss=objective.loss, mesh=mesh)
+        model = parallelize(
+            config,
+            config.model,
+            vocab_size,
+            batches=objective.batches,
+            loss=objective.loss,
+            mesh=mesh,
+            within_documents=config.within_documents,
+            compiled=compilation.is_wanted(config, vocab_size),
+        )
         return model, objective
     model = Transformer(config.model, vocab_size)
     model.init_weights(config.seed)

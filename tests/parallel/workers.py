@@ -30,7 +30,17 @@ def train(case):
         rows = [column[mesh.data_rank :: mesh.layout.data] for column in toy.batch(step)]
         return [toy.Batch(*parts) for parts in zip(*(r.chunk(config.accumulation_steps) for r in rows), strict=True)]
 
-    model = apply.parallelize(config, toy.VOCAB, batches=batches, loss=toy.loss, mesh=mesh, dtype=case.dtype)
+    model = apply.parallelize(
+        config,
+        config.model,
+        toy.VOCAB,
+        batches=batches,
+        loss=toy.loss,
+        mesh=mesh,
+        within_documents=config.within_documents,
+        compiled=bool(config.compile),
+        dtype=case.dtype,
+    )
     updates = toy.optimizer(config, model.parts, model.replicas)
     losses, norms = [], []
     for step in range(toy.NUM_STEPS):
@@ -71,7 +81,7 @@ def memory():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apply, "initial_value", value)
         config = toy.config(Layout(pipeline=2, replicate=1, shard=2, context=1, tensor=1), model={"num_layers": 8})
-        model = apply.parallelize(config, toy.VOCAB, batches=lambda step: [], loss=toy.loss)
+        model = apply.parallelize(config, config.model, toy.VOCAB, batches=lambda step: [], loss=toy.loss)
     held = sum(gradients.local(tensor).numel() for tensor in model.tensors().values())
     whole = sum(parameter.numel() for parameter in Transformer(config.model, toy.VOCAB).parameters())
     return {"held": held / whole, "largest": max(made) / whole}

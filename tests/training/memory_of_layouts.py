@@ -72,7 +72,9 @@ def measure(name, path):
     def loss(scores, batch):
         return Loss(-scores.logprobs.sum(), batch.targets.numel(), batch.targets.numel())
 
-    model = parallelize(section, VOCAB, batches=batches, loss=loss)
+    model = parallelize(
+        section, section.model, VOCAB, batches=batches, loss=loss, within_documents=section.within_documents
+    )
 
     def step():
         model.zero_grad()

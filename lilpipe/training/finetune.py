@@ -1,0 +1,198 @@
+"""Training a checkpoint further, whatever the layout of workers: what SFT, DPO and GRPO have in common.
+
+An objective says what is scored and what the loss of the scores is. It sees the rows of its data rank and no worker
+group, so that one worker, replicas, and a model that is cut over a mesh train on the same thing.
+
+Dimensions: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilpipe import distributed
+from lilpipe.config import ParallelSection
+from lilpipe.config.parallel import check_model
+from lilpipe.errors import ConfigError
+from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
+from lilpipe.model.scores import IGNORED, Scores
+from lilpipe.model.transformer import Transformer
+from lilpipe.stage import Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.training import activation_checkpointing, compilation, precision
+from lilpipe.training.replica import Loss, Replica, Trainee
+
+if TYPE_CHECKING:
+    from lilpipe.parallel.mesh import Mesh
+
+
+class TokenBatch(NamedTuple):
+    """A micro-batch: what goes in, and which tokens are scored; int64 [B, T] each."""
+
+    inputs: Tensor
+    targets: Tensor
+    """The token that follows; ``IGNORED`` where it is not scored."""
+    documents: Tensor | None = None
+    """Which sequence of its row a token belongs to; attention stays inside. None where a row holds one sequence."""
+    positions: Tensor | None = None
+    """Place in its sequence, where rows hold several and positions are learned."""
+    extra: Any = None
+    """What the loss needs beside the scores: advantages, stored log-probabilities."""
+
+
+class Objective(Protocol):
+    """What to train on, for one data rank."""
+
+    def batches(self, step: int) -> Sequence[TokenBatch]:
+        """The micro-batches of a step: as many on every data rank."""
+        ...
+
+    def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
+        """The loss of a micro-batch, summed; the names of metrics do not depend on the batch."""
+        ...
+
+
+class Workers:
+    """The processes of a stage, and this one's place among them."""
+
+    def __init__(self, section: ParallelSection) -> None:
+        self.mesh: Mesh | None = None
+        self.data_rank, self.num_data_ranks = distributed.rank(), distributed.world_size()
+        if section.layout.replicate < section.num_workers:
+            from lilpipe.parallel.mesh import Mesh  # experimental parts of torch, which others do without
+
+            self.mesh = Mesh(section.layout)
+            self.data_rank, self.num_data_ranks = self.mesh.data_rank, section.layout.data
+
+
+def build(
+    section: ParallelSection,
+    source: Path,
+    objective: Objective,
+    workers: Workers,
+    *,
+    stage: str,
+    prepare: Callable[[Transformer], None] | None = None,
+) -> Trainee:
+    """The checkpoint of ``source`` as this worker holds it in training.
+
+    ``prepare`` changes the model before it is trained, as LoRA does; it takes a model that every worker holds whole.
+    Raises ``ConfigError``, naming the setting of ``stage``, for a layout in which the model cannot be cut.
+    """
+    precision.check(section, distributed.device())
+    if workers.mesh is not None:
+        if prepare is not None:
+            raise ConfigError(f"{stage}.parallel: got {section.layout}, but what is asked for takes whole models")
+        return _build_cut(section, source, objective, workers.mesh, stage=stage)
+    model, _ = load_model(source)
+    model = model.to(distributed.device())
+    if prepare is not None:
+        prepare(model)
+    activation_checkpointing.apply(model, section.activation_checkpointing)
+    if section.precision == "fp8":
+        precision.convert_fp8(model)
+    if section.compile:
+        compilation.compile_blocks(model)
+    # A step's micro-batches are made once, when the first is asked for.
+    current: dict[int, Sequence[TokenBatch]] = {}
+
+    def batches(step: int) -> Sequence[TokenBatch]:
+        if step not in current:
+            current.clear()
+            current[step] = objective.batches(step)
+        return current[step]
+
+    def loss(model: nn.Module, step: int, micro: int) -> Loss:
+        batch = batches(step)[micro]
+        with precision.autocast(section.precision, distributed.device()):
+            scores = model(
+                batch.inputs, targets_BT=batch.targets, documents_BT=batch.documents, positions_BT=batch.positions
+            )
+        return objective.loss(scores, batch)
+
+    return Replica(model, loss, accumulation_steps=lambda step: len(batches(step)))
+
+
+def _build_cut(section: ParallelSection, source: Path, objective: Objective, mesh: Mesh, *, stage: str) -> Trainee:
+    from lilpipe.parallel.apply import parallelize
+
+    config, vocab_size = read_model_config(source)
+    try:
+        check_model(section, config)
+    except ValueError as error:
+        raise ConfigError(f"{stage}: {error}") from error
+    if section.layout.context > 1:
+        raise ConfigError(
+            f"{stage}.parallel.context: got {section.layout.context}, expected 1: an answer is kept whole"
+        )
+    trainee = parallelize(
+        section,
+        config,
+        vocab_size,
+        batches=lambda step: _even(objective.batches(step), section),
+        loss=objective.loss,
+        mesh=mesh,
+        within_documents=True,
+        compiled=bool(section.compile),
+    )
+    load_weights(trainee.tensors(), source)
+    return trainee
+
+
+def _even(batches: Sequence[TokenBatch], section: ParallelSection) -> list[TokenBatch]:
+    """Rows as long as tensor parallelism can divide; micro-batches of a pipeline alike in shape."""
+    multiple, alike = section.layout.seq_len_multiple, section.layout.pipeline > 1
+    num_rows = max(len(batch.inputs) for batch in batches) if alike else 0
+    num_tokens = max(batch.inputs.shape[1] for batch in batches) if alike else 0
+    result = []
+    for batch in batches:
+        wide = max(num_tokens, batch.inputs.shape[1])
+        padding = (0, wide + -wide % multiple - batch.inputs.shape[1], 0, max(0, num_rows - len(batch.inputs)))
+        documents = torch.zeros_like(batch.inputs) if batch.documents is None else batch.documents
+        result.append(
+            batch._replace(
+                inputs=F.pad(batch.inputs, padding),
+                targets=F.pad(batch.targets, padding, value=IGNORED),
+                documents=F.pad(documents, padding, value=-1),
+            )
+        )
+    return result
+
+
+def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transformer:
+    """The model on every worker, to sample from; ``into`` is filled where the trainee's is cut.
+
+    Where it is cut, all workers must call this together, and each has memory for the whole.
+    """
+    if isinstance(trainee, Replica):
+        assert isinstance(trainee.model, Transformer)
+        return trainee.model
+    part = trainee.parts[0]
+    assert isinstance(part, Transformer)
+    model = into or Transformer(part.config, part.vocab_size).to(distributed.device())
+    found = dict(trainee.full_tensors())
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if distributed.is_main():
+                tensor.copy_(found[name])
+            dist.broadcast(tensor, 0)
+    return model.eval()
+
+
+def export(trainee: Trainee, tokenizer: Tokenizer, workspace: Workspace) -> None:
+    """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole."""
+    part = trainee.parts[0]
+    assert isinstance(part, Transformer)
+    tensors = trainee.full_tensors()
+    if distributed.is_main():
+        save_tensors(part.config, part.vocab_size, tensors, tokenizer, workspace.output)
+    else:
+        for _ in tensors:  # the others' part in gathering
+            pass
