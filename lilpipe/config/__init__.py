@@ -23,7 +23,7 @@ from lilpipe.config.corpus import (
     UrlConfig,
 )
 from lilpipe.config.dpo import DPOConfig
-from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
+from lilpipe.config.evaluate import EvaluateConfig, JudgeConfig, RegisterConfig
 from lilpipe.config.model import ImportModelConfig, MLAConfig, ModelConfig, MoEConfig
 from lilpipe.config.parallel import (
     KubernetesLaunchConfig,
@@ -83,6 +83,7 @@ __all__ = [
     "GRPOConfig",
     "HealthConfig",
     "ImportModelConfig",
+    "JudgeConfig",
     "KubernetesLaunchConfig",
     "LanguageConfig",
     "LaunchConfig",

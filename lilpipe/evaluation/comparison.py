@@ -1,0 +1,54 @@
+"""What may be said of a difference: "better" outside of two standard errors, and nothing inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate
+
+NOISE_ERRORS = 2.0
+"""Standard errors within which a difference is noise: 1 in 20 differences of equals lies outside."""
+
+Word = Literal["better", "worse", "no difference within the noise"]
+
+
+def paired(after: Sequence[float], before: Sequence[float]) -> Estimate:
+    """Mean difference on the same prompts, whose error is below that of two means that are not paired."""
+    return mean_estimate([a - b for a, b in zip(after, before, strict=True)])
+
+
+def over_seeds(differences: Sequence[Estimate]) -> Estimate:
+    """Mean of the differences of several seeds; ``n`` counts seeds.
+
+    Its error is the larger of that over seeds and that over prompts: few seeds may agree by chance. Between seeds the
+    prompts' errors are taken to be independent.
+    """
+    seeds = mean_estimate([difference.value for difference in differences])
+    prompts = math.sqrt(math.fsum(difference.stderr**2 for difference in differences)) / len(differences)
+    return Estimate(seeds.value, max(seeds.stderr, prompts), seeds.n)
+
+
+def beyond_noise(difference: Estimate) -> int:
+    """1 for a difference above the noise, -1 for one below it, 0 within; a single value shows nothing."""
+    if difference.n < 2 or abs(difference.value) <= NOISE_ERRORS * difference.stderr:
+        return 0
+    return 1 if difference.value > 0 else -1
+
+
+def wording(difference: Estimate, *, higher_is_better: bool = True) -> Word:
+    """What may be said of a difference."""
+    sign = beyond_noise(difference) * (1 if higher_is_better else -1)
+    if sign == 0:
+        return "no difference within the noise"
+    return "better" if sign > 0 else "worse"
+
+
+def sentence(measure: str, difference: Estimate, *, model: str, than: str, unit: str = "prompts") -> str:
+    """One line for people, such as ``accuracy: grpo is better than dpo, +0.120 ± 0.020 (500 prompts)``."""
+    word = wording(difference)
+    amount = f"{difference.value:+.3f} ± {difference.stderr:.3f} ({difference.n:,} {unit})"
+    if word == "no difference within the noise":
+        return f"{measure}: {word} between {model} and {than}, {amount}"
+    return f"{measure}: {model} is {word} than {than}, {amount}"
