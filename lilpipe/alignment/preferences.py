@@ -8,53 +8,23 @@ likelihood on correct answers does not teach.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-
-import pyarrow as pa
+from typing import Any
 
 from lilpipe import distributed, report
 from lilpipe.alignment.chunks import Row
-from lilpipe.alignment.prompts import MESSAGE_TYPE, Prompt, assert_not_held_out, read_prompts
+from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair, read_pairs
+from lilpipe.alignment.prompts import Prompt, assert_not_held_out, read_prompts
 from lilpipe.alignment.sampling import SAMPLE_SCHEMA, by_prompt, sample_in_chunks
-from lilpipe.alignment.tables import read_table, write_table
+from lilpipe.alignment.tables import write_table
 from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config import PreferencesConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.chat_template import Message
 
-PairSplit = Literal["train", "heldout"]
-
-PAIR_SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("split", pa.string()),
-        ("prompt", pa.list_(MESSAGE_TYPE)),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-    ]
-)
+__all__ = ["PAIR_SCHEMA", "STAGE", "Pair", "brevity_pairs", "read_pairs", "run"]
 
 VERDICTS = ((True, True), (True, False), (False, False))
 """(well-formed, correct), the best first."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt, the first preferred."""
-
-    prompt_id: str
-    split: str
-    prompt: list[Message]
-    chosen: str
-    rejected: str
-
-
-def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
-    """The pairs of one split of a Preferences artifact, in their order."""
-    return [Pair(**row) for row in read_table(directory / "pairs.arrow") if row["split"] == split]
 
 
 def brevity_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
@@ -139,6 +109,7 @@ def _row(split: str, chosen: Row, rejected: Row) -> Row:
         "prompt": [{"role": "user", "content": chosen["question"]}],
         "chosen": chosen["response"],
         "rejected": rejected["response"],
+        "edited": None,
     }
 
 

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
 from lilpipe.config.training import OptimizerConfig, TrainingSection
 
 
 class RewardModelConfig(TrainingSection):
-    """A scalar head trained on preferences (Bradley-Terry)."""
+    """A scalar head trained on preferences (Bradley & Terry 1952)."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0)
+    num_epochs: PositiveInt = 1
+    """InstructGPT took one: with more it overfitted at once (Ouyang et al. 2022, appendix C.2)."""
+    batch_size: PositiveInt = 16
+    """Rankings of one optimizer step: pairs, or an edited, a chosen and a rejected answer."""
+    margin: NonNegativeFloat = 0.0
+    """By how much an answer must win for each place that it stands above another. Llama 2 took one that grew with the
+    strength of the preference (Touvron et al. 2023, equation 2); Llama 3 took none."""
+    centering_coefficient: NonNegativeFloat = 0.0
+    """Weight of the square of a pair's summed scores, which draws scores towards a mean of 0 (Eisenstein et al. 2023);
+    0.01 there."""
 
 
 class ClassifyConfig(TrainingSection):
     """Fine-tuning for classification: the output layer is replaced by one of as many outputs as there are labels."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0)
+    path: str | None = None
+    """JSONL file of rows with a text and a label. Where none is given, the step's input `prompts` is classified: its
+    questions by their families."""
+    text_key: str = "text"
+    """Key of the text in a row."""
+    label_key: str = "label"
+    """Key of the label in a row."""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the texts that are held out, by a hash of the text."""
+    num_epochs: PositiveInt = 3
+    batch_size: PositiveInt = 16
+    """Texts of one optimizer step."""
+    frozen_layers: NonNegativeInt = 0
+    """The first so many blocks are not trained."""
+    freeze_embedding: bool = False
+    """Leave the embedding as it is."""

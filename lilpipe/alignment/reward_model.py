@@ -1,0 +1,354 @@
+"""Stage ``reward_model``: a scalar head that learns which of two answers people prefer.
+
+The score of an answer is the head's output at the last token of the conversation, the end of the assistant's turn.
+That a person prefers one answer to another has the probability sigmoid(score - other score) (Bradley & Terry 1952), and
+the loss is its negative logarithm. Of a ranking (edited > chosen > rejected) every pair counts, and all of them
+together as much as a single pair, so that long rankings do not outweigh short ones (Ouyang et al. 2022, InstructGPT,
+equation 1).
+
+Dimensions: A answers, P pairs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilpipe import distributed
+from lilpipe.alignment.calibration import calibration, preference_sections
+from lilpipe.alignment.order import rows_of_step
+from lilpipe.alignment.pairs import PAIRS_FILE, Pair, PairSplit, read_pairs
+from lilpipe.alignment.prompts import assert_not_held_out
+from lilpipe.artifact import Artifact, Inputs
+from lilpipe.config import RewardModelConfig
+from lilpipe.errors import ArtifactError, ConfigError, DataError
+from lilpipe.evaluation.pass_at_k import mean_estimate
+from lilpipe.model.heads import HeadModel, last_outputs, load_head_model, pad_rows, save_head_model, with_head
+from lilpipe.model.hub import load_model
+from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.training.curves import write_report
+from lilpipe.training.loop import Loss, LossFunction, train
+
+TOKENS_AT_ONCE = 8_192
+"""Tokens, padding among them, of a batch that is scored."""
+
+
+# --- mathematics --------------------------------------------------------------------------------------------------
+
+
+def bradley_terry_loss(
+    chosen_P: Tensor, rejected_P: Tensor, *, margin_P: Tensor | float = 0.0, centering: float = 0.0
+) -> Tensor:
+    """Loss of each pair [P]: -log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2."""
+    loss_P = -F.logsigmoid(chosen_P - rejected_P - margin_P)
+    return loss_P + centering * (chosen_P + rejected_P).square() if centering else loss_P
+
+
+class PairsOfRankings(NamedTuple):
+    """Every pair of answers of the same ranking, all rankings' answers laid out one after the other."""
+
+    better_P: Tensor
+    """Index of the answer that is preferred."""
+    worse_P: Tensor
+    apart_P: Tensor
+    """Places between the two, float32: 1 for neighbours."""
+    weight_P: Tensor
+    """One over the number of pairs of the ranking, float32."""
+
+
+def pairs_of_rankings(sizes: Sequence[int]) -> PairsOfRankings:
+    """The pairs of rankings of so many answers each, the best first."""
+    rows: list[tuple[int, int, int, float]] = []
+    start = 0
+    for size in sizes:
+        pairs = list(combinations(range(size), 2))
+        rows += [(start + better, start + worse, worse - better, 1 / len(pairs)) for better, worse in pairs]
+        start += size
+    better, worse, apart, weight = zip(*rows, strict=True)
+    return PairsOfRankings(torch.tensor(better), torch.tensor(worse), torch.tensor(apart).float(), torch.tensor(weight))
+
+
+# --- scoring ------------------------------------------------------------------------------------------------------
+
+
+class RewardModel:
+    """Scores of answers; it holds no gradient."""
+
+    def __init__(self, model: HeadModel, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def score(self, conversations: Sequence[list[Message]]) -> list[float]:
+        """The score of each conversation's last answer. Raises ``DataError`` for one that is too long."""
+        return score_rows(self.model, [render(self.tokenizer, item)[0] for item in conversations], self.tokenizer)
+
+
+def load_reward_model(directory: Path, device: torch.device) -> RewardModel:
+    """The reward model of a Checkpoint. Raises ``ArtifactError`` if it has no scalar head."""
+    model, tokenizer = load_head_model(directory)
+    if model.num_outputs != 1:
+        raise ArtifactError(
+            f"{directory}: its head has {model.num_outputs} outputs, expected 1; a reward model comes from the stage "
+            "reward_model"
+        )
+    return RewardModel(model.to(device), tokenizer)
+
+
+@torch.inference_mode()
+def score_rows(model: HeadModel, rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[float]:
+    """The scalar output at the last token of each row of ids; rows of like lengths go through the model together."""
+    if (longest := max(map(len, rows), default=0)) > model.config.max_seq_len:
+        raise DataError(
+            f"reward model: got a conversation of {longest} tokens, expected at most its {model.config.max_seq_len}; "
+            "lower sampling.max_new_tokens, or train a reward model from a model of longer context"
+        )
+    scores = [0.0] * len(rows)
+    for batch in _batches(sorted(range(len(rows)), key=lambda row: len(rows[row])), rows):
+        tokens_BT, lengths_B = pad_rows([rows[row] for row in batch], padding_id=tokenizer.padding_id)
+        outputs_BTO = model(tokens_BT.to(model.device))
+        for row, value in zip(batch, last_outputs(outputs_BTO, lengths_B)[:, 0].tolist(), strict=True):
+            scores[row] = value
+    return scores
+
+
+def _batches(order: Sequence[int], rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices in this order, cut where a batch would hold too many tokens; lengths must not fall."""
+    batches: list[list[int]] = [[]]
+    for row in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(rows[row]) > TOKENS_AT_ONCE:
+            batches.append([])
+        batches[-1].append(row)
+    return batches if order else []
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedRanking:
+    """The conversations of a ranking as token ids, the best answer first; each ends with the turn's end."""
+
+    prompt_id: str
+    answers: list[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all answers, the prompt with each."""
+        return sum(map(len, self.answers))
+
+
+def encode_ranking(tokenizer: Tokenizer, pair: Pair) -> EncodedRanking:
+    """The prompt with each of the answers."""
+    answers = [Message(role="assistant", content=answer) for answer in pair.ranking]
+    return EncodedRanking(pair.prompt_id, [render(tokenizer, [*pair.prompt, answer])[0] for answer in answers])
+
+
+def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
+    """The pairs of all inputs that hold any, by split. Raises ``DataError`` for those that must not be trained on."""
+    sources = [source for role in ("preferences", "prompts") for source in _artifacts(inputs, role)]
+    sources = [source for source in sources if (source.path / PAIRS_FILE).exists()]
+    splits: tuple[PairSplit, ...] = ("train", "heldout")
+    pairs = {split: [pair for source in sources for pair in read_pairs(source.path, split)] for split in splits}
+    if not pairs["train"]:
+        raise DataError(
+            "reward_model: got no pairs, expected at least one batch; give the step an input `preferences`, or `prompts` "
+            "made from a preference set"
+        )
+    check_pairs(pairs["train"], pairs["heldout"])
+    for source in _artifacts(inputs, "prompts"):
+        assert_not_held_out((pair.prompt[-1]["content"] for pair in pairs["train"]), source.path)
+    return pairs
+
+
+def check_pairs(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
+    """Raise ``DataError`` for answers that are the same, and for prompts that are both learnt from and held out."""
+    same = [pair for pair in (*train, *heldout) if len({text.strip() for text in pair.ranking}) < len(pair.ranking)]
+    if same:
+        raise DataError(
+            f"{len(same)} of {len(train) + len(heldout)} pairs hold the same answer twice, expected none; the first is "
+            f"{same[0].prompt_id}. Remove them: nothing can be learnt from a preference of a text to itself"
+        )
+    questions = {str(pair.prompt) for pair in train}
+    if shared := [pair for pair in heldout if str(pair.prompt) in questions]:
+        raise DataError(
+            f"{len(shared)} of {len(heldout)} held-out pairs have a prompt that is trained on, expected none; the first "
+            f"is {shared[0].prompt_id}. Split the preferences by prompt: accuracy on them would mean nothing"
+        )
+
+
+def encode_rankings(
+    tokenizer: Tokenizer, pairs: Sequence[Pair], workspace: Workspace, *, max_len: int
+) -> list[EncodedRanking]:
+    """The rankings of which every answer fits; the others are left out and counted, none is ever cut."""
+    rankings = [encode_ranking(tokenizer, pair) for pair in pairs]
+    fitting = [ranking for ranking in rankings if max(map(len, ranking.answers)) <= max_len]
+    if left_out := len(rankings) - len(fitting):
+        workspace.log(f"left out {left_out} of {len(rankings)} rankings with an answer of more than {max_len} tokens")
+    return fitting
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------
+
+
+def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
+    """Train on rankings, measure on those held out.
+
+    Raises ``DataError`` for pairs that are too few or not to be trained on, ``ConfigError`` for a batch that the workers
+    cannot share.
+    """
+    source = inputs["model"]
+    assert isinstance(source, Artifact)
+    assert config.seed is not None
+    pairs = gather_pairs(inputs)
+    language_model, tokenizer = load_model(source.path)
+    model = with_head(language_model.to(distributed.device()), 1, seed=config.seed)
+    max_len = model.config.max_seq_len
+    rankings = encode_rankings(tokenizer, pairs["train"], workspace, max_len=max_len)
+    heldout = encode_rankings(tokenizer, pairs["heldout"], workspace, max_len=max_len)
+    num_steps = _num_steps(config, len(rankings))
+    if not heldout:
+        workspace.log("no pairs are held out: accuracy and calibration are not measured")
+
+    def evaluate(model: nn.Module, done: int) -> Mapping[str, float]:  # noqa: ARG001
+        assert isinstance(model, HeadModel)
+        return heldout_metrics(margins_of_rankings(model, heldout, tokenizer))
+
+    result = train(
+        model,
+        loss=ranking_loss(rankings, config, padding_id=tokenizer.padding_id),
+        num_steps=num_steps,
+        workspace=workspace,
+        section=config,
+        optimizer=config.optimizer,
+        evaluate=evaluate,
+        eval_every=max(1, num_steps // 4),
+        identity={role: [item.content_digest for item in _artifacts(inputs, role)] for role in sorted(inputs)},
+    )
+    metrics = {
+        "loss": result.final_loss(),
+        "steps": float(num_steps),
+        "rankings": float(len(rankings)),
+        "heldout_rankings": float(len(heldout)),
+        **result.metrics,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    if distributed.is_main():
+        save_head_model(model, tokenizer, workspace.output, labels=["reward"])
+        margins = [margin for group in margins_of_rankings(model, heldout, tokenizer) for margin in group]
+        write_report(
+            workspace,
+            title="Reward model",
+            losses=result.losses,
+            config=config,
+            key_figures=metrics,
+            sections=preference_sections(margins),
+        )
+    return metrics
+
+
+def _num_steps(config: RewardModelConfig, num_rankings: int) -> int:
+    if config.batch_size % config.num_workers:
+        raise ConfigError(
+            f"reward_model.batch_size: got {config.batch_size}, expected a multiple of num_workers {config.num_workers}"
+        )
+    if num_rankings < config.batch_size:
+        raise DataError(
+            f"reward_model: got {num_rankings} rankings, expected at least one batch of {config.batch_size}; lower "
+            "reward_model.batch_size or gather more preferences"
+        )
+    return config.num_epochs * num_rankings // config.batch_size
+
+
+def ranking_loss(rankings: Sequence[EncodedRanking], config: RewardModelConfig, *, padding_id: int) -> LossFunction:
+    """The loss of this worker's rankings, summed over rankings: of each the mean over its pairs."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    seed = config.seed or 0
+
+    def loss(model: nn.Module, step: int, micro: int) -> Loss:  # noqa: ARG001 (one micro-batch)
+        assert isinstance(model, HeadModel)
+        if model.config.dropout:
+            model.set_dropout_seed(seed, step, rank)
+        rows = rows_of_step(step, num_rows=len(rankings), batch_size=config.batch_size, seed=seed)
+        rows.sort(key=lambda row: rankings[row].num_tokens)  # workers get rankings of like lengths
+        return batch_loss(model, [rankings[row] for row in rows[rank::world_size]], config, padding_id=padding_id)
+
+    return loss
+
+
+def batch_loss(
+    model: HeadModel, rankings: Sequence[EncodedRanking], config: RewardModelConfig, *, padding_id: int
+) -> Loss:
+    """The loss of these rankings, all answers in one forward pass."""
+    tokens_AT, lengths_A = pad_rows([ids for item in rankings for ids in item.answers], padding_id=padding_id)
+    scores_A = last_outputs(model(tokens_AT.to(model.device)), lengths_A.to(model.device))[:, 0]
+    pairs = PairsOfRankings(*(part.to(model.device) for part in pairs_of_rankings([len(r.answers) for r in rankings])))
+    chosen_P, rejected_P = scores_A[pairs.better_P], scores_A[pairs.worse_P]
+    loss_P = bradley_terry_loss(
+        chosen_P, rejected_P, margin_P=config.margin * pairs.apart_P, centering=config.centering_coefficient
+    )
+    count = float(len(rankings))
+    difference_P = (chosen_P - rejected_P).detach()
+    wins_P = (difference_P > 0).float() + 0.5 * (difference_P == 0).float()
+    return Loss(
+        total=(loss_P * pairs.weight_P).sum(),
+        count=count,
+        num_tokens=int(lengths_A.sum()),
+        metrics={
+            "accuracy": ((wins_P * pairs.weight_P).sum(), count),
+            "margin": ((difference_P * pairs.weight_P).sum(), count),
+            "mean_score": (scores_A.detach().sum(), float(len(scores_A))),
+        },
+    )
+
+
+def margins_of_rankings(
+    model: HeadModel, rankings: Sequence[EncodedRanking], tokenizer: Tokenizer
+) -> list[list[float]]:
+    """Of each ranking, by how much the better answer of each pair scores above the worse."""
+    scores = iter(score_rows(model, [ids for ranking in rankings for ids in ranking.answers], tokenizer))
+    groups = [[next(scores) for _ in ranking.answers] for ranking in rankings]
+    return [[better - worse for better, worse in combinations(group, 2)] for group in groups]
+
+
+def heldout_metrics(margins: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Accuracy with its standard error over rankings, the mean margin, and how far probabilities can be trusted."""
+    if not margins:
+        return {}
+    shares = [sum((margin > 0) + 0.5 * (margin == 0) for margin in group) / len(group) for group in margins]
+    accuracy = mean_estimate(shares)
+    pairs = [margin for group in margins for margin in group]
+    found = calibration(pairs)
+    return {
+        "heldout_accuracy": accuracy.value,
+        "heldout_accuracy_stderr": accuracy.stderr,
+        "heldout_margin": sum(pairs) / len(pairs),
+        "heldout_brier": found.brier,
+        "heldout_calibration_error": found.error,
+    }
+
+
+def _artifacts(inputs: Inputs, role: str) -> tuple[Artifact, ...]:
+    """What fills a role: none, one or several artifacts."""
+    value = inputs.get(role, ())
+    return (value,) if isinstance(value, Artifact) else value
+
+
+STAGE = Stage(
+    name="reward_model",
+    output="Checkpoint",
+    config=RewardModelConfig,
+    run=run,
+    inputs={"model": "Checkpoint"},
+    optional_inputs={"preferences": "Preferences", "prompts": "Prompts"},
+    distributed=True,
+    main_metric="heldout_accuracy",
+)
