@@ -1,4 +1,4 @@
-"""How far a reward model's probabilities can be trusted: does what it is 80 % sure of come true 8 times in 10?
+"""How far a reward model's probabilities can be trusted: what it is 80 % sure of should come true 8 times in 10.
 
 A margin m between two answers states the probability sigmoid(m) that people prefer the first. Which of the two stands
 first is arbitrary, so every pair counts by the answer that the model prefers: its confidence lies between 0.5 and 1,

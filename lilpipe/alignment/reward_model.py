@@ -160,8 +160,8 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
     pairs = {split: [pair for source in sources for pair in read_pairs(source.path, split)] for split in splits}
     if not pairs["train"]:
         raise DataError(
-            "reward_model: got no pairs, expected at least one batch; give the step an input `preferences`, or `prompts` "
-            "made from a preference set"
+            "reward_model: got no pairs, expected at least one batch; give the step an input `preferences`, or "
+            "`prompts` made from a preference set"
         )
     check_pairs(pairs["train"], pairs["heldout"])
     for source in _artifacts(inputs, "prompts"):
@@ -180,8 +180,8 @@ def check_pairs(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
     questions = {str(pair.prompt) for pair in train}
     if shared := [pair for pair in heldout if str(pair.prompt) in questions]:
         raise DataError(
-            f"{len(shared)} of {len(heldout)} held-out pairs have a prompt that is trained on, expected none; the first "
-            f"is {shared[0].prompt_id}. Split the preferences by prompt: accuracy on them would mean nothing"
+            f"{len(shared)} of {len(heldout)} held-out pairs have a prompt that is trained on, expected none; the "
+            f"first is {shared[0].prompt_id}. Split the preferences by prompt: accuracy on them would mean nothing"
         )
 
 
@@ -202,8 +202,8 @@ def encode_rankings(
 def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train on rankings, measure on those held out.
 
-    Raises ``DataError`` for pairs that are too few or not to be trained on, ``ConfigError`` for a batch that the workers
-    cannot share.
+    Raises ``DataError`` for pairs that are too few or not to be trained on, ``ConfigError`` for a batch that the
+    workers cannot share.
     """
     source = inputs["model"]
     assert isinstance(source, Artifact)
