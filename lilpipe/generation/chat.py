@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lilpipe.config import SamplingConfig
 from lilpipe.generation.engine import stream
+from lilpipe.generation.text import TextStream, token_bytes
 from lilpipe.model.hub import load_model
 from lilpipe.tokenizer.chat_template import Message, render
 from lilpipe.tokenizer.encoding import Tokenizer
@@ -14,27 +15,23 @@ from lilpipe.tokenizer.encoding import Tokenizer
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short."
 
 
-def chat(
-    directory: Path,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 256,
-    seed: int = 0,
-) -> None:
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=256, batch_size=1)
+
+
+def chat(directory: Path, *, sampling: SamplingConfig = GREEDY, system: str | None = None, seed: int = 0) -> None:
     """Read questions from standard input until its end, and print each answer as it is drawn.
 
-    The whole conversation is the prompt; its oldest turns are forgotten once it no longer fits the model. Raises
-    ``ArtifactError`` if the directory holds no checkpoint.
+    The whole conversation is the prompt; its oldest turns are forgotten once it no longer fits the model, but not what
+    the model was told as its ``system``. Raises ``ArtifactError`` if the directory holds no checkpoint.
     """
     model, tokenizer = load_model(directory)
-    sampling = SamplingConfig(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, batch_size=1)
     stop_ids = (tokenizer.turn_end_id, tokenizer.document_end_id)
-    messages: list[Message] = []
+    opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages = list(opening)
     print(HELP)
     for turn, question in enumerate(_questions()):
         if question == "/reset":
-            messages = []
+            messages = list(opening)
             continue
         messages.append({"role": "user", "content": question})
         prompt = fit(tokenizer, messages, max_tokens=model.config.max_seq_len - 1)
@@ -47,24 +44,24 @@ def chat(
 
 
 def fit(tokenizer: Tokenizer, messages: list[Message], *, max_tokens: int) -> list[int] | None:
-    """Token ids of the conversation, its oldest exchanges removed in place until it fits; None if nothing does."""
+    """Token ids of the conversation, its oldest exchanges removed in place until it fits; None if nothing does.
+
+    A system message at the beginning stays.
+    """
+    first = 1 if messages[0]["role"] == "system" else 0
     while len(prompt := render(tokenizer, messages, add_generation_prompt=True)[0]) > max_tokens:
-        if len(messages) < 3:
+        if len(messages) - first < 3:
             return None
-        del messages[:2]
+        del messages[first : first + 2]
     return prompt
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """The text of the tokens, piece by piece; a character is held back until its last byte has come."""
-    seen: list[int] = []
-    num_sent = 0
+    text = TextStream(token_bytes(tokenizer))
     for token in tokens:
-        seen.append(token)
-        whole = tokenizer.decode(seen).rstrip("\ufffd")
-        yield whole[num_sent:]
-        num_sent = max(num_sent, len(whole))
-    yield tokenizer.decode(seen)[num_sent:]
+        yield text.push([token])
+    yield text.finish()
 
 
 def _questions() -> Iterator[str]:

@@ -2,6 +2,7 @@ import io
 
 import pytest
 
+from lilpipe.config import SamplingConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.generation import chat as module
 from lilpipe.generation.chat import chat, fit, text_pieces
@@ -52,6 +53,14 @@ def test_reset_forgets_the_conversation(talk):
     assert prompts[1] == "<|user|>and you<|end_of_turn|><|assistant|>"
 
 
+def test_what_the_model_was_told_stays_when_the_conversation_is_forgotten(talk):
+    prompts, _ = talk("hi\n/reset\nand you\n", system="rhyme")
+    assert prompts == [
+        "<|system|>rhyme<|end_of_turn|><|user|>hi<|end_of_turn|><|assistant|>",
+        "<|system|>rhyme<|end_of_turn|><|user|>and you<|end_of_turn|><|assistant|>",
+    ]
+
+
 def test_quit_ends_it(talk):
     assert len(talk("hi\n/quit\nmore\n")[0]) == 1
 
@@ -74,6 +83,15 @@ def test_the_oldest_turns_are_forgotten_when_the_model_is_full():
     assert fit(TOKENIZER, messages, max_tokens=5) is None
 
 
+def test_the_system_message_is_not_forgotten_with_the_oldest_turns():
+    roles = ("system", "user", "assistant", "user")
+    messages = [Message(role=role, content=f"{role} abcdefgh") for role in roles]
+    whole = len(render(TOKENIZER, messages, add_generation_prompt=True)[0])
+    assert fit(TOKENIZER, messages, max_tokens=whole - 1) is not None
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert fit(TOKENIZER, messages, max_tokens=5) is None
+
+
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(checkpoint, monkeypatch, capsys):
     def stream(model, prompt, **_):
         yield from TOKENIZER.encode("the thing")
@@ -89,7 +107,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(checkpoint, monkeypatch
 def test_a_real_model_answers_and_gives_the_same_again(checkpoint, monkeypatch, capsys, temperature):
     def say():
         monkeypatch.setattr("sys.stdin", io.StringIO("hi\nwhat\n"))
-        chat(checkpoint, temperature=temperature, max_new_tokens=8)
+        chat(checkpoint, sampling=SamplingConfig(temperature=temperature, max_new_tokens=8))
         return capsys.readouterr().out
 
     assert say() == say()
