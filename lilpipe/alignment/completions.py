@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lilpipe.alignment.prompts import Prompt, as_text, first_paragraph
-from lilpipe.alignment.rewards import Verdict, judge
+from lilpipe.alignment.rewards import Response, Verdict, judge
 from lilpipe.config import SamplingConfig
 from lilpipe.generation.engine import Sample, generate
 from lilpipe.model.transformer import Transformer
@@ -33,8 +33,15 @@ class Completion:
     prompt: Prompt
     prompt_ids: list[int]
     sample: Sample
+    drawn: list[int]
+    """The tokens that the model drew for the response, its end included; ``sample.logprobs`` begin with theirs."""
     response: str
     verdict: Verdict
+
+    @property
+    def as_response(self) -> Response:
+        """What a reward is given."""
+        return Response(self.response, ended=self.verdict.ended, num_tokens=len(self.drawn))
 
 
 def encode_question(tokenizer: Tokenizer, question: str, form: PromptForm) -> list[int]:
@@ -75,7 +82,19 @@ def _completion(
     text = tokenizer.decode(sample.tokens)
     ended = sample.finished or (form == "text" and "\n\n" in text.lstrip())
     response = first_paragraph(text) if form == "text" else text.strip()
-    return Completion(prompt, prompt_ids, sample, response, judge(prompt, response, ended=ended))
+    drawn = sample.tokens + [stop_id(tokenizer, form)] * sample.finished
+    if form == "text":
+        drawn = _through_first_paragraph(tokenizer, drawn)
+    return Completion(prompt, prompt_ids, sample, drawn, response, judge(prompt, response, ended=ended))
+
+
+def _through_first_paragraph(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """The fewest first tokens that end a paragraph, or all: what follows a blank line is not of the response."""
+    if "\n\n" not in tokenizer.decode(tokens).lstrip():
+        return tokens
+    return next(
+        tokens[:count] for count in range(1, len(tokens) + 1) if "\n\n" in tokenizer.decode(tokens[:count]).lstrip()
+    )
 
 
 def pad_completions(

@@ -1,217 +1,271 @@
-"""Stage ``grpo``: group relative policy optimisation (Shao et al. 2024) with the verifier as reward.
+"""Stage ``grpo``: group relative policy optimisation (Shao et al. 2024) and its family.
 
-Each step samples a group of answers to each of a few prompts, rewards those that are correct and ended, and raises
-the probability of what did better than its group. The loss is averaged over all tokens of the step (DAPO, Yu et al.
-2025), so that a long answer does not weigh less per token. There is one update per batch of answers: the ratio to
-the sampler's own probabilities is 1 but for the difference between cached and full computation, and clipping guards
-against that.
-
-A rollout is a pure function of weights, seed, step and rank: a killed run continues from its last checkpoint to the
-same bytes.
+Each rollout samples a group of answers to each of a few prompts, rewards them, and raises the probability of what did
+better than its group. By default there is one update for each rollout, and the loss is averaged over all its tokens
+(DAPO, Yu et al. 2025), so that a long answer does not weigh less per token. The ratio is to the sampler's own
+probabilities, which agree with the trainer's but for rounding: no second pass is needed for them.
 
 Dimensions: P prompts, G answers to a prompt, N = P x G answers, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lilpipe import distributed
-from lilpipe.alignment.completions import Completion, complete, pad_completions
-from lilpipe.alignment.order import rows_of_step
+from lilpipe.alignment.completions import complete
+from lilpipe.alignment.policy_gradient import aggregate, group_advantages, group_std, k3, policy_ratio, surrogate_loss
 from lilpipe.alignment.prompts import Prompt, assert_not_held_out, read_prompts
-from lilpipe.alignment.rewards import reward
+from lilpipe.alignment.rewards import RewardModel, Rewards, reward
+from lilpipe.alignment.rollouts import (
+    Answers,
+    Group,
+    Rollout,
+    Rollouts,
+    Sampler,
+    Sums,
+    answer_logprobs,
+    as_answers,
+    at_targets,
+    by_length,
+    group_metrics,
+    means,
+    minibatch_rows,
+)
+from lilpipe.alignment.watch import Watch, check_sampler_gap
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import GRPOConfig
-from lilpipe.errors import ConfigError
-from lilpipe.model.hub import load_model, save_model
-from lilpipe.model.transformer import Transformer, token_logprobs
+from lilpipe.config.reinforcement import PPOConfig
+from lilpipe.model.hub import load_model
+from lilpipe.model.scores import Scores
+from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.training import finetune
 from lilpipe.training.curves import write_report
-from lilpipe.training.loop import Loss, train
+from lilpipe.training.finetune import TokenBatch, Workers
+from lilpipe.training.loop import train
+from lilpipe.training.replica import Loss, Trainee
 
-STD_EPSILON = 1e-4
-"""Added to a group's standard deviation, as in TRL: a group of equal rewards has no advantage, not an infinite one."""
+Section = TypeVar("Section", GRPOConfig, PPOConfig)
 
 NUM_DEV_PROMPTS = 200
 """Prompts of the dev split behind the accuracy before and after."""
+FEWEST_TOKENS = 1e-6
+"""Count of a micro-batch in which every answer is masked: it is divided by, and adds nothing."""
 
 
-# --- mathematics --------------------------------------------------------------------------------------------------
+class _Part(NamedTuple):
+    """What the loss of a micro-batch needs beside its scores."""
+
+    answers: Answers
+    rollout_metrics: Sums
+    """Those of the whole rollout, with its first micro-batch alone."""
+    rollout: int
+    is_fresh: bool
+    """Whether the weights are still those that drew the answers."""
 
 
-def group_advantages(rewards_PG: Tensor, *, normalize_std: bool) -> Tensor:
-    """Reward above the group's mean, over the group's standard deviation (unbiased) if ``normalize_std`` [P, G]."""
-    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    if not normalize_std:
-        return centred_PG
-    return centred_PG / (rewards_PG.std(dim=1, keepdim=True) + STD_EPSILON)
+class GRPO:
+    """The objective of one data rank; see ``lilpipe.training.finetune.Objective``.
 
-
-def grpo_token_loss(
-    logprobs_NT: Tensor,
-    old_logprobs_NT: Tensor,
-    advantages_N: Tensor,
-    *,
-    clip_range: float,
-    reference_logprobs_NT: Tensor | None = None,
-    kl_coefficient: float = 0.0,
-) -> Tensor:
-    """Loss of each token [N, T]: the clipped surrogate (Schulman et al. 2017), plus the k3 estimate of the KL
-    divergence to the reference (Schulman 2020) where one is given.
+    ``policy`` gives the model of the moment, whole, to sample from. ``sum_floats`` adds numbers up over all workers.
     """
-    ratio_NT = (logprobs_NT - old_logprobs_NT).exp()
-    clipped_NT = ratio_NT.clamp(1 - clip_range, 1 + clip_range)
-    advantages_N1 = advantages_N[:, None]
-    loss_NT = -torch.minimum(ratio_NT * advantages_N1, clipped_NT * advantages_N1)
-    if reference_logprobs_NT is not None:
-        loss_NT = loss_NT + kl_coefficient * k3(logprobs_NT, reference_logprobs_NT)
-    return loss_NT
 
+    def __init__(
+        self,
+        config: GRPOConfig,
+        sampler: Sampler,
+        workspace: Workspace,
+        *,
+        policy: Callable[[], Transformer],
+        reference: Transformer | None,
+        workers: Workers,
+        sum_floats: Callable[[list[float]], list[float]] = distributed.sum_floats,
+    ) -> None:
+        self.config, self.reference = config, reference
+        self._sampler, self._policy, self._sum_floats = sampler, policy, sum_floats
+        self._rank = workers.data_rank
+        self.watch = Watch(
+            config.watch,
+            workspace.scratch / "rollouts.json",
+            writes=distributed.is_main(),
+            log=workspace.log,
+        )
+        self._rollouts = Rollouts(
+            self._make,
+            workspace.scratch / "rollouts",
+            updates=config.updates_per_rollout,
+            data_rank=workers.data_rank,
+            num_data_ranks=workers.num_data_ranks,
+            device=distributed.device(),
+        )
+        self._sampler_gap = (0.0, 0.0)
 
-def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """Unbiased, non-negative estimate of KL(policy || reference) for samples of the policy."""
-    difference = reference_logprobs - logprobs
-    return difference.exp() - difference - 1
+    def batches(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of an update; the first of a rollout draws its answers."""
+        rollout, number, update = self._rollouts.at(step)
+        rows = minibatch_rows(
+            len(rollout.answers.inputs),
+            update,
+            minibatches=self.config.minibatches_per_rollout,
+            seed=derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank),
+        )
+        parts = by_length(rollout.answers.take(rows), self.config.accumulation_steps)
+        return [
+            TokenBatch(
+                part.inputs,
+                part.targets,
+                extra=_Part(part, {} if index else rollout.metrics, number, is_fresh=update == 0),
+            )
+            for index, part in enumerate(parts)
+        ]
+
+    def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
+        """The loss of a micro-batch, summed."""
+        part: _Part = batch.extra
+        answers, config = part.answers, self.config
+        num_rows, num_tokens = answers.inputs.shape
+        logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
+        loss_NT = surrogate_loss(
+            logprobs_NT,
+            answers.old_logprobs,
+            answers.advantages,
+            answers.counts,
+            clip_low=config.clip_low or config.clip_range,
+            clip_high=config.clip_high or config.clip_range,
+            ratio_level=config.ratio_level,
+        )
+        if answers.reference_logprobs is not None:
+            loss_NT = loss_NT + config.kl_coefficient * k3(logprobs_NT, answers.reference_logprobs)
+        total, count = aggregate(
+            loss_NT, answers.counts, over=config.aggregation, max_tokens=config.sampling.max_new_tokens
+        )
+        metrics = part.rollout_metrics | self._metrics(part, logprobs_NT.detach())
+        num_tokens = int((answers.lengths + 1).sum())
+        return Loss(total, max(count, FEWEST_TOKENS), num_tokens=num_tokens, metrics=metrics)
+
+    def _metrics(self, part: _Part, logprobs_NT: Tensor) -> Sums:
+        answers, config = part.answers, self.config
+        drawn_NT, num_drawn = answers.drawn, float(answers.drawn.sum())
+        if part.is_fresh:
+            gap = (logprobs_NT - answers.old_logprobs)[drawn_NT].abs().sum().item()
+            check_sampler_gap(gap / num_drawn, config.watch, rollout=part.rollout)
+            self._sampler_gap = gap, num_drawn
+        ratio_NT = policy_ratio(logprobs_NT, answers.old_logprobs, drawn_NT, level=config.ratio_level)
+        low, high = config.clip_low or config.clip_range, config.clip_high or config.clip_range
+        clipped_NT = (ratio_NT < 1 - low) | (ratio_NT > 1 + high)
+        return {
+            "clipped": (clipped_NT[drawn_NT].sum().item(), num_drawn),
+            "sampler_gap": self._sampler_gap,  # in the rollout's first update; should be about 1e-6
+        }
+
+    # --- rollouts -------------------------------------------------------------------------------------------------
+
+    def _make(self, number: int) -> Rollout:
+        model = self._policy()
+        was_training = model.training
+        model.eval()
+        groups, num_replaced = self._sampler.draw(model, number, resample_rounds=self.config.resample_rounds)
+        rollout = self._as_rollout(model, groups, group_metrics(groups, num_replaced), number)
+        model.train(was_training)
+        self.watch.note(number, means(rollout.metrics, self._sum_floats))
+        return rollout
+
+    def _as_rollout(self, model: Transformer, groups: Sequence[Group], metrics: Sums, number: int) -> Rollout:
+        config = self.config
+        answers = as_answers(
+            groups, self._sampler.tokenizer, mask_truncated=config.mask_truncated, device=distributed.device()
+        )
+        if config.sampling.temperature != 1:
+            answers = self._at_temperature(model, answers, number)
+        advantages_PG = self._advantages(torch.tensor([[answer.total for answer in group.scored] for group in groups]))
+        advantages_N1 = advantages_PG.flatten()[:, None].to(answers.inputs.device)
+        answers = answers._replace(advantages=advantages_N1.expand_as(answers.old_logprobs))
+        if self.reference is not None:
+            reference_NT = answer_logprobs(
+                self.reference,
+                answers,
+                num_parts=config.minibatches_per_rollout * config.accumulation_steps,
+                temperature=config.sampling.temperature,
+            )
+            answers = answers._replace(reference_logprobs=reference_NT)
+            divergence = k3(answers.old_logprobs, reference_NT)[answers.drawn].sum().item()
+            metrics = metrics | {"kl": (divergence, metrics["length"][0])}
+        return Rollout(answers, metrics)
+
+    def _at_temperature(self, model: Transformer, answers: Answers, number: int) -> Answers:
+        """The sampler gives log-probabilities at temperature 1: the trainer computes them at that of the answers."""
+        config = self.config
+        num_parts = config.minibatches_per_rollout * config.accumulation_steps
+        gap_NT = answer_logprobs(model, answers, num_parts=num_parts) - answers.old_logprobs
+        check_sampler_gap(gap_NT[answers.drawn].abs().mean().item(), config.watch, rollout=number)
+        old_NT = answer_logprobs(model, answers, num_parts=num_parts, temperature=config.sampling.temperature)
+        return answers._replace(old_logprobs=old_NT)
+
+    def _advantages(self, rewards_PG: Tensor) -> Tensor:
+        """Advantages of this worker's groups; the deviation over the batch is that over all workers'."""
+        if not self.config.normalize_std:
+            return group_advantages(rewards_PG, std=None)
+        if self.config.std_over == "group":
+            return group_advantages(rewards_PG, std=group_std(rewards_PG))
+        totals = [float(rewards_PG.numel()), rewards_PG.sum().item(), rewards_PG.double().square().sum().item()]
+        count, total, squares = self._sum_floats(totals)
+        num_answers = self.config.prompts_per_step * self.config.group_size
+        variance = max(squares / count - (total / count) ** 2, 0.0) * num_answers / (num_answers - 1)
+        return group_advantages(rewards_PG, std=variance**0.5)
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """The answers of one step on one worker, as a batch."""
-
-    tokens_NT: Tensor
-    mask_NT: Tensor
-    """True where the next token is one that the policy drew [N, T-1]."""
-    old_logprobs_NT: Tensor
-    """What the sampler gave it [N, T-1]."""
-    rewards_PG: Tensor
-    groups: list[list[Completion]]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all prompts and answers, without padding."""
-        return sum(len(c.prompt_ids) + len(c.sample.logprobs) for group in self.groups for c in group)
-
-
-class _Sampler:
-    """What a rollout needs beside the weights."""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: list[Prompt], config: GRPOConfig) -> None:
-        assert config.seed is not None
-        self.tokenizer, self.prompts, self.config, self.seed = tokenizer, prompts, config, config.seed
-
-    def rollout(self, model: Transformer, step: int) -> Rollout:
-        """Sample this worker's answers of one step."""
-        config, rank = self.config, distributed.rank()
-        rows = rows_of_step(
-            step, num_rows=len(self.prompts), batch_size=config.prompts_per_step, seed=derive_seed(self.seed, "grpo")
-        )
-        groups = complete(
-            model,
-            self.tokenizer,
-            [self.prompts[row] for row in rows[rank :: distributed.world_size()]],
-            form="chat",
-            sampling=config.sampling,
-            seed=derive_seed(self.seed, "grpo/rollout", step, rank),
-            num_samples=config.group_size,
-        )
-        return as_rollout(groups, self.tokenizer, device=model.device)
-
-
-def as_rollout(groups: list[list[Completion]], tokenizer: Tokenizer, *, device: torch.device) -> Rollout:
-    """Groups of answers as padded tensors; the end of an answer that ended is a token that the policy drew."""
-    flat = [completion for group in groups for completion in group]
-    drawn = [c.sample.tokens + [tokenizer.turn_end_id] * c.sample.finished for c in flat]
-    tokens_NT, mask_NT = pad_completions([c.prompt_ids for c in flat], drawn, padding_id=tokenizer.padding_id)
-    old_NT = torch.zeros(mask_NT.shape)
-    old_NT[mask_NT] = torch.tensor([logprob for c in flat for logprob in c.sample.logprobs])
-    rewards_PG = torch.tensor([[reward(c.verdict) for c in group] for group in groups])
-    return Rollout(tokens_NT.to(device), mask_NT.to(device), old_NT.to(device), rewards_PG.to(device), groups)
-
-
-def rollout_loss(policy: _Sampler, model: Transformer, reference: Transformer | None, rollout: Rollout) -> Loss:
-    """Token losses of a rollout, summed."""
-    config, mask_NT = policy.config, rollout.mask_NT
-    advantages_PG = group_advantages(rollout.rewards_PG, normalize_std=config.normalize_std)
-    logprobs_NT = token_logprobs(model, rollout.tokens_NT)
-    reference_NT = None
-    if reference is not None:
-        with torch.no_grad():
-            reference_NT = token_logprobs(reference, rollout.tokens_NT)
-    loss_NT = grpo_token_loss(
-        logprobs_NT,
-        rollout.old_logprobs_NT,
-        advantages_PG.flatten(),
-        clip_range=config.clip_range,
-        reference_logprobs_NT=reference_NT,
-        kl_coefficient=config.kl_coefficient,
-    )
-    count = float(mask_NT.sum())
-    metrics = _metrics(rollout, logprobs_NT.detach(), clip_range=config.clip_range)
-    if reference_NT is not None:
-        metrics["kl"] = (k3(logprobs_NT.detach(), reference_NT)[mask_NT].sum().item(), count)
-    return Loss(loss_NT[mask_NT].sum(), count, num_tokens=rollout.num_tokens, metrics=metrics)
-
-
-def _metrics(rollout: Rollout, logprobs_NT: Tensor, *, clip_range: float) -> dict[str, tuple[float, float]]:
-    verdicts = [completion.verdict for group in rollout.groups for completion in group]
-    mask_NT, rewards_PG = rollout.mask_NT, rollout.rewards_PG
-    num_answers, num_tokens = float(len(verdicts)), float(mask_NT.sum())
-    difference = (logprobs_NT - rollout.old_logprobs_NT)[mask_NT]
-    flat = (rewards_PG == rewards_PG[:, :1]).all(dim=1)
-    return {
-        "reward": (rewards_PG.sum().item(), num_answers),
-        "flat_groups": (flat.sum().item(), float(len(flat))),  # groups of equal rewards teach nothing
-        "entropy": (-logprobs_NT[mask_NT].sum().item(), num_tokens),  # its estimate from the drawn tokens, in nats
-        "length": (num_tokens, num_answers),
-        "words": (float(sum(verdict.num_words for verdict in verdicts)), num_answers),
-        "ended": (float(sum(verdict.ended for verdict in verdicts)), num_answers),
-        "clipped": (((difference.exp() - 1).abs() > clip_range).sum().item(), num_tokens),
-        "sampler_gap": (difference.abs().sum().item(), num_tokens),  # sampler against trainer, should be about 1e-6
-    }
-
-
 def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Train on rollouts. Raises ``ConfigError`` for settings that do not fit each other."""
+    """Train on rollouts. Raises ``DataError`` if the run collapses; see ``lilpipe.alignment.watch``."""
     source, prompts_artifact = inputs["model"], inputs["prompts"]
     assert isinstance(source, Artifact)
     assert isinstance(prompts_artifact, Artifact)
-    _check(config)
-    prompts = read_prompts(prompts_artifact.path, "train")
-    assert_not_held_out((prompt.question for prompt in prompts), prompts_artifact.path)
-    dev = read_prompts(prompts_artifact.path, "dev")[:NUM_DEV_PROMPTS]
+    prompts, dev = training_prompts(prompts_artifact)
     model, tokenizer = load_model(source.path)
-    model = model.to(distributed.device())
-    reference = load_model(source.path)[0].to(distributed.device()) if config.kl_coefficient else None
-    policy = _Sampler(tokenizer, prompts, config)
+    before = greedy_accuracy(model.to(distributed.device()), tokenizer, dev, config)
+    workers = Workers(config)
+    whole = None if workers.mesh is None else model  # filled from the others where the policy is cut
+    sampler = Sampler(
+        tokenizer,
+        prompts,
+        Rewards(config.rewards, reward_model=reward_model_of(inputs)),
+        config,
+        stage="grpo",
+        group_size=config.group_size,
+        data_rank=workers.data_rank,
+        num_data_ranks=workers.num_data_ranks,
+    )
+    objective = GRPO(
+        config,
+        sampler,
+        workspace,
+        policy=lambda: finetune.whole_model(trainee, into=whole),
+        reference=load_model(source.path)[0].to(distributed.device()) if config.kl_coefficient else None,
+        workers=workers,
+    )
+    trainee = finetune.build(config, source.path, objective, workers, stage="grpo")
+    _score_targets_alone(trainee, config, workers)
 
-    def loss(model: nn.Module, step: int, micro: int) -> Loss:  # noqa: ARG001 (one micro-batch)
-        assert isinstance(model, Transformer)
-        return rollout_loss(policy, model, reference, policy.rollout(model, step))
+    def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
+        return {"dev_accuracy": greedy_accuracy(finetune.whole_model(trainee, into=whole), tokenizer, dev, config)}
 
-    def evaluate(model: nn.Module, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
-        assert isinstance(model, Transformer)
-        return {"dev_accuracy": greedy_accuracy(model, tokenizer, dev, config)}
-
-    before = greedy_accuracy(model, tokenizer, dev, config)
     result = train(
-        model,
-        loss=loss,
-        num_steps=config.num_steps,
+        trainee,
+        num_steps=config.num_steps * config.updates_per_rollout,
         workspace=workspace,
-        section=config,
+        section=checkpoints_between_rollouts(config),
         optimizer=config.optimizer,
         evaluate=evaluate,
-        identity={"model": source.content_digest, "prompts": prompts_artifact.content_digest},
+        identity=identity_of(inputs),
     )
     metrics = {
         "steps": float(config.num_steps),
@@ -219,32 +273,57 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
+    finetune.export(trainee, tokenizer, workspace)
     if distributed.is_main():
-        save_model(model, tokenizer, workspace.output)
         title = "Group relative policy optimisation"
         write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
     return metrics
 
 
-def greedy_accuracy(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: GRPOConfig) -> float:
+def _score_targets_alone(trainee: Trainee, config: GRPOConfig, workers: Workers) -> None:
+    """Let the output layer see the answers' tokens alone; a model that is cut needs its rows in shape."""
+    if workers.mesh is None or config.sampling.temperature != 1:
+        for part in trainee.parts:
+            assert isinstance(part, Transformer)
+            part.token_scores = at_targets(part.token_scores, config.sampling.temperature)
+
+
+def training_prompts(artifact: Artifact) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, none of them held out, and some of the dev split."""
+    prompts = read_prompts(artifact.path, "train")
+    assert_not_held_out((prompt.question for prompt in prompts), artifact.path)
+    return prompts, read_prompts(artifact.path, "dev")[:NUM_DEV_PROMPTS]
+
+
+def reward_model_of(inputs: Inputs) -> RewardModel | None:
+    """The reward model among the inputs, if there is one."""
+    source = inputs.get("reward_model")
+    if source is None:
+        return None
+    from lilpipe.alignment.reward_model import load_reward_model
+
+    assert isinstance(source, Artifact)
+    return load_reward_model(source.path, distributed.device())
+
+
+def identity_of(inputs: Inputs) -> dict[str, str]:
+    """What marks the checkpoints of a run on these inputs."""
+    return {role: source.content_digest for role, source in inputs.items() if isinstance(source, Artifact)}
+
+
+def checkpoints_between_rollouts(config: Section) -> Section:
+    """The section with checkpoints where rollouts end; one that a signal asks for may still lie between."""
+    updates = config.updates_per_rollout
+    return config.model_copy(update={"checkpoint_every": -(-config.checkpoint_every // updates) * updates})
+
+
+def greedy_accuracy(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: GRPOConfig | PPOConfig
+) -> float:
     """Share of the prompts that the model's likeliest answer solves."""
     sampling = config.sampling.model_copy(update={"temperature": 0.0})
-    groups = complete(model, tokenizer, prompts, form="chat", sampling=sampling, seed=0)
+    groups = complete(model, tokenizer, prompts, form=config.prompt_form, sampling=sampling, seed=0)
     return sum(reward(group[0].verdict) for group in groups) / len(groups)
-
-
-def _check(config: GRPOConfig) -> None:
-    if config.prompts_per_step % config.num_workers:
-        raise ConfigError(
-            f"grpo.prompts_per_step: got {config.prompts_per_step}, expected a multiple of num_workers "
-            f"{config.num_workers}"
-        )
-    for name in ("temperature", "top_p"):
-        if (value := getattr(config.sampling, name)) != 1:
-            raise ConfigError(
-                f"grpo.sampling.{name}: got {value}, expected 1: the loss takes the answers as drawn from the policy "
-                "itself"
-            )
 
 
 STAGE = Stage(
@@ -253,6 +332,7 @@ STAGE = Stage(
     config=GRPOConfig,
     run=run,
     inputs={"model": "Checkpoint", "prompts": "Prompts"},
+    optional_inputs={"reward_model": "Checkpoint"},
     distributed=True,
     main_metric="dev_accuracy",
 )

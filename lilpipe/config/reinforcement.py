@@ -2,34 +2,179 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from lilpipe.config.prompts import ANSWER_REWARD, RewardConfig, RewardConfigs
 from lilpipe.config.sampling import SamplingConfig
-from lilpipe.config.training import OptimizerConfig, TrainingSection
+from lilpipe.config.section import Section, Share
+from lilpipe.config.training import OptimizerConfig, ParallelSection, TrainingSection
 
 
-class GRPOConfig(TrainingSection):
-    """Group relative policy optimisation (Shao et al. 2024) with the verifier as reward."""
+class WatchConfig(Section):
+    """When a run of reinforcement learning has collapsed and stops: see `lilpipe.alignment.watch`."""
+
+    patience: PositiveInt = 30
+    """Rollouts in a row for which a limit must be passed; half as many raise an alarm."""
+    max_sampler_gap: PositiveFloat = 1e-2
+    """Mean difference between the sampler's and the trainer's log-probability of a token, in nats. Stops at once:
+    ratios and clipping would act on the difference and not on what was learned."""
+    max_flat_share: Share = 0.99
+    """Share of groups whose answers are all worth the same: they teach nothing. 1 leaves this out."""
+    min_entropy: NonNegativeFloat = 1e-4
+    """Nats per token drawn, estimated from its log-probability."""
+    max_kl: PositiveFloat = 5.0
+    """Divergence from the reference in nats per token, where there is one."""
+    min_length: NonNegativeFloat = 1.5
+    """Mean tokens of an answer, its end included: 1 is an empty answer."""
+    max_truncated_share: Share = 0.99
+    """Share of answers that met `sampling.max_new_tokens` and did not end. 1 leaves this out."""
+    max_reward_drop: PositiveFloat = 0.3
+    """How far the mean reward may fall below the best mean of `patience` rollouts."""
+
+
+class GRPOConfig(ParallelSection):
+    """Group relative policy optimisation (Shao et al. 2024) and its family.
+
+    GRPO as published: `aggregation` sequence, `kl_coefficient` 0.04. DAPO (Yu et al. 2025): `clip_high` 0.28,
+    `resample_rounds`, `mask_truncated` or a reward of kind `length` with `limit_tokens`. Dr.GRPO (Liu et al. 2025):
+    `normalize_std` off, `aggregation` constant. GSPO (Zheng et al. 2025): `ratio_level` sequence, `aggregation`
+    sequence, `clip_low` 3e-4, `clip_high` 4e-4.
+    """
 
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=3e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"
     )
     num_steps: PositiveInt = 150
+    """Rollouts. Each is learned from in `epochs_per_rollout` x `minibatches_per_rollout` updates, which are the steps
+    that the optimizer's warmup, checkpoints and logs count."""
     prompts_per_step: PositiveInt = 16
+    """Prompts of a rollout."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Answers sampled for each prompt."""
+    prompt_form: Literal["text", "chat"] = "chat"
+    """How a model meets a question: `text` for a base model, `chat` behind supervised fine-tuning."""
+    rewards: RewardConfigs = ANSWER_REWARD
+    epochs_per_rollout: PositiveInt = 1
+    """Times that the answers of a rollout are learned from."""
+    minibatches_per_rollout: PositiveInt = 1
+    """Updates in a pass through the answers of a rollout."""
     clip_range: PositiveFloat = 0.2
     """Clipping of the probability ratio (PPO's epsilon)."""
+    clip_low: PositiveFloat | None = None
+    """How far below 1 the ratio is clipped; `clip_range` where none is given."""
+    clip_high: PositiveFloat | None = None
+    """How far above 1 the ratio is clipped; `clip_range` where none is given. More than `clip_low` keeps exploration
+    alive (DAPO)."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """Whose probability the ratio is of: each token's, or the answer's, by the geometric mean over its tokens."""
+    aggregation: Literal["token", "sequence", "constant"] = "token"
+    """What the loss is a mean over: all tokens; answers, each by the mean of its tokens; or answers, each by its sum
+    over `sampling.max_new_tokens`."""
     kl_coefficient: NonNegativeFloat = 0.0
     """Weight of the KL divergence to the initial policy (k3 estimator, Schulman 2020)."""
     normalize_std: bool = True
-    """Divide advantages by the group's standard deviation; off is Dr.GRPO (Liu et al. 2025)."""
+    """Divide advantages by a standard deviation of the rewards; off is Dr.GRPO."""
+    std_over: Literal["group", "batch"] = "group"
+    """Whose: the prompt's answers, or all of the rollout (REINFORCE++, Hu 2025)."""
+    resample_rounds: NonNegativeInt = 0
+    """Times that groups of equal rewards are replaced by those of further prompts (DAPO's dynamic sampling); those
+    still equal after so many are kept, and teach nothing."""
+    mask_truncated: bool = False
+    """Leave answers that met `sampling.max_new_tokens` out of the loss (DAPO's over-long filtering)."""
     sampling: SamplingConfig = SamplingConfig()
+    watch: WatchConfig = WatchConfig()
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that a rollout is learned from in."""
+        return self.epochs_per_rollout * self.minibatches_per_rollout
+
+    @model_validator(mode="after")
+    def _rollout_fits(self) -> GRPOConfig:
+        _check_rollout(self, data_ranks=self.layout.data, group_size=self.group_size)
+        if self.std_over == "batch" and not self.normalize_std:
+            raise ValueError("std_over 'batch' would be ignored: normalize_std is off; leave one of them out")
+        return self
 
 
 class PPOConfig(TrainingSection):
     """Proximal policy optimisation (Schulman et al. 2017) with a reward model: InstructGPT's last stage."""
 
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, warmup_steps=3, weight_decay=0.0)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"
+    )
+    num_steps: PositiveInt = 100
+    """Rollouts. Each is learned from in `epochs_per_rollout` x `minibatches_per_rollout` updates, which are the steps
+    that the optimizer's warmup, checkpoints and logs count."""
+    accumulation_steps: PositiveInt = 1
+    """Micro-batches of an update on each worker."""
+    prompts_per_step: PositiveInt = 64
+    """Prompts of a rollout, with one answer each."""
+    prompt_form: Literal["text", "chat"] = "chat"
+    """How a model meets a question: `text` for a base model, `chat` behind supervised fine-tuning."""
+    rewards: RewardConfigs = (RewardConfig(kind="reward_model"),)
+    missing_end_penalty: NonNegativeFloat = 1.0
+    """Taken from the reward of an answer that met `sampling.max_new_tokens` and did not end."""
+    epochs_per_rollout: PositiveInt = 4
+    """Times that the answers of a rollout are learned from."""
+    minibatches_per_rollout: PositiveInt = 1
+    """Updates in a pass through the answers of a rollout."""
+    clip_range: PositiveFloat = 0.2
+    """Clipping of the probability ratio (epsilon)."""
+    value_clip_range: PositiveFloat = 0.2
+    """How far a value may move from the old one before its loss is clipped."""
+    value_coefficient: NonNegativeFloat = 0.1
+    """Weight of the value loss beside the policy's."""
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Gamma: what a reward one token later is worth."""
+    trace_decay: Share = 0.95
+    """Lambda of generalised advantage estimation (Schulman et al. 2016)."""
+    kl_coefficient: NonNegativeFloat = 0.05
+    """Penalty on the divergence from the initial policy, in the reward of each token."""
+    kl_target: PositiveFloat | None = None
+    """Divergence in nats per answer towards which the coefficient is adapted (Ziegler et al. 2019); none keeps it
+    fixed."""
+    kl_rate: PositiveFloat = 0.1
+    """How fast it is adapted: most by which it changes after a rollout is a fifth of this."""
+    sampling: SamplingConfig = SamplingConfig()
+    watch: WatchConfig = WatchConfig(max_reward_drop=2.0)
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that a rollout is learned from in."""
+        return self.epochs_per_rollout * self.minibatches_per_rollout
+
+    @model_validator(mode="after")
+    def _rollout_fits(self) -> PPOConfig:
+        _check_rollout(self, data_ranks=self.num_workers, group_size=1)
+        return self
+
+
+_FREE_SAMPLING = {"temperature", "max_new_tokens", "batch_size"}
+"""Settings of sampling under which the policy itself draws the answers, at its temperature."""
+
+
+def _check_rollout(section: GRPOConfig | PPOConfig, *, data_ranks: int, group_size: int) -> None:
+    """Raise ``ValueError`` for answers that cannot be divided, or would not be drawn from the policy."""
+    if section.prompts_per_step % data_ranks:
+        raise ValueError(
+            f"prompts_per_step {section.prompts_per_step} must be a multiple of the {data_ranks} workers that hold "
+            "different rows"
+        )
+    num_answers, parts = section.prompts_per_step // data_ranks * group_size, section.minibatches_per_rollout
+    if num_answers % parts or num_answers // parts < section.accumulation_steps:
+        raise ValueError(
+            f"minibatches_per_rollout {parts} must divide the {num_answers} answers of a worker into parts of at least "
+            f"accumulation_steps = {section.accumulation_steps}"
+        )
+    if section.sampling.temperature == 0:
+        raise ValueError("sampling.temperature must be above 0: greedy answers are all the same")
+    for name, field in SamplingConfig.model_fields.items():
+        value = getattr(section.sampling, name)
+        if name not in _FREE_SAMPLING and value != field.default:
+            raise ValueError(
+                f"sampling.{name} {value} must be {field.default}: the loss takes the answers as drawn from the policy "
+                "itself"
+            )

@@ -1,0 +1,213 @@
+"""Losses and gradients against TRL 1.16, whose methods used here are private: pyproject.toml pins the version.
+
+TRL has no PPO since 1.0: ``test_ppo`` holds ours to the definitions.
+"""
+
+import datasets
+import pytest
+import torch
+
+from lilpipe.alignment.grpo import GRPO
+from lilpipe.alignment.policy_gradient import group_advantages, group_std
+from lilpipe.alignment.rollouts import Answers, Rollout, at_targets
+from lilpipe.config import GRPOConfig, ModelConfig, SamplingConfig
+from lilpipe.model.scores import IGNORED, token_scores
+from lilpipe.model.transformer import Transformer, token_logprobs
+from lilpipe.stage import Workspace
+
+trl = pytest.importorskip("trl")
+transformers = pytest.importorskip("transformers")
+
+VOCAB_SIZE, PADDING, MAX_NEW_TOKENS = 32, 0, 7
+CONFIG = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=32)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def our_model(seed):
+    model = Transformer(CONFIG, VOCAB_SIZE)
+    model.init_weights(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(8)  # far from uniform, so that a wrong mask or shift shows
+    return model
+
+
+def their_model(ours):
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=CONFIG.hidden_size,
+        num_hidden_layers=CONFIG.num_layers,
+        num_attention_heads=CONFIG.num_heads,
+        num_key_value_heads=CONFIG.num_kv_heads,
+        intermediate_size=CONFIG.intermediate_size,
+        max_position_embeddings=CONFIG.max_seq_len,
+        rms_norm_eps=CONFIG.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
+        tie_word_embeddings=True,
+        pad_token_id=PADDING,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(ours.state_dict(), strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    return model
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, VOCAB_SIZE)}}
+    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.fixture
+def make_trainer(tmp_path, word_tokenizer):
+    def make(model, **values):
+        args = {"num_generations": 2, "per_device_train_batch_size": 4, "use_bias_correction_kl": False, "beta": 0.0}
+        trainer = trl.GRPOTrainer(
+            model=model,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False, **{**args, **values}),
+            train_dataset=datasets.Dataset.from_list([{"prompt": "w2"}]),
+            processing_class=word_tokenizer,
+        )
+        trainer.model.eval()
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer
+
+    return make
+
+
+def assert_same_gradients(ours, theirs, *, tolerance=1e-6):
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad - expected[name].grad).abs().max() < tolerance, name
+
+
+class OneData:
+    """The place of the only worker."""
+
+    data_rank, num_data_ranks, mesh = 0, 1, None
+
+
+class TwoPrompts:
+    """Four answers of up to 6 tokens to prompts of 3."""
+
+    def __init__(self, ours, reference, *, temperature=1.0):
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(2, VOCAB_SIZE, (4, 9), generator=generator)
+        self.mask = torch.arange(6) < torch.tensor([6, 2, 4, 1])[:, None]
+        self.advantages = torch.tensor([1.2, -0.7, 0.4, -1.5])
+        with torch.no_grad():
+            current = ours(self.tokens[:, :-1])[:, 2:].div(temperature).log_softmax(-1)
+            current = current.gather(-1, self.tokens[:, 3:, None])[..., 0]
+            self.reference = token_logprobs(reference, self.tokens)[:, 2:]
+        self.old = current + 0.4 * torch.randn(4, 6, generator=generator)  # so that clipping is at work
+        assert ((current - self.old).exp() - 1).abs()[self.mask].gt(0.3).any()
+
+    def theirs(self):
+        return {
+            "prompt_ids": self.tokens[:, :3],
+            "prompt_mask": torch.ones(4, 3, dtype=torch.long),
+            "completion_ids": self.tokens[:, 3:],
+            "completion_mask": self.mask.long(),
+            "advantages": self.advantages,
+            "old_per_token_logps": self.old,
+            "ref_per_token_logps": self.reference,
+            "num_items_in_batch": self.mask.sum(),
+        }
+
+    def ours(self, *, with_reference):
+        drawn = torch.cat([torch.zeros(4, 2, dtype=torch.bool), self.mask], dim=1)
+        wide = [torch.zeros(4, 8).masked_scatter(drawn, values[self.mask]) for values in (self.old, self.reference)]
+        return Answers(
+            inputs=self.tokens[:, :-1],
+            targets=self.tokens[:, 1:].where(drawn, IGNORED),
+            counts=drawn,
+            old_logprobs=wide[0],
+            advantages=self.advantages[:, None].expand(4, 8),
+            reference_logprobs=wide[1] if with_reference else None,
+        )
+
+
+def our_loss(tmp_path, model, answers, **settings):
+    """Loss of the objective's micro-batches, two of them, with its gradient in the model."""
+    config = GRPOConfig(
+        seed=0, accumulation_steps=2, sampling=SamplingConfig(max_new_tokens=MAX_NEW_TOKENS), **settings
+    )
+    objective = GRPO(
+        config, None, Workspace(tmp_path / "ours"), policy=None, reference=None, workers=OneData(), sum_floats=list
+    )
+    objective._rollouts._current = (0, Rollout(answers, {}))
+    objective._rollouts._updates = 2  # step 1 is the second update of rollout 0: the weights are no longer those
+    batches = objective.batches(1)
+    model.token_scores = at_targets(token_scores)
+    parts = [objective.loss(model(batch.inputs, targets_BT=batch.targets), batch) for batch in batches]
+    assert len(parts) == 2
+    loss = sum(part.total for part in parts) / sum(part.count for part in parts)
+    loss.backward()
+    return loss.item()
+
+
+@pytest.mark.parametrize("kl_coefficient", [0.0, 0.04])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"loss_type": "dapo"}, {"aggregation": "token"}),
+        ({"loss_type": "grpo"}, {"aggregation": "sequence"}),
+        ({"loss_type": "dr_grpo"}, {"aggregation": "constant"}),
+        ({"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.3}, {"clip_low": 0.1, "clip_high": 0.3}),
+        (
+            {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.05},
+            {"aggregation": "sequence", "ratio_level": "sequence", "clip_low": 0.02, "clip_high": 0.05},
+        ),
+    ],
+    ids=["dapo", "grpo", "dr_grpo", "clip-higher", "gspo"],
+)
+def test_the_loss_of_the_family_and_its_gradient_are_trls(tmp_path, make_trainer, theirs, ours, kl_coefficient):
+    model, reference = our_model(0), our_model(1)
+    trainer = make_trainer(their_model(model), max_completion_length=MAX_NEW_TOKENS, **theirs)
+    trainer.beta = kl_coefficient
+    batch = TwoPrompts(model, reference)
+    expected = trainer._compute_loss(trainer.model, batch.theirs())
+    expected.backward()
+    answers = batch.ours(with_reference=kl_coefficient > 0)
+    got = our_loss(tmp_path, model, answers, kl_coefficient=kl_coefficient, **ours)
+    assert got == pytest.approx(expected.item(), abs=1e-6)
+    assert_same_gradients(model, trainer.model)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_trls(make_trainer, monkeypatch, scale):
+    rewards = torch.tensor([[1.0, 0.0, 0.3], [0.2, 0.9, 0.9]])
+    trainer = make_trainer(
+        their_model(our_model(0)),
+        scale_rewards=scale,
+        num_generations=3,
+        per_device_train_batch_size=6,
+        max_completion_length=3,
+    )
+    trainer.model.train()
+    monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: rewards.reshape(6, 1))
+    theirs = trainer._generate_and_score_completions([{"prompt": word} for word in ("w2", "w3") for _ in range(3)])
+    std = {"group": group_std(rewards), "batch": rewards.std().item(), "none": None}[scale]
+    assert torch.allclose(group_advantages(rewards, std=std).flatten(), theirs["advantages"], atol=1e-6)
+
+
+def test_scores_at_another_temperature_are_trls(make_trainer):
+    model = our_model(0)
+    trainer = make_trainer(their_model(model), temperature=0.7)
+    batch = TwoPrompts(model, model, temperature=0.7)
+    whole = torch.ones(4, 9, dtype=torch.long)
+    theirs, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, batch.tokens, whole, 6)
+    targets = batch.tokens[:, 1:].clone()
+    targets[:, :2] = IGNORED
+    hidden = model.model(batch.tokens[:, :-1])
+    ours = at_targets(token_scores, 0.7)(hidden, model.output_weight, targets).logprobs
+    assert (ours[:, 2:] - theirs).abs().max() < 1e-5
+    assert ours[:, :2].eq(0).all()
