@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from lilpipe.config.prompts import ANSWER_REWARD, RewardConfigs
 from lilpipe.config.sampling import SamplingSection
 from lilpipe.config.section import Operational, Section
 
@@ -73,6 +74,8 @@ class EvaluateConfig(SamplingSection):
     """Samples behind pass@k."""
     validation_rows: PositiveInt = 200
     """Rows of validation text behind bits per byte."""
+    rewards: RewardConfigs = ANSWER_REWARD
+    """What is measured of each sampled answer, each apart; an input `reward_model` adds its score."""
     win_against: Literal["model", "answer"] = "model"
     """Whom each chat model's answers are set against: the `model` of the input `reference`, or the reference `answer`
     that comes with a prompt (prompts without one are left out)."""

@@ -1,81 +1,27 @@
 import json
-import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lilpipe.alignment import completions
 from lilpipe.alignment.prompts import read_prompts
-from lilpipe.config import EvaluateConfig, SamplingConfig
+from lilpipe.config import EvaluateConfig, RewardConfig, SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation import evaluate
-from lilpipe.evaluation.evaluate import accuracy_gain, run, score, win_rate
+from lilpipe.evaluation.answers import as_candidate
+from lilpipe.evaluation.evaluate import flat_metrics, run
+from lilpipe.evaluation.pass_at_k import Estimate
 from lilpipe.generation.engine import Sample
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.shards import Document, shard_folder, write_index, write_shard
 from tests.alignment.conftest import as_artifact, digest_of
+from tests.evaluation.judges import judge_config, prefers_shorter, serving
 
 CONFIG = EvaluateConfig(
     seed=0, samples_per_prompt=3, prompts_per_chunk=8, validation_rows=4, sampling=SamplingConfig(max_new_tokens=6)
 )
-
-
-def answer(prompt, *, greedy, correct=False, words=1, well_formed=True, family="sort", sample=0):
-    return {
-        "prompt_id": prompt,
-        "family": family,
-        "greedy": greedy,
-        "sample": sample,
-        "correct": correct,
-        "well_formed": well_formed,
-        "num_words": words,
-    }
-
-
-def games(words):
-    """Sampled answers to prompts a, b, ... with these numbers of words; None is malformed."""
-    return [
-        answer(f"{prompt}", greedy=False, words=count or 0, well_formed=count is not None, sample=sample)
-        for prompt, counts in enumerate(words)
-        for sample, count in enumerate(counts)
-    ]
-
-
-def test_scores_are_worked_out_over_prompts():
-    rows = [answer("a", greedy=True, correct=True), answer("b", greedy=True)]
-    rows += [answer("a", greedy=False, correct=c) for c in (True, True, False)]
-    rows += [answer("b", greedy=False, correct=False)] * 3
-    estimates = score(rows)
-    assert (estimates["accuracy"].value, estimates["accuracy"].n) == (0.5, 2)
-    assert estimates["accuracy"].stderr == pytest.approx(math.sqrt(0.25 / 2))
-    assert estimates["sampled_accuracy"].value == pytest.approx(1 / 3)
-    assert estimates["sampled_accuracy"].stderr == pytest.approx(1 / 3)  # two prompts, 2/3 and 0
-    assert estimates["pass_at_3"].value == 0.5
-
-
-def test_the_win_rate_counts_ties_as_half_and_malformed_answers_as_lost():
-    assert win_rate(games([[1, 1]]), games([[2, 2]])).value == 1
-    assert win_rate(games([[2, 2]]), games([[2, 2]])).value == 0.5
-    assert win_rate(games([[9, None]]), games([[None, 1]])).value == (0 + 0.5) / 2  # 9 against 1, both malformed
-    assert win_rate(games([[9, None]]), games([[1, None]])).value == (1 + 0) / 2  # against a malformed one, as one
-    estimate = win_rate(games([[1, 1], [3, 3]]), games([[2, 2], [2, 2]]))
-    assert (estimate.value, estimate.stderr, estimate.n) == (0.5, 0.5, 2)
-
-
-def test_a_sample_never_meets_the_one_of_its_own_random_stream():
-    # Equal models drawing equal samples would tie in each game; here each game has a winner.
-    rows = games([[1, 2, 3]])
-    assert win_rate(rows, rows).value == pytest.approx(2 / 3)  # 1 < 2, 2 < 3, 3 > 1
-
-
-def test_a_gain_is_paired_by_prompt():
-    before = [answer("a", greedy=True, correct=True), answer("b", greedy=True), answer("c", greedy=True)]
-    after = [answer("a", greedy=True, correct=True), answer("b", greedy=True, correct=True), answer("c", greedy=True)]
-    gain = accuracy_gain(after, before)
-    assert gain.value == pytest.approx(1 / 3)
-    assert gain.stderr == pytest.approx(1 / 3)
-    assert accuracy_gain(after, after).stderr == 0
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +52,7 @@ def inputs(make_checkpoint, prompts, tokens):
 
 @pytest.fixture
 def no_report(monkeypatch):
-    monkeypatch.setattr(evaluate, "_report", lambda *args: "")
+    monkeypatch.setattr(evaluate, "write_page", lambda found: "")
 
 
 def test_the_base_model_is_asked_in_text_and_the_others_in_chat(tmp_path, inputs, no_report, monkeypatch):
@@ -143,6 +89,7 @@ def test_metrics_name_every_model_and_the_report_shows_it(tmp_path, inputs):
     assert len(lines) == 20
     assert lines[0]["models"].keys() == {"pretrain", "sft", "dpo"}
     assert lines[0]["models"]["sft"].keys() == {"greedy", "sampled"}
+    assert lines[0]["models"]["sft"]["sampled"].keys() == {"response", "correct", "rewards", "game"}
     report = (workspace.report / "report.html").read_text()
     assert "<svg" in report
     assert all(model in report for model in ("pretrain", "sft", "dpo"))
@@ -194,3 +141,92 @@ def test_two_models_of_one_name_are_refused(tmp_path, inputs):
     base = inputs["models"][0]
     with pytest.raises(ConfigError, match=r"must come from different steps, got \['pretrain', 'pretrain'\]"):
         run(CONFIG, {**inputs, "models": (base, base)}, Workspace(tmp_path))
+
+
+def samples(folder):
+    return [json.loads(line) for line in (folder / "output" / "samples.jsonl").read_text().splitlines()]
+
+
+def test_each_reward_is_reported_apart_and_by_answer(tmp_path, inputs):
+    rewards = (RewardConfig(kind="answer"), RewardConfig(kind="answer", name="again", weight=-2.0))
+    metrics = run(CONFIG.model_copy(update={"rewards": rewards}), inputs, Workspace(tmp_path))
+    for name in ("answer", "again", "total"):
+        assert {f"reward_{name}/dpo", f"reward_{name}_stderr/dpo", f"reward_{name}_gain/dpo"} <= metrics.keys()
+    assert samples(tmp_path)[0]["models"]["dpo"]["sampled"]["rewards"] == {"answer": 0, "again": 0, "total": 0}
+    assert "reward again" in (tmp_path / "output" / "report" / "report.html").read_text()
+
+
+class PrefersLong:
+    """A reward model that likes long answers."""
+
+    def score(self, conversations):
+        return [float(len(messages[-1]["content"])) for messages in conversations]
+
+
+def test_a_reward_model_scores_all_answers_and_may_say_who_wins(tmp_path, inputs, no_report, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_reward_model", lambda path, device: PrefersLong())
+    config = CONFIG.model_copy(update={"win_by": "reward_model"})
+    metrics = run(config, {**inputs, "reward_model": inputs["models"][1]}, Workspace(tmp_path / "scored"))
+    for line in samples(tmp_path / "scored"):
+        for answer in (*line["models"]["sft"].values(), *line["models"]["dpo"].values()):
+            assert answer["rewards"]["reward_model"] == len(answer["response"])
+    assert metrics["reward_reward_model_stderr/sft"] > 0
+    assert "reward_total/sft" not in metrics  # it is measured, and does not count in a sum
+    assert 0 <= metrics["win_rate/dpo"] <= 1
+    with pytest.raises(ConfigError, match=r"evaluate\.win_by: got 'reward_model', but the step has none"):
+        run(config, inputs, Workspace(tmp_path / "bare"))
+
+
+def test_reference_answers_are_no_model_of_the_report(tmp_path, inputs, monkeypatch):
+    prompts = [replace(p, reference="Answer: 1") for p in read_prompts(inputs["prompts"].path, "test")]
+    monkeypatch.setattr(evaluate, "read_prompts", lambda path, split: prompts)
+    config = CONFIG.model_copy(update={"win_against": "answer"})
+    metrics = run(config, {**inputs, "reference": ()}, Workspace(tmp_path))
+    assert {name.split("/")[1] for name in metrics if "/" in name} == {"pretrain", "sft", "dpo"}
+    assert "win_rate/sft" in metrics
+    assert "against reference answers" in (tmp_path / "output" / "report" / "report.html").read_text()
+
+
+def test_a_language_model_may_say_who_wins(tmp_path, inputs, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with serving(prefers_shorter) as (address, asked):
+        config = CONFIG.model_copy(update={"win_by": "judge", "judge": judge_config(address, num_prompts=6)})
+        metrics = run(config, inputs, Workspace(tmp_path))
+    assert 0 < len(asked.bodies) <= 2 * 2 * 6
+    assert (metrics["flip_rate/dpo"], metrics["unreadable_share/dpo"]) == (0, 0)
+    endings = [line["models"]["dpo"]["sampled"].get("game") for line in samples(tmp_path)]
+    assert set(endings[:6]) <= {"won", "lost", "tie"}
+    assert set(endings[6:]) == {None}
+    assert metrics["win_rate/dpo"] == pytest.approx((endings.count("won") + endings.count("tie") / 2) / 6)
+    assert "tie rate" in (tmp_path / "output" / "report" / "report.html").read_text()
+
+
+def test_a_killed_evaluation_asks_its_judge_nothing_twice(tmp_path, inputs, no_report, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with serving(prefers_shorter) as (address, asked):
+        config = CONFIG.model_copy(update={"win_by": "judge", "judge": judge_config(address)})
+        run(config, inputs, Workspace(tmp_path / "whole"))
+        once, killed = len(asked.bodies), Workspace(tmp_path / "killed")
+        asked.failures = [200] * 5 + [403]
+        with pytest.raises(ConfigError, match="HTTP 403"):
+            run(config, inputs, killed)
+        run(config, inputs, killed)
+    assert len(asked.bodies) == 2 * once + 1  # the refused one
+    assert digest_of(killed) == digest_of(Workspace(tmp_path / "whole"))
+
+
+def test_only_what_is_beyond_noise_is_called_better():
+    estimates = {"accuracy": Estimate(0.5, 0.1, 25), "win_rate": Estimate(0.58, 0.05, 25)}
+    metrics = flat_metrics({"sft": {**estimates, "accuracy_gain": Estimate(0.3, 0.1, 25)}}, {}, num_prompts=25)
+    assert metrics["accuracy_gain_beyond_noise/sft"] == 1
+    assert metrics["win_rate_beyond_noise/sft"] == 0
+    assert "accuracy_beyond_noise/sft" not in metrics
+
+
+def test_a_model_meets_questions_as_it_did_when_it_was_trained(make_checkpoint):
+    zero = make_checkpoint(0, stage="grpo", step="zero")
+    zero.manifest.config["prompt_form"] = "text"
+    assert (as_candidate(zero).form, as_candidate(zero).is_base) == ("text", False)
+    zero.manifest.config["prompt_form"] = "chat"
+    assert as_candidate(zero).form == "chat"
+    assert as_candidate(make_checkpoint(0, stage="pretrain")).is_base

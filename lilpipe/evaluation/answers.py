@@ -1,0 +1,161 @@
+"""What each model answers to the held-out prompts, and what each answer is worth by every reward.
+
+A model that met its questions in plain text (pretraining, or reinforcement learning of a base model) meets them so
+here; any other meets them as a user's turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pyarrow as pa
+
+from lilpipe import distributed
+from lilpipe.alignment.chunks import Row, run_chunks
+from lilpipe.alignment.completions import PromptForm, complete
+from lilpipe.alignment.prompts import Prompt
+from lilpipe.alignment.rewards import Response, Rewards
+from lilpipe.alignment.sampling import SAMPLE_SCHEMA, sample_rows
+from lilpipe.artifact import Artifact
+from lilpipe.config import EvaluateConfig
+from lilpipe.errors import ConfigError
+from lilpipe.evaluation.bits_per_byte import bits_per_byte
+from lilpipe.model.hub import load_model
+from lilpipe.model.transformer import Transformer
+from lilpipe.seeds import derive_seed
+from lilpipe.stage import Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokens.loader import corpus_validation_shares, validation_rows
+from lilpipe.tokens.shards import TokenShards
+
+EVALUATION_SCHEMA = SAMPLE_SCHEMA.append(pa.field("greedy", pa.bool_()))
+REWARD_SCHEMA = pa.schema([("total", pa.float64()), ("parts", pa.list_(pa.float64()))])
+BITS_SCHEMA = pa.schema([("bits_per_byte", pa.float64())])
+BASE_STAGE = "pretrain"
+ANSWERS_PER_CHUNK = 512
+"""Answers scored between two points from which a killed run continues."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate."""
+
+    name: str
+    artifact: Artifact
+    form: PromptForm
+    """How it meets a question."""
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is pretrained and nothing more: it takes part in no game."""
+        return self.artifact.manifest.stage == BASE_STAGE
+
+
+def as_candidate(artifact: Artifact) -> Candidate:
+    """A checkpoint under the name of the step that made it."""
+    manifest = artifact.manifest
+    in_text = manifest.stage == BASE_STAGE or manifest.config.get("prompt_form") == "text"
+    return Candidate(manifest.step, artifact, "text" if in_text else "chat")
+
+
+@lru_cache(maxsize=1)
+def _load(directory: Path) -> tuple[Transformer, Tokenizer]:
+    model, tokenizer = load_model(directory)
+    return model.to(distributed.device()), tokenizer
+
+
+def sample_all(
+    candidates: Sequence[Candidate], prompts: Sequence[Prompt], config: EvaluateConfig, workspace: Workspace
+) -> dict[str, list[Row]]:
+    """By model: for each prompt the greedy answer and ``samples_per_prompt`` drawn ones, as rows."""
+    assert config.seed is not None
+    seed, size = config.seed, config.prompts_per_chunk
+    num_parts = -(-len(prompts) // size)
+    greedy = config.sampling.model_copy(update={"temperature": 0.0, "top_p": 1.0})
+
+    def work(index: int) -> list[Row]:
+        which, part = divmod(index, num_parts)
+        model, tokenizer = _load(candidates[which].artifact.path)
+        rows = []
+        for sampling, num_samples in ((greedy, 1), (config.sampling, config.samples_per_prompt)):
+            groups = complete(
+                model,
+                tokenizer,
+                prompts[part * size : (part + 1) * size],
+                form=candidates[which].form,
+                sampling=sampling,
+                seed=derive_seed(seed, "evaluate", part),
+                num_samples=num_samples,
+            )
+            rows += [{**row, "greedy": sampling is greedy} for row in sample_rows(groups)]
+        return rows
+
+    num_chunks = len(candidates) * num_parts
+    rows = run_chunks(work, num_chunks, name="samples", schema=EVALUATION_SCHEMA, workspace=workspace)
+    each = len(rows) // len(candidates)
+    return {c.name: rows[index * each : (index + 1) * each] for index, c in enumerate(candidates)}
+
+
+def add_rewards(
+    rows: Mapping[str, Sequence[Row]], prompts: Sequence[Prompt], rewards: Rewards, workspace: Workspace
+) -> dict[str, list[Row]]:
+    """The rows with ``rewards`` (each by its name, and of several their weighted sum as ``total``), and with what is
+    known of the prompt: its ``difficulty``, and whether it is ``verifiable``.
+    """
+    by_id = {prompt.id: prompt for prompt in prompts}
+    flat = [row for model_rows in rows.values() for row in model_rows]
+
+    def work(index: int) -> list[Row]:
+        part = flat[index * ANSWERS_PER_CHUNK : (index + 1) * ANSWERS_PER_CHUNK]
+        responses = [Response(row["response"], row["ended"], row["num_tokens"]) for row in part]
+        scored = rewards([by_id[row["prompt_id"]] for row in part], responses)
+        return [{"total": item.total, "parts": [item.parts[name] for name in rewards.names]} for item in scored]
+
+    num_chunks = -(-len(flat) // ANSWERS_PER_CHUNK)
+    table = iter(run_chunks(work, num_chunks, name="rewards", schema=REWARD_SCHEMA, workspace=workspace))
+
+    has_sum = sum(config.weight != 0 for config in rewards.configs) > 1
+
+    def named(scored: Row) -> dict[str, float]:
+        total = {"total": scored["total"]} if has_sum else {}
+        return dict(zip(rewards.names, scored["parts"], strict=True)) | total
+
+    def known(row: Row) -> Row:
+        prompt = by_id[row["prompt_id"]]
+        return {"difficulty": prompt.difficulty, "verifiable": prompt.verifier != "none"}
+
+    return {
+        model: [{**row, **known(row), "rewards": named(next(table))} for row in part] for model, part in rows.items()
+    }
+
+
+def validation_bits(
+    candidates: Sequence[Candidate], tokens: Artifact, config: EvaluateConfig, workspace: Workspace
+) -> dict[str, float]:
+    """By model: bits per byte on ``validation_rows`` rows of the corpus's validation split."""
+    shards = TokenShards.open(tokens.path)
+
+    def work(index: int) -> list[Row]:
+        model, tokenizer = _load(candidates[index].artifact.path)
+        if tokenizer.digest != shards.tokenizer_digest:
+            raise ConfigError(
+                f"evaluate: model {candidates[index].name!r} and the tokens were made with different tokenizers; "
+                "check the step's inputs"
+            )
+        return [{"bits_per_byte": _bits(model, shards, config.validation_rows)}]
+
+    rows = run_chunks(work, len(candidates), name="bits", schema=BITS_SCHEMA, workspace=workspace)
+    return {candidate.name: row["bits_per_byte"] for candidate, row in zip(candidates, rows, strict=True)}
+
+
+def _bits(model: Transformer, shards: TokenShards, num_rows: int) -> float:
+    seq_len = model.config.max_seq_len
+    bits = 0.0
+    for stream, share in corpus_validation_shares(shards, seq_len=seq_len).items():
+        rows = max(1, round(share * num_rows))
+        inputs_BT, targets_BT, num_bytes = validation_rows(shards, stream, num_rows=rows, seq_len=seq_len)
+        bits += share * bits_per_byte(model, inputs_BT.to(model.device), targets_BT.to(model.device), num_bytes)
+    return bits

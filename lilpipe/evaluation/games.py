@@ -1,0 +1,179 @@
+"""Win rates: each chat model's sampled answers set against another's, or against a reference answer, by a rule.
+
+Sample i of a model meets sample i + 1 of the reference model: two draws that do not share a random stream, so that
+the reference against itself is a fair game of its own. A prompt counts once, whatever the number of its games.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import pyarrow as pa
+
+from lilpipe import distributed
+from lilpipe.alignment.chunks import Row, run_chunks
+from lilpipe.alignment.prompts import Prompt
+from lilpipe.alignment.rewards import brevity_win, judge
+from lilpipe.alignment.sampling import by_prompt
+from lilpipe.config import JudgeConfig
+from lilpipe.errors import ConfigError
+from lilpipe.evaluation.judge import Judge, Outcome, Pairing, check_readable
+from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate
+from lilpipe.stage import Workspace
+
+OUTCOME_SCHEMA = pa.schema([("win", pa.float64()), ("flipped", pa.bool_())])
+GAMES_PER_CHUNK = 16
+"""Games that a language model judges between two signs of life."""
+UNREADABLE_ALARM = 0.1
+"""Share of games without a verdict above which the run says so."""
+
+
+@dataclass(frozen=True)
+class Game:
+    """Two answers to one prompt."""
+
+    mine: Row
+    other: Row
+
+
+Games = dict[str, list[Game]]
+"""By prompt: the games there."""
+Outcomes = dict[str, list[Outcome]]
+"""By prompt: how they ended."""
+
+
+def set_against(rows: Sequence[Row], opponent: Sequence[Row]) -> Games:
+    """Each sampled answer against the next sample of the opponent, at the prompts that the opponent has answered."""
+    theirs = {group[0]["prompt_id"]: group for group in by_prompt([row for row in opponent if not row["greedy"]])}
+    games = {}
+    for mine in by_prompt([row for row in rows if not row["greedy"]]):
+        prompt = mine[0]["prompt_id"]
+        if other := theirs.get(prompt):
+            games[prompt] = [Game(*pair) for pair in zip(mine, [*other[1:], other[0]], strict=True)]
+    return games
+
+
+def reference_answers(prompts: Sequence[Prompt], *, num_samples: int) -> list[Row]:
+    """The reference answers that come with prompts, as rows of a model that gives the same answer each time.
+
+    Raises ``ConfigError`` if no prompt has one.
+    """
+    if not any(prompt.reference for prompt in prompts):
+        raise ConfigError(
+            "evaluate.win_against: got 'answer', but no prompt of the split has a reference answer; set answers "
+            "against a 'model' instead"
+        )
+    return [
+        {
+            "prompt_id": prompt.id,
+            "question": prompt.question,
+            "greedy": False,
+            "sample": sample,
+            "response": prompt.reference,
+            "num_tokens": 0,
+            **vars(judge(prompt, prompt.reference, ended=True)),
+        }
+        for prompt in prompts
+        if prompt.reference
+        for sample in range(num_samples)
+    ]
+
+
+# --- rules --------------------------------------------------------------------------------------------------------
+
+
+def by_brevity(game: Game) -> Outcome:
+    """Well-formed before malformed, then the fewer words (``rewards.brevity_win``)."""
+    a, b = game.mine, game.other
+    return Outcome(brevity_win((a["well_formed"], b["well_formed"]), (a["num_words"], b["num_words"])))
+
+
+def by_reward(name: str) -> Callable[[Game], Outcome]:
+    """The higher value of one reward."""
+
+    def rule(game: Game) -> Outcome:
+        mine, other = game.mine["rewards"][name], game.other["rewards"][name]
+        return Outcome(0.5 if mine == other else float(mine > other))
+
+    return rule
+
+
+def play(games: Mapping[str, Games], rule: Callable[[Game], Outcome]) -> dict[str, Outcomes]:
+    """By model: the outcomes by a rule."""
+    return {
+        model: {prompt: [rule(game) for game in group] for prompt, group in groups.items()}
+        for model, groups in games.items()
+    }
+
+
+def play_before_judge(games: Mapping[str, Games], config: JudgeConfig, workspace: Workspace) -> dict[str, Outcomes]:
+    """By model: the outcomes by a language model, of the first ``games_per_prompt`` at the first ``num_prompts``.
+
+    Raises ``ConfigError`` if the judge refuses, ``StageFailure`` if it cannot be reached, ``DataError`` if none of its
+    verdicts can be read.
+    """
+    cut = {
+        model: {
+            prompt: group[: config.games_per_prompt] for prompt, group in islice(groups.items(), config.num_prompts)
+        }
+        for model, groups in games.items()
+    }
+    flat = [game for groups in cut.values() for group in groups.values() for game in group]
+    concurrency = max(1, config.concurrency // distributed.world_size())
+    judge_model = Judge(config, workspace.scratch / "replies", concurrency=concurrency)
+
+    def work(index: int) -> list[Row]:
+        part = flat[index * GAMES_PER_CHUNK : (index + 1) * GAMES_PER_CHUNK]
+        pairings = [Pairing(g.mine["question"], g.mine["response"], g.other["response"]) for g in part]
+        return [dict(vars(outcome)) for outcome in judge_model.decide(pairings)]
+
+    num_chunks = -(-len(flat) // GAMES_PER_CHUNK)
+    table = run_chunks(work, num_chunks, name="verdicts", schema=OUTCOME_SCHEMA, workspace=workspace)
+    outcomes = [Outcome(**row) for row in table]
+    if (share := check_readable(outcomes)) > UNREADABLE_ALARM:
+        workspace.log(
+            f"the judge gave no verdict that can be read in {share:.0%} of {len(outcomes)} games, which are left out; "
+            "raise evaluate.judge.max_new_tokens, or change its template or model"
+        )
+    each = iter(outcomes)
+    return {
+        model: {prompt: [next(each) for _ in group] for prompt, group in groups.items()}
+        for model, groups in cut.items()
+    }
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def win_scores(outcomes: Outcomes, *, judged: bool = False) -> dict[str, Estimate]:
+    """Win rate with ties as half, and the share of ties; of a language model also how often its verdict went with the
+    place, and how often it had none. Games without a verdict are left out of the first three.
+    """
+    read = [[outcome for outcome in group if outcome.win is not None] for group in outcomes.values()]
+    read = [group for group in read if group]
+    scores: dict[str, Estimate] = {}
+    if read:
+        scores["win_rate"] = mean_estimate([_mean([o.win or 0.0 for o in group]) for group in read])
+        scores["tie_rate"] = mean_estimate([_mean([o.win == 0.5 for o in group]) for group in read])
+    if read and judged:
+        scores["flip_rate"] = mean_estimate([_mean([o.flipped for o in group]) for group in read])
+    if outcomes and judged:
+        scores["unreadable_share"] = mean_estimate(
+            [_mean([o.win is None for o in group]) for group in outcomes.values()]
+        )
+    return scores
+
+
+def ending(outcome: Outcome) -> str:
+    """How a game ended, in words."""
+    if outcome.win is None:
+        return "no verdict"
+    if outcome.flipped:
+        return "tie (went with the place)"
+    return {1.0: "won", 0.0: "lost"}.get(outcome.win, "tie")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
