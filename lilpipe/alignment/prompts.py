@@ -13,25 +13,59 @@ verifier is concerned; it is what a preference for brevity can act on.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from random import Random
-from typing import Literal
 
-import pyarrow as pa
-
+from lilpipe.alignment.answers import as_text, first_paragraph, is_well_formed, verify
+from lilpipe.alignment.examples import (
+    CONVERSATION_SCHEMA,
+    DOCUMENT_SCHEMA,
+    MESSAGE_TYPE,
+    PROMPT_SCHEMA,
+    Conversation,
+    Prompt,
+    Split,
+    assert_not_held_out,
+    normalise_question,
+    read_conversations,
+    read_exercises,
+    read_prompts,
+    refuse_held_out,
+    write_conversations,
+)
 from lilpipe.alignment.families import FAMILIES, MAX_EASY_LENGTH, MAX_LENGTH, Task
-from lilpipe.alignment.tables import read_table, write_table
+from lilpipe.alignment.tables import write_table
 from lilpipe.artifact import Inputs
 from lilpipe.config import PromptsConfig
-from lilpipe.errors import ConfigError, DataError
+from lilpipe.errors import ConfigError
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import Message
 
-Split = Literal["train", "dev", "test"]
+__all__ = [
+    "CONVERSATION_SCHEMA",
+    "DOCUMENT_SCHEMA",
+    "FAMILIES",
+    "MESSAGE_TYPE",
+    "PROMPT_SCHEMA",
+    "SPLIT_SHARES",
+    "STAGE",
+    "Conversation",
+    "Prompt",
+    "Split",
+    "as_text",
+    "assert_not_held_out",
+    "draw_tasks",
+    "first_paragraph",
+    "is_well_formed",
+    "read_conversations",
+    "read_exercises",
+    "read_prompts",
+    "run",
+    "split_of",
+    "verify",
+    "write_answer",
+    "write_conversations",
+]
 
 SPLIT_SHARES = {"test": 0.1, "dev": 0.1, "demonstrations": 0.15, "train": 0.35, "exercises": 0.3}
 """Share of each family's tasks that may enter a split."""
@@ -49,142 +83,6 @@ FILLERS = (
 
 PROSE_SHARE = 0.25
 """Share of pretraining's exercises that state their fact in a sentence."""
-
-PROMPT_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("id", "split", "family", "question", "answer")),
-        ("difficulty", pa.int32()),
-        ("reference", pa.string()),
-        ("verifier", pa.string()),
-    ]
-)
-DOCUMENT_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
-MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string())])
-CONVERSATION_SCHEMA = pa.schema(
-    [("id", pa.string()), ("prompt_id", pa.string()), ("origin", pa.string()), ("messages", pa.list_(MESSAGE_TYPE))]
-)
-
-_ANSWER = re.compile(r"Answer:[ ]*(\S[^\n]*)\Z")
-
-
-Verifier = Literal["answer", "numeric", "program", "none"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question, and what is known of its answer."""
-
-    id: str
-    family: str
-    question: str
-    answer: str
-    """What the verifier compares with; the tests for ``program``."""
-    difficulty: int = 0
-    """Items or steps of a generated task; 0 where it is not known."""
-    reference: str = ""
-    """An answer in words, by a person or by the task's author."""
-    verifier: str = "answer"
-    """What decides whether a response is correct, a ``Verifier``: the stated answer word for word, its number, a
-    program's tests, or nothing (an instruction that has many good answers)."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages with role and content; ``origin`` says who wrote the answers."""
-
-    id: str
-    prompt_id: str
-    origin: str
-    messages: list[Message]
-
-
-# --- answers ------------------------------------------------------------------------------------------------------
-
-
-def as_text(question: str) -> str:
-    """The question as a base model meets it in its pretraining text; the answer follows after a space."""
-    return f"Exercise: {question}\nSolution:"
-
-
-def first_paragraph(text: str) -> str:
-    """A base model's answer: what it wrote before the first blank line."""
-    return text.split("\n\n")[0].strip()
-
-
-def is_well_formed(response: str) -> bool:
-    """Whether the response says ``Answer:`` once and ends, on the same line, in what follows it."""
-    return response.count("Answer:") == 1 and _stated_answer(response) is not None
-
-
-def verify(prompt: Prompt, response: str) -> bool:
-    """Whether the response is well-formed and states the prompt's answer, up to runs of spaces."""
-    return is_well_formed(response) and _stated_answer(response) == prompt.answer
-
-
-def _stated_answer(response: str) -> str | None:
-    match = _ANSWER.search(response.strip())
-    return " ".join(match[1].split()) if match else None
-
-
-# --- reading ------------------------------------------------------------------------------------------------------
-
-
-def read_prompts(directory: Path, split: Split) -> list[Prompt]:
-    """The prompts of one split of a Prompts artifact, in their order."""
-    rows = read_table(directory / "prompts.arrow")
-    return [
-        Prompt(
-            row["id"],
-            row["family"],
-            row["question"],
-            row["answer"],
-            difficulty=row.get("difficulty") or 0,
-            reference=row.get("reference") or "",
-            verifier=row.get("verifier") or "answer",
-        )
-        for row in rows
-        if row["split"] == split
-    ]
-
-
-def read_exercises(directory: Path) -> Iterator[tuple[str, str]]:
-    """Id and text of each plain-text exercise of a Prompts artifact."""
-    for row in read_table(directory / "documents.arrow"):
-        yield row["id"], row["text"]
-
-
-def read_conversations(directory: Path) -> list[Conversation]:
-    """The conversations of a Conversations artifact, or the demonstrations of a Prompts artifact."""
-    path = directory / "conversations.arrow"
-    rows = read_table(path if path.exists() else directory / "demonstrations.arrow")
-    return [Conversation(**row) for row in rows]
-
-
-def write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
-    """Write conversations as one Arrow file."""
-    write_table(path, [vars(item) for item in conversations], CONVERSATION_SCHEMA)
-
-
-def assert_not_held_out(questions: Iterable[str], prompts_directory: Path) -> None:
-    """Raise ``DataError`` if a question of the dev or test split is among those a training stage is about to use."""
-    held_out = {
-        _normalise(prompt.question) for split in ("dev", "test") for prompt in read_prompts(prompts_directory, split)
-    }
-    _refuse_held_out(questions, held_out, where=str(prompts_directory))
-
-
-def _refuse_held_out(questions: Iterable[str], held_out: set[str], *, where: str) -> None:
-    found = [question for question in questions if _normalise(question) in held_out]
-    if found:
-        raise DataError(
-            f"{where}: {len(found)} training questions occur in the dev or test split, expected none; the first is "
-            f"{found[0]!r}. Remove them from the training data: scores on them would mean nothing"
-        )
-
-
-def _normalise(question: str) -> str:
-    return " ".join(question.split()).casefold()
-
 
 # --- generating ---------------------------------------------------------------------------------------------------
 
@@ -269,9 +167,9 @@ def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     exercises = _all_tasks("exercises", config.num_documents, config=config)
     demonstrations = _all_tasks("demonstrations", config.num_demonstrations, config=config)
 
-    held_out = {_normalise(task.question) for split in ("dev", "test") for _, task in prompts[split]}
+    held_out = {normalise_question(task.question) for split in ("dev", "test") for _, task in prompts[split]}
     training = (*exercises, *demonstrations, *prompts["train"])
-    _refuse_held_out((task.question for _, task in training), held_out, where="prompts")
+    refuse_held_out((task.question for _, task in training), held_out, where="prompts")
 
     random = Random(f"prompts/{config.seed}/answers")
     documents = [

@@ -111,7 +111,7 @@ def run_program(program: str, tests: str, limits: Limits | None = None) -> Outco
 def run_programs(jobs: Sequence[tuple[str, str]], limits: Limits | None = None) -> list[Outcome]:
     """The outcome of each (program, tests), several of them at a time."""
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(lambda job: run_program(*job, limits), jobs))
+        return list(pool.map(lambda job: run_program(job[0], job[1], limits), jobs))
 
 
 def _readable() -> list[str]:

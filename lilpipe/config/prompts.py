@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -107,6 +108,8 @@ class RewardConfig(Section):
             raise ValueError(
                 f"reward of kind {self.kind!r}: got options {', '.join(unused)}, expected of {expected}; remove them"
             )
+        if self.pattern is not None:
+            _check_pattern(self.pattern)
         if missing := [name for name in _NEEDED.get(self.kind, ()) if name not in given]:
             raise ValueError(f"reward of kind {self.kind!r}: needs {' and '.join(missing)}")
         return self
@@ -126,6 +129,13 @@ class RewardConfig(Section):
     def label(self) -> str:
         """The name in logs and tables."""
         return self.name or self.kind
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"reward of kind 'regex': pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _names_differ(rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
