@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from lilpipe.alignment.prompts import MESSAGE_TYPE
 from lilpipe.alignment.tables import read_table
+from lilpipe.errors import DataError
 from lilpipe.tokenizer.chat_template import Message
 
 PairSplit = Literal["train", "heldout"]
@@ -48,3 +50,19 @@ class Pair:
 def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
     """The pairs of one split of a Preferences or Prompts artifact, in their order."""
     return [Pair(**row) for row in read_table(directory / PAIRS_FILE) if row["split"] == split]
+
+
+def check_pairs(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
+    """Raise ``DataError`` for answers that are the same, and for prompts that are both learnt from and held out."""
+    same = [pair for pair in (*train, *heldout) if len({text.strip() for text in pair.ranking}) < len(pair.ranking)]
+    if same:
+        raise DataError(
+            f"{len(same)} of {len(train) + len(heldout)} pairs hold the same answer twice, expected none; the first is "
+            f"{same[0].prompt_id}. Remove them: nothing can be learnt from a preference of a text to itself"
+        )
+    questions = {str(pair.prompt) for pair in train}
+    if shared := [pair for pair in heldout if str(pair.prompt) in questions]:
+        raise DataError(
+            f"{len(shared)} of {len(heldout)} held-out pairs have a prompt that is trained on, expected none; the "
+            f"first is {shared[0].prompt_id}. Split the preferences by prompt: accuracy on them would mean nothing"
+        )

@@ -1,20 +1,21 @@
-"""Stage ``preferences``: pairs of sampled answers, one preferred to the other by a stated rule.
+"""Stage ``preferences``: pairs of answers, one preferred to the other by a stated rule.
 
 Answers are sampled from the model that DPO will start from, so that pairs show what it does. ``brevity`` pairs two
 answers to one prompt that a verifier judges alike, and prefers the one with fewer words: what differs is style, which
-likelihood on correct answers does not teach.
+likelihood on correct answers does not teach. ``reward`` pairs the best answer with the worst, by whatever rewards the
+section names, and ``correctness`` a right one with a wrong one. ``data`` takes pairs that people made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lilpipe import distributed, report
 from lilpipe.alignment.chunks import Row
-from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair, read_pairs
+from lilpipe.alignment.pairs import PAIR_SCHEMA, PAIRS_FILE, Pair, check_pairs, read_pairs
 from lilpipe.alignment.prompts import Prompt, assert_not_held_out, read_prompts
-from lilpipe.alignment.sampling import SAMPLE_SCHEMA, by_prompt, sample_in_chunks
+from lilpipe.alignment.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
 from lilpipe.alignment.tables import write_table
 from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config import PreferencesConfig
@@ -64,32 +65,128 @@ def _nearest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | Non
     return None
 
 
+def reward_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
+    """(chosen, rejected): the best answer against the worst, the second best against the second worst, and so on.
+
+    Both ended, are worth different rewards, ``min_margin`` apart at least, and no answer is used twice.
+    """
+    ranked = sorted(_distinct(rows), key=lambda row: (-row["reward"], row["sample"]))
+    pairs = list(zip(ranked, reversed(ranked), strict=True))[: len(ranked) // 2]
+    apart = [(best, worst) for best, worst in pairs if best["reward"] - worst["reward"] >= config.min_margin]
+    return [(best, worst) for best, worst in apart if best["reward"] > worst["reward"]][: config.max_pairs_per_prompt]
+
+
+def correctness_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
+    """(chosen, rejected): a right answer against a wrong one, in the order sampled; both ended, none is used twice."""
+    distinct = _distinct(rows)
+    right, wrong = ([row for row in distinct if row["correct"] is verdict] for verdict in (True, False))
+    return list(zip(right, wrong, strict=False))[: config.max_pairs_per_prompt]
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """The answers that ended, each text once, in the order sampled."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row["ended"]:
+            found.setdefault(" ".join(row["response"].split()), row)
+    return list(found.values())
+
+
+RULES: dict[str, Callable[[Sequence[Row], PreferencesConfig], list[tuple[Row, Row]]]] = {
+    "brevity": brevity_pairs,
+    "reward": reward_pairs,
+    "correctness": correctness_pairs,
+}
+"""Rules to functions from the answers to one prompt to its pairs."""
+
+NO_PAIR = {
+    "brevity": "the same verdict and different length",
+    "reward": "rewards that are far enough apart",
+    "correctness": "different verdicts",
+}
+"""What two answers of a pair must have."""
+
+
 def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Sample and pair. Raises ``DataError`` if no prompt of the train split gives a pair."""
-    model, source = inputs["model"], inputs["prompts"]
-    assert isinstance(model, Artifact)
+    """Sample and pair, or read pairs. Raises ``DataError`` if there is none to train on."""
+    source = inputs["prompts"]
     assert isinstance(source, Artifact)
+    if config.rule == "data":
+        return _from_data(source, workspace)
+    model = inputs.get("model")
+    if not isinstance(model, Artifact):
+        raise ConfigError(
+            f"preferences.rule: {config.rule!r} samples answers, but the step has no model; give it an input `model`, "
+            "or take the rule 'data'"
+        )
     train = _take(read_prompts(source.path, "train")[::-1], config.num_prompts, "num_prompts", "train")
     heldout = _take(read_prompts(source.path, "dev"), config.num_heldout, "num_heldout", "dev")
     assert_not_held_out((prompt.question for prompt in train), source.path)
-    rows = sample_in_chunks(model, [*train, *heldout], config, form="chat", purpose="preferences", workspace=workspace)
+    rewards = load_rewards(config.rewards, inputs)
+    rows = sample_in_chunks(
+        model,
+        [*train, *heldout],
+        config,
+        form="chat",
+        purpose="preferences",
+        rewards=rewards,
+        workspace=workspace,
+    )
     groups = by_prompt(rows)
+    rule = RULES[config.rule]
     pairs: dict[str, list[tuple[Row, Row]]] = {
-        split: [pair for group in part for pair in brevity_pairs(group, config)]
+        split: [pair for group in part for pair in rule(group, config)]
         for split, part in (("train", groups[: len(train)]), ("heldout", groups[len(train) :]))
     }
     if not pairs["train"]:
         raise DataError(
-            f"preferences: none of {len(train)} prompts gave two answers with the same verdict and different length; "
-            "sample more answers (preferences.samples_per_prompt), train the model further, or allow pairs of wrong "
-            "answers (preferences.only_correct = false)"
+            f"preferences: none of {len(train)} prompts gave two answers with {NO_PAIR[config.rule]}; "
+            "sample more answers (preferences.samples_per_prompt), train the model further, or allow "
+            f"{_allow(config)}"
         )
-    metrics = _metrics(rows, pairs, num_train=len(train), num_heldout=len(heldout))
+    metrics = _metrics(rows, pairs, num_train=len(train), num_heldout=len(heldout)) | reward_metrics(groups, rewards)
     if distributed.is_main():
-        write_table(workspace.output / "samples.arrow", rows, SAMPLE_SCHEMA)
+        write_table(workspace.output / "samples.arrow", rows, scored_schema(rewards))
         table = [_row(split, *pair) for split, part in pairs.items() for pair in part]
-        write_table(workspace.output / "pairs.arrow", table, PAIR_SCHEMA)
+        write_table(workspace.output / PAIRS_FILE, table, PAIR_SCHEMA)
         write_atomically(workspace.report / "report.html", _report(pairs["train"], metrics))
+    return metrics
+
+
+def _allow(config: PreferencesConfig) -> str:
+    """What would let more pairs through."""
+    if config.rule == "brevity":
+        return "pairs of wrong answers (preferences.only_correct = false)"
+    return f"a smaller difference (preferences.min_margin, now {config.min_margin}) or another rule"
+
+
+def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
+    """The pairs that people made, once they are found to be fit for training."""
+    if not (source.path / PAIRS_FILE).exists():
+        raise DataError(
+            f"preferences.rule: 'data' reads {PAIRS_FILE} of the input `prompts`, which has none ({source.uri}); make "
+            "the prompts from a preference set, or take a rule that samples"
+        )
+    train, heldout = read_pairs(source.path, "train"), read_pairs(source.path, "heldout")
+    if not train:
+        raise DataError(f"preferences: {source.uri} holds no pairs of the train split; raise the share of training")
+    check_pairs(train, heldout)
+    assert_not_held_out((pair.prompt[-1]["content"] for pair in train), source.path)
+    metrics: Metrics = {
+        "pairs": len(train),
+        "heldout_pairs": len(heldout),
+        "edited_share": sum(pair.edited is not None for pair in train) / len(train),
+        "chosen_words": sum(len(pair.chosen.split()) for pair in train) / len(train),
+        "rejected_words": sum(len(pair.rejected.split()) for pair in train) / len(train),
+    }
+    if distributed.is_main():
+        write_table(workspace.output / PAIRS_FILE, [vars(pair) for pair in (*train, *heldout)], PAIR_SCHEMA)
+        examples: list[dict[str, report.Cell]] = [
+            {"question": pair.prompt[-1]["content"], "chosen": pair.ranking[0], "rejected": pair.rejected}
+            for pair in train[:30]
+        ]
+        page = report.page("Preferences", {"The first pairs": report.table(examples)}, key_figures=dict(metrics))
+        write_atomically(workspace.report / "report.html", page)
     return metrics
 
 
@@ -148,7 +245,8 @@ STAGE = Stage(
     output="Preferences",
     config=PreferencesConfig,
     run=run,
-    inputs={"model": "Checkpoint", "prompts": "Prompts"},
+    inputs={"prompts": "Prompts"},
+    optional_inputs={"model": "Checkpoint", "reward_model": "Checkpoint"},
     distributed=True,
     main_metric="pairs",
 )

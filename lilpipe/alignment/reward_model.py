@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lilpipe import distributed
 from lilpipe.alignment.calibration import calibration, preference_sections
 from lilpipe.alignment.order import rows_of_step
-from lilpipe.alignment.pairs import PAIRS_FILE, Pair, PairSplit, read_pairs
+from lilpipe.alignment.pairs import PAIRS_FILE, Pair, PairSplit, check_pairs, read_pairs
 from lilpipe.alignment.prompts import assert_not_held_out
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import RewardModelConfig
@@ -156,8 +156,9 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
     """The pairs of all inputs that hold any, by split. Raises ``DataError`` for those that must not be trained on."""
     sources = [source for role in ("preferences", "prompts") for source in _artifacts(inputs, role)]
     sources = [source for source in sources if (source.path / PAIRS_FILE).exists()]
-    splits: tuple[PairSplit, ...] = ("train", "heldout")
-    pairs = {split: [pair for source in sources for pair in read_pairs(source.path, split)] for split in splits}
+    pairs: dict[PairSplit, list[Pair]] = {"train": [], "heldout": []}
+    for split, found in pairs.items():
+        found += [pair for source in sources for pair in read_pairs(source.path, split)]
     if not pairs["train"]:
         raise DataError(
             "reward_model: got no pairs, expected at least one batch; give the step an input `preferences`, or "
@@ -167,22 +168,6 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
     for source in _artifacts(inputs, "prompts"):
         assert_not_held_out((pair.prompt[-1]["content"] for pair in pairs["train"]), source.path)
     return pairs
-
-
-def check_pairs(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
-    """Raise ``DataError`` for answers that are the same, and for prompts that are both learnt from and held out."""
-    same = [pair for pair in (*train, *heldout) if len({text.strip() for text in pair.ranking}) < len(pair.ranking)]
-    if same:
-        raise DataError(
-            f"{len(same)} of {len(train) + len(heldout)} pairs hold the same answer twice, expected none; the first is "
-            f"{same[0].prompt_id}. Remove them: nothing can be learnt from a preference of a text to itself"
-        )
-    questions = {str(pair.prompt) for pair in train}
-    if shared := [pair for pair in heldout if str(pair.prompt) in questions]:
-        raise DataError(
-            f"{len(shared)} of {len(heldout)} held-out pairs have a prompt that is trained on, expected none; the "
-            f"first is {shared[0].prompt_id}. Split the preferences by prompt: accuracy on them would mean nothing"
-        )
 
 
 def encode_rankings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -12,11 +13,16 @@ from lilpipe import distributed
 from lilpipe.alignment.chunks import Row, run_chunks
 from lilpipe.alignment.completions import Completion, PromptForm, complete
 from lilpipe.alignment.prompts import Prompt
-from lilpipe.artifact import Artifact
-from lilpipe.config import PreferencesConfig, RejectionSamplingConfig
+from lilpipe.alignment.reward_model import load_reward_model
+from lilpipe.alignment.rewards import Response, Rewards
+from lilpipe.artifact import Artifact, Inputs
+from lilpipe.config import PreferencesConfig, RejectionSamplingConfig, RewardConfig
+from lilpipe.evaluation.pass_at_k import mean_estimate
 from lilpipe.model.hub import load_model
+from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
-from lilpipe.stage import Workspace
+from lilpipe.stage import Metrics, Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -54,6 +60,50 @@ def sample_rows(groups: Sequence[Sequence[Completion]]) -> list[dict[str, Any]]:
     ]
 
 
+def scored_schema(rewards: Rewards) -> pa.Schema:
+    """``SAMPLE_SCHEMA``, the prompt's difficulty, and what the response is worth, in all and by each reward."""
+    columns = [pa.field("difficulty", pa.int32()), pa.field("reward", pa.float64())]
+    return pa.schema([*SAMPLE_SCHEMA, *columns, *(pa.field(_column(name), pa.float64()) for name in rewards.names)])
+
+
+def scored_rows(groups: Sequence[Sequence[Completion]], rewards: Rewards) -> list[Row]:
+    """A row of ``scored_schema`` for each completion."""
+    completions = [completion for group in groups for completion in group]
+    responses = [Response(item.response, item.verdict.ended, len(item.sample.tokens)) for item in completions]
+    scored = rewards([item.prompt for item in completions], responses)
+    return [
+        {
+            **row,
+            "difficulty": completion.prompt.difficulty,
+            "reward": worth.total,
+            **{_column(name): value for name, value in worth.parts.items()},
+        }
+        for row, completion, worth in zip(sample_rows(groups), completions, scored, strict=True)
+    ]
+
+
+def _column(name: str) -> str:
+    return f"reward/{name}"
+
+
+def load_rewards(configs: Sequence[RewardConfig], inputs: Inputs) -> Rewards:
+    """The rewards of a stage, with the reward model of its optional input ``reward_model``."""
+    source = inputs.get("reward_model")
+    if source is None:
+        return Rewards(configs)
+    assert isinstance(source, Artifact)
+    return Rewards(configs, reward_model=load_reward_model(source.path, distributed.device()))
+
+
+def reward_metrics(groups: Sequence[Sequence[Row]], rewards: Rewards) -> Metrics:
+    """The mean of each reward and of their sum, with standard errors over prompts."""
+    metrics: Metrics = {}
+    for column in ("reward", *map(_column, rewards.names)):
+        estimate = mean_estimate([sum(row[column] for row in group) / len(group) for group in groups])
+        metrics |= {column: estimate.value, column.replace("reward", "reward_stderr", 1): estimate.stderr}
+    return metrics
+
+
 def sample_in_chunks(
     model: Artifact,
     prompts: Sequence[Prompt],
@@ -61,15 +111,25 @@ def sample_in_chunks(
     *,
     form: PromptForm,
     purpose: str,
+    rewards: Rewards,
     workspace: Workspace,
+    name: str = "samples",
 ) -> list[Row]:
-    """``config.samples_per_prompt`` answers to each prompt, as rows; resumable by chunk, shared among processes."""
+    """``config.samples_per_prompt`` answers to each prompt, as rows of ``scored_schema``.
+
+    They are shared among processes. A killed run goes on with the first prompt that is not in a chunk's file: what a
+    chunk holds depends on its prompts and its number alone, so the rows are the same however often that happens.
+    """
     assert config.seed is not None
     seed, size = config.seed, config.prompts_per_chunk
-    network, tokenizer = load_model(model.path)
-    network = network.to(distributed.device())
 
-    def work(index: int) -> list[dict[str, Any]]:
+    @cache
+    def load() -> tuple[Transformer, Tokenizer]:
+        network, tokenizer = load_model(model.path)
+        return network.to(distributed.device()), tokenizer
+
+    def work(index: int) -> list[Row]:
+        network, tokenizer = load()
         groups = complete(
             network,
             tokenizer,
@@ -79,9 +139,10 @@ def sample_in_chunks(
             seed=derive_seed(seed, purpose, index),
             num_samples=config.samples_per_prompt,
         )
-        return sample_rows(groups)
+        return scored_rows(groups, rewards)
 
-    return run_chunks(work, -(-len(prompts) // size), name="samples", schema=SAMPLE_SCHEMA, workspace=workspace)
+    num_chunks = -(-len(prompts) // size)
+    return run_chunks(work, num_chunks, name=name, schema=scored_schema(rewards), workspace=workspace)
 
 
 def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:

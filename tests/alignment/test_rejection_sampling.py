@@ -2,7 +2,7 @@ import pytest
 
 from lilpipe.alignment import completions, rejection_sampling
 from lilpipe.alignment.prompts import read_conversations, read_prompts, verify
-from lilpipe.alignment.rejection_sampling import keep_correct, run
+from lilpipe.alignment.rejection_sampling import run, select
 from lilpipe.alignment.tables import read_table
 from lilpipe.config import RejectionSamplingConfig, SamplingConfig
 from lilpipe.errors import ConfigError, DataError
@@ -15,8 +15,15 @@ CONFIG = RejectionSamplingConfig(
 )
 
 
-def row(response, *, correct, sample=0):
-    return {"prompt_id": "p", "sample": sample, "response": response, "correct": correct}
+def row(response, *, correct=False, sample=0, reward=0.0, ended=True):
+    return {
+        "prompt_id": "p",
+        "sample": sample,
+        "response": response,
+        "correct": correct,
+        "reward": reward,
+        "ended": ended,
+    }
 
 
 @pytest.fixture
@@ -48,6 +55,10 @@ def oracle(monkeypatch, prompts, tokenizer):
     return train
 
 
+def kept(rows, **settings):
+    return [row["sample"] for row in select(rows, CONFIG.model_copy(update=settings))]
+
+
 def test_only_correct_answers_are_kept_each_once():
     rows = [
         row("Answer: 2", correct=False),
@@ -55,9 +66,44 @@ def test_only_correct_answers_are_kept_each_once():
         row("Answer:  1", correct=True, sample=2),
         row("Sure. Answer: 1", correct=True, sample=3),
     ]
-    assert [kept["sample"] for kept in keep_correct(rows, max_kept=1)] == [1]
-    assert [kept["sample"] for kept in keep_correct(rows, max_kept=9)] == [1, 3]
-    assert keep_correct(rows[:1], max_kept=9) == []
+    assert kept(rows) == [1]
+    assert kept(rows, max_kept_per_prompt=9) == kept(rows, max_kept_per_prompt=None) == [1, 3]
+    assert kept(rows[:1], max_kept_per_prompt=9) == []
+
+
+REWARDED = [
+    row("a", reward=0.2),
+    row("b", reward=0.9, sample=1),
+    row("cut off", reward=5.0, sample=2, ended=False),
+    row("b ", reward=0.9, sample=3),
+    row("c", reward=0.9, sample=4),
+    row("d", reward=-1.0, sample=5),
+]
+
+
+def test_the_best_answers_that_ended_are_kept_of_equal_ones_the_first():
+    assert kept(REWARDED, keep="best") == [1]
+    assert kept(REWARDED, keep="best", max_kept_per_prompt=3) == [1, 4, 0]
+    assert kept(REWARDED, keep="best", threshold=1.0) == []
+
+
+def test_answers_above_a_threshold_are_kept_the_highest_first():
+    assert kept(REWARDED, keep="threshold", threshold=0.2, max_kept_per_prompt=None) == [1, 4, 0]
+    assert kept(REWARDED, keep="threshold", threshold=0.2, max_kept_per_prompt=2) == [1, 4]
+    assert kept(REWARDED, keep="threshold", threshold=0.21, max_kept_per_prompt=None) == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": "threshold"}, "threshold is not given"),
+        ({"threshold": 0.5}, "does not use threshold"),
+        ({"keep": "best", "max_kept_per_prompt": None}, "best' of how many"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RejectionSamplingConfig(**settings)
 
 
 def test_what_is_kept_is_right_and_what_is_counted_is_what_was_planted(tmp_path, inputs, oracle):

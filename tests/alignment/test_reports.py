@@ -7,14 +7,15 @@ from tests.alignment.conftest import as_artifact
 from tests.alignment.test_dpo import pair
 from tests.alignment.test_grpo import CONFIG as GRPO
 
-ROW = {"prompt_id": "p", "family": "sort", "question": "Sort <3> 1.", "num_words": 2, "ended": True}
-RIGHT = {**ROW, "response": "Answer: 1 3", "correct": True}
-WRONG = {**ROW, "response": "<b>?</b>", "correct": False}
+ROW = {"prompt_id": "p", "family": "sort", "question": "Sort <3> 1.", "difficulty": 2, "num_words": 2, "ended": True}
+RIGHT = {**ROW, "response": "Answer: 1 3", "correct": True, "reward": 1.0}
+WRONG = {**ROW, "response": "<b>?</b>", "correct": False, "reward": 0.0}
 
 
 def test_rejection_samplings_report_shows_pass_rates_and_escapes_what_a_model_wrote():
     groups = [[RIGHT, WRONG], [WRONG, WRONG]]
-    html = rejection_sampling._report(groups, [RIGHT], rejection_sampling.summarise(groups, num_kept=1))
+    metrics = {**rejection_sampling.summarise(groups, num_kept=1), "reward": 0.25}
+    html = rejection_sampling._report(groups, [RIGHT], metrics)
     assert "Sort &lt;3&gt; 1." in html
     assert "<b>?</b>" not in html
     assert html.count("<svg") == 1

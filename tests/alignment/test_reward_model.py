@@ -16,7 +16,7 @@ from lilpipe.alignment.reward_model import (
 )
 from lilpipe.alignment.tables import write_table
 from lilpipe.config import ModelConfig, OptimizerConfig, RewardModelConfig
-from lilpipe.errors import ArtifactError, ConfigError, DataError
+from lilpipe.errors import ArtifactError, ConfigError, DataError, LilpipeError
 from lilpipe.model.heads import save_head_model, with_head
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
@@ -315,7 +315,7 @@ def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(
 # --- gates --------------------------------------------------------------------------------------------------------
 
 
-def refused(make_checkpoint, tmp_path, match, error=DataError, config=CONFIG, **inputs):
+def refused(make_checkpoint, tmp_path, match, error: type[LilpipeError] = DataError, config=CONFIG, **inputs):
     with pytest.raises(error, match=match):
         run(config, {"model": make_checkpoint(), **inputs}, Workspace(tmp_path / "refused"))
 
