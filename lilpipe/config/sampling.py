@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lilpipe.config.section import NumWorkers, Section
 
@@ -14,12 +14,23 @@ class SamplingConfig(Section):
 
     temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
+    top_k: NonNegativeInt = 0
+    """Only this many of the likeliest tokens are drawn from (Fan et al. 2018); 0 is all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus (Holtzman et al. 2020)."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Tokens of less than this share of the likeliest one's probability are not drawn (Nguyen et al. 2024)."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Logits of tokens of the prompt and the answer so far are divided by it, negative ones multiplied (Keskar et al.
+    2019)."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Strings that end an answer once its text holds one."""
     max_new_tokens: PositiveInt = 48
     """Longest answer."""
     batch_size: PositiveInt = 256
     """Sequences decoded together."""
+    engine: Literal["native", "vllm"] = "native"
+    """`vllm` needs the extra `vllm` and a GPU; its samples are other ones than the native engine's."""
 
 
 class SamplingSection(Section):

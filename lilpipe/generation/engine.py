@@ -1,55 +1,37 @@
-"""Batched decoding with a cache of keys and values.
+"""Batched decoding with a paged cache of keys and values.
 
-A prompt is read once and its cache copied to each of its samples. Up to ``batch_size`` sequences advance together by
-a token a step; a sequence that ends gives its row to the next one waiting (continuous batching, Yu et al. 2022,
-"Orca"), and once none waits the batch shrinks. Each sequence draws from a random stream of its own, so a sample does
-not depend on which others share the batch, up to the rounding of matrix products of another size.
+A prompt is read once, and its pages are shared by all of its samples: a sample's own tokens go to pages of its own, so
+that nothing is ever copied. Up to ``max_rows`` sequences advance together by a token a step; one that ends gives back
+its pages, and its row goes to the next one waiting before the next step (continuous batching, Yu et al. 2022, "Orca").
+Where the number of pages is limited, a sequence waits until there are pages for its longest possible answer. Each
+sequence draws from a random stream of its own, so a sample does not depend on which others share the batch, up to the
+rounding of matrix products of another size.
+
+Dimensions: P prompts, T tokens, D width, V vocabulary, B rows.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from lilpipe.config import SamplingConfig
 from lilpipe.errors import DataError
-from lilpipe.generation.sampling import choose, uniforms
-from lilpipe.model.attention import KVCache
-from lilpipe.model.transformer import Transformer, gather_logprobs
+from lilpipe.generation.paged_attention import PromptView
+from lilpipe.generation.pages import PAGE_SIZE, pages_for
+from lilpipe.generation.requests import Request, Row, Sample
+from lilpipe.generation.rows import Rows, table
+from lilpipe.generation.text import token_bytes
+from lilpipe.model.transformer import Transformer
+from lilpipe.tokenizer.encoding import Tokenizer
 
-IDLE_SHARE = 1 / 8
-"""Rows are refilled or dropped once this share of the batch is idle: each time costs a copy of keys and values."""
+__all__ = ["Engine", "Request", "Sample", "generate", "stream"]
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer.
-
-    ``tokens`` leaves the stop token out. ``logprobs`` are the model's own, at temperature 1 and before ``top_p``, of
-    ``tokens`` and of the stop token if ``finished``. An answer that is not finished met ``max_new_tokens`` or
-    ``max_seq_len``.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    finished: bool
-
-
-@dataclass
-class _Sequence:
-    """An answer in the making."""
-
-    prompt: int
-    sample: int
-    max_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
+TOKENS_AT_ONCE = 8192
+"""Tokens of prompts, padding included, that are read in one forward pass."""
 
 
 def generate(
@@ -60,155 +42,181 @@ def generate(
     stop_ids: Collection[int],
     seed: int,
     num_samples: int = 1,
+    tokenizer: Tokenizer | None = None,
+    num_pages: int | None = None,
 ) -> list[list[Sample]]:
     """``num_samples`` answers to each prompt, in order.
 
-    Random numbers depend on ``seed``, the prompt's index in ``prompts`` and the sample's index alone. Raises
-    ``DataError`` for a prompt that is empty or leaves no room for an answer, and for a model that gives NaN.
+    Random numbers depend on ``seed``, the prompt's index in ``prompts`` and the sample's index alone. ``tokenizer`` is
+    needed for stop strings. Raises ``DataError`` for a prompt that is empty or leaves no room for an answer, and for a
+    model that gives NaN.
     """
-    batch = _Batch(model, prompts, sampling=sampling, stop_ids=stop_ids, seed=seed, num_samples=num_samples)
-    while batch.advance():
+    engine = Engine(model, max_rows=sampling.batch_size, num_pages=num_pages)
+    requests = [
+        engine.submit(
+            prompt,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            seed=seed,
+            num_samples=num_samples,
+            tokenizer=tokenizer,
+            index=index,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    while engine.step():
         pass
-    return [[Sample(s.tokens, s.logprobs, s.finished) for s in samples] for samples in batch.sequences]
+    return [request.samples for request in requests]
 
 
 def stream(
-    model: Transformer, prompt: Sequence[int], *, sampling: SamplingConfig, stop_ids: Collection[int], seed: int
+    model: Transformer,
+    prompt: Sequence[int],
+    *,
+    sampling: SamplingConfig,
+    stop_ids: Collection[int],
+    seed: int,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[int]:
     """The tokens of one answer, each as soon as it is drawn; the same as ``generate`` gives."""
-    batch = _Batch(model, [prompt], sampling=sampling, stop_ids=stop_ids, seed=seed, num_samples=1)
-    sequence = batch.sequences[0][0]
-    num_sent = 0
-    while batch.advance():
-        yield from sequence.tokens[num_sent:]
-        num_sent = len(sequence.tokens)
+    engine = Engine(model, max_rows=1)
+    request = engine.submit(prompt, sampling=sampling, stop_ids=stop_ids, seed=seed, tokenizer=tokenizer)
+    tokens, num_sent = request.samples[0].tokens, 0
+    while not request.done:
+        engine.step()
+        yield from tokens[num_sent:]
+        num_sent = len(tokens)
 
 
-class _Batch:
-    """Rows that are decoded together; ``advance`` until it says that all is done.
+class Engine:
+    """Requests that are decoded together; ``step`` until it says that nothing is left.
 
-    Row r holds one sequence or none: the token drawn last, which stands at ``positions[r]`` and is not in the cache
-    yet.
+    ``num_pages`` limits the pages of ``PAGE_SIZE`` tokens that are in use at once.
     """
 
-    def __init__(
+    def __init__(self, model: Transformer, *, max_rows: int, num_pages: int | None = None) -> None:
+        self.model = model
+        self.max_rows = max_rows
+        self.num_pages = num_pages
+        self.waiting: deque[Request] = deque()
+        """Requests of which not all answers have begun, the first come first."""
+        self.rows = Rows(model)
+
+    def submit(
         self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
+        prompt_ids: Sequence[int],
         *,
         sampling: SamplingConfig,
         stop_ids: Collection[int],
         seed: int,
-        num_samples: int,
-    ) -> None:
-        self.model = model
-        self.prompts = prompts
-        self.sampling = sampling
-        self.stop_ids = frozenset(stop_ids)
-        self.seed = seed
-        rooms = [_room(model, index, prompt, sampling) for index, prompt in enumerate(prompts)]
-        self.sequences = [[_Sequence(i, k, room) for k in range(num_samples)] for i, room in enumerate(rooms)]
-        self.waiting = deque(
-            samples[start : start + sampling.batch_size]
-            for samples in self.sequences
-            for start in range(0, num_samples, sampling.batch_size)
+        num_samples: int = 1,
+        tokenizer: Tokenizer | None = None,
+        index: int = 0,
+    ) -> Request:
+        """Ask for answers to a prompt; ``index`` is the prompt's part in its random numbers, beside ``seed``.
+
+        Raises ``DataError`` for a prompt that cannot be answered, and for stop strings without a tokenizer.
+        """
+        if sampling.stop and tokenizer is None:
+            raise DataError(f"sampling.stop: got {sampling.stop} and no tokenizer to read the answers with; give one")
+        request = Request(
+            prompt=list(prompt_ids),
+            sampling=sampling,
+            stop_ids=frozenset(stop_ids),
+            seed=seed,
+            index=index,
+            room=_room(self.model, index, prompt_ids, sampling),
+            samples=[Sample([], [], finished=False) for _ in range(num_samples)],
+            vocabulary=token_bytes(tokenizer) if sampling.stop and tokenizer else [],
         )
-        num_rows = min(sampling.batch_size, len(prompts) * num_samples)
-        max_len = max((len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)), default=0)
-        self.rows: list[_Sequence | None] = [None] * num_rows
-        self.num_busy = 0
-        self.cache = KVCache.empty(model, num_rows=num_rows, max_len=max_len)
-        self.tokens, self.positions, self.num_drawn = torch.zeros(3, num_rows, dtype=torch.int64, device=model.device)
-        self.uniforms = torch.zeros(num_rows, sampling.max_new_tokens, device=model.device)
+        self._check_pages(request)
+        if request.samples:
+            self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Draw nothing more for a request; its answers end as they are."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        request.num_ended += len(request.samples) - request.num_started
+        request.num_started = len(request.samples)
+        for sample in request.samples:
+            sample.stop_reason = sample.stop_reason or "cancelled"
+        self.rows.remove([number for number, row in enumerate(self.rows.rows) if row.request is request])
 
     @torch.inference_mode()
-    def advance(self) -> bool:
-        """Give idle rows to waiting sequences, or else draw a token in every busy row. False if there is none."""
-        num_idle = len(self.rows) - self.num_busy
-        worthwhile = num_idle >= IDLE_SHARE * len(self.rows)
-        if self.waiting and worthwhile and num_idle >= len(self.waiting[0]):
-            self._admit()
-        elif self.num_busy == 0:
+    def step(self) -> bool:
+        """Give free rows to waiting answers and draw a token in every row. False if nothing is left to do."""
+        while self._enter():
+            pass
+        if self.rows:
+            tokens_B1, positions_B1, view = self.rows.inputs()
+            self.rows.draw(self.model(tokens_B1, positions_BT=positions_B1, cache=view)[:, 0])
+        return bool(self.rows or self.waiting)
+
+    # --- entering -------------------------------------------------------------------------------------------------
+
+    def _enter(self) -> bool:
+        """Let in answers that wait, reading their prompts, and draw their first tokens. False if none could enter."""
+        entering: list[Row] = []
+        while self.waiting and len(self.rows) + len(entering) < self.max_rows:
+            request = self.waiting[0]
+            if not self._has_pages(request, entering):
+                break
+            if not request.pages:
+                request.pages = self.rows.prompts.take(pages_for(len(request.prompt)))
+            entering.append(Row(request, request.num_started))
+            request.num_started += 1
+            if request.num_started == len(request.samples):
+                self.waiting.popleft()
+        if not entering:
             return False
-        else:
-            if worthwhile and not self.waiting:
-                self._drop_idle()
-            self._step()
+        requests = list(dict.fromkeys(row.request for row in entering))
+        self._read([request for request in requests if request.logits_V is None])
+        logits = [row.request.logits_V for row in entering]
+        for request in requests:
+            if request.num_started == len(request.samples):
+                request.logits_V = None
+        self.rows.add(entering, torch.stack([logits_V for logits_V in logits if logits_V is not None]))
         return True
 
-    def _admit(self) -> None:
-        """Read prompts, each once, copy their caches to the rows of their samples, and draw the first tokens."""
-        idle = [row for row, sequence in enumerate(self.rows) if sequence is None]
-        groups: list[list[_Sequence]] = []
-        entering: list[_Sequence] = []
-        while self.waiting and len(entering) + len(self.waiting[0]) <= len(idle):
-            groups.append(self.waiting.popleft())
-            entering += groups[-1]
-        device = self.tokens.device
-        rows_B = torch.tensor(idle[: len(entering)], device=device)
-        parents_B = torch.tensor([parent for parent, group in enumerate(groups) for _ in group], device=device)
-        logits_PV, lengths_P, cache = self._prefill([self.prompts[group[0].prompt] for group in groups])
-        self.cache.copy_rows(rows_B, cache, parents_B)
-        self.positions[rows_B] = lengths_P[parents_B]
-        self.num_drawn[rows_B] = 0
-        num_tokens = self.uniforms.shape[1]
-        streams = [uniforms(self.seed, sequence.prompt, sequence.sample, num_tokens) for sequence in entering]
-        self.uniforms[rows_B] = torch.stack(streams).to(device)
-        for row, sequence in zip(idle, entering, strict=False):
-            self.rows[row] = sequence
-        self.num_busy += len(entering)
-        self._draw(rows_B, logits_PV[parents_B])
+    def _has_pages(self, request: Request, entering: Sequence[Row]) -> bool:
+        """Whether there are pages for one more answer as long as it may get, beside all those under way."""
+        if self.num_pages is None:
+            return True
+        promised = sum(row.request.pages_per_answer for row in [*self.rows.rows, *entering])
+        prompt = 0 if request.pages else pages_for(len(request.prompt))
+        return self.rows.prompts.num_used + promised + prompt + request.pages_per_answer <= self.num_pages
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, KVCache]:
-        """Logits after each prompt ``[P, V]``, the prompts' lengths ``[P]`` and their cache."""
-        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=self.tokens.device)
-        max_len = max(map(len, prompts))
-        # Padding stands on the right, where no prompt can see it and where the answer will overwrite it.
-        padded = [[*prompt, *[0] * (max_len - len(prompt))] for prompt in prompts]
-        tokens_PT = torch.tensor(padded, device=self.tokens.device)
-        cache = KVCache.empty(self.model, num_rows=len(prompts), max_len=max_len)
-        hidden_PTD = self.model.model(tokens_PT, cache=cache)
-        last_PD = hidden_PTD[torch.arange(len(prompts), device=lengths_P.device), lengths_P - 1]
-        return self.model.logits(last_PD), lengths_P, cache
+    def _read(self, requests: Sequence[Request]) -> None:
+        """Read prompts, those of like length together."""
+        ordered = sorted(requests, key=lambda request: len(request.prompt))
+        while ordered:
+            count = 1
+            while count < len(ordered) and (count + 1) * len(ordered[count].prompt) <= TOKENS_AT_ONCE:
+                count += 1
+            self._read_together(ordered[:count])
+            ordered = ordered[count:]
 
-    def _step(self) -> None:
-        """Feed the last token of every row and draw the next in the busy ones."""
-        logits_BV = self.model(self.tokens[:, None], positions_BT=self.positions[:, None], cache=self.cache)[:, 0]
-        busy = [row for row, sequence in enumerate(self.rows) if sequence is not None]
-        busy_B = torch.tensor(busy, device=self.tokens.device)
-        self.positions[busy_B] += 1
-        self._draw(busy_B, logits_BV[busy_B])
+    def _read_together(self, requests: Sequence[Request]) -> None:
+        lengths_P = np.array([len(request.prompt) for request in requests])
+        max_len, device = int(lengths_P.max()), self.model.device
+        # Padding stands on the right, where no token of the prompt can see it.
+        tokens_PT = torch.tensor([request.prompt + [0] * (max_len - len(request.prompt)) for request in requests])
+        view = PromptView(self.rows.prompts, table([request.pages for request in requests]), lengths_P)
+        hidden_PTD = self.model.model(tokens_PT.to(device), cache=view)
+        last_P = torch.from_numpy(lengths_P - 1).to(device)
+        logits_PV = self.model.logits(hidden_PTD[torch.arange(len(requests), device=device), last_P])
+        for request, logits_V in zip(requests, logits_PV, strict=True):
+            request.logits_V = logits_V
 
-    def _draw(self, rows_B: Tensor, logits_BV: Tensor) -> None:
-        """Draw a token for each of these rows and record it; a sequence that ends leaves its row."""
-        if not math.isfinite(logits_BV.sum().item()):
-            raise DataError("the model's logits are not finite: its training has diverged; train it again")
-        uniforms_B = self.uniforms[rows_B, self.num_drawn[rows_B]]
-        sampling = self.sampling
-        tokens_B = choose(logits_BV, uniforms_B, temperature=sampling.temperature, top_p=sampling.top_p)
-        logprobs = gather_logprobs(logits_BV, tokens_B).tolist()
-        self.tokens[rows_B] = tokens_B
-        self.num_drawn[rows_B] += 1
-        for row, token, logprob in zip(rows_B.tolist(), tokens_B.tolist(), logprobs, strict=True):
-            sequence = self.rows[row]
-            assert sequence is not None
-            sequence.logprobs.append(logprob)
-            if token in self.stop_ids:
-                sequence.finished = True
-            else:
-                sequence.tokens.append(token)
-            if sequence.finished or len(sequence.tokens) == sequence.max_tokens:
-                self.rows[row] = None
-                self.num_busy -= 1
-
-    def _drop_idle(self) -> None:
-        """Make the batch smaller by the rows that are idle."""
-        busy = [row for row, sequence in enumerate(self.rows) if sequence is not None]
-        busy_B = torch.tensor(busy, device=self.tokens.device)
-        self.rows = [self.rows[row] for row in busy]
-        self.cache = self.cache.select_rows(busy_B)
-        self.tokens, self.positions = self.tokens[busy_B], self.positions[busy_B]
-        self.uniforms, self.num_drawn = self.uniforms[busy_B], self.num_drawn[busy_B]
+    def _check_pages(self, request: Request) -> None:
+        needed = pages_for(len(request.prompt)) + request.pages_per_answer
+        if self.num_pages is not None and needed > self.num_pages:
+            raise DataError(
+                f"prompt {request.index}: {len(request.prompt)} tokens and an answer of up to {request.room} need "
+                f"{needed} pages of {PAGE_SIZE} tokens, and num_pages is {self.num_pages}; shorten them or give more"
+            )
 
 
 def _room(model: Transformer, index: int, prompt: Sequence[int], sampling: SamplingConfig) -> int:

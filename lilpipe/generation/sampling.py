@@ -1,6 +1,8 @@
 """Choosing the next token from logits: pure functions.
 
-Dimensions: B sequences, V vocabulary, N tokens of one sequence.
+What a row gets depends on that row alone, never on the others.
+
+Dimensions: B sequences, V vocabulary, N tokens of one sequence, C candidates, W tokens of a block.
 """
 
 from __future__ import annotations
@@ -9,7 +11,15 @@ import hashlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lilpipe.generation.requests import Law
+
+BLOCK = 64
+"""Tokens whose probabilities are summed at once."""
+CANDIDATES = (64, 1024)
+"""How many of the likeliest tokens are tried before all are sorted, which takes ten times as long."""
 
 
 def uniforms(seed: int, prompt: int, sample: int, num_tokens: int) -> Tensor:
@@ -23,25 +33,118 @@ def uniforms(seed: int, prompt: int, sample: int, num_tokens: int) -> Tensor:
     return torch.from_numpy(bits.astype(np.float32) * np.float32(2**-24))
 
 
-def choose(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
+def draw(logits_BV: Tensor, uniforms_B: Tensor, law: Law, seen_BV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A token for each row and its log-probability ``[B]`` under the logits as they are: at temperature 1, before the
+    penalty and before any filter. ``seen_BV`` is True at the tokens that the repetition penalty is for.
+    """
+    largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    weights_BV = (logits_BV - largest_B1).exp_()
+    blocks_BN = _block_sums(weights_BV)
+    totals_B1 = blocks_BN.sum(dim=-1, keepdim=True)
+    penalized_BV = logits_BV
+    if law.repetition_penalty != 1 and seen_BV is not None:
+        penalized_BV = penalize(logits_BV, seen_BV, law.repetition_penalty)
+    filtered = law.top_k > 0 or law.top_p < 1 or law.min_p > 0
+    if penalized_BV is logits_BV and law.temperature == 1 and not filtered:
+        tokens_B = _invert_blocks(weights_BV, blocks_BN, uniforms_B)
+    else:
+        tokens_B = choose(
+            penalized_BV,
+            uniforms_B,
+            temperature=law.temperature,
+            top_k=law.top_k,
+            top_p=law.top_p,
+            min_p=law.min_p,
+        )
+    chosen_B1 = logits_BV.gather(-1, tokens_B[:, None])
+    return tokens_B, (chosen_B1 - largest_B1 - totals_B1.log()).squeeze(-1)
+
+
+def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Logits with those of tokens that were seen divided by the penalty, or multiplied where they are negative."""
+    return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+def choose(
+    logits_BV: Tensor,
+    uniforms_B: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
     """One token ``[B]`` for each row, by inverting the cumulative distribution at the row's uniform number.
 
-    ``temperature`` 0 takes the likeliest token. ``top_p`` below 1 keeps the fewest likeliest tokens whose
-    probability reaches it (nucleus sampling, Holtzman et al. 2020).
+    ``temperature`` 0 takes the likeliest token. ``top_k`` above 0 keeps so many of the likeliest tokens; ``top_p``
+    below 1 the fewest likeliest of these whose share of their probability reaches it (nucleus sampling, Holtzman et
+    al. 2020); ``min_p`` those that are at least that share as likely as the likeliest.
     """
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
-    probs_BV = torch.softmax(logits_BV / temperature, dim=-1)
-    if top_p == 1:
-        return _invert(probs_BV.cumsum(dim=-1), uniforms_B)
-    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-    cumulative_BV = sorted_BV.cumsum(dim=-1)
+    largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    weights_BV = ((logits_BV - largest_B1) / temperature).exp_()
+    if top_k == 0 and top_p == 1 and min_p == 0:
+        return _invert_blocks(weights_BV, _block_sums(weights_BV), uniforms_B)
+    tokens_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+    open_N = torch.arange(len(logits_BV), device=logits_BV.device)
+    vocab_size = logits_BV.shape[-1]
+    widths = [vocab_size if top_k == 0 else min(top_k, vocab_size)]
+    widths = [width for width in CANDIDATES if width < widths[0]] + widths
+    for width in widths:
+        chosen_N, complete_N = _among_likeliest(
+            weights_BV[open_N], uniforms_B[open_N], width, top_p=top_p, min_p=min_p, is_last=width == widths[-1]
+        )
+        tokens_B[open_N[complete_N]] = chosen_N[complete_N]
+        open_N = open_N[~complete_N]
+        if len(open_N) == 0:
+            break
+    return tokens_B
+
+
+def _among_likeliest(
+    weights_BV: Tensor, uniforms_B: Tensor, width: int, *, top_p: float, min_p: float, is_last: bool
+) -> tuple[Tensor, Tensor]:
+    """A token of each row chosen among its ``width`` likeliest, and whether all that may be drawn are among these."""
+    candidates_BC, order_BC = weights_BV.topk(width, dim=-1)
+    cumulative_BC = candidates_BC.cumsum(dim=-1)
+    total_B1 = cumulative_BC[:, -1:] if is_last else weights_BV.sum(dim=-1, keepdim=True)
     # A token stays if those before it fall short of top_p; the first always does. The last that stays is the first
     # whose cumulative probability reaches top_p, and rounding may leave none.
-    num_short_B1 = (cumulative_BV < top_p).sum(dim=-1, keepdim=True).clamp(max=logits_BV.shape[-1] - 1)
-    nucleus_B1 = cumulative_BV.gather(-1, num_short_B1)
-    pick_B = _invert(cumulative_BV.clamp(max=nucleus_B1), uniforms_B)
-    return order_BV.gather(-1, pick_B[:, None]).squeeze(-1)
+    num_short_B1 = (cumulative_BC < top_p * total_B1).sum(dim=-1, keepdim=True)
+    num_likely_B1 = (candidates_BC >= min_p).sum(dim=-1, keepdim=True)  # the likeliest has weight 1
+    complete_B = is_last | ((num_short_B1 < width) | (num_likely_B1 < width)).squeeze(-1)
+    last_B1 = torch.minimum(num_short_B1, num_likely_B1 - 1).clamp(0, width - 1)
+    kept_BC = cumulative_BC.clamp(max=cumulative_BC.gather(-1, last_B1))
+    pick_B = _invert(kept_BC, uniforms_B)
+    return order_BC.gather(-1, pick_B[:, None]).squeeze(-1), complete_B
+
+
+def _block_sums(weights_BV: Tensor) -> Tensor:
+    """Sums of blocks of ``BLOCK`` tokens; the last may be shorter."""
+    vocab_size = weights_BV.shape[-1]
+    whole = vocab_size // BLOCK * BLOCK
+    sums_BN = weights_BV[:, :whole].unflatten(-1, (-1, BLOCK)).sum(dim=-1) if whole else weights_BV[:, :0]
+    if whole == vocab_size:
+        return sums_BN
+    return torch.cat([sums_BN, weights_BV[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
+
+
+def _invert_blocks(weights_BV: Tensor, blocks_BN: Tensor, uniforms_B: Tensor) -> Tensor:
+    """``_invert`` of the cumulative weights, by way of blocks: sums over all the vocabulary in order are slow."""
+    cumulative_BN = blocks_BN.cumsum(dim=-1)
+    target_B1 = uniforms_B[:, None] * cumulative_BN[:, -1:]
+    block_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
+    before_B1 = F.pad(cumulative_BN, (1, 0)).gather(-1, block_B1)
+    columns_BW = block_B1 * BLOCK + torch.arange(BLOCK, device=weights_BV.device)
+    vocab_size = weights_BV.shape[-1]
+    inside_BW = weights_BV.gather(-1, columns_BW.clamp(max=vocab_size - 1))
+    inside_BW = inside_BW.where(columns_BW < vocab_size, 0.0).cumsum(dim=-1)
+    within_B1 = torch.searchsorted(inside_BW, target_B1 - before_B1, right=True)
+    # Rounded otherwise, the block's sum may not reach what is left: then it is the block's last token with a weight.
+    last_B1 = torch.searchsorted(inside_BW, inside_BW[:, -1:].contiguous())
+    # Weights of NaN have no such token; the caller sees it by the log-probability.
+    return (block_B1 * BLOCK + torch.minimum(within_B1, last_B1)).squeeze(-1).clamp(max=vocab_size - 1)
 
 
 def _invert(cumulative_BV: Tensor, uniforms_B: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ heads, E size of one head.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -69,6 +70,10 @@ class KVCache:
         shape = (config.num_layers, num_rows, max_len, heads)
         return cls(*(torch.zeros(*shape, width, device=weight.device, dtype=weight.dtype) for width in widths))
 
+    def view(self, num_tokens: int, positions_BT: Tensor | None) -> CacheView:
+        """What the layers see of it in one pass."""
+        return CacheView(self, num_tokens, positions_BT)
+
     def select_rows(self, rows_B: Tensor) -> KVCache:
         """The rows of those numbers alone."""
         return KVCache(self.keys_LBSKE.index_select(1, rows_B), self.values_LBSKE.index_select(1, rows_B))
@@ -77,6 +82,14 @@ class KVCache:
         """Overwrite ``rows_B`` with rows of another cache, which may be shorter; one may be copied several times."""
         for own, other in ((self.keys_LBSKE, source.keys_LBSKE), (self.values_LBSKE, source.values_LBSKE)):
             own[:, :, : other.shape[2]].index_copy_(1, rows_B, other.index_select(1, source_rows_B))
+
+
+class Cache(Protocol):
+    """What a forward pass may be given to read and write keys and values in."""
+
+    def view(self, num_tokens: int, positions_BT: Tensor | None) -> KeysAndValues:
+        """What the layers see of it in one pass."""
+        ...
 
 
 class KeysAndValues(Protocol):
@@ -88,6 +101,20 @@ class KeysAndValues(Protocol):
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
         """Take new keys and values, and return all that may be attended to: two tensors ``[B, S, K, E]``."""
         ...
+
+
+class AttendingView(ABC):
+    """Keys and values that are not to be gathered: what holds them computes the attention itself."""
+
+    mask_B1TS: Mask | None
+
+    @abstractmethod
+    def attend(self, layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+        """Take new keys and values, and attend to all that each token may see: ``[B, T, H, E]``."""
+
+    @abstractmethod
+    def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """As of ``KeysAndValues``, for attention of another kind."""
 
 
 class CacheView:
@@ -155,6 +182,8 @@ class Attention(nn.Module):
         if rope is not None:
             q_BTHE, k_BTKE = apply_rope(q_BTHE, *rope), apply_rope(k_BTKE, *rope)
         v_BTKE = self.v_proj(x_BTD).view(B, T, K, E)
+        if isinstance(view, AttendingView):
+            return self.o_proj(view.attend(self.layer, q_BTHE, k_BTKE, v_BTKE).flatten(2))
         if view is not None:
             k_BTKE, v_BTKE = view.update(self.layer, k_BTKE, v_BTKE)
             mask = view.mask_B1TS

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lilpipe.config import ModelConfig
 from lilpipe.errors import DataError
-from lilpipe.model.attention import Angles, Attention, CacheView, KeysAndValues, KVCache, rope_table
+from lilpipe.model.attention import Angles, Attention, Cache, KeysAndValues, rope_table
 from lilpipe.model.dropout import dropout, dropout_seed, layer_numbers, token_numbers
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Embedding, GELULayer, Linear, SwiGLU, residual_norm
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         mask: Mask | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         rows_B: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states ``[B, T, D]``, normalised; of a stage that is not the last, what goes to the next.
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
                 f"sequence of {num_tokens} tokens: the model takes at most max_seq_len = {self.config.max_seq_len}; "
                 "cut the sequence or raise model.max_seq_len"
             )
-        view = None if cache is None else CacheView(cache, num_tokens, positions_BT)
+        view = None if cache is None else cache.view(num_tokens, positions_BT)
         x_BTD = self._embed(x, positions_BT) if self.part.first else x
         rope = self._angles(num_tokens, positions_BT, x_BTD.dtype)
         if self.context is not None:
@@ -229,7 +229,7 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
         mask: Mask | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         rows_B: Tensor | None = None,
     ) -> Any:
         """Logits ``[B, T, V]`` in float32 of the token that follows each token, or ``Scores`` of ``targets_BT``.

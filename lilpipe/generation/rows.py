@@ -1,0 +1,189 @@
+"""The answers that are decoded together: their tokens, random numbers and pages.
+
+Dimensions: B rows, V vocabulary, N random numbers, M pages of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lilpipe.errors import DataError
+from lilpipe.generation.paged_attention import DecodeView, Layout, Scratch, layout
+from lilpipe.generation.pages import PAGE_SIZE, PagePool
+from lilpipe.generation.requests import Law, Row
+from lilpipe.generation.sampling import draw, uniforms
+from lilpipe.model.transformer import Transformer
+
+COMPACT_AT = 1 / 2
+"""Pages are moved together once less than this share of those up to the last one is in use."""
+
+
+class Rows:
+    """Row b holds one answer: the token drawn last, which is not in the cache yet. Rows are in no order."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.config, self.vocab_size, self.device = model.config, model.vocab_size, model.device
+        self.answers, self.prompts = PagePool(model), PagePool(model)
+        self.rows: list[Row] = []
+        self._tokens_B = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self._num_drawn_B = np.zeros(0, dtype=np.int64)
+        self._uniforms_BN = np.zeros((0, 0), dtype=np.float32)
+        self._seen_BV: Tensor | None = None
+        self._by_law: dict[Law, list[int]] | None = None
+        self._layout: Layout | None = None
+        self._steps_left = 0
+        self._scratch = Scratch()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    # --- coming and going -----------------------------------------------------------------------------------------
+
+    def add(self, entering: Sequence[Row], logits_BV: Tensor) -> None:
+        """Let answers in and draw the first token of each."""
+        first = len(self.rows)
+        self.rows += entering
+        zeros_B = torch.zeros(len(entering), dtype=torch.int64, device=self.device)
+        self._tokens_B = torch.cat([self._tokens_B, zeros_B])
+        self._num_drawn_B = np.concatenate([self._num_drawn_B, np.zeros(len(entering), dtype=np.int64)])
+        streams = [uniforms(row.request.seed, row.request.index, row.number, row.room).numpy() for row in entering]
+        width = max(self._uniforms_BN.shape[1], *(len(stream) for stream in streams))
+        grown_BN = np.zeros((len(self.rows), width), dtype=np.float32)
+        grown_BN[:first, : self._uniforms_BN.shape[1]] = self._uniforms_BN
+        for number, stream in enumerate(streams, first):
+            grown_BN[number, : len(stream)] = stream
+        self._uniforms_BN = grown_BN
+        self._see(entering)
+        self._by_law = self._layout = None
+        self.draw(logits_BV, first)
+
+    def _see(self, entering: Sequence[Row]) -> None:
+        """Note the prompts' tokens, for the repetition penalty, if any row has one."""
+        if self._seen_BV is None and all(row.request.law.repetition_penalty == 1 for row in entering):
+            return
+        num_before = len(self.rows) - len(entering)
+        if self._seen_BV is None:
+            self._seen_BV = torch.zeros(num_before, self.vocab_size, dtype=torch.bool, device=self.device)
+        new_BV = torch.zeros(len(entering), self.vocab_size, dtype=torch.bool, device=self.device)
+        for seen_V, row in zip(new_BV, entering, strict=True):
+            seen_V[torch.tensor(row.request.prompt, device=self.device)] = True
+        self._seen_BV = torch.cat([self._seen_BV, new_BV])
+
+    def remove(self, numbers: Collection[int]) -> None:
+        """Let rows go, with their pages; a prompt's pages go with the last of its answers."""
+        if not numbers:
+            return
+        for number in numbers:
+            row = self.rows[number]
+            self.answers.give(row.pages)
+            request = row.request
+            request.num_ended += 1
+            if request.done:
+                self.prompts.give(request.pages)
+                request.pages = []
+        stays_B = np.ones(len(self.rows), dtype=bool)
+        stays_B[list(numbers)] = False
+        kept = np.flatnonzero(stays_B)
+        self.rows = [self.rows[number] for number in kept]
+        self._num_drawn_B, self._uniforms_BN = self._num_drawn_B[kept], self._uniforms_BN[kept]
+        kept_B = torch.from_numpy(kept).to(self.device)
+        self._tokens_B = self._tokens_B[kept_B]
+        if self._seen_BV is not None:
+            self._seen_BV = self._seen_BV[kept_B] if self.rows else None
+        self._by_law = self._layout = None
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def inputs(self) -> tuple[Tensor, Tensor, DecodeView]:
+        """The last token of each row and its position, ``[B, 1]`` each, and where its keys and values go."""
+        if self._layout is None or self._steps_left == 0:
+            self._lay_out()
+        else:
+            self._positions_B += 1
+            self._place_B += 1
+            self._steps_left -= 1
+        assert self._layout is not None
+        view = DecodeView(self.answers, self.prompts, self._layout, self._page_B, self._place_B, self._scratch)
+        return self._tokens_B[:, None], self._positions_B[:, None], view
+
+    def _lay_out(self) -> None:
+        """Give each row that begins a page one, and note where everything is."""
+        own_B = self._num_drawn_B - 1
+        index_B, place_B = np.divmod(own_B, PAGE_SIZE)
+        begin = [row for row, index in zip(self.rows, index_B.tolist(), strict=True) if index == len(row.pages)]
+        for row, page in zip(begin, self.answers.take(len(begin)), strict=True):
+            row.pages.append(page)
+        self._compact()
+        answers_BM = table([row.pages for row in self.rows])
+        prompts_BM = table([row.request.pages for row in self.rows])
+        self._layout = layout(answers_BM, prompts_BM, self.config, self.device)
+        lengths_B = np.array([len(row.request.prompt) for row in self.rows])
+        self._page_B = torch.from_numpy(answers_BM[np.arange(len(own_B)), index_B]).to(self.device)
+        self._place_B = torch.from_numpy(place_B).to(self.device)
+        self._positions_B = torch.from_numpy(lengths_B + own_B).to(self.device)
+        self._steps_left = int((PAGE_SIZE - 1 - place_B).min())
+
+    def _compact(self) -> None:
+        if self.answers.num_used < COMPACT_AT * self.answers.extent:
+            moved = self.answers.compact()
+            for row in self.rows:
+                row.pages = [moved.get(page, page) for page in row.pages]
+        if self.prompts.num_used < COMPACT_AT * self.prompts.extent:
+            moved = self.prompts.compact()
+            for request in dict.fromkeys(row.request for row in self.rows):
+                request.pages = [moved.get(page, page) for page in request.pages]
+
+    def draw(self, logits_BV: Tensor, first: int = 0) -> None:
+        """Draw a token in each row from ``first`` on; those whose answer ends with it leave."""
+        uniforms_B = torch.from_numpy(self._uniforms_BN[np.arange(first, len(self.rows)), self._num_drawn_B[first:]])
+        tokens_B, logprobs_B = self._choose(logits_BV, uniforms_B.to(self.device), first)
+        self._tokens_B[first:] = tokens_B
+        self._num_drawn_B[first:] += 1
+        if self._seen_BV is not None:
+            self._seen_BV[first:].scatter_(1, tokens_B[:, None], True)
+        logprobs = logprobs_B.tolist()
+        if not math.isfinite(sum(logprobs)):
+            raise DataError("the model's logits are not finite: its training has diverged; train it again")
+        drawn = zip(self.rows[first:], tokens_B.tolist(), logprobs, strict=True)
+        self.remove([number for number, (row, *values) in enumerate(drawn, first) if row.record(*values)])
+
+    def _choose(self, logits_BV: Tensor, uniforms_B: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities, rows of one law together."""
+        seen_BV = None if self._seen_BV is None else self._seen_BV[first:]
+        by_law = self._laws(first)
+        if len(by_law) == 1:
+            return draw(logits_BV, uniforms_B, next(iter(by_law)), seen_BV)
+        tokens_B = torch.empty(len(logits_BV), dtype=torch.int64, device=self.device)
+        logprobs_B = torch.empty(len(logits_BV), dtype=logits_BV.dtype, device=self.device)
+        for law, numbers in by_law.items():
+            some_N = torch.tensor(numbers, device=self.device)
+            seen_NV = None if seen_BV is None else seen_BV[some_N]
+            tokens_B[some_N], logprobs_B[some_N] = draw(logits_BV[some_N], uniforms_B[some_N], law, seen_NV)
+        return tokens_B, logprobs_B
+
+    def _laws(self, first: int) -> dict[Law, list[int]]:
+        """Numbers, counted from ``first``, of the rows of each law."""
+        if first == 0 and self._by_law is not None:
+            return self._by_law
+        by_law: dict[Law, list[int]] = {}
+        for number, row in enumerate(self.rows[first:]):
+            by_law.setdefault(row.request.law, []).append(number)
+        if first == 0:
+            self._by_law = by_law
+        return by_law
+
+
+def table(pages: Sequence[Sequence[int]]) -> np.ndarray:
+    """Pages of each row ``[B, M]``, -1 where a row has fewer."""
+    result = np.full((len(pages), max(map(len, pages), default=0)), -1, dtype=np.int64)
+    for row, numbers in zip(result, pages, strict=True):
+        row[: len(numbers)] = numbers
+    return result
