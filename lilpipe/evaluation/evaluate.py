@@ -15,8 +15,8 @@ from typing import Any
 from lilpipe import distributed
 from lilpipe.alignment.chunks import Row
 from lilpipe.alignment.prompts import Prompt, read_prompts
-from lilpipe.alignment.reward_model import load_reward_model
-from lilpipe.alignment.rewards import Rewards
+from lilpipe.alignment.rewards import Rewards, external
+from lilpipe.alignment.sampling import load_rewards
 from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config import EvaluateConfig, RewardConfig
 from lilpipe.errors import ConfigError
@@ -82,17 +82,13 @@ def _candidates(inputs: Inputs) -> tuple[list[Candidate], Candidate | None]:
 
 def _rewards(config: EvaluateConfig, inputs: Inputs) -> Rewards:
     """The rewards of the section, and the score of a reward model wherever one is given."""
-    source = inputs.get("reward_model")
-    if not isinstance(source, Artifact):
-        if config.win_by == "reward_model":
-            raise ConfigError(
-                "evaluate.win_by: got 'reward_model', but the step has none; give it an input `reward_model`"
-            )
-        return Rewards(config.rewards)
+    has_model = "reward_model" in inputs
+    if config.win_by == "reward_model" and not has_model:
+        raise ConfigError("evaluate.win_by: got 'reward_model', but the step has none; give it an input `reward_model`")
     configs = list(config.rewards)
-    if not any(reward.kind == "reward_model" for reward in configs):
+    if has_model and not any(reward.kind == "reward_model" for reward in configs):
         configs.append(RewardConfig(kind="reward_model", weight=0.0))
-    return Rewards(configs, reward_model=load_reward_model(source.path, distributed.device()))
+    return load_rewards(configs, inputs)
 
 
 def _play(
@@ -193,6 +189,7 @@ STAGE = Stage(
     run=run,
     inputs={"models": "Checkpoint", "prompts": "Prompts"},
     optional_inputs={"reference": "Checkpoint", "tokens": "TokenShards", "reward_model": "Checkpoint"},
+    external=external,
     distributed=True,
     main_metric="final_accuracy",
 )

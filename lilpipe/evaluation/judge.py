@@ -100,7 +100,7 @@ class Judge:
         distinct = list(dict.fromkeys(bodies))
         with ThreadPoolExecutor(self.concurrency) as pool:
             replies = dict(zip(distinct, pool.map(self._reply, distinct), strict=True))
-        verdicts = [parse_verdict(replies[body]) for body in bodies]
+        verdicts: list[Place | None] = [parse_verdict(replies[body]) for body in bodies]
         settled = iter(zip(verdicts[: len(asked)], verdicts[len(asked) :], strict=True))
         return [Outcome(0.5) if p.first == p.second else settle(*next(settled)) for p in pairings]
 

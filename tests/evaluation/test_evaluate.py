@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lilpipe.alignment import completions
+from lilpipe.alignment import completions, sampling
 from lilpipe.alignment.prompts import read_prompts
 from lilpipe.config import EvaluateConfig, RewardConfig, SamplingConfig
 from lilpipe.errors import ConfigError
@@ -164,7 +164,7 @@ class PrefersLong:
 
 
 def test_a_reward_model_scores_all_answers_and_may_say_who_wins(tmp_path, inputs, no_report, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_reward_model", lambda path, device: PrefersLong())
+    monkeypatch.setattr(sampling, "load_reward_model", lambda path, device: PrefersLong())
     config = CONFIG.model_copy(update={"win_by": "reward_model"})
     metrics = run(config, {**inputs, "reward_model": inputs["models"][1]}, Workspace(tmp_path / "scored"))
     for line in samples(tmp_path / "scored"):
