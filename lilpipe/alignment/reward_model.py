@@ -30,17 +30,21 @@ from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import RewardModelConfig
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.evaluation.pass_at_k import mean_estimate
-from lilpipe.model.heads import HeadModel, last_outputs, load_head_model, pad_rows, save_head_model, with_head
+from lilpipe.model.heads import (
+    HeadModel,
+    last_outputs,
+    load_head_model,
+    outputs_of_rows,
+    pad_rows,
+    save_head_model,
+    with_head,
+)
 from lilpipe.model.hub import load_model
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import Message, render
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.curves import write_report
 from lilpipe.training.loop import Loss, LossFunction, train
-
-TOKENS_AT_ONCE = 8_192
-"""Tokens, padding among them, of a batch that is scored."""
-
 
 # --- mathematics --------------------------------------------------------------------------------------------------
 
@@ -103,31 +107,14 @@ def load_reward_model(directory: Path, device: torch.device) -> RewardModel:
     return RewardModel(model.to(device), tokenizer)
 
 
-@torch.inference_mode()
 def score_rows(model: HeadModel, rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[float]:
-    """The scalar output at the last token of each row of ids; rows of like lengths go through the model together."""
+    """The scalar output at the last token of each row of ids."""
     if (longest := max(map(len, rows), default=0)) > model.config.max_seq_len:
         raise DataError(
             f"reward model: got a conversation of {longest} tokens, expected at most its {model.config.max_seq_len}; "
             "lower sampling.max_new_tokens, or train a reward model from a model of longer context"
         )
-    scores = [0.0] * len(rows)
-    for batch in _batches(sorted(range(len(rows)), key=lambda row: len(rows[row])), rows):
-        tokens_BT, lengths_B = pad_rows([rows[row] for row in batch], padding_id=tokenizer.padding_id)
-        outputs_BTO = model(tokens_BT.to(model.device))
-        for row, value in zip(batch, last_outputs(outputs_BTO, lengths_B)[:, 0].tolist(), strict=True):
-            scores[row] = value
-    return scores
-
-
-def _batches(order: Sequence[int], rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices in this order, cut where a batch would hold too many tokens; lengths must not fall."""
-    batches: list[list[int]] = [[]]
-    for row in order:
-        if batches[-1] and (len(batches[-1]) + 1) * len(rows[row]) > TOKENS_AT_ONCE:
-            batches.append([])
-        batches[-1].append(row)
-    return batches if order else []
+    return outputs_of_rows(model, rows, padding_id=tokenizer.padding_id)[:, 0].tolist()
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ Dimensions: B sequences, T tokens, D width, O outputs.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from lilpipe.model.weights import stored_tensors
 from lilpipe.tokenizer.encoding import Tokenizer
 
 HEAD = "score.weight"
+TOKENS_AT_ONCE = 8_192
+"""Tokens, padding among them, of a batch that is only scored."""
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of classes in ``transformers`` that our head replaces the output layer of."""
 
@@ -93,6 +95,29 @@ def pad_rows(rows: Sequence[Sequence[int]], *, padding_id: int) -> tuple[Tensor,
     for row, ids in enumerate(rows):
         tokens_BT[row, : len(ids)] = torch.tensor(ids)
     return tokens_BT, lengths_B
+
+
+@torch.inference_mode()
+def outputs_of_rows(model: HeadModel, rows: Sequence[Sequence[int]], *, padding_id: int) -> Tensor:
+    """Outputs ``[N, O]`` on the CPU at the last token of each of N rows of ids, rows of like lengths at a time."""
+    outputs_NO = torch.zeros(len(rows), model.num_outputs)
+    for batch in _batches(rows):
+        tokens_BT, lengths_B = pad_rows([rows[row] for row in batch], padding_id=padding_id)
+        outputs_BTO = model(tokens_BT.to(model.device))
+        outputs_NO[torch.tensor(batch)] = last_outputs(outputs_BTO, lengths_B.to(model.device)).cpu()
+    return outputs_NO
+
+
+def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices by rising length, as many together as make ``TOKENS_AT_ONCE``."""
+    batch: list[int] = []
+    for row in sorted(range(len(rows)), key=lambda row: len(rows[row])):
+        if batch and (len(batch) + 1) * len(rows[row]) > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 # --- directories --------------------------------------------------------------------------------------------------

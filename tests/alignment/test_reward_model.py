@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from lilpipe.alignment import reward_model
 from lilpipe.alignment.calibration import calibration, preference_sections
 from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
 from lilpipe.alignment.reward_model import (
@@ -17,6 +16,7 @@ from lilpipe.alignment.reward_model import (
 from lilpipe.alignment.tables import write_table
 from lilpipe.config import ModelConfig, OptimizerConfig, RewardModelConfig
 from lilpipe.errors import ArtifactError, ConfigError, DataError, LilpipeError
+from lilpipe.model import heads
 from lilpipe.model.heads import save_head_model, with_head
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
@@ -221,7 +221,7 @@ def conversation(question, answer) -> list[Message]:
 
 def test_a_score_is_the_heads_output_at_the_end_of_the_turn_whatever_shares_the_batch(scorer, monkeypatch):
     conversations = [conversation("Q" * (1 + i % 5), "A" * (i % 7)) for i in range(9)]
-    monkeypatch.setattr(reward_model, "TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr(heads, "TOKENS_AT_ONCE", 40)
     got = scorer.score(conversations)
     for item, score in zip(conversations, got, strict=True):
         ids, _ = render(scorer.tokenizer, item)
@@ -233,7 +233,7 @@ def test_a_score_is_the_heads_output_at_the_end_of_the_turn_whatever_shares_the_
 
 
 def test_batches_hold_no_more_tokens_than_said(scorer, monkeypatch):
-    monkeypatch.setattr(reward_model, "TOKENS_AT_ONCE", 40)
+    monkeypatch.setattr(heads, "TOKENS_AT_ONCE", 40)
     sizes = []
     forward = type(scorer.model).forward
 

@@ -1,0 +1,384 @@
+"""Stage ``classify``: fine-tuning for classification, with a head of one output per label in place of the output layer.
+
+The label is read at the last token of the text, which alone has seen all of it. Texts are held out by a hash of what
+they say, so that the same text is never on both sides.
+
+Dimensions: B texts, T tokens, O labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import nn
+
+from lilpipe import distributed, report
+from lilpipe.alignment.order import rows_of_step
+from lilpipe.alignment.prompts import read_prompts
+from lilpipe.artifact import Artifact, Inputs, digest_file
+from lilpipe.config import ClassifyConfig
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.evaluation.pass_at_k import share_estimate
+from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_rows, save_head_model, with_head
+from lilpipe.model.hub import load_model
+from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.training.curves import write_report
+from lilpipe.training.loop import Loss, LossFunction, train
+
+SHOWN = 30
+"""Wrongly classified texts in the report."""
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A text and what it is."""
+
+    text: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text as token ids, and the index of its label."""
+
+    text: str
+    ids: list[int]
+    label: int
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def read_texts(config: ClassifyConfig, inputs: Inputs) -> list[LabelledText]:
+    """The texts of ``classify.path``, or else the questions of the train split by their families."""
+    source = inputs.get("prompts")
+    if config.path is not None:
+        return read_jsonl(Path(config.path), text_key=config.text_key, label_key=config.label_key)
+    if not isinstance(source, Artifact):
+        raise ConfigError("classify.path: got none, and the step has no input `prompts`; give one of the two")
+    return [LabelledText(prompt.question, prompt.family) for prompt in read_prompts(source.path, "train")]
+
+
+def read_jsonl(path: Path, *, text_key: str, label_key: str) -> list[LabelledText]:
+    """A text and a label from each line. Raises ``DataError`` naming the line for a row that has not both."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            text, label = row[text_key], row[label_key]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"{path}:{number}: got {line[:80]!r} ({error!r}), expected a JSON object with {text_key!r} and "
+                f"{label_key!r}; mend the row, or set classify.text_key and classify.label_key"
+            ) from error
+        if not isinstance(text, str) or not text.strip() or isinstance(label, dict | list | None):
+            raise DataError(
+                f"{path}:{number}: got text {str(text)[:80]!r} and label {label!r}, expected a text that is not empty "
+                "and a label; remove the row"
+            )
+        found.append(LabelledText(text, str(label)))
+    return found
+
+
+def distinct_texts(texts: Sequence[LabelledText]) -> list[LabelledText]:
+    """Each text once. Raises ``DataError`` for a text under two labels, and where there are not two labels."""
+    by_text: dict[str, LabelledText] = {}
+    contradictions = []
+    for item in texts:
+        first = by_text.setdefault(_normalise(item.text), item)
+        if first.label != item.label:
+            contradictions.append((item.text, first.label, item.label))
+    if contradictions:
+        text, first, second = contradictions[0]
+        raise DataError(
+            f"classify: {len(contradictions)} of {len(texts)} texts occur under another label too, expected none; the "
+            f"first is {text[:80]!r}: {first!r} and {second!r}. Decide for one of them"
+        )
+    labels = sorted({item.label for item in texts})
+    if len(labels) < 2:
+        raise DataError(f"classify: got the labels {labels} in {len(texts)} texts, expected at least two")
+    return list(by_text.values())
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a text is held out: a function of what it says and of the share alone."""
+    digest = hashlib.sha256(f"classify/{_normalise(text)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def _normalise(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def check_classes(labels: Sequence[str], train: Sequence[Example], heldout: Sequence[Example]) -> None:
+    """Raise ``DataError`` if a label has no text to learn it from, or none to measure it on."""
+    for name, part in (("trained on", train), ("held out", heldout)):
+        missing = set(range(len(labels))) - {example.label for example in part}
+        if missing:
+            raise DataError(
+                f"classify: of {len(part)} texts {name} none has the label {labels[min(missing)]!r}, expected at least "
+                "one of each; add texts of it, remove it, or change classify.heldout_share"
+            )
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------
+
+
+def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
+    """Replace the head, train, and measure on texts held out.
+
+    Raises ``DataError`` for texts that are too few, contradict each other or lack a label, ``ConfigError`` for settings
+    that do not fit the model or the workers.
+    """
+    source = inputs["model"]
+    assert isinstance(source, Artifact)
+    assert config.seed is not None
+    texts = distinct_texts(read_texts(config, inputs))
+    labels = sorted({item.label for item in texts})
+    language_model, tokenizer = load_model(source.path)
+    examples = [Example(item.text, tokenizer.encode(item.text), labels.index(item.label)) for item in texts]
+    fitting = [example for example in examples if len(example.ids) <= language_model.config.max_seq_len]
+    if left_out := len(examples) - len(fitting):
+        limit = language_model.config.max_seq_len
+        workspace.log(f"left out {left_out} of {len(examples)} texts of more than {limit} tokens")
+    heldout = [example for example in fitting if is_held_out(example.text, config.heldout_share)]
+    training = [example for example in fitting if not is_held_out(example.text, config.heldout_share)]
+    check_classes(labels, training, heldout)
+    num_steps = _num_steps(config, len(training))
+    model = with_head(language_model.to(distributed.device()), len(labels), seed=config.seed)
+    freeze(model, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
+
+    def evaluate(model: nn.Module, done: int) -> Mapping[str, float]:  # noqa: ARG001
+        assert isinstance(model, HeadModel)
+        return confusion_metrics(confusion(model, heldout, padding_id=tokenizer.padding_id))
+
+    result = train(
+        model,
+        loss=label_loss(training, config, padding_id=tokenizer.padding_id),
+        num_steps=num_steps,
+        workspace=workspace,
+        section=config,
+        optimizer=config.optimizer,
+        evaluate=evaluate,
+        eval_every=max(1, num_steps // 4),
+        identity={"model": source.content_digest, "texts": _digest(texts)},
+    )
+    largest = max(Counter(example.label for example in heldout).values())
+    metrics = {
+        "loss": result.final_loss(),
+        "steps": float(num_steps),
+        "texts": float(len(training)),
+        "heldout_texts": float(len(heldout)),
+        "trained_parameters": float(sum(p.numel() for p in model.parameters() if p.requires_grad)),
+        **result.metrics,
+        "largest_class_share": largest / len(heldout),
+        "tokens_per_second": result.tokens_per_second,
+    }
+    if distributed.is_main():
+        save_head_model(model, tokenizer, workspace.output, labels=labels)
+        write_report(
+            workspace,
+            title="Classification",
+            losses=result.losses,
+            config=config,
+            key_figures=metrics,
+            sections=_sections(model, labels, training, heldout, padding_id=tokenizer.padding_id),
+        )
+    return metrics
+
+
+def freeze(model: HeadModel, *, num_layers: int, embedding: bool) -> None:
+    """Leave the first blocks, and the embedding, out of training."""
+    if num_layers > model.config.num_layers:
+        raise ConfigError(
+            f"classify.frozen_layers: got {num_layers}, the model has {model.config.num_layers} blocks; lower it"
+        )
+    for layer in range(num_layers):
+        model.model.layers[str(layer)].requires_grad_(False)
+    if embedding:
+        for part in (model.model.embed_tokens, model.model.embed_positions):
+            if part is not None:
+                part.requires_grad_(False)
+
+
+def _num_steps(config: ClassifyConfig, num_texts: int) -> int:
+    if config.batch_size % config.num_workers:
+        raise ConfigError(
+            f"classify.batch_size: got {config.batch_size}, expected a multiple of num_workers {config.num_workers}"
+        )
+    if num_texts < config.batch_size:
+        raise DataError(
+            f"classify: got {num_texts} texts, expected at least one batch of {config.batch_size}; lower "
+            "classify.batch_size or add texts"
+        )
+    return config.num_epochs * num_texts // config.batch_size
+
+
+def _digest(texts: Sequence[LabelledText]) -> str:
+    """Of what is learnt from, so that a checkpoint of other texts is refused."""
+    return hashlib.sha256(json.dumps([[item.text, item.label] for item in texts]).encode()).hexdigest()
+
+
+def label_loss(examples: Sequence[Example], config: ClassifyConfig, *, padding_id: int) -> LossFunction:
+    """Cross-entropy summed over this worker's texts."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    seed = config.seed or 0
+
+    def loss(model: nn.Module, step: int, micro: int) -> Loss:  # noqa: ARG001 (one micro-batch)
+        assert isinstance(model, HeadModel)
+        if model.config.dropout:
+            model.set_dropout_seed(seed, step, rank)
+        rows = rows_of_step(step, num_rows=len(examples), batch_size=config.batch_size, seed=seed)
+        rows.sort(key=lambda row: len(examples[row].ids))  # workers get texts of like lengths
+        batch = [examples[row] for row in rows[rank::world_size]]
+        tokens_BT, lengths_B = pad_rows([example.ids for example in batch], padding_id=padding_id)
+        outputs_BO = last_outputs(model(tokens_BT.to(model.device)), lengths_B.to(model.device))
+        labels_B = torch.tensor([example.label for example in batch], device=model.device)
+        right = float((outputs_BO.argmax(-1) == labels_B).sum())
+        count = float(len(batch))
+        return Loss(
+            total=F.cross_entropy(outputs_BO, labels_B, reduction="sum"),
+            count=count,
+            num_tokens=int(lengths_B.sum()),
+            metrics={"accuracy": (right, count)},
+        )
+
+    return loss
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+Confusion = list[list[int]]
+"""Row i, column j: texts of label i that are taken for label j."""
+
+
+def predictions(model: HeadModel, examples: Sequence[Example], *, padding_id: int) -> list[int]:
+    """The label of the highest output of each text."""
+    return outputs_of_rows(model, [example.ids for example in examples], padding_id=padding_id).argmax(-1).tolist()
+
+
+def confusion(model: HeadModel, examples: Sequence[Example], *, padding_id: int) -> Confusion:
+    """How often each label is taken for each."""
+    matrix = [[0] * model.num_outputs for _ in range(model.num_outputs)]
+    for example, label in zip(examples, predictions(model, examples, padding_id=padding_id), strict=True):
+        matrix[example.label][label] += 1
+    return matrix
+
+
+def precision_recall_f1(matrix: Confusion, label: int) -> tuple[float, float, float]:
+    """Of one label; 0 where a share is of nothing."""
+    right, taken, there = matrix[label][label], sum(row[label] for row in matrix), sum(matrix[label])
+    precision, recall = right / taken if taken else 0.0, right / there if there else 0.0
+    return precision, recall, 2 * right / (taken + there) if taken + there else 0.0
+
+
+def confusion_metrics(matrix: Confusion) -> dict[str, float]:
+    """Accuracy with its standard error, and F1 averaged over labels, each the same weight."""
+    accuracy = share_estimate(sum(matrix[i][i] for i in range(len(matrix))), sum(map(sum, matrix)))
+    scores = [precision_recall_f1(matrix, label)[2] for label in range(len(matrix))]
+    return {
+        "heldout_accuracy": accuracy.value,
+        "heldout_accuracy_stderr": accuracy.stderr,
+        "heldout_macro_f1": sum(scores) / len(scores),
+    }
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def _sections(
+    model: HeadModel, labels: Sequence[str], training: Sequence[Example], heldout: Sequence[Example], *, padding_id: int
+) -> dict[str, str]:
+    matrix = confusion(model, heldout, padding_id=padding_id)
+    return {
+        "Classes": report.table(class_table(labels, training, matrix)),
+        "Confusion matrix": report.table(confusion_table(labels, matrix)) + report.figure(_picture(labels, matrix)),
+        "Taken for another class": report.table(_mistakes(model, labels, heldout, padding_id=padding_id)),
+    }
+
+
+def class_table(labels: Sequence[str], training: Sequence[Example], matrix: Confusion) -> list[dict[str, report.Cell]]:
+    """How many texts each class has, and how well it is told from the others."""
+    counts = Counter(example.label for example in training)
+    rows: list[dict[str, report.Cell]] = []
+    for index, label in enumerate(labels):
+        precision, recall, f1 = precision_recall_f1(matrix, index)
+        rows.append(
+            {
+                "class": label,
+                "trained on": counts[index],
+                "share": f"{counts[index] / len(training):.1%}",
+                "held out": sum(matrix[index]),
+                "precision": precision,
+                "recall": recall,
+                "F1": f1,
+            }
+        )
+    return rows
+
+
+def confusion_table(labels: Sequence[str], matrix: Confusion) -> list[dict[str, report.Cell]]:
+    """A row for each class, a column for what it is taken for."""
+    return [
+        {"class": label, **{f"taken for {other}": count for other, count in zip(labels, row, strict=True)}}
+        for label, row in zip(labels, matrix, strict=True)
+    ]
+
+
+def _picture(labels: Sequence[str], matrix: Confusion) -> Figure:
+    """Shares of each class, darker for more."""
+    shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
+    size = 1.6 + 0.5 * len(labels)
+    picture = Figure(figsize=(size, size))
+    axes = picture.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="taken for", ylabel="class")
+    for row, values in enumerate(shares):
+        for column, share in enumerate(values):
+            colour = "white" if share > 0.5 else report.INK
+            axes.text(column, row, str(matrix[row][column]), ha="center", va="center", color=colour, fontsize=9)
+    return picture
+
+
+def _mistakes(
+    model: HeadModel, labels: Sequence[str], heldout: Sequence[Example], *, padding_id: int
+) -> list[dict[str, report.Cell]]:
+    found = zip(heldout, predictions(model, heldout, padding_id=padding_id), strict=True)
+    wrong = [(example, label) for example, label in found if example.label != label]
+    return [
+        {"text": example.text[:200], "class": labels[example.label], "taken for": labels[label]}
+        for example, label in wrong[:SHOWN]
+    ]
+
+
+def external(config: ClassifyConfig) -> dict[str, str]:
+    """The digest of the texts' file. Raises ``DataError`` where there is none."""
+    if config.path is None:
+        return {}
+    try:
+        return {"texts": digest_file(Path(config.path))}
+    except OSError as error:
+        raise DataError(f"classify.path: {config.path} cannot be read ({error.strerror}); check the path") from error
+
+
+STAGE = Stage(
+    name="classify",
+    output="Checkpoint",
+    config=ClassifyConfig,
+    run=run,
+    inputs={"model": "Checkpoint"},
+    optional_inputs={"prompts": "Prompts"},
+    external=external,
+    distributed=True,
+    main_metric="heldout_accuracy",
+)
