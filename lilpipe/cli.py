@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lilpipe.config import PipelineConfig, Step
+from lilpipe.config import PipelineConfig, SamplingConfig, Step
 from lilpipe.errors import ConfigError, LilpipeError
-from lilpipe.overrides import parse_override
+from lilpipe.overrides import explain, parse_override
 from lilpipe.pipeline import Listener, changes, check_wiring, plan, run_step
 from lilpipe.recipes import load
 from lilpipe.runs import latest_pipeline_run, new_pipeline_run
@@ -207,28 +208,59 @@ def trace(
         show_row(trail, step, row, console)
 
 
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="Directory of a checkpoint, step of the pipeline, or models:/NAME@ALIAS; the last checkpoint by default."
+    ),
+]
+
+
 @app.command("chat")
 def talk(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Directory of a checkpoint; the last step that makes one where none is given.")
-    ] = None,
+    model: Model = None,
     recipe: Recipe = "tiny",
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from so many of the likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that reach this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw from those of this share of the likeliest.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
 ) -> None:
     """Talk to a checkpoint in the terminal."""
     from lilpipe.generation.chat import chat
+    from lilpipe.generation.locate import locate
 
-    if checkpoint is None:
-        store = Store()
-        planned = plan(_load(recipe, config, overrides, seed), store)
-        made = [p.artifact for p in planned.values() if p.artifact and p.artifact.manifest.kind == "Checkpoint"]
-        if not made:
-            raise ConfigError("chat: no checkpoint of this configuration is in the store; run the pipeline first")
-        checkpoint = store.fetch(made[-1]).path
-    chat(checkpoint, temperature=temperature)
+    _, directory = locate(model, _load(recipe, config, overrides, seed), Store())
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "max_new_tokens": max_tokens}
+    try:
+        sampling = SamplingConfig(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError(f"chat: {explain(error)}") from error
+    chat(directory, sampling=sampling, system=system, seed=seed or 0)
+
+
+@app.command("serve")
+def serve_model(
+    model: Model = None,
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    host: Annotated[str, typer.Option(help="Address; another than loopback lets in whoever reaches it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name to clients.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers decoded at once; others wait.")] = 32,
+) -> None:
+    """Serve a checkpoint as OpenAI's API, with a page to chat."""
+    from lilpipe.generation.locate import locate
+    from lilpipe.generation.serve import serve
+
+    found, directory = locate(model, _load(recipe, config, overrides, seed), Store())
+    serve(directory, name=name or found, host=host, port=port, max_rows=max_rows)
 
 
 @app.command("import")

@@ -14,6 +14,7 @@ import getpass
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from lilpipe.artifact import MANIFEST, Artifact, InputEntry, Manifest
 from lilpipe.config import PipelineConfig
+from lilpipe.errors import ArtifactError
+from lilpipe.events import flatten, read_events
 from lilpipe.pipeline import PlannedStep
 from lilpipe.store import Store
 
@@ -35,7 +38,6 @@ MAX_BATCH_METRICS = 1_000
 MAX_BATCH_PARAMS = 100
 """MLflow's limits for one request."""
 
-MAX_PARAM_CHARS = 6_000
 DIGEST_CHARS = 32
 """MLflow's columns end there; the whole digest is in the dataset's source."""
 CLIENT_SETTINGS = {
@@ -54,6 +56,33 @@ Args = ParamSpec("Args")
 def tracking_uri() -> str:
     """Where runs go: ``MLFLOW_TRACKING_URI``, or SQLite beside the default store."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('.lilpipe').resolve() / 'mlflow.db'}"
+
+
+def _client() -> MlflowClient:
+    for name, value in CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+    from mlflow import MlflowClient
+
+    if not (uri := tracking_uri()).startswith("http"):
+        Path(".lilpipe").mkdir(exist_ok=True)
+    mlflow.set_tracking_uri(uri)  # the registry looks for a version's model there and not where the client does
+    return MlflowClient(uri)
+
+
+def registered_files(uri: str) -> Path:
+    """Where the files of a registered model lie, such as ``models:/lilpipe@champion``; fetched if they lie elsewhere.
+
+    Raises ``ArtifactError`` if there is no such model.
+    """
+    _client()
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(download_artifacts(uri))
+    except MlflowException as error:
+        raise ArtifactError(f"{uri}: got no model from MLflow at {tracking_uri()} ({error}); register one") from error
 
 
 def _shielded(method: Callable[Args, None]) -> Callable[Args, None]:
@@ -154,15 +183,7 @@ class MLflowTracker:
     @functools.cached_property
     def client(self) -> MlflowClient:
         """The client; made when first needed, for importing MLflow takes more than a second."""
-        for name, value in CLIENT_SETTINGS.items():
-            os.environ.setdefault(name, value)
-        import mlflow
-        from mlflow import MlflowClient
-
-        if not (uri := tracking_uri()).startswith("http"):
-            Path(".lilpipe").mkdir(exist_ok=True)
-        mlflow.set_tracking_uri(uri)  # the registry looks for a version's model there and not where the client does
-        return MlflowClient(uri)
+        return _client()
 
     @functools.cached_property
     def experiment_id(self) -> str:
@@ -269,9 +290,21 @@ class MLflowTracker:
         )
         if manifest.stage == "register":
             self.client.log_model_artifacts(model.model_id, str(artifact.path))
+            self._make_loadable(model.model_id, run_id)
         self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         return model.model_id
+
+    def _make_loadable(self, model_id: str, run_id: str) -> None:
+        """Add the file that tells ``mlflow.pyfunc`` and ``mlflow models serve`` which module answers."""
+        from mlflow import pyfunc
+        from mlflow.models import Model
+
+        described = Model(run_id=run_id, model_id=model_id)
+        pyfunc.add_to_model(described, loader_module="lilpipe.generation.pyfunc")
+        with tempfile.TemporaryDirectory() as folder:
+            described.save(str(Path(folder) / "MLmodel"))
+            self.client.log_model_artifacts(model_id, folder)
 
     def _complete(
         self, step: str, artifact: Artifact, origin: Run | None, *, cached: bool, model_id: str | None
@@ -428,37 +461,6 @@ Item = TypeVar("Item")
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """Consecutive parts of at most ``size`` items."""
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The metrics in an ``events.jsonl``: the last value of each for each count of ``done`` units.
-
-    A line that was torn by a kill is left out.
-    """
-    if not path.exists():
-        return []
-    last: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "metrics" in event:
-            last[event["done"]] = {
-                **event,
-                "metrics": {**last.get(event["done"], {}).get("metrics", {}), **event["metrics"]},
-            }
-    return [last[done] for done in sorted(last)]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as dotted names and strings; lists as JSON."""
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield f"{prefix}{name}", text[:MAX_PARAM_CHARS]
 
 
 def _inputs(manifest: Manifest) -> list[tuple[str, InputEntry]]:

@@ -1,15 +1,28 @@
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import httpx
+import pandas
 import pytest
 import torch
 
 from lilpipe.artifact import MANIFEST, Artifact, Manifest, content_digest, digest_file, list_files
-from lilpipe.config import RegisterConfig
-from lilpipe.errors import ArtifactError
+from lilpipe.config import PipelineConfig, RegisterConfig
+from lilpipe.errors import ArtifactError, ConfigError
+from lilpipe.generation.locate import locate
+from lilpipe.generation.protocol import RequestError
 from lilpipe.model import register
 from lilpipe.model.hub import load_model, model_files, save_model
 from lilpipe.stage import Workspace, get_stage
+from lilpipe.store import Store
+from lilpipe.tracking import MLflowTracker, registered_files
 from tests.model.checkpoints import SMALL, small_model, small_tokenizer
 
 
@@ -141,3 +154,113 @@ def test_the_stage_is_found_by_name():
     stage = get_stage("register")
     assert stage is register.STAGE
     assert stage.output == "Checkpoint"
+
+
+# --- the registered model answers ---------------------------------------------------------------------------------
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """A folder whose MLflow database holds a registered model."""
+    folder = tmp_path_factory.mktemp("registry")
+    save_model(small_model(), small_tokenizer(), folder / "released")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        tracker = MLflowTracker(PipelineConfig(recipe="tiny"), pipeline_run="run", store=Store(str(folder / "store")))
+        released = artifact(folder / "released", kind="Checkpoint", stage="register")
+        tracker.stage_finished("register", released, cached=False, seconds=1.0)
+        tracker.close()
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def loaded(registered):
+    import mlflow
+
+    return mlflow.pyfunc.load_model("models:/lilpipe@champion")
+
+
+def test_the_registered_model_answers_openais_requests(loaded):
+    answer = loaded.predict(CHAT)
+    assert answer["object"] == "chat.completion"
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+    assert answer["usage"]["prompt_tokens"] == 5
+    assert loaded.predict(CHAT)["choices"] == answer["choices"]
+    several = loaded.predict({"prompt": "the", "n": 3, "temperature": 1, "seed": 0})
+    assert len({choice["text"] for choice in several["choices"]}) == 3
+
+
+def test_the_registered_model_answers_each_row_of_a_table(loaded):
+    (text,) = [choice["message"]["content"] for choice in loaded.predict({**CHAT, "max_tokens": 40})["choices"]]
+    continued = loaded.predict({"prompt": "the"})["choices"][0]["text"]
+    rows = [{**CHAT, "max_tokens": 40}, {"prompt": "the"}]
+    assert loaded.predict(rows) == [text, continued]
+    assert loaded.predict(pandas.DataFrame({"prompt": ["the"]})) == [continued]
+    questions = loaded.predict(pandas.DataFrame({"question": ["hi", "the"]}))
+    assert questions == loaded.predict(["hi", "the"])
+    assert questions[0].startswith(text)
+
+
+def test_a_request_that_cannot_be_answered_is_refused_by_name(loaded):
+    with pytest.raises(RequestError, match="stream: got true"):
+        loaded.predict({**CHAT, "stream": True})
+    with pytest.raises(RequestError, match="temprature"):
+        loaded.predict({**CHAT, "temprature": 1})
+
+
+def test_the_registered_model_is_the_released_files_and_a_pointer_to_this_package(registered):
+    directory = registered_files("models:/lilpipe@champion")
+    released = {path.name for path in (registered / "released").iterdir()}
+    assert {path.name for path in directory.iterdir()} == {*released, "MLmodel", "registered_model_meta"}
+    assert "lilpipe.generation.pyfunc" in (directory / "MLmodel").read_text()
+
+
+def test_a_registered_model_is_found_by_its_name_and_another_is_not(registered):
+    config, store = PipelineConfig(recipe="tiny"), Store(str(registered / "store"))
+    name, directory = locate("models:/lilpipe@champion", config, store)
+    assert name == "lilpipe@champion"
+    assert load_model(directory)[1].digest == small_tokenizer().digest
+    assert locate(str(directory), config, store)[0] == "register"
+    with pytest.raises(ArtifactError, match="models:/lilpipe@absent"):
+        locate("models:/lilpipe@absent", config, store)
+    with pytest.raises(ConfigError, match="'absent': there is no such checkpoint"):
+        locate("absent", config, store)
+
+
+@pytest.mark.slow
+def test_mlflow_serves_the_registered_model(registered, loaded):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["-m", "models:/lilpipe@champion", "--host", "127.0.0.1", "--port", str(port), "--env-manager", "local"]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", *where]
+    # It looks for uvicorn on the path, as in an activated environment.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with subprocess.Popen(command, env=environment, cwd=registered, start_new_session=True) as process:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+                until_up(client, process)
+                chatted = client.post("/invocations", json=CHAT)
+                rows = client.post("/invocations", json={"inputs": ["hi", "the"]})
+                refused = client.post("/invocations", json={**CHAT, "temperature": 3})
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+    assert chatted.json()["choices"] == loaded.predict(CHAT)["choices"]
+    assert rows.json() == {"predictions": loaded.predict(["hi", "the"])}
+    assert (refused.status_code, "temperature: got 3" in refused.text) == (400, True)
+
+
+def until_up(client, process):
+    for _ in range(600):
+        assert process.poll() is None, "mlflow models serve has ended"
+        try:
+            if client.get("/ping").status_code == 200:
+                return
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    raise AssertionError("mlflow models serve does not come up")

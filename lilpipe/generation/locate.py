@@ -1,0 +1,38 @@
+"""Which checkpoint is meant: a directory, a step of the pipeline, or a registered model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lilpipe.artifact import MANIFEST, read_manifest
+from lilpipe.config import PipelineConfig
+from lilpipe.errors import ConfigError
+from lilpipe.pipeline import plan
+from lilpipe.store import Store
+
+REGISTERED = "models:/"
+
+
+def locate(model: str | None, config: PipelineConfig, store: Store) -> tuple[str, Path]:
+    """A name for the model and the directory that holds it; the last step that made one if none is given.
+
+    Raises ``ConfigError`` if there is no such model.
+    """
+    if model is not None and model.startswith(REGISTERED):
+        from lilpipe.tracking import registered_files
+
+        return model.removeprefix(REGISTERED), registered_files(model)
+    if model is not None and Path(model).is_dir():
+        directory = Path(model).resolve()
+        return read_manifest(directory).step if (directory / MANIFEST).exists() else directory.name, directory
+    planned = plan(config, store)
+    made = {name: p.artifact for name, p in planned.items() if p.artifact and p.artifact.manifest.kind == "Checkpoint"}
+    if model is not None and model not in made:
+        raise ConfigError(
+            f"model {model!r}: there is no such checkpoint; expected a directory, {REGISTERED}NAME@ALIAS, or a step "
+            f"that has made one: {', '.join(made) or 'none of this configuration has; run the pipeline first'}"
+        )
+    if not made:
+        raise ConfigError("model: no checkpoint of this configuration is in the store; run the pipeline first")
+    name = model or list(made)[-1]
+    return name, store.fetch(made[name]).path

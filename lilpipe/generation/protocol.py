@@ -1,0 +1,352 @@
+"""OpenAI's chat and text completions as data: what is asked, and how the answer is put.
+
+Nothing here knows of HTTP: `lilpipe serve` and the model that MLflow serves take and give the same. What a request may
+say beyond OpenAI's names (``top_k``, ``min_p``, ``repetition_penalty``) has vLLM's. A setting that would be ignored is
+refused, unless it cannot change an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from lilpipe.config import SamplingConfig
+from lilpipe.errors import DataError
+from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.encoding import Tokenizer
+
+MAX_CHOICES = 128
+"""Most answers to one request, OpenAI's bound of ``n``."""
+
+WITHOUT_EFFECT = (
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"),
+)
+"""Settings that say nothing about the answer: taken, and left alone."""
+
+NEUTRAL: Mapping[str, Any] = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "tools": [],
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "top_logprobs": 0,
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+}
+"""Settings that only have the one value that changes nothing."""
+
+
+class RequestError(DataError):
+    """A request that cannot be answered, in OpenAI's terms."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = error_body(message, kind="invalid_request_error", param=param, code=code)
+
+
+def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request in the engine's terms: ``num_samples`` answers to each of the prompts."""
+
+    prompts: list[list[int]]
+    sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+    seed: int
+    num_samples: int
+
+
+@dataclass
+class Piece:
+    """A part of one choice, or the whole of it. ``finish_reason`` is None before the last part."""
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def extend(self, other: Piece) -> None:
+        """Add the part that follows."""
+        self.text += other.text
+        self.tokens += other.tokens
+        self.logprobs += other.logprobs
+        self.finish_reason = other.finish_reason
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool = False
+    """A last chunk with the counts of tokens."""
+
+
+class Request(BaseModel):
+    """What both kinds of request have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    whole: ClassVar[str]
+    """Name of an answer that comes at once."""
+    chunk: ClassVar[str]
+    """Name of a part of a stream."""
+    prefix: ClassVar[str]
+    """Beginning of an answer's id."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_tokens: PositiveInt | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @classmethod
+    def parse(cls, values: Any) -> Self:
+        """Check a JSON body. Raises ``RequestError`` naming the first setting that is wrong."""
+        if not isinstance(values, dict):
+            raise RequestError(f"the body: got a JSON {type(values).__name__}, expected an object")
+        given = {key: value for key, value in values.items() if value is not None and key not in WITHOUT_EFFECT}
+        for name in NEUTRAL.keys() & given.keys():
+            if (value := given.pop(name)) != NEUTRAL[name]:
+                message = f"{name}: got {_show(value)}, expected {json.dumps(NEUTRAL[name])} or nothing; not supported"
+                raise RequestError(message, param=name, code="unsupported_parameter")
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise _refusal(error) from error
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the log-probabilities of the tokens are asked for."""
+        raise NotImplementedError
+
+    def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
+        """The request in the engine's terms. Raises ``RequestError``."""
+        raise NotImplementedError
+
+    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:
+        """One choice of the answer, or a part of it."""
+        raise NotImplementedError
+
+    def opening(self) -> list[dict[str, Any]]:
+        """What a stream has for each choice before the first text."""
+        return []
+
+    def _ask(self, prompts: list[list[int]], tokenizer: Tokenizer, *, param: str, max_seq_len: int, limit: int) -> Ask:
+        longest = max(map(len, prompts))
+        if longest >= max_seq_len:
+            message = (
+                f"{param}: got {longest} tokens, expected at most {max_seq_len - 1}: this model's context length is "
+                f"{max_seq_len} tokens, prompt and answer together; shorten the prompt"
+            )
+            raise RequestError(message, param=param, code="context_length_exceeded")
+        stop = tuple([self.stop] if isinstance(self.stop, str) else self.stop)
+        if "" in stop:
+            raise RequestError("stop: got an empty string, expected text to stop at", param="stop")
+        # Beyond the context no answer can go: a larger limit would only reserve random numbers.
+        room = max_seq_len - min(map(len, prompts))
+        settings = {"temperature": self.temperature, "top_p": self.top_p, "max_new_tokens": min(limit, room)}
+        extra = {"top_k": self.top_k, "min_p": self.min_p, "repetition_penalty": self.repetition_penalty}
+        settings |= {name: value for name, value in extra.items() if value is not None}
+        settings |= {"stop": stop} if stop else {}
+        try:
+            sampling = SamplingConfig(**settings)
+        except ValidationError as error:
+            raise _refusal(error) from error
+        ends = (tokenizer.document_end_id, *([tokenizer.turn_end_id] if tokenizer.has_turns else []))
+        seed = secrets.randbits(48) if self.seed is None else self.seed
+        return Ask(prompts, sampling, stop_ids=ends, stop=stop, seed=seed, num_samples=self.n)
+
+
+class TextPart(BaseModel):
+    """One part of a message's content; there are others, with images and sound, that this model cannot read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn of the conversation; what an earlier answer held beside role and content is left alone."""
+
+    role: str
+    content: str | list[TextPart]
+
+    def message(self) -> Message:
+        """The turn as the chat template takes it; OpenAI's newer name of the system's role is the older one."""
+        role = "system" if self.role == "developer" else self.role
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": role, "content": text}
+
+
+class ChatRequest(Request):
+    """``POST /v1/chat/completions``."""
+
+    whole = "chat.completion"
+    chunk = "chat.completion.chunk"
+    prefix = "chatcmpl"
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: PositiveInt | None = None
+    logprobs: bool = False
+
+    @property
+    def wants_logprobs(self) -> bool:  # noqa: D102
+        return self.logprobs
+
+    def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:  # noqa: D102
+        if not tokenizer.has_turns:
+            message = "messages: this model has no tokens for conversations; ask for /v1/completions with a prompt"
+            raise RequestError(message, param="messages")
+        try:
+            prompt, _ = render(tokenizer, [turn.message() for turn in self.messages], add_generation_prompt=True)
+        except DataError as error:
+            raise RequestError(str(error), param="messages") from error
+        limit = self.max_completion_tokens or self.max_tokens or max_seq_len
+        return self._ask([prompt], tokenizer, param="messages", max_seq_len=max_seq_len, limit=limit)
+
+    def opening(self) -> list[dict[str, Any]]:  # noqa: D102
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for index in range(self.n)]
+
+    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:  # noqa: D102
+        said = {"delta": {"content": piece.text}} if streamed else {"message": _said(piece.text)}
+        logprobs = None
+        if self.logprobs:
+            entries = zip(piece.tokens, piece.logprobs, strict=False)  # the stop token's has no token beside it
+            logprobs = {"content": [_logprob(vocabulary[token], value) for token, value in entries]}
+        return {"index": piece.index, **said, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+
+class CompletionRequest(Request):
+    """``POST /v1/completions``."""
+
+    whole = chunk = "text_completion"
+    prefix = "cmpl"
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: PositiveInt | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    """0 gives those of the tokens drawn; others are not kept."""
+
+    @property
+    def wants_logprobs(self) -> bool:  # noqa: D102
+        return self.logprobs is not None
+
+    def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:  # noqa: D102
+        prompts = [_ids(prompt, tokenizer) for prompt in self._prompts()]
+        if not prompts or not all(prompts):
+            raise RequestError("prompt: got no tokens, expected a text or token ids", param="prompt")
+        if len(prompts) * self.n > MAX_CHOICES:
+            message = f"prompt: got {len(prompts)} prompts x n = {self.n}, expected at most {MAX_CHOICES} answers"
+            raise RequestError(message, param="prompt")
+        return self._ask(prompts, tokenizer, param="prompt", max_seq_len=max_seq_len, limit=self.max_tokens or 16)
+
+    def _prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if all(isinstance(token, int) for token in self.prompt):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [part for part in self.prompt if not isinstance(part, int)]
+
+    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:  # noqa: ARG002, D102
+        logprobs = None
+        if self.wants_logprobs:
+            texts = [vocabulary[token].decode(errors="replace") for token in piece.tokens]
+            values = piece.logprobs[: len(texts)]
+            logprobs = {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
+        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+
+def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
+    """A text's tokens, after the end of a document as texts begin in training; token ids as they are."""
+    if isinstance(prompt, str):
+        return [tokenizer.document_end_id, *tokenizer.encode(prompt)]
+    if prompt and not 0 <= min(prompt) <= max(prompt) < tokenizer.vocab_size:
+        message = f"prompt: got token ids {min(prompt)} to {max(prompt)}, expected 0 to {tokenizer.vocab_size - 1}"
+        raise RequestError(message, param="prompt")
+    return prompt
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """The first thing that is wrong, by the name that it has in the request."""
+    first = error.errors()[0]
+    name, *place = map(str, first["loc"][:3] if first["loc"][:1] == ("messages",) else first["loc"][:1])
+    param = name + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place)
+    if first["type"] == "extra_forbidden":
+        message = f"{param}: got a setting that is not known, expected none of this name; leave it out"
+        return RequestError(message, param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return RequestError(f"{param}: got nothing, expected a value", param=param, code="missing_required_parameter")
+    wanted = first["msg"][0].lower() + first["msg"][1:]
+    return RequestError(f"{param}: got {_show(first['input'])}: {wanted}", param=param, code="invalid_value")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- how the answer is put ----------------------------------------------------------------------------------------
+
+
+class Envelope:
+    """What all parts of the answer to one request have in common."""
+
+    def __init__(self, request: Request, *, model: str, vocabulary: Sequence[bytes]) -> None:
+        self.request = request
+        self.vocabulary = vocabulary
+        self.common = {"id": f"{request.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, pieces: Sequence[Piece], ask: Ask) -> dict[str, Any]:
+        """The answer at once."""
+        choices = [self.request.choice(piece, self.vocabulary) for piece in pieces]
+        usage = self.usage(ask, sum(len(piece.tokens) for piece in pieces))
+        return {**self.common, "object": self.request.whole, "choices": choices, "usage": usage}
+
+    def chunk(self, *choices: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """A part of a stream."""
+        return {**self.common, "object": self.request.chunk, "choices": list(choices), **more}
+
+    def part(self, piece: Piece) -> dict[str, Any]:
+        """A part of a stream that continues one choice."""
+        return self.chunk(self.request.choice(piece, self.vocabulary, streamed=True))
+
+    @staticmethod
+    def usage(ask: Ask, num_completion: int) -> dict[str, int]:
+        """Tokens of the prompts, each counted once, and of all answers."""
+        num_prompt = sum(map(len, ask.prompts))
+        counts = {"prompt_tokens": num_prompt, "completion_tokens": num_completion}
+        return {**counts, "total_tokens": num_prompt + num_completion}
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
+    entry = {"token": token.decode(errors="replace"), "logprob": logprob}
+    return {**entry, "bytes": list(token), "top_logprobs": []}

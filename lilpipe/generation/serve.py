@@ -1,0 +1,263 @@
+"""An OpenAI-compatible server over HTTP, on loopback: chat and text completions, streamed or not, and a chat page.
+
+Requests of all clients are decoded together by one engine. There is no authentication: whoever reaches the address can
+use the model, so another address than loopback is a choice to make knowingly. A browser's pages reach loopback too;
+those of other sites are kept out by the names that the server answers to and by taking nothing but JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lilpipe import distributed
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.generation.engine import Engine
+from lilpipe.generation.engine_thread import EngineThread
+from lilpipe.generation.protocol import (
+    Ask,
+    ChatRequest,
+    CompletionRequest,
+    Envelope,
+    Piece,
+    Request,
+    RequestError,
+    error_body,
+)
+from lilpipe.generation.transcript import gather
+from lilpipe.model.hub import load_model
+
+PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
+"""The browser loads nothing from elsewhere, whatever a model writes."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_BODY_BYTES = 16 * 2**20
+CLIENT_GONE = 499
+"""What nginx logs where the client closed the connection; nobody reads the response."""
+
+logger = logging.getLogger(__name__)
+
+
+def serve(directory: Path, *, name: str, host: str = "127.0.0.1", port: int = 8000, max_rows: int = 32) -> None:
+    """Serve a checkpoint until interrupted; ``max_rows`` answers are decoded at once, others wait.
+
+    Raises ``ArtifactError`` if the directory holds no checkpoint, ``ConfigError`` if the address cannot be had.
+    """
+    with listen(host, port) as listener:
+        app = make_app(directory, name=name, host=host, max_rows=max_rows)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listener.getsockname()[1]}"
+        print(f"{name}: {address}/v1, a page to chat at {address}/; Ctrl-C ends it", flush=True)
+        http_server(app).run(sockets=[listener])
+
+
+def http_server(app: Starlette) -> uvicorn.Server:
+    """What speaks HTTP for the application; answers under way get a moment when it is told to end."""
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address; port 0 takes any that is free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        message = f"serve: cannot listen at {host}, port {port} ({error.strerror or error}); choose another with --port"
+        raise ConfigError(message) from error
+    return listener
+
+
+def make_app(directory: Path, *, name: str, host: str, max_rows: int) -> Starlette:
+    """The server as an ASGI application, its engine's thread running until the application shuts down."""
+    model, tokenizer = load_model(directory)
+    model = model.to(distributed.device())
+    thread = EngineThread(lambda: Engine(model, max_rows=max_rows), tokenizer)
+    server = _Server(thread, name=name, max_seq_len=model.config.max_seq_len)
+    routes = [
+        Route("/", server.page),
+        Route("/health", server.health),
+        Route("/v1/models", server.models),
+        Route("/v1/models/{model:path}", server.model),
+        Route("/v1/chat/completions", server.chat_completions, methods=["POST"]),
+        Route("/v1/completions", server.completions, methods=["POST"]),
+    ]
+    known = [Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK), www_redirect=False)]
+    return Starlette(
+        routes=routes,
+        middleware=known if host in LOOPBACK else [],
+        exception_handlers={RequestError: _refused, DataError: _failed, HTTPException: _not_found, 500: _failed},
+        lifespan=server.lifespan,
+    )
+
+
+class _Server:
+    """The handlers, and what they share."""
+
+    def __init__(self, thread: EngineThread, *, name: str, max_seq_len: int) -> None:
+        self.thread = thread
+        self.name = name
+        self.max_seq_len = max_seq_len
+        self.created = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Ends the engine's thread with the application."""
+        app.state.thread = self.thread
+        try:
+            yield
+        finally:
+            self.thread.close()
+
+    async def page(self, request: HTTPRequest) -> Response:  # noqa: ARG002
+        """The chat page, which loads nothing else."""
+        text = await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
+
+    async def health(self, request: HTTPRequest) -> Response:  # noqa: ARG002
+        """200 while the engine's thread lives."""
+        alive = self.thread.alive
+        content = {"status": "ok" if alive else "the engine has ended", "requests": len(self.thread.tickets)}
+        return JSONResponse(content, status_code=200 if alive else 503)
+
+    async def models(self, request: HTTPRequest) -> Response:  # noqa: ARG002
+        """The one model."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: HTTPRequest) -> Response:
+        """The one model, by its name."""
+        self._check_model(request.path_params["model"])
+        return JSONResponse(self._card())
+
+    async def chat_completions(self, request: HTTPRequest) -> Response:
+        """Continue a conversation."""
+        return await self._respond(request, ChatRequest.parse(await _json(request)))
+
+    async def completions(self, request: HTTPRequest) -> Response:
+        """Continue a text."""
+        return await self._respond(request, CompletionRequest.parse(await _json(request)))
+
+    def _card(self) -> dict[str, Any]:
+        card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "lilpipe"}
+        return {**card, "max_model_len": self.max_seq_len, "has_chat": self.thread.tokenizer.has_turns}
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.name):
+            message = f"model: got {name!r}, expected {self.name!r}, the one that is served"
+            raise RequestError(message, param="model", code="model_not_found", status=404)
+
+    async def _respond(self, http: HTTPRequest, request: Request) -> Response:
+        self._check_model(request.model)
+        ask = request.ask(self.thread.tokenizer, max_seq_len=self.max_seq_len)
+        envelope = Envelope(request, model=self.name, vocabulary=self.thread.vocabulary)
+        if request.stream:
+            events = self._events(request, ask, envelope)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        answer = asyncio.ensure_future(self._whole(ask))
+        gone = asyncio.ensure_future(_disconnected(http))
+        try:
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            return JSONResponse(envelope.whole(answer.result(), ask)) if answer.done() else Response(None, CLIENT_GONE)
+        finally:
+            gone.cancel()
+            answer.cancel()
+
+    async def _whole(self, ask: Ask) -> list[Piece]:
+        choices: dict[int, Piece] = {}
+        async for pieces in self._pieces(ask):
+            gather(choices, pieces)
+        return [choices[index] for index in sorted(choices)]
+
+    async def _events(self, request: Request, ask: Ask, envelope: Envelope) -> AsyncIterator[str]:
+        """Server-sent events: chunks, the usage if it was asked for, and the end. An error ends them."""
+        num_tokens = 0
+        try:
+            for choice in request.opening():
+                yield _event(envelope.chunk(choice))
+            async for pieces in self._pieces(ask):
+                for piece in pieces:
+                    num_tokens += len(piece.tokens)
+                    yield _event(envelope.part(piece))
+        except Exception as error:  # the status has been sent: the stream alone can tell
+            logger.warning("a stream ended early: %s", error)
+            yield _event(error_body(str(error), kind="server_error"))
+            return
+        if request.stream_options.include_usage:
+            yield _event(envelope.chunk(usage=envelope.usage(ask, num_tokens)))
+        yield "data: [DONE]\n\n"
+
+    async def _pieces(self, ask: Ask) -> AsyncIterator[Sequence[Piece]]:
+        """The parts of all choices as they come. Who stops listening frees the rows."""
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Sequence[Piece] | Exception]()
+        ticket = self.thread.submit(ask, lambda pieces: loop.call_soon_threadsafe(news.put_nowait, pieces))
+        num_open = len(ask.prompts) * ask.num_samples
+        try:
+            while num_open:
+                pieces = await news.get()
+                if isinstance(pieces, Exception):
+                    raise pieces
+                num_open -= sum(piece.finish_reason is not None for piece in pieces)
+                yield pieces
+        finally:
+            self.thread.cancel(ticket)
+
+
+async def _json(request: HTTPRequest) -> Any:
+    """The body. Only what calls itself JSON is read: a browser asks before it sends that to another site."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(f"Content-Type: got {kind!r}, expected application/json", status=415)
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestError(f"the body: got more than {MAX_BODY_BYTES} bytes, expected fewer", status=413)
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise RequestError(f"the body: is not valid JSON ({error})") from error
+
+
+async def _disconnected(request: HTTPRequest) -> None:
+    """Returns once the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def _refused(request: HTTPRequest, error: Exception) -> Response:  # noqa: ARG001
+    assert isinstance(error, RequestError)
+    return JSONResponse(error.body, status_code=error.status)
+
+
+async def _failed(request: HTTPRequest, error: Exception) -> Response:  # noqa: ARG001
+    return JSONResponse(error_body(str(error), kind="server_error"), status_code=500)
+
+
+async def _not_found(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(error_body(message, kind="invalid_request_error"), status_code=error.status_code)

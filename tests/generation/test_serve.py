@@ -1,0 +1,403 @@
+"""The server over real HTTP, on a port of its own, with a small random model."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lilpipe.errors import ConfigError
+from lilpipe.generation import serve as module
+from lilpipe.generation.engine import Engine
+from lilpipe.generation.serve import PAGE, http_server, listen, make_app
+from lilpipe.model.hub import save_model
+from tests.model.checkpoints import SMALL, small_model, small_tokenizer
+
+TOKENIZER = small_tokenizer()
+HELLO = {"messages": [{"role": "user", "content": "hi"}], "seed": 7, "max_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    save_model(small_model(SMALL.model_copy(update={"num_layers": 2, "max_seq_len": 512})), TOKENIZER, directory)
+    return directory
+
+
+@contextmanager
+def serving(checkpoint, *, host="127.0.0.1", max_rows=8):
+    """A client of a server that runs in a thread, and the server's application."""
+    with listen("127.0.0.1", 0) as listener:
+        app = make_app(checkpoint, name="tiny", host=host, max_rows=max_rows)
+        server = http_server(app)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60) as client:
+                yield client, app
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def client(checkpoint):
+    with serving(checkpoint) as (client, _):
+        yield client
+
+
+def chat(client, **settings):
+    response = client.post("/v1/chat/completions", json={**HELLO, **settings})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def complete(client, prompt, **settings):
+    response = client.post("/v1/completions", json={"prompt": prompt, "seed": 7, **settings})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def events(lines):
+    """The chunks of a stream, which must end as OpenAI's do."""
+    data = [line.removeprefix("data: ") for line in lines if line]
+    assert data[-1] == "[DONE]"
+    return [json.loads(chunk) for chunk in data[:-1]]
+
+
+def stream(client, path, body):
+    with client.stream("POST", path, json={**body, "stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return events(response.iter_lines())
+
+
+def test_a_chat_completion_has_openais_shape_and_counts_its_tokens(client):
+    answer = chat(client, model="tiny")
+    (choice,) = answer["choices"]
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["model"] == "tiny"
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] in ("stop", "length")
+    assert answer["usage"]["prompt_tokens"] == 5  # <|user|> h i <|end_of_turn|> <|assistant|>
+    assert answer["usage"]["total_tokens"] == 5 + answer["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"stop": ["e", "\n"]}, {"top_p": 0.5}])
+def test_a_stream_says_what_the_answer_at_once_says(client, n, settings):
+    settings = {**settings, "n": n, "logprobs": True}
+    whole = chat(client, **settings)
+    chunks = stream(client, "/v1/chat/completions", {**HELLO, **settings, "stream_options": {"include_usage": True}})
+    *chunks, last = chunks
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert {chunk["id"] for chunk in chunks} == {last["id"]}
+    assert [chunk["choices"][0]["delta"] for chunk in chunks[:n]] == [{"role": "assistant", "content": ""}] * n
+    for choice in whole["choices"]:
+        parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
+        assert "".join(part["delta"]["content"] for part in parts) == choice["message"]["content"]
+        assert [part["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
+        assert parts[-1]["finish_reason"] == choice["finish_reason"]
+        logprobs = [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]]
+        assert logprobs == choice["logprobs"]["content"]
+
+
+def test_a_text_completion_streams_what_it_says_at_once(client):
+    body = {"prompt": ["the thing", "a"], "n": 2, "max_tokens": 12, "logprobs": 0}
+    whole = complete(client, **body)
+    chunks = stream(client, "/v1/completions", {**body, "seed": 7})
+    assert whole["object"] == "text_completion"
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2, 3]
+    for choice in whole["choices"]:
+        parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+    assert whole["usage"]["prompt_tokens"] == 1 + len(TOKENIZER.encode("the thing")) + 1 + len(TOKENIZER.encode("a"))
+
+
+def test_token_ids_are_a_prompt_and_a_text_begins_after_the_end_of_a_document(client):
+    ids = [TOKENIZER.document_end_id, *TOKENIZER.encode("the")]
+    assert complete(client, ids)["choices"] == complete(client, "the")["choices"]
+    assert complete(client, [ids, ids[:1]])["choices"][0] == complete(client, "the")["choices"][0]
+
+
+def test_log_probabilities_are_the_models_own(client, checkpoint):
+    import torch
+
+    from lilpipe.model.hub import load_model
+
+    model, _ = load_model(checkpoint)
+    (choice,) = complete(client, "the", temperature=0, logprobs=0, max_tokens=6)["choices"]
+    prompt = [TOKENIZER.document_end_id, *TOKENIZER.encode("the")]
+    with torch.inference_mode():
+        for expected in choice["logprobs"]["token_logprobs"]:
+            logprobs = torch.log_softmax(model(torch.tensor([prompt]))[0, -1], dim=-1)
+            prompt.append(int(logprobs.argmax()))
+            assert logprobs.max().item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_answer_whatever_else_is_in_flight(client):
+    alone = chat(client, n=2, logprobs=True)["choices"]
+
+    async def crowd():
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as other:
+            bodies = [HELLO | {"n": 2, "logprobs": True}]
+            bodies += [HELLO | {"seed": seed, "n": seed, "max_tokens": 5 * seed} for seed in range(1, 6)]
+            posts = [other.post("/v1/chat/completions", json=body) for body in bodies]
+            return [response.json()["choices"] for response in await asyncio.gather(*posts)]
+
+    crowded = asyncio.run(crowd())
+    assert [choice["message"] for choice in crowded[0]] == [choice["message"] for choice in alone]
+    assert [len(choices) for choices in crowded[1:]] == [1, 2, 3, 4, 5]
+    assert chat(client, seed=8)["choices"][0]["message"] != alone[0]["message"]
+
+
+def test_without_a_seed_answers_differ(client):
+    texts = {chat(client, seed=None)["choices"][0]["message"]["content"] for _ in range(3)}
+    assert len(texts) > 1
+
+
+def test_an_answer_ends_before_its_stop_string(client):
+    text = chat(client, seed=3, max_tokens=40)["choices"][0]["message"]["content"]
+    stop = text[len(text) // 2 :][:2]
+    (choice,) = chat(client, seed=3, max_tokens=40, stop=stop)["choices"]
+    assert choice["message"]["content"] == text[: text.index(stop)]
+    assert choice["finish_reason"] == "stop"
+
+
+def test_an_answer_that_meets_its_limit_says_so(client):
+    for limit in ({"max_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": None}):
+        answer = chat(client, seed=1, **limit)
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_a_conversation_is_put_as_in_training(client):
+    messages = [
+        {"role": "developer", "content": "rhyme"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": "d"},
+    ]
+    written = "<|system|>rhyme<|end_of_turn|><|user|>ab<|end_of_turn|><|assistant|>c<|end_of_turn|><|user|>d"
+    ids = TOKENIZER.encode_marked(f"{written}<|end_of_turn|><|assistant|>")
+    asked = {"seed": 1, "max_tokens": 8, "logprobs": None}
+    chatted = chat(client, messages=messages, **asked)["choices"][0]["message"]["content"]
+    assert chatted == complete(client, ids, **asked)["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": None}, "messages", "expected a value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "expected a value"),
+        ({"messages": [{"role": "poet", "content": "x"}]}, "messages", "'poet'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "got"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"temperature": "hot"}, "temperature", "got 'hot'"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"max_tokens": 0}, "max_tokens", "greater than 0"),
+        ({"stop": [""]}, "stop", "empty"),
+        ({"stop": 4}, "stop", "got 4"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"temprature": 1}, "temprature", "not known"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages", "context length is 512"),
+    ],
+)
+def test_a_bad_request_is_refused_with_the_settings_name(client, body, param, message):
+    response = client.post("/v1/chat/completions", json={**HELLO, **body})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert message in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ""}, None),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, 10**6]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": ["a"] * 100, "n": 2}, "prompt"),
+        ({"prompt": "a", "logprobs": 3}, "logprobs"),
+        ({"prompt": "a", "echo": True}, "echo"),
+        ({"prompt": "a", "messages": []}, "messages"),
+    ],
+)
+def test_a_bad_completion_is_refused_and_an_empty_text_is_none(client, body, param):
+    response = client.post("/v1/completions", json={**body, "max_tokens": 2})
+    assert response.status_code == (200 if param is None else 400)
+    if param is not None:
+        assert response.json()["error"]["param"] == param
+
+
+def test_settings_that_change_nothing_are_taken(client):
+    neutral = {"frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}}
+    plain = chat(client)["choices"]
+    assert chat(client, user="me", store=False, metadata={"a": "b"}, top_logprobs=None, **neutral)["choices"] == plain
+
+
+def test_an_unknown_model_is_not_found(client):
+    for response in (
+        client.post("/v1/chat/completions", json={**HELLO, "model": "gpt-4"}),
+        client.get("/v1/models/gpt-4"),
+    ):
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+        assert "'tiny'" in response.json()["error"]["message"]
+    assert client.get("/v1/models/tiny").json() == client.get("/v1/models").json()["data"][0]
+
+
+def test_what_is_no_json_or_no_path_has_an_error_of_the_same_shape(client):
+    broken = client.post("/v1/completions", content="{", headers={"Content-Type": "application/json"})
+    assert (broken.status_code, "not valid JSON" in broken.json()["error"]["message"]) == (400, True)
+    assert client.post("/v1/completions", json=[1]).json()["error"]["message"].startswith("the body")
+    assert client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
+    assert client.get("/v1/completions").status_code == 405
+
+
+def test_other_sites_pages_are_kept_out(client):
+    plain = client.post("/v1/completions", content='{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
+    assert client.get("/health", headers={"Host": "localhost:1"}).status_code == 200
+    assert "access-control-allow-origin" not in client.options("/v1/completions").headers
+
+
+def test_it_listens_on_loopback_alone(checkpoint, monkeypatch):
+    addresses = []
+    monkeypatch.setattr(module, "make_app", lambda *_, **__: None)
+
+    class Server:
+        def __init__(self, _):
+            pass
+
+        def run(self, *, sockets):
+            addresses.extend(listener.getsockname()[0] for listener in sockets)
+
+    monkeypatch.setattr(module, "http_server", Server)
+    module.serve(checkpoint, name="tiny", port=0)
+    assert addresses == ["127.0.0.1"]
+
+
+def test_an_address_that_is_taken_is_refused_by_name():
+    with listen("127.0.0.1", 0) as listener:
+        listener.listen()
+        with pytest.raises(ConfigError, match=r"cannot listen at 127\.0\.0\.1"):
+            listen("127.0.0.1", listener.getsockname()[1])
+
+
+def test_the_page_loads_nothing_from_elsewhere(client):
+    page = client.get("/")
+    assert page.text == PAGE.read_text(encoding="utf-8")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+
+
+# --- several clients ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gated(checkpoint, monkeypatch):
+    """A server with two rows whose engine takes a step each time that one is allowed; counts them."""
+    gate = threading.Semaphore(0)
+    step = Engine.step
+
+    def allowed_step(engine):
+        gate.acquire()
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", allowed_step)
+    with serving(checkpoint, max_rows=2) as (client, app):
+        yield client, app, gate
+        gate.release(100_000)
+
+
+LONG = {**HELLO, "seed": 0, "max_tokens": 400, "n": 2}
+
+
+def settle(client, gate, count, *, at_most):
+    """Allow steps until so many requests are under way; says how many it took."""
+    for taken in range(at_most):
+        if client.get("/health").json()["requests"] == count:
+            return taken
+        gate.release()
+        threading.Event().wait(0.02)
+    raise AssertionError(f"{at_most} steps, and there are still {client.get('/health').json()['requests']} requests")
+
+
+def test_a_client_that_leaves_a_stream_frees_its_rows(gated):
+    client, _, gate = gated
+    gate.release(3)
+    with client.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as response:
+        assert next(response.iter_lines()).startswith("data: ")
+    settle(client, gate, 0, at_most=40)
+    gate.release(100)
+    assert chat(client, max_tokens=5)["usage"]["completion_tokens"] <= 5
+
+
+def test_a_client_that_does_not_wait_for_its_answer_frees_its_rows(gated):
+    client, _, gate = gated
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=LONG, timeout=0.3)
+    settle(client, gate, 0, at_most=40)
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(gated):
+    client, _, gate = gated
+    gate.release(3)
+    with client.stream("POST", "/v1/chat/completions", json={**LONG, "n": 1, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        gate.release(30)
+        assert chat(client, max_tokens=4)["usage"]["completion_tokens"] <= 4
+        assert client.get("/health").json()["requests"] == 1
+        gate.release(1000)
+        assert events(["data: {}", *lines])[-1]["choices"][0]["finish_reason"]
+
+
+def test_an_engine_that_fails_tells_those_who_wait_and_goes_on(checkpoint, monkeypatch):
+    step, faults = Engine.step, [ValueError("planted")]
+
+    def failing_step(engine):
+        if faults:
+            raise faults.pop()
+        return step(engine)
+
+    with serving(checkpoint) as (client, _):
+        monkeypatch.setattr(Engine, "step", failing_step)
+        failed = client.post("/v1/chat/completions", json=HELLO)
+        assert failed.status_code == 500
+        assert failed.json()["error"] == {"message": "planted", "type": "server_error", "param": None, "code": None}
+        faults.append(ValueError("planted"))
+        with client.stream("POST", "/v1/chat/completions", json={**HELLO, "stream": True}) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["message"] == "planted"
+        assert chat(client)["choices"]
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_directory_until_it_is_interrupted(checkpoint):
+    command = [sys.executable, "-m", "lilpipe.cli", "serve", str(checkpoint), "--port", "0"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=dict(os.environ)) as process:
+        assert process.stdout
+        line = process.stdout.readline()
+        address = line.split()[1].removesuffix("/v1,")
+        assert httpx.get(f"{address}/health").json() == {"status": "ok", "requests": 0}
+        name = httpx.get(f"{address}/v1/models").json()["data"][0]["id"]
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+    assert name == checkpoint.name
