@@ -9,7 +9,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from lilpipe.alignment.prompts import MESSAGE_TYPE
+from lilpipe.alignment.examples import MESSAGE_TYPE
 from lilpipe.alignment.tables import read_table
 from lilpipe.errors import DataError
 from lilpipe.tokenizer.chat_template import Message

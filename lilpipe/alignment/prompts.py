@@ -13,8 +13,11 @@ verifier is concerned; it is what a preference for brevity can act on.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
+from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from lilpipe.alignment.answers import as_text, first_paragraph, is_well_formed, verify
 from lilpipe.alignment.examples import (
@@ -33,9 +36,11 @@ from lilpipe.alignment.examples import (
     refuse_held_out,
     write_conversations,
 )
-from lilpipe.alignment.families import FAMILIES, MAX_EASY_LENGTH, MAX_LENGTH, Task
+from lilpipe.alignment.families import FAMILIES, Difficulty, Task
+from lilpipe.alignment.pairs import PAIR_SCHEMA, PAIRS_FILE
+from lilpipe.alignment.sources import Gathered, external, gather
 from lilpipe.alignment.tables import write_table
-from lilpipe.artifact import Inputs
+from lilpipe.artifact import Inputs, write_atomically
 from lilpipe.config import PromptsConfig
 from lilpipe.errors import ConfigError
 from lilpipe.stage import Metrics, Stage, Workspace
@@ -81,6 +86,9 @@ FILLERS = (
     "I will do it step by step.",
 )
 
+MAX_TOLD = 20
+"""Rows left out that the log names; all of them are in `quarantine.jsonl`."""
+
 PROSE_SHARE = 0.25
 """Share of pretraining's exercises that state their fact in a sentence."""
 
@@ -98,28 +106,30 @@ def split_of(family: str, key: str) -> str:
     return "exercises"  # the shares add up to 1 but for rounding
 
 
-def draw_tasks(family: str, split: str, count: int, *, seed: int) -> list[Task]:
+def draw_tasks(family: str, split: str, count: int, *, seed: int, difficulty: Difficulty | None = None) -> list[Task]:
     """``count`` tasks of a family that belong to a split.
 
     Keys are distinct but for exercises, which may repeat as text does. Raises ``ConfigError`` if the family has too
     few distinct tasks.
     """
     random = Random(f"prompts/{seed}/{family}/{split}")
-    max_length = MAX_EASY_LENGTH if split == "exercises" else MAX_LENGTH
+    difficulty = difficulty or FAMILIES[family].default
+    difficulty = difficulty.easy if split == "exercises" else difficulty
     tasks: list[Task] = []
     keys: set[str] = set()
     max_tries = 1_000 + 500 * count
     for _ in range(max_tries):
         if len(tasks) == count:
             break
-        task = FAMILIES[family](random, max_length)
+        task = FAMILIES[family].draw(random, difficulty)
         if split_of(family, task.key) == split and (split == "exercises" or task.key not in keys):
             tasks.append(task)
             keys.add(task.key)
     if len(tasks) < count:
         raise ConfigError(
             f"prompts.num_{split}: family {family!r} gave {len(tasks)} distinct tasks for {split!r} in {max_tries:,} "
-            f"draws, {count} are needed; lower prompts.num_{split} or name more families in prompts.families"
+            f"draws, {count} are needed; lower prompts.num_{split}, or name more families in prompts.families or more "
+            f"difficulty in prompts.difficulty"
         )
     return tasks
 
@@ -137,7 +147,9 @@ def _all_tasks(split: str, count: int, *, config: PromptsConfig) -> list[tuple[s
     pairs = []
     for index, family in enumerate(config.families):
         part = count // len(config.families) + (index < count % len(config.families))
-        pairs += [(family, task) for task in draw_tasks(family, split, part, seed=config.seed)]
+        range_ = Difficulty(*config.difficulty.get(family, FAMILIES[family].default))
+        tasks = draw_tasks(family, split, part, seed=config.seed, difficulty=range_)
+        pairs += [(family, task) for task in tasks]
     Random(f"prompts/{config.seed}/order/{split}").shuffle(pairs)
     return pairs
 
@@ -157,52 +169,104 @@ def _demonstration(index: int, family: str, task: Task, random: Random, *, confi
     return Conversation(identity, identity, "demonstration", messages)
 
 
-def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001 (no inputs)
-    """Generate every split. Raises ``ConfigError`` if a family is unknown or too small."""
+@dataclass
+class Generated:
+    """Tasks of each split, with their families."""
+
+    prompts: dict[str, list[tuple[str, Task]]]
+    exercises: list[tuple[str, Task]]
+    demonstrations: list[tuple[str, Task]]
+
+
+def _generate(config: PromptsConfig) -> Generated:
     for family in config.families:
         if family not in FAMILIES:
             raise ConfigError(f"prompts.families: there is no family {family!r}; known: {', '.join(FAMILIES)}")
+        least, known = config.difficulty.get(family, FAMILIES[family].default)[0], FAMILIES[family]
+        if least < known.least:
+            raise ConfigError(
+                f"prompts.difficulty.{family}: starts at {least} {known.unit}, expected {known.least} or more"
+            )
     counts = {"train": config.num_train, "dev": config.num_dev, "test": config.num_test}
-    prompts = {split: _all_tasks(split, count, config=config) for split, count in counts.items()}
-    exercises = _all_tasks("exercises", config.num_documents, config=config)
-    demonstrations = _all_tasks("demonstrations", config.num_demonstrations, config=config)
+    return Generated(
+        {split: _all_tasks(split, count, config=config) for split, count in counts.items()},
+        _all_tasks("exercises", config.num_documents, config=config),
+        _all_tasks("demonstrations", config.num_demonstrations, config=config),
+    )
 
-    held_out = {normalise_question(task.question) for split in ("dev", "test") for _, task in prompts[split]}
-    training = (*exercises, *demonstrations, *prompts["train"])
-    refuse_held_out((task.question for _, task in training), held_out, where="prompts")
 
+def _refuse_leaks(generated: Generated, gathered: Gathered) -> None:
+    """Raise ``DataError`` if a question of the dev or test split stands in anything that is learnt from."""
+    held_out = {normalise_question(task.question) for split in ("dev", "test") for _, task in generated.prompts[split]}
+    held_out |= {normalise_question(prompt.question) for split in ("dev", "test") for prompt in gathered.prompts[split]}
+    tasks = (*generated.exercises, *generated.demonstrations, *generated.prompts["train"])
+    refuse_held_out((task.question for _, task in tasks), held_out, where="prompts")
+    for name, questions in gathered.learnt_questions.items():
+        refuse_held_out(questions, held_out, where=f"prompts.sources: {name!r}")
+
+
+def _row(split: str, prompt: Prompt) -> dict[str, Any]:
+    return {"split": split, **vars(prompt)}
+
+
+def _as_prompt(split: str, index: int, family: str, task: Task) -> Prompt:
+    identity = f"{split}/{family}/{index:06d}"
+    return Prompt(identity, family, task.question, task.answer, difficulty=task.difficulty)
+
+
+def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001 (no inputs)
+    """Generate and gather every split.
+
+    Raises:
+        ConfigError: A family is unknown or too small.
+        DataError: A source cannot be read, or a held-out question stands in what is learnt from.
+    """
+    generated, gathered = _generate(config), gather(config)
+    _refuse_leaks(generated, gathered)
     random = Random(f"prompts/{config.seed}/answers")
     documents = [
         {"id": f"exercises/{family}/{index:06d}", "text": _exercise(task, random, config=config)}
-        for index, (family, task) in enumerate(exercises)
+        for index, (family, task) in enumerate(generated.exercises)
     ]
     conversations = [
         _demonstration(index, family, task, random, config=config)
-        for index, (family, task) in enumerate(demonstrations)
+        for index, (family, task) in enumerate(generated.demonstrations)
     ]
     rows = [
-        {
-            "id": f"{split}/{family}/{i:06d}",
-            "split": split,
-            "family": family,
-            "question": t.question,
-            "answer": t.answer,
-            "difficulty": 0,
-            "reference": "",
-            "verifier": "answer",
-        }
-        for split, tasks in prompts.items()
-        for i, (family, t) in enumerate(tasks)
+        _row(split, prompt)
+        for split, tasks in generated.prompts.items()
+        for prompt in (*(_as_prompt(split, i, *pair) for i, pair in enumerate(tasks)), *gathered.prompts[split])
     ]
+    documents += gathered.documents
+    conversations += gathered.demonstrations
     write_table(workspace.output / "documents.arrow", documents, DOCUMENT_SCHEMA)
     write_conversations(workspace.output / "demonstrations.arrow", conversations)
     write_table(workspace.output / "prompts.arrow", rows, PROMPT_SCHEMA)
     sizes = Counter(row["split"] for row in rows)
-    return {
-        "documents": len(documents),
-        "demonstrations": len(conversations),
+    metrics = {
+        "documents": float(len(documents)),
+        "demonstrations": float(len(conversations)),
         **{split: float(size) for split, size in sizes.items()},
+    }
+    return metrics | (_write_gathered(gathered, workspace) if config.sources else {})
+
+
+def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
+    """What only sources give: pairs, and the rows that were left out."""
+    write_table(workspace.output / PAIRS_FILE, [vars(pair) for pair in gathered.pairs], PAIR_SCHEMA)
+    lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
+    write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
+    for entry in gathered.quarantine[:MAX_TOLD]:
+        workspace.log(f"left out {entry['source']} {entry['file']}:{entry['row']}, which {entry['error']}")
+    if gathered.num_repeated:
+        workspace.log(f"{gathered.num_repeated} rows ask what another row asked: one prompt is kept of each")
+    return {
+        "pairs": len(gathered.pairs),
+        "quarantined": len(gathered.quarantine),
+        "repeated": gathered.num_repeated,
     }
 
 
-STAGE = Stage(name="prompts", output="Prompts", config=PromptsConfig, run=run, main_metric="documents")
+STAGE = Stage(
+    name="prompts", output="Prompts", config=PromptsConfig, run=run, external=external, main_metric="documents"
+)

@@ -19,13 +19,123 @@ from pydantic import (
 from lilpipe.config.section import Section, Share
 
 
+class PromptColumns(Section):
+    """Which key of a source's rows holds what.
+
+    - `gsm8k`: `question`, `answer`.
+    - `instructions`: `messages`; or `instruction`, maybe `input`, `output`; or `prompt`, `response`.
+    - `programs`: `prompt`, `tests` and maybe `response`.
+    - `preferences`: `chosen`, `rejected` and maybe `edited`, to `prompt` or `instruction` with maybe `input`. Answers
+      and prompt may be lists of messages, and the prompt may stand in the answers' messages alone.
+    """
+
+    question: str = "question"
+    answer: str = "answer"
+    messages: str = "messages"
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    prompt: str = "prompt"
+    response: str = "response"
+    tests: str = "tests"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    edited: str = "edited"
+
+
+class PromptSource(Section):
+    """A data set of questions with answers, from files or from the Hugging Face hub.
+
+    What becomes of a row is decided by the hash of its question, the same for every source: first the share for `test`,
+    then `dev`, documents, demonstrations; the rest are `train` prompts. Rows of `preferences` give pairs too: those of
+    `train` to learn from, those of `dev` held out.
+    """
+
+    kind: Literal["gsm8k", "instructions", "programs", "preferences"]
+    """`gsm8k`: grade school mathematics (Cobbe et al. 2021), whose answers end in `#### N`. `instructions`: an answer
+    for each instruction, or conversations. `programs`: tests in Python for each instruction. `preferences`: a chosen
+    and a rejected answer, maybe one that is better than both."""
+    name: str
+    """The name that its prompts carry in ids, and their family."""
+    path: str | None = None
+    """File, folder, glob or fsspec URL of JSON lines, or of one JSON list; plain or compressed."""
+    test_path: str | None = None
+    """The official test split: all of it is `test`."""
+    hub: str | None = None
+    """Name of a data set on the Hugging Face hub, or a local folder of one, instead of `path`."""
+    subset: str | None = None
+    """Configuration of the data set (`hub` only)."""
+    split: str = "train"
+    """Split to read (`hub` only)."""
+    test_split: str | None = None
+    """The official test split (`hub` only)."""
+    revision: str | None = None
+    """Commit of the data set (`hub` only); the newest where none is given."""
+    columns: PromptColumns = PromptColumns()
+    test_share: Share | None = None
+    """Share of the questions for the split `test`; 0.1, or none with an official test split, where none is given."""
+    dev_share: Share = 0.1
+    """Share of the questions for the split `dev`."""
+    documents_share: Share = 0.0
+    """Share of the questions that become text for pretraining, with their answers."""
+    demonstrations_share: Share = 0.4
+    """Share of the questions that are shown with their answers in supervised fine-tuning."""
+    max_rows: PositiveInt | None = None
+    """Read so many rows of `path` or `split`."""
+    max_malformed_share: Share = 0.01
+    """Rows that are none are quarantined and counted; above this share of the source's the stage fails."""
+
+    @model_validator(mode="after")
+    def _has_one_place(self) -> PromptSource:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError(f"source {self.name!r}: give one of path and hub")
+        of_hub = ("subset", "test_split", "revision")
+        ignored = [name for name in (of_hub if self.hub is None else ("test_path",)) if getattr(self, name) is not None]
+        if ignored or (self.hub is None and self.split != "train"):
+            place = "path" if self.hub is None else "hub"
+            raise ValueError(f"source {self.name!r}: {', '.join(ignored) or 'split'} means nothing with `{place}`")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_leave_room(self) -> PromptSource:
+        if self.has_official_test and self.test_share:
+            raise ValueError(f"source {self.name!r}: it has an official test split; remove test_share")
+        total = sum(self.shares.values())
+        if total > 1 + 1e-9:
+            raise ValueError(f"source {self.name!r}: the shares add up to {total:g}, expected at most 1")
+        return self
+
+    @property
+    def has_official_test(self) -> bool:
+        """Whether its test split is given, not chosen."""
+        return self.test_path is not None or self.test_split is not None
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The shares in their order; what is left is `train`."""
+        default = 0.0 if self.has_official_test else 0.1
+        return {
+            "test": default if self.test_share is None else self.test_share,
+            "dev": self.dev_share,
+            "documents": self.documents_share,
+            "demonstrations": self.demonstrations_share,
+        }
+
+
 class PromptsConfig(Section):
-    """A generated family of tasks whose answers a program can verify, split once for the whole pipeline."""
+    """Questions and answers: generated families of tasks that a program can verify, and data sets; split once for the
+    whole pipeline.
+    """
 
     seed: int = 0
     """Seed of the generator."""
     families: tuple[str, ...] = ("copy", "reverse", "sort")
     """Task families; `lilpipe.alignment.prompts.FAMILIES` lists them."""
+    difficulty: dict[str, tuple[PositiveInt, PositiveInt]] = {}
+    """Least and most difficulty of a family, in its unit (items, digits, operations); its default where none is given.
+    Pretraining's exercises leave out the hardest."""
+    sources: tuple[PromptSource, ...] = ()
+    """Data sets beside the generated tasks."""
     num_documents: NonNegativeInt = 20_000
     """Exercises in plain text form for pretraining."""
     num_demonstrations: NonNegativeInt = 1_000
@@ -40,6 +150,24 @@ class PromptsConfig(Section):
     """Share of written answers, in exercises and demonstrations, that open with sentences of courtesy."""
     max_filler_sentences: Annotated[int, Field(ge=0, le=8)] = 3
     """Most sentences of courtesy before an answer."""
+
+    @model_validator(mode="after")
+    def _difficulty_is_of_families(self) -> PromptsConfig:
+        for family, (least, most) in self.difficulty.items():
+            if family not in self.families:
+                raise ValueError(f"prompts.difficulty: {family!r} is none of prompts.families: {list(self.families)}")
+            if least > most:
+                raise ValueError(f"prompts.difficulty.{family}: got {least} to {most}, expected the least first")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_ask(self) -> PromptsConfig:
+        if not self.families and not self.sources:
+            raise ValueError("prompts: got neither families nor sources; name one")
+        names = [*self.families, *(source.name for source in self.sources)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"prompts: names of families and sources must differ, got {names}")
+        return self
 
 
 RewardKind = Literal["answer", "numeric", "format", "regex", "length", "language", "reward_model", "program", "file"]

@@ -3,8 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from lilpipe.alignment import prompts as module
+from lilpipe.alignment.families import Difficulty
 from lilpipe.alignment.prompts import (
     FAMILIES,
     SPLIT_SHARES,
@@ -115,11 +117,42 @@ def test_the_longest_lists_are_left_for_after_pretraining():
     assert longest("demonstrations") == longest("train") == longest("test") == 5
 
 
-def test_a_family_too_small_for_its_split_is_refused_with_numbers(monkeypatch):
-    copy = FAMILIES["copy"]
-    monkeypatch.setitem(FAMILIES, "copy", lambda random, max_length: copy(random, 2))
+def test_a_family_too_small_for_its_split_is_refused_with_numbers():
     with pytest.raises(ConfigError, match=r"num_test.*'copy' gave \d\d distinct tasks.*100 are needed"):
-        draw_tasks("copy", "test", 100, seed=0)
+        draw_tasks("copy", "test", 100, seed=0, difficulty=Difficulty(2, 2))
+
+
+def test_difficulty_is_chosen_by_family_and_kept_with_each_prompt(tmp_path):
+    config = PromptsConfig(**SMALL, families=("copy", "expression"), difficulty={"copy": (6, 7)})
+    module.run(config, {}, Workspace(tmp_path))
+    found = {}
+    for prompt in read_prompts(tmp_path / "output", "train"):
+        found.setdefault(prompt.family, set()).add(prompt.difficulty)
+        if prompt.family == "copy":
+            assert prompt.difficulty == len(prompt.answer.split())
+    assert found == {"copy": {6, 7}, "expression": {2, 3}}
+    exercises = [text for _, text in read_exercises(tmp_path / "output") if text.startswith("Exercise: Copy")]
+    assert {len(re.findall(r"\d+", text.split("\n")[0])) for text in exercises} == {6}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"difficulty": {"sort": (3, 2)}}, "difficulty.sort: got 3 to 2, expected the least first"),
+        ({"difficulty": {"largest": (3, 4)}}, "difficulty: 'largest' is none of prompts.families"),
+        ({"families": ()}, "neither families nor sources"),
+        ({"families": ("copy", "copy")}, "must differ"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        PromptsConfig(**settings)
+
+
+def test_a_difficulty_that_a_family_cannot_have_is_refused(tmp_path):
+    config = PromptsConfig(families=("count",), difficulty={"count": (1, 3)})
+    with pytest.raises(ConfigError, match=r"difficulty\.count: starts at 1 items, expected 2 or more"):
+        module.run(config, {}, Workspace(tmp_path))
 
 
 def test_an_unknown_family_is_refused(tmp_path):
@@ -178,8 +211,8 @@ def test_a_held_out_question_in_training_is_refused_and_named(prompts, split):
 
 
 def test_a_split_that_leaks_stops_the_stage(tmp_path, monkeypatch):
-    def leaky(family, split, count, *, seed):
-        return draw_tasks(family, "test" if split == "train" else split, count, seed=seed)
+    def leaky(family, split, count, **settings):
+        return draw_tasks(family, "test" if split == "train" else split, count, **settings)
 
     monkeypatch.setattr(module, "draw_tasks", leaky)
     with pytest.raises(DataError, match="occur in the dev or test split"):
