@@ -1,275 +1,273 @@
-"""Stage ``dpo``: direct preference optimisation (Rafailov et al. 2023), with Llama 3's two changes.
+"""Stage ``dpo``: direct preference optimisation (Rafailov et al. 2023) and its family, with Llama 3's two changes.
 
-They are a negative log-likelihood term on the chosen answers (after Pang et al. 2024; each pair weighs the same) and
-formatting tokens left out of the log-probabilities that are compared (Grattafiori et al. 2024, section 4.1.4). The
-turn's header belongs to the prompt and never counts. The turn's end is left out of the ratios, where it would be
-pushed up in one answer and down in the other at once; it stays in the likelihood term, so that the model goes on
-ending its answers.
+They are a negative log-likelihood term on the chosen answers (after Pang et al. 2024) and formatting tokens left out
+of the log-probabilities that are compared (Grattafiori et al. 2024, section 4.1.4). The turn's header belongs to the
+prompt and never counts. The turn's end is left out of the ratios, where it would be pushed up in one answer and down
+in the other at once; it stays in the likelihood term, so that the model goes on ending its answers.
 
-Dimensions: N pairs, T tokens.
+The losses are in ``preference_losses``, their batches in ``preference_objective``. Log-probabilities under the
+reference are computed once, before training, and end in the output as ``reference.arrow``.
+
+Dimensions: R rows of the training data.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.alignment.chunks import run_chunks
-from lilpipe.alignment.completions import pad_completions
-from lilpipe.alignment.order import rows_of_step
-from lilpipe.alignment.preferences import Pair, read_pairs
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.alignment.pairs import Pair, read_pairs
+from lilpipe.alignment.preference_data import (
+    EXAMPLES_FILE,
+    Example,
+    Packer,
+    PreferenceRow,
+    as_examples,
+    encode_examples,
+    encode_pairs,
+    questions,
+    read_examples,
+    refuse_contradictions,
+    refuse_identical,
+    refuse_shared_prompts,
+)
+from lilpipe.alignment.preference_evaluation import HeldOut, HeldOutScores, check_fall, score_answers
+from lilpipe.alignment.preference_objective import PreferenceObjective
+from lilpipe.alignment.prompts import assert_not_held_out
+from lilpipe.alignment.tables import write_table
+from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config import DPOConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.model.hub import load_model, save_model
-from lilpipe.model.transformer import Transformer, token_logprobs
+from lilpipe.model.hub import load_model
+from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training.curves import write_report
-from lilpipe.training.loop import Loss, train
+from lilpipe.training.curves import read_curves, write_report
+from lilpipe.training.finetune import Workers, build, export, whole_model
+from lilpipe.training.loop import train
 
-CHOSEN_FALL_ALARM = 1.0
-"""Nats. A fall of the held-out chosen answers' mean log-probability by more than this is reported: DPO can widen its
-margin while both answers become unlikely, and accuracy falls with them."""
-
-TIE_NATS = 1e-4
-"""Smaller differences of log-probability are rounding: the reference against itself is a tie."""
-
-PAIRS_AT_ONCE = 32
-REFERENCE_SCHEMA = pa.schema([("chosen", pa.float32()), ("rejected", pa.float32())])
-
-
-# --- mathematics --------------------------------------------------------------------------------------------------
-
-
-class PairLogprobs(NamedTuple):
-    """What a model says about N pairs."""
-
-    chosen_N: Tensor
-    """Log-probability of the chosen answer: a sum over its tokens."""
-    rejected_N: Tensor
-    chosen_mean_N: Tensor
-    """Mean log-probability of a token of the chosen answer, its end included."""
-
-
-def dpo_margin(policy: PairLogprobs, reference_chosen_N: Tensor, reference_rejected_N: Tensor) -> Tensor:
-    """How much more the policy than the reference prefers the chosen answer, in nats [N]."""
-    return (policy.chosen_N - reference_chosen_N) - (policy.rejected_N - reference_rejected_N)
-
-
-def dpo_loss(margin_N: Tensor, *, beta: float) -> Tensor:
-    """Loss of each pair [N]: -log sigmoid(beta * margin) (Rafailov et al. 2023, equation 7)."""
-    return -F.logsigmoid(beta * margin_N)
-
-
-# --- pairs as tokens ----------------------------------------------------------------------------------------------
+ROWS_AT_ONCE = 32
+EVALUATIONS = 8
+"""Of the held-out answers, over the run."""
+LEFT_OUT_FILE = "left_out.jsonl"
 
 
 @dataclass(frozen=True)
-class EncodedPair:
-    """Token ids; the answers end with the turn's end."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-
-
-def encode_pair(tokenizer: Tokenizer, pair: Pair) -> EncodedPair:
-    """The prompt with the assistant's header, and both answers."""
-    prompt, _ = render(tokenizer, pair.prompt, add_generation_prompt=True)
-    end = [tokenizer.turn_end_id]
-    return EncodedPair(prompt, tokenizer.encode(pair.chosen) + end, tokenizer.encode(pair.rejected) + end)
-
-
-def pair_logprobs(
-    model: Transformer, pairs: Sequence[EncodedPair], *, padding_id: int, mask_formatting_tokens: bool
-) -> tuple[PairLogprobs, int]:
-    """Log-probabilities of N pairs in one forward pass, and the number of tokens that went through the model."""
-    prompts = [pair.prompt for pair in pairs] * 2
-    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    tokens_NT, mask_NT = pad_completions(prompts, answers, padding_id=padding_id)
-    tokens_NT, mask_NT = tokens_NT.to(model.device), mask_NT.to(model.device)
-    logprobs_NT = token_logprobs(model, tokens_NT) * mask_NT
-    mean_N = logprobs_NT.sum(dim=1) / mask_NT.sum(dim=1)
-    if mask_formatting_tokens:
-        ends = [len(prompt) + len(answer) - 2 for prompt, answer in zip(prompts, answers, strict=True)]
-        logprobs_NT = logprobs_NT.scatter(1, torch.tensor(ends, device=model.device)[:, None], 0.0)
-    chosen_N, rejected_N = logprobs_NT.sum(dim=1).chunk(2)
-    return PairLogprobs(chosen_N, rejected_N, mean_N.chunk(2)[0]), sum(map(len, prompts)) + sum(map(len, answers))
-
-
-# --- the stage ----------------------------------------------------------------------------------------------------
-
-
 class _Data:
-    """Encoded pairs with the reference's log-probabilities."""
+    """What is trained on and measured, as tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, pairs: Sequence[Pair], config: DPOConfig) -> None:
-        self.pairs = [encode_pair(tokenizer, pair) for pair in pairs]
-        self.padding_id = tokenizer.padding_id
-        self.mask_formatting_tokens = config.mask_formatting_tokens
-        self.reference_chosen = torch.empty(0)
-        self.reference_rejected = torch.empty(0)
-
-    def logprobs(self, model: Transformer, rows: Sequence[int]) -> tuple[PairLogprobs, int]:
-        """``pair_logprobs`` of some rows."""
-        return pair_logprobs(
-            model,
-            [self.pairs[row] for row in rows],
-            padding_id=self.padding_id,
-            mask_formatting_tokens=self.mask_formatting_tokens,
-        )
-
-    def add_reference(self, model: Transformer, workspace: Workspace) -> None:
-        """Compute the reference's log-probabilities, once: they lie in scratch for a run that continues."""
-
-        def work(index: int) -> list[dict[str, float]]:
-            rows = range(index * PAIRS_AT_ONCE, min((index + 1) * PAIRS_AT_ONCE, len(self.pairs)))
-            with torch.inference_mode():
-                logprobs, _ = self.logprobs(model, rows)
-            return [
-                {"chosen": chosen, "rejected": rejected}
-                for chosen, rejected in zip(logprobs.chosen_N.tolist(), logprobs.rejected_N.tolist(), strict=True)
-            ]
-
-        num_chunks = -(-len(self.pairs) // PAIRS_AT_ONCE)
-        table = run_chunks(work, num_chunks, name="reference", schema=REFERENCE_SCHEMA, workspace=workspace)
-        self.reference_chosen = torch.tensor([row["chosen"] for row in table], device=model.device)
-        self.reference_rejected = torch.tensor([row["rejected"] for row in table], device=model.device)
-
-    def margins(self, policy: PairLogprobs, rows: Sequence[int]) -> Tensor:
-        """``dpo_margin`` of some rows."""
-        index = torch.tensor(rows, device=policy.chosen_N.device)
-        return dpo_margin(policy, self.reference_chosen[index], self.reference_rejected[index])
+    train: list[PreferenceRow]
+    heldout: HeldOut
+    left_out: dict[str, list[str]]
+    """By reason, the prompts of what is not used."""
 
 
 def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Train on the pairs. Raises ``DataError`` if there are fewer than one batch of them."""
+    """Train on the preferences.
+
+    Raises ``DataError`` if they are fewer than one batch, hold the same answer on both sides, or prompts that are held
+    out; and if the chosen answers become more unlikely than ``max_chosen_fall`` allows.
+    """
     source, preferences = inputs["model"], inputs["preferences"]
     assert isinstance(source, Artifact)
     assert isinstance(preferences, Artifact)
-    assert config.seed is not None
     model, tokenizer = load_model(source.path)
+    data = _read(config, inputs, tokenizer, max_len=model.config.max_seq_len)
+    workers = Workers(config)
+    num_steps = _num_steps(config, len(data.train), num_parts=config.layout.data * config.accumulation_steps)
     model = model.to(distributed.device())
-    train_pairs, heldout_pairs = read_pairs(preferences.path, "train"), read_pairs(preferences.path, "heldout")
-    num_steps = _num_steps(config, len(train_pairs))
-    data = _Data(tokenizer, [*train_pairs, *heldout_pairs], config)
-    data.add_reference(model, workspace)
-    heldout = range(len(train_pairs), len(data.pairs))
-    seed = config.seed
+    packer = Packer(
+        padding_id=tokenizer.padding_id,
+        max_len=model.config.max_seq_len,
+        packed=model.config.architecture != "gpt2",  # whose positions are learned
+        mask_formatting=config.mask_formatting_tokens,
+        device=model.device,
+    )
+    before = data.heldout.score(model, packer, config)
+    table = _reference(model, data.train, packer, config, workspace) if config.uses_reference else []
+    objective = PreferenceObjective(
+        data.train,
+        config,
+        packer,
+        reference_R2=_as_tensor(table),
+        rank=workers.data_rank,
+        world_size=workers.num_data_ranks,
+    )
+    trainee = build(config, source.path, objective, workers, stage="dpo")
+    whole = model if workers.mesh is not None else None
+    del model
+    latest = before
 
-    def loss(model: nn.Module, step: int, micro: int) -> Loss:  # noqa: ARG001 (one micro-batch)
-        assert isinstance(model, Transformer)
-        rows = rows_of_step(step, num_rows=len(train_pairs), batch_size=config.batch_size, seed=seed)
-        return batch_loss(model, data, rows[distributed.rank() :: distributed.world_size()], config)
-
-    def evaluate(model: nn.Module, done: int) -> Mapping[str, float]:
-        assert isinstance(model, Transformer)
-        metrics = evaluate_pairs(model, data, heldout)
-        if metrics.get("heldout_chosen_change", 0.0) < -CHOSEN_FALL_ALARM:
-            workspace.log(
-                f"step {done}: the log-probability of held-out chosen answers fell by "
-                f"{-metrics['heldout_chosen_change']:.2f} nats; raise dpo.nll_coefficient or lower the learning rate"
-            )
+    def evaluate(_: object, done: int) -> Mapping[str, float]:
+        nonlocal latest
+        latest = data.heldout.score(whole_model(trainee, whole), packer, config)
+        metrics = data.heldout.metrics(latest, before, config)
+        if warning := check_fall(metrics, config):
+            workspace.log(f"step {done}: {warning}")
         return metrics
 
-    with torch.inference_mode():
-        before = evaluate_pairs(model, data, heldout)
     result = train(
-        model,
-        loss=loss,
+        trainee,
         num_steps=num_steps,
         workspace=workspace,
         section=config,
         optimizer=config.optimizer,
         evaluate=evaluate,
-        eval_every=max(1, num_steps // 4),
+        eval_every=max(1, num_steps // EVALUATIONS),
         identity={"model": source.content_digest, "preferences": preferences.content_digest},
     )
     metrics = {
         "loss": result.final_loss(),
         "steps": float(num_steps),
-        "pairs": float(len(train_pairs)),
-        "heldout_pairs": float(len(heldout_pairs)),
-        **{f"{name}_before": value for name, value in before.items()},
+        **_counts(data, config),
+        **{f"{name}_before": value for name, value in data.heldout.metrics(before, before, config).items()},
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
+    export(trainee, tokenizer, workspace)
     if distributed.is_main():
-        save_model(model, tokenizer, workspace.output)
-        title = "Direct preference optimisation"
-        write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
+        if table:
+            write_table(workspace.output / "reference.arrow", table, _reference_schema(config))
+        _write_left_out(data, workspace)
+        _write_report(config, workspace, data, tokenizer, (before, latest), losses=result.losses, metrics=metrics)
     return metrics
 
 
-def _num_steps(config: DPOConfig, num_pairs: int) -> int:
-    if config.batch_size % config.num_workers:
-        raise ConfigError(
-            f"dpo.batch_size: got {config.batch_size}, expected a multiple of num_workers {config.num_workers}"
-        )
-    if num_pairs < config.batch_size:
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def _read(config: DPOConfig, inputs: Inputs, tokenizer: Tokenizer, *, max_len: int) -> _Data:
+    """The preferences, once they have passed the gates."""
+    preferences, prompts = inputs["preferences"], inputs.get("prompts")
+    assert isinstance(preferences, Artifact)
+    train: Sequence[Pair | Example]
+    heldout: Sequence[Pair | Example]
+    if config.loss == "kto" and (preferences.path / EXAMPLES_FILE).exists():
+        train, heldout = (read_examples(preferences.path, split) for split in ("train", "heldout"))
+        refuse_contradictions([*train, *heldout])
+        rows, left_out = encode_examples(tokenizer, train, max_len=max_len)
+        held_rows, held_left_out = encode_examples(tokenizer, heldout, max_len=max_len) if heldout else ([], {})
+        sides = [[row.first for row in held_rows if row.desirable is side] for side in (True, False)]
+        measured = HeldOut(*sides, paired=False)
+    else:
+        train, heldout = read_pairs(preferences.path, "train"), read_pairs(preferences.path, "heldout")
+        refuse_identical([*train, *heldout])
+        held_rows, held_left_out = encode_pairs(tokenizer, heldout, max_len=max_len)
+        measured = HeldOut([row.first for row in held_rows], [row.second for row in held_rows], paired=True)
+        if config.loss == "kto":
+            rows, left_out = encode_examples(tokenizer, as_examples(train), max_len=max_len)
+        else:
+            rows, left_out = encode_pairs(tokenizer, train, max_len=max_len)
+    refuse_shared_prompts(train, heldout)
+    if isinstance(prompts, Artifact):
+        assert_not_held_out(questions(train), prompts.path)
+    if config.max_chosen_fall is not None and not measured.chosen:
         raise DataError(
-            f"dpo: got {num_pairs} pairs, expected at least one batch of {config.batch_size}; lower dpo.batch_size or "
-            "raise preferences.num_prompts"
+            "dpo.max_chosen_fall: the preferences hold no held-out answers to measure a fall on; raise "
+            "preferences.num_heldout, or leave max_chosen_fall out"
         )
-    return config.num_epochs * num_pairs // config.batch_size
+    for reason, ids in held_left_out.items():
+        left_out.setdefault(reason, []).extend(ids)
+    return _Data(rows, measured, left_out)
 
 
-def batch_loss(model: Transformer, data: _Data, rows: Sequence[int], config: DPOConfig) -> Loss:
-    """Preference loss and likelihood term, summed over the pairs of ``rows``."""
-    policy, num_tokens = data.logprobs(model, rows)
-    margin_N = data.margins(policy, rows)
-    loss_N = config.preference_coefficient * dpo_loss(margin_N, beta=config.beta)
-    loss_N = loss_N - config.nll_coefficient * policy.chosen_mean_N
-    change_N = policy.chosen_N.detach() - data.reference_chosen[torch.tensor(rows, device=model.device)]
-    count = float(len(rows))
-    return Loss(
-        total=loss_N.sum(),
-        count=count,
-        num_tokens=num_tokens,
-        metrics={
-            "preference_accuracy": (_share_positive(margin_N) * count, count),
-            "margin": (margin_N.detach().sum().item(), count),
-            "chosen_change": (change_N.sum().item(), count),
-            "chosen_nll": (-policy.chosen_mean_N.detach().sum().item(), count),
-        },
-    )
+def _num_steps(config: DPOConfig, num_rows: int, *, num_parts: int) -> int:
+    unit, what = (config.kl_examples, "answers") if config.loss == "kto" else (1, "pairs")
+    if config.batch_size % (num_parts * unit):
+        together = f" x kl_examples {unit}" if config.loss == "kto" else ""
+        raise ConfigError(
+            f"dpo.batch_size: got {config.batch_size}, expected a multiple of {num_parts * unit}: workers x "
+            f"accumulation_steps {num_parts}{together}"
+        )
+    if num_rows < config.batch_size:
+        raise DataError(
+            f"dpo: got {num_rows} {what}, expected at least one batch of {config.batch_size}; lower dpo.batch_size or "
+            f"raise preferences.num_prompts ({LEFT_OUT_FILE} of the report lists what was left out)"
+        )
+    return config.num_epochs * num_rows // config.batch_size
 
 
-def evaluate_pairs(model: Transformer, data: _Data, rows: Sequence[int]) -> dict[str, float]:
-    """Metrics on held-out pairs; none where there are no pairs.
-
-    ``preference_accuracy`` is the share of pairs whose margin over the reference is positive (ties count half: the
-    reference itself has 0.5); ``likelihood_accuracy`` the share in which the chosen answer is the likelier one.
-    """
-    if not rows:
-        return {}
-    parts = [rows[start : start + PAIRS_AT_ONCE] for start in range(0, len(rows), PAIRS_AT_ONCE)]
-    policies = [data.logprobs(model, part)[0] for part in parts]
-    policy = PairLogprobs(*(torch.cat(tensors) for tensors in zip(*policies, strict=True)))
-    margin_N = data.margins(policy, rows)
-    change_N = policy.chosen_N - data.reference_chosen[rows[0] : rows[-1] + 1]
+def _counts(data: _Data, config: DPOConfig) -> Metrics:
+    what = "answers" if config.loss == "kto" else "pairs"
     return {
-        "heldout_preference_accuracy": _share_positive(margin_N),
-        "heldout_likelihood_accuracy": _share_positive(policy.chosen_N - policy.rejected_N),
-        "heldout_margin": margin_N.mean().item(),
-        "heldout_chosen_change": change_N.mean().item(),
+        what: float(len(data.train)),
+        f"heldout_{'pairs' if data.heldout.paired else 'answers'}": float(len(data.heldout.chosen)),
+        "too_long": float(len(data.left_out.get("too_long", []))),
+        "empty_answers": float(len(data.left_out.get("empty_answer", []))),
     }
 
 
-def _share_positive(values_N: Tensor) -> float:
-    """Share of positive values; a tie counts half."""
-    values_N = values_N.detach()
-    wins = (values_N > TIE_NATS).sum() + 0.5 * (values_N.abs() <= TIE_NATS).sum()
-    return wins.item() / len(values_N)
+def _write_left_out(data: _Data, workspace: Workspace) -> None:
+    """List what was left out, and say so."""
+    lines = [json.dumps({"prompt_id": name, "reason": reason}) for reason, ids in data.left_out.items() for name in ids]
+    if lines:
+        reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in data.left_out.items())
+        workspace.log(f"left out {len(lines)} of the preferences: {reasons} (report/{LEFT_OUT_FILE})")
+        write_atomically(workspace.report / LEFT_OUT_FILE, "\n".join(lines) + "\n")
+
+
+# --- reference ----------------------------------------------------------------------------------------------------
+
+
+def _reference_schema(config: DPOConfig) -> pa.Schema:
+    names = ("answer", "mismatched_answer") if config.loss == "kto" else ("chosen", "rejected")
+    return pa.schema([("prompt_id", pa.string()), *((name, pa.float32()) for name in names)])
+
+
+def _reference(
+    model: Transformer, rows: Sequence[PreferenceRow], packer: Packer, config: DPOConfig, workspace: Workspace
+) -> list[dict[str, Any]]:
+    """The rows' log-probabilities under the reference: they lie in scratch for a run that continues."""
+    schema = _reference_schema(config)
+
+    def work(index: int) -> list[dict[str, Any]]:
+        part = rows[index * ROWS_AT_ONCE : (index + 1) * ROWS_AT_ONCE]
+        sums, _ = score_answers(model, [row.first for row in part] + [row.second for row in part], packer, config)
+        columns = ([row.prompt_id for row in part], *(half.tolist() for half in sums.chunk(2)))
+        return [dict(zip(schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+    num_chunks = -(-len(rows) // ROWS_AT_ONCE)
+    return run_chunks(work, num_chunks, name="reference", schema=schema, workspace=workspace)
+
+
+def _as_tensor(table: Sequence[Mapping[str, Any]]) -> Tensor | None:
+    """The reference's log-probabilities [R, 2]."""
+    return torch.tensor([list(row.values())[1:] for row in table]) if table else None
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def _write_report(
+    config: DPOConfig,
+    workspace: Workspace,
+    data: _Data,
+    tokenizer: Tokenizer,
+    scores: tuple[HeldOutScores, HeldOutScores],
+    *,
+    losses: list[float],
+    metrics: Metrics,
+) -> None:
+    before, after = scores
+    sections = data.heldout.sections(tokenizer, read_curves(workspace), before=before, after=after, config=config)
+    shown = ("loss", "steps", "pairs", "answers", "heldout_preference_accuracy", "heldout_margin")
+    shown += ("heldout_chosen_change", "chosen_fall_alarm", "too_long", "empty_answers")
+    write_report(
+        workspace,
+        title=f"Preference optimisation: {config.loss}",
+        losses=losses,
+        config=config,
+        key_figures={name.replace("_", " "): metrics[name] for name in shown if name in metrics},
+        sections=sections,
+    )
 
 
 STAGE = Stage(
@@ -278,6 +276,7 @@ STAGE = Stage(
     config=DPOConfig,
     run=run,
     inputs={"model": "Checkpoint", "preferences": "Preferences"},
+    optional_inputs={"prompts": "Prompts"},
     distributed=True,
     main_metric="heldout_preference_accuracy",
 )
