@@ -41,7 +41,14 @@ from lilpipe.config.pipeline import (
     step,
 )
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
-from lilpipe.config.prompts import ANSWER_REWARD, PromptsConfig, RewardConfig, RewardConfigs
+from lilpipe.config.prompts import (
+    ANSWER_REWARD,
+    PromptColumns,
+    PromptsConfig,
+    PromptSource,
+    RewardConfig,
+    RewardConfigs,
+)
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.config.sampling import SamplingConfig, SamplingSection
@@ -108,6 +115,8 @@ __all__ = [
     "PipelineConfig",
     "PreferencesConfig",
     "PretrainConfig",
+    "PromptColumns",
+    "PromptSource",
     "PromptsConfig",
     "QualityConfig",
     "RayConfig",
