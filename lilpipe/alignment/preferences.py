@@ -15,6 +15,7 @@ from lilpipe import distributed, report
 from lilpipe.alignment.chunks import Row
 from lilpipe.alignment.pairs import PAIR_SCHEMA, PAIRS_FILE, Pair, check_pairs, read_pairs
 from lilpipe.alignment.prompts import Prompt, assert_not_held_out, read_prompts
+from lilpipe.alignment.rewards import external
 from lilpipe.alignment.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
 from lilpipe.alignment.tables import write_table
 from lilpipe.artifact import Artifact, Inputs, write_atomically
@@ -247,6 +248,7 @@ STAGE = Stage(
     run=run,
     inputs={"prompts": "Prompts"},
     optional_inputs={"model": "Checkpoint", "reward_model": "Checkpoint"},
+    external=external,
     distributed=True,
     main_metric="pairs",
 )

@@ -22,7 +22,7 @@ from lilpipe.alignment.prompts import (
     read_prompts,
     write_conversations,
 )
-from lilpipe.alignment.rewards import Rewards
+from lilpipe.alignment.rewards import Rewards, external
 from lilpipe.alignment.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
 from lilpipe.alignment.tables import write_table
 from lilpipe.artifact import Artifact, Inputs, write_atomically
@@ -243,6 +243,7 @@ STAGE = Stage(
     run=run,
     inputs={"model": "Checkpoint", "prompts": "Prompts"},
     optional_inputs={"reward_model": "Checkpoint"},
+    external=external,
     distributed=True,
     main_metric="pass_at_1",
 )

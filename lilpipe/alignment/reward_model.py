@@ -92,8 +92,24 @@ class RewardModel:
         self.tokenizer = tokenizer
 
     def score(self, conversations: Sequence[list[Message]]) -> list[float]:
-        """The score of each conversation's last answer. Raises ``DataError`` for one that is too long."""
-        return score_rows(self.model, [render(self.tokenizer, item)[0] for item in conversations], self.tokenizer)
+        """The score of each conversation's last answer; one that is too long for the model loses its beginning.
+
+        An answer that was cut off where the model's context ends does not fit with the turn's end behind it. Raises
+        ``DataError`` if an answer alone does not fit.
+        """
+        return score_rows(self.model, [self._encode(conversation) for conversation in conversations], self.tokenizer)
+
+    def _encode(self, conversation: Sequence[Message]) -> list[int]:
+        max_len = self.model.config.max_seq_len
+        ids, _ = render(self.tokenizer, conversation)
+        if len(ids) > max_len:
+            answer, _ = render(self.tokenizer, conversation[-1:])
+            if len(answer) > max_len:
+                raise DataError(
+                    f"reward model: got an answer of {len(answer)} tokens, expected at most its {max_len}; lower "
+                    "sampling.max_new_tokens, or train a reward model from a model of longer context"
+                )
+        return ids[-max_len:]
 
 
 def load_reward_model(directory: Path, device: torch.device) -> RewardModel:
@@ -109,11 +125,6 @@ def load_reward_model(directory: Path, device: torch.device) -> RewardModel:
 
 def score_rows(model: HeadModel, rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[float]:
     """The scalar output at the last token of each row of ids."""
-    if (longest := max(map(len, rows), default=0)) > model.config.max_seq_len:
-        raise DataError(
-            f"reward model: got a conversation of {longest} tokens, expected at most its {model.config.max_seq_len}; "
-            "lower sampling.max_new_tokens, or train a reward model from a model of longer context"
-        )
     return outputs_of_rows(model, rows, padding_id=tokenizer.padding_id)[:, 0].tolist()
 
 

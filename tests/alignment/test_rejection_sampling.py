@@ -1,10 +1,10 @@
 import pytest
 
-from lilpipe.alignment import completions, rejection_sampling
+from lilpipe.alignment import completions, rejection_sampling, sampling
 from lilpipe.alignment.prompts import read_conversations, read_prompts, verify
 from lilpipe.alignment.rejection_sampling import run, select
 from lilpipe.alignment.tables import read_table
-from lilpipe.config import RejectionSamplingConfig, SamplingConfig
+from lilpipe.config import RejectionSamplingConfig, RewardConfig, SamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import Sample
 from lilpipe.stage import Workspace
@@ -132,21 +132,27 @@ def test_every_sample_is_kept_with_its_verdict(tmp_path, inputs, oracle):
     assert {(sample["response"] == "?") for sample in samples if sample["correct"]} == {False}
 
 
-def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path, inputs, monkeypatch):
+@pytest.mark.parametrize("killed_in", [1, 2, 3])
+def test_a_killed_run_samples_no_finished_prompt_again_and_ends_in_the_same_bytes(
+    tmp_path, inputs, monkeypatch, killed_in
+):
     run(CONFIG, inputs, Workspace(tmp_path / "whole"))
-    calls = []
+    train = [prompt.id for prompt in read_prompts(inputs["prompts"].path, "train")[:12]]
+    sampled, begun = [], []
 
-    def dying(*args, **options):
-        calls.append(1)
-        if len(calls) == 2:
+    def dying(model, tokenizer, prompts, **options):
+        begun.append(1)
+        if len(begun) == killed_in:
             raise KeyboardInterrupt
-        return completions.complete(*args, **options)
+        sampled.extend(prompt.id for prompt in prompts)
+        return completions.complete(model, tokenizer, prompts, **options)
 
     monkeypatch.setattr("lilpipe.alignment.sampling.complete", dying)
     with pytest.raises(KeyboardInterrupt):
         run(CONFIG, inputs, Workspace(tmp_path / "killed"))
+    assert sampled == train[: 5 * (killed_in - 1)]
     run(CONFIG, inputs, Workspace(tmp_path / "killed"))
-    assert len(calls) == 4  # three chunks, one of them begun twice
+    assert sampled == train
     assert digest_of(Workspace(tmp_path / "killed")) == digest_of(Workspace(tmp_path / "whole"))
 
 
@@ -174,3 +180,121 @@ def test_held_out_questions_stop_the_stage(tmp_path, inputs, monkeypatch):
     monkeypatch.setattr(rejection_sampling, "read_prompts", lambda path, split: read_prompts(path, "dev"))
     with pytest.raises(DataError, match="12 training questions occur"):
         run(CONFIG, inputs, Workspace(tmp_path))
+
+
+# --- rewards ------------------------------------------------------------------------------------------------------
+
+
+def test_each_reward_is_kept_and_logged_apart_and_the_sum_decides(tmp_path, inputs, oracle):
+    rewards = (RewardConfig(kind="answer", weight=2.0), RewardConfig(kind="regex", name="doubt", pattern=r"\?"))
+    config = CONFIG.model_copy(update={"rewards": rewards, "keep": "threshold", "threshold": 1.0})
+    config = config.model_copy(update={"max_kept_per_prompt": None})
+    metrics = run(config, inputs, Workspace(tmp_path))
+    samples = read_table(tmp_path / "output" / "samples.arrow")
+    for sample in samples:
+        assert sample["reward/answer"] == float(sample["correct"])
+        assert sample["reward/doubt"] == float(sample["response"] == "?")
+        assert sample["reward"] == 2 * sample["reward/answer"] + sample["reward/doubt"]
+    assert metrics["reward/answer"] == pytest.approx(metrics["pass_at_1"])
+    assert metrics["reward_stderr/answer"] == pytest.approx(metrics["pass_at_1_stderr"])
+    assert metrics["reward"] == pytest.approx(2 * metrics["reward/answer"] + metrics["reward/doubt"])
+    kept = [item.messages[1]["content"] for item in read_conversations(tmp_path / "output")]
+    assert len(kept) == len({(s["prompt_id"], s["response"]) for s in samples})  # "?" is worth 1, a right answer 2
+
+
+def test_how_hard_each_prompt_was_is_kept(tmp_path, inputs, oracle):
+    run(CONFIG, inputs, Workspace(tmp_path))
+    rates = read_table(tmp_path / "output" / "pass_rates.arrow")
+    for index, (rate, prompt) in enumerate(zip(rates, oracle, strict=False)):
+        assert rate["difficulty"] == prompt.difficulty
+        assert rate["pass_rate"] == rate["mean_reward"] == (index % 5) / 4
+        assert rate["num_kept"] == min(index % 5, 1)
+
+
+class LikesLength:
+    """A reward model that likes long answers."""
+
+    def score(self, conversations):
+        return [float(len(item[-1]["content"])) for item in conversations]
+
+
+def test_a_reward_model_can_decide(tmp_path, inputs, oracle, monkeypatch, make_checkpoint):
+    monkeypatch.setattr("lilpipe.alignment.sampling.load_reward_model", lambda path, device: LikesLength())
+    config = CONFIG.model_copy(update={"rewards": (RewardConfig(kind="reward_model"),), "keep": "best"})
+    metrics = run(config, {**inputs, "reward_model": make_checkpoint()}, Workspace(tmp_path))
+    assert metrics["kept"] == 12  # also where nothing is right, the best of the wrong
+    longest = {}
+    for sample in read_table(tmp_path / "output" / "samples.arrow"):
+        longest[sample["prompt_id"]] = max(longest.get(sample["prompt_id"], 0), len(sample["response"]))
+        assert sample["reward"] == len(sample["response"])
+    for item in read_conversations(tmp_path / "output"):
+        assert len(item.messages[1]["content"]) == longest[item.prompt_id]
+
+
+def test_a_reward_model_that_is_not_given_is_asked_for(tmp_path, inputs):
+    config = CONFIG.model_copy(update={"rewards": (RewardConfig(kind="reward_model"),)})
+    with pytest.raises(ConfigError, match="give it an input `reward_model`"):
+        run(config, inputs, Workspace(tmp_path))
+
+
+# --- policies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounds(make_checkpoint, monkeypatch, prompts, tokenizer):
+    """Three checkpoints of which the second alone is always right, and the list of those that were asked to sample."""
+    artifacts = tuple(make_checkpoint(seed, step=f"dpo_{seed}") for seed in range(3))
+    asked = []
+    everything = [prompt for split in ("train", "dev") for prompt in read_prompts(prompts.path, split)]
+    answers = {prompt.question: prompt.answer for prompt in everything}
+    load = sampling.load_model
+
+    def remembering(path):
+        asked.append(next(artifact.manifest.step for artifact in artifacts if artifact.path == path))
+        return load(path)
+
+    def generate(model, encoded, *, num_samples, **options):
+        right = asked[-1] == "dpo_1"
+        text = {q: f"Answer: {answers[q]}" if right else "?" for (q,) in encoded}
+        return [[Sample(tokenizer.encode(text[q]), [], True)] * num_samples for (q,) in encoded]
+
+    monkeypatch.setattr(sampling, "load_model", remembering)
+    monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
+    monkeypatch.setattr(completions, "generate", generate)
+    return artifacts, asked
+
+
+def test_the_last_of_several_checkpoints_samples(tmp_path, prompts, rounds):
+    artifacts, asked = rounds
+    run(CONFIG, {"model": artifacts, "prompts": prompts}, Workspace(tmp_path))
+    assert asked == ["dpo_2"]
+
+
+def test_the_checkpoint_whose_dev_answers_are_worth_most_samples_where_asked(tmp_path, prompts, rounds):
+    artifacts, asked = rounds
+    config = CONFIG.model_copy(update={"policy": "best", "policy_prompts": 6})
+    workspace = Workspace(tmp_path)
+    metrics = run(config, {"model": artifacts, "prompts": prompts}, workspace)
+    assert asked == ["dpo_0", "dpo_1", "dpo_2", "dpo_1"]
+    assert metrics["pass_at_1"] == 1
+    log = workspace.events.read_text()
+    assert "policy dpo_1: reward 1.0000 +- 0.0000 on 6 prompts" in log
+    assert "answers are sampled from dpo_1" in log
+
+
+def test_of_checkpoints_that_are_worth_the_same_the_last_samples(tmp_path, prompts, rounds):
+    artifacts, asked = rounds
+    config = CONFIG.model_copy(update={"policy": "best", "policy_prompts": 6})
+    run(config, {"model": (artifacts[0], artifacts[2]), "prompts": prompts}, Workspace(tmp_path))
+    assert asked == ["dpo_0", "dpo_2", "dpo_2"]
+
+
+def test_a_run_killed_while_policies_are_compared_asks_none_of_them_again(tmp_path, prompts, rounds, monkeypatch):
+    artifacts, asked = rounds
+    config = CONFIG.model_copy(update={"policy": "best", "policy_prompts": 6})
+    killed = Workspace(tmp_path)
+    monkeypatch.setattr(killed, "log", lambda message: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, {"model": artifacts, "prompts": prompts}, killed)
+    run(config, {"model": artifacts, "prompts": prompts}, Workspace(tmp_path))
+    assert asked == ["dpo_0", "dpo_1", "dpo_2", "dpo_1"]

@@ -247,8 +247,14 @@ def test_batches_hold_no_more_tokens_than_said(scorer, monkeypatch):
     assert max(sizes) <= 40
 
 
-def test_a_conversation_longer_than_the_model_takes_is_refused_with_numbers(scorer):
-    with pytest.raises(DataError, match="got a conversation of 204 tokens, expected at most its 160"):
+def test_a_conversation_that_is_too_long_loses_its_beginning_and_an_answer_that_is_too_long_is_refused(scorer):
+    conversation_ = conversation("Q" * 100, "A" * 80)
+    ids, _ = render(scorer.tokenizer, conversation_)
+    assert len(ids) == 184
+    with torch.no_grad():
+        expected = scorer.model(torch.tensor([ids[-160:]]))[0, -1, 0].item()
+    assert scorer.score([conversation_]) == pytest.approx([expected], abs=1e-5)
+    with pytest.raises(DataError, match="got an answer of 201 tokens, expected at most its 160"):
         scorer.score([conversation("Q", "A" * 199)])
 
 
