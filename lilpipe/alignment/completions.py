@@ -41,7 +41,8 @@ class Completion:
     @property
     def as_response(self) -> Response:
         """What a reward is given."""
-        return Response(self.response, ended=self.verdict.ended, num_tokens=len(self.drawn))
+        has_stop = self.sample.finished and len(self.drawn) > len(self.sample.tokens)
+        return Response(self.response, ended=self.verdict.ended, num_tokens=len(self.drawn) - has_stop)
 
 
 def encode_question(tokenizer: Tokenizer, question: str, form: PromptForm) -> list[int]:

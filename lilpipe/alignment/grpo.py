@@ -20,7 +20,7 @@ from lilpipe import distributed
 from lilpipe.alignment.completions import complete
 from lilpipe.alignment.policy_gradient import aggregate, group_advantages, group_std, k3, policy_ratio, surrogate_loss
 from lilpipe.alignment.prompts import Prompt, assert_not_held_out, read_prompts
-from lilpipe.alignment.rewards import RewardModel, Rewards, reward
+from lilpipe.alignment.rewards import RewardModel, Rewards, external, reward
 from lilpipe.alignment.rollouts import (
     Answers,
     Group,
@@ -31,12 +31,14 @@ from lilpipe.alignment.rollouts import (
     answer_logprobs,
     as_answers,
     at_targets,
-    by_length,
+    at_temperature,
+    check_gap,
     group_metrics,
     means,
-    minibatch_rows,
+    micro_batches,
+    num_parts,
 )
-from lilpipe.alignment.watch import Watch, check_sampler_gap
+from lilpipe.alignment.watch import Watch
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import GRPOConfig
 from lilpipe.config.reinforcement import PPOConfig
@@ -110,13 +112,8 @@ class GRPO:
     def batches(self, step: int) -> list[TokenBatch]:
         """The micro-batches of an update; the first of a rollout draws its answers."""
         rollout, number, update = self._rollouts.at(step)
-        rows = minibatch_rows(
-            len(rollout.answers.inputs),
-            update,
-            minibatches=self.config.minibatches_per_rollout,
-            seed=derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank),
-        )
-        parts = by_length(rollout.answers.take(rows), self.config.accumulation_steps)
+        seed = derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank)
+        parts = micro_batches(rollout.answers, update, self.config, seed=seed)
         return [
             TokenBatch(
                 part.inputs,
@@ -154,9 +151,7 @@ class GRPO:
         answers, config = part.answers, self.config
         drawn_NT, num_drawn = answers.drawn, float(answers.drawn.sum())
         if part.is_fresh:
-            gap = (logprobs_NT - answers.old_logprobs)[drawn_NT].abs().sum().item()
-            check_sampler_gap(gap / num_drawn, config.watch, rollout=part.rollout)
-            self._sampler_gap = gap, num_drawn
+            self._sampler_gap = check_gap(logprobs_NT, answers, config.watch, rollout=part.rollout)
         ratio_NT = policy_ratio(logprobs_NT, answers.old_logprobs, drawn_NT, level=config.ratio_level)
         low, high = config.clip_low or config.clip_range, config.clip_high or config.clip_range
         clipped_NT = (ratio_NT < 1 - low) | (ratio_NT > 1 + high)
@@ -183,7 +178,7 @@ class GRPO:
             groups, self._sampler.tokenizer, mask_truncated=config.mask_truncated, device=distributed.device()
         )
         if config.sampling.temperature != 1:
-            answers = self._at_temperature(model, answers, number)
+            answers = at_temperature(model, answers, config, rollout=number)
         advantages_PG = self._advantages(torch.tensor([[answer.total for answer in group.scored] for group in groups]))
         advantages_N1 = advantages_PG.flatten()[:, None].to(answers.inputs.device)
         answers = answers._replace(advantages=advantages_N1.expand_as(answers.old_logprobs))
@@ -191,22 +186,13 @@ class GRPO:
             reference_NT = answer_logprobs(
                 self.reference,
                 answers,
-                num_parts=config.minibatches_per_rollout * config.accumulation_steps,
+                parts=num_parts(config),
                 temperature=config.sampling.temperature,
             )
             answers = answers._replace(reference_logprobs=reference_NT)
             divergence = k3(answers.old_logprobs, reference_NT)[answers.drawn].sum().item()
             metrics = metrics | {"kl": (divergence, metrics["length"][0])}
         return Rollout(answers, metrics)
-
-    def _at_temperature(self, model: Transformer, answers: Answers, number: int) -> Answers:
-        """The sampler gives log-probabilities at temperature 1: the trainer computes them at that of the answers."""
-        config = self.config
-        num_parts = config.minibatches_per_rollout * config.accumulation_steps
-        gap_NT = answer_logprobs(model, answers, num_parts=num_parts) - answers.old_logprobs
-        check_sampler_gap(gap_NT[answers.drawn].abs().mean().item(), config.watch, rollout=number)
-        old_NT = answer_logprobs(model, answers, num_parts=num_parts, temperature=config.sampling.temperature)
-        return answers._replace(old_logprobs=old_NT)
 
     def _advantages(self, rewards_PG: Tensor) -> Tensor:
         """Advantages of this worker's groups; the deviation over the batch is that over all workers'."""
@@ -231,13 +217,14 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     assert isinstance(prompts_artifact, Artifact)
     prompts, dev = training_prompts(prompts_artifact)
     model, tokenizer = load_model(source.path)
-    before = greedy_accuracy(model.to(distributed.device()), tokenizer, dev, config)
+    rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
+    before = greedy_metrics(model.to(distributed.device()), tokenizer, dev, rewards, config)
     workers = Workers(config)
     whole = None if workers.mesh is None else model  # filled from the others where the policy is cut
     sampler = Sampler(
         tokenizer,
         prompts,
-        Rewards(config.rewards, reward_model=reward_model_of(inputs)),
+        rewards,
         config,
         stage="grpo",
         group_size=config.group_size,
@@ -256,7 +243,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     _score_targets_alone(trainee, config, workers)
 
     def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
-        return {"dev_accuracy": greedy_accuracy(finetune.whole_model(trainee, into=whole), tokenizer, dev, config)}
+        return greedy_metrics(finetune.whole_model(trainee, into=whole), tokenizer, dev, rewards, config)
 
     result = train(
         trainee,
@@ -269,7 +256,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     )
     metrics = {
         "steps": float(config.num_steps),
-        "dev_accuracy_before": before,
+        **{f"{name}_before": figure for name, figure in before.items()},
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
@@ -317,13 +304,22 @@ def checkpoints_between_rollouts(config: Section) -> Section:
     return config.model_copy(update={"checkpoint_every": -(-config.checkpoint_every // updates) * updates})
 
 
-def greedy_accuracy(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: GRPOConfig | PPOConfig
-) -> float:
-    """Share of the prompts that the model's likeliest answer solves."""
+def greedy_metrics(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    rewards: Rewards,
+    config: GRPOConfig | PPOConfig,
+) -> dict[str, float]:
+    """Share of the prompts that the model's likeliest answer solves, and its mean reward."""
     sampling = config.sampling.model_copy(update={"temperature": 0.0})
     groups = complete(model, tokenizer, prompts, form=config.prompt_form, sampling=sampling, seed=0)
-    return sum(reward(group[0].verdict) for group in groups) / len(groups)
+    answers = [group[0] for group in groups]
+    scored = rewards(prompts, [answer.as_response for answer in answers])
+    return {
+        "dev_accuracy": sum(reward(answer.verdict) for answer in answers) / len(answers),
+        "dev_reward": sum(answer.total for answer in scored) / len(answers),
+    }
 
 
 STAGE = Stage(
@@ -333,6 +329,7 @@ STAGE = Stage(
     run=run,
     inputs={"model": "Checkpoint", "prompts": "Prompts"},
     optional_inputs={"reward_model": "Checkpoint"},
+    external=external,
     distributed=True,
     main_metric="dev_accuracy",
 )

@@ -25,7 +25,9 @@ from lilpipe.alignment.completions import Completion, complete, pad_completions
 from lilpipe.alignment.order import rows_of_step
 from lilpipe.alignment.prompts import Prompt
 from lilpipe.alignment.rewards import Rewards, Scored
+from lilpipe.alignment.watch import check_sampler_gap
 from lilpipe.config import GRPOConfig, PPOConfig
+from lilpipe.config.reinforcement import WatchConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.scores import IGNORED, Scores, token_scores
 from lilpipe.model.transformer import Transformer
@@ -106,12 +108,12 @@ class Sampler:
     ) -> None:
         assert config.seed is not None
         self.tokenizer, self.prompts, self.rewards, self.config = tokenizer, prompts, rewards, config
-        self._stage, self._group_size, self._seed = stage, group_size, config.seed
+        self._stage, self._group_size, self.seed = stage, group_size, config.seed
         self._rank, self._num_ranks = data_rank, num_data_ranks
 
     def draw(self, model: Transformer, rollout: int, *, resample_rounds: int = 0) -> tuple[list[Group], int]:
         """The groups of a rollout, and how many were replaced because they had no spread."""
-        num_rows, seed = len(self.prompts), derive_seed(self._seed, self._stage)
+        num_rows, seed = len(self.prompts), derive_seed(self.seed, self._stage)
         rows = rows_of_step(rollout, num_rows=num_rows, batch_size=self.config.prompts_per_step, seed=seed)
         rows = rows[self._rank :: self._num_ranks]
         groups = self._sample(model, rows, rollout)
@@ -129,12 +131,12 @@ class Sampler:
 
     def _further(self, rollout: int, number: int, seen: set[int]) -> list[int]:
         """Prompts that this rollout has not seen yet, in an order of this round's own."""
-        seed = derive_seed(self._seed, f"{self._stage}/resample", rollout, self._rank, number)
+        seed = derive_seed(self.seed, f"{self._stage}/resample", rollout, self._rank, number)
         order = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(seed))
         return [row for row in order.tolist() if row not in seen]
 
     def _sample(self, model: Transformer, rows: Sequence[int], *position: int) -> list[Group]:
-        seed = derive_seed(self._seed, f"{self._stage}/rollout", position[0], self._rank, *position[1:])
+        seed = derive_seed(self.seed, f"{self._stage}/rollout", position[0], self._rank, *position[1:])
         groups = complete(
             model,
             self.tokenizer,
@@ -171,7 +173,7 @@ def group_metrics(groups: Sequence[Group], num_replaced: int) -> Sums:
     num_answers, num_tokens = float(len(completions)), float(sum(len(c.drawn) for c in completions))
     ended = float(sum(completion.verdict.ended for completion in completions))
     logprob = sum(sum(c.sample.logprobs[: len(c.drawn)]) for c in completions)
-    parts = {f"reward_{name}": sum(answer.parts[name] for answer in scored) for name in scored[0].parts}
+    parts = {f"reward/{name}": sum(answer.parts[name] for answer in scored) for name in scored[0].parts}
     return {
         "reward": (sum(answer.total for answer in scored), num_answers),
         **{name: (total, num_answers) for name, total in parts.items()},
@@ -195,32 +197,67 @@ def means(metrics: Sums, sum_floats: Callable[[list[float]], list[float]]) -> di
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def minibatch_rows(num_answers: int, update: int, *, minibatches: int, seed: int) -> Tensor:
-    """The rows of one update: each epoch goes through all in an order of its own."""
-    if minibatches == 1:
-        return torch.arange(num_answers)
-    epoch, part = divmod(update, minibatches)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-    return torch.randperm(num_answers, generator=generator).chunk(minibatches)[part]
+def micro_batches(answers: Answers, update: int, config: GRPOConfig | PPOConfig, *, seed: int) -> list[Answers]:
+    """What one update learns from: each epoch goes through all answers in an order of its own."""
+    rows = torch.arange(len(answers.inputs))
+    if config.minibatches_per_rollout > 1:
+        epoch, part = divmod(update, config.minibatches_per_rollout)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+        rows = torch.randperm(len(rows), generator=generator).chunk(config.minibatches_per_rollout)[part]
+    chosen = answers.take(rows)
+    return [chosen.take(part) for part in by_length(chosen, config.accumulation_steps)]
 
 
-def by_length(answers: Answers, num_parts: int) -> list[Answers]:
-    """Micro-batches of answers of about the same length, so that little is padding."""
-    order = answers.lengths.argsort(stable=True)
-    return [answers.take(rows) for rows in order.tensor_split(num_parts)]
+def by_length(answers: Answers, parts: int) -> list[Tensor]:
+    """Rows in parts of answers of about the same length, so that little is padding."""
+    return list(answers.lengths.argsort(stable=True).tensor_split(parts))
 
 
-def answer_logprobs(model: Transformer, answers: Answers, *, num_parts: int, temperature: float = 1.0) -> Tensor:
-    """Log-probability of the drawn tokens ``[N, T]``, 0 elsewhere; without a gradient."""
+def num_parts(config: GRPOConfig | PPOConfig) -> int:
+    """Parts of a rollout that are as large as a micro-batch."""
+    return config.minibatches_per_rollout * config.accumulation_steps
+
+
+def in_parts(function: Callable[[Answers], Tensor], answers: Answers, parts: int) -> Tensor:
+    """What a function gives of each part ``[N, T]``, 0 in padding; without a gradient."""
     result_NT = torch.zeros_like(answers.old_logprobs)
     with torch.no_grad():
-        for rows in answers.lengths.argsort(stable=True).tensor_split(num_parts):
+        for rows in by_length(answers, parts):
             part = answers.take(rows)
-            scores = at_targets(token_scores, temperature)
-            hidden_NTD = model.model(part.inputs)
-            found = scores(hidden_NTD, model.output_weight, part.targets, softcap=model.config.logit_softcap)
-            result_NT[rows, : part.inputs.shape[1]] = found.logprobs
+            result_NT[rows, : part.inputs.shape[1]] = function(part)
     return result_NT
+
+
+def answer_logprobs(model: Transformer, answers: Answers, *, parts: int, temperature: float = 1.0) -> Tensor:
+    """Log-probability of the drawn tokens ``[N, T]``, 0 elsewhere; without a gradient."""
+
+    def logprobs(part: Answers) -> Tensor:
+        scores = at_targets(token_scores, temperature)
+        softcap = model.config.logit_softcap
+        return scores(model.model(part.inputs), model.output_weight, part.targets, softcap=softcap).logprobs
+
+    return in_parts(logprobs, answers, parts)
+
+
+def at_temperature(model: Transformer, answers: Answers, config: GRPOConfig | PPOConfig, *, rollout: int) -> Answers:
+    """The answers with log-probabilities at the sampling temperature: the sampler gives those at temperature 1.
+
+    Raises ``DataError`` if the sampler's differ from the trainer's.
+    """
+    check_gap(answer_logprobs(model, answers, parts=num_parts(config)), answers, config.watch, rollout=rollout)
+    temperature = config.sampling.temperature
+    old_NT = answer_logprobs(model, answers, parts=num_parts(config), temperature=temperature)
+    return answers._replace(old_logprobs=old_NT)
+
+
+def check_gap(logprobs_NT: Tensor, answers: Answers, config: WatchConfig, *, rollout: int) -> tuple[float, float]:
+    """Sum and count of the differences between the trainer's log-probabilities of drawn tokens and the sampler's.
+
+    Raises ``DataError`` if they are too large.
+    """
+    gap_N = (logprobs_NT - answers.old_logprobs)[answers.drawn].abs()
+    check_sampler_gap(gap_N.mean().item(), config, rollout=rollout)
+    return gap_N.sum().item(), float(len(gap_N))
 
 
 def at_targets(scores: Callable[..., Scores], temperature: float = 1.0) -> Callable[..., Scores]:

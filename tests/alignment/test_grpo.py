@@ -3,9 +3,12 @@ import json
 import pytest
 import torch
 
-from lilpipe.alignment import rewards
+from lilpipe.alignment import grpo, rewards, rollouts
 from lilpipe.alignment.grpo import run
-from lilpipe.config import GRPOConfig, SamplingConfig
+from lilpipe.config import GRPOConfig, RewardConfig, SamplingConfig
+from lilpipe.config.reinforcement import WatchConfig
+from lilpipe.distributed import Preempted
+from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model.hub import load_model
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import digest_of
@@ -41,7 +44,7 @@ def even_words(monkeypatch):
     """A reward that a model of random weights meets now and then."""
 
     def even(config, reward_model):
-        return lambda prompts, responses: [float(len(r.text.split()) % 2 == 0) for r in responses]
+        return lambda prompts, responses: [(float(len(r.text.split()) % 2 == 0), "") for r in responses]
 
     monkeypatch.setitem(rewards.KINDS, "answer", even)
 
@@ -118,3 +121,159 @@ def test_the_kl_to_the_first_policy_starts_at_zero_and_is_logged(tmp_path, input
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         changed(**settings)
+
+
+# --- several updates of a rollout ---------------------------------------------------------------------------------
+
+SEVERAL = {"num_steps": 3, "epochs_per_rollout": 2, "minibatches_per_rollout": 2, "checkpoint_every": 1}
+"""Twelve updates: four of each rollout."""
+
+
+def test_a_rollout_is_learned_from_several_times_and_clipped(tmp_path, inputs, even_words):
+    workspace = Workspace(tmp_path)
+    optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 1e-2})
+    run(changed(**SEVERAL, optimizer=optimizer, clip_range=1e-3), inputs, workspace)
+    steps = steps_of(workspace)
+    assert len(steps) == 12
+    assert all(step["sampler_gap"] < 1e-5 for step in steps)
+    clipped = [step["clipped"] for step in steps]
+    assert clipped[0::4] == [0, 0, 0]
+    assert max(clipped[1::4]) > 0.5
+    rewards = [step["reward"] for step in steps]
+    assert len(set(rewards[:4])) == 1  # of the rollout, not of the update
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2, 6])
+def test_a_run_stopped_between_two_updates_of_a_rollout_goes_on_with_its_answers(
+    tmp_path, inputs, even_words, monkeypatch, stopped_at
+):
+    config = changed(**SEVERAL, resample_rounds=1, kl_coefficient=0.01)
+    run(config, inputs, Workspace(tmp_path / "whole"))
+    updates = iter(range(1, 100))
+    monkeypatch.setattr("lilpipe.distributed.stop_requested", lambda: next(updates) == stopped_at)
+    killed = Workspace(tmp_path / "killed")
+    with pytest.raises(Preempted, match=f"after step {stopped_at} of 12"):
+        run(config, inputs, killed)
+    monkeypatch.setattr("lilpipe.distributed.stop_requested", lambda: False)
+    run(config, inputs, Workspace(tmp_path / "killed"))
+    assert digest_of(killed) == digest_of(Workspace(tmp_path / "whole"))
+    assert (tmp_path / "killed/scratch/rollouts.json").read_text() == (
+        tmp_path / "whole/scratch/rollouts.json"
+    ).read_text()
+
+
+@pytest.mark.parametrize("killed_in", [1, 3])
+def test_a_run_killed_in_a_rollout_ends_in_the_bytes_of_an_uninterrupted_one(
+    tmp_path, inputs, even_words, monkeypatch, killed_in
+):
+    config = changed(**SEVERAL)
+    run(config, inputs, Workspace(tmp_path / "whole"))
+    complete, calls = rollouts.complete, iter(range(1, 100))
+
+    def dying(*args, **options):
+        groups = complete(*args, **options)
+        if next(calls) == killed_in:
+            raise KeyboardInterrupt
+        return groups
+
+    killed = Workspace(tmp_path / "killed")
+    monkeypatch.setattr(rollouts, "complete", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, inputs, killed)
+    run(config, inputs, Workspace(tmp_path / "killed"))
+    assert digest_of(killed) == digest_of(Workspace(tmp_path / "whole"))
+
+
+def test_without_the_answers_that_the_next_update_needs_a_run_does_not_go_on(tmp_path, inputs, even_words, monkeypatch):
+    config = changed(**SEVERAL)
+    monkeypatch.setattr("lilpipe.distributed.stop_requested", lambda: True)
+    with pytest.raises(Preempted):
+        run(config, inputs, Workspace(tmp_path))
+    for path in (tmp_path / "scratch/rollouts").iterdir():
+        path.unlink()
+    with pytest.raises(ArtifactError, match="between two updates of rollout 1; go on with as many workers"):
+        run(config, inputs, Workspace(tmp_path))
+
+
+# --- the family ---------------------------------------------------------------------------------------------------
+
+
+def first_steps(tmp_path, inputs, **settings):
+    workspace = Workspace(tmp_path)
+    run(changed(num_steps=2, **settings), inputs, workspace)
+    return steps_of(workspace)
+
+
+def test_groups_without_spread_are_replaced_by_those_of_further_prompts(tmp_path, inputs, even_words):
+    plain = first_steps(tmp_path / "plain", inputs, group_size=2)
+    resampled = first_steps(tmp_path / "resampled", inputs, group_size=2, resample_rounds=5)
+    assert plain[0]["flat_groups"] > 0
+    assert plain[0]["replaced_groups"] == 0
+    assert resampled[0]["flat_groups"] == 0
+    assert resampled[0]["replaced_groups"] >= plain[0]["flat_groups"]
+
+
+def test_a_run_whose_answers_are_all_too_long_and_masked_learns_nothing(tmp_path, inputs, even_words, monkeypatch):
+    before = load_model(inputs["model"].path)[0].state_dict()
+    workspace = Workspace(tmp_path)
+    sampling = SamplingConfig(max_new_tokens=1)
+    run(changed(num_steps=2, mask_truncated=True, sampling=sampling), inputs, workspace)
+    steps = steps_of(workspace)
+    assert steps[0]["truncated"] > 0.9
+    after = load_model(workspace.output)[0].state_dict()
+    if steps[0]["truncated"] == steps[1]["truncated"] == 1:
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_at_another_temperature_the_first_update_is_not_clipped(tmp_path, inputs, even_words):
+    sampling = SamplingConfig(max_new_tokens=6, temperature=0.7)
+    steps = first_steps(tmp_path, inputs, sampling=sampling, epochs_per_rollout=2, kl_coefficient=0.1)
+    assert steps[0]["clipped"] == 0
+    assert steps[0]["sampler_gap"] < 1e-5
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_each_reward_is_logged_apart(tmp_path, inputs, even_words, monkeypatch):
+    named = (
+        RewardConfig(kind="answer", weight=2.0, name="even"),
+        RewardConfig(kind="reward_model", weight=-1.0, name="liked"),
+    )
+    monkeypatch.setattr(grpo, "reward_model_of", lambda inputs: Liking())
+    step = first_steps(tmp_path, inputs, rewards=named)[0]
+    assert step["reward/liked"] == 0.25
+    assert step["reward"] == pytest.approx(2 * step["reward/even"] - 0.25)
+
+
+class Liking:
+    """A reward model that likes everything a little."""
+
+    def score(self, conversations):
+        return [0.25 for _ in conversations]
+
+
+def test_a_base_model_is_trained_on_text_up_to_the_end_of_a_paragraph(tmp_path, inputs, even_words):
+    steps = first_steps(tmp_path, inputs, prompt_form="text")
+    assert all(step["sampler_gap"] < 1e-5 for step in steps)
+
+
+# --- gates --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sampler_that_sees_another_model_than_the_trainer_stops_the_run(tmp_path, inputs, even_words, monkeypatch):
+    complete = rollouts.complete
+
+    def stale(model, *args, **options):
+        other, _ = load_model(inputs["model"].path)
+        other.model.layers["0"].self_attn.q_proj.weight.data.mul_(3)
+        return complete(other, *args, **options)
+
+    monkeypatch.setattr(rollouts, "complete", stale)
+    with pytest.raises(DataError, match=r"rollout 1: the sampler's log-probabilities differ .*max_sampler_gap 0.01"):
+        run(CONFIG, inputs, Workspace(tmp_path))
+
+
+def test_a_run_whose_groups_all_lack_spread_raises_an_alarm_and_stops(tmp_path, inputs):
+    workspace = Workspace(tmp_path)
+    with pytest.raises(DataError, match="rollout 4: flat_groups 1 for 4 rollouts in a row, expected at most"):
+        run(changed(watch=WatchConfig(patience=4)), inputs, workspace)  # random weights solve nothing
+    assert "alarm: rollout 2: flat_groups" in workspace.events.read_text()
