@@ -134,6 +134,7 @@ class Engine:
             self.waiting.append(request)
         return request
 
+    @torch.inference_mode()
     def cancel(self, request: Request) -> None:
         """Draw nothing more for a request; its answers end as they are."""
         if request in self.waiting:

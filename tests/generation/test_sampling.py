@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from lilpipe.generation.sampling import choose, uniforms
+from lilpipe.generation.requests import Law
+from lilpipe.generation.sampling import choose, draw, penalize, uniforms
+
+LAW = Law(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
 def logits(*probabilities):
@@ -80,3 +83,89 @@ def test_a_row_does_not_depend_on_the_others():
     together = choose(rows, draws, temperature=0.8, top_p=0.7)
     alone = [choose(rows[i : i + 1], draws[i : i + 1], temperature=0.8, top_p=0.7) for i in range(6)]
     assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 5},
+        {"top_k": 1},
+        {"min_p": 0.1},
+        {"top_k": 7, "top_p": 0.8},
+        {"top_p": 0.9, "min_p": 0.2},
+        {"top_k": 300, "min_p": 0.001},
+        {"top_k": 8, "top_p": 0.95, "min_p": 0.05},
+        {"top_k": 2000},
+    ],
+    ids=str,
+)
+def test_frequencies_are_those_of_transformers_filters(temperature, filters):
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers = [TemperatureLogitsWarper(temperature)]
+    for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        if name in filters:
+            warpers.append(warper(filters[name]))
+    row = torch.randn(1, 400, generator=torch.Generator().manual_seed(4)) * 2
+    expected = row
+    for warper in warpers:
+        expected = warper(None, expected)
+    num_draws = 8_000
+    draws = (torch.arange(num_draws) + 0.5) / num_draws
+    chosen = choose(row.expand(num_draws, -1), draws, temperature=temperature, **filters)
+    frequencies = torch.bincount(chosen, minlength=400) / num_draws
+    torch.testing.assert_close(frequencies, expected.softmax(-1)[0], atol=4e-4, rtol=0)
+
+
+@pytest.mark.parametrize("vocab_size", [40, 64, 65, 1000, 5000])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_a_draw_is_the_inverse_of_the_whole_cumulative_distribution(vocab_size, temperature):
+    rows = torch.randn(300, vocab_size, generator=torch.Generator().manual_seed(5)).double() * 3
+    draws = torch.rand(300, generator=torch.Generator().manual_seed(6)).double()
+    expected = torch.searchsorted((rows / temperature).softmax(-1).cumsum(-1), draws[:, None])[:, 0]
+    tokens, logprobs = draw(rows, draws, LAW._replace(temperature=temperature))
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logprobs, rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+
+
+def test_a_flat_distribution_needs_more_than_the_likeliest_candidates():
+    """The nucleus of a flat distribution is wide, and rows beside it are narrow: each meets its own width."""
+    rows = torch.stack([torch.zeros(5000), torch.linspace(0, 1, 5000), torch.linspace(0, 50, 5000)])
+    rows = rows + 1e-4 * torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+    num_draws = 500
+    draws = ((torch.arange(num_draws) + 0.5) / num_draws).repeat(3)
+    chosen = choose(rows.repeat_interleave(num_draws, 0), draws, temperature=1.0, top_p=0.9).view(3, num_draws)
+    for row, tokens in zip(rows, chosen, strict=True):
+        kept = naive_nucleus(row, 1.0, 0.9) > 0
+        assert kept[tokens].all()
+        assert len(torch.unique(tokens)) >= min(num_draws // 2, int(kept.sum()) // 2)
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    rows = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)) * 3
+    tokens = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(2))
+    seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, tokens, True)
+    torch.testing.assert_close(penalize(rows, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(tokens, rows))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": 0.0}, {"temperature": 0.3}, {"top_k": 3}, {"min_p": 0.3}, {"repetition_penalty": 4.0}],
+    ids=str,
+)
+def test_logprobs_are_those_before_temperature_filters_and_penalty(changes):
+    rows = torch.randn(20, 90, generator=torch.Generator().manual_seed(3)) * 3
+    seen = torch.ones(20, 90, dtype=torch.bool)
+    tokens, logprobs = draw(rows, torch.rand(20), LAW._replace(**changes), seen)
+    torch.testing.assert_close(logprobs, rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+
+
+def test_a_row_of_nan_gives_a_token_of_the_vocabulary_and_a_logprob_of_nan():
+    rows = torch.zeros(2, 70)
+    rows[1, 3] = float("nan")
+    tokens, logprobs = draw(rows, torch.tensor([0.5, 0.5]), LAW)
+    assert (tokens < 70).all()
+    assert logprobs.isnan().tolist() == [False, True]
