@@ -59,7 +59,7 @@ from lilpipe.config.section import (
     Section,
     Share,
 )
-from lilpipe.config.sft import SFTConfig
+from lilpipe.config.sft import LoRAConfig, SFTConfig
 from lilpipe.config.tokens import (
     OtherTokenizer,
     TokenizerConfig,
@@ -95,6 +95,7 @@ __all__ = [
     "LanguageConfig",
     "LaunchConfig",
     "Layout",
+    "LoRAConfig",
     "MLAConfig",
     "MinhashConfig",
     "MixtureConfig",

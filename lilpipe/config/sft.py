@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeInt, PositiveInt
+from typing import Annotated, Literal
 
-from lilpipe.config.training import OptimizerConfig, TrainingSection
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from lilpipe.config.section import Rounding, Section, Share
+from lilpipe.config.training import OptimizerConfig, ParallelSection
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class SFTConfig(TrainingSection):
+class LoRAConfig(Section):
+    """Low-rank adapters on linear layers, beside frozen weights (Hu et al. 2021)."""
+
+    rank: PositiveInt = 8
+    """Width of the adapters."""
+    alpha: PositiveFloat = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    target_modules: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Linear layers that get one; all of them match full fine-tuning best (Dettmers et al. 2023)."""
+
+
+class SFTConfig(ParallelSection):
     """Supervised fine-tuning on conversations; loss on the assistant's tokens alone."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0)
@@ -16,3 +42,25 @@ class SFTConfig(TrainingSection):
     """Conversations of one optimizer step."""
     max_demonstrations: NonNegativeInt | None = None
     """Use at most this many written demonstrations of the `prompts` stage; all where none is given."""
+    mixture: dict[str, NonNegativeFloat] = {}
+    """How often an epoch shows the conversations of an origin (`demonstration`, `sampled`, ...): 2 is twice, 0.5 a
+    half of them, drawn once, 0 none. Once where an origin is not named."""
+    packing: Annotated[bool, Rounding] = True
+    """Several whole conversations in a row, attention inside each: less padding, the same loss."""
+    min_supervised_share: Share = 0.01
+    """Share of tokens that are learnt, below which the data are refused: answers have got lost."""
+    neftune_alpha: NonNegativeFloat = 0.0
+    """Noise on the embeddings in training, alpha over the root of the numbers in a conversation's embeddings; 0 is
+    none (Jain et al. 2023 take 5 to 15)."""
+    lora: LoRAConfig | None = None
+    """Train adapters in place of the weights; none trains the weights."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> SFTConfig:
+        parts = self.layout.data * self.accumulation_steps
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of replicate x shard x accumulation_steps = "
+                f"{self.layout.replicate} x {self.layout.shard} x {self.accumulation_steps} = {parts}"
+            )
+        return self

@@ -229,7 +229,8 @@ _NULLABLE = ("q_lora_rank",)
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """A text begins after, and ends with, the document's end; an answer ends with the turn's end."""
-    ends = [tokenizer.document_end_id, *([tokenizer.turn_end_id] if tokenizer.has_turns else [])]
+    talks = tokenizer.has_turns or tokenizer.template is not None
+    ends = list(dict.fromkeys([tokenizer.document_end_id, *([tokenizer.turn_end_id] if talks else [])]))
     return {
         "bos_token_id": tokenizer.document_end_id,
         "eos_token_id": ends,

@@ -4,7 +4,8 @@ Logits of a large vocabulary are most of a step's memory. Asked for scores, the 
 a time, so that they are never whole, and for a large batch once more in the backward pass. Their gradient is written
 down by hand, the softmax less one at the target, so that all passes over a part's logits but one are in place.
 
-Dimensions: B sequences, T tokens, N tokens of all of them or of a part, D width, V vocabulary.
+Dimensions: B sequences, T tokens, N tokens of all of them or of a part, K those that are scored, D width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -48,14 +49,19 @@ def token_scores(
 ) -> Scores:
     """Scores of targets under the logits ``hidden @ weight.T``; differentiable, once, in both.
 
-    They are float64 where the hidden states are. ``compiled`` fuses the passes over a part's logits.
+    They are float64 where the hidden states are. ``compiled`` fuses the passes over a part's logits; without it, the
+    output layer is left out where nothing is scored, as in prompts and padding.
     """
     device = hidden_BTD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_BTD, weight_VD = hidden_BTD.to(dtype), weight_VD.to(dtype)
-    hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten().clamp(min=0)
-    return gather_scores([_Scores.apply(hidden_ND, weight_VD, targets_N, softcap, compiled)], targets_BT)
+    hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
+    if not compiled and len(scored_K := (targets_N >= 0).nonzero()[:, 0]) < len(targets_N):
+        parts = _Scores.apply(hidden_ND[scored_K], weight_VD, targets_N[scored_K], softcap, compiled)
+        whole = (part.new_zeros(targets_N.shape).index_copy(0, scored_K, part) for part in parts)
+        return Scores(*(column.view(targets_BT.shape) for column in whole))
+    return gather_scores([_Scores.apply(hidden_ND, weight_VD, targets_N.clamp(min=0), softcap, compiled)], targets_BT)
 
 
 def gather_scores(parts: Sequence[tuple[Tensor, Tensor]], targets_BT: Tensor) -> Scores:

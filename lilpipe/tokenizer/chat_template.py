@@ -2,7 +2,8 @@
 
 ``render`` is the template that training uses; ``CHAT_TEMPLATE`` is the same in Jinja for ``transformers``, vLLM
 and others. They give the same ids except where a message spells out a special token: ``render`` keeps that as
-ordinary text, while a Jinja template is a string before it is tokens and cannot.
+ordinary text, while a Jinja template is a string before it is tokens and cannot. A tokenizer from elsewhere has a
+template of its own (``jinja_template``), which ``render`` then follows.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ CHAT_TEMPLATE = """\
         {%- endgeneration %}
     {%- elif message['role'] in ['system', 'user'] %}
         {{- '<|' + message['role'] + '|>' + message['content'] + '<|end_of_turn|>' }}
+    {%- elif message['role'] == 'tool' %}
+        {{- '<|reserved_0|>' + message['content'] + '<|end_of_turn|>' }}
     {%- else %}
-        {{- raise_exception('role ' + message['role'] + ': expected system, user or assistant') }}
+        {{- raise_exception('role ' + message['role'] + ': expected system, user, assistant or tool') }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -34,12 +37,15 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
+TOOL_HEADER = "<|reserved_0|>"
+"""Begins what a tool says: the token was set aside for roles to come, so other turns have the ids that they had."""
+
 
 class Message(TypedDict):
     """One turn of a conversation."""
 
     role: str
-    """`system`, `user` or `assistant`."""
+    """`system`, `user`, `assistant`, or `tool` for what a program answered the assistant."""
     content: str
 
 
@@ -48,21 +54,40 @@ def render(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation, and for each whether the assistant is to be trained on it.
 
-    A turn is ``<|role|>content<|end_of_turn|>``. The mask is True on an assistant's content and on the end of its
-    turn. ``add_generation_prompt`` adds a last ``<|assistant|>``. Raises ``DataError`` for an unknown role.
+    A turn is ``<|role|>content<|end_of_turn|>``; that of a tool begins with the first reserved token. The mask is True
+    on an assistant's content and on the end of its turn. ``add_generation_prompt`` adds a last ``<|assistant|>``.
+    Raises ``DataError`` for an unknown role, or a conversation that a template from elsewhere refuses.
     """
-    headers = {"system": tokenizer.system_id, "user": tokenizer.user_id, "assistant": tokenizer.assistant_id}
+    if tokenizer.template is not None:
+        return tokenizer.template.render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
     ids: list[int] = []
     mask: list[bool] = []
     for position, message in enumerate(messages):
-        if (role := message["role"]) not in headers:
-            raise DataError(
-                f"message {position}: got role {role!r}, expected one of {', '.join(headers)}; rename it in the data"
-            )
-        turn = [headers[role], *tokenizer.encode(message["content"]), tokenizer.turn_end_id]
+        header = _header(tokenizer, message["role"], position)
+        turn = [header, *tokenizer.encode(message["content"]), tokenizer.turn_end_id]
         ids += turn
-        mask += [False] + [role == "assistant"] * (len(turn) - 1)
+        mask += [False] + [message["role"] == "assistant"] * (len(turn) - 1)
     if add_generation_prompt:
         ids.append(tokenizer.assistant_id)
         mask.append(False)
     return ids, mask
+
+
+def _header(tokenizer: Tokenizer, role: str, position: int) -> int:
+    """The token that begins a message of this role."""
+    headers = {
+        "system": tokenizer.system_id,
+        "user": tokenizer.user_id,
+        "assistant": tokenizer.assistant_id,
+        "tool": tokenizer.special_ids.get(TOOL_HEADER),
+    }
+    if role not in headers:
+        raise DataError(
+            f"message {position}: got role {role!r}, expected one of {', '.join(headers)}; rename it in the data"
+        )
+    if (header := headers[role]) is None:
+        raise DataError(
+            f"message {position}: got role {role!r}, but the vocabulary has no {TOOL_HEADER} to begin it with; train "
+            "the tokenizer with tokenizer.num_reserved above 0"
+        )
+    return header

@@ -28,7 +28,8 @@ import tiktoken
 from lilpipe.artifact import write_atomically
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE
-from lilpipe.tokenizer.imported import check_added_tokens, document_end, exact_merges
+from lilpipe.tokenizer.imported import chat_template, check_added_tokens, document_end, exact_merges
+from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from lilpipe.tokenizer.patterns import resolve_pattern
 from lilpipe.tokenizer.vocabulary import (
     TOKENIZER_FILE,
@@ -69,11 +70,13 @@ class Tokenizer:
         num_reserved: int = NUM_RESERVED,
         special: Sequence[str] | None = None,
         document_end: str = NAMED_TOKENS[0],
+        template: JinjaTemplate | None = None,
     ) -> None:
         """Make a tokenizer of ``ranks`` (token bytes to id, the 256 bytes among them, ids without gaps).
 
         ``pattern`` cuts text into pieces before merging: a preset's name or a regular expression. ``special`` are the
-        names of other special tokens than ours, of which ``document_end`` ends a document.
+        names of other special tokens than ours, of which ``document_end`` ends a document, and ``template`` is how
+        they put a conversation.
         """
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.pattern = resolve_pattern(pattern)
@@ -87,10 +90,11 @@ class Tokenizer:
         self.document_end = document_end
         self.document_end_id = self.special_ids[document_end]
         self.padding_id = self.special_ids.get("<|padding|>", self.document_end_id)
+        self.template = template
 
     @property
     def has_turns(self) -> bool:
-        """Whether there are tokens for a conversation."""
+        """Whether there are our tokens for a conversation."""
         return set(NAMED_TOKENS) <= self.special_ids.keys()
 
     @property
@@ -108,10 +112,10 @@ class Tokenizer:
         """Begins the model's answer."""
         return self._turn_token("<|assistant|>")
 
-    @property
+    @cached_property
     def turn_end_id(self) -> int:
         """Ends a message."""
-        return self._turn_token("<|end_of_turn|>")
+        return self._turn_token("<|end_of_turn|>") if self.template is None else self.template.end_of_turn_id(self)
 
     def _turn_token(self, name: str) -> int:
         if name not in self.special_ids:
@@ -162,6 +166,10 @@ class Tokenizer:
         """The text of the ids; special tokens show by name, and bytes that are no UTF-8 as U+FFFD."""
         return self._encoding.decode(list(ids))
 
+    def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
+        """What each id stands for."""
+        return self._encoding.decode_tokens_bytes(list(ids))
+
     # --- files ----------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -202,7 +210,9 @@ class Tokenizer:
         else:
             merges = exact_merges(vocabulary, ignore_merges=ignore_merges)
             end = document_end(directory, special)
-            tokenizer = cls(vocabulary.ranks, vocabulary.pattern, special=names, document_end=end)
+            found = chat_template(directory)
+            template = found and JinjaTemplate(*found)
+            tokenizer = cls(vocabulary.ranks, vocabulary.pattern, special=names, document_end=end, template=template)
         if tuple(special.items()) != tokenizer.special:
             raise ValueError(f"special tokens: got {vocabulary.special}, expected {tokenizer.special}")
         if merges is not None:
@@ -222,9 +232,11 @@ class Tokenizer:
         content = to_hugging_face(self.ranks, self.pattern, self.special, self.merges)
         write_atomically(directory / TOKENIZER_FILE, _json(content))
         names = {"eos_token": self.document_end, "pad_token": "<|padding|>" if self.has_turns else self.document_end}
+        names |= self.template.names if self.template else {}
         write_atomically(directory / "tokenizer_config.json", _json({**HUGGING_FACE_CONFIG, **names}))
-        if self.has_turns:
-            write_atomically(directory / "chat_template.jinja", CHAT_TEMPLATE)
+        if self.template or self.has_turns:
+            source = self.template.source if self.template else CHAT_TEMPLATE
+            write_atomically(directory / "chat_template.jinja", source)
 
     def save_tiktoken(self, path: Path) -> None:
         """Write tokens and ranks in tiktoken's format; pattern and special tokens have no place in it."""

@@ -13,6 +13,9 @@ from typing import Any
 
 from lilpipe.tokenizer.vocabulary import Merge, Vocabulary, recover_merges
 
+TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+"""Special tokens that ``transformers`` gives a template by these names."""
+
 
 def exact_merges(vocabulary: Vocabulary, *, ignore_merges: bool) -> tuple[Merge, ...]:
     """The merges by which tokens come about. Raises ``ValueError`` if the file's would not give tiktoken's ids.
@@ -51,6 +54,21 @@ def document_end(directory: Path, special: Mapping[int, str]) -> str:
     if name in special.values():
         return name
     raise ValueError("eos_token: got none in config.json or tokenizer_config.json that is a special token")
+
+
+def chat_template(directory: Path) -> tuple[str, dict[str, str]] | None:
+    """The template of a model that talks, in Jinja, and the names of the special tokens by which it calls them."""
+    stated = _read(directory / "tokenizer_config.json")
+    path = directory / "chat_template.jinja"
+    source = path.read_text(encoding="utf-8") if path.exists() else stated.get("chat_template")
+    if not isinstance(source, str):  # several, for tools and the like, are a list
+        return None
+    names = {
+        key: token["content"] if isinstance(token, dict) else token
+        for key, token in stated.items()
+        if key in TEMPLATE_TOKENS and token
+    }
+    return source, names
 
 
 def _read(path: Path) -> dict[str, Any]:

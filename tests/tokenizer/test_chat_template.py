@@ -10,7 +10,7 @@ from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
 
 CONTENT = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\n", " a \n", "{{ x }}", "<x>", "12\n\n"]))
 MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": CONTENT}),
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": CONTENT}),
     min_size=1,
     max_size=5,
 )
@@ -52,6 +52,18 @@ def test_every_answer_of_a_conversation_is_supervised_with_its_end(byte_tokenize
     assert mask == [False, False, False, False, True, False, False, False, False, True, True]
 
 
+def test_what_a_tool_says_is_a_turn_that_is_not_supervised(byte_tokenizer):
+    ids, mask = render(byte_tokenizer, [{"role": "tool", "content": "4"}, {"role": "assistant", "content": "5"}])
+    assert ids == [262, 52, 261, 260, 53, 261]
+    assert mask == [False, False, False, False, True, True]
+
+
+def test_a_vocabulary_without_reserved_tokens_has_no_place_for_tools():
+    without = Tokenizer({bytes([byte]): byte for byte in range(256)}, ".", num_reserved=0)
+    with pytest.raises(DataError, match=r"message 0: got role 'tool', but the vocabulary has no <\|reserved_0\|>"):
+        render(without, [{"role": "tool", "content": "4"}])
+
+
 def test_the_generation_prompt_is_the_header_of_an_answer(byte_tokenizer):
     messages: list[Message] = [{"role": "user", "content": "a"}]
     prompt, mask = render(byte_tokenizer, messages, add_generation_prompt=True)
@@ -77,8 +89,8 @@ def test_ids_and_mask_are_those_of_the_jinja_template(tokenizer, peer, messages,
 
 
 def test_an_unknown_role_is_refused_by_both(byte_tokenizer, peer):
-    messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]
-    with pytest.raises(DataError, match=r"message 1: got role 'tool', expected one of system, user, assistant"):
+    messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "critic", "content": "b"}]
+    with pytest.raises(DataError, match=r"message 1: got role 'critic', expected one of system, user, assistant, tool"):
         render(byte_tokenizer, messages)
-    with pytest.raises(jinja2.TemplateError, match="role tool"):
+    with pytest.raises(jinja2.TemplateError, match="role critic"):
         peer.apply_chat_template(messages)

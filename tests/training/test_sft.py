@@ -1,20 +1,20 @@
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from lilpipe.alignment.prompts import Conversation, read_conversations, read_prompts, write_conversations
-from lilpipe.artifact import content_digest, list_files
-from lilpipe.config import ModelConfig, OptimizerConfig, PromptsConfig, SFTConfig
-from lilpipe.errors import ConfigError, DataError
+from lilpipe.artifact import content_digest, digest_file, list_files
+from lilpipe.config import LoRAConfig, ModelConfig, OptimizerConfig, PromptsConfig, SFTConfig
+from lilpipe.errors import DataError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace, get_stage
 from lilpipe.tokenizer.chat_template import Message
-from lilpipe.training import sft
-from lilpipe.training.sft import Example
+from lilpipe.training import conversations as gates
+from lilpipe.training import sft, supervised
 from tests.alignment.conftest import as_artifact
 
 MODEL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=64)
@@ -73,6 +73,10 @@ def digest(workspace):
     return content_digest(list_files(workspace.output))
 
 
+def digest_of_weights(workspace):
+    return digest_file(workspace.output / "model.safetensors")
+
+
 # --- the stage ----------------------------------------------------------------------------------------------------
 
 
@@ -92,29 +96,36 @@ def test_fine_tuning_learns_the_answers_and_says_how_it_went(base, conversations
 
 def test_demonstrations_come_in_to_their_limit(base, prompts, conversations, tmp_path):
     inputs = {"model": base, "prompts": prompts, "conversations": conversations(TALKS)}
-    all_of_them = sft.gather_conversations(inputs, max_demonstrations=None)
+    all_of_them = gates.gather_conversations(inputs, max_demonstrations=None)
     assert [item.origin for item in all_of_them] == ["sampled"] * 20 + ["demonstration"] * 12
-    assert len(sft.gather_conversations(inputs, max_demonstrations=5)) == 25
+    assert len(gates.gather_conversations(inputs, max_demonstrations=5)) == 25
     metrics = sft.run(config(num_epochs=1), {"model": base, "prompts": prompts}, Workspace(tmp_path / "work"))
     assert metrics["demonstrations"] + metrics["too_long"] >= 12
 
 
-def test_a_run_killed_between_steps_ends_in_the_same_bytes(base, conversations, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
+class Killed(BaseException):
+    pass
 
-    inputs = {"model": base, "conversations": conversations(TALKS)}
-    whole, cut = Workspace(tmp_path / "whole"), Workspace(tmp_path / "cut")
-    sft.run(config(), inputs, whole)
-    collate, calls = sft.collate, []
+
+def die_in_call(monkeypatch, number):
+    """Let the batch of that number kill the run; gives the calls that were made."""
+    collate, calls = supervised.collate, []
 
     def dying(*args, **options):
         calls.append(1)
-        if len(calls) == 8:
+        if len(calls) == number:
             raise Killed
         return collate(*args, **options)
 
-    monkeypatch.setattr(sft, "collate", dying)
+    monkeypatch.setattr(supervised, "collate", dying)
+    return calls
+
+
+def test_a_run_killed_between_steps_ends_in_the_same_bytes(base, conversations, tmp_path, monkeypatch):
+    inputs = {"model": base, "conversations": conversations(TALKS)}
+    whole, cut = Workspace(tmp_path / "whole"), Workspace(tmp_path / "cut")
+    sft.run(config(), inputs, whole)
+    calls = die_in_call(monkeypatch, 8)
     with pytest.raises(Killed):
         sft.run(config(), inputs, cut)
     sft.run(config(), inputs, cut)
@@ -122,83 +133,74 @@ def test_a_run_killed_between_steps_ends_in_the_same_bytes(base, conversations, 
     assert digest(cut) == digest(whole)
 
 
-# --- masks and batches --------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_transformers_loss_with_prompt_and_padding_labelled_out(base, tokenizer):
-    talks = [talk(0, "a", "b"), talk(1, "a longer question", "c"), talk(2, "q", "a longer answer")]
-    examples, _ = sft.encode(tokenizer, talks, max_len=64)
-    model, _ = load_model(base.path)
-    got = sft.supervised_loss(examples, batch_size=3, seed=0, padding_id=tokenizer.padding_id)(model, 0, 0)
-    length = max(len(example.ids) for example in examples)
-    ids = torch.full((3, length), tokenizer.padding_id)
-    labels = torch.full((3, length), -100)
-    for row, item in enumerate(talks):
-        prompt = [tokenizer.user_id, *tokenizer.encode(item.messages[0]["content"]), tokenizer.turn_end_id]
-        prompt.append(tokenizer.assistant_id)
-        answer = [*tokenizer.encode(item.messages[1]["content"]), tokenizer.turn_end_id]
-        ids[row, : len(prompt + answer)] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : len(prompt + answer)] = torch.tensor(answer)
-    theirs = AutoModelForCausalLM.from_pretrained(base.path)
-    attention = (ids != tokenizer.padding_id).long()
-    expected = theirs(input_ids=ids, attention_mask=attention, labels=labels).loss
-    assert got.count == (labels != -100).sum()
-    assert got.total.item() / got.count == pytest.approx(expected.item(), abs=1e-5)
+@pytest.fixture
+def no_report(monkeypatch):
+    """Curves are most of a short run's time."""
+    monkeypatch.setattr(sft, "write_report", lambda *args, **options: None)
 
 
-def test_a_batch_is_padded_on_the_right_and_targets_are_shifted():
-    batch = [Example("a", [1, 2, 3, 4], [False, False, True, True]), Example("b", [5, 6], [False, True])]
-    inputs, targets = sft.collate(batch, padding_id=9)
-    assert inputs.tolist() == [[1, 2, 3], [5, 9, 9]]
-    assert targets.tolist() == [[-100, 3, 4], [6, -100, -100]]
+def test_neither_packing_nor_accumulation_changes_what_is_learnt(base, conversations, tmp_path, no_report):
+    talks = [talk(number, "say " + "it " * (number % 4), f"Answer: {number % 5}") for number in range(20)]
+    inputs, losses = {"model": base, "conversations": conversations(talks)}, []
+    for number, settings in enumerate([{}, {"packing": False}, {"accumulation_steps": 2}]):
+        workspace = Workspace(tmp_path / f"work{number}")
+        sft.run(config(num_epochs=2, log_every=1, **settings), inputs, workspace)
+        events = [json.loads(line) for line in workspace.events.read_text().splitlines()]
+        losses.append([event["metrics"]["loss"] for event in events if "metrics" in event])
+    assert len(losses[0]) == 10
+    assert losses[0] != losses[1]  # the sums are rounded otherwise
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
 
 
-def test_each_epoch_shows_each_conversation_once_in_an_order_of_its_own(tokenizer, monkeypatch):
-    seen = []
-    monkeypatch.setattr(sft, "collate", lambda batch, **_: seen.append([e.id for e in batch]) or _one_row())
-    examples, _ = sft.encode(tokenizer, TALKS, max_len=64)
-    loss = sft.supervised_loss(examples, batch_size=5, seed=1, padding_id=0)
-    for step in range(8):
-        loss(torch.nn.Embedding(4, 4), step, 0)
-    epochs = [[name for names in part for name in names] for part in (seen[:4], seen[4:])]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(item.id for item in TALKS)
-    assert epochs[0] != epochs[1]
+def test_noise_on_embeddings_changes_training_and_is_the_same_each_time(base, conversations, tmp_path, no_report):
+    inputs = {"model": base, "conversations": conversations(TALKS)}
+    digests = []
+    for number, alpha in enumerate([0.0, 5.0, 5.0]):
+        workspace = Workspace(tmp_path / f"work{number}")
+        sft.run(config(num_epochs=1, batch_size=10, neftune_alpha=alpha), inputs, workspace)
+        digests.append(digest_of_weights(workspace))
+    assert digests[0] != digests[1] == digests[2]
 
 
-def _one_row():
-    return torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)
+def test_adapters_are_merged_into_the_model_and_written_beside_it(base, conversations, tmp_path, no_report):
+    workspace = Workspace(tmp_path / "work")
+    lora = LoRAConfig(rank=4, target_modules=("q_proj", "down_proj"))
+    sft.run(config(lora=lora), {"model": base, "conversations": conversations(TALKS)}, workspace)
+    before, after = load_model(base.path)[0].state_dict(), load_model(workspace.output)[0].state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"}
+    adapters = load_file(workspace.output / "adapter" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    change = lora.alpha / lora.rank * adapters[name.format("B")] @ adapters[name.format("A")]
+    assert torch.linalg.matrix_rank(change) == 4
+    expected = before["model.layers.0.self_attn.q_proj.weight"] + change
+    torch.testing.assert_close(after["model.layers.0.self_attn.q_proj.weight"], expected)
 
 
-def test_the_gate_passes_what_the_template_renders(tokenizer):
-    system: Message = {"role": "system", "content": "be brief"}
-    many = replace(TALKS[0], messages=[system, *TALKS[0].messages, *TALKS[1].messages])
-    examples, _ = sft.encode(tokenizer, [many, *TALKS], max_len=200)
-    assert 0 < sft.check_masks(tokenizer, examples) < 1
+def test_a_run_with_adapters_and_dropout_killed_between_steps_ends_in_the_same_bytes(
+    base, conversations, tmp_path, monkeypatch, no_report
+):
+    inputs = {"model": base, "conversations": conversations(TALKS)}
+    settings = config(num_epochs=2, lora=LoRAConfig(rank=2, dropout=0.3), neftune_alpha=5.0)
+    whole, cut = Workspace(tmp_path / "whole"), Workspace(tmp_path / "cut")
+    sft.run(settings, inputs, whole)
+    die_in_call(monkeypatch, 5)
+    with pytest.raises(Killed):
+        sft.run(settings, inputs, cut)
+    sft.run(settings, inputs, cut)
+    assert digest(cut) == digest(whole)
 
 
-def _with_mask(example, position, value):
-    mask = list(example.mask)
-    mask[position] = value
-    return replace(example, mask=mask)
-
-
-PLANTED = {
-    "a prompt token supervised": lambda e: _with_mask(e, 2, True),
-    "the header supervised": lambda e: _with_mask(e, e.mask.index(True) - 1, True),
-    "the end of the turn not supervised": lambda e: _with_mask(e, -1, False),
-    "an answer's token not supervised": lambda e: _with_mask(e, -3, False),
-    "nothing supervised": lambda e: replace(e, mask=[False] * len(e.mask)),
-    "everything supervised": lambda e: replace(e, mask=[True] * len(e.mask)),
-    "no end of the turn": lambda e: replace(e, ids=e.ids[:-1], mask=e.mask[:-1]),
-}
-
-
-@pytest.mark.parametrize("fault", PLANTED)
-def test_the_gate_refuses(tokenizer, fault):
-    examples, _ = sft.encode(tokenizer, TALKS, max_len=64)
-    examples[7] = PLANTED[fault](examples[7])
-    with pytest.raises(DataError, match="talk/7"):
-        sft.check_masks(tokenizer, examples)
+def test_origins_are_shown_as_often_as_the_mixture_says(base, prompts, conversations, tmp_path, no_report):
+    inputs = {"model": base, "prompts": prompts, "conversations": conversations(TALKS)}
+    settings = config(num_epochs=1, mixture={"sampled": 0.25, "demonstration": 2.0})
+    metrics = sft.run(settings, inputs, Workspace(tmp_path / "work"))
+    assert metrics["demonstrations"] == 24
+    assert metrics["conversations"] + metrics["too_long"] == 5 + 24
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -232,8 +234,16 @@ def test_fewer_conversations_than_a_batch_are_an_error(base, conversations, tmp_
 
 
 def test_a_batch_that_the_workers_cannot_share_is_an_error():
-    with pytest.raises(ConfigError, match=r"sft.batch_size: got 5, expected a multiple of num_workers 2"):
-        sft.count_steps(config(batch_size=5, num_workers=2), 20)
+    with pytest.raises(ValidationError, match=r"batch_size 5 must be a multiple .* = 2 x 1 x 1 = 2"):
+        config(batch_size=5, num_workers=2)
+
+
+def test_answers_that_are_a_small_share_of_the_tokens_are_an_error(base, conversations, tmp_path):
+    source = conversations([talk(number, "q" * 50, "a") for number in range(8)])
+    with pytest.raises(DataError, match=r"3.64% of the tokens are supervised, expected at least .* = 10.00%"):
+        sft.run(
+            config(min_supervised_share=0.1), {"model": base, "conversations": source}, Workspace(tmp_path / "work")
+        )
 
 
 @pytest.mark.parametrize("split", ["test", "dev"])

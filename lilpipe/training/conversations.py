@@ -1,0 +1,258 @@
+"""Conversations as tokens for fine-tuning: gathered, mixed, encoded, and held against what they must be.
+
+The gates read off the ids again what must be learnt: each answer, whole, with the token that ends its turn, and no
+token else.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+
+from lilpipe.alignment.prompts import Conversation, assert_not_held_out, read_conversations
+from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.seeds import derive_seed
+from lilpipe.stage import Workspace
+from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.jinja_template import JinjaTemplate
+
+ROUND_TRIPS = 64
+"""Conversations that are rendered again with the tokenizer as it is exported."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation as token ids, and for each whether it is supervised."""
+
+    id: str
+    ids: list[int]
+    mask: list[bool]
+    messages: Sequence[Message] = ()
+    """What was encoded."""
+
+
+# --- gathering ----------------------------------------------------------------------------------------------------
+
+
+def artifacts(inputs: Inputs, role: str) -> tuple[Artifact, ...]:
+    """What fills a role: none, one or several artifacts."""
+    value = inputs.get(role, ())
+    return (value,) if isinstance(value, Artifact) else value
+
+
+def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> list[Conversation]:
+    """Sampled conversations, then written ones. Raises ``DataError`` if there are none, or one is held out."""
+    prompts = artifacts(inputs, "prompts")
+    sampled = [item for source in artifacts(inputs, "conversations") for item in read_conversations(source.path)]
+    written = [item for source in prompts for item in read_conversations(source.path)][:max_demonstrations]
+    conversations = sampled + written
+    if not conversations:
+        raise DataError(
+            "sft: got no conversations, expected at least one; give the step an input `conversations` or `prompts`, "
+            "and leave sft.max_demonstrations above 0"
+        )
+    questions = [turn["content"] for item in conversations for turn in item.messages if turn["role"] == "user"]
+    for source in prompts:
+        assert_not_held_out(questions, source.path)
+    return conversations
+
+
+def mix(conversations: Sequence[Conversation], mixture: dict[str, float], *, seed: int) -> list[Conversation]:
+    """What an epoch shows: each origin's conversations as often as ``mixture`` says, once where it says nothing.
+
+    Of a part of an origin, which conversations it holds is drawn from the seed. Raises ``ConfigError`` for an origin
+    that does not occur.
+    """
+    if not mixture:
+        return list(conversations)
+    by_origin: dict[str, list[Conversation]] = {}
+    for item in conversations:
+        by_origin.setdefault(item.origin, []).append(item)
+    if unknown := mixture.keys() - by_origin.keys():
+        raise ConfigError(
+            f"sft.mixture: got the origin {min(unknown)!r}, expected one of the conversations': "
+            f"{', '.join(sorted(by_origin))}"
+        )
+    chosen: list[Conversation] = []
+    for origin, items in by_origin.items():
+        whole, part = divmod(mixture.get(origin, 1.0), 1)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "mixture", origin))
+        drawn = torch.randperm(len(items), generator=generator)[: round(part * len(items))].tolist()
+        chosen += items * int(whole) + [items[number] for number in sorted(drawn)]
+    if not chosen:
+        raise ConfigError(f"sft.mixture: got {mixture}, which leaves no conversation; raise a weight above 0")
+    return chosen
+
+
+# --- encoding -----------------------------------------------------------------------------------------------------
+
+
+def encode(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_len: int
+) -> tuple[list[Example], list[Example]]:
+    """Conversations as tokens: those that fit in ``max_len``, and those that do not. None is ever cut.
+
+    Raises ``DataError`` naming a conversation that the chat template refuses, or if none fits.
+    """
+    examples = [_encode(tokenizer, item) for item in conversations]
+    fitting = [example for example in examples if len(example.ids) <= max_len]
+    if not fitting:
+        shortest = min(len(example.ids) for example in examples)
+        raise DataError(
+            f"sft: each of the {len(examples)} conversations is longer than the model's {max_len} tokens (the shortest "
+            f"has {shortest}); shorten them, or pretrain with a larger model.max_seq_len"
+        )
+    return fitting, [example for example in examples if len(example.ids) > max_len]
+
+
+def _encode(tokenizer: Tokenizer, conversation: Conversation) -> Example:
+    try:
+        return Example(conversation.id, *render(tokenizer, conversation.messages), conversation.messages)
+    except DataError as error:
+        raise DataError(f"conversation {conversation.id}: {error}") from error
+
+
+# --- gates --------------------------------------------------------------------------------------------------------
+
+
+def check_masks(tokenizer: Tokenizer, examples: Sequence[Example], *, min_share: float = 0.0) -> float:
+    """The share of supervised tokens, once every mask is found right.
+
+    Under our own template, what must be supervised is read off the ids again: all that follows an assistant's header,
+    up to and with the end of that turn, and nothing else. Under another, each supervised run must end a turn. Raises
+    ``DataError`` naming the conversation, or for a share below ``min_share``.
+    """
+    for example in examples:
+        if tokenizer.has_turns:
+            _check_turns(tokenizer, example)
+        elif not (ends := _ends(example)) or {example.ids[end] for end in ends} != {tokenizer.turn_end_id}:
+            found = [tokenizer.decode([example.ids[end]]) for end in ends]
+            raise DataError(
+                f"conversation {example.id}: supervised runs end in {found}, expected each to end in {tokenizer.decode([tokenizer.turn_end_id])!r}; the chat template is at fault"
+            )
+    share = sum(sum(example.mask) for example in examples) / sum(len(example.ids) for example in examples)
+    if share < min_share:
+        raise DataError(
+            f"sft: {share:.2%} of the tokens are supervised, expected at least sft.min_supervised_share = "
+            f"{min_share:.2%}; look at report.html whether answers are cut short, or lower the setting"
+        )
+    return share
+
+
+def _check_turns(tokenizer: Tokenizer, example: Example) -> None:
+    expected = assistant_turns(tokenizer, example.ids)
+    if not any(expected):
+        raise DataError(f"conversation {example.id}: has no finished answer of the assistant; remove it")
+    if example.mask != expected:
+        position = next(i for i, pair in enumerate(zip(example.mask, expected, strict=True)) if pair[0] != pair[1])
+        got = "supervised" if example.mask[position] else "not supervised"
+        token = tokenizer.decode([example.ids[position]])
+        raise DataError(
+            f"conversation {example.id}: token {position} ({token!r}) is {got}, expected the opposite: answers and "
+            "their ends are learnt, prompts are not; the chat template and its mask disagree"
+        )
+
+
+def assistant_turns(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
+    """For each token, whether it belongs to an assistant's finished turn, its end included and its header not."""
+    mask = [False] * len(ids)
+    start = None
+    for position, token in enumerate(ids):
+        if token == tokenizer.assistant_id:
+            start = position + 1
+        elif token == tokenizer.turn_end_id and start is not None:
+            mask[start : position + 1] = [True] * (position + 1 - start)
+            start = None
+    return mask
+
+
+def check_answers(tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+    """Hold what is learnt against what the assistant said: every answer whole, and nothing beside it.
+
+    White space around an answer is the template's to trim. Raises ``DataError`` naming the conversation.
+    """
+    special = set(tokenizer.special_ids.values())
+    for example in examples:
+        said = [turn["content"] for turn in example.messages if turn["role"] == "assistant"]
+        learnt = [
+            tokenizer.decode([token for token in run if token not in special]) for run in _supervised_runs(example)
+        ]
+        if [text.strip() for text in learnt] != [_as_encoded(text).strip() for text in said]:
+            raise DataError(
+                f"conversation {example.id}: {_first_difference(learnt, said)}; an answer must be learnt whole and "
+                "alone: the chat template loses or adds text, or the conversation was cut"
+            )
+
+
+def check_export(tokenizer: Tokenizer, examples: Sequence[Example], directory: Path) -> None:
+    """Render the first conversations again with nothing but the tokenizer's files, as ``transformers`` will.
+
+    Those that spell out a special token are passed over: a template in Jinja cannot keep it as text. Raises
+    ``DataError`` if other ids or masks come out than are trained on.
+    """
+    tokenizer.save(directory)
+    exported = Tokenizer.load(directory)
+    source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    template = JinjaTemplate(source, exported.template.names if exported.template else {})
+    for example in examples[:ROUND_TRIPS]:
+        if any(name in turn["content"] for turn in example.messages for name in exported.special_ids):
+            continue
+        ids, mask = template.render(exported, example.messages)
+        if (ids, mask) != (example.ids, example.mask):
+            place = next((i for i, pair in enumerate(zip(ids, example.ids, strict=False)) if pair[0] != pair[1]), None)
+            what = "other masks" if place is None and ids == example.ids else f"other ids from token {place or 0} on"
+            raise DataError(
+                f"conversation {example.id}: the exported tokenizer gives {what} than are trained on; "
+                f"{directory / 'chat_template.jinja'} and the tokenizer do not belong together"
+            )
+
+
+def _supervised_runs(example: Example) -> list[list[int]]:
+    runs = groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1))
+    return [[token for token, _ in run] for supervised, run in runs if supervised]
+
+
+def _ends(example: Example) -> list[int]:
+    """Positions of the last tokens of supervised runs."""
+    following = [*example.mask[1:], False]
+    return [place for place, (now, then) in enumerate(zip(example.mask, following, strict=True)) if now and not then]
+
+
+def _as_encoded(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _first_difference(learnt: Sequence[str], said: Sequence[str]) -> str:
+    for number, (got, expected) in enumerate(zip(learnt, said, strict=False)):
+        if got.strip() != expected.strip():
+            return f"of answer {number} {got[-60:]!r} is learnt, expected {expected[-60:]!r}"
+    return f"{len(learnt)} answers are learnt, expected {len(said)}"
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+
+def quarantine(too_long: Sequence[Example], workspace: Workspace, *, max_len: int) -> None:
+    """List the conversations that were left out, in ``report/too_long.jsonl``, and say so."""
+    if too_long:
+        workspace.log(f"left out {len(too_long)} conversations of more than {max_len} tokens (report/too_long.jsonl)")
+        lines = [json.dumps({"id": example.id, "tokens": len(example.ids), "max": max_len}) for example in too_long]
+        write_atomically(workspace.report / "too_long.jsonl", "\n".join(lines) + "\n")
+
+
+def show(tokenizer: Tokenizer, example: Example) -> str:
+    """A conversation as HTML, the supervised tokens on a coloured ground."""
+    parts = []
+    for supervised, run in groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1)):
+        text = html.escape(tokenizer.decode([token for token, _ in run]))
+        parts.append(f'<mark style="background:#d5e8d4">{text}</mark>' if supervised else text)
+    return f"<pre>{''.join(parts)}</pre>"
