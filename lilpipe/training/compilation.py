@@ -6,6 +6,9 @@ configuration alone, and a resumed run is compiled as it was.
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
 from functools import partial
 
 from torch import nn
@@ -18,6 +21,10 @@ from lilpipe.model.transformer import Transformer
 
 WORTH_FLOPS = {"cpu": 1e13, "cuda": 5e17}
 """Operations of one worker from which compiling pays: about twenty times what the device does in a cold compile."""
+
+
+PROVEN_COMPILER = 12
+"""Version of g++ from which it knows every instruction of x86-64 that torch asks for."""
 
 
 def is_wanted(config: PretrainConfig, vocab_size: int) -> bool:
@@ -39,8 +46,23 @@ def compile_blocks(model: Transformer) -> None:
 
     On a GPU the passes over logits are fused as well. On a CPU that gained nothing: they are in its caches.
     """
+    _trust_compiler()
     for block in model.model.layers.values():
         assert isinstance(block, nn.Module)
         block.compile(dynamic=False)
     if distributed.device().type == "cuda" and model.token_scores is token_scores:
         model.token_scores = partial(token_scores, compiled=True)
+
+
+def _trust_compiler() -> None:
+    """Spare torch from compiling samples for every vector unit that the processor says it has: 10 s of a cold start."""
+    from torch._inductor import config  # takes half a second, and only what compiles needs it
+
+    if platform.machine() != "x86_64" or config.cpp.vec_isa_ok is not None:
+        return
+    command = [os.environ.get("CXX", "g++"), "-dumpversion"]
+    try:
+        version = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        config.cpp.vec_isa_ok = int(version.split(".")[0]) >= PROVEN_COMPILER or None
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return  # clang numbers its versions otherwise; torch finds out what it can do
