@@ -150,7 +150,7 @@ def _json_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig").strip())
     except (ValueError, RecursionError) as error:
         return Malformed(f"is no JSON: {error}", data[:EXCERPT_CHARS].decode(errors="replace").strip())
 
