@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,20 +25,19 @@ from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.alignment.chunks import run_chunks
-from lilpipe.alignment.pairs import Pair, read_pairs
+from lilpipe.alignment.pairs import check_pairs, read_pairs
 from lilpipe.alignment.preference_data import (
     EXAMPLES_FILE,
-    Example,
+    LeftOut,
     Packer,
     PreferenceRow,
     as_examples,
+    check_examples,
     encode_examples,
     encode_pairs,
     questions,
     read_examples,
-    refuse_contradictions,
-    refuse_identical,
-    refuse_shared_prompts,
+    with_mismatched,
 )
 from lilpipe.alignment.preference_evaluation import HeldOut, HeldOutScores, check_fall, score_answers
 from lilpipe.alignment.preference_objective import PreferenceObjective
@@ -66,8 +66,9 @@ class _Data:
 
     train: list[PreferenceRow]
     heldout: HeldOut
-    left_out: dict[str, list[str]]
-    """By reason, the prompts of what is not used."""
+    left_out: LeftOut
+    questions: list[str]
+    """Of the prompts that are trained on."""
 
 
 def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
@@ -148,35 +149,51 @@ def _read(config: DPOConfig, inputs: Inputs, tokenizer: Tokenizer, *, max_len: i
     """The preferences, once they have passed the gates."""
     preferences, prompts = inputs["preferences"], inputs.get("prompts")
     assert isinstance(preferences, Artifact)
-    train: Sequence[Pair | Example]
-    heldout: Sequence[Pair | Example]
-    if config.loss == "kto" and (preferences.path / EXAMPLES_FILE).exists():
-        train, heldout = (read_examples(preferences.path, split) for split in ("train", "heldout"))
-        refuse_contradictions([*train, *heldout])
-        rows, left_out = encode_examples(tokenizer, train, max_len=max_len)
-        held_rows, held_left_out = encode_examples(tokenizer, heldout, max_len=max_len) if heldout else ([], {})
-        sides = [[row.first for row in held_rows if row.desirable is side] for side in (True, False)]
-        measured = HeldOut(*sides, paired=False)
-    else:
-        train, heldout = read_pairs(preferences.path, "train"), read_pairs(preferences.path, "heldout")
-        refuse_identical([*train, *heldout])
-        held_rows, held_left_out = encode_pairs(tokenizer, heldout, max_len=max_len)
-        measured = HeldOut([row.first for row in held_rows], [row.second for row in held_rows], paired=True)
-        if config.loss == "kto":
-            rows, left_out = encode_examples(tokenizer, as_examples(train), max_len=max_len)
-        else:
-            rows, left_out = encode_pairs(tokenizer, train, max_len=max_len)
-    refuse_shared_prompts(train, heldout)
+    single = config.loss == "kto" and (preferences.path / EXAMPLES_FILE).exists()
+    data = (_read_single if single else _read_paired)(config, preferences.path, tokenizer, max_len=max_len)
     if isinstance(prompts, Artifact):
-        assert_not_held_out(questions(train), prompts.path)
-    if config.max_chosen_fall is not None and not measured.chosen:
+        assert_not_held_out(data.questions, prompts.path)
+    if config.max_chosen_fall is not None and not data.heldout.chosen:
         raise DataError(
             "dpo.max_chosen_fall: the preferences hold no held-out answers to measure a fall on; raise "
             "preferences.num_heldout, or leave max_chosen_fall out"
         )
-    for reason, ids in held_left_out.items():
-        left_out.setdefault(reason, []).extend(ids)
-    return _Data(rows, measured, left_out)
+    return data
+
+
+def _read_paired(config: DPOConfig, directory: Path, tokenizer: Tokenizer, *, max_len: int) -> _Data:
+    train, heldout = read_pairs(directory, "train"), read_pairs(directory, "heldout")
+    check_pairs(train, heldout)
+    if config.loss == "kto":
+        examples, left_out = encode_examples(tokenizer, as_examples(train), max_len=max_len)
+        rows = with_mismatched(examples, max_len=max_len)
+    else:
+        rows, left_out = encode_pairs(tokenizer, train, max_len=max_len)
+    measured, held_left_out = encode_pairs(tokenizer, heldout, max_len=max_len)
+    return _Data(
+        rows,
+        HeldOut([row.first for row in measured], [row.second for row in measured], paired=True),
+        _join(left_out, held_left_out),
+        questions(train),
+    )
+
+
+def _read_single(_: DPOConfig, directory: Path, tokenizer: Tokenizer, *, max_len: int) -> _Data:
+    train, heldout = read_examples(directory, "train"), read_examples(directory, "heldout")
+    check_examples(train, heldout)
+    examples, left_out = encode_examples(tokenizer, train, max_len=max_len)
+    measured, held_left_out = encode_examples(tokenizer, heldout, max_len=max_len)
+    sides = ([encoded for example, encoded in measured if example.desirable is side] for side in (True, False))
+    return _Data(
+        with_mismatched(examples, max_len=max_len),
+        HeldOut(*sides, paired=False),
+        _join(left_out, held_left_out),
+        questions(train),
+    )
+
+
+def _join(first: LeftOut, second: LeftOut) -> LeftOut:
+    return {reason: first.get(reason, []) + second.get(reason, []) for reason in first | second}
 
 
 def _num_steps(config: DPOConfig, num_rows: int, *, num_parts: int) -> int:

@@ -42,6 +42,9 @@ ROW_TOKENS = 128
 prompt behind one copy of it, under a mask of its own, took 0.63, but no less than this with sequences of 40 to 330.
 """
 
+LeftOut = dict[str, list[str]]
+"""Reason to the prompts of what is not used."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -96,37 +99,21 @@ def as_examples(pairs: Sequence[Pair]) -> list[Example]:
     return chosen + [Example(pair.prompt_id, pair.split, pair.prompt, pair.rejected, False) for pair in pairs]
 
 
-def refuse_identical(pairs: Sequence[Pair]) -> None:
-    """Raise ``DataError`` if both answers of a pair are the same: it teaches nothing, and hides a fault upstream."""
-    found = [pair for pair in pairs if pair.chosen.strip() == pair.rejected.strip()]
-    if found:
-        raise DataError(
-            f"dpo: {len(found)} of {len(pairs)} pairs have the same chosen and rejected answer, expected none; the "
-            f"first is to prompt {found[0].prompt_id}. Remove them where the pairs are made"
-        )
-
-
-def refuse_contradictions(examples: Sequence[Example]) -> None:
-    """Raise ``DataError`` if an answer to a prompt is called desirable and undesirable."""
+def check_examples(train: Sequence[Example], heldout: Sequence[Example]) -> None:
+    """Raise ``DataError`` for answers that are called both, and for prompts that are both learnt from and held out."""
     verdicts: dict[tuple[str, str], set[bool]] = {}
-    for example in examples:
-        verdicts.setdefault((repr(example.prompt), example.answer.strip()), set()).add(example.desirable)
-    found = [key for key, values in verdicts.items() if len(values) > 1]
-    if found:
+    for example in (*train, *heldout):
+        verdicts.setdefault((str(example.prompt), example.answer.strip()), set()).add(example.desirable)
+    if found := [answer for (_, answer), values in verdicts.items() if len(values) > 1]:
         raise DataError(
-            f"dpo: {len(found)} of {len(verdicts)} answers are both desirable and undesirable, expected none; the "
-            f"first is {found[0][1]!r}. Decide for one where they are made"
+            f"{len(found)} of {len(verdicts)} answers are both desirable and undesirable, expected none; the first is "
+            f"{found[0]!r}. Decide for one where they are made"
         )
-
-
-def refuse_shared_prompts(train: Sequence[Pair | Example], heldout: Sequence[Pair | Example]) -> None:
-    """Raise ``DataError`` if a prompt is in both splits: what is measured on it would be what was trained on."""
-    held = {repr(item.prompt) for item in heldout}
-    found = sorted({item.prompt_id for item in train if repr(item.prompt) in held})
-    if found:
+    learnt = {str(example.prompt) for example in train}
+    if shared := [example for example in heldout if str(example.prompt) in learnt]:
         raise DataError(
-            f"dpo: {len(found)} prompts are in the train and in the held-out split of the preferences, expected none; "
-            f"the first is {found[0]}. Remove them from one of the splits"
+            f"{len(shared)} of {len(heldout)} held-out answers have a prompt that is trained on, expected none; the "
+            f"first is {shared[0].prompt_id}. Split the answers by prompt: what is measured on them would mean nothing"
         )
 
 
@@ -144,12 +131,10 @@ def encode_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) 
     return PromptedAnswer(ids, [*tokenizer.encode(answer), tokenizer.turn_end_id])
 
 
-def encode_pairs(
-    tokenizer: Tokenizer, pairs: Sequence[Pair], *, max_len: int
-) -> tuple[list[PreferenceRow], dict[str, list[str]]]:
-    """Pairs as rows, and by reason the prompts of those that were left out; none is ever cut."""
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], *, max_len: int) -> tuple[list[PreferenceRow], LeftOut]:
+    """Pairs as rows, and what was left out; no answer is ever cut."""
     rows: list[PreferenceRow] = []
-    left_out: dict[str, list[str]] = {}
+    left_out: LeftOut = {}
     for pair in pairs:
         first, second = (encode_answer(tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected))
         if reason := _reason_against((pair.chosen, pair.rejected), (first, second), max_len):
@@ -161,23 +146,28 @@ def encode_pairs(
 
 def encode_examples(
     tokenizer: Tokenizer, examples: Sequence[Example], *, max_len: int
-) -> tuple[list[PreferenceRow], dict[str, list[str]]]:
-    """Single answers as rows, each with the answer before it that belongs to another prompt and fits.
-
-    So almost every answer is once an answer and once a mismatched one, as Ethayarajh et al. 2024 and TRL have it.
-    Raises ``DataError`` where there is no such answer.
-    """
+) -> tuple[list[tuple[Example, PromptedAnswer]], LeftOut]:
+    """Single answers with their tokens, and what was left out."""
     kept: list[tuple[Example, PromptedAnswer]] = []
-    left_out: dict[str, list[str]] = {}
+    left_out: LeftOut = {}
     for example in examples:
         encoded = encode_answer(tokenizer, example.prompt, example.answer)
         if reason := _reason_against((example.answer,), (encoded,), max_len):
             left_out.setdefault(reason, []).append(example.prompt_id)
         else:
             kept.append((example, encoded))
+    return kept, left_out
+
+
+def with_mismatched(examples: Sequence[tuple[Example, PromptedAnswer]], *, max_len: int) -> list[PreferenceRow]:
+    """Single answers as rows, each with the nearest answer before it that belongs to another prompt and fits.
+
+    So almost every answer is once an answer and once a mismatched one, as Ethayarajh et al. 2024 and TRL have it.
+    Raises ``DataError`` where there is no such answer.
+    """
     rows = []
-    for index, (example, encoded) in enumerate(kept):
-        earlier = (kept[index - back][1] for back in range(1, len(kept)))
+    for index, (example, encoded) in enumerate(examples):
+        earlier = (examples[index - back][1] for back in range(1, len(examples)))
         others = (PromptedAnswer(encoded.prompt, other.answer) for other in earlier if other.prompt != encoded.prompt)
         mismatched = next((other for other in others if other.num_tokens <= max_len), None)
         if mismatched is None:
@@ -186,7 +176,7 @@ def encode_examples(
                 "estimates the KL divergence by such answers: give it several prompts, or a model of longer context"
             )
         rows.append(PreferenceRow(example.prompt_id, encoded, mismatched, example.desirable))
-    return rows, left_out
+    return rows
 
 
 def _reason_against(texts: Sequence[str], answers: Sequence[PromptedAnswer], max_len: int) -> str:

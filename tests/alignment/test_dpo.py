@@ -15,6 +15,7 @@ from lilpipe.alignment.preference_data import (
     encode_examples,
     encode_pairs,
     first_fit,
+    with_mismatched,
 )
 from lilpipe.alignment.preference_evaluation import score_answers
 from lilpipe.alignment.preference_objective import PreferenceObjective
@@ -108,6 +109,11 @@ def make_packer(tokenizer, *, packed=True, mask_formatting=True):
     )
 
 
+def answer_rows(tokenizer, examples):
+    kept, _ = encode_examples(tokenizer, examples, max_len=TINY.max_seq_len)
+    return with_mismatched(kept, max_len=TINY.max_seq_len)
+
+
 # --- log-probabilities and batches --------------------------------------------------------------------------------
 
 
@@ -151,7 +157,7 @@ def test_first_fit_lays_the_longest_first_and_gives_what_is_longer_a_row_of_its_
 def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer, checkpoint, loss, nll_normalisation):
     pairs = [pair(i, chosen="Answer: " + str(i) * (i + 1)) for i in range(4)]
     if loss == "kto":
-        rows, _ = encode_examples(tokenizer, as_examples(pairs), max_len=TINY.max_seq_len)
+        rows = answer_rows(tokenizer, as_examples(pairs))
     else:
         rows, _ = encode_pairs(tokenizer, pairs * 2, max_len=TINY.max_seq_len)
     reference = torch.linspace(-60, -30, 16).view(8, 2)
@@ -190,7 +196,7 @@ def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer
 
 
 def test_mismatched_answers_are_those_of_other_prompts_each_used_once(tokenizer):
-    rows, _ = encode_examples(tokenizer, as_examples([pair(i) for i in range(5)]), max_len=TINY.max_seq_len)
+    rows = answer_rows(tokenizer, as_examples([pair(i) for i in range(5)]))
     assert all(row.second.prompt == row.first.prompt for row in rows)
     owners = {tuple(row.first.answer): row.first.prompt for row in rows}
     assert all(owners[tuple(row.second.answer)] != row.first.prompt for row in rows)
@@ -228,12 +234,12 @@ def test_without_the_preference_loss_the_likelihood_term_alone_is_learnt(train):
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
 def test_the_reference_is_computed_once_and_stored(tmp_path, train, tokenizer, checkpoint, monkeypatch, loss):
     workspace = Workspace(tmp_path)
-    train(loss=loss, workspace=workspace)
+    train(loss=loss, num_epochs=1, workspace=workspace)
     table = read_table(workspace.output / "reference.arrow")
     pairs = [pair(i) for i in range(12)]
     rows, _ = encode_pairs(tokenizer, pairs, max_len=TINY.max_seq_len)
     if loss == "kto":
-        rows, _ = encode_examples(tokenizer, as_examples(pairs), max_len=TINY.max_seq_len)
+        rows = answer_rows(tokenizer, as_examples(pairs))
     model, _ = load_model(checkpoint.path)
     expected, _ = score_answers(model, [row.second for row in rows], make_packer(tokenizer), CONFIG)
     column = "mismatched_answer" if loss == "kto" else "rejected"
@@ -310,7 +316,7 @@ def test_a_limit_that_nothing_is_measured_against_is_refused(train, make_prefere
 
 def test_pairs_of_the_same_answer_are_refused_with_their_number(train, make_preferences):
     faults = [pair(90, rejected="Answer: 90 "), pair(91, rejected="Answer: 91")]
-    with pytest.raises(DataError, match=r"2 of 20 pairs have the same chosen and rejected answer.*train/90"):
+    with pytest.raises(DataError, match=r"2 of 20 pairs hold the same answer twice.*train/90"):
         train(make_preferences(*faults))
 
 
@@ -321,7 +327,7 @@ def test_held_out_prompts_are_refused_in_training(train, make_preferences, promp
 
 
 def test_prompts_of_both_splits_are_refused(train, make_preferences):
-    with pytest.raises(DataError, match=r"1 prompts are in the train and in the held-out split.*train/20"):
+    with pytest.raises(DataError, match=r"1 of 6 held-out pairs have a prompt that is trained on.*heldout/20"):
         train(make_preferences(pair(20)))
 
 
@@ -329,6 +335,13 @@ def test_an_answer_that_is_both_desirable_and_undesirable_is_refused(tmp_path, t
     examples = [Example("1", "train", question("Copy 1."), "Answer: 1", verdict) for verdict in (True, False)]
     write_table(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
     with pytest.raises(DataError, match="1 of 1 answers are both desirable and undesirable"):
+        train(as_artifact(tmp_path, kind="Preferences"), loss="kto")
+
+
+def test_a_prompt_of_both_splits_is_refused_among_single_answers(tmp_path, train):
+    examples = [Example(split, split, question("Copy 1."), f"Answer: {split}", True) for split in ("train", "heldout")]
+    write_table(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
+    with pytest.raises(DataError, match="1 of 1 held-out answers have a prompt that is trained on"):
         train(as_artifact(tmp_path, kind="Preferences"), loss="kto")
 
 
@@ -349,7 +362,7 @@ def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_c
 def test_answers_to_a_single_prompt_are_refused_by_kto(tokenizer):
     examples = [Example("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
     with pytest.raises(DataError, match="no answer to another prompt fits behind prompt 1"):
-        encode_examples(tokenizer, examples, max_len=TINY.max_seq_len)
+        answer_rows(tokenizer, examples)
 
 
 def test_too_few_pairs_for_a_batch_are_refused_with_numbers(train):
