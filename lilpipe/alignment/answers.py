@@ -11,7 +11,7 @@ from collections.abc import Callable
 from decimal import Decimal
 
 from lilpipe.alignment.examples import Prompt
-from lilpipe.alignment.sandbox import find_program, run_program
+from lilpipe.alignment.sandbox import Limits, find_program, outcome_of
 
 _ANSWER = re.compile(r"Answer:[ ]*(\S[^\n]*)\Z")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-+]?\.\d+")
@@ -83,7 +83,7 @@ def _verify_number(prompt: Prompt, response: str) -> bool:
 
 def _verify_program(prompt: Prompt, response: str) -> bool:
     program = find_program(response)
-    return program is not None and run_program(program, prompt.answer).passed
+    return program is not None and outcome_of(program, prompt.answer, Limits()).passed
 
 
 def _verify_nothing(prompt: Prompt, response: str) -> bool:  # noqa: ARG001 (the form of a verifier)

@@ -30,8 +30,9 @@ from typing import IO
 from lilpipe.alignment import confined
 
 NAMESPACES = ("--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child=KILL")
-CLOCK_FACTOR = 4
-"""Seconds by the clock for each second of the processor, so that a busy machine fails no program."""
+CLOCK_FACTOR = 10
+"""Seconds by the clock for each second of the processor, so that a busy machine fails no program: what is random must
+not enter a reward."""
 MAX_REPORT_BYTES = 65_536
 _CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
@@ -108,10 +109,16 @@ def run_program(program: str, tests: str, limits: Limits | None = None) -> Outco
     return Outcome(reason == "passed", reason)
 
 
+@functools.lru_cache(maxsize=4096)
+def outcome_of(program: str, tests: str, limits: Limits | None = None) -> Outcome:
+    """``run_program``, remembered: a verdict, a reward and equal answers of a group ask for the same."""
+    return run_program(program, tests, limits)
+
+
 def run_programs(jobs: Sequence[tuple[str, str]], limits: Limits | None = None) -> list[Outcome]:
     """The outcome of each (program, tests), several of them at a time."""
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(lambda job: run_program(job[0], job[1], limits), jobs))
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda job: outcome_of(job[0], job[1], limits), jobs))
 
 
 def _readable() -> list[str]:

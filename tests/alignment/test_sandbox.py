@@ -47,7 +47,8 @@ def test_what_reaches_outside_ends_with_its_name_and_the_parent_lives(name):
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "x = 9 ** 9 ** 9"])
-def test_an_endless_program_ends_by_its_time_on_the_processor(program):
+def test_an_endless_program_ends_by_its_time_on_the_processor(program, monkeypatch):
+    monkeypatch.setattr(sandbox, "CLOCK_FACTOR", 60)
     assert run_program(program, "pass", LIMITS).reason == "cpu_time"
 
 
@@ -85,6 +86,15 @@ def test_a_program_sees_neither_the_environment_nor_the_folder_of_the_parent(mon
 def test_programs_keep_their_order():
     outcomes = run_programs([(RIGHT, TESTS), ("x = 1", TESTS), (RIGHT, TESTS)], LIMITS)
     assert [outcome.passed for outcome in outcomes] == [True, False, True]
+
+
+def test_a_program_that_is_asked_for_twice_runs_once(monkeypatch):
+    runs = []
+    monkeypatch.setattr(sandbox, "run_program", lambda *job: runs.append(job) or sandbox.Outcome(True, "passed"))
+    for _ in range(2):
+        assert run_programs([("once = 1", TESTS), ("once = 2", TESTS)], LIMITS)[1].passed
+    sandbox.outcome_of.cache_clear()
+    assert sorted(program for program, *_ in runs) == ["once = 1", "once = 2"]
 
 
 def test_without_namespaces_the_second_best_holds_and_is_told_once(monkeypatch, caplog):
