@@ -26,7 +26,7 @@ def chat(directory: Path, *, sampling: SamplingConfig = GREEDY, system: str | No
     """
     model, tokenizer = load_model(directory)
     stop_ids = (tokenizer.turn_end_id, tokenizer.document_end_id)
-    opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     print(HELP)
     for turn, question in enumerate(_questions()):

@@ -1,9 +1,11 @@
 import io
 
 import pytest
+from typer.testing import CliRunner
 
+from lilpipe.cli import app
 from lilpipe.config import SamplingConfig
-from lilpipe.errors import ArtifactError
+from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.generation import chat as module
 from lilpipe.generation.chat import chat, fit, text_pieces
 from lilpipe.model.hub import save_model
@@ -135,3 +137,16 @@ def test_bytes_that_are_no_utf8_show_once_text_goes_on():
 def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match=r"config\.json"):
         chat(tmp_path)
+
+
+def test_the_command_passes_its_options_on_and_refuses_what_is_impossible(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("LILPIPE_STORE", str(tmp_path))
+    given = []
+    monkeypatch.setattr(module, "chat", lambda directory, **options: given.append((directory, options)))
+    options = ["--system", "rhyme", "--temperature", "0.5", "--top-k", "3", "--min-p", "0.1", "--max-tokens", "9"]
+    assert CliRunner().invoke(app, ["chat", str(checkpoint), *options]).exit_code == 0
+    expected = SamplingConfig(temperature=0.5, top_k=3, min_p=0.1, max_new_tokens=9)
+    assert given == [(checkpoint, {"sampling": expected, "system": "rhyme", "seed": 0})]
+    refused = CliRunner().invoke(app, ["chat", str(checkpoint), "--top-p", "2"])
+    assert isinstance(refused.exception, ConfigError)
+    assert "chat: top_p" in str(refused.exception)
