@@ -46,6 +46,11 @@ class Pair:
         """The answers, the best first."""
         return [answer for answer in (self.edited, self.chosen, self.rejected) if answer is not None]
 
+    @property
+    def questions(self) -> list[str]:
+        """What the user says in the prompt."""
+        return [turn["content"] for turn in self.prompt if turn["role"] == "user"]
+
 
 def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
     """The pairs of one split of a Preferences or Prompts artifact, in their order."""

@@ -107,6 +107,13 @@ NO_PAIR = {
 }
 """What two answers of a pair must have."""
 
+REMEDY = {
+    "brevity": "allow pairs of wrong answers (preferences.only_correct = false)",
+    "reward": "lower preferences.min_margin, or take rewards that tell more answers apart",
+    "correctness": "take another preferences.rule",
+}
+"""What else can be done where there is no pair."""
+
 
 def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Sample and pair, or read pairs. Raises ``DataError`` if there is none to train on."""
@@ -141,9 +148,8 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
     }
     if not pairs["train"]:
         raise DataError(
-            f"preferences: none of {len(train)} prompts gave two answers with {NO_PAIR[config.rule]}; "
-            "sample more answers (preferences.samples_per_prompt), train the model further, or allow "
-            f"{_allow(config)}"
+            f"preferences: none of {len(train)} prompts gave two answers with {NO_PAIR[config.rule]}; sample more "
+            f"answers (preferences.samples_per_prompt), train the model further, or {REMEDY[config.rule]}"
         )
     metrics = _metrics(rows, pairs, num_train=len(train), num_heldout=len(heldout)) | reward_metrics(groups, rewards)
     if distributed.is_main():
@@ -152,13 +158,6 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
         write_table(workspace.output / PAIRS_FILE, table, PAIR_SCHEMA)
         write_atomically(workspace.report / "report.html", _report(pairs["train"], metrics))
     return metrics
-
-
-def _allow(config: PreferencesConfig) -> str:
-    """What would let more pairs through."""
-    if config.rule == "brevity":
-        return "pairs of wrong answers (preferences.only_correct = false)"
-    return f"a smaller difference (preferences.min_margin, now {config.min_margin}) or another rule"
 
 
 def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
@@ -172,7 +171,7 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
     if not train:
         raise DataError(f"preferences: {source.uri} holds no pairs of the train split; raise the share of training")
     check_pairs(train, heldout)
-    assert_not_held_out((pair.prompt[-1]["content"] for pair in train), source.path)
+    assert_not_held_out((text for pair in train for text in pair.questions), source.path)
     metrics: Metrics = {
         "pairs": len(train),
         "heldout_pairs": len(heldout),

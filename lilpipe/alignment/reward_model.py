@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,25 +25,21 @@ from lilpipe.alignment.calibration import calibration, preference_sections
 from lilpipe.alignment.order import rows_of_step
 from lilpipe.alignment.pairs import PAIRS_FILE, Pair, PairSplit, check_pairs, read_pairs
 from lilpipe.alignment.prompts import assert_not_held_out
+from lilpipe.alignment.scoring import RewardModel, load_reward_model, score_rows
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import RewardModelConfig
-from lilpipe.errors import ArtifactError, ConfigError, DataError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.evaluation.pass_at_k import mean_estimate
-from lilpipe.model.heads import (
-    HeadModel,
-    last_outputs,
-    load_head_model,
-    outputs_of_rows,
-    pad_rows,
-    save_head_model,
-    with_head,
-)
+from lilpipe.model.heads import HeadModel, last_outputs, pad_rows, save_head_model, with_head
 from lilpipe.model.hub import load_model
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import Message, render
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.curves import write_report
 from lilpipe.training.loop import Loss, LossFunction, train
+
+__all__ = ["STAGE", "RewardModel", "bradley_terry_loss", "load_reward_model", "run"]
+
 
 # --- mathematics --------------------------------------------------------------------------------------------------
 
@@ -81,53 +76,6 @@ def pairs_of_rankings(sizes: Sequence[int]) -> PairsOfRankings:
     return PairsOfRankings(torch.tensor(better), torch.tensor(worse), torch.tensor(apart).float(), torch.tensor(weight))
 
 
-# --- scoring ------------------------------------------------------------------------------------------------------
-
-
-class RewardModel:
-    """Scores of answers; it holds no gradient."""
-
-    def __init__(self, model: HeadModel, tokenizer: Tokenizer) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-
-    def score(self, conversations: Sequence[list[Message]]) -> list[float]:
-        """The score of each conversation's last answer; one that is too long for the model loses its beginning.
-
-        An answer that was cut off where the model's context ends does not fit with the turn's end behind it. Raises
-        ``DataError`` if an answer alone does not fit.
-        """
-        return score_rows(self.model, [self._encode(conversation) for conversation in conversations], self.tokenizer)
-
-    def _encode(self, conversation: Sequence[Message]) -> list[int]:
-        max_len = self.model.config.max_seq_len
-        ids, _ = render(self.tokenizer, conversation)
-        if len(ids) > max_len:
-            answer, _ = render(self.tokenizer, conversation[-1:])
-            if len(answer) > max_len:
-                raise DataError(
-                    f"reward model: got an answer of {len(answer)} tokens, expected at most its {max_len}; lower "
-                    "sampling.max_new_tokens, or train a reward model from a model of longer context"
-                )
-        return ids[-max_len:]
-
-
-def load_reward_model(directory: Path, device: torch.device) -> RewardModel:
-    """The reward model of a Checkpoint. Raises ``ArtifactError`` if it has no scalar head."""
-    model, tokenizer = load_head_model(directory)
-    if model.num_outputs != 1:
-        raise ArtifactError(
-            f"{directory}: its head has {model.num_outputs} outputs, expected 1; a reward model comes from the stage "
-            "reward_model"
-        )
-    return RewardModel(model.to(device), tokenizer)
-
-
-def score_rows(model: HeadModel, rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[float]:
-    """The scalar output at the last token of each row of ids."""
-    return outputs_of_rows(model, rows, padding_id=tokenizer.padding_id)[:, 0].tolist()
-
-
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
@@ -151,9 +99,12 @@ def encode_ranking(tokenizer: Tokenizer, pair: Pair) -> EncodedRanking:
 
 
 def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
-    """The pairs of all inputs that hold any, by split. Raises ``DataError`` for those that must not be trained on."""
-    sources = [source for role in ("preferences", "prompts") for source in _artifacts(inputs, role)]
-    sources = [source for source in sources if (source.path / PAIRS_FILE).exists()]
+    """The pairs of ``preferences`` or, without such an input, of ``prompts``, by split.
+
+    Raises ``DataError`` for pairs that must not be trained on; ``prompts`` say which questions are held out.
+    """
+    sources = _artifacts(inputs, "preferences") or _artifacts(inputs, "prompts")
+    sources = tuple(source for source in sources if (source.path / PAIRS_FILE).exists())
     pairs: dict[PairSplit, list[Pair]] = {"train": [], "heldout": []}
     for split, found in pairs.items():
         found += [pair for source in sources for pair in read_pairs(source.path, split)]
@@ -164,7 +115,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
         )
     check_pairs(pairs["train"], pairs["heldout"])
     for source in _artifacts(inputs, "prompts"):
-        assert_not_held_out((pair.prompt[-1]["content"] for pair in pairs["train"]), source.path)
+        assert_not_held_out((text for pair in pairs["train"] for text in pair.questions), source.path)
     return pairs
 
 

@@ -13,8 +13,8 @@ from lilpipe import distributed
 from lilpipe.alignment.chunks import Row, run_chunks
 from lilpipe.alignment.completions import Completion, PromptForm, complete
 from lilpipe.alignment.prompts import Prompt
-from lilpipe.alignment.reward_model import load_reward_model
 from lilpipe.alignment.rewards import Response, Rewards
+from lilpipe.alignment.scoring import load_reward_model
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import PreferencesConfig, RejectionSamplingConfig, RewardConfig
 from lilpipe.evaluation.pass_at_k import mean_estimate

@@ -5,6 +5,7 @@ import torch
 
 from lilpipe.alignment.calibration import calibration, preference_sections
 from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
+from lilpipe.alignment.prompts import read_prompts
 from lilpipe.alignment.reward_model import (
     EncodedRanking,
     batch_loss,
@@ -293,8 +294,10 @@ def test_an_edited_answer_stands_above_the_chosen_one(tmp_path, make_checkpoint,
 
 def test_pairs_of_a_prompts_artifact_do_as_well(tmp_path, make_checkpoint, plain, prompts):
     (plain.path / "prompts.arrow").write_bytes((prompts.path / "prompts.arrow").read_bytes())
-    metrics = run(CONFIG, {"model": make_checkpoint(), "prompts": plain}, Workspace(tmp_path))
-    assert metrics["rankings"] == 12
+    inputs = {"model": make_checkpoint(), "prompts": plain}
+    assert run(CONFIG, inputs, Workspace(tmp_path / "alone"))["rankings"] == 12
+    both = run(CONFIG, {**inputs, "preferences": plain}, Workspace(tmp_path / "both"))
+    assert both["rankings"] == 12  # not twice the same
 
 
 @pytest.mark.parametrize("killed_at", [1, 5])
@@ -365,3 +368,11 @@ def test_rankings_that_are_too_long_are_left_out_whole_and_counted(tmp_path, mak
     assert metrics["rankings"] == 9
     assert "left out 1 of 10 rankings with an answer of more than 160 tokens" in workspace.events.read_text()
     assert "heldout_accuracy" not in metrics
+
+
+def test_held_out_questions_in_the_pairs_are_refused(tmp_path, make_checkpoint, preferences, prompts):
+    question = read_prompts(prompts.path, "test")[0].question
+    planted = Pair("x", "train", [{"role": "user", "content": question}], "a", "b")
+    match = "1 training questions occur in the dev or test split"
+    pairs = preferences(*(pair(i) for i in range(9)), planted)
+    refused(make_checkpoint, tmp_path, match, preferences=pairs, prompts=prompts)
