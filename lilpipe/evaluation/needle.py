@@ -11,17 +11,17 @@ Dimensions: N texts, A answers (the true one first), T tokens of a row (``seq_le
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.config import NeedleConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.model.scores import IGNORED
+from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.seeds import derive_seed
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.shards import TokenShards
@@ -54,8 +54,12 @@ class Texts(NamedTuple):
     """Where each fact stands, float64 [N]: 0 at the beginning of the filler, 1 at its end."""
 
 
-def needle(model: nn.Module, texts: Texts, *, rank: int = 0, world_size: int = 1) -> list[Needle]:
-    """How well ``model`` finds facts at each depth, by ``model(inputs_BT, targets_BT=targets_BT)``, which gives Scores.
+Score = Callable[[Tensor, Tensor], Scores]
+"""Inputs and targets [B, T] to the model's scores of the targets."""
+
+
+def needle(score: Score, texts: Texts, *, rank: int = 0, world_size: int = 1) -> list[Needle]:
+    """How well a model finds facts at each depth.
 
     The texts are divided among ``world_size`` groups of workers, of which this one is in group ``rank``; all workers
     call this, run the model equally often, and get the same.
@@ -64,7 +68,7 @@ def needle(model: nn.Module, texts: Texts, *, rank: int = 0, world_size: int = 1
     num_each = -(-num_texts // world_size)
     mine = torch.tensor([(rank + world_size * index) % num_texts for index in range(num_each)])
     sums_NA = torch.zeros(num_texts, num_answers, dtype=torch.float64).index_add_(
-        0, mine, log_probs(model, texts, mine)
+        0, mine, log_probs(score, texts, mine)
     )
     both = distributed.sum_floats([*sums_NA.flatten().tolist(), *mine.bincount(minlength=num_texts).tolist()])
     sums, counts = torch.tensor(both, dtype=torch.float64).split([num_texts * num_answers, num_texts])
@@ -133,7 +137,7 @@ def _numbers(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 @torch.no_grad()
-def log_probs(model: nn.Module, texts: Texts, indices_N: Tensor) -> Tensor:
+def log_probs(score: Score, texts: Texts, indices_N: Tensor) -> Tensor:
     """Log-probability of each answer of some texts, by their numbers; float64 [N, A]."""
     _, num_answers, num_last = texts.answers.shape
     seq_len = texts.contexts.shape[1] + num_last - 1
@@ -144,8 +148,7 @@ def log_probs(model: nn.Module, texts: Texts, indices_N: Tensor) -> Tensor:
         rows = torch.cat([contexts, texts.answers[chosen]], dim=-1).flatten(0, 1)  # [n x A, T + 1]
         targets = rows[:, 1:].clone()
         targets[:, :-num_last] = IGNORED
-        device = distributed.device()
-        scores = model(rows[:, :-1].to(device), targets_BT=targets.to(device))
+        scores = score(rows[:, :-1], targets)
         parts.append(scores.logprobs.double().sum(-1).view(-1, num_answers).cpu())
     return torch.cat(parts)
 

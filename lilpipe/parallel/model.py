@@ -192,6 +192,11 @@ class ParallelModel:
         dist.all_reduce(total, group=self.mesh.data_group)
         return total.item()
 
+    @property
+    def data_ranks(self) -> tuple[int, int]:
+        """Which part of a batch's rows this process has, and how many parts there are."""
+        return self.mesh.data_rank, self.mesh.layout.data
+
     @torch.no_grad()
     def score(self, inputs_BT: Tensor, targets_BT: Tensor) -> Scores:
         """Scores of targets, on every process of this data rank; all of its processes give the same rows.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from lilpipe.model import grouped  # noqa: F401 (registers lilpipe::grouped_linear)
 from lilpipe.model.transformer import Transformer
 
 Mode = Literal["none", "selective", "full"]
@@ -22,7 +23,7 @@ DEAR = frozenset(
         _aten.mm.default,
         _aten.addmm.default,
         _aten.bmm.default,
-        _aten._grouped_mm.default,
+        torch.ops.lilpipe.grouped_linear.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,

@@ -205,13 +205,10 @@ class _Worker:
         return self.model.hidden_size * self._stream_bytes()
 
     def _selective(self) -> float:
-        """The block's input, and what its matrix products and its attention put out; routed experts run again."""
+        """The block's input, and what its matrix products and its attention put out."""
         _, value = head_widths(self.model)
-        model = self.model
-        if (moe := model.moe) is not None:
-            model = model.model_copy(update={"moe": moe.model_copy(update={"experts_per_token": 0})})
-        matrices = block_matrices(model, model.num_layers - 1, active=True)
-        outputs = sum(matrix.outputs for matrix in matrices) + model.num_heads * value
+        matrices = block_matrices(self.model, self.model.num_layers - 1, active=True)
+        outputs = sum(matrix.outputs for matrix in matrices) + self.model.num_heads * value
         return (self._stream() + outputs * self.element_bytes) / self.layout.tensor
 
     def _mask(self, phase: Phase) -> float:

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from lilpipe import distributed
 from lilpipe.evaluation.bits_per_byte import nats
+from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 
 CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -80,6 +81,15 @@ class Trainee(Protocol):
         """Negative log-likelihood of all targets; every worker is given all rows and gets the same number."""
         ...
 
+    @property
+    def data_ranks(self) -> tuple[int, int]:
+        """Which part of a batch's rows this worker has, and how many parts there are."""
+        ...
+
+    def score(self, inputs_BT: Tensor, targets_BT: Tensor) -> Scores:
+        """Scores of targets, on the workers of one data rank; they give the same rows, and all ranks as many."""
+        ...
+
 
 class Replica:
     """A model of which every worker holds the whole."""
@@ -132,6 +142,17 @@ class Replica:
         """Negative log-likelihood of all targets; the rows are divided among the workers."""
         mine, device = slice(distributed.rank(), None, distributed.world_size()), distributed.device()
         return distributed.sum_floats([nats(self.model, inputs_BT[mine].to(device), targets_BT[mine].to(device))])[0]
+
+    @property
+    def data_ranks(self) -> tuple[int, int]:
+        """Each worker has rows of its own."""
+        return distributed.rank(), distributed.world_size()
+
+    @torch.no_grad()
+    def score(self, inputs_BT: Tensor, targets_BT: Tensor) -> Scores:
+        """Scores of targets."""
+        device = distributed.device()
+        return self.model(inputs_BT.to(device), targets_BT=targets_BT.to(device))
 
 
 class FlatGradients:

@@ -50,14 +50,12 @@ class Validation:
     def _measure(self, subject: Trainee, done: int) -> Mapping[str, float]:
         phase = self._config.phase_of(done - 1)
         metrics = self.bits_per_byte(subject, seq_len=phase.seq_len)
-        if isinstance(subject, Replica):
+        if self._texts and done == phase.stop:
+            rank, world_size = subject.data_ranks
+            found = needle.needle(subject.score, self._texts[phase.seq_len], rank=rank, world_size=world_size)
+            metrics |= needle.metrics(found, seq_len=phase.seq_len)
+        if isinstance(subject, Replica):  # a model that is cut over workers may be too large to sample from on one
             assert isinstance(subject.model, Transformer)
-            if self._texts and done == phase.stop:
-                texts = self._texts[phase.seq_len]
-                found = needle.needle(
-                    subject.model, texts, rank=distributed.rank(), world_size=distributed.world_size()
-                )
-                metrics |= needle.metrics(found, seq_len=phase.seq_len)
             self._sample(subject.model, done)
         return metrics
 
