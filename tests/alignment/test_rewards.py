@@ -87,7 +87,7 @@ def test_a_program_is_rewarded_for_passing_and_its_end_has_a_name():
         "```python\ndef double(x): return 2 * x\n```": (1.0, "passed"),
         "```python\ndef double(x): return 3 * x\n```": (0.0, "wrong"),
         "no program": (0.0, "no_program"),
-        "```python\nwhile True: pass\n```": (0.0, "cpu_time"),
+        "```python\nbytearray(10**10)\n```": (0.0, "memory"),
         "```python\nimport socket\nsocket.socket()\n```": (0.0, "network"),
     }
     rewards = Rewards([RewardConfig(kind="program", timeout_seconds=1)])

@@ -46,7 +46,7 @@ def test_what_reaches_outside_ends_with_its_name_and_the_parent_lives(name):
     assert outcome.reason == reason
 
 
-@pytest.mark.parametrize("program", ["while True: pass", "x = 9 ** 9 ** 9"])
+@pytest.mark.parametrize("program", ["while True: pass", pytest.param("x = 9 ** 9 ** 9", marks=pytest.mark.slow)])
 def test_an_endless_program_ends_by_its_time_on_the_processor(program, monkeypatch):
     monkeypatch.setattr(sandbox, "CLOCK_FACTOR", 60)
     assert run_program(program, "pass", LIMITS).reason == "cpu_time"

@@ -58,12 +58,12 @@ def questions_by_split(output):
 
 
 def test_each_row_falls_to_one_split_and_by_about_its_share(tmp_path):
-    path = write_lines(tmp_path / "train.jsonl", problems(1_000))
+    path = write_lines(tmp_path / "train.jsonl", problems(500))
     source = PromptSource(kind="gsm8k", name="gsm8k", path=path, documents_share=0.2, demonstrations_share=0.3)
     workspace, metrics = gather(tmp_path, source)
     found = questions_by_split(workspace.output)
-    assert sum(map(len, found.values())) == 1_000 == len(set().union(*found.values()))
-    expected = {"test": 100, "dev": 100, "documents": 200, "demonstrations": 300, "train": 300}
+    assert sum(map(len, found.values())) == 500 == len(set().union(*found.values()))
+    expected = {"test": 50, "dev": 50, "documents": 100, "demonstrations": 150, "train": 150}
     for split, count in expected.items():
         assert abs(metrics[split] - count) < 4 * count**0.5
     assert metrics["quarantined"] == metrics["pairs"] == 0
