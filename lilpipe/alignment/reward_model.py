@@ -173,6 +173,7 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
         "rankings": float(len(rankings)),
         "heldout_rankings": float(len(heldout)),
         **result.metrics,
+        **length_baseline(heldout),
         "tokens_per_second": result.tokens_per_second,
     }
     if distributed.is_main():
@@ -268,6 +269,22 @@ def heldout_metrics(margins: Sequence[Sequence[float]]) -> dict[str, float]:
         "heldout_brier": found.brier,
         "heldout_calibration_error": found.error,
     }
+
+
+def length_baseline(rankings: Sequence[EncodedRanking]) -> dict[str, float]:
+    """The accuracy of going by length alone, always the longer answer or always the shorter, whichever is righter.
+
+    A reward model that is no better may have learnt no more (Singhal et al. 2023, "A long way to go").
+    """
+    if not rankings:
+        return {}
+    lengths = [[len(ids) for ids in ranking.answers] for ranking in rankings]
+    longer = [
+        sum((better > worse) + 0.5 * (better == worse) for better, worse in pairs) / len(pairs)
+        for pairs in (list(combinations(group, 2)) for group in lengths)
+    ]
+    share = sum(longer) / len(longer)
+    return {"heldout_length_accuracy": max(share, 1 - share)}
 
 
 def _artifacts(inputs: Inputs, role: str) -> tuple[Artifact, ...]:

@@ -10,6 +10,7 @@ from lilpipe.alignment.reward_model import (
     EncodedRanking,
     batch_loss,
     bradley_terry_loss,
+    length_baseline,
     load_reward_model,
     pairs_of_rankings,
     run,
@@ -204,6 +205,17 @@ def test_the_report_shows_the_table_and_both_pictures():
     assert preference_sections([]) == {}
 
 
+def test_what_length_alone_would_say_is_worked_out_by_hand():
+    def ranking(*lengths):
+        return EncodedRanking("p", [[1] * length for length in lengths])
+
+    shorter = length_baseline([ranking(3, 5), ranking(2, 9), ranking(7, 4)])
+    assert shorter == {"heldout_length_accuracy": pytest.approx(2 / 3)}
+    longer = length_baseline([ranking(5, 3), ranking(6, 4, 5), ranking(2, 2)])
+    assert longer == {"heldout_length_accuracy": pytest.approx((1 + 2 / 3 + 1 / 2) / 3)}
+    assert length_baseline([]) == {}
+
+
 # --- scoring ------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +288,7 @@ def test_a_preference_is_learnt_and_found_again_in_prompts_held_out(tmp_path, ma
     assert metrics["heldout_accuracy"] == 1
     assert metrics["heldout_accuracy_stderr"] == 0
     assert metrics["heldout_margin"] > 0.1
+    assert metrics["heldout_length_accuracy"] == 1  # the preference of these pairs is for brevity
     assert metrics["heldout_brier"] < 0.25
     scorer = load_reward_model(tmp_path / "output", torch.device("cpu"))
     short, long = scorer.score([conversation("Copy 99.", f"{start}Answer: 99") for start in ("", "Sure, I can. ")])
