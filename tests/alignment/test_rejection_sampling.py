@@ -209,6 +209,8 @@ def test_how_hard_each_prompt_was_is_kept(tmp_path, inputs, oracle):
         assert rate["difficulty"] == prompt.difficulty
         assert rate["pass_rate"] == rate["mean_reward"] == (index % 5) / 4
         assert rate["num_kept"] == min(index % 5, 1)
+    html = (tmp_path / "output" / "report" / "report.html").read_text()
+    assert ("By difficulty" in html) == (len({rate["difficulty"] for rate in rates}) > 1)
 
 
 class LikesLength:

@@ -245,6 +245,20 @@ def test_a_score_is_the_heads_output_at_the_end_of_the_turn_whatever_shares_the_
     assert scorer.score([]) == []
 
 
+def test_transformers_gives_the_same_scores_from_the_same_directory(tmp_path, scorer):
+    transformers = pytest.importorskip("transformers")
+    save_head_model(scorer.model, scorer.tokenizer, tmp_path, labels=["reward"])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    conversations = [conversation("What is 2 + 2?", "Answer: 4"), conversation("Hi", "")]
+    texts = [tokenizer.apply_chat_template(item, tokenize=False) for item in conversations]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    with torch.no_grad():
+        expected = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].tolist()
+    assert scorer.score(conversations) == pytest.approx(expected, abs=1e-5)
+    assert scorer.score(conversations)[0] != pytest.approx(scorer.score(conversations)[1], abs=1e-3)
+
+
 def test_batches_hold_no_more_tokens_than_said(scorer, monkeypatch):
     monkeypatch.setattr(heads, "TOKENS_AT_ONCE", 40)
     sizes = []
