@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate
@@ -45,10 +46,31 @@ def wording(difference: Estimate, *, higher_is_better: bool = True) -> Word:
     return "better" if sign > 0 else "worse"
 
 
-def sentence(measure: str, difference: Estimate, *, model: str, than: str, unit: str = "prompts") -> str:
-    """One line for people, such as ``accuracy: grpo is better than dpo, +0.120 ± 0.020 (500 prompts)``."""
-    word = wording(difference)
-    amount = f"{difference.value:+.3f} ± {difference.stderr:.3f} ({difference.n:,} {unit})"
-    if word == "no difference within the noise":
-        return f"{measure}: {word} between {model} and {than}, {amount}"
-    return f"{measure}: {model} is {word} than {than}, {amount}"
+@dataclass(frozen=True)
+class Comparison:
+    """One model beside another, in a measure of which more is better."""
+
+    measure: str
+    difference: Estimate
+    _: KW_ONLY
+    model: str
+    than: str
+    unit: str = "prompts"
+    """What the difference is a mean over."""
+
+    @property
+    def word(self) -> Word:
+        """What may be said."""
+        return wording(self.difference)
+
+    @property
+    def amount(self) -> str:
+        """The difference with its standard error."""
+        return f"{self.difference.value:+.3f} ± {self.difference.stderr:.3f} ({self.difference.n:,} {self.unit})"
+
+    @property
+    def sentence(self) -> str:
+        """One line for people, such as ``accuracy: grpo is better than dpo, +0.120 ± 0.020 (500 prompts)``."""
+        if self.word == "no difference within the noise":
+            return f"{self.measure}: {self.word} between {self.model} and {self.than}, {self.amount}"
+        return f"{self.measure}: {self.model} is {self.word} than {self.than}, {self.amount}"

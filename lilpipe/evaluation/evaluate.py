@@ -34,7 +34,7 @@ from lilpipe.evaluation.games import (
 )
 from lilpipe.evaluation.pass_at_k import Estimate
 from lilpipe.evaluation.report import write_page
-from lilpipe.evaluation.scores import Estimates, Evaluation, score_all, score_by, statements
+from lilpipe.evaluation.scores import Estimates, Evaluation, comparisons, score_all, score_by
 from lilpipe.stage import Metrics, Stage, Workspace
 
 REFERENCE_ANSWERS = "reference answers"
@@ -146,7 +146,7 @@ def _write(found: Evaluation, workspace: Workspace) -> None:
         "num_prompts": len(found.prompts),
         "samples_per_prompt": found.config.samples_per_prompt,
         "reference": found.opponent,
-        "comparisons": list(statements(found)),
+        "comparisons": [comparison.sentence for comparison in comparisons(found)],
         "models": {model: _nested(found, model) for model in found.models},
     }
     write_atomically(workspace.output / "metrics.json", json.dumps(document, indent=2, sort_keys=True) + "\n")

@@ -12,7 +12,7 @@ from lilpipe.alignment.chunks import Row
 from lilpipe.alignment.prompts import Prompt
 from lilpipe.evaluation.games import ending
 from lilpipe.evaluation.pass_at_k import Estimate
-from lilpipe.evaluation.scores import Estimates, Evaluation, score_by, statements
+from lilpipe.evaluation.scores import Estimates, Evaluation, comparisons, label, score_by
 
 NUM_EXAMPLES = 20
 RULES = {
@@ -28,7 +28,7 @@ def write_page(found: Evaluation) -> str:
     note = f"{len(found.prompts):,} prompts of the {found.config.split} split; ± is one standard error over prompts."
     sections: dict[str, str | list[str]] = {
         "After each stage": [report.note(note), _stages(found), *_pictures(found.scores)],
-        "What may be said": "".join(f"<p>{html.escape(line)}</p>" for line in statements(found)) or report.note("-"),
+        "What may be said": _comparisons(found),
         "Rewards of sampled answers": _table(found.scores, [name for name in _names(found) if _is_reward(name)]),
     }
     if found.outcomes:
@@ -55,17 +55,13 @@ def _is_reward(name: str) -> bool:
     return name.startswith("reward_") and not name.endswith("_gain")
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _cell(estimate: Estimate | None) -> str:
     return "" if estimate is None else f"{estimate.value:.3f} ± {estimate.stderr:.3f}"
 
 
 def _table(scores: Mapping[str, Estimates], names: Sequence[str]) -> str:
     rows: list[dict[str, report.Cell]] = [
-        {"model": model, **{_plain(name): _cell(estimates.get(name)) for name in names}}
+        {"model": model, **{label(name): _cell(estimates.get(name)) for name in names}}
         for model, estimates in scores.items()
     ]
     return report.table(rows)
@@ -76,12 +72,20 @@ def _stages(found: Evaluation) -> str:
     rows: list[dict[str, report.Cell]] = [
         {
             "model": model,
-            **{_plain(name): _cell(estimates.get(name)) for name in names},
+            **{label(name): _cell(estimates.get(name)) for name in names},
             "bits per byte": f"{found.bits[model]:.3f}" if model in found.bits else "",
         }
         for model, estimates in found.scores.items()
     ]
     return report.table(rows)
+
+
+def _comparisons(found: Evaluation) -> str:
+    rows: list[dict[str, report.Cell]] = [
+        {"measure": each.measure, "model": each.model, "beside": each.than, "": each.word, "difference": each.amount}
+        for each in comparisons(found)
+    ]
+    return report.note("A difference of less than two standard errors is noise.") + report.table(rows)
 
 
 def _by(found: Evaluation, key: str) -> str:
@@ -106,7 +110,7 @@ def _pictures(scores: Mapping[str, Estimates]) -> list[str]:
         estimates = [model[name] for model in scores.values()]
         places = [place + (index - (len(shown) - 1) / 2) * width for place in range(len(scores))]
         heights, errors = [e.value for e in estimates], [e.stderr for e in estimates]
-        axes.bar(places, heights, width, yerr=errors, label=_plain(name), color=report.COLOURS[index], capsize=2)
+        axes.bar(places, heights, width, yerr=errors, label=label(name), color=report.COLOURS[index], capsize=2)
     slant = {"rotation": 30, "ha": "right"} if len(scores) > 5 else {}
     axes.set_xticks(range(len(scores)), list(scores), **slant)
     axes.set(ylabel="share of prompts", ylim=(0, 1))
@@ -139,7 +143,7 @@ def side_by_side(found: Evaluation) -> list[str]:
                         "draw": "greedy" if greedy else "sample",
                         "answer": row["response"],
                         "verifier": _verdict(row),
-                        **{name: f"{value:.3g}" for name, value in row["rewards"].items()},
+                        **{label(f"reward_{name}"): f"{value:.3g}" for name, value in row["rewards"].items()},
                         **game,
                     }
                 )

@@ -10,7 +10,7 @@ from lilpipe.alignment.chunks import Row
 from lilpipe.alignment.prompts import Prompt
 from lilpipe.alignment.sampling import by_prompt
 from lilpipe.config import EvaluateConfig
-from lilpipe.evaluation.comparison import paired, sentence
+from lilpipe.evaluation.comparison import Comparison, paired
 from lilpipe.evaluation.games import Outcomes, win_scores
 from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate, pass_at_k, share_estimate
 
@@ -103,15 +103,19 @@ def score_by(rows: Sequence[Row], key: str) -> dict[str, Estimates]:
     return {str(value): score([row for row in rows if row[key] == value]) for value in values}
 
 
-def statements(found: Evaluation) -> Iterator[str]:
-    """One line for each comparison: a model with the one before it, and with whom it played."""
-    models = found.models
-    for before, model in pairwise(models):
+def comparisons(found: Evaluation) -> Iterator[Comparison]:
+    """Each model with the one before it, and with whom it played."""
+    for before, model in pairwise(found.models):
         for name, estimate in found.scores[model].items():
             if name.endswith("_gain"):
-                yield sentence(name.removesuffix("_gain").replace("_", " "), estimate, model=model, than=before)
-    for model in models:
-        if "win_rate" in found.scores[model] and model != found.opponent:
-            rate = found.scores[model]["win_rate"]
+                yield Comparison(label(name.removesuffix("_gain")), estimate, model=model, than=before)
+    for model in found.models:
+        rate = found.scores[model].get("win_rate")
+        if rate is not None and found.opponent is not None and model != found.opponent:
             above_half = replace(rate, value=rate.value - 0.5)
-            yield sentence("win rate above one half", above_half, model=model, than=found.opponent or "")
+            yield Comparison("win rate above one half", above_half, model=model, than=found.opponent)
+
+
+def label(name: str) -> str:
+    """A metric's name for people; the reward of a reward model needs the word once."""
+    return name.replace("reward_reward", "reward").replace("_", " ")

@@ -14,7 +14,7 @@ from itertools import pairwise
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
 from lilpipe.config import PipelineConfig
 from lilpipe.display import Display
-from lilpipe.evaluation.comparison import over_seeds, sentence
+from lilpipe.evaluation.comparison import Comparison, over_seeds
 from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate
 from lilpipe.overrides import parse_override
 from lilpipe.pipeline import run_step
@@ -78,7 +78,8 @@ def statements(recipe: str, runs: Sequence[Mapping[str, float]], models: Sequenc
             Estimate(run[f"accuracy_gain/{model}"], run[f"accuracy_gain_stderr/{model}"], int(run["num_prompts"]))
             for run in runs
         ]
-        lines.append(f"{recipe}, {sentence('accuracy', over_seeds(gains), model=model, than=before, unit='seeds')}")
+        compared = Comparison("accuracy", over_seeds(gains), model=model, than=before, unit="seeds")
+        lines.append(f"{recipe}, {compared.sentence}")
     return lines
 
 

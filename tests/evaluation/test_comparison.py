@@ -3,7 +3,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from lilpipe.evaluation.comparison import beyond_noise, over_seeds, paired, sentence, wording
+from lilpipe.evaluation.comparison import Comparison, beyond_noise, over_seeds, paired, wording
 from lilpipe.evaluation.pass_at_k import Estimate
 
 
@@ -49,7 +49,7 @@ def test_the_error_over_seeds_is_never_below_that_over_prompts():
 
 
 def test_a_sentence_says_no_more_than_the_numbers():
-    better = sentence("accuracy", Estimate(0.12, 0.02, 1_000), model="grpo", than="dpo")
-    assert better == "accuracy: grpo is better than dpo, +0.120 ± 0.020 (1,000 prompts)"
-    nothing = sentence("accuracy", Estimate(0.03, 0.02, 3), model="grpo", than="dpo", unit="seeds")
-    assert nothing == "accuracy: no difference within the noise between grpo and dpo, +0.030 ± 0.020 (3 seeds)"
+    better = Comparison("accuracy", Estimate(0.12, 0.02, 1_000), model="grpo", than="dpo")
+    assert better.sentence == "accuracy: grpo is better than dpo, +0.120 ± 0.020 (1,000 prompts)"
+    nothing = Comparison("accuracy", Estimate(0.03, 0.02, 3), model="grpo", than="dpo", unit="seeds")
+    assert nothing.sentence == "accuracy: no difference within the noise between grpo and dpo, +0.030 ± 0.020 (3 seeds)"

@@ -1,3 +1,4 @@
+import html
 import json
 from dataclasses import replace
 
@@ -90,8 +91,10 @@ def test_metrics_name_every_model_and_the_report_shows_it(tmp_path, inputs):
     assert lines[0]["models"].keys() == {"pretrain", "sft", "dpo"}
     assert lines[0]["models"]["sft"].keys() == {"greedy", "sampled"}
     assert lines[0]["models"]["sft"]["sampled"].keys() == {"response", "correct", "rewards", "game"}
-    report = (workspace.report / "report.html").read_text()
+    report = (workspace.report / "report.html").read_bytes().decode()
     assert "<svg" in report
+    for prompt in lines:
+        assert all(html.escape(answer["sampled"]["response"]) in report for answer in prompt["models"].values())
     assert all(model in report for model in ("pretrain", "sft", "dpo"))
 
 

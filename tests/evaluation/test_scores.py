@@ -4,7 +4,7 @@ import pytest
 
 from lilpipe.config import EvaluateConfig
 from lilpipe.evaluation.pass_at_k import Estimate
-from lilpipe.evaluation.scores import Evaluation, gains, score, score_by, statements
+from lilpipe.evaluation.scores import Evaluation, comparisons, gains, score, score_by
 from tests.evaluation.rows import answer
 
 
@@ -76,7 +76,8 @@ def test_comparisons_are_worded_by_their_noise():
         "grpo": {"accuracy_gain": Estimate(0.2, 0.02, 100), "reward_length_gain": Estimate(-0.3, 0.1, 100)},
     }
     rows = {model: [] for model in scores}
-    assert list(statements(Evaluation(EvaluateConfig(), [], rows, scores, {}, {}, "sft"))) == [
+    found = Evaluation(EvaluateConfig(), [], rows, scores, {}, {}, "sft")
+    assert [comparison.sentence for comparison in comparisons(found)] == [
         "accuracy: no difference within the noise between dpo and sft, +0.010 ± 0.020 (100 prompts)",
         "accuracy: grpo is better than dpo, +0.200 ± 0.020 (100 prompts)",
         "reward length: grpo is worse than dpo, -0.300 ± 0.100 (100 prompts)",
