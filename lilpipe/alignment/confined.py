@@ -35,7 +35,14 @@ _PROCESS = (
 _NATIVE = ("ctypes.",)
 _SETTINGS = ("resource.setrlimit", "resource.prlimit")
 _PREFIXES = {_NETWORK: "network", _PROCESS: "process", _NATIVE: "native_code", _SETTINGS: "limits"}
-_MODULES = {"_posixsubprocess": "process", "ctypes": "native_code", "_ctypes": "native_code"}
+_MODULES = {
+    "_posixsubprocess": "process",
+    "_xxsubinterpreters": "process",  # another interpreter has no hook
+    "_interpreters": "process",
+    "ctypes": "native_code",
+    "_ctypes": "native_code",
+    "_testcapi": "native_code",
+}
 _READS = ("os.listdir", "os.scandir", "os.chdir", "glob.glob")
 _WRITES = (
     "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",

@@ -1,13 +1,15 @@
-"""Stage ``prompts``: verifiable tasks, generated and split once for the whole pipeline.
+"""Stage ``prompts``: questions and answers, generated or from data sets, split once for the whole pipeline.
 
 The artifact holds exercises in plain text for pretraining (``documents.arrow``), conversations with a written
 answer for supervised fine-tuning (``demonstrations.arrow``), and questions for sampling and evaluation
 (``prompts.arrow``, with splits train, dev and test). Which of the five a task may enter is decided by a hash of its
 family and canonical arguments alone: it depends neither on the seed nor on the counts, so that no test question can
-have been seen by any model of this pipeline.
+have been seen by any model of this pipeline. Data sets (`lilpipe.alignment.sources`) are split by the hash of the
+question; they may add preferences (``pairs.arrow``), and what could not be read of them stands in
+``quarantine.jsonl``.
 
-A written answer is ``Answer: X`` after zero or more sentences of courtesy. The courtesy is noise as far as the
-verifier is concerned; it is what a preference for brevity can act on.
+The written answer of a generated task is ``Answer: X`` after zero or more sentences of courtesy. The courtesy is noise
+as far as the verifier is concerned; it is what a preference for brevity can act on.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from lilpipe.alignment.examples import (
 )
 from lilpipe.alignment.families import FAMILIES, Difficulty, Task
 from lilpipe.alignment.pairs import PAIR_SCHEMA, PAIRS_FILE
+from lilpipe.alignment.prompts_report import build_report
 from lilpipe.alignment.sources import Gathered, external, gather
 from lilpipe.alignment.tables import write_table
 from lilpipe.artifact import Inputs, write_atomically
@@ -242,6 +245,7 @@ def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     write_table(workspace.output / "documents.arrow", documents, DOCUMENT_SCHEMA)
     write_conversations(workspace.output / "demonstrations.arrow", conversations)
     write_table(workspace.output / "prompts.arrow", rows, PROMPT_SCHEMA)
+    write_atomically(workspace.report / "report.html", build_report(rows, conversations, gathered.quarantine))
     sizes = Counter(row["split"] for row in rows)
     metrics = {
         "documents": float(len(documents)),

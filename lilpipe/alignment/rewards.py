@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from lilpipe.alignment.answers import has_form, is_thinking, is_well_formed, stated_number, verify
 from lilpipe.alignment.examples import Prompt
-from lilpipe.alignment.sandbox import Limits, find_program, run_programs
+from lilpipe.alignment.sandbox import Limits, find_program, isolation, run_programs
 from lilpipe.artifact import digest_file
 from lilpipe.config import RewardConfig
 from lilpipe.data.filters.fasttext_model import codes, load
@@ -205,6 +205,7 @@ def _reward_model(config: RewardConfig, reward_model: RewardModel | None) -> Sco
 
 def _program(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
     memory_bytes = config.memory_mib * 2**20 if config.memory_mib else Limits.memory_bytes
+    isolation()  # is told of before the first program runs
     limits = Limits(cpu_seconds=config.timeout_seconds or Limits.cpu_seconds, memory_bytes=memory_bytes)
 
     def score(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Part]:

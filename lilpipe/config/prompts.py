@@ -97,6 +97,15 @@ class PromptSource(Section):
         return self
 
     @model_validator(mode="after")
+    def _revision_is_fixed(self) -> PromptSource:
+        if self.revision is not None and not re.fullmatch("[0-9a-f]{7,40}", self.revision):
+            raise ValueError(
+                f"source {self.name!r}: revision {self.revision!r} is no commit (7 to 40 digits of 0-9a-f); a branch "
+                "or tag may move, and the prompts would stay"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _shares_leave_room(self) -> PromptSource:
         if self.has_official_test and self.test_share:
             raise ValueError(f"source {self.name!r}: it has an official test split; remove test_share")

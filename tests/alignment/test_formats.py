@@ -2,16 +2,17 @@ import pytest
 
 from lilpipe.alignment.formats import Example, Malformed, parse
 from lilpipe.config import PromptColumns
+from lilpipe.tokenizer.chat_template import Message
 
 COLUMNS = PromptColumns()
 
 
 def user(text):
-    return {"role": "user", "content": text}
+    return Message(role="user", content=text)
 
 
 def assistant(text):
-    return {"role": "assistant", "content": text}
+    return Message(role="assistant", content=text)
 
 
 BRIEF = {"role": "system", "content": "Be brief."}

@@ -223,3 +223,12 @@ def test_a_damaged_file_is_named(tmp_path):
     Path(tmp_path / "prompts.arrow").write_bytes(b"no arrow")
     with pytest.raises(DataError, match=r"prompts\.arrow: cannot be read"):
         read_prompts(tmp_path, "test")
+
+
+def test_the_report_shows_families_questions_and_conversations(tmp_path):
+    module.run(PromptsConfig(**SMALL, families=("copy", "expression")), {}, Workspace(tmp_path))
+    page = (tmp_path / "output" / "report" / "report.html").read_text()
+    prompt = read_prompts(tmp_path / "output", "train")[0]
+    for expected in ("expression", "2 to 5", prompt.question, read_conversations(tmp_path / "output")[0].id):
+        assert expected in page
+    assert "left out, all of them" not in page

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
@@ -5,6 +7,7 @@ from lilpipe.alignment import rewards as module
 from lilpipe.alignment.prompts import Prompt
 from lilpipe.alignment.rewards import Response, Rewards, Scored, brevity_win, external, judge, mean_parts, reward
 from lilpipe.config import ANSWER_REWARD, RewardConfig, RewardConfigs, Section
+from lilpipe.config.prompts import RewardKind
 from lilpipe.errors import ConfigError, DataError
 
 PROMPT = Prompt("p", "sort", "Sort the list 3 1.", "1 3")
@@ -125,7 +128,7 @@ def test_a_reward_model_that_is_not_there_is_asked_for():
 
 
 def test_every_kind_that_can_be_named_is_there():
-    assert set(module.KINDS) == set(RewardConfig.model_fields["kind"].annotation.__args__)
+    assert set(module.KINDS) == set(get_args(RewardKind))
 
 
 @pytest.mark.parametrize(

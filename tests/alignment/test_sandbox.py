@@ -16,6 +16,7 @@ HOSTILE = {
     "a fork bomb": ("import os\nwhile True: os.fork()", "process"),
     "a process by the back door": ("import _posixsubprocess", "process"),
     "another program": ("import subprocess\nsubprocess.run(['true'])", "process"),
+    "another interpreter": ("import _xxsubinterpreters", "process"),
     "a thread": ("import threading\nthreading.Thread(target=print).start()", "process"),
     "a signal to its parent": ("import os\nos.kill(os.getppid() or 1, 9)", "process"),
     "ten gigabytes": ("x = bytearray(10 * 2**30)", "memory"),

@@ -3,6 +3,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -119,7 +120,7 @@ def test_a_test_question_of_one_source_is_not_learnt_from_another(tmp_path):
 
 
 def test_a_later_turn_that_asks_a_test_question_is_refused(tmp_path):
-    rows = [{"prompt": f"Name {n} trees.", "response": "Oak."} for n in range(60)]
+    rows: list[dict[str, Any]] = [{"prompt": f"Name {n} trees.", "response": "Oak."} for n in range(60)]
     held_out = next(row["prompt"] for row in rows if position(row["prompt"]) < 0.1)
     rows.append(
         conversation(("user", "Hello there!"), ("assistant", "Hello."), ("user", held_out), ("assistant", "Oak."))
@@ -317,6 +318,7 @@ def test_a_commit_of_the_hub_is_its_own_digest():
         ({}, "give one of path and hub"),
         ({"path": "a", "hub": "b"}, "give one of path and hub"),
         ({"path": "a", "revision": "b"}, "revision means nothing with `path`"),
+        ({"hub": "a", "revision": "main"}, "revision 'main' is no commit"),
         ({"path": "a", "split": "b"}, "split means nothing with `path`"),
         ({"hub": "a", "test_path": "b"}, "test_path means nothing with `hub`"),
         ({"path": "a", "test_path": "b", "test_share": 0.2}, "official test split; remove test_share"),
