@@ -85,9 +85,9 @@ class EngineThread:
                     return False
                 command()
             self._engine.step()
+            self._report()
         except Exception as error:  # whatever it is, those who wait must hear of it
             self._fail(error)
-        self._report()
         return True
 
     def _admit(self, ticket: Ticket) -> None:
@@ -107,15 +107,16 @@ class EngineThread:
     def _report(self) -> None:
         for ticket in list(self.tickets):
             assert ticket.transcript is not None
-            if pieces := ticket.transcript.news():
-                ticket.notify(pieces)
+            pieces = ticket.transcript.news()
             if ticket.transcript.done:
                 self.tickets.remove(ticket)
+            if pieces:
+                ticket.notify(pieces)
 
     def _fail(self, error: Exception) -> None:
         """Tell all who wait, and go on with an engine of which nothing is left over."""
         logger.exception("the engine failed; the requests under way are given up")
-        for ticket in self.tickets:
-            ticket.notify(error)
-        self.tickets.clear()
+        failed, self.tickets = self.tickets, []
         self._engine = self._make_engine()
+        for ticket in failed:
+            ticket.notify(error)

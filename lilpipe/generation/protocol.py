@@ -60,6 +60,11 @@ def error_body(message: str, *, kind: str, param: str | None = None, code: str |
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def can_chat(tokenizer: Tokenizer) -> bool:
+    """Whether there are tokens for conversations, ours or those of a template from elsewhere."""
+    return tokenizer.has_turns or tokenizer.template is not None
+
+
 @dataclass(frozen=True)
 class Ask:
     """A request in the engine's terms: ``num_samples`` answers to each of the prompts."""
@@ -177,7 +182,10 @@ class Request(BaseModel):
             sampling = SamplingConfig(**settings)
         except ValidationError as error:
             raise _refusal(error) from error
-        ends = (tokenizer.document_end_id, *([tokenizer.turn_end_id] if tokenizer.has_turns else []))
+        try:
+            ends = (tokenizer.document_end_id, *([tokenizer.turn_end_id] if can_chat(tokenizer) else []))
+        except DataError as error:  # a template from elsewhere that ends no turn
+            raise RequestError(str(error), param=param) from error
         seed = secrets.randbits(48) if self.seed is None else self.seed
         return Ask(prompts, sampling, stop_ids=ends, stop=stop, seed=seed, num_samples=self.n)
 
@@ -218,7 +226,7 @@ class ChatRequest(Request):
         return self.logprobs
 
     def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:  # noqa: D102
-        if not tokenizer.has_turns:
+        if not can_chat(tokenizer):
             message = "messages: this model has no tokens for conversations; ask for /v1/completions with a prompt"
             raise RequestError(message, param="messages")
         try:
@@ -237,7 +245,7 @@ class ChatRequest(Request):
         logprobs = None
         if self.logprobs:
             entries = zip(piece.tokens, piece.logprobs, strict=False)  # the stop token's has no token beside it
-            logprobs = {"content": [_logprob(vocabulary[token], value) for token, value in entries]}
+            logprobs = {"content": [_logprob(_bytes(token, vocabulary), value) for token, value in entries]}
         return {"index": piece.index, **said, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
@@ -275,7 +283,7 @@ class CompletionRequest(Request):
     def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:  # noqa: ARG002, D102
         logprobs = None
         if self.wants_logprobs:
-            texts = [vocabulary[token].decode(errors="replace") for token in piece.tokens]
+            texts = [_bytes(token, vocabulary).decode(errors="replace") for token in piece.tokens]
             values = piece.logprobs[: len(texts)]
             logprobs = {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
         return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
@@ -350,3 +358,7 @@ def _said(text: str) -> dict[str, Any]:
 def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
     entry = {"token": token.decode(errors="replace"), "logprob": logprob}
     return {**entry, "bytes": list(token), "top_logprobs": []}
+
+
+def _bytes(token: int, vocabulary: Sequence[bytes]) -> bytes:
+    return vocabulary[token] if token < len(vocabulary) else b""

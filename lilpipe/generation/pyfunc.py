@@ -12,7 +12,15 @@ from typing import Any
 
 from lilpipe import distributed
 from lilpipe.generation.engine import Engine
-from lilpipe.generation.protocol import ChatRequest, CompletionRequest, Envelope, Piece, Request, RequestError
+from lilpipe.generation.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    Envelope,
+    Piece,
+    Request,
+    RequestError,
+    can_chat,
+)
 from lilpipe.generation.text import token_bytes
 from lilpipe.generation.transcript import Transcript, gather
 from lilpipe.model.hub import load_model
@@ -49,8 +57,8 @@ class Answers:
 
     def _row(self, row: Any) -> dict[str, Any]:
         if isinstance(row, str):
-            turns = self.tokenizer.has_turns
-            return {"messages": [{"role": "user", "content": row}]} if turns else {"prompt": row}
+            question = {"messages": [{"role": "user", "content": row}]}
+            return question if can_chat(self.tokenizer) else {"prompt": row}
         return dict(row) if isinstance(row, Mapping) else {"messages": row}
 
     def _answers(self, requests: list[Request]) -> list[list[Piece]]:

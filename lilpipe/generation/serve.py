@@ -27,7 +27,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from lilpipe import distributed
-from lilpipe.errors import ConfigError, DataError
+from lilpipe.errors import ConfigError
 from lilpipe.generation.engine import Engine
 from lilpipe.generation.engine_thread import EngineThread
 from lilpipe.generation.protocol import (
@@ -38,6 +38,7 @@ from lilpipe.generation.protocol import (
     Piece,
     Request,
     RequestError,
+    can_chat,
     error_body,
 )
 from lilpipe.generation.transcript import gather
@@ -106,7 +107,7 @@ def make_app(directory: Path, *, name: str, host: str, max_rows: int) -> Starlet
     return Starlette(
         routes=routes,
         middleware=known if host in LOOPBACK else [],
-        exception_handlers={RequestError: _refused, DataError: _failed, HTTPException: _not_found, 500: _failed},
+        exception_handlers={RequestError: _refused, HTTPException: _not_found, 500: _failed},
         lifespan=server.lifespan,
     )
 
@@ -159,7 +160,7 @@ class _Server:
 
     def _card(self) -> dict[str, Any]:
         card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "lilpipe"}
-        return {**card, "max_model_len": self.max_seq_len, "has_chat": self.thread.tokenizer.has_turns}
+        return {**card, "max_model_len": self.max_seq_len, "has_chat": can_chat(self.thread.tokenizer)}
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
@@ -177,7 +178,11 @@ class _Server:
         gone = asyncio.ensure_future(_disconnected(http))
         try:
             await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-            return JSONResponse(envelope.whole(answer.result(), ask)) if answer.done() else Response(None, CLIENT_GONE)
+            if not answer.done():
+                return Response(None, CLIENT_GONE)
+            if (error := answer.exception()) is not None:  # raised, it would cost the client its connection
+                return await _failed(http, error)
+            return JSONResponse(envelope.whole(answer.result(), ask))
         finally:
             gone.cancel()
             answer.cancel()
@@ -253,7 +258,7 @@ async def _refused(request: HTTPRequest, error: Exception) -> Response:  # noqa:
     return JSONResponse(error.body, status_code=error.status)
 
 
-async def _failed(request: HTTPRequest, error: Exception) -> Response:  # noqa: ARG001
+async def _failed(request: HTTPRequest, error: BaseException) -> Response:  # noqa: ARG001
     return JSONResponse(error_body(str(error), kind="server_error"), status_code=500)
 
 

@@ -29,8 +29,9 @@ class TextStream:
         self._held = ""
 
     def push(self, tokens: Iterable[int]) -> str:
-        """What these tokens let be said."""
-        return self._release(self._decoder.decode(b"".join(self._vocabulary[token] for token in tokens)))
+        """What these tokens let be said. An id of a padded vocabulary, beyond the tokenizer's, says nothing."""
+        known = (self._vocabulary[token] for token in tokens if token < len(self._vocabulary))
+        return self._release(self._decoder.decode(b"".join(known)))
 
     def finish(self) -> str:
         """What was held back, once it is known that nothing more comes."""
