@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import pytest
 from pydantic import ValidationError
@@ -7,6 +9,7 @@ from lilpipe.config import EvaluateConfig, JudgeConfig
 from lilpipe.errors import ConfigError, DataError, StageFailure
 from lilpipe.evaluation import judge
 from lilpipe.evaluation.judge import Judge, Outcome, Pairing, check_readable, parse_verdict, settle
+from lilpipe.generation.serve import http_server, listen, make_app
 from tests.evaluation.judges import babbles, judge_config, prefers_first, prefers_shorter, serving
 
 PAIRS = [
@@ -194,3 +197,20 @@ def test_a_template_that_hides_what_is_compared_is_refused(template, problem):
 def test_a_judge_needs_a_name():
     with pytest.raises(ValidationError, match=r"judge\.model is empty"):
         EvaluateConfig(win_by="judge")
+
+
+def test_our_own_server_may_judge(make_checkpoint, tmp_path):
+    with listen("127.0.0.1", 0) as listener:
+        server = http_server(make_app(make_checkpoint().path, name="wise", host="127.0.0.1", max_rows=4))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            outcomes = decide(address, tmp_path, PAIRS[:1], max_new_tokens=8)
+        finally:
+            server.should_exit = True
+            thread.join()
+    assert outcomes == [Outcome(None)]  # a model of random weights answers, and has no verdict to give
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 2
