@@ -58,6 +58,7 @@ class ParallelModel:
         self.mesh = mesh
         self._model = stages[0].config
         self._within_documents = within_documents
+        self._names: list[str] | None = None
         self._stages = list(stages)
         self._batches = batches
         self._loss = loss
@@ -86,7 +87,8 @@ class ParallelModel:
                 for module in self._sharded():
                     module.set_requires_gradient_sync(number == len(batches) - 1)
                 loss_of(self._stages[0](batch.tokens_BT, **batch.inputs), number).backward()
-        return [self._weigh(losses.get(number) or self._no_loss(batch)) for number, batch in enumerate(batches)]
+        names = self._metric_names(losses)
+        return [self._weigh(losses[number]) if number in losses else _no_loss(names) for number in range(len(batches))]
 
     def zero_grad(self) -> None:
         """Forget the last step's gradients."""
@@ -132,16 +134,23 @@ class ParallelModel:
         dist.all_reduce(worst, dist.ReduceOp.MAX, group=self.mesh.pipeline_group)
         return {"expert_imbalance": worst.item()}
 
+    def _metric_names(self, losses: Mapping[int, Loss]) -> list[str]:
+        """The names of a loss's metrics, which the end of the pipeline knows: of the first step, and so of all."""
+        if self._names is None:
+            found: list[Any] = [list(losses[0].metrics) if losses else None]
+            if self._pipeline is not None:
+                group = self.mesh.pipeline_group
+                last = self.mesh.layout.pipeline - 1
+                dist.broadcast_object_list(found, group=group, group_src=last)
+            self._names = found[0]
+        assert self._names is not None
+        return self._names
+
     def _weigh(self, loss: Loss) -> Loss:
         """The loss, for one process of those that compute it; a loss of zeros for the others."""
         if self.mesh.coordinate.tensor == 0 and self.mesh.holds_last_stage:
             return replace(loss, total=loss.total.detach())
-        metrics = dict.fromkeys(loss.metrics, (0.0, 0.0))
-        return Loss(torch.zeros(()), count=0.0, num_tokens=0, metrics=metrics)
-
-    def _no_loss(self, batch: Any) -> Loss:
-        """For the names of metrics, where the output layer is on another process."""
-        return self._loss(Scores(*torch.zeros(2, *batch.targets.shape, device=batch.targets.device)), batch)
+        return _no_loss(list(loss.metrics))
 
     # --- rows and their parts -------------------------------------------------------------------------------------
 
@@ -280,6 +289,11 @@ class ParallelModel:
 
     def _sharded(self) -> list[FSDPModule]:
         return [module for stage in self._stages for module in stage.modules() if isinstance(module, FSDPModule)]
+
+
+def _no_loss(names: Sequence[str]) -> Loss:
+    """Of a process whose loss is another's too, or that has no part in the output layer."""
+    return Loss(torch.zeros(()), count=0.0, num_tokens=0, metrics=dict.fromkeys(names, (0.0, 0.0)))
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -177,8 +177,9 @@ def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transforme
     part = trainee.parts[0]
     assert isinstance(part, Transformer)
     model = into or Transformer(part.config, part.vocab_size).to(distributed.device())
-    found = dict(trainee.full_tensors())
-    with torch.no_grad():
+    # Sharded tensors are no tensors of inference, and an evaluation is in that mode.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        found = dict(trainee.full_tensors())
         for name, tensor in model.state_dict().items():
             if distributed.is_main():
                 tensor.copy_(found[name])

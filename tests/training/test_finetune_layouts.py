@@ -1,0 +1,71 @@
+"""SFT, DPO and GRPO by two workers in several layouts, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
+from lilpipe.alignment.tables import write_table
+from lilpipe.config import ModelConfig, TokenizerConfig
+from lilpipe.model.hub import load_model, save_model
+from lilpipe.model.transformer import Transformer
+from lilpipe.tokenizer.encoding import Tokenizer
+from tests.alignment.conftest import prompts  # noqa: F401 (a fixture)
+from tests.training.finetune_workers import LAYOUTS, STAGES, run
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
+
+MODEL = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_seq_len=160)
+
+
+@pytest.fixture(scope="module")
+def root(prompts, tmp_path_factory):  # noqa: F811
+    """Where the two workers and the one left what they made."""
+    root = tmp_path_factory.mktemp("finetuning")
+    (root / "prompts").symlink_to(prompts.path)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    tokenizer = Tokenizer(ranks, TokenizerConfig().pattern)
+    model = Transformer(MODEL, tokenizer.vocab_size)
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # sharper than fresh weights, so that answers differ from noise
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    save_model(model, tokenizer, root / "model")
+    pairs = [
+        Pair(f"{split}/{i}", split, [{"role": "user", "content": f"Copy {i}."}], f"Answer: {i}", f"Sure. Answer: {i}")
+        for split, first, count in (("train", 0, 12), ("heldout", 50, 3))
+        for i in range(first, first + count)
+    ]
+    (root / "preferences").mkdir()
+    write_table(root / "preferences" / "pairs.arrow", [vars(pair) for pair in pairs], PAIR_SCHEMA)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "tests.training.finetune_workers", str(root)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in STAGES:
+        run(stage, root, "alone", {}, num_workers=1)
+    return root
+
+
+def losses(path):
+    """Of each step, as reported last."""
+    events = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
+    found = {event["done"]: event["metrics"]["loss"] for event in events if "loss" in event.get("metrics", {})}
+    return [found[done] for done in sorted(found)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_layout_comes_to_the_model_of_one_process(root, stage, layout):
+    expected = losses(root / f"{stage} alone")
+    assert len(expected) >= 3
+    assert losses(root / f"{stage} {layout}") == pytest.approx(expected, abs=2e-5)
+    model, _ = load_model(root / f"{stage} {layout}" / "output")
+    one, _ = load_model(root / f"{stage} alone" / "output")
+    for (key, tensor), wanted in zip(model.state_dict().items(), one.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=5e-4, msg=key)
