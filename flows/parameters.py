@@ -13,7 +13,7 @@ from lilpipe.config import PipelineConfig
 from lilpipe.errors import LilpipeError
 from lilpipe.recipes import load
 
-Recipe = Literal["tiny"]
+Recipe = Literal["tiny", "llama3", "r1", "instruct-gpt", "lillm"]
 """The names in ``lilpipe.recipes.RECIPES``, spelled out so that Prefect's form offers them."""
 
 

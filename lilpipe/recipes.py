@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
 from lilpipe.config import (
     CorpusConfig,
     DPOConfig,
@@ -95,8 +96,11 @@ def tiny() -> PipelineConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], PipelineConfig]] = {"tiny": tiny}
-"""Recipe names to the functions that make them."""
+RECIPES: dict[str, Callable[[], PipelineConfig]] = {
+    "tiny": tiny,
+    **{name: lambda lay=lay: lay(tiny()) for name, lay in ALIGNMENT_RECIPES.items()},
+}
+"""Recipe names to the functions that make them; those of other models' post-training stand behind tiny's front half."""
 
 
 def get_recipe(name: str) -> PipelineConfig:
