@@ -52,7 +52,7 @@ A language model trained by lilpipe, with the architecture of {architecture}.
 
 {loading}
 
-`lilpipe chat PATH` talks to it.
+`lilpipe chat PATH` talks to it; `lilpipe serve PATH` serves it with OpenAI's API and a page to chat.
 
 ## How it was made
 
