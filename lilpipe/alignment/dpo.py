@@ -58,6 +58,7 @@ ROWS_AT_ONCE = 32
 EVALUATIONS = 8
 """Of the held-out answers, over the run."""
 LEFT_OUT_FILE = "left_out.jsonl"
+REFERENCE_FILE = "reference.arrow"
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,16 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     workers = Workers(config)
     num_steps = _num_steps(config, len(data.train), num_parts=config.layout.data * config.accumulation_steps)
     model = model.to(distributed.device())
-    packer = Packer(
-        padding_id=tokenizer.padding_id,
-        max_len=model.config.max_seq_len,
-        packed=model.config.architecture != "gpt2",  # whose positions are learned
-        mask_formatting=config.mask_formatting_tokens,
-        device=model.device,
-    )
+    packer = make_packer(model, tokenizer, config)
     before = data.heldout.score(model, packer, config)
-    table = _reference(model, data.train, packer, config, workspace) if config.uses_reference else []
+    table, reference_R2 = [], None
+    if config.uses_reference:
+        table, reference_R2 = compute_reference(model, data.train, packer, config, workspace)
     objective = PreferenceObjective(
         data.train,
         config,
         packer,
-        reference_R2=_as_tensor(table),
+        reference_R2=reference_R2,
         rank=workers.data_rank,
         world_size=workers.num_data_ranks,
     )
@@ -136,7 +133,7 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     export(trainee, tokenizer, workspace)
     if distributed.is_main():
         if table:
-            write_table(workspace.output / "reference.arrow", table, _reference_schema(config))
+            write_table(workspace.output / REFERENCE_FILE, table, _reference_schema(config))
         _write_left_out(data, workspace)
         _write_report(config, workspace, data, tokenizer, (before, latest), losses=result.losses, metrics=metrics)
     return metrics
@@ -239,10 +236,24 @@ def _reference_schema(config: DPOConfig) -> pa.Schema:
     return pa.schema([("prompt_id", pa.string()), *((name, pa.float32()) for name in names)])
 
 
-def _reference(
+def make_packer(model: Transformer, tokenizer: Tokenizer, config: DPOConfig) -> Packer:
+    """How answers lie in the batches of a model."""
+    return Packer(
+        padding_id=tokenizer.padding_id,
+        max_len=model.config.max_seq_len,
+        packed=model.config.architecture != "gpt2",  # whose positions are learned
+        mask_formatting=config.mask_formatting_tokens,
+        device=model.device,
+    )
+
+
+def compute_reference(
     model: Transformer, rows: Sequence[PreferenceRow], packer: Packer, config: DPOConfig, workspace: Workspace
-) -> list[dict[str, Any]]:
-    """The rows' log-probabilities under the reference: they lie in scratch for a run that continues."""
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """The rows' log-probabilities under the reference, as a table and [R, 2].
+
+    They lie in scratch for a run that continues.
+    """
     schema = _reference_schema(config)
 
     def work(index: int) -> list[dict[str, Any]]:
@@ -252,12 +263,8 @@ def _reference(
         return [dict(zip(schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
     num_chunks = -(-len(rows) // ROWS_AT_ONCE)
-    return run_chunks(work, num_chunks, name="reference", schema=schema, workspace=workspace)
-
-
-def _as_tensor(table: Sequence[Mapping[str, Any]]) -> Tensor | None:
-    """The reference's log-probabilities [R, 2]."""
-    return torch.tensor([list(row.values())[1:] for row in table]) if table else None
+    table = run_chunks(work, num_chunks, name="reference", schema=schema, workspace=workspace)
+    return table, torch.tensor([[row[name] for name in schema.names[1:]] for row in table])
 
 
 # --- report -------------------------------------------------------------------------------------------------------

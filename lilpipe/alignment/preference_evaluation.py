@@ -26,7 +26,7 @@ CHOSEN_FALL_ALARM = 1.0
 """Nats. A fall of the held-out chosen answers' mean log-probability by more than this is reported: DPO can widen its
 margin while both answers become unlikely, and accuracy falls with them."""
 ANSWERS_AT_ONCE = 64
-EXAMPLES = 8
+EXAMPLES = 6
 
 
 @torch.inference_mode()
@@ -105,9 +105,9 @@ class HeldOut:
                 "prompt": tokenizer.decode(answer.prompt),
                 "answer": tokenizer.decode(answer.answer[:-1]),
                 "preference": side,
-                "nats before": f"{earlier:.2f}",
-                "after": f"{later:.2f}",
-                "change": f"{later - earlier:+.2f}",
+                "before": round(earlier, 2),
+                "after": round(later, 2),
+                "change": round(later - earlier, 2),
             }
             for group in zip(
                 self._side("chosen", self.chosen, before.chosen_N, after.chosen_N),
@@ -119,7 +119,7 @@ class HeldOut:
         return {
             "Held-out answers": report.note("Means over held-out answers, after each part of the training.")
             + report.figure(_figure(drawn)),
-            "Log-probability of the first held-out answers": report.table(examples),
+            "Log-probability of the first held-out answers, in nats": report.table(examples),
         }
 
     @staticmethod

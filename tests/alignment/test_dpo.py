@@ -14,7 +14,6 @@ from lilpipe.alignment.preference_data import (
     as_examples,
     encode_examples,
     encode_pairs,
-    first_fit,
     with_mismatched,
 )
 from lilpipe.alignment.preference_evaluation import score_answers
@@ -148,10 +147,6 @@ def test_packed_rows_hold_what_fits_and_score_answers_alone(tokenizer):
         assert targets.tolist() == answer.answer
 
 
-def test_first_fit_lays_the_longest_first_and_gives_what_is_longer_a_row_of_its_own():
-    assert first_fit([3, 9, 4, 5, 2], 8) == [[1], [3, 0], [2, 4]]
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("nll_normalisation", ["answer", "token"])
 def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer, checkpoint, loss, nll_normalisation):
@@ -249,7 +244,7 @@ def test_the_reference_is_computed_once_and_stored(tmp_path, train, tokenizer, c
 
 @pytest.mark.parametrize("loss", ["orpo", "simpo"])
 def test_losses_without_a_reference_compute_none(tmp_path, train, monkeypatch, loss):
-    monkeypatch.setattr(dpo, "_reference", None)
+    monkeypatch.setattr(dpo, "compute_reference", None)
     workspace = Workspace(tmp_path)
     train(loss=loss, num_epochs=1, workspace=workspace)
     assert not (workspace.output / "reference.arrow").exists()
