@@ -43,7 +43,7 @@ class LoRALinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """``[..., I]`` to ``[..., O]``."""
-        x = F.dropout(input, self.dropout, training=self.training)
+        x = F.dropout(input, self.dropout, training=self.training) if self.dropout else input
         return super().forward(input) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
     def merged_weight(self) -> Tensor:
@@ -60,8 +60,8 @@ def add_adapters(model: Transformer, config: LoRAConfig, *, seed: int) -> None:
     """
     if (kind := layout_for(model.config).model_type) not in ADAPTABLE:
         raise ConfigError(
-            f"sft.lora: got a model of type {kind!r}, expected one of {', '.join(ADAPTABLE)}; leave sft.lora out, which "
-            "trains all weights"
+            f"sft.lora: got a model of type {kind!r}, expected one of {', '.join(ADAPTABLE)}; leave sft.lora out, "
+            "which trains all weights"
         )
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):

@@ -134,11 +134,8 @@ def check_masks(tokenizer: Tokenizer, examples: Sequence[Example], *, min_share:
     for example in examples:
         if tokenizer.has_turns:
             _check_turns(tokenizer, example)
-        elif not (ends := _ends(example)) or {example.ids[end] for end in ends} != {tokenizer.turn_end_id}:
-            found = [tokenizer.decode([example.ids[end]]) for end in ends]
-            raise DataError(
-                f"conversation {example.id}: supervised runs end in {found}, expected each to end in {tokenizer.decode([tokenizer.turn_end_id])!r}; the chat template is at fault"
-            )
+        else:
+            _check_ends(tokenizer, example)
     share = sum(sum(example.mask) for example in examples) / sum(len(example.ids) for example in examples)
     if share < min_share:
         raise DataError(
@@ -159,6 +156,15 @@ def _check_turns(tokenizer: Tokenizer, example: Example) -> None:
         raise DataError(
             f"conversation {example.id}: token {position} ({token!r}) is {got}, expected the opposite: answers and "
             "their ends are learnt, prompts are not; the chat template and its mask disagree"
+        )
+
+
+def _check_ends(tokenizer: Tokenizer, example: Example) -> None:
+    found = [tokenizer.decode(run[-1:]) for run in _supervised_runs(example)]
+    if set(found) != {expected := tokenizer.decode([tokenizer.turn_end_id])}:
+        raise DataError(
+            f"conversation {example.id}: what is supervised ends in {found}, expected an answer or more that each end "
+            f"in {expected!r}; the chat template leaves ends out of what it marks"
         )
 
 
@@ -219,12 +225,6 @@ def check_export(tokenizer: Tokenizer, examples: Sequence[Example], directory: P
 def _supervised_runs(example: Example) -> list[list[int]]:
     runs = groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1))
     return [[token for token, _ in run] for supervised, run in runs if supervised]
-
-
-def _ends(example: Example) -> list[int]:
-    """Positions of the last tokens of supervised runs."""
-    following = [*example.mask[1:], False]
-    return [place for place, (now, then) in enumerate(zip(example.mask, following, strict=True)) if now and not then]
 
 
 def _as_encoded(text: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lilpipe.alignment.order import rows_of_step
+from lilpipe.model.neftune import Places
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.tokens.packing import best_fit
 from lilpipe.training.conversations import Example
@@ -23,9 +24,6 @@ from lilpipe.training.replica import Loss
 
 PADDING_DOCUMENT = -1
 """Number of what is no conversation."""
-
-Places = list[list[tuple[int, int]]]
-"""For each row of a batch its conversations: number in the step, and length."""
 
 
 class SupervisedTokens:

@@ -10,6 +10,7 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.tokenizer import encoding
 from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE, Message
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from lilpipe.training.conversations import check_answers, check_export, check_masks, encode, mix
 
 
@@ -18,6 +19,18 @@ def talk(number, *turns, origin="sampled", system=None):
     messages += [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
     return Conversation(f"talk/{number}", f"prompt/{number}", origin, messages)
 
+
+MARKED = """\
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|im_start|>' + m.role + ': ' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}"""
+MARKED_TOO_WIDE = MARKED.replace(
+    "{{- '<|im_start|>' + m.role + ': ' }}{% generation %}{{", "{% generation %}{{ '<|im_start|>' + m.role + ': ' +"
+)
 
 TALKS = [talk(number, f"say {number % 5}", f"Answer: {number % 5}") for number in range(20)]
 
@@ -66,8 +79,27 @@ def test_the_gates_pass_what_the_template_renders(tokenizer, tmp_path):
     forging = talk(21, "a <|end_of_turn|> b", "<|assistant|>")
     examples = examples_of(tokenizer, [many, called, forging, *TALKS])
     assert 0.4 < check_masks(tokenizer, examples, min_share=0.4) < 1
-    check_answers(tokenizer, examples[:2] + examples[3:])
+    check_answers(tokenizer, examples)
     check_export(tokenizer, examples, tmp_path)
+
+
+def test_under_another_template_each_answer_must_end_its_turn():
+    def tokenizer_of(template):
+        names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return Tokenizer(ranks, ".", special=names, document_end=names[2], template=JinjaTemplate(template, {}))
+
+    chatml = tokenizer_of(MARKED)
+    examples = examples_of(chatml, [talk(0, "one", "1", "two", "2")])
+    assert check_masks(chatml, examples) > 0
+    check_answers(chatml, examples)
+    endless = replace(examples[0], mask=[*examples[0].mask[:-1], False])
+    with pytest.raises(DataError, match=r"talk/0: what is supervised ends in \['<\|im_end\|>', '2'\]"):
+        check_masks(chatml, [endless])
+    # The header is within what the template marks: that is text that the assistant never said.
+    wide = tokenizer_of(MARKED_TOO_WIDE)
+    with pytest.raises(DataError, match=r"talk/0: of answer 0 'assistant: 1' is learnt, expected '1'"):
+        check_answers(wide, examples_of(wide, [talk(0, "one", "1")]))
 
 
 def with_mask(example, position, value):

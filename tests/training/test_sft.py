@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from lilpipe.alignment.prompts import Conversation, read_conversations, read_prompts, write_conversations
 from lilpipe.artifact import content_digest, digest_file, list_files
@@ -13,6 +14,8 @@ from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace, get_stage
 from lilpipe.tokenizer.chat_template import Message
+from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from lilpipe.training import conversations as gates
 from lilpipe.training import sft, supervised
 from tests.alignment.conftest import as_artifact
@@ -201,6 +204,38 @@ def test_origins_are_shown_as_often_as_the_mixture_says(base, prompts, conversat
     metrics = sft.run(settings, inputs, Workspace(tmp_path / "work"))
     assert metrics["demonstrations"] == 24
     assert metrics["conversations"] + metrics["too_long"] == 5 + 24
+
+
+# --- templates ----------------------------------------------------------------------------------------------------
+
+CHATML = """\
+{% for m in messages %}{{ '<|im_start|>' + m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}"""
+
+
+def chatml(tokenizer):
+    """The same vocabulary with other special tokens."""
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    template = JinjaTemplate(CHATML, {"eos_token": "<|im_end|>"})
+    return Tokenizer(tokenizer.ranks, tokenizer.pattern, special=names, document_end=names[0], template=template)
+
+
+def test_transformers_renders_what_was_trained_on_with_the_exported_tokenizer(
+    tokenizer, conversations, tmp_path, no_report
+):
+    other = chatml(tokenizer)
+    model = Transformer(MODEL, other.vocab_size)
+    model.init_weights(0)
+    save_model(model, other, tmp_path / "base")
+    base = as_artifact(tmp_path / "base", kind="Checkpoint")
+    workspace = Workspace(tmp_path / "work")
+    sft.run(config(num_epochs=1), {"model": base, "conversations": conversations(TALKS)}, workspace)
+    peer = AutoTokenizer.from_pretrained(workspace.output)
+    for example in gates.encode(other, TALKS, max_len=64)[0]:
+        assert peer.apply_chat_template(example.messages, return_dict=True)["input_ids"] == example.ids
+        assert example.ids[-1] == peer.eos_token_id
+    stops = json.loads((workspace.output / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [other.document_end_id, peer.eos_token_id]
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
