@@ -15,6 +15,9 @@ from lilpipe.config import PipelineConfig, Step, step
 FRONT = ("prompts", "corpus", "tokenizer", "tokens", "pretrain")
 """Steps that all recipes share."""
 
+COMPARISONS: dict[str, Any] = {"rule": "reward", "max_pairs_per_prompt": 4}
+"""Pairs for a reward model: of the answers to a prompt the best against the worst, the second best against the second
+worst, and so on. InstructGPT had four to nine answers ranked and took all pairs."""
 BY_REWARD_MODEL: dict[str, Any] = {"rewards": ({"kind": "reward_model"},)}
 
 
@@ -28,7 +31,7 @@ def llama3(start: PipelineConfig, *, rounds: int = 2) -> PipelineConfig:
     """
     steps = {
         "sft_0": step("sft", model="pretrain", prompts="prompts"),
-        "preferences_0": step("preferences", {"rule": "reward"}, model="sft_0", prompts="prompts"),
+        "preferences_0": step("preferences", COMPARISONS, model="sft_0", prompts="prompts"),
         "reward_model": step("reward_model", model="pretrain", preferences="preferences_0"),
     }
     models = ["sft_0"]
@@ -78,7 +81,7 @@ def instruct_gpt(start: PipelineConfig) -> PipelineConfig:
     """InstructGPT (Ouyang et al. 2022): SFT on demonstrations, a reward model from comparisons of its answers, PPO."""
     steps = {
         "sft": step("sft", model="pretrain", prompts="prompts"),
-        "preferences": step("preferences", {"rule": "reward"}, model="sft", prompts="prompts"),
+        "preferences": step("preferences", COMPARISONS, model="sft", prompts="prompts"),
         "reward_model": step("reward_model", model="sft", preferences="preferences"),
         "ppo": step("ppo", BY_REWARD_MODEL, model="sft", reward_model="reward_model", prompts="prompts"),
     }
