@@ -85,10 +85,10 @@ def correctness_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tu
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:
-    """The answers that ended, each text once, in the order sampled."""
+    """The answers that ended and say something, each text once, in the order sampled."""
     found: dict[str, Row] = {}
     for row in rows:
-        if row["ended"]:
+        if row["ended"] and row["response"]:
             found.setdefault(" ".join(row["response"].split()), row)
     return list(found.values())
 

@@ -47,12 +47,12 @@ PASS_RATE_SCHEMA = pa.schema(
 
 
 def select(rows: Sequence[Row], config: RejectionSamplingConfig) -> list[Row]:
-    """The responses of one prompt that are kept: they ended, and differ by more than white space."""
+    """The responses of one prompt that are kept: they ended, say something, and differ by more than white space."""
     if config.keep == "all_correct":
         accepted = [row for row in rows if row["correct"]]
     else:
         least = -math.inf if config.threshold is None else config.threshold
-        accepted = [row for row in rows if row["ended"] and row["reward"] >= least]
+        accepted = [row for row in rows if row["ended"] and row["response"] and row["reward"] >= least]
         accepted.sort(key=lambda row: -row["reward"])
     kept: dict[str, Row] = {}
     for row in accepted:

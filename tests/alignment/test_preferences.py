@@ -102,9 +102,10 @@ def test_answers_that_are_worth_nearly_the_same_are_no_pair():
     assert reward_pairs(rewarded(1.0), config()) == reward_pairs([], config()) == []
 
 
-def test_answers_that_were_cut_off_or_are_the_same_text_are_no_pair():
+def test_answers_that_were_cut_off_or_are_empty_or_the_same_text_are_no_pair():
     assert reward_pairs(rewarded(2.0, 1.0, ended=False), config()) == []
     assert reward_pairs(rewarded(2.0, 1.0, response="same"), config()) == []
+    assert reward_pairs([*rewarded(2.0), *rewarded(1.0, response="")], config()) == []
 
 
 def test_a_right_answer_is_chosen_against_a_wrong_one_in_the_order_sampled():

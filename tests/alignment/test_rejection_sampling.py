@@ -81,6 +81,7 @@ REWARDED = [
     row("a", reward=0.2),
     row("b", reward=0.9, sample=1),
     row("cut off", reward=5.0, sample=2, ended=False),
+    row("", reward=4.0, sample=6),
     row("b ", reward=0.9, sample=3),
     row("c", reward=0.9, sample=4),
     row("d", reward=-1.0, sample=5),
