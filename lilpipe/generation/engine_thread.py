@@ -11,8 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-import torch
-
 from lilpipe.generation.engine import Engine
 from lilpipe.generation.protocol import Ask, Piece
 from lilpipe.generation.text import token_bytes
@@ -73,9 +71,8 @@ class EngineThread:
     # --- in the engine's thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with torch.inference_mode():  # which the engine's tensors are bound to, whatever is done with them
-            while self._advance():
-                pass
+        while self._advance():
+            pass
 
     def _advance(self) -> bool:
         """Take the commands that wait, then a step, and report. False if told to end."""
