@@ -20,6 +20,7 @@ import torch
 
 from lilpipe.config import SamplingConfig
 from lilpipe.errors import DataError
+from lilpipe.generation import vllm
 from lilpipe.generation.paged_attention import PromptView
 from lilpipe.generation.pages import PAGE_SIZE, pages_for
 from lilpipe.generation.requests import Request, Row, Sample
@@ -48,9 +49,20 @@ def generate(
     """``num_samples`` answers to each prompt, in order.
 
     Random numbers depend on ``seed``, the prompt's index in ``prompts`` and the sample's index alone. ``tokenizer`` is
-    needed for stop strings. Raises ``DataError`` for a prompt that is empty or leaves no room for an answer, and for a
-    model that gives NaN.
+    needed for stop strings. With ``sampling.engine`` "vllm" they are vLLM's, see ``vllm``. Raises ``DataError`` for a
+    prompt that is empty or leaves no room for an answer, and for a model that gives NaN.
     """
+    if sampling.engine == "vllm":
+        return vllm.generate(
+            model,
+            prompts,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            seed=seed,
+            num_samples=num_samples,
+            rooms=[_room(model, index, prompt, sampling) for index, prompt in enumerate(prompts)],
+            tokenizer=tokenizer,
+        )
     engine = Engine(model, max_rows=sampling.batch_size, num_pages=num_pages)
     requests = [
         engine.submit(
