@@ -238,7 +238,7 @@ def test_the_reward_rises(tmp_path, inputs):
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.15
 
 
-@pytest.mark.parametrize("stopped_at", [1, 6])
+@pytest.mark.parametrize("stopped_at", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_a_run_stopped_between_two_updates_of_a_rollout_ends_in_the_bytes_of_an_uninterrupted_one(
     tmp_path, inputs, monkeypatch, stopped_at
 ):
