@@ -104,19 +104,22 @@ ALIGNMENT_RECIPES: Mapping[str, Callable[[PipelineConfig], PipelineConfig]] = {
 
 
 def _with_steps(
-    start: PipelineConfig, name: str, steps: Mapping[str, Step], models: list[str], **scored_by: str
+    start: PipelineConfig, name: str, steps: Mapping[str, Step], models: list[str], *, reward_model: str | None = None
 ) -> PipelineConfig:
-    """``start`` with its own front half, these steps, evaluation of ``models`` in their order, and registration."""
-    reference = next(model for model in models if steps[model].stage == "sft")
+    """``start`` with its own front half, these steps, evaluation of ``models`` in their order, and registration.
+
+    Each chat model's answers are set against those of the first that was fine-tuned.
+    """
+    inputs: dict[str, str | tuple[str, ...]] = {
+        "models": ("pretrain", *models),
+        "reference": next(model for model in models if steps[model].stage == "sft"),
+        "prompts": "prompts",
+        "tokens": "tokens",
+    }
+    if reward_model is not None:
+        inputs["reward_model"] = reward_model
     ending = {
-        "evaluate": step(
-            "evaluate",
-            models=("pretrain", *models),
-            reference=reference,
-            prompts="prompts",
-            tokens="tokens",
-            **scored_by,
-        ),
+        "evaluate": Step(stage="evaluate", inputs=inputs),
         "register": step("register", model=models[-1], report="evaluate"),
     }
     front = {step_name: start.steps[step_name] for step_name in FRONT}
