@@ -155,7 +155,7 @@ class PPOConfig(TrainingSection):
         return self
 
 
-_FREE_SAMPLING = {"temperature", "max_new_tokens", "batch_size"}
+_FREE_SAMPLING = {"temperature", "max_new_tokens", "batch_size", "engine"}
 """Settings of sampling under which the policy itself draws the answers, at its temperature."""
 
 
