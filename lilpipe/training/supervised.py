@@ -83,10 +83,15 @@ class SupervisedTokens:
 
     def _collate(self, rows: Sequence[int], layout: Places) -> TokenBatch:
         batch = collate([[self._rows[rows[n]] for n, _ in places] for places in layout], padding_id=self._padding_id)
+        num_tokens = sum(length + 1 for places in layout for _, length in places)
         if all(len(places) == 1 for places in layout):  # what pads a row stands behind all that could see it
             batch = batch._replace(documents=None, positions=None)
-        num_tokens = sum(length + 1 for places in layout for _, length in places)
-        return TokenBatch(*(None if part is None else part.to(self._device) for part in batch[:4]), extra=num_tokens)
+        documents, positions = (
+            None if part is None else part.to(self._device) for part in (batch.documents, batch.positions)
+        )
+        return TokenBatch(
+            batch.inputs.to(self._device), batch.targets.to(self._device), documents, positions, extra=num_tokens
+        )
 
 
 Row = tuple[Tensor, Tensor]

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -160,9 +161,9 @@ def run_lilpipe(root: Path, settings: dict[str, Any], *, batch_size: int) -> Non
 def run_trl(root: Path, settings: dict[str, Any], *, batch_size: int) -> None:
     """``SFTTrainer`` on the assistant's tokens, as its documentation says, without saves and progress bars."""
     import datasets
-    import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+    trl: Any = import_module("trl")
     tokenizer = AutoTokenizer.from_pretrained(root)
     talks = [item.messages for item in read_conversations(root)]
     num_tokens = sum(len(tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]) for talk in talks)

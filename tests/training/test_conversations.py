@@ -16,7 +16,7 @@ from lilpipe.training.conversations import check_answers, check_export, check_ma
 
 def talk(number, *turns, origin="sampled", system=None):
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
+    messages += [Message(role=("user", "assistant")[place % 2], content=turn) for place, turn in enumerate(turns)]
     return Conversation(f"talk/{number}", f"prompt/{number}", origin, messages)
 
 
