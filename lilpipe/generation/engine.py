@@ -21,6 +21,7 @@ import torch
 from lilpipe.config import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation import vllm
+from lilpipe.generation.graphs import DecodeGraphs, fits
 from lilpipe.generation.paged_attention import PromptView
 from lilpipe.generation.pages import PAGE_SIZE, pages_for
 from lilpipe.generation.requests import Request, Row, Sample
@@ -43,19 +44,23 @@ def generate(
     stop_ids: Collection[int],
     seed: int,
     num_samples: int = 1,
+    numbers: Sequence[int] | None = None,
     tokenizer: Tokenizer | None = None,
     num_pages: int | None = None,
 ) -> list[list[Sample]]:
     """``num_samples`` answers to each prompt, in order.
 
-    Random numbers depend on ``seed``, the prompt's index in ``prompts`` and the sample's index alone. ``tokenizer`` is
-    needed for stop strings. With ``sampling.engine`` "vllm" they are vLLM's, see ``vllm``. Raises ``DataError`` for a
-    prompt that is empty or leaves no room for an answer, and for a model that gives NaN.
+    Random numbers depend on ``seed``, the prompt's number and the sample's index alone; ``numbers`` are those of the
+    prompts among those of all workers, 0 and up where none are given. ``tokenizer`` is needed for stop strings. With
+    ``sampling.engine`` "vllm" the answers are vLLM's, see ``vllm``. Raises ``DataError`` for a prompt that is empty or
+    leaves no room for an answer, and for a model that gives NaN.
     """
+    numbers = range(len(prompts)) if numbers is None else numbers
     if sampling.engine == "vllm":
         return vllm.generate(
             model,
             prompts,
+            numbers=numbers,
             sampling=sampling,
             stop_ids=stop_ids,
             seed=seed,
@@ -74,7 +79,7 @@ def generate(
             tokenizer=tokenizer,
             index=index,
         )
-        for index, prompt in enumerate(prompts)
+        for index, prompt in zip(numbers, prompts, strict=True)
     ]
     while engine.step():
         pass
@@ -112,7 +117,8 @@ class Engine:
         self.num_pages = num_pages
         self.waiting: deque[Request] = deque()
         """Requests of which not all answers have begun, the first come first."""
-        self.rows = Rows(model)
+        self.graphs = DecodeGraphs(model) if fits(model) else None
+        self.rows = Rows(model, padded=self.graphs is not None)
 
     def submit(
         self,
@@ -164,7 +170,11 @@ class Engine:
             pass
         if self.rows:
             tokens_B1, positions_B1, view = self.rows.inputs()
-            self.rows.draw(self.model(tokens_B1, positions_BT=positions_B1, cache=view)[:, 0])
+            if self.graphs is not None:
+                logits_BV = self.graphs(tokens_B1, positions_B1, view)
+            else:
+                logits_BV = self.model(tokens_B1, positions_BT=positions_B1, cache=view)[:, 0]
+            self.rows.draw(logits_BV[: len(self.rows)])
         return bool(self.rows or self.waiting)
 
     # --- entering -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ of a key/value head (H = K x G), E size of a head, R rows that share a prompt, C
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,12 +58,22 @@ class Layout:
     """Where the tables hold a page."""
 
 
-def layout(answers_BM: np.ndarray, prompts_BM: np.ndarray, config: ModelConfig, device: torch.device) -> Layout:
-    """The layout of rows with these pages; -1 stands where a row has fewer."""
+def layout(
+    answers_BM: np.ndarray,
+    prompts_BM: np.ndarray,
+    config: ModelConfig,
+    device: torch.device,
+    round_up: Callable[[int], int] = int,
+) -> Layout:
+    """The layout of rows with these pages; -1 stands where a row has fewer. Counts are rounded as ``round_up`` says,
+    and there must be as many pages.
+    """
     num_rows, heads = len(answers_BM), config.num_heads
     kv_heads = 1 if config.mla is not None else config.num_kv_heads
-    num_answer_pages, num_prompt_pages = (int(table.max(initial=-1)) + 1 for table in (answers_BM, prompts_BM))
+    tables = (answers_BM, prompts_BM)
+    num_answer_pages, num_prompt_pages = (round_up(int(table.max(initial=-1)) + 1) for table in tables)
     member_B, sharing = _members(prompts_BM[:, 0])
+    sharing = round_up(sharing)
     owner_N = np.zeros(num_answer_pages, dtype=np.int64)
     rows, columns = np.nonzero(answers_BM >= 0)
     owner_N[answers_BM[rows, columns]] = rows
@@ -93,7 +104,6 @@ def layout(answers_BM: np.ndarray, prompts_BM: np.ndarray, config: ModelConfig, 
     def put(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    tables = (answers_BM, prompts_BM)
     return Layout(
         num_rows=num_rows,
         num_answer_pages=num_answer_pages,
@@ -114,7 +124,7 @@ def _members(prompt_B: np.ndarray) -> tuple[np.ndarray, int]:
     counts = np.diff(np.r_[starts, len(ordered)])
     members = np.empty(len(prompt_B), dtype=np.int64)
     members[order] = np.arange(len(ordered)) - np.repeat(starts, counts)
-    return members, int(counts.max(initial=1))
+    return members, int(counts[ordered[starts] >= 0].max(initial=1))
 
 
 class DecodeView(AttendingView):

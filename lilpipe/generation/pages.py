@@ -77,10 +77,15 @@ class PagePool:
         """Pages that there is memory for."""
         return self.closed_NS.shape[0]
 
+    def reserve(self, capacity: int) -> None:
+        """Have memory for so many pages."""
+        if capacity > self.capacity:
+            self._grow(capacity)
+
     def take(self, count: int) -> list[int]:
         """Numbers of ``count`` pages, the lowest that are free; their places are closed."""
         if count > len(self._free):
-            self._grow(max(self.num_used + count, int(GROWTH * self.capacity)))
+            self.reserve(max(self.num_used + count, int(GROWTH * self.capacity)))
         pages = [heapq.heappop(self._free) for _ in range(count)]
         self._used.update(pages)
         return pages

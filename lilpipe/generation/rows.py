@@ -6,10 +6,11 @@ Dimensions: B rows, V vocabulary, N random numbers, M pages of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lilpipe.errors import DataError
@@ -24,9 +25,13 @@ COMPACT_AT = 1 / 2
 
 
 class Rows:
-    """Row b holds one answer: the token drawn last, which is not in the cache yet. Rows are in no order."""
+    """Row b holds one answer: the token drawn last, which is not in the cache yet. Rows are in no order.
 
-    def __init__(self, model: Transformer) -> None:
+    With ``padded``, a step's shapes are rounded up to few sizes: rows that hold nothing stand behind the others and
+    write to a page of their own.
+    """
+
+    def __init__(self, model: Transformer, *, padded: bool = False) -> None:
         self.config, self.vocab_size, self.device = model.config, model.vocab_size, model.device
         self.answers, self.prompts = PagePool(model), PagePool(model)
         self.rows: list[Row] = []
@@ -38,6 +43,8 @@ class Rows:
         self._layout: Layout | None = None
         self._steps_left = 0
         self._scratch = Scratch()
+        self._sink = self.answers.take(1) if padded else []
+        """The page of the rows that hold nothing."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,7 +110,10 @@ class Rows:
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def inputs(self) -> tuple[Tensor, Tensor, DecodeView]:
-        """The last token of each row and its position, ``[B, 1]`` each, and where its keys and values go."""
+        """The last token of each row and its position, ``[B, 1]`` each, and where its keys and values go.
+
+        There may be more rows than answers.
+        """
         if self._layout is None or self._steps_left == 0:
             self._lay_out()
         else:
@@ -112,7 +122,8 @@ class Rows:
             self._steps_left -= 1
         assert self._layout is not None
         view = DecodeView(self.answers, self.prompts, self._layout, self._page_B, self._place_B, self._scratch)
-        return self._tokens_B[:, None], self._positions_B[:, None], view
+        tokens_B = F.pad(self._tokens_B, (0, self._layout.num_rows - len(self.rows)))
+        return tokens_B[:, None], self._positions_B[:, None], view
 
     def _lay_out(self) -> None:
         """Give each row that begins a page one, and note where everything is."""
@@ -122,18 +133,26 @@ class Rows:
         for row, page in zip(begin, self.answers.take(len(begin)), strict=True):
             row.pages.append(page)
         self._compact()
-        answers_BM = table([row.pages for row in self.rows])
-        prompts_BM = table([row.request.pages for row in self.rows])
-        self._layout = layout(answers_BM, prompts_BM, self.config, self.device)
-        lengths_B = np.array([len(row.request.prompt) for row in self.rows])
-        self._page_B = torch.from_numpy(answers_BM[np.arange(len(own_B)), index_B]).to(self.device)
-        self._place_B = torch.from_numpy(place_B).to(self.device)
-        self._positions_B = torch.from_numpy(lengths_B + own_B).to(self.device)
+        answers, prompts = [row.pages for row in self.rows], [row.request.pages for row in self.rows]
+        positions_B = np.array([len(row.request.prompt) for row in self.rows]) + own_B
         self._steps_left = int((PAGE_SIZE - 1 - place_B).min())
+        if self._sink:
+            missing = round_up(len(self.rows)) - len(self.rows)
+            answers, prompts = answers + missing * [self._sink], prompts + missing * [[]]
+            index_B, place_B, positions_B = (np.pad(values, (0, missing)) for values in (index_B, place_B, positions_B))
+        rounded = round_up if self._sink else int
+        answers_BM, prompts_BM = table(answers, rounded), table(prompts, rounded)
+        self._layout = layout(answers_BM, prompts_BM, self.config, self.device, rounded)
+        self.answers.reserve(self._layout.num_answer_pages)
+        self.prompts.reserve(self._layout.num_prompt_pages)
+        self._page_B = torch.from_numpy(answers_BM[np.arange(len(answers)), index_B]).to(self.device)
+        self._place_B = torch.from_numpy(place_B).to(self.device)
+        self._positions_B = torch.from_numpy(positions_B).to(self.device)
 
     def _compact(self) -> None:
         if self.answers.num_used < COMPACT_AT * self.answers.extent:
             moved = self.answers.compact()
+            self._sink = [moved.get(page, page) for page in self._sink]
             for row in self.rows:
                 row.pages = [moved.get(page, page) for page in row.pages]
         if self.prompts.num_used < COMPACT_AT * self.prompts.extent:
@@ -181,9 +200,14 @@ class Rows:
         return by_law
 
 
-def table(pages: Sequence[Sequence[int]]) -> np.ndarray:
-    """Pages of each row ``[B, M]``, -1 where a row has fewer."""
-    result = np.full((len(pages), max(map(len, pages), default=0)), -1, dtype=np.int64)
+def round_up(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def table(pages: Sequence[Sequence[int]], width: Callable[[int], int] = int) -> np.ndarray:
+    """Pages of each row ``[B, M]``, -1 where a row has fewer; M is the most, rounded as ``width`` says."""
+    result = np.full((len(pages), width(max(map(len, pages), default=0))), -1, dtype=np.int64)
     for row, numbers in zip(result, pages, strict=True):
         row[: len(numbers)] = numbers
     return result

@@ -44,6 +44,7 @@ def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
+    numbers: Sequence[int],
     sampling: SamplingConfig,
     stop_ids: Collection[int],
     seed: int,
@@ -73,7 +74,7 @@ def generate(
             logprobs=0,
             detokenize=False,
         )
-        for index, room in enumerate(rooms)
+        for index, room in zip(numbers, rooms, strict=True)
     ]
     outputs = engine.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], settings, use_tqdm=False)
     vocabulary = token_bytes(tokenizer) if sampling.stop and tokenizer else []
@@ -88,7 +89,7 @@ def generate(
             samples=[Sample([], [], finished=False) for _ in range(num_samples)],
             vocabulary=vocabulary,
         )
-        for index, (prompt, room) in enumerate(zip(prompts, rooms, strict=True))
+        for index, prompt, room in zip(numbers, prompts, rooms, strict=True)
     ]
     for request, output in zip(answers, outputs, strict=True):
         for completion in output.outputs:

@@ -308,6 +308,34 @@ def test_cancelling_frees_rows_and_pages_and_leaves_others_as_they_are(model):
     assert {sample.stop_reason for sample in third.samples} == {"length"}
 
 
+@pytest.mark.parametrize("max_rows", [3, 9])
+def test_a_layout_padded_to_few_sizes_gives_the_same_answers(model, max_rows):
+    """What a captured step has; its shapes are few, and rows that hold nothing disturb none."""
+    sampling = SAMPLING.model_copy(update={"max_new_tokens": 20})
+    prompts = [prompt + [3] * 5 for prompt in PROMPTS]
+    expected = generate(model, prompts, sampling=sampling, stop_ids=STOP, seed=2, num_samples=4)
+    engine = Engine(model, max_rows=max_rows)
+    engine.rows = Rows(model, padded=True)
+    requests = [
+        engine.submit(prompt, sampling=sampling, stop_ids=STOP, seed=2, num_samples=4, index=index)
+        for index, prompt in enumerate(prompts)
+    ]
+    shapes, inputs = set(), engine.rows.inputs
+
+    def spy():
+        tokens_B1, positions_B1, view = inputs()
+        shapes.add(len(tokens_B1))
+        assert len(tokens_B1) == len(positions_B1) == len(view.page_B) >= len(engine.rows)
+        return tokens_B1, positions_B1, view
+
+    engine.rows.inputs = spy
+    run(engine)
+    assert shapes <= {1, 2, 4, 8, 16}
+    for request, samples in zip(requests, expected, strict=True):
+        for sample, other in zip(request.samples, samples, strict=True):
+            assert_same(sample, other)
+
+
 # --- requests of different kinds together -------------------------------------------------------------------------
 
 
