@@ -83,6 +83,8 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     assert isinstance(preferences, Artifact)
     model, tokenizer = load_model(source.path)
     data = _read(config, inputs, tokenizer, max_len=model.config.max_seq_len)
+    if distributed.is_main():
+        _write_left_out(data, workspace)
     workers = Workers(config)
     num_steps = _num_steps(config, len(data.train), num_parts=config.layout.data * config.accumulation_steps)
     model = model.to(distributed.device())
@@ -134,7 +136,6 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     if distributed.is_main():
         if table:
             write_table(workspace.output / REFERENCE_FILE, table, _reference_schema(config))
-        _write_left_out(data, workspace)
         _write_report(config, workspace, data, tokenizer, (before, latest), losses=result.losses, metrics=metrics)
     return metrics
 
@@ -204,7 +205,7 @@ def _num_steps(config: DPOConfig, num_rows: int, *, num_parts: int) -> int:
     if num_rows < config.batch_size:
         raise DataError(
             f"dpo: got {num_rows} {what}, expected at least one batch of {config.batch_size}; lower dpo.batch_size or "
-            f"raise preferences.num_prompts ({LEFT_OUT_FILE} of the report lists what was left out)"
+            f"raise preferences.num_prompts; what was left out is in report/{LEFT_OUT_FILE}"
         )
     return config.num_epochs * num_rows // config.batch_size
 

@@ -234,9 +234,11 @@ class Packer:
             targets = [IGNORED] * (len(answer.prompt) - 1) + answer.answer
             rows[row].append((torch.tensor(answer.prompt + answer.answer[:-1]), torch.tensor(targets)))
         batch = collate(rows, padding_id=self._padding_id)
-        documents = batch.documents if len(rows) < len(answers) else None
-        tensors = (None if part is None else part.to(self._device) for part in (batch.inputs, batch.targets, documents))
-        return TokenBatch(*tensors), self._places(starts, [len(answer.answer) for answer in answers], max(used))
+        documents = None
+        if len(rows) < len(answers) and batch.documents is not None:
+            documents = batch.documents.to(self._device)
+        batch = TokenBatch(batch.inputs.to(self._device), batch.targets.to(self._device), documents)
+        return batch, self._places(starts, [len(answer.answer) for answer in answers], max(used))
 
     def _rows(self, lengths: np.ndarray) -> np.ndarray:
         """The row of each answer."""

@@ -360,9 +360,12 @@ def test_answers_to_a_single_prompt_are_refused_by_kto(tokenizer):
         answer_rows(tokenizer, examples)
 
 
-def test_too_few_pairs_for_a_batch_are_refused_with_numbers(train):
+def test_too_few_pairs_for_a_batch_are_refused_with_numbers_and_a_list_of_those_left_out(
+    tmp_path, train, make_preferences
+):
     with pytest.raises(DataError, match="got 12 pairs, expected at least one batch of 16"):
-        train(batch_size=16)
+        train(make_preferences(pair(90, rejected="word " * 40)), workspace=Workspace(tmp_path), batch_size=16)
+    assert "train/90" in (Workspace(tmp_path).report / "left_out.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

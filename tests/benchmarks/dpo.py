@@ -56,6 +56,7 @@ THEIRS: dict[str, dict[str, Any]] = {
         "precompute_ref_log_probs": True,
         "train_sampling_strategy": "group_by_length",
         "length_column_name": "num_tokens",
+        "remove_unused_columns": False,  # or the lengths would be among them
     },
 }
 
@@ -93,7 +94,7 @@ class Watch:
     def __init__(self) -> None:
         self.before = psutil.Process().memory_info().rss
         self.reference = 0.0
-        self.begun = 0.0
+        self.begun = (0.0, 0.0)
 
     def begin(self) -> None:
         """The first epoch is over."""
@@ -153,10 +154,10 @@ def run_lilpipe(root: Path, *, batch_size: int) -> None:
 def run_trl(root: Path, settings: dict[str, Any], *, batch_size: int) -> None:
     """``DPOTrainer`` as its documentation says, without saves and progress bars."""
     import datasets
-    import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.trainer import dpo_config, dpo_trainer
 
-    class Trainer(trl.DPOTrainer):
+    class Trainer(dpo_trainer.DPOTrainer):
         def _precompute_ref_logps(self, *args: Any, **options: Any) -> Any:
             begun = time.perf_counter()
             result = super()._precompute_ref_logps(*args, **options)
@@ -183,7 +184,7 @@ def run_trl(root: Path, settings: dict[str, Any], *, batch_size: int) -> None:
     with tempfile.TemporaryDirectory() as work:
         trainer = Trainer(
             model=AutoModelForCausalLM.from_pretrained(root),
-            args=trl.DPOConfig(
+            args=dpo_config.DPOConfig(
                 output_dir=work,
                 use_cpu=True,
                 bf16=False,
