@@ -74,15 +74,6 @@ class KVCache:
         """What the layers see of it in one pass."""
         return CacheView(self, num_tokens, positions_BT)
 
-    def select_rows(self, rows_B: Tensor) -> KVCache:
-        """The rows of those numbers alone."""
-        return KVCache(self.keys_LBSKE.index_select(1, rows_B), self.values_LBSKE.index_select(1, rows_B))
-
-    def copy_rows(self, rows_B: Tensor, source: KVCache, source_rows_B: Tensor) -> None:
-        """Overwrite ``rows_B`` with rows of another cache, which may be shorter; one may be copied several times."""
-        for own, other in ((self.keys_LBSKE, source.keys_LBSKE), (self.values_LBSKE, source.values_LBSKE)):
-            own[:, :, : other.shape[2]].index_copy_(1, rows_B, other.index_select(1, source_rows_B))
-
 
 class Cache(Protocol):
     """What a forward pass may be given to read and write keys and values in."""

@@ -17,6 +17,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -116,7 +117,7 @@ def theirs(model: Transformer, prompts: list[list[int]], num_rows: int) -> Calla
         for start in range(0, NUM_PROMPTS, at_once):
             chunk = prompts[start : start + at_once]
             longest = max(map(len, chunk))
-            result = peer.generate(
+            result = cast(Any, peer).generate(
                 input_ids=torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in chunk]),
                 attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in chunk]),
                 do_sample=True,

@@ -1,6 +1,7 @@
 """Batched decoding against decoding one sequence at a time without a cache."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -374,9 +375,13 @@ def test_greedy_answers_under_the_penalty_are_those_of_transformers(model, penal
     sampling = SamplingConfig(temperature=0.0, repetition_penalty=penalty, max_new_tokens=30)
     for prompt in ([5, 9, 17], [200, 200, 3, 4, 5]):
         ids = torch.tensor([prompt])
-        expected = peer.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, repetition_penalty=penalty
-        )[0, len(prompt) :].tolist()
+        expected = (
+            cast(Any, peer)
+            .generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, repetition_penalty=penalty
+            )[0, len(prompt) :]
+            .tolist()
+        )
         stop_ids = {tokenizer.turn_end_id, tokenizer.document_end_id}
         answer = generate(small, [prompt], sampling=sampling, stop_ids=stop_ids, seed=0)[0][0].tokens
         assert answer == [token for token in expected if token not in stop_ids]

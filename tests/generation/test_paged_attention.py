@@ -1,5 +1,8 @@
 """Attention over pages against attention of each row over its own keys and values laid side by side."""
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,8 @@ from tests.model.checkpoints import SMALL, small_model
 PROMPTS = {0: 5, 1: 37, 2: 16}
 ROWS = [(1, 0), (0, 3), (1, 20), (2, 15), (1, 47), (0, 16)]
 """Of each row its prompt, and tokens of its own that are in the cache before the step."""
+
+sdpa: Any = partial(F.scaled_dot_product_attention, enable_gqa=True)
 
 
 def random(*shape, seed):
@@ -68,12 +73,10 @@ def test_rows_attend_to_their_prompt_and_their_own_tokens_alone(kv_heads, scale,
         new_k, new_v = (torch.stack([own_kv[layer, row][i, -1] for row in range(len(ROWS))])[:, None] for i in (0, 1))
         got = view.attend(layer, q, new_k, new_v)
         keys, values = gathering.update(layer, new_k, new_v)
-        gathered = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, keys, values)), attn_mask=gathering.mask_B1TS, enable_gqa=True
-        )
+        gathered = sdpa(*(x.transpose(1, 2) for x in (q, keys, values)), attn_mask=gathering.mask_B1TS)
         for row, (prompt, _) in enumerate(ROWS):
             k, v = torch.cat([prompt_kv[layer, prompt], own_kv[layer, row]], dim=1).transpose(1, 2)
-            expected = F.scaled_dot_product_attention(q[row].transpose(0, 1)[None], k[None], v[None], enable_gqa=True)
+            expected = sdpa(q[row].transpose(0, 1)[None], k[None], v[None])
             torch.testing.assert_close(got[row, 0], expected[0, :, 0], atol=1e-10, rtol=1e-10)
             torch.testing.assert_close(gathered[row, :, 0], expected[0, :, 0], atol=1e-10, rtol=1e-10)
 
@@ -104,5 +107,5 @@ def test_scores_are_summed_in_float32_where_the_model_is_narrower():
     )
     assert got.dtype == torch.bfloat16
     k, v = torch.cat([k, new_k], dim=1), torch.cat([v, new_v], dim=1)
-    expected = F.scaled_dot_product_attention(*(x.float().transpose(1, 2) for x in (q, k, v)), enable_gqa=True)
+    expected = sdpa(*(x.float().transpose(1, 2) for x in (q, k, v)))
     torch.testing.assert_close(got.float()[0, 0], expected[0, :, 0], atol=2e-2, rtol=2e-2)

@@ -1,4 +1,5 @@
 from itertools import product
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_a_row_does_not_depend_on_the_others():
 def test_frequencies_are_those_of_transformers_filters(temperature, filters):
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers: list[Any] = [TemperatureLogitsWarper(temperature)]
     for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
         if name in filters:
             warpers.append(warper(filters[name]))
@@ -148,7 +149,9 @@ def test_the_repetition_penalty_is_that_of_transformers():
     rows = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)) * 3
     tokens = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(2))
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, tokens, True)
-    torch.testing.assert_close(penalize(rows, seen, 1.3), RepetitionPenaltyLogitsProcessor(1.3)(tokens, rows))
+    torch.testing.assert_close(
+        penalize(rows, seen, 1.3), cast(Any, RepetitionPenaltyLogitsProcessor(1.3))(tokens, rows)
+    )
 
 
 @pytest.mark.parametrize(

@@ -209,18 +209,6 @@ def test_rows_of_a_cache_may_stand_at_different_positions(any_model):
         torch.testing.assert_close(logits[1:, 0], model(short)[:, -1], atol=1e-5, rtol=1e-5)
 
 
-def test_rows_of_a_cache_can_be_copied_and_dropped(model):
-    source = KVCache(*(torch.randn(3, 4, 5, 2, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)))
-    cache = KVCache.empty(model, num_rows=6, max_len=7)
-    cache.copy_rows(torch.tensor([5, 0, 2]), source, torch.tensor([3, 3, 1]))
-    kept = cache.select_rows(torch.tensor([2, 5]))
-    for mine, theirs in ((kept.keys_LBSKE, source.keys_LBSKE), (kept.values_LBSKE, source.values_LBSKE)):
-        assert torch.equal(mine[:, 0, :5], theirs[:, 1])
-        assert torch.equal(mine[:, 1, :5], theirs[:, 3])
-        assert not mine[:, :, 5:].any()
-    assert not cache.keys_LBSKE[:, 1].any()
-
-
 def test_token_logprobs_are_those_of_the_log_softmax(model):
     tokens = random_tokens(2, 8)
     with torch.no_grad():
