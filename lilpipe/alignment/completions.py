@@ -66,11 +66,14 @@ def complete(
     sampling: SamplingConfig,
     seed: int,
     num_samples: int = 1,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
-    """``num_samples`` answers to each prompt; a pure function of its arguments."""
+    """``num_samples`` answers to each prompt; a pure function of its arguments. ``numbers``: see ``generate``."""
     encoded = [encode_question(tokenizer, prompt.question, form) for prompt in prompts]
     stops = [stop_id(tokenizer, form)]
-    groups = generate(model, encoded, sampling=sampling, stop_ids=stops, seed=seed, num_samples=num_samples)
+    groups = generate(
+        model, encoded, sampling=sampling, stop_ids=stops, seed=seed, num_samples=num_samples, numbers=numbers
+    )
     return [
         [_completion(tokenizer, prompt, ids, sample, form) for sample in group]
         for prompt, ids, group in zip(prompts, encoded, groups, strict=True)

@@ -1,6 +1,6 @@
 """Rollouts: answers drawn from a policy, what they are worth, and how updates take them in parts.
 
-A rollout is a pure function of weights, seed, number and data rank: a killed run continues from its last checkpoint
+A rollout is a pure function of weights, seed and number: a killed run continues from its last checkpoint
 to the same bytes. Where a rollout is learned from in several updates it also lies beside the checkpoints, because the
 weights that drew it are gone after the first.
 
@@ -136,7 +136,8 @@ class Sampler:
         return [row for row in order.tolist() if row not in seen]
 
     def _sample(self, model: Transformer, rows: Sequence[int], *position: int) -> list[Group]:
-        seed = derive_seed(self.seed, f"{self._stage}/rollout", position[0], self._rank, *position[1:])
+        # By the numbers of the prompts, and not by the worker: a rollout is the same however many draw it.
+        seed = derive_seed(self.seed, f"{self._stage}/rollout", *position)
         groups = complete(
             model,
             self.tokenizer,
@@ -145,6 +146,7 @@ class Sampler:
             sampling=self.config.sampling,
             seed=seed,
             num_samples=self._group_size,
+            numbers=rows,
         )
         flat = [completion for group in groups for completion in group]
         scored = iter(self.rewards([c.prompt for c in flat], [c.as_response for c in flat]))
@@ -333,7 +335,7 @@ class Rollouts:
 def write_rollout(path: Path, rollout: Rollout) -> None:
     """Write it atomically."""
     tensors = {name: t.contiguous() for name, t in rollout.answers._asdict().items() if t is not None}
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # workers of one data rank write the same
     save_file(tensors, temporary, metadata={"metrics": json.dumps(rollout.metrics)})
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from lilpipe.errors import ConfigError
 from lilpipe.training.muon import Muon
 
 ADAM_EPSILON = 1e-8
-OUTPUT_LAYER = "lm_head."
+OUTPUT_LAYERS = ("lm_head.", "score.")
 ROUTER = ".gate.weight"
 FUSED_DEVICES = ("cpu", "cuda")
 """Where AdamW is one kernel; elsewhere torch chooses (for-each, where there is one)."""
@@ -40,7 +40,7 @@ def split_parameters(
             continue
         if parameter.ndim < 2 or id(parameter) in embeddings:
             rest.append(parameter)
-        elif parameter.ndim > 3 or name.startswith(OUTPUT_LAYER) or name.endswith(ROUTER):
+        elif parameter.ndim > 3 or name.startswith(OUTPUT_LAYERS) or name.endswith(ROUTER):
             matrices.append(parameter)
         else:
             blocks.append(parameter)

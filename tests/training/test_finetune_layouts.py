@@ -63,9 +63,9 @@ def losses(path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_layout_comes_to_the_model_of_one_process(root, stage, layout):
     expected = losses(root / f"{stage} alone")
-    assert len(expected) >= 3
-    assert losses(root / f"{stage} {layout}") == pytest.approx(expected, abs=2e-5)
+    assert len(expected) >= 2
+    assert losses(root / f"{stage} {layout}") == pytest.approx(expected, abs=2e-6)
     model, _ = load_model(root / f"{stage} {layout}" / "output")
     one, _ = load_model(root / f"{stage} alone" / "output")
     for (key, tensor), wanted in zip(model.state_dict().items(), one.state_dict().values(), strict=True):
-        torch.testing.assert_close(tensor, wanted, rtol=0, atol=5e-4, msg=key)
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-5, msg=key)
