@@ -40,7 +40,7 @@ STAGES = {
 LAYOUTS = {"replicas": {}, "sharded": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
 
 
-def letters(prompt, response):  # noqa: ARG001
+def letters(prompt, response):
     """A reward that fresh models' answers differ in."""
     return len(response.text) % 4
 
