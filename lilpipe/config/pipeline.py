@@ -47,7 +47,7 @@ DEFAULT_STEPS = {
     "rejection_sampling": step("rejection_sampling", model="pretrain", prompts="prompts"),
     "sft": step("sft", model="pretrain", conversations="rejection_sampling", prompts="prompts"),
     "preferences": step("preferences", model="sft", prompts="prompts"),
-    "dpo": step("dpo", model="sft", preferences="preferences"),
+    "dpo": step("dpo", model="sft", preferences="preferences", prompts="prompts"),
     "grpo": step("grpo", model="dpo", prompts="prompts"),
     "evaluate": step(
         "evaluate", models=("pretrain", "sft", "dpo", "grpo"), reference="sft", prompts="prompts", tokens="tokens"
