@@ -41,7 +41,7 @@ class Completion:
     @property
     def as_response(self) -> Response:
         """What a reward is given."""
-        has_stop = self.sample.finished and len(self.drawn) > len(self.sample.tokens)
+        has_stop = len(self.drawn) > len(self.sample.tokens)
         return Response(self.response, ended=self.verdict.ended, num_tokens=len(self.drawn) - has_stop)
 
 
@@ -70,9 +70,17 @@ def complete(
 ) -> list[list[Completion]]:
     """``num_samples`` answers to each prompt; a pure function of its arguments. ``numbers``: see ``generate``."""
     encoded = [encode_question(tokenizer, prompt.question, form) for prompt in prompts]
-    stops = [stop_id(tokenizer, form)]
+    if form == "text":  # what a base model goes on to write is not of the response
+        sampling = sampling.model_copy(update={"stop": (*sampling.stop, "\n\n")})
     groups = generate(
-        model, encoded, sampling=sampling, stop_ids=stops, seed=seed, num_samples=num_samples, numbers=numbers
+        model,
+        encoded,
+        sampling=sampling,
+        stop_ids=[stop_id(tokenizer, form)],
+        seed=seed,
+        num_samples=num_samples,
+        numbers=numbers,
+        tokenizer=tokenizer,
     )
     return [
         [_completion(tokenizer, prompt, ids, sample, form) for sample in group]
@@ -86,7 +94,8 @@ def _completion(
     text = tokenizer.decode(sample.tokens)
     ended = sample.finished or (form == "text" and "\n\n" in text.lstrip())
     response = first_paragraph(text) if form == "text" else text.strip()
-    drawn = sample.tokens + [stop_id(tokenizer, form)] * sample.finished
+    has_stop = sample.finished and sample.stop_reason != "stop_string"
+    drawn = sample.tokens + [stop_id(tokenizer, form)] * has_stop
     if form == "text":
         drawn = _through_first_paragraph(tokenizer, drawn)
     return Completion(prompt, prompt_ids, sample, drawn, response, judge(prompt, response, ended=ended))

@@ -151,7 +151,7 @@ def naive_loss(objective, answers, models):
             low, high = old_values[t] - config.value_clip_range, old_values[t] + config.value_clip_range
             error = torch.max((values[t] - returns[t]) ** 2, (values[t].clamp(low, high) - returns[t]) ** 2)
             losses.append(-gain + config.value_coefficient * 0.5 * error)
-    return sum(losses) / len(losses)
+    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_definitions(make_objective, 
     expected = naive_loss(objective, expected_answers, objective.models)
     wanted = torch.autograd.grad(expected, list(objective.models.parameters()), allow_unused=True)
     parts = [objective.loss(objective.models, 1, micro) for micro in range(2)]
-    loss = sum(part.total for part in parts) / sum(part.count for part in parts)
+    loss = torch.stack([part.total for part in parts]).sum() / sum(part.count for part in parts)
     got = torch.autograd.grad(loss, list(objective.models.parameters()), allow_unused=True)
     assert parts[0].metrics["clipped"][0] > 0
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)

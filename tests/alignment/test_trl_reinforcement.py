@@ -3,6 +3,8 @@
 TRL has no PPO since 1.0: ``test_ppo`` holds ours to the definitions.
 """
 
+from typing import Any, cast
+
 import datasets
 import pytest
 import torch
@@ -140,16 +142,15 @@ def our_loss(tmp_path, model, answers, **settings):
     config = GRPOConfig(
         seed=0, accumulation_steps=2, sampling=SamplingConfig(max_new_tokens=MAX_NEW_TOKENS), **settings
     )
-    objective = GRPO(
-        config, None, Workspace(tmp_path / "ours"), policy=None, reference=None, workers=OneData(), sum_floats=list
-    )
+    nothing, workspace, workers = cast("Any", None), Workspace(tmp_path / "ours"), cast("Any", OneData())
+    objective = GRPO(config, nothing, workspace, policy=nothing, reference=None, workers=workers, sum_floats=list)
     objective._rollouts._current = (0, Rollout(answers, {}))
     objective._rollouts._updates = 2  # step 1 is the second update of rollout 0: the weights are no longer those
     batches = objective.batches(1)
     model.token_scores = at_targets(token_scores)
     parts = [objective.loss(model(batch.inputs, targets_BT=batch.targets), batch) for batch in batches]
     assert len(parts) == 2
-    loss = sum(part.total for part in parts) / sum(part.count for part in parts)
+    loss = torch.stack([part.total for part in parts]).sum() / sum(part.count for part in parts)
     loss.backward()
     return loss.item()
 

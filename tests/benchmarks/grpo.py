@@ -131,8 +131,9 @@ def run_lilpipe(root: Path, output: Path, *, steps: int) -> dict[str, float]:
 def run_trl(root: Path, output: Path, *, steps: int) -> dict[str, float]:
     """TRL's trainer, with our verifier as reward function."""
     import transformers
-    import trl
     from datasets import Dataset, disable_progress_bars
+    from trl.trainer.grpo_config import GRPOConfig as TRLConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     disable_progress_bars()
     by_id = {prompt.id: prompt for prompt in read_prompts(root / "prompts/output", "train")}
@@ -142,7 +143,7 @@ def run_trl(root: Path, output: Path, *, steps: int) -> dict[str, float]:
     turn_end = Tokenizer.load(root / "model").turn_end_id
     rewards: list[float] = []
 
-    def verified(completion_ids: list[list[int]], prompt_id: list[str], **_: Any) -> list[float]:
+    def verified(completion_ids: list[list[int]], prompt_id: list[str], **_: Any) -> Any:
         ended = [ids[-1] == turn_end for ids in completion_ids]
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         found = [
@@ -152,10 +153,10 @@ def run_trl(root: Path, output: Path, *, steps: int) -> dict[str, float]:
         rewards.append(statistics.fmean(found))
         return found
 
-    trainer = trl.GRPOTrainer(
+    trainer = GRPOTrainer(
         model=model,
         reward_funcs=verified,
-        args=trl.GRPOConfig(
+        args=TRLConfig(
             output_dir=str(output / "trainer"),
             use_cpu=True,
             bf16=False,
