@@ -6,8 +6,8 @@ Both train the same weights on the same conversations in float32 with fused Adam
 ``--batch-size`` conversations (with TRL's packing: for the rows that hold as many). Useful tokens are those of the
 conversations, prompt and answer, not padding. The second of two epochs is timed, in a process of its own for each
 measurement; systems take turns. The length of questions and answers is that of short instructions: a median of 8 and 7
-words, up to 22 and 37. TRL's settings tried: packing or not, batches of like lengths or not, its loss in chunks, and the allocator's settings
-that a training process of ours is started with.
+words, up to 22 and 37. TRL's settings tried: packing or not, batches of like lengths or not, its loss in chunks, and
+the allocator's settings that a training process of ours is started with.
 """
 
 from __future__ import annotations
