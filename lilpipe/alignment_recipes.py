@@ -19,6 +19,16 @@ COMPARISONS: dict[str, Any] = {"rule": "reward", "max_pairs_per_prompt": 4}
 """Pairs for a reward model: of the answers to a prompt the best against the worst, the second best against the second
 worst, and so on. InstructGPT had four to nine answers ranked and took all pairs."""
 BY_REWARD_MODEL: dict[str, Any] = {"rewards": ({"kind": "reward_model"},)}
+RIGHT_AND_BRIEF: dict[str, Any] = {
+    "rule": "reward",
+    "rewards": ({"kind": "answer"}, {"kind": "length", "limit_tokens": 40, "buffer_tokens": 36, "weight": 0.5}),
+}
+"""In place of people who compare: a right answer is better than a wrong one, and of two alike the shorter."""
+VERIFIED: dict[str, Any] = {
+    "rewards": ({"kind": "answer", "weight": 100.0}, {"kind": "reward_model"}),
+    "threshold": 50.0,
+}
+"""Of the answers that a verifier accepts, as Llama 3 has them for mathematics and code, the best by reward model."""
 
 
 def llama3(start: PipelineConfig, *, rounds: int = 2) -> PipelineConfig:
@@ -44,7 +54,7 @@ def llama3(start: PipelineConfig, *, rounds: int = 2) -> PipelineConfig:
 
 def _llama3_round(number: int, last_round: tuple[str, ...]) -> dict[str, Step]:
     """The steps of one round; the better model of ``last_round`` samples."""
-    sample = {"prompt_form": "chat", "keep": "best", "policy": "best", **BY_REWARD_MODEL}
+    sample = {"prompt_form": "chat", "keep": "best", "policy": "best", **VERIFIED}
     kept = tuple(f"rejection_sampling_{earlier}" for earlier in range(1, number + 1))
     sft, preferences = f"sft_{number}", f"preferences_{number}"
     return {
@@ -57,7 +67,7 @@ def _llama3_round(number: int, last_round: tuple[str, ...]) -> dict[str, Step]:
             prompts="prompts",
             reward_model="reward_model",
         ),
-        f"dpo_{number}": step("dpo", model=sft, preferences=preferences),
+        f"dpo_{number}": step("dpo", model=sft, preferences=preferences, prompts="prompts"),
     }
 
 

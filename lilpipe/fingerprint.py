@@ -32,6 +32,7 @@ NEUTRAL_MODULES = frozenset(
         "data.trace",
         "display",
         "errors",
+        "evaluation.report",
         "fingerprint",
         "heartbeat",
         "launch",
@@ -55,7 +56,7 @@ NEUTRAL_MODULES = frozenset(
 ) | {"lilpipe"}
 """Modules that cannot change an output: config's values are in the fingerprint already, reports are no content."""
 
-NEUTRAL_PACKAGES = frozenset({"jinja2", "matplotlib", "mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
+NEUTRAL_PACKAGES = frozenset({"matplotlib", "mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
 """Packages that cannot change an output."""
 
 DISTRIBUTIONS = {

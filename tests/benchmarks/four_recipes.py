@@ -31,27 +31,13 @@ METRICS = {
 }
 SETTINGS: dict[str, object] = {
     "grpo.num_steps": 150,  # `tiny` takes 400; r1 does them twice
-    # 379 pairs, one epoch and a rate of 3e-4 taught a reward model nothing (held-out accuracy 0.49 ± 0.06); 1,843
-    # pairs, three epochs and 1e-3 gave 0.56 ± 0.04, and 0.7 in training.
-    "preferences.num_prompts": 3_000,
-    "reward_model.num_epochs": 2,
-    "reward_model.batch_size": 32,
-    "reward_model.optimizer.learning_rate": 1e-3,
-    # Against that reward model 25 rollouts at a rate of 1e-4 and a KL coefficient of 0.05 took its score from 1.88 to
-    # 2.71 and accuracy from 0.86 to 0.43; at these to 2.08 and 0.835.
-    "ppo.num_steps": 25,
-    "ppo.optimizer.learning_rate": 3e-5,
-    "ppo.kl_coefficient": 0.3,
 }
-"""Beside those of `tiny`, for a few minutes a recipe on two cores; the numbers are of 200 dev prompts, seed 0, behind
-`tiny`'s pretrained model."""
+"""Beside those of the recipes, for a few minutes each on two cores."""
 
 
 def config_of(recipe: str, overrides: Mapping[str, object]) -> PipelineConfig:
     """A recipe behind the front half of `tiny`, on as many workers."""
-    workers = load("tiny").sft.num_workers
-    settings = {**SETTINGS, "reward_model.num_workers": workers, "ppo.num_workers": workers, **overrides}
-    return ALIGNMENT_RECIPES[recipe](load("tiny", overrides=settings))
+    return load(recipe, overrides={**SETTINGS, **overrides})
 
 
 def evaluate(config: PipelineConfig) -> dict[str, float]:
