@@ -14,7 +14,7 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: pipeline test distributed-test slow-test cluster-test lint setup up down seeds clean
+.PHONY: pipeline test server-test distributed-test slow-test cluster-test lint setup up down seeds recipes clean
 
 INSTALLED := $(VENV)/.installed
 
@@ -22,7 +22,10 @@ pipeline: setup ## Run the full pipeline; CONFIG=mine.toml lays your settings ov
 	@$(BIN)/python -m flows --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(SEED),--seed $(SEED))
 
 test: setup ## The fast tests: offline, on the CPU, 5 minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not servers and not slow"
+
+server-test: setup ## Flows, retries and cancelling on real servers of Prefect and MLflow
+	$(BIN)/python -m pytest -m servers
 
 distributed-test: setup ## Tests that start several processes: layouts, launchers, planted faults
 	$(BIN)/python -m pytest -m distributed -rs $(TESTS)
@@ -44,6 +47,9 @@ down: ## Stop what `make up` started
 
 seeds: setup ## The pipeline on three seeds, and the table over them
 	$(BIN)/python -m tests.benchmarks.three_seeds
+
+recipes: setup ## The four recipes of post-training on three seeds, and the table over them
+	$(BIN)/python -m tests.benchmarks.four_recipes
 
 setup: $(INSTALLED)
 

@@ -20,6 +20,8 @@ from flows.full_pipeline import full_pipeline
 from flows.stage import run_one_stage
 from tests.flows import toys
 
+pytestmark = pytest.mark.servers
+
 PROJECT = Path(__file__).parents[2]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 
