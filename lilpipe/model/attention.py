@@ -36,6 +36,8 @@ def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, 
     Elements i and i + E/2 of a head form a pair that turns by ``position / theta**(2i/E)``. The sine of the first
     half is negative, so that ``x * cos + swap(x) * sin``, with the halves of x swapped, turns every pair.
     """
+    if torch.get_default_device().type == "meta":  # where torch would import its compiler to compute nothing
+        return torch.empty(max_seq_len, head_size), torch.empty(max_seq_len, head_size)
     frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angle = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
