@@ -21,6 +21,7 @@ import torch
 from lilpipe.config import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation import vllm
+from lilpipe.generation.folded import FoldedDecoder, foldable
 from lilpipe.generation.graphs import DecodeGraphs, fits
 from lilpipe.generation.paged_attention import PromptView
 from lilpipe.generation.pages import PAGE_SIZE, pages_for
@@ -118,6 +119,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         """Requests of which not all answers have begun, the first come first."""
         self.graphs = DecodeGraphs(model) if fits(model) else None
+        self.folded = FoldedDecoder(model) if foldable(model) else None
         self.rows = Rows(model, padded=self.graphs is not None)
 
     def submit(
@@ -172,6 +174,8 @@ class Engine:
             tokens_B1, positions_B1, view = self.rows.inputs()
             if self.graphs is not None:
                 logits_BV = self.graphs(tokens_B1, positions_B1, view)
+            elif self.folded is not None:
+                logits_BV = self.folded(tokens_B1, positions_B1, view)
             else:
                 logits_BV = self.model(tokens_B1, positions_BT=positions_B1, cache=view)[:, 0]
             self.rows.draw(logits_BV[: len(self.rows)])

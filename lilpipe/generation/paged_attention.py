@@ -11,6 +11,7 @@ of a key/value head (H = K x G), E size of a head, R rows that share a prompt, C
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ class Scratch:
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor of that shape, with anything in it."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.numel() < size or held.dtype != dtype:
             held = self._held[name] = torch.empty(size, dtype=dtype, device=like.device)

@@ -1,0 +1,89 @@
+"""A Llama's blocks for one token of each row, folded into few operations.
+
+On a CPU a step of decoding is many small operations, whose calls cost as much as their arithmetic. Here the matrices of
+queries, keys and values are one, as are gate and up, the norms' weights are multiplied into them, and residuals are
+added by the products themselves. Other models and devices decode by the model's own path.
+
+Dimensions: B rows, D width, H query heads, K heads of keys, E size of a head, I width of the feed-forward layer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lilpipe.generation.paged_attention import DecodeView
+from lilpipe.model.attention import Attention
+from lilpipe.model.gradients import rotate
+from lilpipe.model.layers import Linear, SwiGLU
+from lilpipe.model.transformer import Block, Transformer
+
+
+class _Weights(NamedTuple):
+    """One block's, transposed: inputs first."""
+
+    qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+def foldable(model: Transformer) -> bool:
+    """Whether the model is a plain Llama on a CPU: no experts, latents, norms of queries, biases or adapters."""
+    config = model.config
+    plain = config.architecture == "llama" and config.moe is None and config.mla is None and not config.qk_norm
+    if not plain or model.device.type != "cpu":
+        return False
+    linear = [
+        module for block in model.model.layers.values() for name, module in block.named_modules() if "proj" in name
+    ]
+    return all(type(module) is Linear for module in linear)
+
+
+class FoldedDecoder:
+    """Decodes with the weights that the model has when this is made."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        blocks = [block for block in model.model.layers.values() if isinstance(block, Block)]
+        with torch.no_grad():
+            self.weights = [_fold(block) for block in blocks]
+
+    def __call__(self, tokens_B1: Tensor, positions_B1: Tensor, view: DecodeView) -> Tensor:
+        """Logits ``[B, V]`` of what follows."""
+        config, decoder = self.model.config, self.model.model
+        H, K, E, eps = config.num_heads, config.num_kv_heads, config.head_size, config.norm_eps
+        assert decoder.embed_tokens is not None
+        assert decoder.norm is not None
+        B = len(tokens_B1)
+        x_BD = F.embedding(tokens_B1[:, 0], decoder.embed_tokens.weight)
+        cos, sin = F.embedding(positions_B1, decoder.rope_cos), F.embedding(positions_B1, decoder.rope_sin)
+        cos, sin = cos[:, :, None], sin[:, :, None]
+        for layer, weights in enumerate(self.weights):
+            qkv = x_BD.mm(weights.qkv).mul_(_scale(x_BD, eps)).view(B, 1, H + 2 * K, E)
+            turned = rotate(qkv[:, :, : H + K], cos, sin)
+            y = view.attend(layer, turned[:, :, :H], turned[:, :, H:], qkv[:, :, H + K :])
+            x_BD = x_BD.addmm(y.view(B, H * E), weights.out)
+            gate_BI, up_BI = x_BD.mm(weights.gate_up).mul_(_scale(x_BD, eps)).chunk(2, dim=1)
+            x_BD = x_BD.addmm(F.silu(gate_BI).mul_(up_BI), weights.down)
+        return self.model.logits(decoder.norm(x_BD))
+
+
+def _scale(x_BD: Tensor, eps: float) -> Tensor:
+    """One over the root mean square of each row; it commutes with the product that follows."""
+    return x_BD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+
+
+def _fold(block: Block) -> _Weights:
+    attention, mlp = block.self_attn, block.mlp
+    assert isinstance(attention, Attention)
+    assert isinstance(mlp, SwiGLU)
+    before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
+    assert isinstance(before, Tensor)
+    assert isinstance(between, Tensor)
+    qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]) * before
+    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * between
+    return _Weights(*(w.t().contiguous() for w in (qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight)))
