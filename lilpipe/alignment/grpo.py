@@ -38,6 +38,7 @@ from lilpipe.alignment.rollouts import (
     micro_batches,
     num_parts,
 )
+from lilpipe.alignment.shared_prompts import share_prompts
 from lilpipe.alignment.watch import Watch
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import GRPOConfig
@@ -71,12 +72,16 @@ class _Part(NamedTuple):
     rollout: int
     is_fresh: bool
     """Whether the weights are still those that drew the answers."""
+    places: Tensor | None
+    """Where the scores of the answers are, in rows that share prompts; see ``SharedRows``."""
 
 
 class GRPO:
     """The objective of one data rank; see ``lilpipe.training.finetune.Objective``.
 
-    ``policy`` gives the model of the moment, whole, to sample from. ``sum_floats`` adds numbers up over all workers.
+    ``policy`` gives the model of the moment, whole, to sample from. ``shared_len``: answers to one prompt are trained
+    on in rows of up to so many inputs that hold it once; none trains each by itself. ``sum_floats`` adds numbers up
+    over all workers.
     """
 
     def __init__(
@@ -88,11 +93,13 @@ class GRPO:
         policy: Callable[[], Transformer],
         reference: Transformer | None,
         workers: Workers,
+        shared_len: int | None = None,
         sum_floats: Callable[[list[float]], list[float]] = distributed.sum_floats,
     ) -> None:
         self.config, self.reference = config, reference
         self._sampler, self._policy, self._sum_floats = sampler, policy, sum_floats
         self._rank = workers.data_rank
+        self._shared_len = shared_len
         self.watch = Watch(
             config.watch,
             workspace.scratch / "rollouts.json",
@@ -115,20 +122,27 @@ class GRPO:
         seed = derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank)
         parts = micro_batches(rollout.answers, update, self.config, seed=seed)
         return [
-            TokenBatch(
-                part.inputs,
-                part.targets,
-                extra=_Part(part, {} if index else rollout.metrics, number, is_fresh=update == 0),
-            )
+            self._batch(part, {} if index else rollout.metrics, number, is_fresh=update == 0)
             for index, part in enumerate(parts)
         ]
+
+    def _batch(self, answers: Answers, metrics: Sums, rollout: int, *, is_fresh: bool) -> TokenBatch:
+        if self._shared_len is None:
+            extra = _Part(answers, metrics, rollout, is_fresh=is_fresh, places=None)
+            return TokenBatch(answers.inputs, answers.targets, extra=extra)
+        rows = share_prompts(answers, max_len=self._shared_len)
+        extra = _Part(answers, metrics, rollout, is_fresh=is_fresh, places=rows.places)
+        return TokenBatch(rows.inputs, rows.targets, positions=rows.positions, mask=rows.mask, extra=extra)
 
     def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
         """The loss of a micro-batch, summed."""
         part: _Part = batch.extra
         answers, config = part.answers, self.config
-        num_rows, num_tokens = answers.inputs.shape
-        logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
+        if part.places is None:
+            num_rows, num_tokens = answers.inputs.shape
+            logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
+        else:
+            logprobs_NT = scores.logprobs.flatten()[part.places].where(answers.drawn, 0.0)
         loss_NT = surrogate_loss(
             logprobs_NT,
             answers.old_logprobs,
@@ -238,6 +252,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         policy=lambda: finetune.whole_model(trainee, into=whole),
         reference=load_model(source.path)[0].to(distributed.device()) if config.kl_coefficient else None,
         workers=workers,
+        shared_len=_shared_len(model, workers),
     )
     trainee = finetune.build(config, source.path, objective, workers, stage="grpo")
     _score_targets_alone(trainee, config, workers)
@@ -265,6 +280,14 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         title = "Group relative policy optimisation"
         write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
     return metrics
+
+
+def _shared_len(model: Transformer, workers: Workers) -> int | None:
+    """Length of rows that share prompts. A GPU's attention without a mask is faster than what it would save, and what
+    dropout draws goes by row and place.
+    """
+    shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
+    return model.config.max_seq_len if shares else None
 
 
 def _score_targets_alone(trainee: Trainee, config: GRPOConfig, workers: Workers) -> None:

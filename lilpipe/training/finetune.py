@@ -43,6 +43,8 @@ class TokenBatch(NamedTuple):
     """Which sequence of its row a token belongs to; attention stays inside. None where a row holds one sequence."""
     positions: Tensor | None = None
     """Place in its sequence, where rows hold several and positions are learned."""
+    mask: Tensor | None = None
+    """What may attend to what, [B, 1, T, T], in place of ``documents``; whole models alone take it."""
     extra: Any = None
     """What the loss needs beside the scores: advantages, stored log-probabilities."""
 
@@ -113,7 +115,11 @@ def build(
         batch = batches(step)[micro]
         with precision.autocast(section.precision, distributed.device()):
             scores = model(
-                batch.inputs, targets_BT=batch.targets, documents_BT=batch.documents, positions_BT=batch.positions
+                batch.inputs,
+                targets_BT=batch.targets,
+                documents_BT=batch.documents,
+                positions_BT=batch.positions,
+                mask=batch.mask,
             )
         return objective.loss(scores, batch)
 
