@@ -15,15 +15,15 @@ from lilpipe.config import PipelineConfig, Step, step
 FRONT = ("prompts", "corpus", "tokenizer", "tokens", "pretrain")
 """Steps that all recipes share."""
 
-COMPARISONS: dict[str, Any] = {"rule": "reward", "max_pairs_per_prompt": 4}
-"""Pairs for a reward model: of the answers to a prompt the best against the worst, the second best against the second
-worst, and so on. InstructGPT had four to nine answers ranked and took all pairs."""
 BY_REWARD_MODEL: dict[str, Any] = {"rewards": ({"kind": "reward_model"},)}
-RIGHT_AND_BRIEF: dict[str, Any] = {
+COMPARISONS: dict[str, Any] = {
     "rule": "reward",
     "rewards": ({"kind": "answer"}, {"kind": "length", "limit_tokens": 40, "buffer_tokens": 36, "weight": 0.5}),
+    "max_pairs_per_prompt": 4,
 }
-"""In place of people who compare: a right answer is better than a wrong one, and of two alike the shorter."""
+"""In place of people who compare: a right answer is better than a wrong one, and of two alike the shorter. Of the answers
+to a prompt the best against the worst, the second best against the second worst, and so on; InstructGPT had four to
+nine answers ranked and took all pairs."""
 VERIFIED: dict[str, Any] = {
     "rewards": ({"kind": "answer", "weight": 100.0}, {"kind": "reward_model"}),
     "threshold": 50.0,
@@ -36,8 +36,8 @@ def llama3(start: PipelineConfig, *, rounds: int = 2) -> PipelineConfig:
 
     A first model, fine-tuned on written demonstrations, answers what the reward model learns to compare; it is trained
     on top of the pretrained model. In each round the better of the last round's models samples, the reward model keeps
-    the best answers, the pretrained model is fine-tuned on all that was kept so far, and the reward model chooses the
-    pairs for DPO. Llama 3 took six rounds.
+    the best of the answers that are right, the pretrained model is fine-tuned on all that was kept so far, and new
+    comparisons are made for DPO, as people made them. Llama 3 took six rounds.
     """
     steps = {
         "sft_0": step("sft", model="pretrain", prompts="prompts"),
@@ -60,13 +60,7 @@ def _llama3_round(number: int, last_round: tuple[str, ...]) -> dict[str, Step]:
     return {
         kept[-1]: step("rejection_sampling", sample, model=last_round, prompts="prompts", reward_model="reward_model"),
         sft: step("sft", model="pretrain", conversations=kept, prompts="prompts"),
-        preferences: step(
-            "preferences",
-            {"rule": "reward", **BY_REWARD_MODEL},
-            model=sft,
-            prompts="prompts",
-            reward_model="reward_model",
-        ),
+        preferences: step("preferences", COMPARISONS, model=sft, prompts="prompts"),
         f"dpo_{number}": step("dpo", model=sft, preferences=preferences, prompts="prompts"),
     }
 
