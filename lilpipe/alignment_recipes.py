@@ -21,9 +21,9 @@ COMPARISONS: dict[str, Any] = {
     "rewards": ({"kind": "answer"}, {"kind": "length", "limit_tokens": 40, "buffer_tokens": 36, "weight": 0.5}),
     "max_pairs_per_prompt": 4,
 }
-"""In place of people who compare: a right answer is better than a wrong one, and of two alike the shorter. Of the answers
-to a prompt the best against the worst, the second best against the second worst, and so on; InstructGPT had four to
-nine answers ranked and took all pairs."""
+"""In place of people who compare: a right answer is better than a wrong one, and of two alike the shorter. Of the
+answers to a prompt the best against the worst, the second best against the second worst, and so on; InstructGPT had
+four to nine answers ranked and took all pairs."""
 VERIFIED: dict[str, Any] = {
     "rewards": ({"kind": "answer", "weight": 100.0}, {"kind": "reward_model"}),
     "threshold": 50.0,
