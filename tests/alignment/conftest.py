@@ -102,3 +102,11 @@ def prompts(tmp_path_factory):
     )
     prompts_module.run(config, {}, workspace)
     return as_artifact(workspace.output, kind="Prompts", stage="prompts")
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """For TRL's trainers, with a word for each token."""
+    from tests.alignment.twins import words  # transformers takes seconds to import
+
+    return words()

@@ -12,59 +12,18 @@ import torch
 from lilpipe.alignment.grpo import GRPO
 from lilpipe.alignment.policy_gradient import group_advantages, group_std
 from lilpipe.alignment.rollouts import Answers, Rollout, at_targets
-from lilpipe.config import GRPOConfig, ModelConfig, SamplingConfig
+from lilpipe.config import GRPOConfig, SamplingConfig
 from lilpipe.model.scores import IGNORED, token_scores
-from lilpipe.model.transformer import Transformer, token_logprobs
+from lilpipe.model.transformer import token_logprobs
 from lilpipe.stage import Workspace
+from tests.alignment.twins import VOCAB_SIZE, our_model, their_model
 
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
-VOCAB_SIZE, PADDING, MAX_NEW_TOKENS = 32, 0, 7
-CONFIG = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=32)
+MAX_NEW_TOKENS = 7
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-def our_model(seed):
-    model = Transformer(CONFIG, VOCAB_SIZE)
-    model.init_weights(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.mul_(8)  # far from uniform, so that a wrong mask or shift shows
-    return model
-
-
-def their_model(ours):
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=CONFIG.hidden_size,
-        num_hidden_layers=CONFIG.num_layers,
-        num_attention_heads=CONFIG.num_heads,
-        num_key_value_heads=CONFIG.num_kv_heads,
-        intermediate_size=CONFIG.intermediate_size,
-        max_position_embeddings=CONFIG.max_seq_len,
-        rms_norm_eps=CONFIG.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": CONFIG.rope_theta},
-        tie_word_embeddings=True,
-        pad_token_id=PADDING,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    missing, unexpected = model.load_state_dict(ours.state_dict(), strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    return model
-
-
-@pytest.fixture(scope="module")
-def word_tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{index}": index for index in range(2, VOCAB_SIZE)}}
-    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
 @pytest.fixture
