@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from lilpipe import distributed
 from lilpipe.alignment.calibration import calibration, preference_sections
-from lilpipe.alignment.order import rows_of_step
+from lilpipe.alignment.order import count_steps, rows_of_step
 from lilpipe.alignment.pairs import PAIRS_FILE, Pair, PairSplit, check_pairs, read_pairs
 from lilpipe.alignment.prompts import assert_not_held_out
 from lilpipe.alignment.scoring import RewardModel, load_reward_model, score_rows
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import RewardModelConfig
-from lilpipe.errors import ConfigError, DataError
+from lilpipe.errors import DataError
 from lilpipe.evaluation.pass_at_k import mean_estimate
 from lilpipe.model.heads import HeadModel, last_outputs, pad_rows, save_head_model, with_head
 from lilpipe.model.hub import load_model
@@ -191,16 +191,15 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
 
 
 def _num_steps(config: RewardModelConfig, num_rankings: int) -> int:
-    if config.batch_size % config.num_workers:
-        raise ConfigError(
-            f"reward_model.batch_size: got {config.batch_size}, expected a multiple of num_workers {config.num_workers}"
-        )
-    if num_rankings < config.batch_size:
-        raise DataError(
-            f"reward_model: got {num_rankings} rankings, expected at least one batch of {config.batch_size}; lower "
-            "reward_model.batch_size or gather more preferences"
-        )
-    return config.num_epochs * num_rankings // config.batch_size
+    return count_steps(
+        num_rankings,
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        stage="reward_model",
+        rows="rankings",
+        remedy="gather more preferences",
+    )
 
 
 def ranking_loss(rankings: Sequence[EncodedRanking], config: RewardModelConfig, *, padding_id: int) -> LossFunction:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lilpipe import distributed, report
-from lilpipe.alignment.order import rows_of_step
+from lilpipe.alignment.order import count_steps, rows_of_step
 from lilpipe.alignment.prompts import read_prompts
 from lilpipe.artifact import Artifact, Inputs, digest_file
 from lilpipe.config import ClassifyConfig
@@ -210,16 +210,15 @@ def freeze(model: HeadModel, *, num_layers: int, embedding: bool) -> None:
 
 
 def _num_steps(config: ClassifyConfig, num_texts: int) -> int:
-    if config.batch_size % config.num_workers:
-        raise ConfigError(
-            f"classify.batch_size: got {config.batch_size}, expected a multiple of num_workers {config.num_workers}"
-        )
-    if num_texts < config.batch_size:
-        raise DataError(
-            f"classify: got {num_texts} texts, expected at least one batch of {config.batch_size}; lower "
-            "classify.batch_size or add texts"
-        )
-    return config.num_epochs * num_texts // config.batch_size
+    return count_steps(
+        num_texts,
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        stage="classify",
+        rows="texts",
+        remedy="add texts",
+    )
 
 
 def _digest(texts: Sequence[LabelledText]) -> str:
