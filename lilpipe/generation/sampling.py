@@ -76,11 +76,11 @@ def choose(
 ) -> Tensor:
     """One token ``[B]`` for each row, by inverting the cumulative distribution at the row's uniform number.
 
-    ``temperature`` 0 takes the likeliest token. ``top_k`` above 0 keeps so many of the likeliest tokens; ``top_p``
-    below 1 the fewest likeliest of these whose share of their probability reaches it (nucleus sampling, Holtzman et
-    al. 2020); ``min_p`` those that are at least that share as likely as the likeliest.
+    ``temperature`` 0 takes the likeliest token, and so does one too small to divide by. ``top_k`` above 0 keeps so many
+    of the likeliest tokens; ``top_p`` below 1 the fewest likeliest of these whose share of their probability reaches it
+    (nucleus sampling, Holtzman et al. 2020); ``min_p`` those that are at least that share as likely as the likeliest.
     """
-    if temperature == 0:
+    if temperature < torch.finfo(logits_BV.dtype).tiny:
         return logits_BV.argmax(dim=-1)
     largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
     weights_BV = ((logits_BV - largest_B1) / temperature).exp_()

@@ -34,8 +34,11 @@ def test_a_longer_stream_begins_with_the_shorter_one():
     assert torch.equal(uniforms(1, 2, 3, 10)[:4], uniforms(1, 2, 3, 4))
 
 
-def test_temperature_zero_takes_the_likeliest():
-    assert choose(logits(0.2, 0.5, 0.3), torch.tensor([0.99]), temperature=0).tolist() == [1]
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1e-40, 1e-30])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_temperature_zero_and_what_is_next_to_it_take_the_likeliest(temperature, top_p):
+    row, draws = logits(0.2, 0.5, 0.3), torch.tensor([0.99])
+    assert choose(row, draws, temperature=temperature, top_p=top_p).tolist() == [1]
 
 
 @pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (0.24, 1), (0.26, 2), (0.74, 2), (0.76, 4), (1 - 2**-24, 4)])
