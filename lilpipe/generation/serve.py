@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -107,7 +108,7 @@ def make_app(directory: Path, *, name: str, host: str, max_rows: int) -> Starlet
     return Starlette(
         routes=routes,
         middleware=known if host in LOOPBACK else [],
-        exception_handlers={RequestError: _refused, HTTPException: _not_found, 500: _failed},
+        exception_handlers={RequestError: _refused, HTTPException: _not_found, ClientDisconnect: _gone, 500: _failed},
         lifespan=server.lifespan,
     )
 
@@ -239,7 +240,7 @@ async def _json(request: HTTPRequest) -> Any:
             raise RequestError(f"the body: got more than {MAX_BODY_BYTES} bytes, expected fewer", status=413)
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"the body: is not valid JSON ({error})") from error
 
 
@@ -256,6 +257,11 @@ def _event(content: dict[str, Any]) -> str:
 async def _refused(request: HTTPRequest, error: Exception) -> Response:  # noqa: ARG001
     assert isinstance(error, RequestError)
     return JSONResponse(error.body, status_code=error.status)
+
+
+async def _gone(request: HTTPRequest, error: Exception) -> Response:  # noqa: ARG001
+    """The client left before all of its request had come, which is no fault of the server's."""
+    return Response(None, CLIENT_GONE)
 
 
 async def _failed(request: HTTPRequest, error: BaseException) -> Response:  # noqa: ARG001

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -262,6 +264,8 @@ def test_an_unknown_model_is_not_found(client):
 def test_what_is_no_json_or_no_path_has_an_error_of_the_same_shape(client):
     broken = client.post("/v1/completions", content="{", headers={"Content-Type": "application/json"})
     assert (broken.status_code, "not valid JSON" in broken.json()["error"]["message"]) == (400, True)
+    deep = client.post("/v1/completions", content="[" * 100_000, headers={"Content-Type": "application/json"})
+    assert (deep.status_code, "not valid JSON" in deep.json()["error"]["message"]) == (400, True)
     assert client.post("/v1/completions", json=[1]).json()["error"]["message"].startswith("the body")
     assert client.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
     assert client.get("/v1/completions").status_code == 405
@@ -353,6 +357,23 @@ def test_a_client_that_does_not_wait_for_its_answer_frees_its_rows(gated):
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/chat/completions", json=LONG, timeout=0.3)
     settle(client, gate, 0, at_most=40)
+
+
+def test_a_client_that_leaves_within_its_request_is_no_error_of_the_servers(client):
+    logged = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    logging.getLogger("uvicorn.error").addHandler(handler)
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 99"]
+    head = "\r\n".join(lines) + "\r\n\r\n{"
+    try:
+        with socket.create_connection(("127.0.0.1", client.base_url.port)) as connection:
+            connection.sendall(head.encode())
+        for _ in range(5):  # each goes through the server's loop after the one that left
+            assert client.get("/health").status_code == 200
+    finally:
+        logging.getLogger("uvicorn.error").removeHandler(handler)
+    assert [record.getMessage() for record in logged] == []
 
 
 def test_a_short_answer_does_not_wait_for_a_long_one(gated):
