@@ -42,7 +42,7 @@ def orthogonalize(x_MRC: Tensor) -> Tensor:
     return x_MRC
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """For the matrices of hidden layers, ``[O, I]``, and for those of experts, ``[E, O, I]``, each on its own.
 
     ``learning_rate`` follows Jordan et al.: the update is scaled by sqrt(max(1, outputs / inputs)), and 0.02 is the
@@ -59,43 +59,40 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(matrices, {"lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum})
+        self.parameters = list(matrices)
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._learning_rate, self._weight_decay, self._momentum = learning_rate, weight_decay, momentum
         self._replicas = replicas
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the matrices by their gradients."""
-        assert closure is None
-        for group in self.param_groups:
-            matrices: list[nn.Parameter] = group["params"]
-            momenta = [self._nesterov(matrix, group["momentum"]) for matrix in matrices]
-            whole = [index for index, matrix in enumerate(matrices) if not isinstance(matrix, DTensor)]
-            updates = dict(
-                zip(whole, _orthogonalize_all([momenta[index] for index in whole], self._replicas), strict=True)
-            )
-            for indices in _by_layout(matrices).values():
-                parts = _orthogonalize_parts([matrices[i] for i in indices], [momenta[i] for i in indices])
-                updates |= dict(zip(indices, parts, strict=True))
-            for index, matrix in enumerate(matrices):
-                scale = math.sqrt(max(1.0, matrix.shape[-2] / matrix.shape[-1]))
-                part = _local(matrix).mul_(1 - group["lr"] * group["weight_decay"])
-                part.add_(updates[index], alpha=-group["lr"] * scale)
+    def step(self, lr_scale: float = 1.0) -> None:
+        """Update the matrices by their gradients, at ``lr_scale`` times the peak learning rate."""
+        matrices, rate = self.parameters, self._learning_rate * lr_scale
+        momenta = [self._nesterov(matrix) for matrix in matrices]
+        whole = [index for index, matrix in enumerate(matrices) if not isinstance(matrix, DTensor)]
+        updates = dict(zip(whole, _orthogonalize_all([momenta[index] for index in whole], self._replicas), strict=True))
+        for indices in _by_layout(matrices).values():
+            parts = _orthogonalize_parts([matrices[i] for i in indices], [momenta[i] for i in indices])
+            updates |= dict(zip(indices, parts, strict=True))
+        for index, matrix in enumerate(matrices):
+            scale = math.sqrt(max(1.0, matrix.shape[-2] / matrix.shape[-1]))
+            part = _local(matrix).mul_(1 - rate * self._weight_decay)
+            part.add_(updates[index], alpha=-rate * scale)
 
     def fresh_state(self, matrix: Tensor) -> dict[str, Tensor]:
         """The state of a matrix before the first step."""
         return {"momentum_buffer": torch.zeros_like(matrix)}
 
-    def _nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
+    def _nesterov(self, matrix: nn.Parameter) -> Tensor:
         """The gradient and the momentum that it has just entered, mixed; of what lies here."""
         gradient = matrix.grad
         assert gradient is not None
         if isinstance(matrix, DTensor) and isinstance(gradient, DTensor):
             gradient = gradient.redistribute(placements=matrix.placements)
-        state = self.state[matrix]
-        if not state:
-            state.update(self.fresh_state(matrix))
-        gradient = _local(gradient)
-        return gradient.lerp(_local(state["momentum_buffer"]).lerp_(gradient, 1 - momentum), momentum)
+        if matrix not in self.state:
+            self.state[matrix] = self.fresh_state(matrix)
+        gradient, buffer = _local(gradient), _local(self.state[matrix]["momentum_buffer"])
+        return gradient.lerp(buffer.lerp_(gradient, 1 - self._momentum), self._momentum)
 
 
 def _orthogonalize_all(matrices: Sequence[Tensor], replicas: dist.ProcessGroup | None) -> list[Tensor]:

@@ -2,16 +2,21 @@
 
 `adamw` (Loshchilov & Hutter 2019) updates everything. `muon` (Jordan et al. 2024) updates the matrices of the
 blocks by their orthogonalised momentum and leaves embeddings, norms, routers and the output layer to AdamW.
+
+Neither is a ``torch.optim.Optimizer``: the first of these that is made imports torch's compiler, which takes a second
+of every stage and worker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from lilpipe.config import OptimizerConfig
 from lilpipe.errors import ConfigError
@@ -47,8 +52,59 @@ def split_parameters(
     return blocks, matrices, rest
 
 
+class _Group(NamedTuple):
+    """Parameters that one kernel updates together."""
+
+    parameters: list[nn.Parameter]
+    weight_decay: float
+
+
+class AdamW:
+    """AdamW of groups of parameters, by torch's kernels."""
+
+    def __init__(self, groups: Sequence[_Group], config: OptimizerConfig) -> None:
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._groups, self._config = groups, config
+        self._fused = self.parameters[0].device.type in FUSED_DEVICES
+
+    @torch.no_grad()
+    def step(self, lr_scale: float = 1.0) -> None:
+        """Update the parameters that have gradients, at ``lr_scale`` times the peak learning rate."""
+        config = self._config
+        for group in self._groups:
+            held = [parameter for parameter in group.parameters if parameter.grad is not None]
+            states = [self.state.setdefault(parameter, {}) for parameter in held]
+            for parameter, state in zip(held, states, strict=True):
+                state.update({} if state else self.fresh_state(parameter))
+            adamw(
+                list(held),
+                [parameter.grad for parameter in held if parameter.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=self._fused or None,
+                amsgrad=False,
+                maximize=False,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                eps=ADAM_EPSILON,
+                lr=config.learning_rate * lr_scale,
+                weight_decay=group.weight_decay,
+            )
+
+    def fresh_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter before the first step."""
+        return {
+            "step": torch.zeros((), device=parameter.device if self._fused else "cpu"),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+
+
 class Optimizer:
-    """One or two torch optimizers that share a schedule and whose state is addressed by parameter name.
+    """Muon and AdamW, or AdamW alone, with one schedule; their state is addressed by parameter name.
 
     ``parts``: the model, or the stages of it that this process holds; names are those of the whole model. Parameters
     may be DTensors. ``replicas``: see ``Muon``.
@@ -64,7 +120,7 @@ class Optimizer:
         parts = [parts] if isinstance(parts, nn.Module) else parts
         self._names = {parameter: name for name, parameter in _named_parameters(parts)}
         blocks, matrices, rest = split_parameters(parts)
-        self._optimizers: list[torch.optim.Optimizer] = []
+        self._rules: list[Muon | AdamW] = []
         if config.kind == "muon" and blocks:
             muon = Muon(
                 blocks,
@@ -72,66 +128,40 @@ class Optimizer:
                 weight_decay=config.weight_decay,
                 replicas=replicas,
             )
-            self._optimizers.append(muon)
+            self._rules.append(muon)
             blocks = []
         groups = [
-            *({"params": group, "weight_decay": config.weight_decay} for group in _by_mesh(blocks + matrices)),
-            *({"params": group, "weight_decay": 0.0} for group in _by_mesh(rest)),
+            *(_Group(group, config.weight_decay) for group in _by_mesh(blocks + matrices)),
+            *(_Group(group, 0.0) for group in _by_mesh(rest)),
         ]
         if groups:
-            self._optimizers.append(
-                torch.optim.AdamW(
-                    groups,
-                    lr=config.learning_rate,
-                    betas=(config.beta1, config.beta2),
-                    eps=ADAM_EPSILON,
-                    fused=groups[0]["params"][0].device.type in FUSED_DEVICES or None,
-                )
-            )
-        if not self._optimizers:
+            self._rules.append(AdamW(groups, config))
+        if not self._rules:
             raise ConfigError("the model has no trainable parameter")
-        self._groups = [(group, group["lr"]) for opt in self._optimizers for group in opt.param_groups]
 
     def step(self, lr_scale: float) -> None:
         """Update the parameters by their gradients, at ``lr_scale`` times the peak learning rates."""
-        for group, peak in self._groups:
-            group["lr"] = peak * lr_scale
-        for optimizer in self._optimizers:
-            optimizer.step()
+        for rule in self._rules:
+            rule.step(lr_scale)
 
     def init_state(self) -> None:
         """Give every parameter the state that it has before the first step, so that a checkpoint can be read into it.
 
-        Without this, torch's optimizers make it in the first step.
+        Without this, the first step makes it.
         """
-        for optimizer, parameter, _ in self._owned():
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter] = _fresh_state(optimizer, parameter)
+        for rule in self._rules:
+            for parameter in rule.parameters:
+                if parameter not in rule.state:
+                    rule.state[parameter] = rule.fresh_state(parameter)
 
     def state(self) -> dict[str, Tensor]:
         """State tensors as ``<parameter name>/<key>``, sharing memory with the optimizer's."""
         return {
-            f"{name}/{key}": value
-            for optimizer, parameter, name in self._owned()
-            for key, value in optimizer.state[parameter].items()
+            f"{self._names[parameter]}/{key}": value
+            for rule in self._rules
+            for parameter in rule.parameters
+            for key, value in rule.state.get(parameter, {}).items()
         }
-
-    def _owned(self) -> Iterator[tuple[torch.optim.Optimizer, nn.Parameter, str]]:
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    yield optimizer, parameter, self._names[parameter]
-
-
-def _fresh_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What the optimizer would make of nothing in its first step."""
-    if isinstance(optimizer, Muon):
-        return optimizer.fresh_state(parameter)
-    return {
-        "step": torch.zeros((), device=parameter.device if optimizer.defaults["fused"] else "cpu"),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-    }
 
 
 def _named_parameters(parts: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
