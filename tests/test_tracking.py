@@ -3,10 +3,13 @@ from typing import Any
 
 import pytest
 
+from lilpipe.events import flatten, read_events
 from lilpipe.pipeline import run_step
 from lilpipe.runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
-from lilpipe.tracking import EXPERIMENT, MLflowTracker, batches, flatten, read_events
+from lilpipe.tracking import MLflowTracker
+from lilpipe.tracking.client import batches
+from lilpipe.tracking.runs import EXPERIMENT
 from tests.flows import toys
 
 
@@ -41,14 +44,14 @@ def first(place, store):
 
 
 def children(tracker) -> dict[str, Any]:
-    found = tracker.client.search_runs(
-        [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.parent_id}'", order_by=["start_time ASC"]
-    )
-    return {run.info.run_name: tracker.client.get_run(run.info.run_id) for run in found}
+    runs = tracker.runs
+    nested = f"tags.`mlflow.parentRunId` = '{runs.parent_id}'"
+    found = runs.client.search_runs([runs.experiment_id], nested, order_by=["start_time ASC"])
+    return {run.info.run_name: runs.client.get_run(run.info.run_id) for run in found}
 
 
 def test_a_pipeline_run_has_a_parent_run_and_a_nested_run_for_each_step(first):
-    parent = first.client.get_run(first.parent_id)
+    parent = first.runs.client.get_run(first.runs.parent_id)
     assert parent.info.run_name == "tiny, seed 0"
     assert parent.info.status == "FINISHED"
     assert list(children(first)) == ["corpus", "pretrain", "sft", "register"]
@@ -65,7 +68,7 @@ def test_settings_are_flattened_into_parameters(first):
 
 def test_metrics_are_kept_by_step_each_step_once(first):
     run = children(first)["sft"]
-    history = first.client.get_metric_history(run.info.run_id, "loss")
+    history = first.runs.client.get_metric_history(run.info.run_id, "loss")
     assert sorted({(point.step, point.value) for point in history}) == [(n, 8.0 / 2**n) for n in range(1, 11)]
     assert len([point for point in history if point.step < 10]) == 9
 
@@ -82,8 +85,8 @@ def test_input_artifacts_are_datasets_with_their_digests(first, store):
 
 def test_manifest_and_report_are_artifacts_of_the_run(first):
     run_id = children(first)["corpus"].info.run_id
-    assert {file.path for file in first.client.list_artifacts(run_id)} == {"manifest.json", "report"}
-    assert [file.path for file in first.client.list_artifacts(run_id, "report")] == ["report/report.html"]
+    assert {file.path for file in first.runs.client.list_artifacts(run_id)} == {"manifest.json", "report"}
+    assert [file.path for file in first.runs.client.list_artifacts(run_id, "report")] == ["report/report.html"]
 
 
 def test_a_checkpoint_is_the_output_of_its_run_and_the_input_of_the_next(first):
@@ -92,48 +95,48 @@ def test_a_checkpoint_is_the_output_of_its_run_and_the_input_of_the_next(first):
     (given,) = runs["sft"].inputs.model_inputs
     (tuned,) = runs["sft"].outputs.model_outputs
     assert given.model_id == pretrained.model_id != tuned.model_id
-    model = first.client.get_logged_model(tuned.model_id)
+    model = first.runs.client.get_logged_model(tuned.model_id)
     assert model.source_run_id == runs["sft"].info.run_id
     assert {metric.key: metric.value for metric in model.metrics or []}["loss"] == 8.0 / 2**10
 
 
 def test_descriptions_lead_from_the_registered_version_to_the_corpus_report(first):
     runs = children(first)
-    page = f"#/experiments/{first.experiment_id}/runs/"
-    (version,) = first.client.search_model_versions("name = 'lilpipe'")
+    page = f"#/experiments/{first.runs.experiment_id}/runs/"
+    (version,) = first.runs.client.search_model_versions("name = 'lilpipe'")
     assert version.run_id == runs["register"].info.run_id
     assert page + version.run_id in version.description
-    assert page + first.parent_id in version.description
+    assert page + first.runs.parent_id in version.description
     for step, upstream in (("register", "sft"), ("sft", "pretrain"), ("pretrain", "corpus")):
         assert f"[{upstream}]({page}{runs[upstream].info.run_id})" in runs[step].data.tags["mlflow.note.content"]
     report = f"{page}{runs['corpus'].info.run_id}/artifacts/report/report.html"
     assert report in runs["corpus"].data.tags["mlflow.note.content"]
-    assert report in first.client.get_run(first.parent_id).data.tags["mlflow.note.content"]
+    assert report in first.runs.client.get_run(first.runs.parent_id).data.tags["mlflow.note.content"]
 
 
 def test_a_cached_step_links_to_the_run_that_made_it_and_registers_no_new_version(first, store):
     again = track(toys.toy_config(), store)
     before, after = children(first), children(again)
-    assert again.parent_id != first.parent_id
+    assert again.runs.parent_id != first.runs.parent_id
     for step, run in after.items():
         assert run.data.tags["cached"] == "true"
         assert before[step].info.run_id in run.data.tags["mlflow.note.content"]
     assert after["sft"].data.metrics["loss"] == before["sft"].data.metrics["loss"]
     assert not after["sft"].outputs.model_outputs
-    assert len(first.client.search_model_versions("name = 'lilpipe'")) == 1
+    assert len(first.runs.client.search_model_versions("name = 'lilpipe'")) == 1
 
 
 def test_the_alias_follows_the_latest_registration_and_the_version_holds_the_files(first, store, place):
     second = track(toys.toy_config(**{"sft.seed": 5}), store)
     third = track(toys.toy_config(), store)
-    champion = first.client.get_model_version_by_alias("lilpipe", "champion")
-    assert len(first.client.search_model_versions("name = 'lilpipe'")) == 2
+    champion = first.runs.client.get_model_version_by_alias("lilpipe", "champion")
+    assert len(first.runs.client.search_model_versions("name = 'lilpipe'")) == 2
     assert champion.run_id == children(first)["register"].info.run_id
     assert children(second)["pretrain"].data.tags["cached"] == "true"
     assert children(third)["register"].data.tags["cached"] == "true"
     files = place / ".lilpipe" / "mlartifacts"
     model_id = children(first)["register"].data.tags["model_id"]
-    location = first.client.get_logged_model(model_id).artifact_location
+    location = first.runs.client.get_logged_model(model_id).artifact_location
     assert (place / location.removeprefix("file://") / "model.txt").read_text().startswith("seed 0")
     assert files.exists()
 
@@ -146,14 +149,14 @@ def test_after_a_failure_the_run_is_reopened_and_the_curve_has_no_gap_and_no_rep
         track(config, store, pipeline_run=name)
     (place / "sft").unlink()
     failed = MLflowTracker(config, pipeline_run=name, store=store)
-    failed.open()
+    failed.runs.open()
     broken = children(failed)["sft"]
     assert broken.info.status == "FAILED"
     assert "injected failure" in broken.data.tags["error"]
     tracker = track(config, store, pipeline_run=name)
     run = children(tracker)["sft"]
     assert (run.info.run_id, run.info.status) == (broken.info.run_id, "FINISHED")
-    history = tracker.client.get_metric_history(run.info.run_id, "loss")
+    history = tracker.runs.client.get_metric_history(run.info.run_id, "loss")
     assert sorted({point.step for point in history}) == list(range(1, 11))
     assert len([point for point in history if point.step < 10]) == 9
 
@@ -165,7 +168,7 @@ def test_a_new_pipeline_run_receives_what_an_earlier_one_recorded_before_it_fail
         track(config, store)
     (place / "sft").unlink()
     tracker = track(config, store)
-    history = tracker.client.get_metric_history(children(tracker)["sft"].info.run_id, "loss")
+    history = tracker.runs.client.get_metric_history(children(tracker)["sft"].info.run_id, "loss")
     assert sorted({point.step for point in history}) == list(range(1, 11))
 
 
@@ -183,12 +186,12 @@ def test_a_tracker_that_cannot_be_reached_costs_no_stage_and_is_made_up_for(firs
     late = track(config, store, steps=["sft"])
     run = children(late)["sft"]
     assert (run.data.tags["cached"], run.data.tags["origin"]) == ("true", "true")
-    assert len(late.client.get_metric_history(run.info.run_id, "loss")) >= 10
+    assert len(late.runs.client.get_metric_history(run.info.run_id, "loss")) >= 10
     assert run.outputs.model_outputs
 
 
 def test_all_is_in_one_experiment_whose_files_lie_beside_the_database(first, place):
-    experiment = first.client.get_experiment_by_name(EXPERIMENT)
+    experiment = first.runs.client.get_experiment_by_name(EXPERIMENT)
     assert experiment.artifact_location == (place / ".lilpipe" / "mlartifacts").as_uri()
     assert not (place / "mlruns").exists()
 
