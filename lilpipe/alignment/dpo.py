@@ -25,18 +25,15 @@ from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.alignment.chunks import run_chunks
-from lilpipe.alignment.pairs import check_pairs, read_pairs
+from lilpipe.alignment.pairs import EXAMPLES_FILE, check_examples, check_pairs, read_examples, read_pairs
 from lilpipe.alignment.preference_data import (
-    EXAMPLES_FILE,
     LeftOut,
     Packer,
     PreferenceRow,
     as_examples,
-    check_examples,
     encode_examples,
     encode_pairs,
-    questions,
-    read_examples,
+    in_rounds,
     with_mismatched,
 )
 from lilpipe.alignment.preference_evaluation import HeldOut, HeldOutScores, check_fall, score_answers
@@ -172,21 +169,21 @@ def _read_paired(config: DPOConfig, directory: Path, tokenizer: Tokenizer, *, ma
         rows,
         HeldOut([row.first for row in measured], [row.second for row in measured], paired=True),
         _join(left_out, held_left_out),
-        questions(train),
+        [text for item in train for text in item.questions],
     )
 
 
 def _read_single(_: DPOConfig, directory: Path, tokenizer: Tokenizer, *, max_len: int) -> _Data:
     train, heldout = read_examples(directory, "train"), read_examples(directory, "heldout")
     check_examples(train, heldout)
-    examples, left_out = encode_examples(tokenizer, train, max_len=max_len)
+    examples, left_out = encode_examples(tokenizer, in_rounds(train), max_len=max_len)
     measured, held_left_out = encode_examples(tokenizer, heldout, max_len=max_len)
     sides = ([encoded for example, encoded in measured if example.desirable is side] for side in (True, False))
     return _Data(
         with_mismatched(examples, max_len=max_len),
         HeldOut(*sides, paired=False),
         _join(left_out, held_left_out),
-        questions(train),
+        [text for item in train for text in item.questions],
     )
 
 

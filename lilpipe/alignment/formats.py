@@ -42,6 +42,8 @@ class Example:
     difficulty: int = 0
     rejected: str | None = None
     edited: str | None = None
+    desirable: bool | None = None
+    """Whether the answer is; None where it is no single answer of a preference set."""
 
     @property
     def question(self) -> str:
@@ -50,8 +52,13 @@ class Example:
 
     @property
     def best_answer(self) -> str:
-        """The best answer in words, if there is any."""
-        return self.edited or self.reference
+        """The best answer in words, if there is any that is worth showing."""
+        return "" if self.desirable is False else self.edited or self.reference
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether it says what is preferred."""
+        return self.rejected is not None or self.desirable is not None
 
     @property
     def is_single_question(self) -> bool:
@@ -96,21 +103,42 @@ def _program(values: Mapping[str, Any], columns: PromptColumns) -> Example:
 
 
 def _preference(values: Mapping[str, Any], columns: PromptColumns) -> Example:
-    prompts, answers = [], []
+    is_single = columns.label in values and columns.chosen not in values
+    return (_single if is_single else _pair)(values, columns)
+
+
+def _single(values: Mapping[str, Any], columns: PromptColumns) -> Example:
+    label = values[columns.label]
+    if label not in (True, False):
+        raise Malformed(f"{columns.label!r} is {label!r}, expected true or false")
+    prompt, (answer,) = _prompt_and_answers(values, [columns.completion], columns)
+    return Example(prompt, answer, desirable=bool(label))
+
+
+def _pair(values: Mapping[str, Any], columns: PromptColumns) -> Example:
     names = [columns.chosen, columns.rejected, *([columns.edited] if values.get(columns.edited) else [])]
+    prompt, answers = _prompt_and_answers(values, names, columns)
+    if len({answer.strip() for answer in answers}) < len(answers):
+        raise Malformed(f"two of {', '.join(names)} are the same")
+    return Example(prompt, answers[0], rejected=answers[1], edited=answers[2] if len(answers) > 2 else None)
+
+
+def _prompt_and_answers(
+    values: Mapping[str, Any], names: list[str], columns: PromptColumns
+) -> tuple[list[Message], list[str]]:
+    """The answers under some names, and what all of them answer."""
+    prompts, answers = [], []
     for name in names:
         prompt, answer = _answer(values, name)
         answers.append(answer)
         prompts.append(prompt)
-    if len({answer.strip() for answer in answers}) < len(answers):
-        raise Malformed(f"two of {', '.join(names)} are the same")
     if any(prompt != prompts[0] for prompt in prompts):
         raise Malformed(f"{', '.join(names)} answer different conversations")
     stated = columns.prompt in values or columns.instruction in values
     prompt = _prompt(values, columns) if stated or not prompts[0] else prompts[0]
     if stated and prompts[0] and prompts[0] != prompt:
-        raise Malformed(f"{columns.prompt!r} differs from the conversation in {columns.chosen!r}")
-    return Example(prompt, answers[0], rejected=answers[1], edited=answers[2] if len(answers) > 2 else None)
+        raise Malformed(f"{columns.prompt!r} differs from the conversation in {names[0]!r}")
+    return prompt, answers
 
 
 _KINDS: dict[str, Callable[[Mapping[str, Any], PromptColumns], Example]] = {

@@ -1,4 +1,4 @@
-"""Preferences as a table: a prompt with a chosen and a rejected answer, and maybe one that a person has edited."""
+"""Preferences as tables: pairs of answers to a prompt, and single answers that are desirable or not."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lilpipe.tokenizer.chat_template import Message
 
 PairSplit = Literal["train", "heldout"]
 PAIRS_FILE = "pairs.arrow"
+EXAMPLES_FILE = "examples.arrow"
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -25,6 +26,15 @@ PAIR_SCHEMA = pa.schema(
         ("chosen", pa.string()),
         ("rejected", pa.string()),
         ("edited", pa.string()),
+    ]
+)
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("split", pa.string()),
+        ("prompt", pa.list_(MESSAGE_TYPE)),
+        ("answer", pa.string()),
+        ("desirable", pa.bool_()),
     ]
 )
 
@@ -49,11 +59,36 @@ class Pair:
     @property
     def questions(self) -> list[str]:
         """What the user says in the prompt."""
-        return [turn["content"] for turn in self.prompt if turn["role"] == "user"]
+        return _questions(self.prompt)
+
+
+@dataclass(frozen=True)
+class JudgedExample:
+    """One answer to a prompt, desirable or not."""
+
+    prompt_id: str
+    split: str
+    prompt: list[Message]
+    answer: str
+    desirable: bool
+
+    @property
+    def questions(self) -> list[str]:
+        """What the user says in the prompt."""
+        return _questions(self.prompt)
+
+
+def _questions(prompt: Sequence[Message]) -> list[str]:
+    return [turn["content"] for turn in prompt if turn["role"] == "user"]
 
 
 def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
     """The pairs of one split of a Preferences or Prompts artifact, in their order."""
+    if not (directory / PAIRS_FILE).exists() and (directory / EXAMPLES_FILE).exists():
+        raise DataError(
+            f"{directory}: holds single answers ({EXAMPLES_FILE}) and no pairs; only dpo.loss = 'kto' learns from "
+            "them: take it, or make pairs (preferences.unpaired = false)"
+        )
     return [Pair(**row) for row in read_table(directory / PAIRS_FILE) if row["split"] == split]
 
 
@@ -70,4 +105,27 @@ def check_pairs(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
         raise DataError(
             f"{len(shared)} of {len(heldout)} held-out pairs have a prompt that is trained on, expected none; the "
             f"first is {shared[0].prompt_id}. Split the preferences by prompt: accuracy on them would mean nothing"
+        )
+
+
+def read_examples(directory: Path, split: PairSplit) -> list[JudgedExample]:
+    """The single answers of one split of a Preferences or Prompts artifact, in their order."""
+    return [JudgedExample(**row) for row in read_table(directory / EXAMPLES_FILE) if row["split"] == split]
+
+
+def check_examples(train: Sequence[JudgedExample], heldout: Sequence[JudgedExample]) -> None:
+    """Raise ``DataError`` for answers that are called both, and for prompts that are both learnt from and held out."""
+    verdicts: dict[tuple[str, str], set[bool]] = {}
+    for example in (*train, *heldout):
+        verdicts.setdefault((str(example.prompt), example.answer.strip()), set()).add(example.desirable)
+    if found := [answer for (_, answer), values in verdicts.items() if len(values) > 1]:
+        raise DataError(
+            f"{len(found)} of {len(verdicts)} answers are both desirable and undesirable, expected none; the first is "
+            f"{found[0]!r}. Decide for one where they are made"
+        )
+    learnt = {str(example.prompt) for example in train}
+    if shared := [example for example in heldout if str(example.prompt) in learnt]:
+        raise DataError(
+            f"{len(shared)} of {len(heldout)} held-out answers have a prompt that is trained on, expected none; the "
+            f"first is {shared[0].prompt_id}. Split the answers by prompt: what is measured on them would mean nothing"
         )

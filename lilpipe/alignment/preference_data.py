@@ -1,4 +1,4 @@
-"""Preferences as tokens, the gates that they pass, and how answers lie in a batch.
+"""Preferences as tokens, and how answers lie in a batch.
 
 All losses of the family take rows of two prompted answers: a pair's chosen and rejected one or, for ``kto``, an answer
 and the answer to another prompt by which the KL divergence is estimated.
@@ -8,19 +8,16 @@ Dimensions: S answers, A tokens of the longest answer, B rows of a batch, T toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lilpipe.alignment.pairs import Pair, PairSplit
-from lilpipe.alignment.prompts import MESSAGE_TYPE
-from lilpipe.alignment.tables import read_table
+from lilpipe.alignment.pairs import JudgedExample, Pair
 from lilpipe.errors import DataError
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.tokenizer.chat_template import Message, render
@@ -29,16 +26,6 @@ from lilpipe.tokens.packing import best_fit
 from lilpipe.training.finetune import TokenBatch
 from lilpipe.training.supervised import Row, collate
 
-EXAMPLES_FILE = "examples.arrow"
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("split", pa.string()),
-        ("prompt", pa.list_(MESSAGE_TYPE)),
-        ("answer", pa.string()),
-        ("desirable", pa.bool_()),
-    ]
-)
 ROW_TOKENS = 128
 """Short answers are packed into rows of at least so many tokens. In batches of 16 pairs of 16 to 70 tokens that took
 0.76 of the CPU time of padded rows, and rows as long as the longest sequence 0.99. Answers that share one copy of their
@@ -47,17 +34,6 @@ prompt, under a mask of its own, took 0.66; with sequences of 40 to 330 tokens b
 
 LeftOut = dict[str, list[str]]
 """Reason to the prompts of what is not used."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """One answer to a prompt, desirable or not."""
-
-    prompt_id: str
-    split: str
-    prompt: list[Message]
-    answer: str
-    desirable: bool
 
 
 @dataclass(frozen=True)
@@ -88,41 +64,24 @@ class PreferenceRow:
     """Whether the first is to become likelier."""
 
 
-# --- reading and gates --------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_examples(directory: Path, split: PairSplit) -> list[Example]:
-    """The single answers of one split of a Preferences artifact, in their order."""
-    return [Example(**row) for row in read_table(directory / EXAMPLES_FILE) if row["split"] == split]
-
-
-def as_examples(pairs: Sequence[Pair]) -> list[Example]:
+def as_examples(pairs: Sequence[Pair]) -> list[JudgedExample]:
     """A desirable and an undesirable answer of each pair; all chosen ones first: neighbours differ in prompt."""
-    chosen = [Example(pair.prompt_id, pair.split, pair.prompt, pair.chosen, True) for pair in pairs]
-    return chosen + [Example(pair.prompt_id, pair.split, pair.prompt, pair.rejected, False) for pair in pairs]
+    chosen = [JudgedExample(pair.prompt_id, pair.split, pair.prompt, pair.chosen, True) for pair in pairs]
+    return chosen + [JudgedExample(pair.prompt_id, pair.split, pair.prompt, pair.rejected, False) for pair in pairs]
 
 
-def check_examples(train: Sequence[Example], heldout: Sequence[Example]) -> None:
-    """Raise ``DataError`` for answers that are called both, and for prompts that are both learnt from and held out."""
-    verdicts: dict[tuple[str, str], set[bool]] = {}
-    for example in (*train, *heldout):
-        verdicts.setdefault((str(example.prompt), example.answer.strip()), set()).add(example.desirable)
-    if found := [answer for (_, answer), values in verdicts.items() if len(values) > 1]:
-        raise DataError(
-            f"{len(found)} of {len(verdicts)} answers are both desirable and undesirable, expected none; the first is "
-            f"{found[0]!r}. Decide for one where they are made"
-        )
-    learnt = {str(example.prompt) for example in train}
-    if shared := [example for example in heldout if str(example.prompt) in learnt]:
-        raise DataError(
-            f"{len(shared)} of {len(heldout)} held-out answers have a prompt that is trained on, expected none; the "
-            f"first is {shared[0].prompt_id}. Split the answers by prompt: what is measured on them would mean nothing"
-        )
-
-
-def questions(items: Iterable[Pair | Example]) -> list[str]:
-    """What users ask in the prompts."""
-    return [turn["content"] for item in items for turn in item.prompt if turn["role"] == "user"]
+def in_rounds(examples: Sequence[JudgedExample]) -> list[JudgedExample]:
+    """The first answer to each prompt, then the second, and so on: neighbours differ in prompt where they can."""
+    rounds: Counter[str] = Counter()
+    ranked = []
+    for example in examples:
+        prompt = str(example.prompt)
+        ranked.append((rounds[prompt], example))
+        rounds[prompt] += 1
+    return [example for _, example in sorted(ranked, key=lambda item: item[0])]
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -148,10 +107,10 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], *, max_len: int) -
 
 
 def encode_examples(
-    tokenizer: Tokenizer, examples: Sequence[Example], *, max_len: int
-) -> tuple[list[tuple[Example, PromptedAnswer]], LeftOut]:
+    tokenizer: Tokenizer, examples: Sequence[JudgedExample], *, max_len: int
+) -> tuple[list[tuple[JudgedExample, PromptedAnswer]], LeftOut]:
     """Single answers with their tokens, and what was left out."""
-    kept: list[tuple[Example, PromptedAnswer]] = []
+    kept: list[tuple[JudgedExample, PromptedAnswer]] = []
     left_out: LeftOut = {}
     for example in examples:
         encoded = encode_answer(tokenizer, example.prompt, example.answer)
@@ -162,7 +121,7 @@ def encode_examples(
     return kept, left_out
 
 
-def with_mismatched(examples: Sequence[tuple[Example, PromptedAnswer]], *, max_len: int) -> list[PreferenceRow]:
+def with_mismatched(examples: Sequence[tuple[JudgedExample, PromptedAnswer]], *, max_len: int) -> list[PreferenceRow]:
     """Single answers as rows, each with the nearest answer before it that belongs to another prompt and fits.
 
     So almost every answer is once an answer and once a mismatched one, as Ethayarajh et al. 2024 and TRL have it.

@@ -3,7 +3,8 @@
 Answers are sampled from the model that DPO will start from, so that pairs show what it does. ``brevity`` pairs two
 answers to one prompt that a verifier judges alike, and prefers the one with fewer words: what differs is style, which
 likelihood on correct answers does not teach. ``reward`` pairs the best answer with the worst, by whatever rewards the
-section names, and ``correctness`` a right one with a wrong one. ``data`` takes pairs that people made.
+section names, and ``correctness`` a right one with a wrong one. ``data`` takes pairs that people made. ``unpaired``
+judges each answer by itself instead (``examples.arrow``), as KTO learns from it (Ethayarajh et al. 2024).
 """
 
 from __future__ import annotations
@@ -13,7 +14,19 @@ from typing import Any
 
 from lilpipe import distributed, report
 from lilpipe.alignment.chunks import Row
-from lilpipe.alignment.pairs import PAIR_SCHEMA, PAIRS_FILE, Pair, check_pairs, read_pairs
+from lilpipe.alignment.pairs import (
+    EXAMPLE_SCHEMA,
+    EXAMPLES_FILE,
+    PAIR_SCHEMA,
+    PAIRS_FILE,
+    JudgedExample,
+    Pair,
+    PairSplit,
+    check_examples,
+    check_pairs,
+    read_examples,
+    read_pairs,
+)
 from lilpipe.alignment.prompts import Prompt, assert_not_held_out, read_prompts
 from lilpipe.alignment.rewards import external
 from lilpipe.alignment.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
@@ -22,6 +35,7 @@ from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config import PreferencesConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.chat_template import Message
 
 __all__ = ["PAIR_SCHEMA", "STAGE", "Pair", "brevity_pairs", "read_pairs", "run"]
 
@@ -120,7 +134,7 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
     source = inputs["prompts"]
     assert isinstance(source, Artifact)
     if config.rule == "data":
-        return _from_data(source, workspace)
+        return (_examples_of_data if config.unpaired else _from_data)(source, workspace)
     model = inputs.get("model")
     if not isinstance(model, Artifact):
         raise ConfigError(
@@ -140,7 +154,15 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
         rewards=rewards,
         workspace=workspace,
     )
+    if distributed.is_main():
+        write_table(workspace.output / "samples.arrow", rows, scored_schema(rewards))
     groups = by_prompt(rows)
+    if config.unpaired:
+        return _write_examples(
+            judged_examples(groups[: len(train)], train, config, split="train"),
+            judged_examples(groups[len(train) :], heldout, config, split="heldout"),
+            workspace,
+        ) | reward_metrics(groups, rewards)
     rule = RULES[config.rule]
     pairs: dict[str, list[tuple[Row, Row]]] = {
         split: [pair for group in part for pair in rule(group, config)]
@@ -153,7 +175,6 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
         )
     metrics = _metrics(rows, pairs, num_train=len(train), num_heldout=len(heldout)) | reward_metrics(groups, rewards)
     if distributed.is_main():
-        write_table(workspace.output / "samples.arrow", rows, scored_schema(rewards))
         table = [_row(split, *pair) for split, part in pairs.items() for pair in part]
         write_table(workspace.output / PAIRS_FILE, table, PAIR_SCHEMA)
         write_atomically(workspace.report / "report.html", _report(pairs["train"], metrics))
@@ -169,7 +190,10 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
         )
     train, heldout = read_pairs(source.path, "train"), read_pairs(source.path, "heldout")
     if not train:
-        raise DataError(f"preferences: {source.uri} holds no pairs of the train split; raise the share of training")
+        raise DataError(
+            f"preferences: {source.uri} holds no pairs of the train split; raise the share of training, or take "
+            "preferences.unpaired where the set holds single answers"
+        )
     check_pairs(train, heldout)
     assert_not_held_out((text for pair in train for text in pair.questions), source.path)
     metrics: Metrics = {
@@ -190,6 +214,76 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
     return metrics
 
 
+# --- single answers -----------------------------------------------------------------------------------------------
+
+
+def judged_examples(
+    groups: Sequence[Sequence[Row]], prompts: Sequence[Prompt], config: PreferencesConfig, *, split: PairSplit
+) -> list[JudgedExample]:
+    """Every distinct answer that ended, desirable or not, of the groups of answers to each prompt.
+
+    Where correctness decides, prompts that no verifier can judge are left out: all their answers would be wrong.
+    """
+    return [
+        JudgedExample(
+            prompt.id,
+            split,
+            [_user(prompt.question)],
+            row["response"],
+            row["correct"] if config.threshold is None else row["reward"] >= config.threshold,
+        )
+        for prompt, group in zip(prompts, groups, strict=True)
+        if config.rule == "reward" or prompt.verifier != "none"
+        for row in _distinct(group)
+    ]
+
+
+def _examples_of_data(source: Artifact, workspace: Workspace) -> Metrics:
+    """The single answers that people judged."""
+    if not (source.path / EXAMPLES_FILE).exists():
+        raise DataError(
+            f"preferences.unpaired: rule 'data' reads {EXAMPLES_FILE} of the input `prompts`, which has none "
+            f"({source.uri}); make the prompts from a preference set whose rows have a `label`, or leave unpaired out "
+            "(`kto` makes two answers of a pair)"
+        )
+    train = read_examples(source.path, "train")
+    assert_not_held_out((text for example in train for text in example.questions), source.path)
+    return _write_examples(train, read_examples(source.path, "heldout"), workspace)
+
+
+def _write_examples(train: Sequence[JudgedExample], heldout: Sequence[JudgedExample], workspace: Workspace) -> Metrics:
+    """Write single answers that are fit for training. Raises ``DataError`` where they are not."""
+    check_examples(train, heldout)
+    num_desirable = sum(example.desirable for example in train)
+    if num_desirable in (0, len(train)):
+        raise DataError(
+            f"preferences: {num_desirable} of {len(train)} answers are desirable, expected some of each kind; sample "
+            "more (preferences.samples_per_prompt), set another preferences.threshold, or take another rule"
+        )
+    metrics: Metrics = {
+        "single_answers": len(train),
+        "heldout_single_answers": len(heldout),
+        "desirable_share": num_desirable / len(train),
+        "prompts_with_answer": len({str(example.prompt) for example in train}),
+    }
+    if distributed.is_main():
+        write_table(workspace.output / EXAMPLES_FILE, [vars(item) for item in (*train, *heldout)], EXAMPLE_SCHEMA)
+        shown: list[dict[str, report.Cell]] = [
+            {"question": item.prompt[-1]["content"], "answer": item.answer, "desirable": str(item.desirable)}
+            for item in train[:30]
+        ]
+        page = report.page("Preferences", {"The first answers": report.table(shown)}, key_figures=dict(metrics))
+        write_atomically(workspace.report / "report.html", page)
+    return metrics
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def _user(question: str) -> Message:
+    return {"role": "user", "content": question}
+
+
 def _take(prompts: list[Prompt], count: int, name: str, split: str) -> list[Prompt]:
     if count > len(prompts):
         raise ConfigError(
@@ -203,7 +297,7 @@ def _row(split: str, chosen: Row, rejected: Row) -> Row:
     return {
         "prompt_id": chosen["prompt_id"],
         "split": split,
-        "prompt": [{"role": "user", "content": chosen["question"]}],
+        "prompt": [_user(chosen["question"])],
         "chosen": chosen["response"],
         "rejected": rejected["response"],
         "edited": None,

@@ -5,7 +5,7 @@ answer for supervised fine-tuning (``demonstrations.arrow``), and questions for 
 (``prompts.arrow``, with splits train, dev and test). Which of the five a task may enter is decided by a hash of its
 family and canonical arguments alone: it depends neither on the seed nor on the counts, so that no test question can
 have been seen by any model of this pipeline. Data sets (`lilpipe.alignment.sources`) are split by the hash of the
-question; they may add preferences (``pairs.arrow``), and what could not be read of them stands in
+question; they may add preferences (``pairs.arrow``, ``examples.arrow``), and what could not be read of them stands in
 ``quarantine.jsonl``.
 
 The written answer of a generated task is ``Answer: X`` after zero or more sentences of courtesy. The courtesy is noise
@@ -39,7 +39,7 @@ from lilpipe.alignment.examples import (
     write_conversations,
 )
 from lilpipe.alignment.families import FAMILIES, Difficulty, Task
-from lilpipe.alignment.pairs import PAIR_SCHEMA, PAIRS_FILE
+from lilpipe.alignment.pairs import EXAMPLE_SCHEMA, EXAMPLES_FILE, PAIR_SCHEMA, PAIRS_FILE
 from lilpipe.alignment.prompts_report import build_report
 from lilpipe.alignment.sources import Gathered, external, gather
 from lilpipe.alignment.tables import write_table
@@ -258,6 +258,8 @@ def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
     """What only sources give: pairs, and the rows that were left out."""
     write_table(workspace.output / PAIRS_FILE, [vars(pair) for pair in gathered.pairs], PAIR_SCHEMA)
+    if gathered.examples:
+        write_table(workspace.output / EXAMPLES_FILE, [vars(item) for item in gathered.examples], EXAMPLE_SCHEMA)
     lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
     for entry in gathered.quarantine[:MAX_TOLD]:
@@ -266,6 +268,7 @@ def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
         workspace.log(f"{gathered.num_repeated} rows ask what another row asked: one prompt is kept of each")
     return {
         "pairs": len(gathered.pairs),
+        **({"single_answers": len(gathered.examples)} if gathered.examples else {}),
         "quarantined": len(gathered.quarantine),
         "repeated": gathered.num_repeated,
     }

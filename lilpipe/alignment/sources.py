@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from lilpipe.alignment.answers import as_text
 from lilpipe.alignment.examples import Conversation, Prompt, normalise_question
 from lilpipe.alignment.formats import Example, Malformed, parse
-from lilpipe.alignment.pairs import Pair
+from lilpipe.alignment.pairs import JudgedExample, Pair, PairSplit
 from lilpipe.artifact import digest_json
 from lilpipe.config import PromptsConfig, PromptSource, Source
 from lilpipe.data.sources import huggingface
@@ -39,6 +39,7 @@ class Gathered:
     documents: list[dict[str, str]] = field(default_factory=list)
     demonstrations: list[Conversation] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    examples: list[JudgedExample] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     """Rows that were left out, with source, file, row, error and excerpt."""
     learnt_questions: dict[str, list[str]] = field(default_factory=dict)
@@ -56,7 +57,7 @@ class Gathered:
         question = normalise_question(example.question)
         identity = f"{split}/{name}/{len(self.prompts[split]):06d}"
         if not example.is_single_question:
-            return f"conversation/{name}/{len(self.pairs):06d}"
+            return f"conversation/{name}/{len(self.pairs) + len(self.examples):06d}"
         if (known := self._ids.setdefault((split, question), identity)) != identity:
             self.num_repeated += 1
             return known
@@ -72,6 +73,15 @@ class Gathered:
             )
         )
         return identity
+
+    def prefer(self, example: Example, identity: str, side: PairSplit) -> None:
+        """Add what the example says is preferred, if it does."""
+        if example.rejected is not None:
+            pair = Pair(identity, side, example.prompt, example.reference, example.rejected, example.edited)
+            self.pairs.append(pair)
+        if example.desirable is not None:
+            judged = JudgedExample(identity, side, example.prompt, example.reference, example.desirable)
+            self.examples.append(judged)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -212,8 +222,8 @@ def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_te
         gathered.set_aside(source, file, number, str(error), excerpt)
         return False
     split = "test" if official_test else split_of_question(example.question, source)
-    is_heldout_pair = split == "dev" and example.rejected is not None
-    if split in ("dev", "test") and not example.is_single_question and not is_heldout_pair:
+    is_heldout = split == "dev" and example.is_preference
+    if split in ("dev", "test") and not example.is_single_question and not is_heldout:
         reason = f"is a conversation whose first question falls to {split!r}, where questions stand by themselves"
         gathered.set_aside(source, file, number, reason, example.question[:EXCERPT_CHARS])
         return True
@@ -223,8 +233,8 @@ def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_te
 
 def _place(example: Example, split: str, name: str, gathered: Gathered) -> None:
     if split in ("documents", "demonstrations") and not example.best_answer:
-        split = "train"  # tests alone show nothing
-    if split == "train" and not example.is_single_question and example.rejected is None:
+        split = "train"  # tests alone, or a bad answer, show nothing
+    if split == "train" and not example.is_single_question and not example.is_preference:
         split = "demonstrations"  # a conversation can be shown, but not asked
     if split not in ("dev", "test"):
         questions = [turn["content"] for turn in example.prompt if turn["role"] == "user"]
@@ -238,7 +248,5 @@ def _place(example: Example, split: str, name: str, gathered: Gathered) -> None:
         gathered.demonstrations.append(Conversation(identity, identity, name, [*example.prompt, answer]))
     else:
         identity = gathered.ask(example, split, name)
-        if example.rejected is not None and split != "test":
-            side = "train" if split == "train" else "heldout"
-            pair = Pair(identity, side, example.prompt, example.reference, example.rejected, example.edited)
-            gathered.pairs.append(pair)
+        if split != "test":
+            gathered.prefer(example, identity, "train" if split == "train" else "heldout")

@@ -46,12 +46,18 @@ class RejectionSamplingConfig(SamplingSection):
 
 
 class PreferencesConfig(SamplingSection):
-    """Pairs of answers, one preferred to the other by a stated rule."""
+    """Pairs of answers, one preferred to the other by a stated rule; or single answers, desirable or not."""
 
     rule: Literal["brevity", "reward", "correctness", "data"] = "brevity"
     """`brevity`: of two answers with the same verdict of the verifier, the one with fewer words. `reward`: the best
     answer against the worst by `rewards`. `correctness`: one that the verifier accepts against one that it does not.
     `data`: the pairs that the input `prompts` holds, made from a preference set; nothing is sampled."""
+    unpaired: bool = False
+    """Single answers, each desirable or not, instead of pairs: what `kto` learns from, where most prompts have answers
+    of one kind alone. Every answer that ended is taken: right or wrong (`correctness`), of a reward that reaches
+    `threshold` or not (`reward`), or as its row says (`data`)."""
+    threshold: float | None = None
+    """Least reward of a desirable answer (`reward`, `unpaired`)."""
     rewards: RewardConfigs = ANSWER_REWARD
     """What an answer is worth; a weighted sum, each part of it logged apart."""
     min_margin: NonNegativeFloat = 0.0
@@ -70,3 +76,17 @@ class PreferencesConfig(SamplingSection):
     """Fewest words by which the answers of a pair differ (`brevity`)."""
     only_correct: bool = True
     """Pair correct answers alone; else, after them, also answers that are wrong or malformed alike (`brevity`)."""
+
+    @model_validator(mode="after")
+    def _each_answer_has_a_verdict(self) -> PreferencesConfig:
+        if self.unpaired and self.rule == "brevity":
+            raise ValueError(
+                "unpaired: rule 'brevity' compares two answers and says nothing of one; take 'correctness', 'reward' "
+                "or 'data'"
+            )
+        if (self.threshold is not None) != (self.unpaired and self.rule == "reward"):
+            raise ValueError(
+                f"threshold: got {self.threshold} with rule {self.rule!r} and unpaired {self.unpaired}; it is the "
+                "least reward of a desirable answer, for rule 'reward' with unpaired, and needed there"
+            )
+        return self

@@ -26,7 +26,8 @@ class PromptColumns(Section):
     - `instructions`: `messages`; or `instruction`, maybe `input`, `output`; or `prompt`, `response`.
     - `programs`: `prompt`, `tests` and maybe `response`.
     - `preferences`: `chosen`, `rejected` and maybe `edited`, to `prompt` or `instruction` with maybe `input`. Answers
-      and prompt may be lists of messages, and the prompt may stand in the answers' messages alone.
+      and prompt may be lists of messages, and the prompt may stand in the answers' messages alone. Or `completion`
+      and `label`: one answer, and whether it is desirable (TRL's unpaired preferences).
     """
 
     question: str = "question"
@@ -41,20 +42,22 @@ class PromptColumns(Section):
     chosen: str = "chosen"
     rejected: str = "rejected"
     edited: str = "edited"
+    completion: str = "completion"
+    label: str = "label"
 
 
 class PromptSource(Section):
     """A data set of questions with answers, from files or from the Hugging Face hub.
 
     What becomes of a row is decided by the hash of its question, the same for every source: first the share for `test`,
-    then `dev`, documents, demonstrations; the rest are `train` prompts. Rows of `preferences` give pairs too: those of
-    `train` to learn from, those of `dev` held out.
+    then `dev`, documents, demonstrations; the rest are `train` prompts. Rows of `preferences` give pairs or single
+    answers too: those of `train` to learn from, those of `dev` held out.
     """
 
     kind: Literal["gsm8k", "instructions", "programs", "preferences"]
     """`gsm8k`: grade school mathematics (Cobbe et al. 2021), whose answers end in `#### N`. `instructions`: an answer
     for each instruction, or conversations. `programs`: tests in Python for each instruction. `preferences`: a chosen
-    and a rejected answer, maybe one that is better than both."""
+    and a rejected answer, maybe one that is better than both; or one answer that is desirable or not."""
     name: str
     """The name that its prompts carry in ids, and their family."""
     path: str | None = None

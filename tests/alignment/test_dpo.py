@@ -6,14 +6,13 @@ import torch.nn.functional as F
 
 from lilpipe.alignment import dpo
 from lilpipe.alignment.dpo import run
-from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
+from lilpipe.alignment.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, JudgedExample, Pair
 from lilpipe.alignment.preference_data import (
-    EXAMPLE_SCHEMA,
-    Example,
     Packer,
     as_examples,
     encode_examples,
     encode_pairs,
+    in_rounds,
     with_mismatched,
 )
 from lilpipe.alignment.preference_evaluation import score_answers
@@ -77,9 +76,11 @@ def preferences(make_preferences):
 def answers(tmp_path_factory):
     """Single answers, with no rejected one for most prompts."""
     directory = tmp_path_factory.mktemp("answers")
-    train = [Example(f"{i}", "train", question(f"Copy {i}."), f"Answer: {i}", True) for i in range(8)]
-    train += [Example(f"{i}", "train", question(f"Copy {i}."), f"Sure. Answer: {i}", False) for i in range(10, 14)]
-    heldout = [Example(f"h{i}", "heldout", question(f"Copy {i}."), f"Answer: {i}", i < 24) for i in range(20, 26)]
+    train = [JudgedExample(f"{i}", "train", question(f"Copy {i}."), f"Answer: {i}", True) for i in range(8)]
+    train += [
+        JudgedExample(f"{i}", "train", question(f"Copy {i}."), f"Sure. Answer: {i}", False) for i in range(10, 14)
+    ]
+    heldout = [JudgedExample(f"h{i}", "heldout", question(f"Copy {i}."), f"Answer: {i}", i < 24) for i in range(20, 26)]
     write_table(directory / "examples.arrow", [vars(item) for item in train + heldout], EXAMPLE_SCHEMA)
     return as_artifact(directory, kind="Preferences")
 
@@ -196,6 +197,25 @@ def test_mismatched_answers_are_those_of_other_prompts_each_used_once(tokenizer)
     owners = {tuple(row.first.answer): row.first.prompt for row in rows}
     assert all(owners[tuple(row.second.answer)] != row.first.prompt for row in rows)
     assert {tuple(row.second.answer) for row in rows} == {tuple(row.first.answer) for row in rows}
+
+
+def test_answers_to_one_prompt_in_a_row_are_mismatched_with_different_ones(tokenizer):
+    listed = [
+        JudgedExample(f"{i}", "train", question(f"Copy {i}."), f"Answer {k}: {i}", k == 0)
+        for i in range(3)
+        for k in (0, 1)
+    ]
+    assert [(item.prompt_id, item.answer[7]) for item in in_rounds(listed)] == [
+        ("0", "0"),
+        ("1", "0"),
+        ("2", "0"),
+        ("0", "1"),
+        ("1", "1"),
+        ("2", "1"),
+    ]
+    rows = answer_rows(tokenizer, in_rounds(listed))
+    assert len({tuple(row.second.answer) for row in rows}) == len(rows)
+    assert len({tuple(row.second.answer) for row in answer_rows(tokenizer, listed)}) < len(rows)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -327,14 +347,16 @@ def test_prompts_of_both_splits_are_refused(train, make_preferences):
 
 
 def test_an_answer_that_is_both_desirable_and_undesirable_is_refused(tmp_path, train):
-    examples = [Example("1", "train", question("Copy 1."), "Answer: 1", verdict) for verdict in (True, False)]
+    examples = [JudgedExample("1", "train", question("Copy 1."), "Answer: 1", verdict) for verdict in (True, False)]
     write_table(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
     with pytest.raises(DataError, match="1 of 1 answers are both desirable and undesirable"):
         train(as_artifact(tmp_path, kind="Preferences"), loss="kto")
 
 
 def test_a_prompt_of_both_splits_is_refused_among_single_answers(tmp_path, train):
-    examples = [Example(split, split, question("Copy 1."), f"Answer: {split}", True) for split in ("train", "heldout")]
+    examples = [
+        JudgedExample(split, split, question("Copy 1."), f"Answer: {split}", True) for split in ("train", "heldout")
+    ]
     write_table(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
     with pytest.raises(DataError, match="1 of 1 held-out answers have a prompt that is trained on"):
         train(as_artifact(tmp_path, kind="Preferences"), loss="kto")
@@ -355,7 +377,7 @@ def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_c
 
 
 def test_answers_to_a_single_prompt_are_refused_by_kto(tokenizer):
-    examples = [Example("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
+    examples = [JudgedExample("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
     with pytest.raises(DataError, match="no answer to another prompt fits behind prompt 1"):
         answer_rows(tokenizer, examples)
 

@@ -95,6 +95,21 @@ def test_preferences_are_read_in_each_form(values):
     assert parse("preferences", values, COLUMNS) == Example([user("Tree?")], "Oak.", rejected="Oak, idiot.")
 
 
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "Tree?", "completion": "Oak."},
+        {"prompt": [user("Tree?")], "completion": [assistant("Oak.")]},
+        {"completion": [user("Tree?"), assistant("Oak.")]},
+    ],
+)
+def test_trls_unpaired_preferences_are_single_answers_with_a_verdict(values, label):
+    example = parse("preferences", values | {"label": label}, COLUMNS)
+    assert example == Example([user("Tree?")], "Oak.", desirable=label)
+    assert example.best_answer == ("Oak." if label else "")
+
+
 def test_an_edited_answer_is_the_best():
     values = {"prompt": "Tree?", "chosen": "Oak.", "rejected": "No.", "edited": "An oak."}
     example = parse("preferences", values, COLUMNS)
@@ -126,6 +141,8 @@ def test_columns_may_have_other_names():
         ("instructions", {"messages": [assistant("a")]}, "'messages' has no turn of the user"),
         ("programs", {"prompt": "Double it."}, "has no 'tests'"),
         ("preferences", {"prompt": "a", "chosen": "b"}, "has no 'rejected'"),
+        ("preferences", {"prompt": "a", "label": True}, "has no 'completion'"),
+        ("preferences", {"prompt": "a", "completion": "b", "label": "yes"}, "'label' is 'yes', expected true or false"),
         ("preferences", {"prompt": "a", "chosen": "b", "rejected": "b "}, "two of chosen, rejected are the same"),
         ("preferences", {"prompt": "a", "chosen": "b", "rejected": "c", "edited": "b"}, "chosen, rejected, edited are"),
         (

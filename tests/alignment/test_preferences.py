@@ -1,14 +1,22 @@
 import pytest
 
-from lilpipe.alignment import completions
-from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
-from lilpipe.alignment.preferences import brevity_pairs, correctness_pairs, read_pairs, reward_pairs, run
-from lilpipe.alignment.prompts import read_prompts
+from lilpipe.alignment import completions, dpo
+from lilpipe.alignment.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, JudgedExample, Pair, read_examples
+from lilpipe.alignment.preferences import (
+    brevity_pairs,
+    correctness_pairs,
+    judged_examples,
+    read_pairs,
+    reward_pairs,
+    run,
+)
+from lilpipe.alignment.prompts import Prompt, read_prompts
 from lilpipe.alignment.tables import write_table
-from lilpipe.config import PreferencesConfig, RewardConfig, SamplingConfig
+from lilpipe.config import DPOConfig, OptimizerConfig, PreferencesConfig, RewardConfig, SamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import Sample
 from lilpipe.stage import Workspace
+from lilpipe.tokenizer.chat_template import Message
 from tests.alignment.conftest import as_artifact
 
 CONFIG = PreferencesConfig(
@@ -224,3 +232,124 @@ def test_held_out_questions_in_the_pairs_are_refused(tmp_path, preference_set, p
     planted = Pair("x", "train", [{"role": "user", "content": question}], "a", "b")
     with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
         run(DATA, preference_set(given(1), planted), Workspace(tmp_path))
+
+
+# --- single answers -----------------------------------------------------------------------------------------------
+
+
+def unpaired(**settings):
+    return PreferencesConfig(**CONFIG.model_dump() | {"unpaired": True, "rule": "correctness"} | settings)
+
+
+@pytest.fixture
+def half_right(monkeypatch, prompts, tokenizer):
+    """A sampler of four answers: right, right again in the same words, wrong, and cut off."""
+    everything = [prompt for split in ("train", "dev") for prompt in read_prompts(prompts.path, split)]
+    answers = {prompt.question: prompt.answer for prompt in everything}
+    monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
+
+    def generate(model, encoded, *, num_samples, **options):
+        texts = ("Answer: {}", "Answer:  {}", "Sure. Answer: {} 0", "Answer: {}, which")
+        return [
+            [Sample(tokenizer.encode(text.format(answers[q])), [], text != texts[-1]) for text in texts[:num_samples]]
+            for (q,) in encoded
+        ]
+
+    monkeypatch.setattr(completions, "generate", generate)
+
+
+def test_each_answer_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, half_right):
+    metrics = run(unpaired(), inputs, Workspace(tmp_path))
+    train, heldout = read_examples(tmp_path / "output", "train"), read_examples(tmp_path / "output", "heldout")
+    assert (metrics["single_answers"], metrics["heldout_single_answers"], metrics["desirable_share"]) == (20, 10, 0.5)
+    assert not (tmp_path / "output" / "pairs.arrow").exists()
+    source = inputs["prompts"].path
+    assert [item.prompt_id for item in train[::2]] == [p.id for p in read_prompts(source, "train")[::-1][:10]]
+    assert [item.prompt_id for item in heldout[::2]] == [p.id for p in read_prompts(source, "dev")[:5]]
+    assert [item.answer.startswith("Answer:") for item in train] == [item.desirable for item in train]
+
+
+def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_right):
+    rewards = (RewardConfig(kind="regex", pattern="^Sure", weight=0.5),)
+    config = unpaired(rule="reward", threshold=0.5, rewards=rewards)
+    metrics = run(config, inputs, Workspace(tmp_path))
+    assert metrics["reward/regex"] == 0.25
+    assert all(e.answer.startswith("Sure") == e.desirable for e in read_examples(tmp_path / "output", "train"))
+    with pytest.raises(DataError, match=r"0 of 20 answers are desirable, expected some of each.*preferences.threshold"):
+        run(unpaired(rule="reward", threshold=0.6, rewards=rewards), inputs, Workspace(tmp_path / "higher"))
+
+
+def test_answers_that_no_verifier_can_judge_are_no_bad_examples():
+    rows = [row(n, correct=n == 1, sample=n) | {"reward": 1.0} for n in range(1, 3)]
+    asked = [Prompt("a", "f", "A?", "1"), Prompt("b", "f", "B?", "", verifier="none")]
+    groups = [rows, rows]
+    by_verifier = judged_examples(groups, asked, unpaired(), split="train")
+    assert [(item.prompt_id, item.desirable) for item in by_verifier] == [("a", True), ("a", False)]
+    by_reward = judged_examples(groups, asked, unpaired(rule="reward", threshold=1.0), split="train")
+    assert [(item.prompt_id, item.desirable) for item in by_reward] == [("a", True)] * 2 + [("b", True)] * 2
+
+
+def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse(
+    tmp_path, inputs, half_right, monkeypatch
+):
+    monkeypatch.setattr(dpo, "write_report", lambda *args, **options: None)  # drawing takes longer than training here
+    run(unpaired(), inputs, Workspace(tmp_path / "preferences"))
+    preferences = as_artifact(tmp_path / "preferences" / "output", kind="Preferences")
+    settings = DPOConfig(
+        seed=0, loss="kto", num_epochs=2, batch_size=4, optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
+    )
+    metrics = dpo.run(settings, inputs | {"preferences": preferences}, Workspace(tmp_path / "dpo"))
+    assert (metrics["answers"], metrics["heldout_answers"], metrics["steps"]) == (20, 5, 10)
+    assert metrics["heldout_margin_before"] == 0
+    assert metrics["heldout_margin"] > 0.5
+    assert metrics["heldout_preference_accuracy"] > 0.9
+    sigmoid = settings.model_copy(update={"loss": "sigmoid"})
+    with pytest.raises(DataError, match=r"single answers \(examples.arrow\) and no pairs; only dpo.loss = 'kto'"):
+        dpo.run(sigmoid, inputs | {"preferences": preferences}, Workspace(tmp_path / "sigmoid"))
+
+
+def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference_set):
+    def judged(index, desirable, split="train"):
+        asked: list[Message] = [{"role": "user", "content": f"Say {index}."}]
+        return JudgedExample(f"{split}/{index}", split, asked, f"{desirable} {index}", desirable)
+
+    examples = [judged(1, True), judged(2, False), judged(1, False), judged(3, True, "heldout")]
+    inputs = preference_set()
+    write_table(inputs["prompts"].path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
+    metrics = run(unpaired(rule="data"), inputs, Workspace(tmp_path))
+    assert read_examples(tmp_path / "output", "train") == examples[:3]
+    assert read_examples(tmp_path / "output", "heldout") == examples[3:]
+    assert (metrics["single_answers"], metrics["prompts_with_answer"]) == (3, 2)
+    with pytest.raises(DataError, match=r"holds no pairs of the train split.*preferences\.unpaired"):
+        run(DATA, inputs, Workspace(tmp_path / "pairs"))
+
+
+def test_held_out_questions_among_single_answers_are_refused(tmp_path, preference_set, prompts):
+    question = read_prompts(prompts.path, "test")[0].question
+    planted = [
+        JudgedExample("x", "train", [{"role": "user", "content": text}], "a", good)
+        for text, good in ((question, True), ("New?", False))
+    ]
+    inputs = preference_set()
+    write_table(inputs["prompts"].path / "examples.arrow", [vars(item) for item in planted], EXAMPLE_SCHEMA)
+    with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
+        run(unpaired(rule="data"), inputs, Workspace(tmp_path))
+
+
+def test_a_preference_set_without_single_answers_is_refused(tmp_path, preference_set):
+    with pytest.raises(DataError, match=r"rule 'data' reads examples.arrow .*rows have a `label`"):
+        run(unpaired(rule="data"), preference_set(given(1)), Workspace(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unpaired": True}, "'brevity' compares two answers"),
+        ({"unpaired": True, "rule": "reward"}, "threshold: got None with rule 'reward' and unpaired True"),
+        ({"rule": "reward", "threshold": 1.0}, "threshold: got 1.0 with rule 'reward' and unpaired False"),
+        ({"unpaired": True, "rule": "data", "threshold": 1.0}, "threshold: got 1.0 with rule 'data'"),
+    ],
+)
+def test_verdicts_that_cannot_be_made_of_single_answers_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lilpipe.alignment import prompts as module
 from lilpipe.alignment.examples import normalise_question, read_conversations, read_exercises, read_prompts
-from lilpipe.alignment.pairs import read_pairs
+from lilpipe.alignment.pairs import read_examples, read_pairs
 from lilpipe.alignment.prompts import assert_not_held_out, external
 from lilpipe.alignment.rewards import Response, Rewards
 from lilpipe.alignment.sources import position
@@ -175,6 +175,27 @@ def test_preferences_become_pairs_of_which_those_of_dev_are_held_out(tmp_path):
         assert prompt.reference == pair.ranking[0]
         assert prompt.verifier == "none"
     assert [pair.ranking for pair in (*train, *heldout) if pair.edited] in ([["a", "b", "c"]], [])
+
+
+def test_single_answers_keep_their_verdicts_and_a_bad_one_is_never_shown_or_a_reference(tmp_path):
+    rows = [{"prompt": f"Say {n // 2}.", "completion": f"It is {n}.", "label": n % 2 == 0} for n in range(400)]
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    workspace, metrics = gather(tmp_path, PromptSource(kind="preferences", name="tone", path=path))
+    train, heldout = (read_examples(workspace.output, split) for split in ("train", "heldout"))
+    assert len(train) + len(heldout) == metrics["single_answers"]
+    assert metrics["pairs"] == 0
+    prompts = {split: {p.id: p for p in read_prompts(workspace.output, split)} for split in ("train", "dev", "test")}
+    assert {item.prompt_id for item in train} == set(prompts["train"])
+    assert {item.prompt_id for item in heldout} == set(prompts["dev"])
+    for item in (*train, *heldout):
+        assert item.desirable == (int(item.answer.removeprefix("It is ").removesuffix(".")) % 2 == 0)
+    good = {row["completion"] for row in rows if row["label"]}
+    shown = {item.messages[-1]["content"] for item in read_conversations(workspace.output)}
+    assert shown
+    assert shown <= good
+    references = {prompt.reference for part in prompts.values() for prompt in part.values()}
+    assert "" in references
+    assert references <= good | {""}
 
 
 def test_two_sources_that_ask_the_same_agree_on_its_split_and_ask_once(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lilpipe.alignment.completions import pad_completions
-from lilpipe.alignment.preference_data import Packer, PreferenceRow, PromptedAnswer
+from lilpipe.alignment.pairs import JudgedExample
+from lilpipe.alignment.preference_data import Packer, PreferenceRow, PromptedAnswer, with_mismatched
 from lilpipe.alignment.preference_evaluation import score_answers
 from lilpipe.alignment.preference_losses import sigmoid_loss
 from lilpipe.alignment.preference_objective import PreferenceObjective
@@ -44,6 +45,8 @@ KTO_ANSWERS = [
     ([21], [22, 1], False),
 ]
 """Prompt, answer, and whether it is desirable."""
+UNPAIRED_ANSWERS = [*KTO_ANSWERS[:2], ([15, 16, 17], [18, 1], True), ([2, 3], [19, 20, 1], True)]
+"""Two answers to the first prompt, and few that are undesirable."""
 
 
 def pair_rows(pairs):
@@ -119,10 +122,18 @@ def test_losses_of_pairs_and_their_gradients_are_trls(tmp_path, word_tokenizer, 
     assert {name: metrics[name] for name in names} == pytest.approx(logged, rel=1e-5)
 
 
-@pytest.mark.parametrize("seeds", [(0, 1), (1, 0)])
-def test_the_kto_loss_and_its_gradient_are_trls(tmp_path, word_tokenizer, seeds):
+@pytest.mark.parametrize(
+    ("seeds", "answers", "mismatched"),
+    [
+        ((0, 1), KTO_ANSWERS, (3, 0, 1, 2)),
+        ((1, 0), KTO_ANSWERS, (3, 0, 1, 2)),
+        ((0, 1), UNPAIRED_ANSWERS, (2, 0, 1, 2)),
+    ],
+    ids=["likelier", "unlikelier", "unpaired"],
+)
+def test_the_kto_loss_and_its_gradient_are_trls(tmp_path, word_tokenizer, seeds, answers, mismatched):
     model, reference = map(our_model, seeds)
-    others = [KTO_ANSWERS[index - 1][1] for index in range(len(KTO_ANSWERS))]
+    others = [answers[index][1] for index in mismatched]
     data = [{"prompt": f"w{index}", "completion": "w3", "label": index % 2 == 0} for index in range(3, 13)]
     trainer = trl.KTOTrainer(
         model=their_model(model),
@@ -137,14 +148,15 @@ def test_the_kto_loss_and_its_gradient_are_trls(tmp_path, word_tokenizer, seeds)
     batch = trainer.data_collator(
         [
             {"prompt_ids": prompt, "completion_ids": answer, "KL_completion_ids": other, "label": desirable}
-            for (prompt, answer, desirable), other in zip(KTO_ANSWERS, others, strict=True)
+            for (prompt, answer, desirable), other in zip(answers, others, strict=True)
         ]
     )
     expected = trainer._compute_loss(trainer.model, batch, False)
-    rows = [
-        PreferenceRow("", PromptedAnswer(prompt, answer), PromptedAnswer(prompt, other), desirable)
-        for (prompt, answer, desirable), other in zip(KTO_ANSWERS, others, strict=True)
+    examples = [
+        (JudgedExample("", "train", [], "", desirable), PromptedAnswer(prompt, answer))
+        for prompt, answer, desirable in answers
     ]
+    rows = with_mismatched(examples, max_len=CONFIG.max_seq_len)
     options = {"loss": "kto", "kl_examples": 4, "desirable_weight": 1.2, "undesirable_weight": 0.7}
     loss, metrics = our_loss(model, reference, rows, **options)
     assert_same(model, loss, trainer, expected)
