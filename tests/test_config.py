@@ -34,6 +34,8 @@ def test_tables_of_a_file_merge_over_the_recipe_and_overrides_go_over_both(tmp_p
     [
         ("[sft]\nnum_epoch = 2\n", "there is no setting 'sft.num_epoch'; did you mean sft.num_epochs?"),
         ("[sft]\nnum_epochs = 0\n", "sft.num_epochs: Input should be greater than 0 (got 0)"),
+        ("[[grpo.rewards]]\nkind = 'answer'\nweight = nan\n", "grpo.rewards.0.weight: Input should be a finite number"),
+        ("[evaluate.sampling]\nrepetition_penalty = inf\n", "repetition_penalty: Input should be a finite number"),
         ("[pretrain]\nbatch_size = 15\nnum_workers = 2\n", "batch_size 15 must be a multiple of replicate x shard"),
         ('[[corpus.sources]]\nkind = "jsonl"\nname = "x"\n', "needs `path`"),
         ("[corpus\n", "is not valid TOML"),

@@ -29,9 +29,9 @@ NumWorkers = Annotated[PositiveInt, Operational]
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration that refuses what it does not know."""
+    """A frozen part of the configuration that refuses what it does not know, and what is no finite number."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def identity(self, *, rounding: bool = True) -> dict[str, Any]:
         """The values that can change a stage's output, as plain JSON values, with defaults spelled out.
