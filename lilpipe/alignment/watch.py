@@ -26,8 +26,8 @@ class Limit(NamedTuple):
     remedy: str
 
     def is_passed(self, value: float) -> bool:
-        """Whether the value lies on the wrong side."""
-        return value > self.value if self.is_ceiling else value < self.value
+        """Whether the value lies on the wrong side; NaN does."""
+        return not (value <= self.value if self.is_ceiling else value >= self.value)
 
 
 def limits(config: WatchConfig) -> list[Limit]:
@@ -116,7 +116,7 @@ class Watch:
         said = f"rollout {len(self.history)}: {got} for {times} rollouts in a row, {bound}; {limit.remedy}"
         if times >= self.config.patience:
             raise DataError(said)
-        if 2 * times == self.config.patience:
+        if times == -(-self.config.patience // 2):
             self._log(f"alarm: {said}")
 
     def _hold_reward(self) -> None:
@@ -127,7 +127,7 @@ class Watch:
         for leaving, entering in zip(rewards, rewards[patience:], strict=False):
             sums.append(sums[-1] + entering - leaving)
         best, now = max(sums) / patience, sums[-1] / patience
-        if best - now > self.config.max_reward_drop:
+        if not best - now <= self.config.max_reward_drop:
             raise DataError(
                 f"rollout {len(rewards)}: the mean reward of the last {patience} rollouts is {now:.4g}, expected at "
                 f"most watch.max_reward_drop {self.config.max_reward_drop:g} below the best, {best:.4g}: the policy "

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from lilpipe.alignment.watch import Watch, check_sampler_gap
@@ -24,6 +26,8 @@ def watch(tmp_path, alarms):
         ({"entropy": 1e-6}, "entropy 1e-06 for 4 .* at least watch.min_entropy 0.0001; .*learning_rate"),
         ({"kl": 7.0}, "kl 7 for 4 .* at most watch.max_kl 5; .*kl_coefficient"),
         ({"length": 1.0}, "length 1 for 4 .* at least watch.min_length 1.5; .*saying nothing"),
+        ({"entropy": math.nan}, "entropy nan for 4 .* at least watch.min_entropy 0.0001"),
+        ({"kl": math.nan}, "kl nan for 4 .* at most watch.max_kl 5"),
         ({"truncated": 1.0}, "truncated 1 for 4 .* at most watch.max_truncated_share 0.99; .*max_new_tokens"),
     ],
 )
@@ -48,6 +52,23 @@ def test_a_reward_that_falls_below_its_best_stops_the_run(watch):
     # Best mean of four: (0.8 + 0.8 + 0.8 + 0.7) / 4. Now (0.6 + 0.5 + 0.4 + 0.1) / 4.
     with pytest.raises(DataError, match=r"the last 4 rollouts is 0.4, expected .*max_reward_drop 0.3 below .* 0.775"):
         watch.note(len(rewards), HEALTHY | {"reward": 0.1})
+
+
+def test_a_reward_that_is_no_number_stops_the_run(watch):
+    for rollout in range(4):
+        watch.note(rollout, HEALTHY)
+    with pytest.raises(DataError, match="the last 4 rollouts is nan"):
+        watch.note(4, HEALTHY | {"reward": math.nan})
+
+
+@pytest.mark.parametrize(("patience", "rollouts"), [(1, 0), (5, 3), (6, 3)])
+def test_the_alarm_comes_halfway_to_the_stop(tmp_path, alarms, patience, rollouts):
+    watch = Watch(WatchConfig(patience=patience), tmp_path / "rollouts.json", writes=True, log=alarms.append)
+    for rollout in range(patience - 1):
+        assert len(alarms) == (rollout >= rollouts > 0)
+        watch.note(rollout, HEALTHY | {"kl": 9.0})
+    with pytest.raises(DataError, match="kl 9"):
+        watch.note(patience - 1, HEALTHY | {"kl": 9.0})
 
 
 def test_what_is_not_measured_is_not_watched(watch):
