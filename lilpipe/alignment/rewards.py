@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -198,6 +199,8 @@ def _reward_model(config: RewardConfig, reward_model: RewardModel | None) -> Sco
 
     def score(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Part]:
         values = reward_model.score([as_messages(*pair) for pair in zip(prompts, responses, strict=True)])
+        if not all(map(math.isfinite, values)):
+            raise DataError(f"reward {config.label!r}: the reward model's score is not finite: train it again")
         return [(value, "") for value in values]
 
     return score
@@ -232,9 +235,10 @@ def _load_function(config: RewardConfig) -> Callable[[Prompt, Response], Any]:
     if spec is None or spec.loader is None:
         raise ConfigError(f"reward {config.label!r}: {path} is no Python file; expected a name that ends in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickles look for what a module defines
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
         raise DataError(f"reward {config.label!r}: {path} fails on import: {type(error).__name__}: {error}") from error
     function = getattr(module, str(config.function), None)
     if not callable(function):

@@ -1,3 +1,4 @@
+import math
 from typing import get_args
 
 import pytest
@@ -127,6 +128,16 @@ def test_a_reward_model_that_is_not_there_is_asked_for():
         Rewards([RewardConfig(kind="reward_model")])
 
 
+def test_a_reward_model_that_has_diverged_rewards_nothing():
+    class DivergedModel:
+        def score(self, conversations):
+            return [math.nan] * len(conversations)
+
+    rewards = Rewards([RewardConfig(kind="reward_model")], reward_model=DivergedModel())
+    with pytest.raises(DataError, match="score is not finite"):
+        rewards([PROMPT], [Response("x", True, 1)])
+
+
 def test_every_kind_that_can_be_named_is_there():
     assert set(module.KINDS) == set(get_args(RewardKind))
 
@@ -177,6 +188,14 @@ def test_a_function_of_the_users_own_is_a_reward_like_any_other(tmp_path):
     assert rewards([PROMPT], [Response("banana", True, 3)]) == [Scored(3.3, {"mine": 3.3})]
 
 
+def test_the_users_file_may_define_what_looks_its_own_module_up(tmp_path):
+    source = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Bonus:\n"
+        "    size: float = 2.0\n\ndef score(prompt, response):\n    return Bonus().size\n"
+    )
+    assert Rewards([of_file(tmp_path / "mine.py", source)])([PROMPT], [Response("x", True, 1)])[0].total == 2.0
+
+
 def test_a_change_of_the_users_file_is_another_identity(tmp_path):
     config = of_file(tmp_path / "mine.py", VOWELS)
     section = SectionWithRewards(rewards=(*ANSWER_REWARD, config))
@@ -200,6 +219,7 @@ def test_the_model_of_languages_is_part_of_the_identity_and_a_plain_reward_adds_
     [
         (VOWELS, "mark", ConfigError, "has no function 'mark'; it has score"),
         ("import nothing_of_this_name", "score", DataError, "fails on import: ModuleNotFoundError"),
+        ("raise SystemExit(3)", "score", DataError, "fails on import: SystemExit: 3"),
         (
             "def score(prompt, response): return 1 / 0",
             "score",
