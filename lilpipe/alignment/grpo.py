@@ -102,7 +102,7 @@ class GRPO:
         self._shared_len = shared_len
         self.watch = Watch(
             config.watch,
-            workspace.scratch / "rollouts.json",
+            workspace.scratch / "rollouts.jsonl",
             writes=distributed.is_main(),
             log=workspace.log,
         )

@@ -111,7 +111,7 @@ class PPO:
     ) -> None:
         self.config, self.models, self.reference = config, models, reference
         self._sampler, self._sum_floats, self._rank = sampler, sum_floats, rank
-        path = workspace.scratch / "rollouts.json"
+        path = workspace.scratch / "rollouts.jsonl"
         self.watch = Watch(config.watch, path, writes=distributed.is_main(), log=workspace.log)
         self._rollouts = Rollouts(
             self._make,

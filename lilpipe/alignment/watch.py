@@ -7,6 +7,7 @@ that was killed stops where an uninterrupted one would.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -77,13 +78,14 @@ def limits(config: WatchConfig) -> list[Limit]:
 class Watch:
     """What each rollout was like so far, and whether to go on.
 
-    ``path`` keeps it; only the worker that ``writes`` writes there. ``log`` takes alarms.
+    ``path`` keeps it, a line for each rollout; only the worker that ``writes`` writes there. ``log`` takes alarms.
     """
 
     def __init__(self, config: WatchConfig, path: Path, *, writes: bool, log: Callable[[str], None]) -> None:
         self.config = config
-        self.history: list[dict[str, float]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+        self.history = _read(path) if path.exists() else []
         self._path, self._writes, self._log = path, writes, log
+        self._num_kept = -1  # lines of the file, once this process has written it
 
     def before(self, rollout: int) -> list[dict[str, float]]:
         """What the rollouts before this one were like. Raises ``ArtifactError`` if that is not known."""
@@ -98,10 +100,21 @@ class Watch:
         """Keep what a rollout was like. Raises ``DataError`` if the run has collapsed."""
         self.history = [*self.before(rollout), dict(values)]
         if self._writes:
-            write_atomically(self._path, json.dumps(self.history))
+            self._keep()
         for limit in limits(self.config):
             self._hold(limit)
         self._hold_reward()
+
+    def _keep(self) -> None:
+        """Add the last rollout to the file, or write it anew where it holds others than those before."""
+        if self._num_kept == len(self.history) - 1:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.history[-1]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            write_atomically(self._path, "".join(json.dumps(values) + "\n" for values in self.history))
+        self._num_kept = len(self.history)
 
     def _hold(self, limit: Limit) -> None:
         if limit.quantity not in self.history[-1]:
@@ -133,6 +146,11 @@ class Watch:
                 f"most watch.max_reward_drop {self.config.max_reward_drop:g} below the best, {best:.4g}: the policy "
                 "has collapsed; lower optimizer.learning_rate, or raise kl_coefficient"
             )
+
+
+def _read(path: Path) -> list[dict[str, float]]:
+    """The lines of the file; what a power cut left of a last one is none."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def check_sampler_gap(gap: float, config: WatchConfig, *, rollout: int) -> None:

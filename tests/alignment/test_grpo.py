@@ -158,8 +158,8 @@ def test_a_run_stopped_between_two_updates_of_a_rollout_goes_on_with_its_answers
     monkeypatch.setattr("lilpipe.distributed.stop_requested", lambda: False)
     run(config, inputs, Workspace(tmp_path / "killed"))
     assert digest_of(killed) == digest_of(Workspace(tmp_path / "whole"))
-    assert (tmp_path / "killed/scratch/rollouts.json").read_text() == (
-        tmp_path / "whole/scratch/rollouts.json"
+    assert (tmp_path / "killed/scratch/rollouts.jsonl").read_text() == (
+        tmp_path / "whole/scratch/rollouts.jsonl"
     ).read_text()
 
 

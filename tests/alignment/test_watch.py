@@ -16,7 +16,7 @@ def alarms():
 
 @pytest.fixture
 def watch(tmp_path, alarms):
-    return Watch(WatchConfig(patience=4), tmp_path / "rollouts.json", writes=True, log=alarms.append)
+    return Watch(WatchConfig(patience=4), tmp_path / "rollouts.jsonl", writes=True, log=alarms.append)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_reward_that_is_no_number_stops_the_run(watch):
 
 @pytest.mark.parametrize(("patience", "rollouts"), [(1, 0), (5, 3), (6, 3)])
 def test_the_alarm_comes_halfway_to_the_stop(tmp_path, alarms, patience, rollouts):
-    watch = Watch(WatchConfig(patience=patience), tmp_path / "rollouts.json", writes=True, log=alarms.append)
+    watch = Watch(WatchConfig(patience=patience), tmp_path / "rollouts.jsonl", writes=True, log=alarms.append)
     for rollout in range(patience - 1):
         assert len(alarms) == (rollout >= rollouts > 0)
         watch.note(rollout, HEALTHY | {"kl": 9.0})
@@ -80,10 +80,22 @@ def test_what_is_not_measured_is_not_watched(watch):
 def test_a_killed_run_stops_where_an_uninterrupted_one_would(tmp_path, watch):
     for rollout in range(3):
         watch.note(rollout, HEALTHY | {"kl": 9.0})
-    again = Watch(watch.config, tmp_path / "rollouts.json", writes=True, log=print)
+    again = Watch(watch.config, tmp_path / "rollouts.jsonl", writes=True, log=print)
     again.note(2, HEALTHY | {"kl": 9.0})  # from a checkpoint before the third rollout
     with pytest.raises(DataError, match="rollout 4"):
         again.note(3, HEALTHY | {"kl": 9.0})
+
+
+def test_what_a_power_cut_left_of_a_line_is_not_read_and_the_next_rollout_takes_its_place(tmp_path, watch):
+    watch.note(0, HEALTHY)
+    path = tmp_path / "rollouts.jsonl"
+    with path.open("a") as file:
+        file.write('{"reward": 0.')
+    again = Watch(watch.config, path, writes=True, log=print)
+    for rollout in (1, 2):
+        again.note(rollout, HEALTHY | {"kl": rollout / 10})
+    assert Watch(watch.config, path, writes=True, log=print).before(3) == again.before(3)
+    assert len(path.read_text().splitlines()) == 3
 
 
 def test_a_history_that_is_shorter_than_the_checkpoints_is_refused(watch):
