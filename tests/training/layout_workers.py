@@ -34,6 +34,17 @@ BASE = {
     "compile": False,
     "log_every": 1,
 }
+PHASED = {
+    **BASE,
+    "model": {**BASE["model"], "dropout": 0.1, "moe": {"num_experts": 4, "expert_size": 16}},
+    "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5},
+    "num_steps": 20,
+    "seq_len": 16,
+    "phases": [{"from_step": 10, "seq_len": 32, "rope_theta": 50_000.0}],
+    "checkpoint_every": 5,
+    "eval_every": 10,
+}
+"""Experts, dropout, and a second phase with longer sequences and another rotary base."""
 LAYOUTS = {
     "replicas": {},
     "sharded": {"shard": 4},
@@ -42,8 +53,8 @@ LAYOUTS = {
 }
 
 
-def config(parallel, num_workers=4):
-    return PretrainConfig.model_validate({**BASE, "num_workers": num_workers, "parallel": parallel})
+def config(parallel, num_workers=4, base=BASE):
+    return PretrainConfig.model_validate({**base, "num_workers": num_workers, "parallel": parallel})
 
 
 class Killed(BaseException):
@@ -79,8 +90,9 @@ def main(root, folder):
         if distributed.is_main():
             (root / name / "metrics.json").write_text(json.dumps(metrics))
     workspace = Workspace(root / "changed", rank=distributed.rank())
-    interrupted(config(LAYOUTS["pipeline and tensor"]), tokens, workspace, at_step=6)
-    pretrain.run(config(LAYOUTS["sharded"]), {"tokens": tokens}, workspace)
+    interrupted(config({"pipeline": 2, "shard": 2}, base=PHASED), tokens, workspace, at_step=13)
+    metrics = pretrain.run(config({"context": 2, "tensor": 2}, base=PHASED), {"tokens": tokens}, workspace)
+    (root / f"changed-{distributed.rank()}.json").write_text(json.dumps(metrics))
     workspace = Workspace(root / "same", rank=distributed.rank())
     interrupted(config(LAYOUTS["shard and context"]), tokens, workspace, at_step=6)
     pretrain.run(config(LAYOUTS["shard and context"]), {"tokens": tokens}, workspace)

@@ -15,7 +15,7 @@ from lilpipe.model.hub import load_model
 from lilpipe.stage import Workspace
 from lilpipe.training import pretrain
 from tests.training.conftest import write_tokens
-from tests.training.layout_workers import BASE, LAYOUTS, config
+from tests.training.layout_workers import BASE, LAYOUTS, PHASED, config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -56,26 +56,38 @@ def losses(path):
     return [found[done] for done in sorted(found)]
 
 
+def assert_metrics(metrics, expected):
+    for key in ("train_loss", "validation_bits_per_byte_corpus", "validation_bits_per_byte_exercises"):
+        assert metrics[key] == pytest.approx(expected[key], abs=2e-6), key
+    assert metrics["tokens"] == expected["tokens"]
+
+
+def assert_weights(directory, expected, *, atol):
+    (model, _), (one, _) = load_model(directory), load_model(expected)
+    for (key, tensor), wanted in zip(model.state_dict().items(), one.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=atol, msg=key)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_validates_and_exports_the_model_of_one_process(root, alone, name):
     workspace, expected = alone
     assert losses(root / name) == pytest.approx(losses(workspace.root), abs=2e-6)
     metrics = json.loads((root / name / "metrics.json").read_text())
-    for key in ("validation_bits_per_byte_corpus", "validation_bits_per_byte_exercises"):
-        assert metrics[key] == pytest.approx(expected[key], rel=1e-5)
-    assert metrics["tokens"] == expected["tokens"]
-    model, _ = load_model(root / name / "output")
-    one, _ = load_model(workspace.output)
-    for (key, tensor), wanted in zip(model.state_dict().items(), one.state_dict().values(), strict=True):
-        torch.testing.assert_close(tensor, wanted, rtol=0, atol=2e-4, msg=key)
+    assert_metrics(metrics, expected)
+    assert_weights(root / name / "output", workspace.output, atol=2e-4)
     assert "Where the time went" in (root / name / "output" / "report" / "report.html").read_text()
 
 
-def test_a_run_goes_on_in_another_layout_with_the_same_losses(root, alone):
-    assert losses(root / "changed") == pytest.approx(losses(alone[0].root), abs=2e-6)
+def test_a_run_killed_in_one_layout_and_taken_up_in_another_ends_as_one_process_does(root, tokens, tmp_path):
+    workspace = Workspace(tmp_path)
+    expected = pretrain.run(PretrainConfig.model_validate(PHASED), {"tokens": tokens}, workspace)
+    assert losses(root / "changed") == pytest.approx(losses(workspace.root), abs=2e-6)
+    for rank in range(4):
+        assert_metrics(json.loads((root / f"changed-{rank}.json").read_text()), expected)
+    assert_weights(root / "changed" / "output", workspace.output, atol=1e-4)
     messages = [json.loads(line).get("message", "") for line in (root / "changed" / "events.jsonl").open()]
     assert any("parallel" in message for message in messages)
-    assert "going on from the checkpoint after step 4" in messages
+    assert "going on from the checkpoint after step 10" in messages
 
 
 def test_a_sharded_run_that_was_interrupted_ends_in_the_same_bytes(root):
