@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lilpipe.config import ModelConfig
+from lilpipe.seeds import derive_seed
 
 INIT_STD = 0.02
 """Standard deviation of fresh weights (Radford et al. 2019, GPT-2; Hugging Face's default for Llama)."""
@@ -23,8 +24,15 @@ def initial_value(name: str, shape: Sequence[int], *, seed: int, config: ModelCo
     """The whole tensor of that name, float32 on the CPU, for a parameter or a buffer that is saved.
 
     Biases are zeros and norms ones. Matrices, stacked ones too, are normal with ``INIT_STD``; those that write to the
-    residual stream are divided by sqrt(2 x num_layers), the number of summands there (Radford et al. 2019).
+    residual stream are divided by sqrt(2 x num_layers), the number of summands there (Radford et al. 2019). Of an
+    adapter (``lora``) A is uniform within +- 1 / sqrt(inputs), as ``peft`` has it, and B zeros.
     """
+    layer, _, kind = name.rpartition(".")
+    if kind == "lora_A":
+        generator, bound = torch.Generator().manual_seed(derive_seed(seed, "lora", layer)), 1 / math.sqrt(shape[1])
+        return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+    if kind == "lora_B":
+        return torch.zeros(*shape)
     if name.endswith("bias"):
         return torch.zeros(*shape)
     if len(shape) == 1:

@@ -2,7 +2,8 @@
 
 A layer of weight W adds ``alpha / rank * B A x`` to ``W x``. It keeps W under its own name, so that a checkpoint's
 tensors are the model's and the adapters'. B starts as zeros: the model is what it was. Before it is exported the
-adapters are added to the weights. They are also written in ``peft``'s format.
+adapters are added to the weights, tensor by tensor, since no worker may hold the whole. They are also written in
+``peft``'s format.
 
 Dimensions: R rank, I inputs, O outputs.
 """
@@ -10,11 +11,10 @@ Dimensions: R rank, I inputs, O outputs.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from lilpipe.artifact import write_atomically
 from lilpipe.config import LoRAConfig
 from lilpipe.errors import ConfigError
+from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear
 from lilpipe.model.layouts import layout_for
 from lilpipe.model.transformer import Transformer
-from lilpipe.seeds import derive_seed
+from lilpipe.model.weights import NamedTensors
 
 ADAPTABLE = ("llama", "qwen3")
 """Model types whose linear layers have the same names here and in ``peft``."""
@@ -43,20 +44,18 @@ class LoRALinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """``[..., I]`` to ``[..., O]``."""
-        x = F.dropout(input, self.dropout, training=self.training) if self.dropout else input
-        return super().forward(input) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return super().forward(input) + self.change(input, self.lora_A, self.lora_B)
 
-    def merged_weight(self) -> Tensor:
-        """``W + alpha / rank * B A``, ``[O, I]``, summed in float64."""
-        change = self.lora_B.double() @ self.lora_A.double()
-        return (self.weight.double() + self.scale * change).to(self.weight.dtype)
+    def change(self, x: Tensor, lora_A_RI: Tensor, lora_B_OR: Tensor) -> Tensor:
+        """What the adapter adds, ``[..., O]``; the matrices may be a worker's parts of its own."""
+        x = F.dropout(x, self.dropout, training=self.training) if self.dropout else x
+        return self.scale * F.linear(F.linear(x, lora_A_RI), lora_B_OR)
 
 
 def add_adapters(model: Transformer, config: LoRAConfig, *, seed: int) -> None:
-    """Freeze the model and give its linear layers adapters, in place.
+    """Freeze the model, or a pipeline stage of it, and give its linear layers adapters, in place.
 
-    A is uniform within +- 1 / sqrt(I), as ``peft`` has it, drawn for each layer from the seed. Raises ``ConfigError``
-    for a model whose layers ``peft`` calls otherwise.
+    They get their ``initial_value``. Raises ``ConfigError`` for a model whose layers ``peft`` calls otherwise.
     """
     if (kind := layout_for(model.config).model_type) not in ADAPTABLE:
         raise ConfigError(
@@ -69,38 +68,32 @@ def add_adapters(model: Transformer, config: LoRAConfig, *, seed: int) -> None:
         if kind in config.target_modules and isinstance(layer, Linear):
             adapted = LoRALinear(layer, config)
             adapted.train(layer.training)
-            generator = torch.Generator().manual_seed(derive_seed(seed, "lora", name))
-            bound = 1 / math.sqrt(layer.in_features)
-            with torch.no_grad():
-                adapted.lora_A.copy_(torch.empty(adapted.lora_A.shape).uniform_(-bound, bound, generator=generator))
+            matrix_RI = adapted.lora_A.detach()
+            matrix_RI.copy_(initial_value(f"{name}.lora_A", matrix_RI.shape, seed=seed, config=model.config))
             setattr(model.get_submodule(parent), kind, adapted)
 
 
-@torch.no_grad()
-def merge_adapters(model: Transformer) -> None:
-    """Add the adapters to the weights and take them away, in place."""
-    for name, layer in list(adapted_layers(model)):
-        parent, _, kind = name.rpartition(".")
-        plain = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        plain.weight, plain.bias = nn.Parameter(layer.merged_weight()), layer.bias
-        setattr(model.get_submodule(parent), kind, plain)
+def merge(tensors: NamedTensors, config: LoRAConfig, adapters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an adapted model, those of a layer one after the other, to the tensors of a plain one.
+
+    A weight becomes ``W + alpha / rank * B A``, summed in float64. What is left out is put into ``adapters``.
+    """
+    for layer, members in groupby(tensors, key=lambda item: item[0].rpartition(".")[0]):
+        found = dict(members)
+        matrices = {name: found.pop(name) for name in (f"{layer}.lora_A", f"{layer}.lora_B") if name in found}
+        if matrices:
+            adapters |= matrices
+            first_RI, second_OR = matrices.values()
+            weight_OI = found[f"{layer}.weight"]
+            change_OI = config.alpha / config.rank * (second_OR.double() @ first_RI.double())
+            found[f"{layer}.weight"] = (weight_OI.double() + change_OI).to(weight_OI.dtype)
+        yield from found.items()
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Every layer with an adapter, by name."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoRALinear):
-            yield name, layer
-
-
-def save_adapters(model: Transformer, config: LoRAConfig, directory: Path) -> None:
+def save_adapters(adapters: Mapping[str, Tensor], config: LoRAConfig, directory: Path) -> None:
     """Write the adapters as ``peft`` reads them: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"base_model.model.{name}.{part}.weight": tensor.detach().cpu().contiguous()
-        for name, layer in adapted_layers(model)
-        for part, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
-    }
+    tensors = {f"base_model.model.{name}.weight": tensor.cpu().contiguous() for name, tensor in adapters.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     stated = {
         "peft_type": "LORA",

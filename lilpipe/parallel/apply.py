@@ -1,13 +1,13 @@
 """Building a model that is cut over processes, none of which ever holds the whole of it.
 
-The order matters: the stages of this process without memory (on the meta device), then tensor parallelism, context
-parallelism, activation checkpointing, compilation, sharding, and only then memory and weights. A weight's value is a
-function of the seed and of its name, so every layout starts from the same model.
+The order matters: the stages of this process without memory (on the meta device), then adapters and what is frozen,
+tensor parallelism, context parallelism, activation checkpointing, compilation, sharding, and only then memory and
+weights. A weight's value is a function of the seed and of its name, so every layout starts from the same model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ def parallelize(
     within_documents: bool = False,
     compiled: bool = False,
     dtype: torch.dtype = torch.float32,
+    prepare: Callable[[Transformer], None] | None = None,
 ) -> ParallelModel:
     """A model with fresh weights, cut over ``mesh``.
 
@@ -52,6 +53,7 @@ def parallelize(
         within_documents: Whether attention stays inside the documents of a row.
         compiled: Whether blocks are compiled.
         dtype: Of the weights.
+        prepare: Changes each stage while it is whole and on the meta device.
 
     Raises:
         ConfigError: The vocabulary cannot be divided.
@@ -67,6 +69,8 @@ def parallelize(
     for part in _parts(section, model.num_layers, mesh):
         with torch.device("meta"):
             stage = Transformer(model, vocab_size, part).to(dtype)
+            if prepare is not None:
+                prepare(stage)
         _cut(stage, section, mesh)
         if compiled:
             compilation.compile_blocks(stage)

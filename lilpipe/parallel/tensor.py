@@ -23,9 +23,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lilpipe.model.heads import HeadModel
+from lilpipe.model.lora import LoRALinear
 from lilpipe.model.moe import MoE
 from lilpipe.model.transformer import Transformer
-from lilpipe.parallel.collectives import gather_sequence, scatter_sequence
+from lilpipe.parallel.collectives import gather_sequence, scatter_sequence, sum_of_parts
+from lilpipe.parallel.gradients import local
 from lilpipe.parallel.vocabulary import VocabularyScores
 
 BY_OUTPUTS = (
@@ -47,6 +50,8 @@ def divide_matrices(stage: Transformer, mesh: DeviceMesh) -> None:
         decoder.embed_positions.register_forward_pre_hook(partial(_take_part_of_positions, group))
     if stage.lm_head is not None:
         _divide(stage.lm_head, "weight", 0, mesh)
+    if isinstance(stage, HeadModel) and stage.part.last:
+        stage.score.register_forward_hook(partial(_whole_rows, group))
     for block in decoder.layers.values():
         _divide_block(block, mesh)
     stage.token_scores = VocabularyScores(group).score
@@ -62,30 +67,44 @@ def _divide_block(block: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(linear := modules.get(name), nn.Linear):
             _divide(linear, "weight", 0, mesh)
             _divide(linear, "bias", 0, mesh)
+            _divide(linear, "lora_B", 0, mesh)
             linear.forward = partial(_to_own_outputs, linear)  # type: ignore[assignment]
     for name in BY_INPUTS:
         if isinstance(linear := modules.get(name), nn.Linear):
             _divide(linear, "weight", 1, mesh)
+            _divide(linear, "lora_A", 1, mesh)
             linear.forward = partial(_from_own_inputs, linear, group)  # type: ignore[assignment]
 
 
 def _divide(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
-    parameter = getattr(module, name)
+    parameter = getattr(module, name, None)
     if parameter is not None:
-        setattr(module, name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(dim)], src_data_rank=None)))
+        part = distribute_tensor(parameter, mesh, [Shard(dim)], src_data_rank=None)
+        setattr(module, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
 # --- forward passes on the parts --------------------------------------------------------------------------------------
 
 
 def _to_own_outputs(linear: nn.Linear, x_BTD: Tensor) -> Tensor:
-    return F.linear(x_BTD, _own(linear.weight), None if linear.bias is None else _own(linear.bias))
+    return _product(linear, x_BTD, None if linear.bias is None else _own(linear.bias))
 
 
 def _from_own_inputs(linear: nn.Linear, group: ProcessGroup, x_BTD: Tensor) -> Tensor:
     """The sum over processes, of which each gets its part of the sequence; a bias is added once."""
-    y_BTD = scatter_sequence(F.linear(x_BTD, _own(linear.weight)), group)
+    y_BTD = scatter_sequence(_product(linear, x_BTD), group)
     return y_BTD if linear.bias is None else y_BTD + linear.bias
+
+
+def _product(linear: nn.Linear, x_BTD: Tensor, bias: Tensor | None = None) -> Tensor:
+    """By this process's part of the matrix and of its adapter, one of whose matrices is divided as the layer's is.
+
+    The other is whole, and its gradient a part to be added up.
+    """
+    y_BTD = F.linear(x_BTD, _own(linear.weight), bias)
+    if isinstance(linear, LoRALinear):
+        y_BTD = y_BTD + linear.change(x_BTD, local(linear.lora_A), local(linear.lora_B))
+    return y_BTD
 
 
 def _embed(embedding: nn.Embedding, group: ProcessGroup, tokens_BT: Tensor) -> Tensor:
@@ -106,6 +125,13 @@ def _own(parameter: Tensor) -> Tensor:
 
 def _gather_output(group: ProcessGroup, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
     return gather_sequence(output, group)
+
+
+def _whole_rows(group: ProcessGroup, module: nn.Module, args: Any, output_BTO: Tensor) -> Tensor:  # noqa: ARG001
+    """A head's outputs at all tokens; their loss is computed alike on each process."""
+    before, after = dist.get_rank(group), dist.get_world_size(group) - dist.get_rank(group) - 1
+    num_tokens = output_BTO.shape[1]
+    return sum_of_parts(F.pad(output_BTO, (0, 0, before * num_tokens, after * num_tokens)), group)
 
 
 def _take_part_of_positions(group: ProcessGroup, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:  # noqa: ARG001

@@ -24,6 +24,7 @@ from lilpipe.errors import ConfigError
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.model.transformer import Transformer
+from lilpipe.model.weights import NamedTensors
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import activation_checkpointing, compilation, precision
@@ -85,14 +86,13 @@ def build(
 ) -> Trainee:
     """The checkpoint of ``source`` as this worker holds it in training.
 
-    ``prepare`` changes the model before it is trained, as LoRA does; it takes a model that every worker holds whole.
+    ``prepare`` changes the model, or each pipeline stage of it that this worker holds, before it is trained, as LoRA
+    does; where it is cut the stage has no memory yet, and new parameters get their ``initial_value``.
     Raises ``ConfigError``, naming the setting of ``stage``, for a layout in which the model cannot be cut.
     """
     precision.check(section, distributed.device())
     if workers.mesh is not None:
-        if prepare is not None:
-            raise ConfigError(f"{stage}.parallel: got {section.layout}, but what is asked for takes whole models")
-        return _build_cut(section, source, objective, workers.mesh, stage=stage)
+        return _build_cut(section, source, objective, workers.mesh, stage=stage, prepare=prepare)
     model, _ = load_model(source)
     model = model.to(distributed.device())
     if prepare is not None:
@@ -126,7 +126,15 @@ def build(
     return Replica(model, loss, accumulation_steps=lambda step: len(batches(step)))
 
 
-def _build_cut(section: ParallelSection, source: Path, objective: Objective, mesh: Mesh, *, stage: str) -> Trainee:
+def _build_cut(
+    section: ParallelSection,
+    source: Path,
+    objective: Objective,
+    mesh: Mesh,
+    *,
+    stage: str,
+    prepare: Callable[[Transformer], None] | None,
+) -> Trainee:
     from lilpipe.parallel.apply import parallelize
 
     config, vocab_size = read_model_config(source)
@@ -147,6 +155,7 @@ def _build_cut(section: ParallelSection, source: Path, objective: Objective, mes
         mesh=mesh,
         within_documents=True,
         compiled=bool(section.compile),
+        prepare=prepare,
     )
     load_weights(trainee.tensors(), source)
     return trainee
@@ -193,12 +202,22 @@ def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transforme
     return model.eval()
 
 
-def export(trainee: Trainee, tokenizer: Tokenizer, workspace: Workspace) -> None:
-    """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole."""
+def export(
+    trainee: Trainee,
+    tokenizer: Tokenizer,
+    workspace: Workspace,
+    *,
+    change: Callable[[NamedTensors], NamedTensors] | None = None,
+) -> None:
+    """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole.
+
+    ``change`` makes the tensors that are written of those that were trained, on the first worker.
+    """
     part = trainee.parts[0]
     assert isinstance(part, Transformer)
     tensors = trainee.full_tensors()
     if distributed.is_main():
+        tensors = change(tensors) if change else tensors
         save_tensors(part.config, part.vocab_size, tensors, tokenizer, workspace.output)
     else:
         for _ in tensors:  # the others' part in gathering

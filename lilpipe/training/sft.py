@@ -8,16 +8,18 @@ low-rank adapters, which are then added to the weights and also written by thems
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import ModelConfig, SFTConfig
 from lilpipe.errors import DataError
 from lilpipe.model.hub import check_model
-from lilpipe.model.lora import add_adapters, merge_adapters, save_adapters
+from lilpipe.model.lora import add_adapters, merge, save_adapters
 from lilpipe.model.neftune import EmbeddingNoise
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
@@ -61,8 +63,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     if distributed.is_main():
         check_export(tokenizer, examples, workspace.scratch / "tokenizer")
     num_steps = count_steps(config, len(examples))
-    noise = EmbeddingNoise(alpha=config.neftune_alpha, seed=config.seed) if config.neftune_alpha else None
-    trainee = _build(config, source.path, shape, tokenizer, examples, noise)
+    trainee = _build(config, source.path, shape, tokenizer, examples)
     result = train(
         trainee,
         num_steps=num_steps,
@@ -111,11 +112,14 @@ def _build(
     shape: ModelConfig,
     tokenizer: Tokenizer,
     examples: list[Example],
-    noise: EmbeddingNoise | None,
 ) -> Trainee:
     """The model as this worker trains it, with what it trains on."""
     assert config.seed is not None
     workers = finetune.Workers(config)
+    noise = None
+    if config.neftune_alpha:
+        part = workers.mesh.coordinate.tensor if workers.mesh else 0
+        noise = EmbeddingNoise(alpha=config.neftune_alpha, seed=config.seed, part=part)
     objective = SupervisedTokens(
         examples,
         batch_size=config.batch_size,
@@ -157,12 +161,14 @@ def _seed_dropout(config: SFTConfig) -> Callable[[int], None] | None:
 
 def _export(config: SFTConfig, trainee: Trainee, tokenizer: Tokenizer, workspace: Workspace) -> None:
     """Write the model, the adapters added to its weights, and the adapters."""
-    if config.lora:
-        model = finetune.whole_model(trainee)
-        if distributed.is_main():
-            save_adapters(model, config.lora, workspace.output / "adapter")
-        merge_adapters(model)
-    finetune.export(trainee, tokenizer, workspace)
+    if config.lora is None:
+        finetune.export(trainee, tokenizer, workspace)
+        return
+    adapters: dict[str, Tensor] = {}
+    merged = partial(merge, config=config.lora, adapters=adapters)
+    finetune.export(trainee, tokenizer, workspace, change=merged)
+    if distributed.is_main():
+        save_adapters(adapters, config.lora, workspace.output / "adapter")
 
 
 STAGE = Stage(

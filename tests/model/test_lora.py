@@ -1,7 +1,5 @@
 """Adapters against peft's on the same weights."""
 
-import copy
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,7 +7,8 @@ from transformers import AutoModelForCausalLM
 from lilpipe.config import LoRAConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.hub import load_model, save_model
-from lilpipe.model.lora import adapted_layers, add_adapters, merge_adapters, save_adapters
+from lilpipe.model.lora import LoRALinear, add_adapters, merge, save_adapters
+from lilpipe.model.transformer import Transformer
 from lilpipe.training.replica import FlatGradients
 from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
 
@@ -25,6 +24,19 @@ def adapted(config=CONFIG, shape=SMALL):
     for _, layer in adapted_layers(model):
         layer.lora_B.data.normal_(generator=generator).mul_(0.3)
     return model
+
+
+def adapted_layers(model):
+    """Every layer with an adapter, by name."""
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+
+
+def merged(model):
+    """A plain model with the adapters added to its weights, and the adapters."""
+    adapters = {}
+    plain = Transformer(model.config, model.vocab_size).eval()
+    plain.load_state_dict(dict(merge(model.state_dict().items(), CONFIG, adapters)))
+    return plain, adapters
 
 
 def test_fresh_adapters_leave_the_model_as_it_is():
@@ -44,7 +56,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(tmp_path, name):
     plain = small_model(model.config)(TOKENS)
     expected = model(TOKENS)
     assert (expected - plain).abs().max() > 0.1
-    merge_adapters(model)
+    model, _ = merged(model)
     torch.testing.assert_close(model(TOKENS), expected, atol=1e-5, rtol=1e-5)
     save_model(model, small_tokenizer(), tmp_path)
     torch.testing.assert_close(load_model(tmp_path)[0](TOKENS), expected, atol=1e-5, rtol=1e-5)
@@ -67,7 +79,7 @@ def their_model(model, tmp_path):
     peft = pytest.importorskip("peft")
     plain = small_model(model.config)
     save_model(plain, small_tokenizer(), tmp_path)
-    save_adapters(model, CONFIG, tmp_path / "adapter")
+    save_adapters(merged(model)[1], CONFIG, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tmp_path)
     return peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
 
@@ -95,10 +107,8 @@ def test_outputs_and_gradients_are_pefts(tmp_path, name):
 def test_peft_merges_our_adapters_into_our_merged_weights(tmp_path):
     model = adapted()
     theirs = their_model(model, tmp_path).merge_and_unload()
-    merged = copy.deepcopy(model)
-    merge_adapters(merged)
     expected = dict(theirs.named_parameters())
-    for name, parameter in merged.named_parameters():
+    for name, parameter in merged(model)[0].named_parameters():
         torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-5)
 
 

@@ -146,7 +146,7 @@ def noise_of(model, *, alpha, step=0, **options):
 
     for batch, layout in zip(objective(examples(), watch=watch, **options).batches(step), layouts, strict=True):
         plain = torch.zeros(*batch.inputs.shape, LLAMA.hidden_size)
-        added = noise._add(model.model.embed_tokens, None, plain)
+        added = noise._add(model.model.embed_tokens, (batch.inputs,), plain)
         for row, places in enumerate(layout):
             start = 0
             for number, length in places:
