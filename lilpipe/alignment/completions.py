@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -70,6 +71,7 @@ def complete(
 ) -> list[list[Completion]]:
     """``num_samples`` answers to each prompt; a pure function of its arguments. ``numbers``: see ``generate``."""
     encoded = [encode_question(tokenizer, prompt.question, form) for prompt in prompts]
+    shown = partial(_completion, tokenizer, sampling=sampling, form=form)
     if form == "text":  # what a base model goes on to write is not of the response
         sampling = sampling.model_copy(update={"stop": (*sampling.stop, "\n\n")})
     groups = generate(
@@ -83,15 +85,21 @@ def complete(
         tokenizer=tokenizer,
     )
     return [
-        [_completion(tokenizer, prompt, ids, sample, form) for sample in group]
+        [shown(prompt, ids, sample) for sample in group]
         for prompt, ids, group in zip(prompts, encoded, groups, strict=True)
     ]
 
 
 def _completion(
-    tokenizer: Tokenizer, prompt: Prompt, prompt_ids: list[int], sample: Sample, form: PromptForm
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    prompt_ids: list[int],
+    sample: Sample,
+    *,
+    sampling: SamplingConfig,
+    form: PromptForm,
 ) -> Completion:
-    text = tokenizer.decode(sample.tokens)
+    text = up_to_stop(tokenizer.decode(sample.tokens), sampling.stop, keep=sampling.keep_stop)
     ended = sample.finished or (form == "text" and "\n\n" in text.lstrip())
     response = first_paragraph(text) if form == "text" else text.strip()
     has_stop = sample.finished and sample.stop_reason != "stop_string"
@@ -99,6 +107,15 @@ def _completion(
     if form == "text":
         drawn = _through_first_paragraph(tokenizer, drawn)
     return Completion(prompt, prompt_ids, sample, drawn, response, judge(prompt, response, ended=ended))
+
+
+def up_to_stop(text: str, stop: Sequence[str], *, keep: bool) -> str:
+    """The text before the first of the strings that end it, or through it."""
+    found = [(place, len(string)) for string in stop if (place := text.find(string)) >= 0]
+    if not found:
+        return text
+    place, length = min(found)
+    return text[: place + length * keep]
 
 
 def _through_first_paragraph(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:

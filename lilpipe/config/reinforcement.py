@@ -155,8 +155,9 @@ class PPOConfig(TrainingSection):
         return self
 
 
-_FREE_SAMPLING = {"temperature", "max_new_tokens", "batch_size", "engine"}
-"""Settings of sampling under which the policy itself draws the answers, at its temperature."""
+_FREE_SAMPLING = {"temperature", "stop", "keep_stop", "max_new_tokens", "batch_size", "engine"}
+"""Settings of sampling under which the policy itself draws the answers, at its temperature: where an answer ends does
+not change how its tokens were drawn."""
 
 
 def _check_rollout(section: GRPOConfig | PPOConfig, *, data_ranks: int, group_size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from lilpipe.config.section import NumWorkers, Section
 
@@ -24,13 +24,23 @@ class SamplingConfig(Section):
     """Logits of tokens of the prompt and the answer so far are divided by it, negative ones multiplied (Keskar et al.
     2019)."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end an answer once its text holds one."""
+    """Strings that end an answer once its text holds one. What is learnt from is every token drawn, those of the string
+    too, and no end of the turn behind them."""
+    keep_stop: bool = False
+    """Whether the string that ended an answer stays in its text, as a closing tag must; else the text ends before it,
+    as where the string begins what is no more of the answer."""
     max_new_tokens: PositiveInt = 48
     """Longest answer."""
     batch_size: PositiveInt = 256
     """Sequences decoded together."""
     engine: Literal["native", "vllm"] = "native"
     """`vllm` needs the extra `vllm` and a GPU; its samples are other ones than the native engine's."""
+
+    @model_validator(mode="after")
+    def _something_is_kept(self) -> SamplingConfig:
+        if self.keep_stop and not self.stop:
+            raise ValueError("keep_stop is true, but stop names no string; name one, or remove keep_stop")
+        return self
 
 
 class SamplingSection(Section):

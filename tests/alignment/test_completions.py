@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from lilpipe.alignment import completions
-from lilpipe.alignment.completions import complete, encode_question, pad_completions
+from lilpipe.alignment.completions import complete, encode_question, pad_completions, up_to_stop
 from lilpipe.alignment.prompts import Prompt, as_text
 from lilpipe.config import SamplingConfig
 from lilpipe.generation.engine import Sample
 from lilpipe.model.hub import load_model
+from lilpipe.model.transformer import token_logprobs
 
 PROMPT = Prompt("p", "sort", "Sort the list 3 1.", "1 3")
 
@@ -52,6 +53,69 @@ def test_an_answer_counts_only_once_it_has_ended(
     verdict = complete(model, tokenizer, [PROMPT], form=form, sampling=SamplingConfig(), seed=0)[0][0].verdict
     assert (verdict.ended, verdict.correct) == (ended, correct)
     assert verdict.well_formed == correct
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "kept"),
+    [
+        ("Answer: 1 3 User: More", "Answer: 1 3 ", "Answer: 1 3 User:"),
+        ("<answer>4</answer> User: More", "<answer>4", "<answer>4</answer>"),
+        ("Answer: 1 3 Use", "Answer: 1 3 Use", "Answer: 1 3 Use"),
+    ],
+)
+def test_a_text_ends_before_the_first_stop_string_or_with_it(text, cut, kept):
+    stop = ("User:", "</answer>")
+    assert (up_to_stop(text, stop, keep=False), up_to_stop(text, stop, keep=True)) == (cut, kept)
+
+
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_what_begins_with_a_stop_string_is_not_judged(tokenizer, make_checkpoint, monkeypatch, form):
+    sample = Sample(tokenizer.encode("Answer: 1 3 User:"), [], finished=True, stop_reason="stop_string")
+    monkeypatch.setattr(completions, "generate", lambda *args, **options: [[sample]])
+    model, _ = load_model(make_checkpoint().path)
+
+    def answer(**settings):
+        sampling = SamplingConfig(stop=("User:",), **settings)
+        return complete(model, tokenizer, [PROMPT], form=form, sampling=sampling, seed=0)[0][0]
+
+    assert (answer().response, answer().verdict.correct) == ("Answer: 1 3", True)
+    assert (answer(keep_stop=True).response, answer(keep_stop=True).verdict.correct) == ("Answer: 1 3 User:", False)
+    assert answer().drawn == answer(keep_stop=True).drawn == sample.tokens
+
+
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_an_answer_that_a_stop_string_of_several_tokens_ends_is_learnt_as_it_was_drawn(
+    tokenizer, make_checkpoint, form
+):
+    model, _ = load_model(make_checkpoint().path)
+
+    def draw(*stop):
+        sampling = SamplingConfig(max_new_tokens=24, stop=stop)
+        return complete(model, tokenizer, [PROMPT], form=form, sampling=sampling, seed=3, num_samples=8)[0]
+
+    def is_ascii(tokens):
+        return max(tokens) < 128
+
+    at_length = [one for one in draw() if one.sample.stop_reason == "length"]
+    plain, place = next((one, k) for one in at_length for k in range(4, 20) if is_ascii(one.drawn[k : k + 2]))
+    stop = tokenizer.decode(plain.drawn[place : place + 2])
+    (ended,) = [one for one in draw(stop) if stop in tokenizer.decode(one.drawn)]
+    assert ended.sample.stop_reason == "stop_string"
+    text = tokenizer.decode(plain.drawn)
+    assert ended.verdict.ended
+    assert ended.response == text[: text.index(stop)].strip()
+    assert ended.drawn == plain.drawn[: len(ended.drawn)]
+    assert tokenizer.decode(ended.drawn).endswith(stop)
+    assert tokenizer.turn_end_id not in ended.drawn
+    assert ended.as_response.num_tokens == len(ended.drawn) == len(ended.sample.logprobs)
+    tokens, mask = pad_completions([ended.prompt_ids], [ended.drawn], padding_id=0)
+    trained = token_logprobs(model, tokens)[mask]
+    assert trained.tolist() == pytest.approx(ended.sample.logprobs, abs=1e-5)
+
+
+def test_nothing_to_keep_is_refused():
+    with pytest.raises(ValueError, match="keep_stop is true, but stop names no string"):
+        SamplingConfig(keep_stop=True)
 
 
 def test_the_same_seed_draws_the_same_answers_and_another_others(tokenizer, make_checkpoint):

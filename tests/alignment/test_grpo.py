@@ -63,6 +63,15 @@ def test_the_sampler_and_the_trainer_agree_on_probabilities(tmp_path, inputs, ev
     assert any(0 < step["reward"] < 1 for step in steps)
 
 
+def test_answers_that_stop_strings_end_are_learnt_as_drawn(tmp_path, inputs, even_words):
+    workspace = Workspace(tmp_path)
+    letters = tuple("abcdefghijklmnopqrstuvwxyz")
+    run(changed(num_steps=2, sampling=SamplingConfig(max_new_tokens=6, stop=letters)), inputs, workspace)
+    steps = steps_of(workspace)
+    assert all(step["sampler_gap"] < 1e-5 for step in steps)
+    assert all(0 < step["ended"] < 1 for step in steps)
+
+
 @pytest.mark.slow
 def test_the_reward_rises(tmp_path, inputs, even_words):
     workspace = Workspace(tmp_path)
