@@ -57,11 +57,16 @@ def document_end(directory: Path, special: Mapping[int, str]) -> str:
 
 
 def chat_template(directory: Path) -> tuple[str, dict[str, str]] | None:
-    """The template of a model that talks, in Jinja, and the names of the special tokens by which it calls them."""
+    """The template of a model that talks, in Jinja, and the names of the special tokens by which it calls them.
+
+    Of several by name, for tools and the like, it is the one named ``default``, which ``transformers`` takes too.
+    """
     stated = _read(directory / "tokenizer_config.json")
     path = directory / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.exists() else stated.get("chat_template")
-    if not isinstance(source, str):  # several, for tools and the like, are a list
+    if isinstance(source, list):
+        source = {item["name"]: item["template"] for item in source}.get("default")
+    if not isinstance(source, str):
         return None
     names = {
         key: token["content"] if isinstance(token, dict) else token

@@ -54,8 +54,8 @@ class JinjaTemplate:
     ) -> tuple[list[int], list[bool]]:
         """Token ids, and for each whether the assistant is to be trained on it; see ``chat_template.render``.
 
-        Where answers are found by rendering beginnings, an answer ends with the last special token that follows it:
-        a line break after the token that ends a turn is never drawn.
+        An answer ends with the last special token in it: the line break that many templates have after the token that
+        ends a turn is never drawn, be it within a ``{% generation %}`` block, where ``transformers`` marks it, or not.
         """
         for position, message in enumerate(messages):
             if forged := [name for name in tokenizer.special_ids if name in message["content"]]:
@@ -77,7 +77,7 @@ class JinjaTemplate:
                     "the answer after it, expected them apart; remove white space before the answer from the data"
                 )
             ends = np.flatnonzero(special[first:stop])
-            stop = first + ends[-1] + 1 if len(ends) and not self.marks_answers else stop
+            stop = first + ends[-1] + 1 if len(ends) else stop
             mask[first:stop] = True
         return ids, mask.tolist()
 
@@ -169,8 +169,8 @@ class _Marked(_Unmarked):
         return START + caller() + STOP
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, **options)
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def _raise_exception(message: str) -> str:

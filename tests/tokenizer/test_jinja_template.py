@@ -1,6 +1,8 @@
 """Templates from elsewhere against transformers' own rendering."""
 
 import json
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -123,6 +125,36 @@ def test_a_template_is_read_from_a_checkpoints_files_and_written_again(tmp_path)
     assert render(Tokenizer.load(first), TALK) == render(tokenizer(MARKED), TALK)
 
 
+def test_of_several_templates_the_default_is_read(tmp_path):
+    tokenizer(CHATML).save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    several = [{"name": "tool_use", "template": MARKED}, {"name": "default", "template": CHATML}]
+    stated = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stated, "chat_template": several}))
+    peer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    ids, mask = render(Tokenizer.load(tmp_path), TALK)
+    assert ids == peer.apply_chat_template(TALK, return_dict=True)["input_ids"]
+    assert any(mask)
+
+
+def test_what_follows_the_end_of_a_turn_is_not_learnt_though_the_template_marks_it():
+    source = MARKED.replace("<|im_end|>{% endgeneration %}", "{{ '<|im_end|>\\n' }}{% endgeneration %}")
+    ours = tokenizer(source)
+    ids, mask = render(ours, TALK)
+    learnt = b"".join(ours.token_bytes([i for i, counts in zip(ids, mask, strict=True) if counts])).decode()
+    assert learnt == "the thing, ünï<|im_end|>a\n\nb<|im_end|>"
+    assert "<|im_end|>\n" in JinjaTemplate(source, NAMES).text(TALK)
+    assert ours.turn_end_id == ours.special_ids["<|im_end|>"]
+
+
+def test_json_is_written_as_transformers_writes_it(tmp_path):
+    source = CHATML.replace("message['content']", "message['content'] | tojson(ensure_ascii=true)")
+    ours = tokenizer(source)
+    ours.save(tmp_path)
+    peer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert render(ours, TALK)[0] == peer.apply_chat_template(TALK, return_dict=True)["input_ids"]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     with pytest.raises(DataError, match=r"chat template: up to message 1 .* Mark answers in the template"):
         render(tokenizer(FORGETFUL), TALK)
@@ -166,3 +198,76 @@ def test_what_is_no_template_and_what_a_template_refuses_are_errors():
         tokenizer("{% for %}")
     with pytest.raises(DataError, match="refuses a conversation of user, user: roles must alternate"):
         render(tokenizer(INSTRUCTIONS), [TALK[0], TALK[0]])
+
+
+# --- templates of published models --------------------------------------------------------------------------------
+
+ZEPHYR = """\
+{% for message in messages %}
+{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token }}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+MISTRAL = """\
+{{ bos_token }}{% for message in messages %}
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- elif message['role'] == 'assistant' %}{{ message['content'] + eos_token + ' ' }}
+{%- else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
+TOOL_TALK: list[Message] = [*TALK[:2], {"role": "tool", "content": "42"}, TALK[3]]
+LLAMA_3 = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
+GEMMA = ("<bos>", "<end_of_turn>", "<start_of_turn>")
+PUBLISHED = {
+    "llama3": LLAMA_3,
+    "llama3_1": LLAMA_3,
+    "qwen2_5": ("", "<|im_end|>", "<|im_start|>"),
+    "qwen2_5_training": ("", "<|im_end|>", "<|im_start|>"),
+    "gemma": GEMMA,
+    "gemma3": GEMMA,
+    "gemma3_training": GEMMA,
+    "zephyr": ("<s>", "</s>"),
+    "mistral": ("<s>", "</s>", "[INST]", "[/INST]"),
+}
+"""Templates to the token that begins a text, if there is one, the token that ends a turn, and others."""
+WRITTEN = {"zephyr": ZEPHYR, "mistral": MISTRAL}
+"""After the models' descriptions; the others are files that TRL carries."""
+REFUSED = {
+    "gemma": ("system", "tool"),
+    "gemma3": ("tool",),
+    "gemma3_training": ("tool",),
+    "mistral": ("system", "tool"),
+}
+"""Roles that a template has no place for."""
+
+
+def published(name):
+    begin, end, *others = PUBLISHED[name]
+    if (source := WRITTEN.get(name)) is None:
+        trl = find_spec("trl")
+        if trl is None or trl.origin is None:
+            pytest.skip("TRL, which carries the template, is not installed")
+        source = (Path(trl.origin).parent / "chat_templates" / f"{name}.jinja").read_text()
+    template = JinjaTemplate(source, {"eos_token": end} | ({"bos_token": begin} if begin else {}))
+    special = [token for token in ("<|end_of_text|>", begin, end, *others) if token]
+    return Tokenizer(small_tokenizer().ranks, PATTERN, special=special, document_end=special[0], template=template)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_templates_give_the_ids_of_transformers_and_learn_the_answers_alone(tmp_path, name):
+    ours, end = published(name), PUBLISHED[name][1]
+    ours.save(tmp_path)
+    peer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    talks = {"": TALK, "system": [SYSTEM, *TALK], "tool": TOOL_TALK}
+    for role, talk in talks.items():
+        if role in REFUSED.get(name, ()):
+            with pytest.raises(DataError, match="chat template: refuses a conversation of"):
+                render(ours, talk)
+            continue
+        ids, mask = render(ours, talk)
+        assert ids == peer.apply_chat_template(talk, return_dict=True)["input_ids"]
+        learnt = b"".join(ours.token_bytes([i for i, counts in zip(ids, mask, strict=True) if counts])).decode()
+        said = [message["content"] for message in talk if message["role"] == "assistant"]
+        assert [text.strip() for text in learnt.split(end)] == [*said, ""]
+        assert learnt.endswith(end)
+        prompt = peer.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert render(ours, talk[:-1], add_generation_prompt=True)[0] == prompt == ids[: len(prompt)]
