@@ -182,9 +182,10 @@ def assistant_turns(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
 
 
 def check_answers(tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
-    """Hold what is learnt against what the assistant said: every answer whole, and nothing beside it.
+    """Hold what is learnt against what the assistant said, every answer whole and nothing beside it, and what stands
+    before each answer against what others said.
 
-    White space around an answer is the template's to trim. Raises ``DataError`` naming the conversation.
+    White space around a turn is the template's to trim. Raises ``DataError`` naming the conversation.
     """
     special = set(tokenizer.special_ids.values())
     for example in examples:
@@ -196,6 +197,29 @@ def check_answers(tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
             raise DataError(
                 f"conversation {example.id}: {_first_difference(learnt, said)}; an answer must be learnt whole and "
                 "alone: the chat template loses or adds text, or the conversation was cut"
+            )
+        _check_others(tokenizer, example, special)
+
+
+def _check_others(tokenizer: Tokenizer, example: Example, special: set[int]) -> None:
+    """Some templates pass over roles that they do not know; JSON is how others write what tools say."""
+    before = [""]  # each answer, and behind the last
+    for supervised, run in groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1)):
+        if supervised:
+            before.append("")
+        else:
+            before[-1] += tokenizer.decode([token for token, _ in run if token not in special])
+    number = 0
+    for position, turn in enumerate(example.messages):
+        if turn["role"] == "assistant":
+            number += 1
+            continue
+        said = _as_encoded(turn["content"]).strip()
+        if said not in before[number] and json.dumps(said, ensure_ascii=False)[1:-1] not in before[number]:
+            raise DataError(
+                f"conversation {example.id}: what the {turn['role']} says in message {position} is not among the "
+                "tokens, so that the next answer would be learnt out of nothing: the chat template leaves it out; take "
+                "another template, or remove such conversations"
             )
 
 

@@ -158,6 +158,27 @@ def test_an_answer_that_got_lost_is_refused(tokenizer):
         check_answers(tokenizer, [lost])
 
 
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_turn_that_the_template_leaves_out_is_refused(role):
+    """As Zephyr's does without a word of what a tool said: the answer after it would be learnt out of nothing."""
+    source = (
+        "{% for m in messages if m.role != '" + role + "' %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+    )
+    source += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    names = ("<|end|>", "<|endoftext|>")
+    other = Tokenizer(ranks, ".", special=names, document_end=names[1], template=JinjaTemplate(source, {}))
+    silent = talk(0, "one", "1", "two", "2")
+    silent.messages.insert(2 if role == "tool" else 0, {"role": role, "content": 'be "brief"'})
+    examples = examples_of(other, [silent])
+    check_masks(other, examples)
+    with pytest.raises(DataError, match=rf"talk/0: what the {role} says in message . is not among the tokens"):
+        check_answers(other, examples)
+    as_json = source.replace(f" if m.role != '{role}'", "").replace("m.content +", "(m.content | tojson)[1:-1] +")
+    spoken = Tokenizer(ranks, ".", special=names, document_end=names[1], template=JinjaTemplate(as_json, {}))
+    check_answers(spoken, examples_of(spoken, [silent]))
+
+
 HEADER = "{{- '<|assistant|>' }}\n        {%- generation %}"
 
 
