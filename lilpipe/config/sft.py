@@ -58,7 +58,12 @@ class SFTConfig(ParallelSection):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> SFTConfig:
-        self.check_batch(self.batch_size)
+        parts = self.layout.data * self.accumulation_steps
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of replicate x shard x accumulation_steps = "
+                f"{self.layout.replicate} x {self.layout.shard} x {self.accumulation_steps} = {parts}"
+            )
         return self
 
     @model_validator(mode="after")
