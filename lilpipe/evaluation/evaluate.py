@@ -50,8 +50,10 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     rewards = _rewards(config, inputs)
     entrants = candidates if reference is None or reference in candidates else [*candidates, reference]
     rows = sample_all(entrants, prompts, config, workspace)
+    unanswered: Metrics = {}
     if config.win_against == "answer":
         rows[REFERENCE_ANSWERS] = reference_answers(prompts, num_samples=config.samples_per_prompt)
+        unanswered = _count_without_reference(prompts, workspace)
     rows = add_rewards(rows, prompts, rewards, workspace)
     opponent = REFERENCE_ANSWERS if config.win_against == "answer" else reference.name if reference else None
     outcomes = _play(candidates, rows, opponent, config, rewards, workspace)
@@ -61,7 +63,14 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     found = Evaluation(config, prompts, rows, scores, bits, outcomes, opponent)
     if distributed.is_main():
         _write(found, workspace)
-    return flat_metrics(scores, bits, num_prompts=len(prompts))
+    return flat_metrics(scores, bits, num_prompts=len(prompts)) | unanswered
+
+
+def _count_without_reference(prompts: Sequence[Prompt], workspace: Workspace) -> Metrics:
+    count = sum(not prompt.reference for prompt in prompts)
+    if count:
+        workspace.log(f"{count} of {len(prompts)} prompts have no reference answer and take no part in the win rate")
+    return {"prompts_without_reference": count}
 
 
 def _candidates(inputs: Inputs) -> tuple[list[Candidate], Candidate | None]:

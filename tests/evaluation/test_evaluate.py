@@ -190,6 +190,22 @@ def test_reference_answers_are_no_model_of_the_report(tmp_path, inputs, monkeypa
     assert "against reference answers" in (tmp_path / "output" / "report" / "report.html").read_text()
 
 
+def test_prompts_without_a_reference_answer_play_no_game_and_are_counted(tmp_path, inputs, no_report, monkeypatch):
+    known = read_prompts(inputs["prompts"].path, "test")
+    prompts = [replace(p, reference="Answer: 1" if number % 4 == 0 else "") for number, p in enumerate(known)]
+    monkeypatch.setattr(evaluate, "read_prompts", lambda path, split: prompts)
+    workspace = Workspace(tmp_path)
+    config = CONFIG.model_copy(update={"win_against": "answer"})
+    metrics = run(config, {**inputs, "reference": ()}, workspace)
+    without = sum(not prompt.reference for prompt in prompts)
+    assert metrics["prompts_without_reference"] == without > 0
+    played = [line["id"] for line in samples(tmp_path) if "game" in line["models"]["dpo"]["sampled"]]
+    assert played == [prompt.id for prompt in prompts if prompt.reference]
+    scores = json.loads((workspace.output / "metrics.json").read_text())
+    assert scores["models"]["dpo"]["win_rate"]["n"] == len(played)
+    assert f"{without} of {len(prompts)} prompts have no reference answer" in workspace.events.read_text()
+
+
 def test_a_language_model_may_say_who_wins(tmp_path, inputs, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with serving(prefers_shorter) as (address, asked):
