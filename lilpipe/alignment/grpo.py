@@ -232,6 +232,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     prompts, dev = training_prompts(prompts_artifact)
     model, tokenizer = load_model(source.path)
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
+    rewards.log_sandbox(prompts, workspace)
     before = greedy_metrics(model.to(distributed.device()), tokenizer, dev, rewards, config)
     workers = Workers(config)
     whole = None if workers.mesh is None else model  # filled from the others where the policy is cut

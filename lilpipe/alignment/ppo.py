@@ -260,6 +260,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     )
     models = ActorCritic(policy, value).to(device)
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
+    rewards.log_sandbox(prompts, workspace)
     sampler = Sampler(
         tokenizer,
         prompts,

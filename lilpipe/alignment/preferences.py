@@ -145,6 +145,7 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
     heldout = _take(read_prompts(source.path, "dev"), config.num_heldout, "num_heldout", "dev")
     assert_not_held_out((prompt.question for prompt in train), source.path)
     rewards = load_rewards(config.rewards, inputs)
+    rewards.log_sandbox(train, workspace)
     rows = sample_in_chunks(
         model,
         [*train, *heldout],

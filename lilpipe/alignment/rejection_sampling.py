@@ -82,6 +82,7 @@ def run(config: RejectionSamplingConfig, inputs: Inputs, workspace: Workspace) -
     prompts = prompts[: config.num_prompts]
     assert_not_held_out((prompt.question for prompt in prompts), source.path)
     rewards = load_rewards(config.rewards, inputs)
+    rewards.log_sandbox(prompts, workspace)
     model = choose_policy(config, inputs, read_prompts(source.path, "dev"), rewards, workspace)
     rows = sample_in_chunks(
         model,

@@ -19,12 +19,13 @@ from typing import Any, Protocol
 
 from lilpipe.alignment.answers import has_form, is_thinking, is_well_formed, stated_number, verify
 from lilpipe.alignment.examples import Prompt
-from lilpipe.alignment.sandbox import Limits, find_program, isolation, run_programs
+from lilpipe.alignment.sandbox import Limits, find_program, isolation, protection, run_programs
 from lilpipe.artifact import digest_file
 from lilpipe.config import RewardConfig
 from lilpipe.data.filters.fasttext_model import codes, load
 from lilpipe.data.filters.language import bundled_model_path, identify
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.stage import Workspace
 from lilpipe.tokenizer.chat_template import Message
 
 
@@ -80,6 +81,11 @@ class Rewards:
         """The worth of each response to the prompt at the same place."""
         columns = [score(prompts, responses) for score in self._scores]
         return [self._sum(parts) for parts in zip(*columns, strict=True)]
+
+    def log_sandbox(self, prompts: Sequence[Prompt], workspace: Workspace) -> None:
+        """Say in a stage's log what keeps programs in, where rewards or the prompts' verifiers run any."""
+        if any(config.kind == "program" for config in self.configs) or any(p.verifier == "program" for p in prompts):
+            workspace.log(protection())
 
     def _sum(self, parts: Sequence[Part]) -> Scored:
         return Scored(

@@ -4,7 +4,8 @@ A program gets an empty folder, the standard library, and limits on processor ti
 no network, no further processes, no file outside its folder. Where the kernel lets a user make namespaces
 (``unshare`` of util-linux), the process has a network namespace without any interface and a process namespace that
 dies with it. Elsewhere the second best holds: Landlock closes TCP and the audit hook of `lilpipe.alignment.confined`
-every socket. Which of them it is, is logged once. For code of strangers run the pipeline itself in a container too.
+every socket. Which of them it is, is logged once, and in words by each stage that runs programs. For code of strangers
+run the pipeline itself in a container too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lilpipe.alignment import confined
 
@@ -34,6 +35,8 @@ CLOCK_FACTOR = 10
 """Seconds by the clock for each second of the processor, so that a busy machine fails no program: what is random must
 not enter a reward."""
 MAX_REPORT_BYTES = 65_536
+TCP_SINCE = 4
+"""Version of Landlock from which it closes TCP."""
 _CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 
@@ -83,9 +86,32 @@ def isolation() -> str:
     return "namespaces" if works else "hook"
 
 
+@functools.cache
+def protection() -> str:
+    """What keeps programs in on this host, in words, as an empty program found it."""
+    entry, status = _execute("", "", Limits())
+    if entry is None:
+        return f"no program can run in the sandbox of this host: an empty one ended as {_without_verdict(status)!r}"
+    version = int(entry["landlock"])
+    network = "closed by a network namespace" if isolation() == "namespaces" else "closed by Python's audit hook alone"
+    if isolation() != "namespaces" and version >= TCP_SINCE:
+        network = "closed by Landlock (TCP) and Python's audit hook"
+    files = f"closed by Landlock, version {version}" if version else "closed by Python's audit hook alone"
+    return (
+        f"programs of answers run with the network {network}, files outside their folder {files}, and limits on "
+        "memory, processor time, file size and processes"
+    )
+
+
 def run_program(program: str, tests: str, limits: Limits | None = None) -> Outcome:
     """Run a program and then its tests, which raise ``AssertionError`` where it is wrong."""
-    limits = limits or Limits()
+    entry, status = _execute(program, tests, limits or Limits())
+    reason = _without_verdict(status) if entry is None else str(entry["reason"])
+    return Outcome(reason == "passed", reason)
+
+
+def _execute(program: str, tests: str, limits: Limits) -> tuple[dict[str, Any] | None, int | None]:
+    """What the sandbox reports of a program, if it came to that, and its exit status."""
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as root:
         folder = Path(root).resolve() / "folder"
         folder.mkdir()
@@ -104,9 +130,7 @@ def run_program(program: str, tests: str, limits: Limits | None = None) -> Outco
         with (Path(root) / "job").open("rb") as source, (Path(root) / "report").open("w+b") as report:
             status = _run(source, report, folder, seconds=limits.cpu_seconds * CLOCK_FACTOR)
             report.seek(0)
-            verdict = _verdict(report.read(MAX_REPORT_BYTES), token)
-    reason = verdict or _without_verdict(status)
-    return Outcome(reason == "passed", reason)
+            return _entry(report.read(MAX_REPORT_BYTES), token), status
 
 
 @functools.lru_cache(maxsize=4096)
@@ -150,13 +174,13 @@ def _run(source: IO[bytes], report: IO[bytes], folder: Path, *, seconds: float) 
         process.wait()
 
 
-def _verdict(report: bytes, token: str) -> str | None:
+def _entry(report: bytes, token: str) -> dict[str, Any] | None:
     """The line that bears the token: a program that writes a verdict of its own does not know it."""
     for line in report.splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
             if isinstance(entry, dict) and entry.get("token") == token:
-                return str(entry["reason"])
+                return entry
     return None
 
 

@@ -48,6 +48,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     assert isinstance(source, Artifact)
     prompts = read_prompts(source.path, config.split)
     rewards = _rewards(config, inputs)
+    rewards.log_sandbox(prompts, workspace)
     entrants = candidates if reference is None or reference in candidates else [*candidates, reference]
     rows = sample_all(entrants, prompts, config, workspace)
     unanswered: Metrics = {}

@@ -10,6 +10,7 @@ from lilpipe.alignment.rewards import Response, Rewards, Scored, brevity_win, ex
 from lilpipe.config import ANSWER_REWARD, RewardConfig, RewardConfigs, Section
 from lilpipe.config.prompts import RewardKind
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.stage import Workspace
 
 PROMPT = Prompt("p", "sort", "Sort the list 3 1.", "1 3")
 NUMBER = Prompt("n", "gsm8k", "How much?", "1,250", verifier="numeric")
@@ -253,3 +254,15 @@ def test_what_is_wrong_with_the_users_file_is_told(tmp_path, source, function, e
 def test_form_comes_before_brevity(well_formed, num_words, expected):
     assert brevity_win(well_formed, num_words) == expected
     assert brevity_win(well_formed[::-1], num_words[::-1]) == 1 - expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "verifier", "is_told"),
+    [("answer", "answer", False), ("program", "none", True), ("answer", "program", True)],
+)
+def test_a_stage_that_runs_programs_logs_what_protects_from_them(tmp_path, kind, verifier, is_told):
+    workspace = Workspace(tmp_path)
+    workspace.log("begun")
+    prompts = [Prompt("p", "f", "Double it.", "assert True", verifier=verifier)]
+    Rewards([RewardConfig(kind=kind)]).log_sandbox(prompts, workspace)
+    assert ("programs of answers run with the network closed" in workspace.events.read_text()) == is_told

@@ -111,6 +111,32 @@ def test_without_namespaces_the_second_best_holds_and_is_told_once(monkeypatch, 
     assert "cannot make namespaces" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("way", "landlock", "said"),
+    [
+        ("namespaces", 6, ("network closed by a network namespace", "folder closed by Landlock, version 6")),
+        ("hook", 6, ("network closed by Landlock (TCP) and Python's audit hook", "closed by Landlock, version 6")),
+        ("hook", 3, ("network closed by Python's audit hook alone", "folder closed by Landlock, version 3")),
+        ("hook", 0, ("network closed by Python's audit hook alone", "folder closed by Python's audit hook alone")),
+    ],
+)
+def test_what_protects_is_put_in_words(monkeypatch, way, landlock, said):
+    monkeypatch.setattr(sandbox, "isolation", lambda: way)
+    monkeypatch.setattr(sandbox, "_execute", lambda *job: ({"reason": "passed", "landlock": landlock}, 0))
+    words = sandbox.protection.__wrapped__()
+    assert all(part in words for part in said)
+    assert "limits on memory" in words
+
+
+def test_what_protects_is_found_by_running_an_empty_program(monkeypatch):
+    found = sandbox.protection.__wrapped__()
+    assert ("network namespace" in found) == (isolation() == "namespaces")
+    monkeypatch.setattr(sandbox, "_execute", lambda *job: (None, -6))
+    assert "no program can run in the sandbox of this host: an empty one ended as 'crashed 6'" in (
+        sandbox.protection.__wrapped__()
+    )
+
+
 def in_a_process(code, *, namespaces=False):
     prefix = ["unshare", *sandbox.NAMESPACES] if namespaces else []
     command = [*prefix, sys.executable, "-S", "-c", code]
