@@ -170,8 +170,17 @@ def check_wiring(config: PipelineConfig, name: str) -> None:
 
 
 def _inputs(config: PipelineConfig, name: str, made: dict[str, Artifact]) -> Inputs:
+    """The artifacts that a step reads, each under the name of the step that it comes from in this pipeline.
+
+    Another pipeline may have made it, or another step that had the same to do, under another name.
+    """
+
+    def named(source: str) -> Artifact:
+        artifact = made[source]
+        return replace(artifact, manifest=artifact.manifest.model_copy(update={"step": source}))
+
     return {
-        role: made[value] if isinstance(value, str) else tuple(made[source] for source in value)
+        role: named(value) if isinstance(value, str) else tuple(named(source) for source in value)
         for role, value in config.steps[name].inputs.items()
     }
 

@@ -100,7 +100,8 @@ def _run_distributed(stage: Stage, config: Any, inputs: Inputs, workspace: Works
 def _inputs(entries: dict) -> Inputs:
     def artifact(entry: dict[str, str]) -> Artifact:
         path = Path(entry["path"])
-        return Artifact(uri=entry["uri"], path=path, manifest=read_manifest(path))
+        manifest = read_manifest(path).model_copy(update={"step": entry["step"]})
+        return Artifact(uri=entry["uri"], path=path, manifest=manifest)
 
     return {
         role: tuple(artifact(entry) for entry in value) if isinstance(value, list) else artifact(value)

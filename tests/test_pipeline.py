@@ -38,6 +38,15 @@ def test_a_second_run_finds_everything_cached(store, faults):
     assert runs(faults) == 1
 
 
+def test_a_stage_knows_its_inputs_by_the_steps_of_its_own_pipeline(store, faults):
+    run_all(toy_config(), store)
+    steps = {"another": {"stage": "prompts"}, "second": {"stage": "tokenizer", "inputs": {"prompts": "another"}}}
+    config = toy_config(steps=steps, tokenizer={"vocab_size": 300})
+    (_, cached), (second, _) = run_all(config, store)
+    assert cached  # made as the step `first`
+    assert (second.path / "report" / "source").read_text() == "another"
+
+
 def test_the_manifest_names_all_that_the_artifact_came_from(store, faults):
     (first, _), (second, _) = run_all(toy_config(), store)
     manifest = second.manifest

@@ -10,6 +10,8 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> dict[s
     assert isinstance(prompts, Artifact)
     text = (prompts.path / "data").read_text()
     (workspace.output / "read").write_text(text.upper())
+    workspace.report.mkdir(parents=True, exist_ok=True)
+    (workspace.report / "source").write_text(prompts.manifest.step)
     return {"vocab_size": config.vocab_size}
 
 

@@ -94,7 +94,7 @@ def describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
 
 def _paths(inputs: Inputs) -> dict[str, Any]:
     def entry(artifact: Artifact) -> dict[str, str]:
-        return {"uri": artifact.uri, "path": str(artifact.path)}
+        return {"uri": artifact.uri, "path": str(artifact.path), "step": artifact.manifest.step}
 
     return {
         role: entry(value) if isinstance(value, Artifact) else [entry(artifact) for artifact in value]
