@@ -105,7 +105,7 @@ class StreamOptions(BaseModel):
     """A last chunk with the counts of tokens."""
 
 
-class Request(BaseModel):
+class BaseRequest(BaseModel):
     """What both kinds of request have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -143,19 +143,6 @@ class Request(BaseModel):
             return cls.model_validate(given)
         except ValidationError as error:
             raise _refusal(error) from error
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the log-probabilities of the tokens are asked for."""
-        raise NotImplementedError
-
-    def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
-        """The request in the engine's terms. Raises ``RequestError``."""
-        raise NotImplementedError
-
-    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:
-        """One choice of the answer, or a part of it."""
-        raise NotImplementedError
 
     def opening(self) -> list[dict[str, Any]]:
         """What a stream has for each choice before the first text."""
@@ -210,7 +197,7 @@ class ChatMessage(BaseModel):
         return {"role": role, "content": text}
 
 
-class ChatRequest(Request):
+class ChatRequest(BaseRequest):
     """``POST /v1/chat/completions``."""
 
     whole = "chat.completion"
@@ -221,11 +208,8 @@ class ChatRequest(Request):
     max_completion_tokens: PositiveInt | None = None
     logprobs: bool = False
 
-    @property
-    def wants_logprobs(self) -> bool:  # noqa: D102
-        return self.logprobs
-
-    def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:  # noqa: D102
+    def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
+        """The request in the engine's terms. Raises ``RequestError``."""
         if not can_chat(tokenizer):
             message = "messages: this model has no tokens for conversations; ask for /v1/completions with a prompt"
             raise RequestError(message, param="messages")
@@ -240,7 +224,8 @@ class ChatRequest(Request):
         delta = {"role": "assistant", "content": ""}
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for index in range(self.n)]
 
-    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:  # noqa: D102
+    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:
+        """One choice of the answer, or a part of it."""
         said = {"delta": {"content": piece.text}} if streamed else {"message": _said(piece.text)}
         logprobs = None
         if self.logprobs:
@@ -249,7 +234,7 @@ class ChatRequest(Request):
         return {"index": piece.index, **said, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
-class CompletionRequest(Request):
+class CompletionRequest(BaseRequest):
     """``POST /v1/completions``."""
 
     whole = chunk = "text_completion"
@@ -260,11 +245,8 @@ class CompletionRequest(Request):
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     """0 gives those of the tokens drawn; others are not kept."""
 
-    @property
-    def wants_logprobs(self) -> bool:  # noqa: D102
-        return self.logprobs is not None
-
-    def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:  # noqa: D102
+    def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
+        """The request in the engine's terms. Raises ``RequestError``."""
         prompts = [_ids(prompt, tokenizer) for prompt in self._prompts()]
         if not prompts or not all(prompts):
             raise RequestError("prompt: got no tokens, expected a text or token ids", param="prompt")
@@ -280,13 +262,17 @@ class CompletionRequest(Request):
             return [[token for token in self.prompt if isinstance(token, int)]]
         return [part for part in self.prompt if not isinstance(part, int)]
 
-    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:  # noqa: ARG002, D102
+    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:  # noqa: ARG002
+        """One choice of the answer, or a part of it."""
         logprobs = None
-        if self.wants_logprobs:
+        if self.logprobs is not None:
             texts = [_bytes(token, vocabulary).decode(errors="replace") for token in piece.tokens]
             values = piece.logprobs[: len(texts)]
             logprobs = {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
         return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+
+Request = ChatRequest | CompletionRequest
 
 
 def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
