@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
-from lilpipe.errors import ConfigError, DataError
+from lilpipe.errors import DataError
 from lilpipe.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from lilpipe.config import ClassifyConfig, RewardModelConfig
 
 
 def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:
@@ -21,15 +27,22 @@ def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> lis
     return rows
 
 
-def count_steps(
-    num_rows: int, *, num_epochs: int, batch_size: int, num_workers: int, stage: str, rows: str, remedy: str
-) -> int:
-    """Optimizer steps of all epochs together, by workers that share each batch.
+def rows_by_micro_batch(
+    step: int, lengths: Sequence[int], config: RewardModelConfig | ClassifyConfig, *, rank: int, world_size: int
+) -> list[list[int]]:
+    """Indices of the rows of each micro-batch of a step, for one of ``world_size`` data ranks.
 
-    Raises ``ConfigError`` for a batch that they cannot share, ``DataError`` for fewer rows than a batch.
+    Ranks get rows of like lengths, and so do micro-batches.
     """
-    if batch_size % num_workers:
-        raise ConfigError(f"{stage}.batch_size: got {batch_size}, expected a multiple of num_workers {num_workers}")
+    rows = rows_of_step(step, num_rows=len(lengths), batch_size=config.batch_size, seed=config.seed or 0)
+    rows.sort(key=lengths.__getitem__)
+    mine = rows[rank::world_size]
+    size = len(mine) // config.accumulation_steps
+    return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+
+def count_steps(num_rows: int, *, num_epochs: int, batch_size: int, stage: str, rows: str, remedy: str) -> int:
+    """Optimizer steps of all epochs together. Raises ``DataError`` for fewer rows than a batch."""
     if num_rows < batch_size:
         raise DataError(
             f"{stage}: got {num_rows} {rows}, expected at least one batch of {batch_size}; lower {stage}.batch_size or "

@@ -6,7 +6,7 @@ the loss is its negative logarithm. Of a ranking (edited > chosen > rejected) ev
 together as much as a single pair, so that long rankings do not outweigh short ones (Ouyang et al. 2022, InstructGPT,
 equation 1).
 
-Dimensions: A answers, P pairs, T tokens.
+Dimensions: A answers, P pairs, T tokens, O = 1 output.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.alignment.calibration import calibration, preference_sections
-from lilpipe.alignment.order import count_steps, rows_of_step
+from lilpipe.alignment.order import count_steps, rows_by_micro_batch
 from lilpipe.alignment.pairs import PAIRS_FILE, Pair, PairSplit, check_pairs, read_pairs
 from lilpipe.alignment.prompts import assert_not_held_out
 from lilpipe.alignment.scoring import RewardModel, load_reward_model, score_rows
@@ -30,13 +30,17 @@ from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import RewardModelConfig
 from lilpipe.errors import DataError
 from lilpipe.evaluation.pass_at_k import mean_estimate
-from lilpipe.model.heads import HeadModel, last_outputs, pad_rows, save_head_model, with_head
-from lilpipe.model.hub import load_model
+from lilpipe.model.heads import HeadModel, last_outputs, pad_rows
+from lilpipe.model.hub import check_model
+from lilpipe.model.scores import IGNORED
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import Message, render
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.training import finetune
 from lilpipe.training.curves import write_report
-from lilpipe.training.loop import Loss, LossFunction, train
+from lilpipe.training.finetune import TokenBatch, Workers
+from lilpipe.training.loop import train
+from lilpipe.training.replica import Loss, Trainee
 
 __all__ = ["STAGE", "RewardModel", "bradley_terry_loss", "load_reward_model", "run"]
 
@@ -136,29 +140,31 @@ def encode_rankings(
 def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train on rankings, measure on those held out.
 
-    Raises ``DataError`` for pairs that are too few or not to be trained on, ``ConfigError`` for a batch that the
-    workers cannot share.
+    Raises ``DataError`` for pairs that are too few or not to be trained on, ``ConfigError`` for a layout
+    in which the model cannot be cut.
     """
     source = inputs["model"]
     assert isinstance(source, Artifact)
     assert config.seed is not None
     pairs = gather_pairs(inputs)
-    language_model, tokenizer = load_model(source.path)
-    model = with_head(language_model.to(distributed.device()), 1, seed=config.seed)
-    max_len = model.config.max_seq_len
-    rankings = encode_rankings(tokenizer, pairs["train"], workspace, max_len=max_len)
-    heldout = encode_rankings(tokenizer, pairs["heldout"], workspace, max_len=max_len)
+    shape, _, tokenizer = check_model(source.path)
+    rankings = encode_rankings(tokenizer, pairs["train"], workspace, max_len=shape.max_seq_len)
+    heldout = encode_rankings(tokenizer, pairs["heldout"], workspace, max_len=shape.max_seq_len)
     num_steps = _num_steps(config, len(rankings))
     if not heldout:
         workspace.log("no pairs are held out: accuracy and calibration are not measured")
+    workers = finetune.Workers(config)
+    objective = RankingObjective(rankings, config, padding_id=tokenizer.padding_id, workers=workers)
+    trainee = finetune.build(config, source.path, objective, workers, stage="reward_model", head=1)
 
-    def evaluate(model: nn.Module, done: int) -> Mapping[str, float]:  # noqa: ARG001
-        assert isinstance(model, HeadModel)
-        return heldout_metrics(margins_of_rankings(model, heldout, tokenizer))
+    def margins() -> list[list[float]]:
+        return margins_of_rankings(finetune.whole_head_model(trainee), heldout, tokenizer)
+
+    def evaluate(trainee: Trainee, done: int) -> Mapping[str, float]:  # noqa: ARG001
+        return heldout_metrics(margins())
 
     result = train(
-        model,
-        loss=ranking_loss(rankings, config, padding_id=tokenizer.padding_id),
+        trainee,
         num_steps=num_steps,
         workspace=workspace,
         section=config,
@@ -176,16 +182,16 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
         **length_baseline(heldout),
         "tokens_per_second": result.tokens_per_second,
     }
+    finetune.export(trainee, tokenizer, workspace, labels=["reward"])
+    found = [margin for group in margins() for margin in group]
     if distributed.is_main():
-        save_head_model(model, tokenizer, workspace.output, labels=["reward"])
-        margins = [margin for group in margins_of_rankings(model, heldout, tokenizer) for margin in group]
         write_report(
             workspace,
             title="Reward model",
             losses=result.losses,
             config=config,
             key_figures=metrics,
-            sections=preference_sections(margins),
+            sections=preference_sections(found),
         )
     return metrics
 
@@ -195,47 +201,67 @@ def _num_steps(config: RewardModelConfig, num_rankings: int) -> int:
         num_rankings,
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
-        num_workers=config.num_workers,
         stage="reward_model",
         rows="rankings",
         remedy="gather more preferences",
     )
 
 
-def ranking_loss(rankings: Sequence[EncodedRanking], config: RewardModelConfig, *, padding_id: int) -> LossFunction:
-    """The loss of this worker's rankings, summed over rankings: of each the mean over its pairs."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    seed = config.seed or 0
+class _Answers(NamedTuple):
+    """What the loss of a micro-batch needs beside the scores."""
 
-    def loss(model: nn.Module, step: int, micro: int) -> Loss:  # noqa: ARG001 (one micro-batch)
-        assert isinstance(model, HeadModel)
-        if model.config.dropout:
-            model.set_dropout_seed(seed, step, rank)
-        rows = rows_of_step(step, num_rows=len(rankings), batch_size=config.batch_size, seed=seed)
-        rows.sort(key=lambda row: rankings[row].num_tokens)  # workers get rankings of like lengths
-        return batch_loss(model, [rankings[row] for row in rows[rank::world_size]], config, padding_id=padding_id)
-
-    return loss
+    lengths_A: Tensor
+    """Tokens of each conversation."""
+    pairs: PairsOfRankings
+    num_rankings: int
+    num_tokens: int
 
 
-def batch_loss(
-    model: HeadModel, rankings: Sequence[EncodedRanking], config: RewardModelConfig, *, padding_id: int
-) -> Loss:
-    """The loss of these rankings, all answers in one forward pass."""
+class RankingObjective:
+    """The rankings of one data rank; see ``lilpipe.training.finetune.Objective``."""
+
+    def __init__(
+        self, rankings: Sequence[EncodedRanking], config: RewardModelConfig, *, padding_id: int, workers: Workers
+    ) -> None:
+        self._rankings, self._config, self._padding_id, self._workers = rankings, config, padding_id, workers
+        self._lengths = [ranking.num_tokens for ranking in rankings]
+
+    def batches(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of a step."""
+        rank, world_size = self._workers.data_rank, self._workers.num_data_ranks
+        parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
+        return [collate([self._rankings[row] for row in part], padding_id=self._padding_id) for part in parts]
+
+    def loss(self, outputs_ATO: Tensor, batch: TokenBatch) -> Loss:
+        """Of each ranking the mean over its pairs, summed over rankings."""
+        return ranking_loss(outputs_ATO, batch, self._config)
+
+
+def collate(rankings: Sequence[EncodedRanking], *, padding_id: int) -> TokenBatch:
+    """All answers of these rankings, a row each."""
+    device = distributed.device()
     tokens_AT, lengths_A = pad_rows([ids for item in rankings for ids in item.answers], padding_id=padding_id)
-    scores_A = last_outputs(model(tokens_AT.to(model.device)), lengths_A.to(model.device))[:, 0]
-    pairs = PairsOfRankings(*(part.to(model.device) for part in pairs_of_rankings([len(r.answers) for r in rankings])))
+    pairs = PairsOfRankings(*(part.to(device) for part in pairs_of_rankings([len(r.answers) for r in rankings])))
+    extra = _Answers(lengths_A.to(device), pairs, len(rankings), num_tokens=int(lengths_A.sum()))
+    tokens_AT = tokens_AT.to(device)
+    return TokenBatch(tokens_AT, torch.full_like(tokens_AT, IGNORED), extra=extra)
+
+
+def ranking_loss(outputs_ATO: Tensor, batch: TokenBatch, config: RewardModelConfig) -> Loss:
+    """The loss of rankings by the head's outputs at all tokens of their answers."""
+    lengths_A, pairs, num_rankings, num_tokens = batch.extra
+    scores_A = last_outputs(outputs_ATO, lengths_A)[:, 0]
     chosen_P, rejected_P = scores_A[pairs.better_P], scores_A[pairs.worse_P]
     loss_P = bradley_terry_loss(
         chosen_P, rejected_P, margin_P=config.margin * pairs.apart_P, centering=config.centering_coefficient
     )
-    count = float(len(rankings))
+    count = float(num_rankings)
     difference_P = (chosen_P - rejected_P).detach()
     wins_P = (difference_P > 0).float() + 0.5 * (difference_P == 0).float()
     return Loss(
         total=(loss_P * pairs.weight_P).sum(),
         count=count,
-        num_tokens=int(lengths_A.sum()),
+        num_tokens=num_tokens,
         metrics={
             "accuracy": ((wins_P * pairs.weight_P).sum(), count),
             "margin": ((difference_P * pairs.weight_P).sum(), count),

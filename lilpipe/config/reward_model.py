@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from lilpipe.config.training import OptimizerConfig, TrainingSection
+from lilpipe.config.training import OptimizerConfig, ParallelSection
 
 
-class RewardModelConfig(TrainingSection):
+class RewardModelConfig(ParallelSection):
     """A scalar head trained on preferences (Bradley & Terry 1952)."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0)
@@ -24,8 +24,13 @@ class RewardModelConfig(TrainingSection):
     """Weight of the square of a pair's summed scores, which draws scores towards a mean of 0 (Eisenstein et al. 2023);
     0.01 there."""
 
+    @model_validator(mode="after")
+    def _batches_divide(self) -> RewardModelConfig:
+        self.check_batch(self.batch_size)
+        return self
 
-class ClassifyConfig(TrainingSection):
+
+class ClassifyConfig(ParallelSection):
     """Fine-tuning for classification: the output layer is replaced by one of as many outputs as there are labels."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0)
@@ -45,3 +50,18 @@ class ClassifyConfig(TrainingSection):
     """The first so many blocks are not trained."""
     freeze_embedding: bool = False
     """Leave the embedding as it is."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> ClassifyConfig:
+        self.check_batch(self.batch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _every_stage_learns(self) -> ClassifyConfig:
+        if self.parallel.pipeline > 1 and (self.frozen_layers or self.freeze_embedding):
+            raise ValueError(
+                f"parallel.pipeline: got {self.parallel.pipeline} with frozen_layers {self.frozen_layers} and "
+                f"freeze_embedding {self.freeze_embedding}, expected 1: a stage may be left with nothing to train; "
+                "take shard or tensor"
+            )
+        return self

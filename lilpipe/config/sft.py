@@ -20,8 +20,7 @@ class LoRAConfig(Section):
     alpha: PositiveFloat = 16.0
     """What an adapter adds is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of an adapter's inputs that is dropped in training; with whole models on each worker, and activations
-    that are kept."""
+    """Share of an adapter's inputs that is dropped in training; not with `tensor` or activations computed again."""
     target_modules: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
         "q_proj",
         "k_proj",
@@ -58,12 +57,7 @@ class SFTConfig(ParallelSection):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> SFTConfig:
-        parts = self.layout.data * self.accumulation_steps
-        if self.batch_size % parts:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of replicate x shard x accumulation_steps = "
-                f"{self.layout.replicate} x {self.layout.shard} x {self.accumulation_steps} = {parts}"
-            )
+        self.check_batch(self.batch_size)
         return self
 
     @model_validator(mode="after")
@@ -72,11 +66,12 @@ class SFTConfig(ParallelSection):
             return self
         if self.precision == "fp8":
             raise ValueError("lora: got precision fp8, which would leave the adapters out; take bf16")
-        # What is dropped follows from a worker's random state: other parts of a model, and a block that is computed
-        # again, would drop other elements.
-        if self.lora.dropout and self.layout.replicate < self.num_workers:
+        # What is dropped follows from a worker's random state: the other workers that hold parts of a matrix, and a
+        # block that is computed again, would drop other elements.
+        if self.lora.dropout and self.layout.tensor > 1:
             raise ValueError(
-                f"lora.dropout: got {self.lora.dropout} with {self.layout}, expected 0, or whole models on each worker"
+                f"lora.dropout: got {self.lora.dropout} with parallel.tensor {self.layout.tensor}, expected 0, or "
+                "parallel.tensor = 1"
             )
         if self.lora.dropout and self.activation_checkpointing != "none":
             raise ValueError(

@@ -76,6 +76,16 @@ class ParallelSection(TrainingSection):
         """The mesh of processes."""
         return self.parallel.layout(self.num_workers)
 
+    def check_batch(self, batch_size: int) -> None:
+        """Raise ``ValueError`` for a batch that cannot be divided into micro-batches over the workers."""
+        replicate, shard = self.layout.replicate, self.layout.shard
+        parts = replicate * shard * self.accumulation_steps
+        if batch_size % parts:
+            raise ValueError(
+                f"batch_size {batch_size} must be a multiple of replicate x shard x accumulation_steps = {replicate} x "
+                f"{shard} x {self.accumulation_steps} = {parts}"
+            )
+
 
 class HealthConfig(Section):
     """What to do about steps that would spoil the weights."""

@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lilpipe.artifact import write_atomically
 from lilpipe.config import ModelConfig
 from lilpipe.errors import ArtifactError
-from lilpipe.model.dropout import dropout_seed
 from lilpipe.model.hub import CONFIG_FILE, read_model_config, save_tensors
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear
 from lilpipe.model.layouts import layout_for
-from lilpipe.model.transformer import Decoder, Part, Transformer
-from lilpipe.model.weights import stored_tensors
+from lilpipe.model.transformer import Part, Transformer
+from lilpipe.model.weights import NamedTensors, stored_tensors
 from lilpipe.tokenizer.encoding import Tokenizer
 
 HEAD = "score.weight"
@@ -37,50 +35,41 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of classes in ``transformers`` that our head replaces the output layer of."""
 
 
-class HeadModel(nn.Module):
-    """A decoder and a head of ``num_outputs`` linear functions of its final hidden states."""
+class HeadModel(Transformer):
+    """A decoder, or a pipeline stage of it, that ends in ``num_outputs`` linear functions of its final hidden states.
 
-    def __init__(self, decoder: Decoder, vocab_size: int, num_outputs: int) -> None:
-        super().__init__()
-        self.config = decoder.config
-        self.vocab_size = vocab_size
-        self.model = decoder
-        self.score = Linear(decoder.config.hidden_size, num_outputs)
+    It gives outputs ``[B, T, O]`` in float32 at each token where ``Transformer`` gives logits or scores.
+    """
 
-    @property
-    def num_outputs(self) -> int:
-        """Outputs for each token."""
-        return len(self.score.weight)
+    score: Linear
+    """The head, which the last stage alone has."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.score.weight.device
+    def __init__(self, config: ModelConfig, vocab_size: int, num_outputs: int, part: Part | None = None) -> None:
+        super().__init__(config, vocab_size, part)
+        self.num_outputs = num_outputs
+        self.lm_head = None
+        if self.part.last:
+            self.score = Linear(config.hidden_size, num_outputs)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        *,
-        positions_BT: Tensor | None = None,
-        documents_BT: Tensor | None = None,
-        rows_B: Tensor | None = None,
-    ) -> Tensor:
-        """Outputs ``[B, T, O]`` in float32 at each token, given those before it; arguments as ``Transformer``'s."""
-        hidden_BTD = self.model(tokens_BT, positions_BT, documents_BT, None, None, rows_B)
-        return F.linear(hidden_BTD, self.score.weight).float()
+    def forward(self, tokens_BT: Tensor, *, targets_BT: Tensor | None = None, **inputs: Any) -> Tensor:  # noqa: ARG002
+        """Outputs at each token, given those before it, whatever the targets; further inputs as ``Transformer``'s."""
+        return super().forward(tokens_BT, **inputs)
 
-    def set_dropout_seed(self, *parts: int) -> None:
-        """Let what dropout draws follow from these numbers, as ``Transformer.set_dropout_seed``."""
-        self.model.dropout_seed = dropout_seed(*parts)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Outputs ``[..., O]`` in float32 of final hidden states ``[..., D]``."""
+        return self.score(hidden).float()
 
 
 def with_head(model: Transformer, num_outputs: int, *, seed: int) -> HeadModel:
     """The decoder of ``model``, shared and not copied, with a fresh head in place of the output layer."""
-    result = HeadModel(model.model, model.vocab_size, num_outputs)
+    with torch.device("meta"):
+        result = HeadModel(model.config, model.vocab_size, num_outputs)
+    result.model = model.model
+    result.score.to_empty(device=model.device)
     with torch.no_grad():
         shape = result.score.weight.shape
         result.score.weight.copy_(initial_value(HEAD, shape, seed=seed, config=model.config))
-    return result.to(model.device)
+    return result
 
 
 def last_outputs(outputs_BTO: Tensor, lengths_B: Tensor) -> Tensor:
@@ -127,13 +116,26 @@ def save_head_model(
     model: HeadModel, tokenizer: Tokenizer, directory: Path, *, labels: Sequence[str] | None = None
 ) -> None:
     """Write model and tokenizer, each file atomically; ``labels`` are the names of the outputs."""
-    save_tensors(model.config, model.vocab_size, model.state_dict().items(), tokenizer, directory)
+    labels = labels or [f"output_{index}" for index in range(model.num_outputs)]
+    save_head_tensors(model.config, model.vocab_size, model.state_dict().items(), tokenizer, directory, labels=labels)
+
+
+def save_head_tensors(
+    config: ModelConfig,
+    vocab_size: int,
+    tensors: NamedTensors,
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    labels: Sequence[str],
+) -> None:
+    """``save_head_model`` for a model whose tensors come one by one, as in ``save_tensors``."""
+    save_tensors(config, vocab_size, tensors, tokenizer, directory)
     path = directory / CONFIG_FILE
     stated = json.loads(path.read_text(encoding="utf-8"))
-    names = list(labels or (f"output_{index}" for index in range(model.num_outputs)))
     stated["architectures"] = [_class_name(stated["architectures"][0])]
-    stated["id2label"] = {str(index): name for index, name in enumerate(names)}
-    stated["label2id"] = {name: index for index, name in enumerate(names)}
+    stated["id2label"] = {str(index): name for index, name in enumerate(labels)}
+    stated["label2id"] = {name: index for index, name in enumerate(labels)}
     write_atomically(path, json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 
@@ -157,14 +159,13 @@ def load_head_model(directory: Path) -> tuple[HeadModel, Tokenizer]:
             "make; check the step's inputs"
         )
     with torch.device("meta"):
-        decoder = Decoder(config, vocab_size, Part(range(config.num_layers), first=True, last=True))
-        model = HeadModel(decoder, vocab_size, len(tensors[HEAD]))
+        model = HeadModel(config, vocab_size, len(tensors[HEAD]))
     expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (tensors, expected))
         if got != wanted:
             raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} by {CONFIG_FILE}")
-    model = HeadModel(Decoder(config, vocab_size, decoder.part), vocab_size, model.num_outputs)
+    model = HeadModel(config, vocab_size, model.num_outputs)
     model.load_state_dict(tensors)
     return model.eval(), Tokenizer.load(directory)
 

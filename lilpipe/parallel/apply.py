@@ -18,6 +18,7 @@ from lilpipe import distributed
 from lilpipe.config import ModelConfig, ParallelSection
 from lilpipe.config.parallel import check_vocabulary
 from lilpipe.errors import ConfigError
+from lilpipe.model.heads import HeadModel
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.transformer import Part, Transformer
 from lilpipe.parallel.context import GatheredSequence
@@ -39,6 +40,7 @@ def parallelize(
     within_documents: bool = False,
     compiled: bool = False,
     dtype: torch.dtype = torch.float32,
+    head: int | None = None,
     prepare: Callable[[Transformer], None] | None = None,
 ) -> ParallelModel:
     """A model with fresh weights, cut over ``mesh``.
@@ -53,6 +55,7 @@ def parallelize(
         within_documents: Whether attention stays inside the documents of a row.
         compiled: Whether blocks are compiled.
         dtype: Of the weights.
+        head: Outputs of a head in place of the output layer; none keeps that.
         prepare: Changes each stage while it is whole and on the meta device.
 
     Raises:
@@ -68,7 +71,7 @@ def parallelize(
     stages = []
     for part in _parts(section, model.num_layers, mesh):
         with torch.device("meta"):
-            stage = Transformer(model, vocab_size, part).to(dtype)
+            stage = _stage(model, vocab_size, head, part).to(dtype)
             if prepare is not None:
                 prepare(stage)
         _cut(stage, section, mesh)
@@ -83,6 +86,10 @@ def parallelize(
     return ParallelModel(
         stages, mesh, section, batches=batches, loss=loss, within_documents=within_documents, dtype=compute_dtype
     )
+
+
+def _stage(model: ModelConfig, vocab_size: int, head: int | None, part: Part) -> Transformer:
+    return Transformer(model, vocab_size, part) if head is None else HeadModel(model, vocab_size, head, part)
 
 
 def _parts(section: ParallelSection, num_layers: int, mesh: Mesh) -> Sequence[Part]:

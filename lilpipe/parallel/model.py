@@ -32,8 +32,8 @@ from lilpipe.training.replica import Loss
 Batches = Callable[[int], Sequence[Any]]
 """Step, from 0, to the micro-batches of this process's data rank, whole rows each: named tuples with
 ``inputs``, ``targets`` and ``documents`` [B, T]; under context parallelism all their columns are such."""
-Objective = Callable[[Scores, Any], Loss]
-"""Scores of a micro-batch's targets to its loss; both may be parts of the rows."""
+Objective = Callable[[Any, Any], Loss]
+"""Scores of a micro-batch's targets, or the outputs of a head, to its loss; both may be parts of the rows."""
 ROWS_AT_ONCE = 32
 """Rows of a data rank that go through the model together in an evaluation."""
 
@@ -76,8 +76,8 @@ class ParallelModel:
         inputs = [self._inputs(batch, number) for number, batch in enumerate(batches)]
         losses: dict[int, Loss] = {}
 
-        def loss_of(scores: Scores, number: int) -> Tensor:
-            losses[number] = self._loss(scores, batches[number])
+        def loss_of(outputs: Any, number: int) -> Tensor:
+            losses[number] = self._loss(outputs, batches[number])
             return losses[number].total
 
         if self._pipeline is not None:

@@ -25,6 +25,7 @@ from torch.distributed.pipelining import (
 )
 
 from lilpipe.config.parallel import ParallelConfig
+from lilpipe.model.heads import HeadModel
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Part, Transformer
 from lilpipe.parallel.mesh import Mesh
@@ -63,11 +64,14 @@ class Pipeline:
         self._dtype = dtype
         self._score_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._num_stages = config.pipeline * config.stages_per_worker
-        self._loss: Callable[[Scores, int], Tensor] | None = None
+        self._loss: Callable[[Any, int], Tensor] | None = None
         self._schedule = lru_cache(maxsize=1)(self._build_schedule)
 
-    def forward_backward(self, batches: Sequence[MicroBatch], loss: Callable[[Scores, int], Tensor]) -> None:
-        """Run the schedule; ``loss`` of (scores, number of the micro-batch) is called where the last stage is."""
+    def forward_backward(self, batches: Sequence[MicroBatch], loss: Callable[[Any, int], Tensor]) -> None:
+        """Run the schedule; ``loss`` is called where the last stage is.
+
+        It takes the scores, or the outputs of a head, and the number of the micro-batch.
+        """
         self._loss = loss
         shape = batches[0].tokens_BT.shape
         schedule = self._schedule(len(batches), shape[0], shape[1])
@@ -109,7 +113,6 @@ class Pipeline:
     def _stage(self, local: int, part: Transformer, num_rows: int, num_tokens: int) -> PipelineStage:
         """With the shapes of what comes in and goes out, so that torch does not run the model to learn them."""
         hidden = torch.empty(self._hidden_shape(num_rows, num_tokens), dtype=self._dtype, device="meta")
-        score = torch.empty(num_rows, num_tokens, dtype=self._score_dtype, device="meta")
         tokens = torch.empty(num_rows, num_tokens, dtype=torch.int64, device="meta")
         return _Stage(
             part,
@@ -117,16 +120,23 @@ class Pipeline:
             self._num_stages,
             part.device,
             input_args=tokens if part.part.first else hidden.requires_grad_(),
-            output_args=(score.requires_grad_(), score) if part.part.last else hidden.requires_grad_(),
+            output_args=self._outputs(part, num_rows, num_tokens) if part.part.last else hidden.requires_grad_(),
             group=self.mesh.pipeline_group,
         )
+
+    def _outputs(self, part: Transformer, num_rows: int, num_tokens: int) -> Tensor | tuple[Tensor, Tensor]:
+        """What the last stage gives, on the meta device: scores, or the outputs of a head."""
+        if isinstance(part, HeadModel):
+            return torch.empty(num_rows, num_tokens, part.num_outputs, device="meta").requires_grad_()
+        score = torch.empty(num_rows, num_tokens, dtype=self._score_dtype, device="meta")
+        return score.requires_grad_(), score
 
     def _hidden_shape(self, num_rows: int, num_tokens: int) -> tuple[int, int, int]:
         return num_rows, num_tokens // self.mesh.layout.tensor, self.parts[0].config.hidden_size
 
-    def _loss_of(self, scores: tuple[Tensor, Tensor], number: Tensor) -> Tensor:
+    def _loss_of(self, outputs: Tensor | tuple[Tensor, Tensor], number: Tensor) -> Tensor:
         assert self._loss is not None
-        return self._loss(Scores(*scores), int(number))
+        return self._loss(outputs if isinstance(outputs, Tensor) else Scores(*outputs), int(number))
 
 
 class _Stage(PipelineStage):

@@ -11,27 +11,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor
 
 from lilpipe import distributed, report
-from lilpipe.alignment.order import count_steps, rows_of_step
+from lilpipe.alignment.order import count_steps, rows_by_micro_batch
 from lilpipe.alignment.prompts import read_prompts
 from lilpipe.artifact import Artifact, Inputs, digest_file
-from lilpipe.config import ClassifyConfig
+from lilpipe.config import ClassifyConfig, ModelConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.evaluation.pass_at_k import share_estimate
-from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_rows, save_head_model, with_head
-from lilpipe.model.hub import load_model
+from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_rows
+from lilpipe.model.hub import check_model
+from lilpipe.model.scores import IGNORED
+from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.training import finetune
 from lilpipe.training.curves import write_report
-from lilpipe.training.loop import Loss, LossFunction, train
+from lilpipe.training.finetune import TokenBatch, Workers
+from lilpipe.training.loop import train
+from lilpipe.training.replica import Loss, Trainee
 
 SHOWN = 30
 """Wrongly classified texts in the report."""
@@ -143,26 +150,30 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     assert config.seed is not None
     texts = distinct_texts(read_texts(config, inputs))
     labels = sorted({item.label for item in texts})
-    language_model, tokenizer = load_model(source.path)
+    shape, vocab_size, tokenizer = check_model(source.path)
     examples = [Example(item.text, tokenizer.encode(item.text), labels.index(item.label)) for item in texts]
-    fitting = [example for example in examples if len(example.ids) <= language_model.config.max_seq_len]
+    fitting = [example for example in examples if len(example.ids) <= shape.max_seq_len]
     if left_out := len(examples) - len(fitting):
-        limit = language_model.config.max_seq_len
-        workspace.log(f"left out {left_out} of {len(examples)} texts of more than {limit} tokens")
+        workspace.log(f"left out {left_out} of {len(examples)} texts of more than {shape.max_seq_len} tokens")
     heldout = [example for example in fitting if is_held_out(example.text, config.heldout_share)]
     training = [example for example in fitting if not is_held_out(example.text, config.heldout_share)]
     check_classes(labels, training, heldout)
     num_steps = _num_steps(config, len(training))
-    model = with_head(language_model.to(distributed.device()), len(labels), seed=config.seed)
-    freeze(model, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
+    freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
+    with torch.device("meta"):
+        trained_parameters = count_trained(shape, vocab_size, len(labels), freeze)
+    workers = finetune.Workers(config)
+    objective = LabelObjective(training, config, padding_id=tokenizer.padding_id, workers=workers)
+    trainee = finetune.build(
+        config, source.path, objective, workers, stage="classify", head=len(labels), prepare=freeze
+    )
 
-    def evaluate(model: nn.Module, done: int) -> Mapping[str, float]:  # noqa: ARG001
-        assert isinstance(model, HeadModel)
+    def evaluate(trainee: Trainee, done: int) -> Mapping[str, float]:  # noqa: ARG001
+        model = finetune.whole_head_model(trainee)
         return confusion_metrics(confusion(model, heldout, padding_id=tokenizer.padding_id))
 
     result = train(
-        model,
-        loss=label_loss(training, config, padding_id=tokenizer.padding_id),
+        trainee,
         num_steps=num_steps,
         workspace=workspace,
         section=config,
@@ -177,13 +188,14 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "steps": float(num_steps),
         "texts": float(len(training)),
         "heldout_texts": float(len(heldout)),
-        "trained_parameters": float(sum(p.numel() for p in model.parameters() if p.requires_grad)),
+        "trained_parameters": float(trained_parameters),
         **result.metrics,
         "largest_class_share": largest / len(heldout),
         "tokens_per_second": result.tokens_per_second,
     }
+    finetune.export(trainee, tokenizer, workspace, labels=labels)
+    model = finetune.whole_head_model(trainee)
     if distributed.is_main():
-        save_head_model(model, tokenizer, workspace.output, labels=labels)
         write_report(
             workspace,
             title="Classification",
@@ -195,18 +207,25 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     return metrics
 
 
-def freeze(model: HeadModel, *, num_layers: int, embedding: bool) -> None:
-    """Leave the first blocks, and the embedding, out of training."""
-    if num_layers > model.config.num_layers:
+def _freeze(stage: Transformer, *, num_layers: int, embedding: bool) -> None:
+    """Leave the first blocks, and the embedding, out of training: what a stage of the pipeline has of them."""
+    if num_layers > stage.config.num_layers:
         raise ConfigError(
-            f"classify.frozen_layers: got {num_layers}, the model has {model.config.num_layers} blocks; lower it"
+            f"classify.frozen_layers: got {num_layers}, the model has {stage.config.num_layers} blocks; lower it"
         )
-    for layer in range(num_layers):
-        model.model.layers[str(layer)].requires_grad_(False)
+    for layer, block in stage.model.layers.items():
+        block.requires_grad_(int(layer) >= num_layers)
     if embedding:
-        for part in (model.model.embed_tokens, model.model.embed_positions):
+        for part in (stage.model.embed_tokens, stage.model.embed_positions):
             if part is not None:
                 part.requires_grad_(False)
+
+
+def count_trained(shape: ModelConfig, vocab_size: int, num_labels: int, freeze: Callable[[Transformer], None]) -> int:
+    """Parameters that are trained, in all of the model."""
+    model = HeadModel(shape, vocab_size, num_labels)
+    freeze(model)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _num_steps(config: ClassifyConfig, num_texts: int) -> int:
@@ -214,7 +233,6 @@ def _num_steps(config: ClassifyConfig, num_texts: int) -> int:
         num_texts,
         num_epochs=config.num_epochs,
         batch_size=config.batch_size,
-        num_workers=config.num_workers,
         stage="classify",
         rows="texts",
         remedy="add texts",
@@ -226,31 +244,48 @@ def _digest(texts: Sequence[LabelledText]) -> str:
     return hashlib.sha256(json.dumps([[item.text, item.label] for item in texts]).encode()).hexdigest()
 
 
-def label_loss(examples: Sequence[Example], config: ClassifyConfig, *, padding_id: int) -> LossFunction:
-    """Cross-entropy summed over this worker's texts."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    seed = config.seed or 0
+class _Labels(NamedTuple):
+    """What the loss of a micro-batch needs beside the outputs."""
 
-    def loss(model: nn.Module, step: int, micro: int) -> Loss:  # noqa: ARG001 (one micro-batch)
-        assert isinstance(model, HeadModel)
-        if model.config.dropout:
-            model.set_dropout_seed(seed, step, rank)
-        rows = rows_of_step(step, num_rows=len(examples), batch_size=config.batch_size, seed=seed)
-        rows.sort(key=lambda row: len(examples[row].ids))  # workers get texts of like lengths
-        batch = [examples[row] for row in rows[rank::world_size]]
-        tokens_BT, lengths_B = pad_rows([example.ids for example in batch], padding_id=padding_id)
-        outputs_BO = last_outputs(model(tokens_BT.to(model.device)), lengths_B.to(model.device))
-        labels_B = torch.tensor([example.label for example in batch], device=model.device)
-        right = float((outputs_BO.argmax(-1) == labels_B).sum())
-        count = float(len(batch))
+    lengths_B: Tensor
+    labels_B: Tensor
+    num_tokens: int
+
+
+class LabelObjective:
+    """The texts of one data rank; see ``lilpipe.training.finetune.Objective``."""
+
+    def __init__(
+        self, examples: Sequence[Example], config: ClassifyConfig, *, padding_id: int, workers: Workers
+    ) -> None:
+        self._examples, self._config, self._padding_id, self._workers = examples, config, padding_id, workers
+        self._lengths = [len(example.ids) for example in examples]
+
+    def batches(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of a step."""
+        rank, world_size = self._workers.data_rank, self._workers.num_data_ranks
+        parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
+        return [self._batch([self._examples[row] for row in part]) for part in parts]
+
+    def _batch(self, examples: Sequence[Example]) -> TokenBatch:
+        device = distributed.device()
+        tokens_BT, lengths_B = pad_rows([example.ids for example in examples], padding_id=self._padding_id)
+        labels_B = torch.tensor([example.label for example in examples], device=device)
+        extra = _Labels(lengths_B.to(device), labels_B, num_tokens=int(lengths_B.sum()))
+        tokens_BT = tokens_BT.to(device)
+        return TokenBatch(tokens_BT, torch.full_like(tokens_BT, IGNORED), extra=extra)
+
+    def loss(self, outputs_BTO: Tensor, batch: TokenBatch) -> Loss:
+        """Cross-entropy, summed over texts."""
+        lengths_B, labels_B, num_tokens = batch.extra
+        outputs_BO = last_outputs(outputs_BTO, lengths_B)
+        right, count = float((outputs_BO.argmax(-1) == labels_B).sum()), float(len(labels_B))
         return Loss(
             total=F.cross_entropy(outputs_BO, labels_B, reduction="sum"),
             count=count,
-            num_tokens=int(lengths_B.sum()),
+            num_tokens=num_tokens,
             metrics={"accuracy": (right, count)},
         )
-
-    return loss
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Training a checkpoint further, whatever the layout of workers: what SFT, DPO and GRPO have in common.
+"""Training a checkpoint further, whatever the layout of workers: what post-training has in common.
 
-An objective says what is scored and what the loss of the scores is. It sees the rows of its data rank and no worker
-group, so that one worker, replicas, and a model that is cut over a mesh train on the same thing.
+An objective says what is scored and what the loss of the scores is, or of what a head gives in their place. It sees
+the rows of its data rank and no worker group, so that one worker, replicas, and a model that is cut over a mesh train
+on the same thing.
 
 Dimensions: B rows, T tokens.
 """
@@ -9,6 +10,7 @@ Dimensions: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -21,8 +23,9 @@ from lilpipe import distributed
 from lilpipe.config import ParallelSection
 from lilpipe.config.parallel import check_model
 from lilpipe.errors import ConfigError
+from lilpipe.model.heads import HeadModel, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
-from lilpipe.model.scores import IGNORED, Scores
+from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import NamedTensors
 from lilpipe.stage import Workspace
@@ -39,7 +42,7 @@ class TokenBatch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
-    """The token that follows; ``IGNORED`` where it is not scored."""
+    """The token that follows; ``IGNORED`` where it is not scored. A head takes no notice of them."""
     documents: Tensor | None = None
     """Which sequence of its row a token belongs to; attention stays inside. None where a row holds one sequence."""
     positions: Tensor | None = None
@@ -57,8 +60,11 @@ class Objective(Protocol):
         """The micro-batches of a step: as many on every data rank."""
         ...
 
-    def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
-        """The loss of a micro-batch, summed; the names of metrics do not depend on the batch."""
+    def loss(self, scores: Any, batch: TokenBatch, /) -> Loss:
+        """The loss of a micro-batch, summed; the names of metrics do not depend on the batch.
+
+        It takes ``Scores``, or of a model with a head its outputs [B, T, O]; both may be padded on the right and below.
+        """
         ...
 
 
@@ -82,19 +88,23 @@ def build(
     workers: Workers,
     *,
     stage: str,
+    head: int | None = None,
     prepare: Callable[[Transformer], None] | None = None,
 ) -> Trainee:
     """The checkpoint of ``source`` as this worker holds it in training.
 
+    ``head`` is the number of outputs of a fresh head that takes the place of the output layer; none keeps that.
     ``prepare`` changes the model, or each pipeline stage of it that this worker holds, before it is trained, as LoRA
     does; where it is cut the stage has no memory yet, and new parameters get their ``initial_value``.
     Raises ``ConfigError``, naming the setting of ``stage``, for a layout in which the model cannot be cut.
     """
     precision.check(section, distributed.device())
     if workers.mesh is not None:
-        return _build_cut(section, source, objective, workers.mesh, stage=stage, prepare=prepare)
+        return _build_cut(section, source, objective, workers.mesh, stage=stage, head=head, prepare=prepare)
     model, _ = load_model(source)
     model = model.to(distributed.device())
+    if head is not None:
+        model = with_head(model, head, seed=section.seed or 0)
     if prepare is not None:
         prepare(model)
     activation_checkpointing.apply(model, section.activation_checkpointing)
@@ -133,6 +143,7 @@ def _build_cut(
     mesh: Mesh,
     *,
     stage: str,
+    head: int | None,
     prepare: Callable[[Transformer], None] | None,
 ) -> Trainee:
     from lilpipe.parallel.apply import parallelize
@@ -155,6 +166,7 @@ def _build_cut(
         mesh=mesh,
         within_documents=True,
         compiled=bool(section.compile),
+        head=head,
         prepare=prepare,
     )
     load_weights(trainee.tensors(), source)
@@ -182,7 +194,7 @@ def _even(batches: Sequence[TokenBatch], section: ParallelSection) -> list[Token
 
 
 def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transformer:
-    """The model on every worker, to sample from; ``into`` is filled where the trainee's is cut.
+    """The model on every worker, to sample from or to measure; ``into`` is filled where the trainee's is cut.
 
     Where it is cut, all workers must call this together, and each has memory for the whole.
     """
@@ -191,7 +203,7 @@ def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transforme
         return trainee.model
     part = trainee.parts[0]
     assert isinstance(part, Transformer)
-    model = into or Transformer(part.config, part.vocab_size).to(distributed.device())
+    model = into or _whole_like(part).to(distributed.device())
     # Sharded tensors are no tensors of inference, and an evaluation is in that mode.
     with torch.inference_mode(mode=False), torch.no_grad():
         found = dict(trainee.full_tensors())
@@ -202,23 +214,39 @@ def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transforme
     return model.eval()
 
 
+def whole_head_model(trainee: Trainee) -> HeadModel:
+    """``whole_model`` of a model with a head."""
+    model = whole_model(trainee)
+    assert isinstance(model, HeadModel)
+    return model
+
+
+def _whole_like(part: Transformer) -> Transformer:
+    if isinstance(part, HeadModel):
+        return HeadModel(part.config, part.vocab_size, part.num_outputs)
+    return Transformer(part.config, part.vocab_size)
+
+
 def export(
     trainee: Trainee,
     tokenizer: Tokenizer,
     workspace: Workspace,
     *,
+    labels: Sequence[str] | None = None,
     change: Callable[[NamedTensors], NamedTensors] | None = None,
 ) -> None:
     """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole.
 
-    ``change`` makes the tensors that are written of those that were trained, on the first worker.
+    ``labels`` are the names of a head's outputs. ``change`` makes the tensors that are written of those that were
+    trained, on the first worker.
     """
     part = trainee.parts[0]
     assert isinstance(part, Transformer)
     tensors = trainee.full_tensors()
     if distributed.is_main():
         tensors = change(tensors) if change else tensors
-        save_tensors(part.config, part.vocab_size, tensors, tokenizer, workspace.output)
+        save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)
+        save(part.config, part.vocab_size, tensors, tokenizer, workspace.output)
     else:
         for _ in tensors:  # the others' part in gathering
             pass

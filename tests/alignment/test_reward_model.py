@@ -8,16 +8,17 @@ from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
 from lilpipe.alignment.prompts import read_prompts
 from lilpipe.alignment.reward_model import (
     EncodedRanking,
-    batch_loss,
     bradley_terry_loss,
+    collate,
     length_baseline,
     load_reward_model,
     pairs_of_rankings,
+    ranking_loss,
     run,
 )
 from lilpipe.alignment.tables import write_table
-from lilpipe.config import ModelConfig, OptimizerConfig, RewardModelConfig
-from lilpipe.errors import ArtifactError, ConfigError, DataError, LilpipeError
+from lilpipe.config import ModelConfig, OptimizerConfig, ParallelConfig, RewardModelConfig
+from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model import heads
 from lilpipe.model.heads import save_head_model, with_head
 from lilpipe.model.hub import load_model
@@ -96,11 +97,16 @@ def small_model(seed=0):
     return model
 
 
+def loss_of(model, rankings, config):
+    batch = collate(rankings, padding_id=PADDING)
+    return ranking_loss(model(batch.inputs), batch, config)
+
+
 def test_the_loss_of_rankings_is_that_of_their_pairs_one_by_one():
     rankings = [EncodedRanking("a", [[5, 6, 7], [8, 9], [10]]), EncodedRanking("b", [[11, 12], [13, 14, 15, 16]])]
     config = CONFIG.model_copy(update={"margin": 0.3, "centering_coefficient": 0.02})
     model = small_model()
-    got = batch_loss(model, rankings, config, padding_id=PADDING)
+    got = loss_of(model, rankings, config)
     with torch.no_grad():
         a, b, c, d, e = (model(torch.tensor([ids]))[0, -1, 0].item() for item in rankings for ids in item.answers)
 
@@ -153,7 +159,7 @@ def test_the_loss_and_its_gradient_are_trls(tmp_path, margin, centering):
     expected.backward()
 
     config = CONFIG.model_copy(update={"margin": margin, "centering_coefficient": centering})
-    loss = batch_loss(ours, rankings, config, padding_id=PADDING)
+    loss = loss_of(ours, rankings, config)
     (loss.total / loss.count).backward()
     assert loss.total.item() / loss.count == pytest.approx(expected.item(), abs=1e-5)
     gradients = dict(trainer.model.named_parameters())
@@ -348,8 +354,8 @@ def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path, make_c
 # --- gates --------------------------------------------------------------------------------------------------------
 
 
-def refused(make_checkpoint, tmp_path, match, error: type[LilpipeError] = DataError, config=CONFIG, **inputs):
-    with pytest.raises(error, match=match):
+def refused(make_checkpoint, tmp_path, match, config=CONFIG, **inputs):
+    with pytest.raises(DataError, match=match):
         run(config, {"model": make_checkpoint(), **inputs}, Workspace(tmp_path / "refused"))
 
 
@@ -379,10 +385,10 @@ def test_fewer_rankings_than_a_batch_are_refused_with_numbers(tmp_path, make_che
     refused(make_checkpoint, tmp_path, match, config=config, preferences=plain)
 
 
-def test_a_batch_that_workers_cannot_share_is_refused(tmp_path, make_checkpoint, plain):
-    config = CONFIG.model_copy(update={"num_workers": 3})
-    match = "batch_size: got 4, expected a multiple of num_workers 3"
-    refused(make_checkpoint, tmp_path, match, ConfigError, config=config, preferences=plain)
+def test_a_batch_that_workers_and_micro_batches_cannot_share_is_refused():
+    match = "batch_size 4 must be a multiple of replicate x shard x accumulation_steps = 1 x 2 x 4 = 8"
+    with pytest.raises(ValueError, match=match):
+        RewardModelConfig(batch_size=4, num_workers=2, accumulation_steps=4, parallel=ParallelConfig(shard=2))
 
 
 def test_rankings_that_are_too_long_are_left_out_whole_and_counted(tmp_path, make_checkpoint, preferences):

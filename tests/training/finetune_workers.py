@@ -1,15 +1,17 @@
-"""Run under torchrun on two workers: SFT, DPO and GRPO, each cut over them in several layouts."""
+"""Run under torchrun on two workers: the stages of post-training, each cut over them in several layouts."""
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from lilpipe import distributed
-from lilpipe.alignment import dpo, grpo
-from lilpipe.config import DPOConfig, GRPOConfig, SFTConfig
+from lilpipe.alignment import dpo, grpo, reward_model
+from lilpipe.config import ClassifyConfig, DPOConfig, GRPOConfig, RewardModelConfig, SFTConfig
+from lilpipe.errors import DataError
 from lilpipe.stage import Workspace
-from lilpipe.training import sft
+from lilpipe.training import classify, sft
 from tests.alignment.conftest import as_artifact
 
 COMMON = {
@@ -22,6 +24,13 @@ COMMON = {
 STAGES = {
     "sft": (sft, SFTConfig, {"batch_size": 8, "num_epochs": 1}),
     "dpo": (dpo, DPOConfig, {"batch_size": 4}),
+    "reward_model": (reward_model, RewardModelConfig, {"batch_size": 4, "margin": 0.1, "centering_coefficient": 0.01}),
+    "classify": (classify, ClassifyConfig, {"batch_size": 8, "num_epochs": 1}),
+    "frozen": (
+        classify,
+        ClassifyConfig,
+        {"batch_size": 8, "num_epochs": 1, "frozen_layers": 1, "freeze_embedding": True},
+    ),
     "grpo": (
         grpo,
         GRPOConfig,
@@ -40,6 +49,10 @@ STAGES = {
 LAYOUTS = {"replicas": {}, "sharded": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
 
 
+CASES = [(stage, name) for stage in STAGES for name in LAYOUTS if (stage, name) != ("frozen", "pipeline")]
+RESUMED = ("reward_model", "frozen")
+
+
 def letters(prompt, response):
     """A reward that fresh models' answers differ in."""
     return len(response.text) % 4
@@ -49,6 +62,8 @@ def run(stage, root, name, parallel, *, num_workers):
     """One stage in one layout; gives its metrics."""
     module, section, settings = STAGES[stage]
     config = section.model_validate({**COMMON, **settings, "parallel": parallel, "num_workers": num_workers})
+    if module is classify:
+        config = config.model_copy(update={"path": str(root / "texts.jsonl")})
     inputs = {
         "model": as_artifact(root / "model", kind="Checkpoint", stage="sft"),
         "prompts": as_artifact(root / "prompts", kind="Prompts"),
@@ -59,12 +74,29 @@ def run(stage, root, name, parallel, *, num_workers):
     return module.run(config, {role: item for role, item in inputs.items() if role in taken}, workspace)
 
 
+def stop_and_go_on(stage, root, parallel):
+    """One stage that fails after its first checkpoint, and is called again."""
+    made = Workspace.progress
+
+    def failing(self, done, *args, **options):
+        if done == 3:
+            raise DataError("planted")
+        made(self, done, *args, **options)
+
+    Workspace.progress = failing
+    with pytest.raises(DataError, match="planted"):
+        run(stage, root, "resumed", parallel, num_workers=2)
+    Workspace.progress = made
+    run(stage, root, "resumed", parallel, num_workers=2)
+
+
 def main(root):
     torch.set_num_threads(1)
     distributed.init()
-    for stage in STAGES:
-        for name, parallel in LAYOUTS.items():
-            run(stage, root, name, parallel, num_workers=2)
+    for stage, name in CASES:
+        run(stage, root, name, LAYOUTS[name], num_workers=2)
+    for stage in RESUMED:
+        stop_and_go_on(stage, root, LAYOUTS["sharded"])
     distributed.shutdown()
 
 

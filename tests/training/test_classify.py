@@ -5,7 +5,7 @@ import torch
 
 from lilpipe.alignment.prompts import PROMPT_SCHEMA, Prompt
 from lilpipe.alignment.tables import write_table
-from lilpipe.config import ClassifyConfig, ModelConfig, OptimizerConfig, TokenizerConfig
+from lilpipe.config import ClassifyConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.heads import load_head_model, read_labels
 from lilpipe.model.hub import load_model, save_model
@@ -190,6 +190,12 @@ def test_texts_that_are_too_long_are_left_out_whole_and_counted(tmp_path, model,
 def test_more_frozen_layers_than_there_are_is_refused(tmp_path, model, write):
     with pytest.raises(ConfigError, match="frozen_layers: got 3, the model has 2 blocks"):
         run(config(write(messages()), frozen_layers=3), {"model": model}, Workspace(tmp_path))
+
+
+def test_a_pipeline_in_which_a_stage_may_have_nothing_to_train_is_refused():
+    match = "parallel.pipeline: got 2 with frozen_layers 1 and freeze_embedding False, expected 1"
+    with pytest.raises(ValueError, match=match):
+        ClassifyConfig(frozen_layers=1, num_workers=2, parallel=ParallelConfig(pipeline=2))
 
 
 def test_a_step_without_texts_is_refused(tmp_path, model):

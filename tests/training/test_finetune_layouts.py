@@ -1,4 +1,4 @@
-"""SFT, DPO and GRPO by two workers in several layouts, against one process."""
+"""The stages of post-training by two workers in several layouts, against one process."""
 
 import json
 import os
@@ -11,15 +11,18 @@ import torch
 from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
 from lilpipe.alignment.tables import write_table
 from lilpipe.config import ModelConfig, TokenizerConfig
+from lilpipe.model.heads import load_head_model
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
 from tests.alignment.conftest import prompts  # noqa: F401 (a fixture)
-from tests.training.finetune_workers import LAYOUTS, STAGES, run
+from tests.training.finetune_workers import CASES, RESUMED, STAGES, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
 MODEL = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_seq_len=160)
+
+HEADS = ("reward_model", "classify", "frozen")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,9 @@ def root(prompts, tmp_path_factory):  # noqa: F811
         for split, first, count in (("train", 0, 12), ("heldout", 50, 3))
         for i in range(first, first + count)
     ]
+    texts = [{"text": f"Win ${i}00 now! {i * 37}", "label": "spam"} for i in range(20)]
+    texts += [{"text": f"See you at {i}, {i * 91}", "label": "ham"} for i in range(20)]
+    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     (root / "preferences").mkdir()
     write_table(root / "preferences" / "pairs.arrow", [vars(pair) for pair in pairs], PAIR_SCHEMA)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -59,13 +65,23 @@ def losses(path):
     return [found[done] for done in sorted(found)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "layout"), CASES)
 def test_every_layout_comes_to_the_model_of_one_process(root, stage, layout):
     expected = losses(root / f"{stage} alone")
     assert len(expected) >= 2
     assert losses(root / f"{stage} {layout}") == pytest.approx(expected, abs=2e-6)
-    model, _ = load_model(root / f"{stage} {layout}" / "output")
-    one, _ = load_model(root / f"{stage} alone" / "output")
+    load = load_head_model if stage in HEADS else load_model
+    model, _ = load(root / f"{stage} {layout}" / "output")
+    one, _ = load(root / f"{stage} alone" / "output")
+    # Adam divides a gradient by its size: where one is nearly zero, as few texts make it, rounding decides on a step.
+    tolerance = 5e-5 if stage == "classify" else 1e-5
     for (key, tensor), wanted in zip(model.state_dict().items(), one.state_dict().values(), strict=True):
-        torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-5, msg=key)
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=tolerance, msg=key)
+
+
+@pytest.mark.parametrize("stage", RESUMED)
+def test_a_sharded_run_that_stopped_halfway_ends_in_the_bytes_of_one_that_did_not(root, stage):
+    stopped, whole = (root / f"{stage} {name}" for name in ("resumed", "sharded"))
+    assert "going on from the checkpoint after step 2" in (stopped / "events.jsonl").read_text()
+    for name in ("model.safetensors", "config.json"):
+        assert (stopped / "output" / name).read_bytes() == (whole / "output" / name).read_bytes()
