@@ -19,6 +19,8 @@ from tests.alignment.conftest import as_artifact
 
 OPTIONS = {"adapters": {"lora": {"rank": 3, "alpha": 7.0}}, "noise": {"neftune_alpha": 5.0}}
 OPTIONS["both"] = {**OPTIONS["adapters"], **OPTIONS["noise"]}
+DROPPING = {"dropping": {"lora": {**OPTIONS["adapters"]["lora"], "dropout": 0.2}, **OPTIONS["noise"]}}
+"""What is dropped is a worker's own: it is compared with that of workers that have the same rows."""
 LAYOUTS = {
     "replicas": {},
     "sharded": {"shard": 2},
@@ -43,7 +45,7 @@ def run(options, root, name, parallel, *, num_workers):
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.1},
             "parallel": parallel,
             "num_workers": num_workers,
-            **OPTIONS[options],
+            **{**OPTIONS, **DROPPING}[options],
         }
     )
     inputs = {
@@ -55,17 +57,18 @@ def run(options, root, name, parallel, *, num_workers):
 
 def run_sharded(root):
     """The run that is killed, or what is left of it."""
-    run("both", root, "in two parts", LAYOUTS["sharded"], num_workers=2)
+    run("dropping", root, "in two parts", LAYOUTS["sharded"], num_workers=2)
 
 
-def dying(*args, **options):
+def dying(*args, before_step, **options):
     """``train`` in a process that dies between steps."""
 
-    def before_step(step):
+    def die_or(step):
         if step == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
+        before_step(step)
 
-    return train(*args, **{**options, "before_step": before_step})
+    return train(*args, before_step=die_or, **options)
 
 
 def main(root, part):
@@ -75,6 +78,8 @@ def main(root, part):
         for options in OPTIONS:
             for name, parallel in LAYOUTS.items():
                 run(options, root, name, parallel, num_workers=2)
+        for name in ("replicas", "sharded"):
+            run("dropping", root, name, LAYOUTS[name], num_workers=2)
         (root / "layouts").touch()
         sft.train = dying
     run_sharded(root)

@@ -73,10 +73,15 @@ def read(path):
 
 
 def faults(before, after, adapters):
-    """Matrices of adapters that training left as they were, and weights that it should have left and did not."""
+    """Matrices of adapters that training left as they were, and weights that are not the old ones and the adapters'."""
+    expected, (lora, prefix) = dict(before), (OPTIONS["adapters"]["lora"], "base_model.model.")
+    for name in before:
+        layer = prefix + name.removesuffix(".weight")
+        if f"{layer}.lora_A.weight" in adapters:
+            change = adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"]
+            expected[name] = before[name] + lora["alpha"] / lora["rank"] * change
     untrained = [name for name, tensor in adapters.items() if "lora_B" in name and not tensor.any()]
-    adapted = {name.removeprefix("base_model.model.").replace("lora_A.", "") for name in adapters}
-    return untrained + [n for n, tensor in before.items() if n not in adapted and not torch.equal(tensor, after[n])]
+    return untrained + [name for name in before if (after[name] - expected[name]).abs().max() > 1e-7]
 
 
 class TestLayouts:
@@ -108,11 +113,12 @@ class TestLayouts:
         after, adapters = read(root / f"{options} {layout}" / "output")
         assert len(adapters) == 2 * 7 * MODEL.num_layers
         assert faults(before, after, adapters) == []
-        # What the check is worth: an adapter that is as it was, and a frozen weight that is not.
-        name = "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"
-        assert faults(before, after, {**adapters, name: torch.zeros_like(adapters[name])}) == [name]
-        norm = after["model.norm.weight"] * (1 + 1e-6)
-        assert faults(before, {**after, "model.norm.weight": norm}, adapters) == ["model.norm.weight"]
+        # What the check is worth: an adapter that is as it was, and frozen weights that are not.
+        weight = "model.layers.3.mlp.up_proj.weight"
+        adapter = "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight"
+        assert faults(before, after, {**adapters, adapter: torch.zeros_like(adapters[adapter])}) == [adapter, weight]
+        for name in ("model.norm.weight", weight):
+            assert faults(before, {**after, name: after[name] + 1e-6}, adapters) == [name]
 
     @pytest.mark.parametrize("layout", ["sharded", "tensor", "pipeline"])
     def test_peft_loads_the_adapters_and_computes_what_the_merged_model_does(self, root, layout):
@@ -128,17 +134,22 @@ class TestLayouts:
         assert (ours - plain).abs().max() > 1e-2
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
+    def test_what_shards_drop_is_what_replicas_do(self, root):
+        expected = losses(root / "dropping replicas")
+        assert losses(root / "dropping sharded") == pytest.approx(expected, abs=2e-6)
+        assert max(abs(a - b) for a, b in zip(losses(root / "both sharded"), expected, strict=True)) > 1e-4
+
     def test_a_run_killed_between_steps_ends_in_the_same_bytes(self, root):
-        parts = root / "both in two parts"
+        parts = root / "dropping in two parts"
         assert "going on from the checkpoint" in (parts / "events.jsonl").read_text()
-        whole = content_digest(list_files(root / "both sharded" / "output"))
+        whole = content_digest(list_files(root / "dropping sharded" / "output"))
         assert content_digest(list_files(parts / "output")) == whole
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parallel": {"shard": 2}, "num_workers": 2}, r"lora.dropout: got 0.1 with Layout\(.*shard=2.*expected 0"),
+        ({"parallel": {"tensor": 2}, "num_workers": 2}, "lora.dropout: got 0.1 with parallel.tensor 2, expected 0"),
         ({"activation_checkpointing": "full"}, "lora.dropout: got 0.1 with activation_checkpointing 'full', expected"),
         ({"precision": "fp8"}, "lora: got precision fp8"),
     ],
