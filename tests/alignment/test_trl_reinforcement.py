@@ -1,6 +1,7 @@
 """Losses and gradients against TRL 1.16, whose methods used here are private: pyproject.toml pins the version.
 
-TRL has no PPO since 1.0: ``test_ppo`` holds ours to the definitions.
+TRL has no PPO since 1.0: its policy loss is that of TRL's GRPO with an advantage of each token, its reward that of
+TRL's RLOO, and ``test_ppo`` holds the values to the definitions.
 """
 
 from typing import Any, cast
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 from lilpipe.alignment.grpo import GRPO
-from lilpipe.alignment.policy_gradient import group_advantages, group_std
+from lilpipe.alignment.policy_gradient import generalised_advantages, group_advantages, group_std, token_rewards
+from lilpipe.alignment.ppo import PPO, _Part
 from lilpipe.alignment.rollouts import Answers, Rollout, at_targets
-from lilpipe.config import GRPOConfig, SamplingConfig
+from lilpipe.config import GRPOConfig, PPOConfig, SamplingConfig
 from lilpipe.model.scores import IGNORED, token_scores
 from lilpipe.model.transformer import token_logprobs
 from lilpipe.stage import Workspace
@@ -171,3 +173,57 @@ def test_scores_at_another_temperature_are_trls(make_trainer):
     ours = at_targets(token_scores, 0.7)(hidden, model.output_weight, targets).logprobs
     assert (ours[:, 2:] - theirs).abs().max() < 1e-5
     assert ours[:, :2].eq(0).all()
+
+
+# --- PPO ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_policy_loss_of_ppo_and_its_gradient_are_trls_with_an_advantage_of_each_token(make_trainer):
+    model = our_model(0)
+    trainer = make_trainer(their_model(model), loss_type="dapo", epsilon=0.15, max_completion_length=MAX_NEW_TOKENS)
+    batch = TwoPrompts(model, model)
+    advantages = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    expected = trainer._compute_loss(trainer.model, {**batch.theirs(), "advantages": advantages})
+    expected.backward()
+
+    answers = batch.ours(with_reference=False)
+    wide = torch.zeros(4, 8).masked_scatter(answers.drawn, advantages[batch.mask])
+    nothing = torch.zeros(4, 8)
+    answers = answers._replace(advantages=wide, old_values=nothing, returns=nothing)
+    objective = object.__new__(PPO)
+    objective.config, objective._sampler_gap = PPOConfig(clip_range=0.15, value_coefficient=0.0), (0.0, 0.0)
+    model.token_scores = at_targets(token_scores)
+    logprobs = model(answers.inputs, targets_BT=answers.targets).logprobs
+    got = objective._loss(logprobs, nothing, _Part(answers, {}, rollout=0, is_fresh=False))
+    (got.total / got.count).backward()
+    assert got.total.item() / got.count == pytest.approx(expected.item(), abs=1e-6)
+    assert_same_gradients(model, trainer.model)
+
+
+def test_the_reward_of_ppo_less_the_divergence_is_that_of_trls_rloo(tmp_path, word_tokenizer, monkeypatch):
+    model, reference, kl_coefficient = our_model(0), our_model(1), 0.3
+    scores = torch.tensor([1.0, 0.0, 0.3, 2.0])
+    args = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 5, "beta": 0.0}
+    trainer = trl.RLOOTrainer(
+        model=their_model(model),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=trl.RLOOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], bf16=False, **args),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "w2"}]),
+        processing_class=word_tokenizer,
+    )
+    trainer.beta, trainer.ref_model = kl_coefficient, their_model(reference).eval()
+    trl.trainer.rloo_trainer.add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature)
+    monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: scores[:, None])
+    theirs = trainer._generate_and_score_completions([{"prompt": word} for word in ("w2", "w2", "w3", "w3")])
+
+    tokens = torch.cat([theirs["prompt_ids"], theirs["completion_ids"]], dim=1)
+    drawn = torch.cat([torch.zeros_like(theirs["prompt_ids"]), theirs["completion_mask"]], dim=1)[:, 1:].bool()
+    with torch.no_grad():
+        logprobs, first = token_logprobs(model, tokens), token_logprobs(reference, tokens)
+    rewards = token_rewards(scores, logprobs, first, drawn, kl_coefficient=kl_coefficient)
+    # Without values and discount the advantage of an answer's first token is the whole of its reward.
+    advantages = generalised_advantages(rewards, torch.zeros_like(rewards), drawn, discount=1.0, trace_decay=1.0)
+    whole = advantages.gather(1, drawn.int().argmax(dim=1, keepdim=True)).view(2, 2)
+    expected = theirs["advantages"].view(2, 2)
+    assert (whole - scores.view(2, 2)).abs().max() > 0.1
+    assert torch.allclose(whole - whole.flip(1), expected, atol=1e-5)
