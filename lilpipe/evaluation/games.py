@@ -132,9 +132,11 @@ def play_before_judge(games: Mapping[str, Games], config: JudgeConfig, workspace
     num_chunks = -(-len(flat) // GAMES_PER_CHUNK)
     table = run_chunks(work, num_chunks, name="verdicts", schema=OUTCOME_SCHEMA, workspace=workspace)
     outcomes = [Outcome(**row) for row in table]
-    if (share := check_readable(outcomes)) > UNREADABLE_ALARM:
+    # Equal answers tie unasked: what the judge said is in the other games.
+    asked = [o for game, o in zip(flat, outcomes, strict=True) if game.mine["response"] != game.other["response"]]
+    if (share := check_readable(asked)) > UNREADABLE_ALARM:
         workspace.log(
-            f"the judge gave no verdict that can be read in {share:.0%} of {len(outcomes)} games, which are left out; "
+            f"the judge gave no verdict that can be read in {share:.0%} of {len(asked)} games, which are left out; "
             "raise evaluate.judge.max_new_tokens, or change its template or model"
         )
     each = iter(outcomes)

@@ -1,9 +1,19 @@
 import pytest
 
 from lilpipe.alignment.prompts import Prompt
-from lilpipe.errors import ConfigError
-from lilpipe.evaluation.games import by_brevity, by_reward, play, reference_answers, set_against, win_scores
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.evaluation.games import (
+    by_brevity,
+    by_reward,
+    play,
+    play_before_judge,
+    reference_answers,
+    set_against,
+    win_scores,
+)
 from lilpipe.evaluation.judge import Outcome
+from lilpipe.stage import Workspace
+from tests.evaluation.judges import babbles, judge_config, serving
 from tests.evaluation.rows import games
 
 
@@ -52,3 +62,12 @@ def test_a_place_that_decides_is_a_tie_and_reported():
         "flip_rate": (pytest.approx(1 / 3), 3),
         "unreadable_share": (0.25, 4),
     }
+
+
+def test_a_judge_that_says_nothing_is_refused_though_most_answers_tie_unasked(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    mine, theirs = ([{**row, "question": "q", "response": "alike"} for row in games([[1]] * 5)] for _ in range(2))
+    mine[3]["response"] = "another"
+    with serving(babbles) as (address, asked), pytest.raises(DataError, match="none of the 1 games got a verdict"):
+        play_before_judge({"model": set_against(mine, theirs)}, judge_config(address), Workspace(tmp_path))
+    assert len(asked.bodies) == 2
