@@ -132,8 +132,10 @@ class Engine:
         num_samples: int = 1,
         tokenizer: Tokenizer | None = None,
         index: int = 0,
+        num_likeliest: int = 0,
     ) -> Request:
         """Ask for answers to a prompt; ``index`` is the prompt's part in its random numbers, beside ``seed``.
+        Of each place so many of the likeliest tokens are noted too.
 
         Raises ``DataError`` for a prompt that cannot be answered, and for stop strings without a tokenizer.
         """
@@ -147,6 +149,7 @@ class Engine:
             index=index,
             room=_room(self.model, index, prompt_ids, sampling),
             samples=[Sample([], [], finished=False) for _ in range(num_samples)],
+            num_likeliest=num_likeliest,
             vocabulary=token_bytes(tokenizer) if sampling.stop and tokenizer else [],
         )
         self._check_pages(request)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lilpipe.config import SamplingConfig
 from lilpipe.errors import DataError
+from lilpipe.generation.requests import Likeliest
 from lilpipe.tokenizer.chat_template import Message, render
 from lilpipe.tokenizer.encoding import Tokenizer
 
@@ -38,7 +39,6 @@ NEUTRAL: Mapping[str, Any] = {
     "tool_choice": "none",
     "response_format": {"type": "text"},
     "modalities": ["text"],
-    "top_logprobs": 0,
     "best_of": 1,
     "echo": False,
     "suffix": "",
@@ -75,6 +75,8 @@ class Ask:
     stop: tuple[str, ...]
     seed: int
     num_samples: int
+    num_likeliest: int = 0
+    """How many of the likeliest tokens are noted at each place."""
 
 
 @dataclass
@@ -85,6 +87,8 @@ class Piece:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    likeliest: list[Likeliest] = field(default_factory=list)
+    """Beside each of the tokens, where they were asked for."""
     finish_reason: str | None = None
 
     def extend(self, other: Piece) -> None:
@@ -92,6 +96,7 @@ class Piece:
         self.text += other.text
         self.tokens += other.tokens
         self.logprobs += other.logprobs
+        self.likeliest += other.likeliest
         self.finish_reason = other.finish_reason
 
 
@@ -148,7 +153,16 @@ class BaseRequest(BaseModel):
         """What a stream has for each choice before the first text."""
         return []
 
-    def _ask(self, prompts: list[list[int]], tokenizer: Tokenizer, *, param: str, max_seq_len: int, limit: int) -> Ask:
+    def _ask(
+        self,
+        prompts: list[list[int]],
+        tokenizer: Tokenizer,
+        *,
+        param: str,
+        max_seq_len: int,
+        limit: int,
+        num_likeliest: int,
+    ) -> Ask:
         longest = max(map(len, prompts))
         if longest >= max_seq_len:
             message = (
@@ -174,7 +188,9 @@ class BaseRequest(BaseModel):
         except DataError as error:  # a template from elsewhere that ends no turn
             raise RequestError(str(error), param=param) from error
         seed = secrets.randbits(48) if self.seed is None else self.seed
-        return Ask(prompts, sampling, stop_ids=ends, stop=stop, seed=seed, num_samples=self.n)
+        return Ask(
+            prompts, sampling, stop_ids=ends, stop=stop, seed=seed, num_samples=self.n, num_likeliest=num_likeliest
+        )
 
 
 class TextPart(BaseModel):
@@ -207,6 +223,7 @@ class ChatRequest(BaseRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: PositiveInt | None = None
     logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
 
     def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
         """The request in the engine's terms. Raises ``RequestError``."""
@@ -217,8 +234,12 @@ class ChatRequest(BaseRequest):
             prompt, _ = render(tokenizer, [turn.message() for turn in self.messages], add_generation_prompt=True)
         except DataError as error:
             raise RequestError(str(error), param="messages") from error
+        if self.top_logprobs and not self.logprobs:
+            message = f"top_logprobs: got {self.top_logprobs} without logprobs; set logprobs to true"
+            raise RequestError(message, param="top_logprobs")
         limit = self.max_completion_tokens or self.max_tokens or max_seq_len
-        return self._ask([prompt], tokenizer, param="messages", max_seq_len=max_seq_len, limit=limit)
+        settings = {"max_seq_len": max_seq_len, "limit": limit, "num_likeliest": self.top_logprobs}
+        return self._ask([prompt], tokenizer, param="messages", **settings)
 
     def opening(self) -> list[dict[str, Any]]:  # noqa: D102
         delta = {"role": "assistant", "content": ""}
@@ -229,8 +250,8 @@ class ChatRequest(BaseRequest):
         said = {"delta": {"content": piece.text}} if streamed else {"message": _said(piece.text)}
         logprobs = None
         if self.logprobs:
-            entries = zip(piece.tokens, piece.logprobs, strict=False)  # the stop token's has no token beside it
-            logprobs = {"content": [_logprob(_bytes(token, vocabulary), value) for token, value in entries]}
+            entries = zip(piece.tokens, piece.logprobs, _beside_each(piece), strict=True)
+            logprobs = {"content": [_logprob(token, value, others, vocabulary) for token, value, others in entries]}
         return {"index": piece.index, **said, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
@@ -242,8 +263,8 @@ class CompletionRequest(BaseRequest):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: PositiveInt | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
-    """0 gives those of the tokens drawn; others are not kept."""
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Those of the tokens drawn, and of so many of the likeliest beside each."""
 
     def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
         """The request in the engine's terms. Raises ``RequestError``."""
@@ -253,7 +274,8 @@ class CompletionRequest(BaseRequest):
         if len(prompts) * self.n > MAX_CHOICES:
             message = f"prompt: got {len(prompts)} prompts x n = {self.n}, expected at most {MAX_CHOICES} answers"
             raise RequestError(message, param="prompt")
-        return self._ask(prompts, tokenizer, param="prompt", max_seq_len=max_seq_len, limit=self.max_tokens or 16)
+        settings = {"max_seq_len": max_seq_len, "limit": self.max_tokens or 16, "num_likeliest": self.logprobs or 0}
+        return self._ask(prompts, tokenizer, param="prompt", **settings)
 
     def _prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str):
@@ -266,9 +288,12 @@ class CompletionRequest(BaseRequest):
         """One choice of the answer, or a part of it."""
         logprobs = None
         if self.logprobs is not None:
-            texts = [_bytes(token, vocabulary).decode(errors="replace") for token in piece.tokens]
-            values = piece.logprobs[: len(texts)]
-            logprobs = {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": None}
+            logprobs = {
+                "tokens": [_text(token, vocabulary) for token in piece.tokens],
+                "token_logprobs": piece.logprobs,
+                "top_logprobs": _by_text(piece, vocabulary) if self.logprobs else None,
+                "text_offset": None,
+            }
         return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
@@ -341,9 +366,34 @@ def _said(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
-    entry = {"token": token.decode(errors="replace"), "logprob": logprob}
-    return {**entry, "bytes": list(token), "top_logprobs": []}
+def _logprob(token: int, logprob: float, others: Likeliest, vocabulary: Sequence[bytes]) -> dict[str, Any]:
+    return {
+        **_entry(token, logprob, vocabulary),
+        "top_logprobs": [_entry(other, value, vocabulary) for other, value in others],
+    }
+
+
+def _entry(token: int, logprob: float, vocabulary: Sequence[bytes]) -> dict[str, Any]:
+    return {"token": _text(token, vocabulary), "logprob": logprob, "bytes": list(_bytes(token, vocabulary))}
+
+
+def _by_text(piece: Piece, vocabulary: Sequence[bytes]) -> list[dict[str, float]]:
+    """At each place the likeliest tokens and the one drawn; of several of one text, as half characters, the first."""
+    found: list[dict[str, float]] = []
+    for token, logprob, others in zip(piece.tokens, piece.logprobs, _beside_each(piece), strict=True):
+        found.append({})
+        for other, value in (*others, (token, logprob)):
+            found[-1].setdefault(_text(other, vocabulary), value)
+    return found
+
+
+def _beside_each(piece: Piece) -> list[Likeliest]:
+    """The likeliest tokens at each place; none where they were not asked for."""
+    return piece.likeliest or [[] for _ in piece.tokens]
+
+
+def _text(token: int, vocabulary: Sequence[bytes]) -> str:
+    return _bytes(token, vocabulary).decode(errors="replace")
 
 
 def _bytes(token: int, vocabulary: Sequence[bytes]) -> bytes:

@@ -13,6 +13,9 @@ from lilpipe.generation.text import TextStream
 
 StopReason = Literal["stop_token", "stop_string", "length", "cancelled"]
 
+Likeliest = list[tuple[int, float]]
+"""The tokens that were likeliest at one place and their log-probabilities at temperature 1, the likeliest first."""
+
 
 @dataclass
 class Sample:
@@ -29,6 +32,8 @@ class Sample:
     """Whether a stop token or a stop string ended it."""
     stop_reason: StopReason | None = None
     """None while it grows."""
+    likeliest: list[Likeliest] = field(default_factory=list)
+    """Beside each of ``logprobs``, where they were asked for."""
 
 
 class Law(NamedTuple):
@@ -54,6 +59,8 @@ class Request:
     room: int
     """Most tokens that an answer can have."""
     samples: list[Sample]
+    num_likeliest: int = 0
+    """How many of the likeliest tokens are noted at each place."""
     vocabulary: list[bytes] = field(default_factory=list)
     """Bytes of each token, where stop strings are looked for."""
     num_started: int = 0

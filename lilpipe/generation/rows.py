@@ -171,8 +171,19 @@ class Rows:
         logprobs = logprobs_B.tolist()
         if not math.isfinite(sum(logprobs)):
             raise DataError("the model's logits are not finite: its training has diverged; train it again")
+        self._note_likeliest(logits_BV, first)
         drawn = zip(self.rows[first:], tokens_B.tolist(), logprobs, strict=True)
         self.remove([number for number, (row, *values) in enumerate(drawn, first) if row.record(*values)])
+
+    def _note_likeliest(self, logits_BV: Tensor, first: int) -> None:
+        """Note the likeliest tokens in the rows whose requests ask for them."""
+        asking = [(number, row) for number, row in enumerate(self.rows[first:]) if row.request.num_likeliest]
+        if not asking:
+            return
+        most = min(max(row.request.num_likeliest for _, row in asking), self.vocab_size)
+        logprobs_NC, tokens_NC = logits_BV[[number for number, _ in asking]].log_softmax(dim=-1).topk(most)
+        for (_, row), tokens, logprobs in zip(asking, tokens_NC.tolist(), logprobs_NC.tolist(), strict=True):
+            row.sample.likeliest.append(list(zip(tokens, logprobs, strict=True))[: row.request.num_likeliest])
 
     def _choose(self, logits_BV: Tensor, uniforms_B: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Tokens and log-probabilities, rows of one law together."""

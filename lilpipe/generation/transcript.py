@@ -27,6 +27,7 @@ class Transcript:
                         num_samples=ask.num_samples,
                         tokenizer=tokenizer,
                         index=index,
+                        num_likeliest=ask.num_likeliest,
                     )
                 )
         except BaseException:
@@ -53,16 +54,17 @@ class Transcript:
     def _news(self, index: int) -> Piece | None:
         sample, text, seen = self._samples[index], self._texts[index], self._num_seen[index]
         tokens, logprobs = sample.tokens[seen:], sample.logprobs[seen : len(sample.tokens)]
+        likeliest = sample.likeliest[seen : len(sample.tokens)]
         self._num_seen[index] += len(tokens)
         over = sample.stop_reason is not None
         if not (tokens or over):
             return None
         said = text.push(tokens)
         if not over:
-            return Piece(index, said, tokens, logprobs)
+            return Piece(index, said, tokens, logprobs, likeliest)
         said += text.finish()
         reason = "stop" if sample.finished or text.stopped else "length"
-        return Piece(index, said, tokens, logprobs, reason)
+        return Piece(index, said, tokens, logprobs, likeliest, finish_reason=reason)
 
     def cancel(self, engine: Engine) -> None:
         """Free the rows of what is not done yet."""

@@ -95,7 +95,7 @@ def test_a_chat_completion_has_openais_shape_and_counts_its_tokens(client):
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"stop": ["e", "\n"]}, {"top_p": 0.5}])
 def test_a_stream_says_what_the_answer_at_once_says(client, n, settings):
-    settings = {**settings, "n": n, "logprobs": True}
+    settings = {**settings, "n": n, "logprobs": True, "top_logprobs": 2}
     whole = chat(client, **settings)
     chunks = stream(client, "/v1/chat/completions", {**HELLO, **settings, "stream_options": {"include_usage": True}})
     *chunks, last = chunks
@@ -209,6 +209,8 @@ def test_a_conversation_is_put_as_in_training(client):
         ({"max_tokens": 0}, "max_tokens", "greater than 0"),
         ({"stop": [""]}, "stop", "empty"),
         ({"stop": 4}, "stop", "got 4"),
+        ({"top_logprobs": 3}, "top_logprobs", "set logprobs to true"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "less than or equal to 20"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"temprature": 1}, "temprature", "not known"),
@@ -232,7 +234,7 @@ def test_a_bad_request_is_refused_with_the_settings_name(client, body, param, me
         ({"prompt": [1, 10**6]}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": ["a"] * 100, "n": 2}, "prompt"),
-        ({"prompt": "a", "logprobs": 3}, "logprobs"),
+        ({"prompt": "a", "logprobs": 6}, "logprobs"),
         ({"prompt": "a", "echo": True}, "echo"),
         ({"prompt": "a", "messages": []}, "messages"),
     ],
