@@ -66,6 +66,7 @@ class DecodeGraphs:
         own = DecodeView(view.answers, view.prompts, layout, page_B, place_B, Scratch())
 
         def step() -> Tensor:
+            own.refresh()
             return self.model(tokens_B1, positions_BT=positions_B1, cache=own)[:, 0]
 
         stream = torch.cuda.Stream()

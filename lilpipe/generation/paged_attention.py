@@ -128,8 +128,75 @@ def _members(prompt_B: np.ndarray) -> tuple[np.ndarray, int]:
     return members, int(counts[ordered[starts] >= 0].max(initial=1))
 
 
+@dataclass
+class _Pages:
+    """Pages of one kind, answers' or prompts', and the parts of a step's tensors that are theirs."""
+
+    pool: PagePool
+    count: int
+    keys: list[Tensor]
+    """Of each layer ``[N x K, E, S]``."""
+    values: list[Tensor]
+    queries: Tensor
+    """``[N x K, R x G, E]``; of answers R is 1."""
+    scores: Tensor
+    results: Tensor
+    closed: Tensor
+    """What is added to the scores, in their shape."""
+
+    def see(self) -> None:
+        """Take over which places hold something."""
+        per_head = self.pool.closed_NS[: self.count, None, None]
+        kv_heads = len(self.scores) // self.count
+        self.closed = per_head.expand(-1, kv_heads, self.scores.shape[1], -1).reshape(self.scores.shape)
+
+
+class _Work:
+    """The tensors of a step of decoding, cut up once for all steps and layers of a layout."""
+
+    def __init__(self, view: DecodeView, rows: Tensor, kv_heads: int, group: int) -> None:
+        layout, take = view.layout, view.scratch.take
+        num_blocks, size = len(layout.blocks_C), rows.shape[1] // group
+        exact = score_dtype(rows.dtype)
+        self.queries = take("queries", (num_blocks, group * size), rows, rows.dtype)
+        self.scores = take("scores", (num_blocks * group, PAGE_SIZE), rows, exact)
+        # The number after the last is that of pages which a row does not have.
+        self.all_largest = take("largest", (num_blocks * group + 1,), rows, exact)
+        self.all_sums = take("sums", (num_blocks * group + 1,), rows, exact)
+        self.all_results = take("results", (num_blocks * group + 1, size), rows, exact)
+        self.all_largest[-1], self.all_sums[-1], self.all_results[-1] = CLOSED, 0.0, 0.0
+        self.largest, self.sums = self.all_largest[:-1], self.all_sums[:-1]
+        self.largest_column = self.largest[:, None]
+        self.partials = layout.partials_QM.view(-1)
+        self.pages: list[_Pages] = []
+        start = 0
+        for pool, count, sharing in (
+            (view.answers, layout.num_answer_pages, 1),
+            (view.prompts, layout.num_prompt_pages, layout.sharing),
+        ):
+            stop = start + count * kv_heads * sharing
+            if count:
+                of_pages = slice(start * group, stop * group)
+                scores = self.scores[of_pages].view(count * kv_heads, -1, PAGE_SIZE)
+                pages = _Pages(
+                    pool,
+                    count,
+                    keys=[keys_NKES[:count].flatten(0, 1) for keys_NKES in pool.keys_LNKES],
+                    values=[values_NKSF[:count].flatten(0, 1) for values_NKSF in pool.values_LNKSF],
+                    queries=self.queries[start:stop].view(count * kv_heads, -1, size),
+                    scores=scores,
+                    results=self.all_results[of_pages].view(count * kv_heads, -1, size),
+                    closed=scores,
+                )
+                self.pages.append(pages)
+            start = stop
+
+
 class DecodeView(AttendingView):
-    """One step of decoding: each row's newest token is written to its page and attends to the row's pages."""
+    """Steps of decoding in one layout: each row's newest token is written to its page and attends to the row's pages.
+
+    ``advance`` goes on to the next place of each row's page.
+    """
 
     def __init__(
         self, answers: PagePool, prompts: PagePool, layout: Layout, page_B: Tensor, place_B: Tensor, scratch: Scratch
@@ -138,11 +205,33 @@ class DecodeView(AttendingView):
         self.layout = layout
         self.page_B, self.place_B = page_B, place_B
         self.scratch = scratch
-        answers.closed_NS[page_B, place_B] = 0.0
+        self._work: _Work | None = None
+        self._slots: tuple[Tensor, Tensor] | None = None
+        self._open()
+
+    def advance(self) -> None:
+        """Let the next tokens be written one place further."""
+        self.place_B += 1
+        for slots in self._slots or ():
+            slots += 1
+        self._open()
+
+    def refresh(self) -> None:
+        """Follow ``page_B`` and ``place_B``, which others have changed."""
+        self._slots = None
+        self._see()
+
+    def _open(self) -> None:
+        self.answers.closed_NS[self.page_B, self.place_B] = 0.0
+        self._see()
+
+    def _see(self) -> None:
         self.mask_B1TS = None
+        for pages in self._work.pages if self._work else ():
+            pages.see()
 
     def view(self, num_tokens: int, positions_BT: Tensor | None) -> DecodeView:  # noqa: ARG002 (made for these tokens)
-        """Itself: a view is made for one forward pass."""
+        """Itself: a view is made for forward passes of one token."""
         return self
 
     def attend(self, layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
@@ -150,55 +239,29 @@ class DecodeView(AttendingView):
         self._write(layer, k_BTKE, v_BTKE)
         B, _, H, E = q_BTHE.shape
         kv_heads = k_BTKE.shape[2]
-        group, layout, take = H // kv_heads, self.layout, self.scratch.take
-        num_blocks, exact = len(layout.blocks_C), score_dtype(q_BTHE.dtype)
-        rows = (q_BTHE * E**-0.5).view(B * kv_heads, group * E)
-        queries = take("queries", (num_blocks, group * E), rows, rows.dtype)
-        torch.index_select(rows, 0, layout.blocks_C, out=queries)
-        scores = take("scores", (num_blocks * group, PAGE_SIZE), rows, exact)
-        sums = take("sums", (num_blocks * group + 1,), rows, exact)
-        values = take("values", (num_blocks * group + 1, E), rows, exact)
-        sums[-1], values[-1] = 0.0, 0.0
-        parts = self._parts(layer, kv_heads, group)
-        for first, last, keys, _, closed_NS, per_page in parts:
-            part = scores[first * group : last * group].view(len(keys), -1, PAGE_SIZE)
-            _product(queries[first:last].view(len(keys), -1, E), keys, part)
-            part.view(-1, per_page, PAGE_SIZE).add_(closed_NS[:, None])
-        largest = take("largest", (num_blocks * group + 1,), rows, exact)
-        torch.amax(scores, dim=-1, out=largest[:-1])
-        largest[-1] = CLOSED
-        _exp(scores.sub_(largest[:-1, None]))
-        torch.sum(scores, dim=-1, out=sums[:-1])
-        for first, last, keys, values_NSE, _, _ in parts:
-            part = scores[first * group : last * group].view(len(keys), -1, PAGE_SIZE)
-            into = values[first * group : last * group].view(len(keys), -1, E)
-            _product(part.to(values_NSE.dtype), values_NSE, into)
-        return self._merge(largest, sums, values).view(B, 1, H, E).to(q_BTHE.dtype)
+        rows = (q_BTHE * E**-0.5).view(B * kv_heads, H // kv_heads * E)
+        if self._work is None:
+            self._work = _Work(self, rows, kv_heads, H // kv_heads)
+            self._see()
+        work = self._work
+        torch.index_select(rows, 0, self.layout.blocks_C, out=work.queries)
+        for pages in work.pages:
+            _product(pages.queries, pages.keys[layer], pages.scores, added=pages.closed)
+        torch.amax(work.scores, dim=-1, out=work.largest)
+        _exp(work.scores.sub_(work.largest_column))
+        torch.sum(work.scores, dim=-1, out=work.sums)
+        for pages in work.pages:
+            _product(pages.scores.to(pages.values[layer].dtype), pages.values[layer], pages.results)
+        return self._merge(work).view(B, 1, H, E).to(q_BTHE.dtype)
 
-    def _parts(self, layer: int, kv_heads: int, group: int) -> list[tuple[int, int, Tensor, Tensor, Tensor, int]]:
-        """Of answers and of prompts: their blocks, keys, values, closed places and queries that see one page."""
-        layout, start, parts = self.layout, 0, []
-        for pool, count, sharing in (
-            (self.answers, layout.num_answer_pages, 1),
-            (self.prompts, layout.num_prompt_pages, layout.sharing),
-        ):
-            stop = start + count * kv_heads * sharing
-            if count:
-                keys = pool.keys_LNKES[layer, :count].flatten(0, 1)
-                values = pool.values_LNKSF[layer, :count].flatten(0, 1)
-                parts.append((start, stop, keys, values, pool.closed_NS[:count], kv_heads * sharing * group))
-            start = stop
-        return parts
-
-    def _merge(self, largest: Tensor, sums: Tensor, values: Tensor) -> Tensor:
+    def _merge(self, work: _Work) -> Tensor:
         """Results of pages to results of rows and heads ``[Q, E]``."""
         partials_QM = self.layout.partials_QM
-        flat = partials_QM.view(-1)
-        weight_QM = largest.index_select(0, flat).view(partials_QM.shape)
+        weight_QM = work.all_largest.index_select(0, work.partials).view(partials_QM.shape)
         _exp(weight_QM.sub_(weight_QM.amax(-1, keepdim=True)))
-        sums_QM = sums.index_select(0, flat).view(partials_QM.shape)
+        sums_QM = work.all_sums.index_select(0, work.partials).view(partials_QM.shape)
         weight_QM.div_((weight_QM * sums_QM).sum(-1, keepdim=True))
-        return F.embedding_bag(partials_QM, values, mode="sum", per_sample_weights=weight_QM)
+        return F.embedding_bag(partials_QM, work.all_results, mode="sum", per_sample_weights=weight_QM)
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token of each row, and gather all that the rows may attend to: two tensors ``[B, S, K, E]``."""
@@ -219,8 +282,22 @@ class DecodeView(AttendingView):
         return list(zip((self.answers, self.prompts), self.layout.tables_BM, self.layout.seen_BM, strict=True))
 
     def _write(self, layer: int, k_BTKE: Tensor, v_BTKE: Tensor) -> None:
-        self.answers.keys_LNKES[layer][self.page_B, :, :, self.place_B] = k_BTKE[:, 0]
-        self.answers.values_LNKSF[layer][self.page_B, :, self.place_B] = v_BTKE[:, 0]
+        if self._slots is None:
+            self._slots = self._places_to_write(k_BTKE.shape[2])
+        keys, values = self._slots
+        self.answers.keys_LNKES[layer].view(-1).index_copy_(0, keys, k_BTKE.reshape(-1))
+        width = v_BTKE.shape[-1]
+        if width:
+            self.answers.values_LNKSF[layer].view(-1, width).index_copy_(0, values, v_BTKE.reshape(-1, width))
+
+    def _places_to_write(self, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Where the elements of the rows' keys lie in a layer's keys, and the rows' values among a layer's."""
+        device = self.page_B.device
+        heads_BK = self.page_B[:, None] * kv_heads + torch.arange(kv_heads, device=device)
+        width = self.answers.keys_LNKES.shape[3]
+        keys_BKE = (heads_BK[..., None] * width + torch.arange(width, device=device)) * PAGE_SIZE
+        place_B1 = self.place_B[:, None]
+        return (keys_BKE + place_B1[..., None]).view(-1), (heads_BK * PAGE_SIZE + place_B1).view(-1)
 
 
 class PromptView:
@@ -262,9 +339,13 @@ def _exp(scores: Tensor) -> None:
     scores.clamp_(min=-80.0).exp_()
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``a @ b`` into ``out``, which may be of a wider type."""
-    if a.dtype == out.dtype:
+def _product(a: Tensor, b: Tensor, out: Tensor, *, added: Tensor | None = None) -> None:
+    """``a @ b + added`` into ``out``, which may be of a wider type."""
+    if a.dtype == out.dtype and added is not None:
+        torch.baddbmm(added, a, b, out=out)
+    elif a.dtype == out.dtype:
         torch.bmm(a, b, out=out)
     else:
         out.copy_(torch.bmm(a, b))
+        if added is not None:
+            out.add_(added)

@@ -107,7 +107,7 @@ class PagePool:
             return {}
         from_M, to_M = torch.tensor([sources, targets], device=self.closed_NS.device)
         for pool_LN in (self.keys_LNKES, self.values_LNKSF):
-            pool_LN[:, to_M] = pool_LN[:, from_M]
+            pool_LN.index_copy_(1, to_M, pool_LN.index_select(1, from_M))
         self.closed_NS[to_M] = self.closed_NS[from_M]
         self.closed_NS[from_M] = CLOSED
         self._replace(sources, targets)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilpipe.errors import DataError
-from lilpipe.generation.paged_attention import DecodeView, Layout, Scratch, layout
+from lilpipe.generation.paged_attention import DecodeView, Scratch, layout
 from lilpipe.generation.pages import PAGE_SIZE, PagePool
 from lilpipe.generation.requests import Law, Row
 from lilpipe.generation.sampling import draw, uniforms
@@ -40,7 +40,7 @@ class Rows:
         self._uniforms_BN = np.zeros((0, 0), dtype=np.float32)
         self._seen_BV: Tensor | None = None
         self._by_law: dict[Law, list[int]] | None = None
-        self._layout: Layout | None = None
+        self._view: DecodeView | None = None
         self._steps_left = 0
         self._scratch = Scratch()
         self._sink = self.answers.take(1) if padded else []
@@ -69,7 +69,7 @@ class Rows:
             grown_BN[number, : len(stream)] = stream
         self._uniforms_BN = grown_BN
         self._see(entering)
-        self._by_law = self._layout = None
+        self._by_law = self._view = None
         self.draw(logits_BV, first)
 
     def _see(self, entering: Sequence[Row]) -> None:
@@ -105,7 +105,7 @@ class Rows:
         self._tokens_B = self._tokens_B[kept_B]
         if self._seen_BV is not None:
             self._seen_BV = self._seen_BV[kept_B] if self.rows else None
-        self._by_law = self._layout = None
+        self._by_law = self._view = None
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -114,18 +114,17 @@ class Rows:
 
         There may be more rows than answers.
         """
-        if self._layout is None or self._steps_left == 0:
-            self._lay_out()
+        if self._view is None or self._steps_left == 0:
+            self._view = self._lay_out()
         else:
             self._positions_B += 1
-            self._place_B += 1
+            self._view.advance()
             self._steps_left -= 1
-        assert self._layout is not None
-        view = DecodeView(self.answers, self.prompts, self._layout, self._page_B, self._place_B, self._scratch)
-        tokens_B = F.pad(self._tokens_B, (0, self._layout.num_rows - len(self.rows)))
-        return tokens_B[:, None], self._positions_B[:, None], view
+        missing = self._view.layout.num_rows - len(self.rows)
+        tokens_B = F.pad(self._tokens_B, (0, missing)) if missing else self._tokens_B
+        return tokens_B[:, None], self._positions_B[:, None], self._view
 
-    def _lay_out(self) -> None:
+    def _lay_out(self) -> DecodeView:
         """Give each row that begins a page one, and note where everything is."""
         own_B = self._num_drawn_B - 1
         index_B, place_B = np.divmod(own_B, PAGE_SIZE)
@@ -142,12 +141,13 @@ class Rows:
             index_B, place_B, positions_B = (np.pad(values, (0, missing)) for values in (index_B, place_B, positions_B))
         rounded = round_up if self._sink else int
         answers_BM, prompts_BM = table(answers, rounded), table(prompts, rounded)
-        self._layout = layout(answers_BM, prompts_BM, self.config, self.device, rounded)
-        self.answers.reserve(self._layout.num_answer_pages)
-        self.prompts.reserve(self._layout.num_prompt_pages)
-        self._page_B = torch.from_numpy(answers_BM[np.arange(len(answers)), index_B]).to(self.device)
-        self._place_B = torch.from_numpy(place_B).to(self.device)
+        plan = layout(answers_BM, prompts_BM, self.config, self.device, rounded)
+        self.answers.reserve(plan.num_answer_pages)
+        self.prompts.reserve(plan.num_prompt_pages)
         self._positions_B = torch.from_numpy(positions_B).to(self.device)
+        page_B = torch.from_numpy(answers_BM[np.arange(len(answers)), index_B]).to(self.device)
+        place_B = torch.from_numpy(place_B).to(self.device)
+        return DecodeView(self.answers, self.prompts, plan, page_B, place_B, self._scratch)
 
     def _compact(self) -> None:
         if self.answers.num_used < COMPACT_AT * self.answers.extent:
