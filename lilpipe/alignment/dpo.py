@@ -211,10 +211,16 @@ def _counts(data: _Data, config: DPOConfig) -> Metrics:
     what = "answers" if config.loss == "kto" else "pairs"
     return {
         what: float(len(data.train)),
-        f"heldout_{'pairs' if data.heldout.paired else 'answers'}": float(len(data.heldout.chosen)),
+        **_heldout_count(data.heldout),
         "too_long": float(len(data.left_out.get("too_long", []))),
         "empty_answers": float(len(data.left_out.get("empty_answer", []))),
     }
+
+
+def _heldout_count(heldout: HeldOut) -> Metrics:
+    if heldout.paired:
+        return {"heldout_pairs": float(len(heldout.chosen))}
+    return {"heldout_answers": float(len(heldout.chosen) + len(heldout.rejected))}
 
 
 def _write_left_out(data: _Data, workspace: Workspace) -> None:
