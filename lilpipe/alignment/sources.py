@@ -131,7 +131,7 @@ def _hub_rows(source: PromptSource, split: str) -> Iterator[Located]:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"source {source.name!r}: data set {source.hub}, subset {source.subset!r}, split {split!r}, cannot be "
-            f"read: {error}; correct `hub`, `subset`, `split` or `revision`"
+            f"read: {error}; correct `hub`, `subset`, `split` or `revision`, or download it and name its folder"
         ) from error
 
 

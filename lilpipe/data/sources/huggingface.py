@@ -78,7 +78,7 @@ def _hub_revision(source: Source) -> str:
 
     try:
         return HfApi().dataset_info(str(source.path)).sha or ""
-    except OSError as error:  # requests' errors and the hub's own are of this kind
+    except Exception as error:  # which of them a missing network raises differs between versions of the hub's library
         raise DataError(
             f"source {source.name!r}: {source.path} is no local folder, and the Hugging Face hub did not give a data "
             f"set of that name: {error}; correct `path`, or download the data set and name its folder"
