@@ -40,6 +40,8 @@ class Rows:
         self._uniforms_BN = np.zeros((0, 0), dtype=np.float32)
         self._seen_BV: Tensor | None = None
         self._by_law: dict[Law, list[int]] | None = None
+        self._num_asking = 0
+        """Rows whose requests ask for the likeliest tokens."""
         self._view: DecodeView | None = None
         self._steps_left = 0
         self._scratch = Scratch()
@@ -58,6 +60,7 @@ class Rows:
         """Let answers in and draw the first token of each."""
         first = len(self.rows)
         self.rows += entering
+        self._num_asking += sum(row.request.num_likeliest > 0 for row in entering)
         zeros_B = torch.zeros(len(entering), dtype=torch.int64, device=self.device)
         self._tokens_B = torch.cat([self._tokens_B, zeros_B])
         self._num_drawn_B = np.concatenate([self._num_drawn_B, np.zeros(len(entering), dtype=np.int64)])
@@ -93,6 +96,7 @@ class Rows:
             self.answers.give(row.pages)
             request = row.request
             request.num_ended += 1
+            self._num_asking -= request.num_likeliest > 0
             if request.done:
                 self.prompts.give(request.pages)
                 request.pages = []
@@ -177,7 +181,8 @@ class Rows:
 
     def _note_likeliest(self, logits_BV: Tensor, first: int) -> None:
         """Note the likeliest tokens in the rows whose requests ask for them."""
-        asking = [(number, row) for number, row in enumerate(self.rows[first:]) if row.request.num_likeliest]
+        rows = enumerate(self.rows[first:]) if self._num_asking else ()
+        asking = [(number, row) for number, row in rows if row.request.num_likeliest]
         if not asking:
             return
         most = min(max(row.request.num_likeliest for _, row in asking), self.vocab_size)
