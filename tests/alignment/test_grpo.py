@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from lilpipe.alignment import grpo, rewards, rollouts
+from lilpipe.alignment.examples import PROMPT_SCHEMA
 from lilpipe.alignment.grpo import run
+from lilpipe.alignment.tables import read_table, write_table
 from lilpipe.config import GRPOConfig, RewardConfig, SamplingConfig
 from lilpipe.config.reinforcement import WatchConfig
 from lilpipe.distributed import Preempted
 from lilpipe.errors import ArtifactError, DataError
-from lilpipe.model.hub import load_model
+from lilpipe.model.hub import load_model, save_model
 from lilpipe.stage import Workspace
-from tests.alignment.conftest import digest_of
+from tests.alignment.conftest import as_artifact, digest_of
 
 CONFIG = GRPOConfig(
     seed=0,
@@ -287,3 +289,53 @@ def test_a_run_whose_groups_all_lack_spread_raises_an_alarm_and_stops(tmp_path, 
     with pytest.raises(DataError, match="rollout 4: flat_groups 1 for 4 rollouts in a row, expected at most"):
         run(changed(watch=WatchConfig(patience=4)), inputs, workspace)  # random weights solve nothing
     assert "alarm: rollout 2: flat_groups" in workspace.events.read_text()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"sampling": SamplingConfig(max_new_tokens=1)}, "length 1 for 2 rollouts in a row, .*min_length"),
+        ({"sampling": SamplingConfig(max_new_tokens=2)}, "truncated .* for 2 rollouts in a row, .*max_truncated_share"),
+        (
+            {"optimizer": CONFIG.optimizer.model_copy(update={"learning_rate": 0.3}), "kl_coefficient": 1e-6},
+            "kl .* for 2 rollouts in a row, .*max_kl",
+        ),
+    ],
+)
+def test_a_run_that_collapses_stops_and_says_how(tmp_path, inputs, even_words, fault, message):
+    watch = WatchConfig(patience=2, max_flat_share=1, max_kl=0.5, max_truncated_share=0.9 if "sampling" in fault else 1)
+    with pytest.raises(DataError, match=message):
+        run(changed(watch=watch, **fault), inputs, Workspace(tmp_path))
+
+
+def test_a_policy_that_has_stopped_exploring_stops_the_run(tmp_path, inputs, even_words):
+    model, tokenizer = load_model(inputs["model"].path)
+    model.output_weight.data.mul_(1e4)
+    save_model(model, tokenizer, inputs["model"].path)
+    watch = WatchConfig(patience=2, max_flat_share=1, max_truncated_share=1, max_sampler_gap=100)
+    with pytest.raises(DataError, match="entropy .* for 2 rollouts in a row, .*min_entropy"):
+        run(changed(watch=watch), inputs, Workspace(tmp_path))
+
+
+def test_a_reward_that_is_lost_stops_the_run(tmp_path, inputs, monkeypatch):
+    worths = [*[1.0] * 3, *[0.0] * 9]  # of all answers to the dev prompts, then of each rollout
+
+    def falling(config, reward_model):
+        worth = iter(worths)
+        return lambda prompts, responses: [(value, "") for value in [next(worth)] * len(responses)]
+
+    monkeypatch.setitem(rewards.KINDS, "answer", falling)
+    watch = WatchConfig(patience=2, max_flat_share=1, max_truncated_share=1)
+    with pytest.raises(DataError, match=r"rollout 3: the mean reward of the last 2 rollouts is 0.5, .*max_reward_drop"):
+        run(changed(watch=watch), inputs, Workspace(tmp_path))
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_held_out_question_among_those_to_train_on_is_refused(tmp_path, inputs, split):
+    rows = read_table(inputs["prompts"].path / "prompts.arrow")
+    held_out = next(row for row in rows if row["split"] == split)
+    leaked = {**held_out, "id": "train/leaked", "split": "train", "question": held_out["question"].upper()}
+    write_table(tmp_path / "prompts.arrow", [*rows, leaked], PROMPT_SCHEMA)
+    leaking = as_artifact(tmp_path, kind="Prompts", stage="prompts")
+    with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
+        run(CONFIG, {**inputs, "prompts": leaking}, Workspace(tmp_path / "run"))
