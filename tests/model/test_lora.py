@@ -8,7 +8,7 @@ from lilpipe.config import LoRAConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.lora import LoRALinear, add_adapters, merge, save_adapters
-from lilpipe.model.transformer import Transformer
+from lilpipe.model.transformer import Part, Transformer
 from lilpipe.training.replica import FlatGradients
 from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
 
@@ -60,6 +60,22 @@ def test_the_merged_model_computes_what_the_adapted_one_does(tmp_path, name):
     torch.testing.assert_close(model(TOKENS), expected, atol=1e-5, rtol=1e-5)
     save_model(model, small_tokenizer(), tmp_path)
     torch.testing.assert_close(load_model(tmp_path)[0](TOKENS), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pipeline_stage_gets_the_adapters_that_its_layers_have_in_the_whole_model():
+    model = small_model()
+    stage = Transformer(SMALL, model.vocab_size, Part(range(1, SMALL.num_layers), first=False, last=True))
+    for part in (model, stage):
+        add_adapters(part, CONFIG, seed=0)
+    found, whole = dict(stage.named_parameters()), dict(model.named_parameters())
+    adapters = {name for name, parameter in found.items() if parameter.requires_grad}
+    assert len(adapters) == 2 * 7 * (SMALL.num_layers - 1)
+    for name in adapters:
+        assert torch.equal(found[name], whole[name])
+    matrices = [found[name] for name in sorted(adapters) if name.endswith("lora_A")]
+    assert all(0.8 < (a.abs().max() * a.shape[1] ** 0.5).item() <= 1 for a in matrices)  # peft's bound
+    assert not torch.equal(matrices[0], matrices[2])
+    assert not any(found[name].any() for name in adapters if name.endswith("lora_B"))
 
 
 def test_only_the_layers_that_are_named_get_adapters():

@@ -15,6 +15,7 @@ from lilpipe.artifact import content_digest, list_files
 from lilpipe.config import ModelConfig, SFTConfig, TokenizerConfig
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
+from lilpipe.tokenizer.chat_template import Message
 from lilpipe.tokenizer.encoding import Tokenizer
 from tests.training.lora_workers import LAYOUTS, OPTIONS, run
 
@@ -56,7 +57,7 @@ def root(tmp_path_factory):
 
 def talk(number):
     question, answer = "say " + "it " * (number % 4) + str(number), f"Answer: {number % 7}" + "!" * (number % 3)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return Conversation(f"talk/{number}", f"prompt/{number}", "sampled", messages)
 
 
