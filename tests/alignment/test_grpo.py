@@ -313,7 +313,7 @@ def test_a_policy_that_has_stopped_exploring_stops_the_run(tmp_path, inputs, eve
     model.output_weight.data.mul_(1e4)
     save_model(model, tokenizer, inputs["model"].path)
     watch = WatchConfig(patience=2, max_flat_share=1, max_truncated_share=1, max_sampler_gap=100)
-    with pytest.raises(DataError, match="entropy .* for 2 rollouts in a row, .*min_entropy"):
+    with pytest.raises(DataError, match=r"entropy .* for 2 rollouts in a row, .*min_entropy"):
         run(changed(watch=watch), inputs, Workspace(tmp_path))
 
 
