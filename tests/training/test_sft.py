@@ -17,6 +17,7 @@ from lilpipe.tokenizer.chat_template import Message
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from lilpipe.training import conversations as gates
+from lilpipe.training import conversations as module
 from lilpipe.training import sft, supervised
 from tests.alignment.conftest import as_artifact
 
@@ -279,6 +280,22 @@ def test_answers_that_are_a_small_share_of_the_tokens_are_an_error(base, convers
         sft.run(
             config(min_supervised_share=0.1), {"model": base, "conversations": source}, Workspace(tmp_path / "work")
         )
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda ids, mask: (ids, [True] * len(mask)), "talk/"),
+        (lambda ids, mask: (ids, [*mask[:-1], False]), "talk/"),
+        (lambda ids, mask: ([*ids[:-4], ids[-1]], mask[:-3]), "of answer 0 .* is learnt, expected 'Answer"),
+    ],
+    ids=["the prompt supervised", "the end of the turn not supervised", "the answer cut"],
+)
+def test_rendering_that_would_teach_rubbish_stops_the_stage(base, conversations, tmp_path, monkeypatch, fault, message):
+    render = module.render
+    monkeypatch.setattr(module, "render", lambda *args, **options: fault(*render(*args, **options)))
+    with pytest.raises(DataError, match=message):
+        sft.run(config(), {"model": base, "conversations": conversations(TALKS)}, Workspace(tmp_path / "work"))
 
 
 @pytest.mark.parametrize("split", ["test", "dev"])
