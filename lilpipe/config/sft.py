@@ -43,7 +43,7 @@ class SFTConfig(ParallelSection):
     max_demonstrations: NonNegativeInt | None = None
     """Use at most this many written demonstrations of the `prompts` stage; all where none is given."""
     mixture: dict[str, NonNegativeFloat] = {}
-    """How often an epoch shows the conversations of an origin (`demonstration`, `rejection_sampling`, or the name of one
+    """How often an epoch shows the conversations of an origin (`demonstration`, `rejection_sampling`, the name of one
     of `prompts.sources`): 2 is twice, 0.5 a half of them, drawn once, 0 none. Once where an origin is not named."""
     packing: Annotated[bool, Rounding] = True
     """Several whole conversations in a row, attention inside each: less padding, the same loss."""
