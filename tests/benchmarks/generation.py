@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from lilpipe.generation.engine import Engine
 from lilpipe.generation.pages import PAGE_SIZE, cache_bytes_per_token
 from lilpipe.launch.run import KEEP_MEMORY
 from lilpipe.model.transformer import Transformer
+from tests.benchmarks.tables import markdown, ratio, spread
 from tests.benchmarks.turns import Finished, System, Turns, take_turns
 
 MODULE = "tests.benchmarks.generation"
@@ -157,20 +157,27 @@ def take_part(kind: str, num_rows: int, shape: str, told: Path) -> None:
 
 
 def print_table(shape: str, systems: list[System], folder: Path) -> None:
-    """Lines of Markdown: speed and memory, and how many times as fast as each peer ours is."""
+    """Speed and memory, and how many times as fast as each peer ours is."""
     print(f"\n{shape}: {sum(p.numel() for p in build(shape)[0].parameters()) / 1e6:.1f} M parameters\n")
-    print("| system | tokens/s, median (spread) | lilpipe is | peak memory, MB | cache, bytes a token |")
-    print("| --- | --- | --- | --- | --- |")
-    first = systems[0]
-    for number, system in enumerate(systems):
-        speeds = [TOKENS / seconds for seconds in system.seconds]
-        ratios = [theirs / mine for mine, theirs in zip(first.seconds, system.seconds, strict=True)]
-        ratio = f"{statistics.median(ratios):.2f} × ({min(ratios):.2f}–{max(ratios):.2f})" if number else ""
-        memory = json.loads((folder / f"{shape}-{number}.json").read_text())
-        print(
-            f"| {system.name} | {statistics.median(speeds):,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f}) | {ratio} | "
-            f"{memory['peak'] / 2**20:,.0f} | {memory['per_token']:,.0f} (of {memory['least_per_token']:,}) |"
+    mine = next((system for system in systems if system.name == "lilpipe"), None)
+    rows = []
+    for system in systems:
+        memory = json.loads(told_at(folder, shape, system.name).read_text())
+        rows.append(
+            [
+                system.name,
+                spread([TOKENS / seconds for seconds in system.seconds]),
+                "" if mine is None or system is mine else ratio(system.seconds, mine.seconds),
+                f"{memory['peak'] / 2**20:,.0f}",
+                f"{memory['per_token']:,.0f} (of {memory['least_per_token']:,})",
+            ]
         )
+    print(markdown(["system", "tokens/s", "lilpipe is", "peak memory, MiB", "cache, bytes a token"], rows))
+
+
+def told_at(folder: Path, shape: str, name: str) -> Path:
+    """Where a system leaves what it tells of its memory."""
+    return folder / f"{shape}, {name}.json"
 
 
 def compare(shape: str, folder: Path, *, rounds: int, threads: int, only: list[str]) -> None:
@@ -179,10 +186,10 @@ def compare(shape: str, folder: Path, *, rounds: int, threads: int, only: list[s
     systems = [
         System(
             name,
-            [MODULE, "--system", kind, str(num_rows), shape, str(folder / f"{shape}-{number}.json")],
+            [MODULE, "--system", kind, str(num_rows), shape, str(told_at(folder, shape, name))],
             {"OMP_NUM_THREADS": str(threads), **environment},
         )
-        for number, (name, (kind, num_rows, environment)) in enumerate(chosen.items())
+        for name, (kind, num_rows, environment) in chosen.items()
     ]
     take_turns(systems, rounds=rounds)
     print_table(shape, systems, folder)

@@ -27,6 +27,7 @@ from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training import pretrain
 from lilpipe.training.loop import train
+from tests.benchmarks.tables import markdown, ratio, spread
 from tests.benchmarks.training_data import standard_library, token_shards
 from tests.benchmarks.turns import Finished, System, Turns, take_turns
 
@@ -183,25 +184,19 @@ def _tracking_seconds(workspace: Workspace, root: Path) -> float:
 
 
 def print_speeds(systems: list[System]) -> None:
-    """Lines of Markdown: speed by system, and how many times that of each peer ours is."""
-    print(
-        "| system | tokens/s, median (spread) | page faults a step | first step, s | lilpipe is | lilpipe, eager is |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
+    """Speed by system, and how many times that of each peer ours is."""
     by_name = {system.name: system for system in systems}
+    rows = []
     for system in systems:
         speeds = [STEPS_PER_TURN * TOKENS / seconds for seconds in system.seconds]
-        spread = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f}–{max(speeds):,.0f})"
         faults = f"{statistics.median(system.faults) / STEPS_PER_TURN:,.0f}"
-        ratios = [_ratio(by_name.get(ours), system) for ours in ("lilpipe", "lilpipe, eager")]
-        print(f"| {system.name} | {spread} | {faults} | {system.first_seconds:.1f} | {ratios[0]} | {ratios[1]} |")
-
-
-def _ratio(ours: System | None, other: System) -> str:
-    if ours is None or ours is other:
-        return ""
-    ratios = [theirs / mine for mine, theirs in zip(ours.seconds, other.seconds, strict=True)]
-    return f"{statistics.median(ratios):.2f} × ({min(ratios):.2f}–{max(ratios):.2f})"
+        ratios = [
+            "" if ours is None or ours is system else ratio(system.seconds, ours.seconds)
+            for ours in (by_name.get("lilpipe"), by_name.get("lilpipe, eager"))
+        ]
+        rows.append([system.name, spread(speeds), faults, f"{system.first_seconds:.1f}", *ratios])
+    titles = ["system", "tokens/s", "page faults a step", "first step, s", "lilpipe is", "lilpipe, eager is"]
+    print(markdown(titles, rows))
 
 
 def compare(root: Path, *, rounds: int, threads: int, only: list[str]) -> None:
