@@ -1,8 +1,9 @@
-"""Answers to one prompt in one row, so that training reads the prompt once and not once for each answer.
+"""Answers to one prompt behind it in one row, so that training reads the prompt once and not once for each answer.
 
-A row is the prompt but its last token, then of each answer the prompt's last token and the answer but its last. A
-token sees the prompt and what came before it in its own answer, at the place that it would have alone, so its score is
-the same up to rounding (prefix sharing, as "tree attention" in speculative decoding).
+In a row stands the prompt but its last token, then of each answer the prompt's last token and the answer but its last;
+behind them may stand another prompt with its answers. A token sees its prompt and what came before it in its own
+answer, at the place that it would have alone, so its score is the same up to rounding (prefix sharing, as "tree
+attention" in speculative decoding).
 
 Dimensions: N answers, T inputs of the longest; B rows, S inputs of the longest row.
 """
@@ -19,8 +20,8 @@ from torch import Tensor
 from lilpipe.alignment.rollouts import Answers
 from lilpipe.model.scores import IGNORED
 
-ANSWERS_IN_A_ROW = 4
-"""Most: attention grows with the square of a row, and the time of 128 answers of 20 tokens was least with four."""
+ROW_LEN = 128
+"""Inputs of a row, unless an answer alone needs more: attention grows with the square of a row."""
 
 
 class SharedRows(NamedTuple):
@@ -36,49 +37,79 @@ class SharedRows(NamedTuple):
 
 
 def share_prompts(answers: Answers, *, max_len: int) -> SharedRows:
-    """The answers with those to one prompt in rows of up to ``max_len`` inputs; one that is longer stands alone."""
+    """The answers in rows of at most ``max_len`` inputs, which is no less than the longest alone."""
     inputs_NT, drawn_NT = answers.inputs.cpu().numpy(), answers.drawn.cpu().numpy()
+    targets_NT = answers.targets.cpu().numpy()
     firsts = drawn_NT.argmax(axis=1)
     ends = drawn_NT.shape[1] - drawn_NT[:, ::-1].argmax(axis=1)
-    rows = _fill(inputs_NT, firsts, ends, max_len)
-    width = max(firsts[row[0]] + sum(ends[n] - firsts[n] for n in row) for row in rows)
+    row_len = min(max_len, max(ROW_LEN, int(ends.max())))
+    rows = _rows(_branches(inputs_NT, firsts, ends, row_len), row_len)
+    width = max(sum(branch.size for branch in row) for row in rows)
     inputs_BS, positions_BS = np.zeros((2, len(rows), width), dtype=np.int64)
     targets_BS = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    owner_BS = np.full((len(rows), width), -1, dtype=np.int64)  # 0 is the prompt, 1 and up the answers
+    # Which prompt or answer a token is of, and which prompt it sees; numbers are of a row.
+    owner_BS, prompt_BS = np.full((2, len(rows), width), -1, dtype=np.int64)
     places_NT = np.zeros(inputs_NT.shape, dtype=np.int64)
-    targets_NT = answers.targets.cpu().numpy()
     for b, row in enumerate(rows):
-        at = firsts[row[0]]
-        inputs_BS[b, :at], owner_BS[b, :at], positions_BS[b, :at] = inputs_NT[row[0], :at], 0, np.arange(at)
-        for number, n in enumerate(row, start=1):
-            own, stop = slice(firsts[n], ends[n]), at + ends[n] - firsts[n]
-            inputs_BS[b, at:stop], targets_BS[b, at:stop] = inputs_NT[n, own], targets_NT[n, own]
-            owner_BS[b, at:stop], positions_BS[b, at:stop] = number, np.arange(firsts[n], ends[n])
-            places_NT[n, own] = b * width + np.arange(at, stop)
-            at = stop
+        at = owner = 0
+        for branch in row:
+            first = firsts[branch.members[0]]
+            prompt_BS[b, at : at + branch.size] = prompt = owner
+            inputs_BS[b, at : at + first] = inputs_NT[branch.members[0], :first]
+            owner_BS[b, at : at + first], positions_BS[b, at : at + first] = prompt, np.arange(first)
+            at, owner = at + first, owner + 1
+            for n in branch.members:
+                own, stop = slice(first, ends[n]), at + ends[n] - first
+                inputs_BS[b, at:stop], targets_BS[b, at:stop] = inputs_NT[n, own], targets_NT[n, own]
+                owner_BS[b, at:stop], positions_BS[b, at:stop] = owner, np.arange(first, ends[n])
+                places_NT[n, own] = b * width + np.arange(at, stop)
+                at, owner = stop, owner + 1
     device = answers.inputs.device
-    owner = torch.from_numpy(owner_BS).to(device)
+    owner, prompt = torch.from_numpy(owner_BS).to(device), torch.from_numpy(prompt_BS).to(device)
     earlier_SS = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    mask = ((owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == 0)) & earlier_SS
+    seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == prompt[:, :, None])
     inputs, targets, positions, places = (
         torch.from_numpy(array).to(device) for array in (inputs_BS, targets_BS, positions_BS, places_NT)
     )
-    return SharedRows(inputs, targets, positions, mask[:, None], places)
+    return SharedRows(inputs, targets, positions, (seen & earlier_SS)[:, None], places)
 
 
-def _fill(inputs_NT: np.ndarray, firsts: np.ndarray, ends: np.ndarray, max_len: int) -> list[list[int]]:
-    """The numbers of the answers in each row; they have one prompt."""
+class _Branch(NamedTuple):
+    """Answers to one prompt that stand together behind it."""
+
+    members: list[int]
+    size: int
+    """Inputs, with the prompt's."""
+
+
+def _branches(inputs_NT: np.ndarray, firsts: np.ndarray, ends: np.ndarray, row_len: int) -> list[_Branch]:
+    """All answers, as many of a prompt together as a row holds."""
     by_prompt: dict[bytes, list[int]] = defaultdict(list)
     for n, first in enumerate(firsts):
         by_prompt[inputs_NT[n, : first + 1].tobytes()].append(n)
-    rows: list[list[int]] = []
+    branches: list[_Branch] = []
     for members in by_prompt.values():
-        room = 0
+        branch = _Branch([], int(firsts[members[0]]))
         for n in members:
-            size = ends[n] - firsts[n]
-            if size > room or len(rows[-1]) == ANSWERS_IN_A_ROW:
-                rows.append([])
-                room = max_len - firsts[n]
-            rows[-1].append(n)
-            room -= size
+            size = int(ends[n] - firsts[n])
+            if branch.members and branch.size + size > row_len:
+                branches.append(branch)
+                branch = _Branch([], int(firsts[n]))
+            branch = _Branch([*branch.members, n], branch.size + size)
+        branches.append(branch)
+    return branches
+
+
+def _rows(branches: list[_Branch], row_len: int) -> list[list[_Branch]]:
+    """The branches in few rows: the longest first, each where there is room."""
+    rows: list[list[_Branch]] = []
+    room: list[int] = []
+    for branch in sorted(branches, key=lambda branch: -branch.size):
+        found = next((b for b, left in enumerate(room) if branch.size <= left), None)
+        if found is None:
+            rows.append([])
+            room.append(row_len)
+            found = len(rows) - 1
+        rows[found].append(branch)
+        room[found] -= branch.size
     return rows

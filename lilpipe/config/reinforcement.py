@@ -46,9 +46,6 @@ class GRPOConfig(ParallelSection):
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=3e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"
     )
-    accumulation_steps: Annotated[PositiveInt, Rounding] = 2
-    """Micro-batches of one update on each worker, of answers of about the same length so that little is padding; those
-    of the pipeline where there is one. On a CPU 2 took 9 % less time than 1, and 4 took 4 % less."""
     num_steps: PositiveInt = 150
     """Rollouts. Each is learned from in `epochs_per_rollout` x `minibatches_per_rollout` updates, which are the steps
     that the optimizer's warmup, checkpoints and logs count."""

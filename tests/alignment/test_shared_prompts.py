@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lilpipe.alignment.rollouts import Answers
-from lilpipe.alignment.shared_prompts import ANSWERS_IN_A_ROW, share_prompts
+from lilpipe.alignment.shared_prompts import ROW_LEN, share_prompts
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from tests.alignment.conftest import TINY
@@ -64,14 +64,28 @@ def test_scores_and_gradients_are_those_of_answers_alone(changes, max_len):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
-def test_a_row_holds_one_prompt_once_and_no_more_than_it_has_room_for():
-    answers = answers_of([[3] * (2 * ANSWERS_IN_A_ROW + 1)])
+def test_rows_hold_a_prompt_once_for_all_answers_that_they_have_room_for():
+    shared_len, num_answers = len(PROMPTS[0]) - 1, 9
+    answers = answers_of([[3] * num_answers])
     rows = share_prompts(answers, max_len=160)
-    assert len(rows.inputs) == 3
-    assert sum((row == 1).sum() for row in rows.inputs[:, :4]) == 3  # the prompt's first token
-    room_for_two = len(PROMPTS[0]) - 1 + 2 * 3
-    assert len(share_prompts(answers, max_len=room_for_two).inputs) == ANSWERS_IN_A_ROW + 1
-    assert share_prompts(answers, max_len=room_for_two).inputs.shape[1] == room_for_two
+    assert rows.inputs.shape == (1, shared_len + 3 * num_answers)
+    assert (rows.inputs[:, :shared_len] == torch.tensor(PROMPTS[0][:-1])).all()
+    room_for_two = shared_len + 2 * 3
+    rows = share_prompts(answers, max_len=room_for_two)
+    assert rows.inputs.shape == (5, room_for_two)
+    assert (rows.inputs[:, :shared_len] == torch.tensor(PROMPTS[0][:-1])).all()
+
+
+def test_another_prompt_takes_the_room_that_is_left():
+    answers = answers_of([[3, 9, 1, 4, 4, 6], [5, 2], [7]])
+    longest, second, third = 4 + 27, 1 + 7, 0 + 7
+    assert share_prompts(answers, max_len=160).inputs.shape == (1, longest + second + third)
+    assert share_prompts(answers, max_len=longest + third).inputs.shape == (2, longest + third)
+
+
+def test_an_answer_longer_than_a_row_widens_it():
+    answers = answers_of([[3, ROW_LEN + 10]])
+    assert share_prompts(answers, max_len=160).inputs.shape == (2, 4 + ROW_LEN + 10)
 
 
 def test_an_answer_that_saw_its_neighbour_would_be_found_out():
