@@ -52,6 +52,8 @@ PAGE_POLICY = (
 """The browser loads nothing from elsewhere, whatever a model writes."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY_BYTES = 16 * 2**20
+MAX_CONNECTIONS = 512
+"""Above so many clients at once, others are told to come back (503): what waits for rows is kept in memory."""
 CLIENT_GONE = 499
 """What nginx logs where the client closed the connection; nobody reads the response."""
 
@@ -73,7 +75,8 @@ def serve(directory: Path, *, name: str, host: str = "127.0.0.1", port: int = 80
 
 def http_server(app: Starlette) -> uvicorn.Server:
     """What speaks HTTP for the application; answers under way get a moment when it is told to end."""
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=2)
+    return uvicorn.Server(config)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -170,7 +173,8 @@ class _Server:
 
     async def _respond(self, http: HTTPRequest, request: Request) -> Response:
         self._check_model(request.model)
-        ask = request.ask(self.thread.tokenizer, max_seq_len=self.max_seq_len)
+        # A prompt of megabytes takes seconds to encode, for which the other clients' streams would stand still.
+        ask = await asyncio.to_thread(request.ask, self.thread.tokenizer, max_seq_len=self.max_seq_len)
         envelope = Envelope(request, model=self.name, vocabulary=self.thread.vocabulary)
         if request.stream:
             events = self._events(request, ask, envelope)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -376,6 +377,29 @@ def test_a_client_that_leaves_within_its_request_is_no_error_of_the_servers(clie
     finally:
         logging.getLogger("uvicorn.error").removeHandler(handler)
     assert [record.getMessage() for record in logged] == []
+
+
+def test_others_are_answered_while_a_long_prompt_is_encoded(client, monkeypatch):
+    others_answered, ask = threading.Event(), module.ChatRequest.ask
+
+    def slow_ask(*args, **options):
+        assert others_answered.wait(10)
+        return ask(*args, **options)
+
+    monkeypatch.setattr(module.ChatRequest, "ask", slow_ask)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, client)
+        assert client.get("/health").status_code == 200
+        others_answered.set()
+        assert answer.result()["choices"]
+
+
+def test_more_clients_than_the_server_keeps_are_told_to_come_back(checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 2)
+    with serving(checkpoint) as (client, _):
+        address = ("127.0.0.1", client.base_url.port)
+        with socket.create_connection(address), socket.create_connection(address):
+            assert client.get("/health").status_code == 503
 
 
 def test_a_short_answer_does_not_wait_for_a_long_one(gated):
