@@ -97,6 +97,11 @@ def check_model(section: ParallelSection, model: ModelConfig) -> None:
 
 def _model_problems(section: ParallelSection, model: ModelConfig) -> Iterator[str]:
     layout = section.layout
+    if section.parallel.schedule == "zero_bubble" and section.activation_checkpointing == "selective":
+        yield (
+            "activation_checkpointing selective does not go with parallel.schedule zero_bubble, which goes through a "
+            "block's graph twice; take full or none, or the schedule interleaved"
+        )
     yield from _stage_problems(section.parallel, model.num_layers)
     for name, size in _divided_by_tensor(model).items():
         if size % layout.tensor:

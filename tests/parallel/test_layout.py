@@ -55,6 +55,17 @@ def config(num_workers, *, model=None, batch_size=8, accumulation_steps=1, seq_l
             ),
             "accumulation_steps 3 must be a multiple of parallel.pipeline 2",
         ),
+        (
+            lambda: config(
+                2,
+                pipeline=2,
+                stages_per_worker=2,
+                schedule="zero_bubble",
+                accumulation_steps=2,
+                activation_checkpointing="selective",
+            ),
+            "activation_checkpointing selective does not go with parallel.schedule zero_bubble",
+        ),
     ],
 )
 def test_an_impossible_layout_is_refused_with_the_arithmetic(problem, message):
