@@ -11,10 +11,16 @@ import pytest
 import torch
 
 from lilpipe.alignment.grpo import GRPO
-from lilpipe.alignment.policy_gradient import generalised_advantages, group_advantages, group_std, token_rewards
-from lilpipe.alignment.ppo import PPO, _Part
+from lilpipe.alignment.policy_gradient import (
+    generalised_advantages,
+    group_advantages,
+    group_std,
+    surrogate_loss,
+    token_rewards,
+)
+from lilpipe.alignment.rewards import overlong_penalty
 from lilpipe.alignment.rollouts import Answers, Rollout, at_targets
-from lilpipe.config import GRPOConfig, PPOConfig, SamplingConfig
+from lilpipe.config import GRPOConfig, SamplingConfig
 from lilpipe.model.scores import IGNORED, token_scores
 from lilpipe.model.transformer import token_logprobs
 from lilpipe.stage import Workspace
@@ -144,6 +150,31 @@ def test_the_loss_of_the_family_and_its_gradient_are_trls(tmp_path, make_trainer
     assert_same_gradients(model, trainer.model)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("dapo", "token"), ("grpo", "sequence"), ("dr_grpo", "constant")], ids=lambda name: name
+)
+def test_answers_that_are_left_out_for_their_length_leave_trls_loss_and_gradient(tmp_path, make_trainer, theirs, ours):
+    model = our_model(0)
+    trainer = make_trainer(their_model(model), max_completion_length=MAX_NEW_TOKENS, loss_type=theirs)
+    batch = TwoPrompts(model, model)
+    answers = batch.ours(with_reference=False)
+    answers = answers._replace(counts=answers.drawn & torch.tensor([False, True, True, True])[:, None])
+    batch.mask[0] = False  # as TRL's mask_truncated_completions does
+    expected = trainer._compute_loss(trainer.model, batch.theirs())
+    expected.backward()
+    assert our_loss(tmp_path, model, answers, aggregation=ours) == pytest.approx(expected.item(), abs=1e-6)
+    assert_same_gradients(model, trainer.model)
+
+
+@pytest.mark.parametrize("buffer", [1, 20, 100])
+def test_the_penalty_of_over_long_answers_is_trls(buffer):
+    from trl.rewards import get_soft_overlong_punishment
+
+    lengths = [0, 1, 79, 80, 81, 90, 99, 100, 101, 300]
+    expected = get_soft_overlong_punishment(100, buffer)([[1] * length for length in lengths])
+    assert [overlong_penalty(length, limit=100, buffer=buffer) for length in lengths] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_advantages_are_trls(make_trainer, monkeypatch, scale):
     rewards = torch.tensor([[1.0, 0.0, 0.3], [0.2, 0.9, 0.9]])
@@ -188,15 +219,11 @@ def test_the_policy_loss_of_ppo_and_its_gradient_are_trls_with_an_advantage_of_e
 
     answers = batch.ours(with_reference=False)
     wide = torch.zeros(4, 8).masked_scatter(answers.drawn, advantages[batch.mask])
-    nothing = torch.zeros(4, 8)
-    answers = answers._replace(advantages=wide, old_values=nothing, returns=nothing)
-    objective = object.__new__(PPO)
-    objective.config, objective._sampler_gap = PPOConfig(clip_range=0.15, value_coefficient=0.0), (0.0, 0.0)
-    model.token_scores = at_targets(token_scores)
     logprobs = model(answers.inputs, targets_BT=answers.targets).logprobs
-    got = objective._loss(logprobs, nothing, _Part(answers, {}, rollout=0, is_fresh=False))
-    (got.total / got.count).backward()
-    assert got.total.item() / got.count == pytest.approx(expected.item(), abs=1e-6)
+    got = surrogate_loss(logprobs, answers.old_logprobs, wide, answers.drawn, clip_low=0.15, clip_high=0.15)
+    got = got[answers.drawn].mean()
+    got.backward()
+    assert got.item() == pytest.approx(expected.item(), abs=1e-6)
     assert_same_gradients(model, trainer.model)
 
 
