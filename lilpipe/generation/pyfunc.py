@@ -87,9 +87,11 @@ def _request(values: dict[str, Any]) -> Request:
 
 
 def _rows(table: Any) -> list[Any]:
-    """The rows of a data frame as mappings, of one with a single column of another name its values; or of a list."""
+    """The rows of a data frame as mappings, of one with a single column of another name its values; or of a list. A
+    text by itself is a row.
+    """
     if not hasattr(table, "columns"):
-        return list(table)
+        return [table] if isinstance(table, str) else list(table)
     if len(table.columns) == 1 and table.columns[0] not in ("messages", "prompt"):
         return table.iloc[:, 0].tolist()
     return table.to_dict("records")

@@ -202,6 +202,7 @@ def test_the_registered_model_answers_each_row_of_a_table(loaded):
     assert loaded.predict(pandas.DataFrame({"prompt": ["the"]})) == [continued]
     questions = loaded.predict(pandas.DataFrame({"question": ["hi", "the"]}))
     assert questions == loaded.predict(["hi", "the"])
+    assert loaded.predict("hi") == questions[:1]
     assert questions[0].startswith(text)
 
 
