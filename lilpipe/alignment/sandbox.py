@@ -177,7 +177,7 @@ def _run(source: IO[bytes], report: IO[bytes], folder: Path, *, seconds: float) 
 def _entry(report: bytes, token: str) -> dict[str, Any] | None:
     """The line that bears the token: a program that writes a verdict of its own does not know it."""
     for line in report.splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):  # the program may have written anything
             entry = json.loads(line)
             if isinstance(entry, dict) and entry.get("token") == token:
                 return entry

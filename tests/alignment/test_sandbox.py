@@ -35,6 +35,7 @@ HOSTILE = {
     "other limits": ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))", "limits"),
     "an early end": ("import os\nos._exit(0)", "exited"),
     "a polite early end": ("raise SystemExit(0)", "exited"),
+    "a report that cannot be read": ("import os\nos.write(3, b'[' * 60_000)\nos._exit(0)", "exited"),
     "a verdict of its own": ('import os\nos.write(3, b\'{"reason": "passed"}\\n\')\nos._exit(0)', "exited"),
 }
 
