@@ -12,11 +12,12 @@ Dimensions: N answers, T tokens of prompt and answer but the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.alignment.grpo import (
@@ -58,31 +59,22 @@ from lilpipe.alignment.watch import Watch
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import PPOConfig
 from lilpipe.errors import ArtifactError
-from lilpipe.model.heads import HeadModel, load_head_model, save_head_model
-from lilpipe.model.hub import load_model, save_model
+from lilpipe.model.heads import HeadModel, load_head_model
+from lilpipe.model.hub import load_model
+from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.vocabulary import TOKENIZER_FILE
+from lilpipe.training import finetune
 from lilpipe.training.curves import write_report
+from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
-from lilpipe.training.replica import Loss, Replica
+from lilpipe.training.replica import Loss, Trainee
+from lilpipe.training.together import Together
 
 VALUE_DIRECTORY = "value"
 """Of the value model, in the output."""
-
-
-class ActorCritic(nn.Module):
-    """Policy and value model, which one optimizer trains."""
-
-    def __init__(self, policy: Transformer, value: HeadModel) -> None:
-        super().__init__()
-        self.policy, self.value = policy, value
-
-    def seed_dropout(self, *parts: int) -> None:
-        """Let what is dropped follow from these numbers."""
-        for model in (self.policy, self.value):
-            model.set_dropout_seed(*parts)
 
 
 class _Part(NamedTuple):
@@ -94,62 +86,72 @@ class _Part(NamedTuple):
     """Whether the weights are still those that drew the answers."""
 
 
+@dataclass(frozen=True)
+class _Half:
+    """What one of the two models trains on: an ``Objective`` of ``lilpipe.training.finetune``."""
+
+    batches: Callable[[int], Sequence[TokenBatch]]
+    loss: Callable[[Any, TokenBatch], Loss]
+
+
 class PPO:
-    """The objective on one worker. ``sum_floats`` adds numbers up over all of them."""
+    """The objectives of policy and value model on one data rank, which share their rollouts.
+
+    ``policy`` and ``value`` give the models of the moment, whole, to sample from and to ask for values. ``sum_floats``
+    adds numbers up over all workers.
+    """
 
     def __init__(
         self,
         config: PPOConfig,
         sampler: Sampler,
         workspace: Workspace,
-        models: ActorCritic,
         *,
+        policy: Callable[[], Transformer],
+        value: Callable[[], HeadModel],
         reference: Transformer,
-        rank: int,
-        num_ranks: int,
+        workers: Workers,
         sum_floats: Callable[[list[float]], list[float]] = distributed.sum_floats,
     ) -> None:
-        self.config, self.models, self.reference = config, models, reference
-        self._sampler, self._sum_floats, self._rank = sampler, sum_floats, rank
+        self.config, self.reference = config, reference
+        self.policy_objective = _Half(self._batches, self._policy_loss)
+        self.value_objective = _Half(self._batches, self._value_loss)
+        self._policy, self._value = policy, value
+        self._sampler, self._sum_floats, self._rank = sampler, sum_floats, workers.data_rank
         path = workspace.scratch / "rollouts.jsonl"
         self.watch = Watch(config.watch, path, writes=distributed.is_main(), log=workspace.log)
         self._rollouts = Rollouts(
             self._make,
             workspace.scratch / "rollouts",
             updates=config.updates_per_rollout,
-            data_rank=rank,
-            num_data_ranks=num_ranks,
+            data_rank=workers.data_rank,
+            num_data_ranks=workers.num_data_ranks,
             device=distributed.device(),
         )
         self._sampler_gap = (0.0, 0.0)
-        self._current: tuple[int, list[_Part]] = (-1, [])
+        self._current: tuple[int, list[TokenBatch]] = (-1, [])
 
-    def loss(self, models: nn.Module, step: int, micro: int) -> Loss:
-        """The loss of a micro-batch of an update, summed over its tokens."""
-        assert isinstance(models, ActorCritic)
-        models.seed_dropout(self._sampler.seed, step, self._rank, micro)
-        part = self._parts(step)[micro]
-        logprobs_NT = models.policy(part.answers.inputs, targets_BT=part.answers.targets).logprobs
-        return self._loss(logprobs_NT, models.value(part.answers.inputs)[..., 0], part)
-
-    def _parts(self, step: int) -> list[_Part]:
+    def _batches(self, step: int) -> list[TokenBatch]:
         """The micro-batches of an update; the first of a rollout draws its answers."""
         if self._current[0] != step:
             rollout, number, update = self._rollouts.at(step)
             seed = derive_seed(self._sampler.seed, "ppo/minibatches", number, self._rank)
             parts = micro_batches(rollout.answers, update, self.config, seed=seed)
             metrics: list[Sums] = [rollout.metrics, *({} for _ in parts[1:])]
+            extras = [_Part(part, sums, number, update == 0) for part, sums in zip(parts, metrics, strict=True)]
             self._current = (
                 step,
-                [_Part(part, sums, number, update == 0) for part, sums in zip(parts, metrics, strict=True)],
+                [TokenBatch(extra.answers.inputs, extra.answers.targets, extra=extra) for extra in extras],
             )
         return self._current[1]
 
-    def _loss(self, logprobs_NT: Tensor, values_NT: Tensor, part: _Part) -> Loss:
+    def _policy_loss(self, scores: Scores, batch: TokenBatch) -> Loss:
+        """The policy's part of the loss, summed over the tokens of a micro-batch."""
+        part: _Part = batch.extra
         answers, config, drawn_NT = part.answers, self.config, part.answers.drawn
-        assert answers.old_values is not None
-        assert answers.returns is not None
-        policy_NT = surrogate_loss(
+        num_rows, num_tokens = drawn_NT.shape
+        logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
+        loss_NT = surrogate_loss(
             logprobs_NT,
             answers.old_logprobs,
             answers.advantages,
@@ -157,21 +159,35 @@ class PPO:
             clip_low=config.clip_range,
             clip_high=config.clip_range,
         )
-        value_NT = clipped_value_loss(
-            values_NT, answers.old_values, answers.returns, clip_range=config.value_clip_range
-        )
         count = float(drawn_NT.sum())
         if part.is_fresh:
             self._sampler_gap = check_gap(logprobs_NT.detach(), answers, config.watch, rollout=part.rollout)
         ratio = (logprobs_NT.detach() - answers.old_logprobs)[drawn_NT].exp()
+        total = loss_NT[drawn_NT].sum()
         metrics = part.rollout_metrics | {
-            "policy_loss": (policy_NT[drawn_NT].sum().item(), count),
-            "value_loss": (value_NT[drawn_NT].sum().item(), count),
+            "policy_loss": (total.item(), count),
             "clipped": (((ratio - 1).abs() > config.clip_range).sum().item(), count),
             "sampler_gap": self._sampler_gap,
         }
-        total = (policy_NT + config.value_coefficient * value_NT)[drawn_NT].sum()
         return Loss(total, count, num_tokens=int((answers.lengths + 1).sum()), metrics=metrics)
+
+    def _value_loss(self, outputs_NTO: Tensor, batch: TokenBatch) -> Loss:
+        """The value model's part, by its coefficient."""
+        part: _Part = batch.extra
+        answers, config, drawn_NT = part.answers, self.config, part.answers.drawn
+        assert answers.old_values is not None
+        assert answers.returns is not None
+        num_rows, num_tokens = drawn_NT.shape
+        loss_NT = clipped_value_loss(
+            outputs_NTO[:num_rows, :num_tokens, 0],
+            answers.old_values,
+            answers.returns,
+            clip_range=config.value_clip_range,
+        )
+        count, total = float(drawn_NT.sum()), loss_NT[drawn_NT].sum()
+        return Loss(
+            config.value_coefficient * total, count, num_tokens=0, metrics={"value_loss": (total.item(), count)}
+        )
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
@@ -187,21 +203,25 @@ class PPO:
         return coefficient
 
     def _make(self, number: int) -> Rollout:
-        self.models.eval()
-        groups, _ = self._sampler.draw(self.models.policy, number)
-        rollout = self._as_rollout(groups, number)
-        self.models.train()
+        policy, value = self._policy(), self._value()
+        was_training = policy.training
+        policy.eval()
+        value.eval()
+        groups, _ = self._sampler.draw(policy, number)
+        rollout = self._as_rollout(policy, value, groups, number)
+        policy.train(was_training)
+        value.train(was_training)
         self.watch.note(number, means(rollout.metrics, self._sum_floats))
         return rollout
 
-    def _as_rollout(self, groups: Sequence[Group], number: int) -> Rollout:
+    def _as_rollout(self, policy: Transformer, value: HeadModel, groups: Sequence[Group], number: int) -> Rollout:
         config, parts, temperature = self.config, num_parts(self.config), self.config.sampling.temperature
         device, coefficient = distributed.device(), self.kl_coefficient(number)
         answers = as_answers(groups, self._sampler.tokenizer, mask_truncated=False, device=device)
         if temperature != 1:
-            answers = at_temperature(self.models.policy, answers, config, rollout=number)
+            answers = at_temperature(policy, answers, config, rollout=number)
         reference_NT = answer_logprobs(self.reference, answers, parts=parts, temperature=temperature)
-        values_NT = in_parts(lambda part: self.models.value(part.inputs)[..., 0], answers, parts)
+        values_NT = in_parts(lambda part: value(part.inputs)[..., 0], answers, parts)
         rewards_NT = token_rewards(
             self._scores(groups).to(device),
             answers.old_logprobs,
@@ -252,15 +272,11 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     assert isinstance(judge, Artifact)
     _check_same_tokens(source.path, judge.path)
     prompts, dev = training_prompts(prompts_artifact)
-    device, rank, num_ranks = distributed.device(), distributed.rank(), distributed.world_size()
-    (policy, tokenizer), (reference, _), (value, _) = (
-        load_model(source.path),
-        load_model(source.path),
-        load_head_model(judge.path),
-    )
-    models = ActorCritic(policy, value).to(device)
+    policy, tokenizer = load_model(source.path)
+    policy = policy.to(distributed.device())
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
-    rewards.log_sandbox(prompts, workspace)
+    before = greedy_metrics(policy, tokenizer, dev, rewards, config)
+    workers = Workers(config)
     sampler = Sampler(
         tokenizer,
         prompts,
@@ -268,18 +284,32 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         config,
         stage="ppo",
         group_size=1,
-        data_rank=rank,
-        num_data_ranks=num_ranks,
+        data_rank=workers.data_rank,
+        num_data_ranks=workers.num_data_ranks,
     )
-    objective = PPO(config, sampler, workspace, models, reference=reference.to(device), rank=rank, num_ranks=num_ranks)
-    policy.token_scores = at_targets(policy.token_scores, config.sampling.temperature)
+    # What is filled from the others where the models are cut.
+    whole = None if workers.mesh is None else policy
+    value = None if workers.mesh is None else load_head_model(judge.path)[0].to(distributed.device())
+    objective = PPO(
+        config,
+        sampler,
+        workspace,
+        policy=lambda: finetune.whole_model(members["policy"], into=whole),
+        value=lambda: finetune.whole_head_model(members["value"], into=value),
+        reference=load_model(source.path)[0].to(distributed.device()),
+        workers=workers,
+    )
+    members = {
+        "policy": finetune.build(config, source.path, objective.policy_objective, workers, stage="ppo"),
+        "value": finetune.build(config, judge.path, objective.value_objective, workers, stage="ppo", head="stored"),
+    }
+    _score_targets_alone(members["policy"], config, workers)
 
     def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
-        return greedy_metrics(policy, tokenizer, dev, rewards, config)
+        return greedy_metrics(finetune.whole_model(members["policy"], into=whole), tokenizer, dev, rewards, config)
 
-    before = greedy_metrics(policy, tokenizer, dev, rewards, config)
     result = train(
-        Replica(models, objective.loss, accumulation_steps=lambda _: config.accumulation_steps),
+        Together(members),
         num_steps=config.num_steps * config.updates_per_rollout,
         workspace=workspace,
         section=checkpoints_between_rollouts(config),
@@ -293,12 +323,20 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
+    finetune.export(members["policy"], tokenizer, workspace)
+    finetune.export(members["value"], tokenizer, workspace, labels=["value"], folder=VALUE_DIRECTORY)
     if distributed.is_main():
-        save_model(policy, tokenizer, workspace.output)
-        save_head_model(value, tokenizer, workspace.output / VALUE_DIRECTORY, labels=["value"])
         title = "Proximal policy optimisation"
         write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
     return metrics
+
+
+def _score_targets_alone(policy: Trainee, config: PPOConfig, workers: Workers) -> None:
+    """Let the output layer see the answers' tokens alone; a model that is cut needs its rows in shape."""
+    if workers.mesh is None or config.sampling.temperature != 1:
+        for part in policy.parts:
+            assert isinstance(part, Transformer)
+            part.token_scores = at_targets(part.token_scores, config.sampling.temperature)
 
 
 def _check_same_tokens(policy: Path, reward_model: Path) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from lilpipe.config.prompts import ANSWER_REWARD, RewardConfig, RewardConfigs
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.config.section import Rounding, Section, Share
-from lilpipe.config.training import OptimizerConfig, ParallelSection, TrainingSection
+from lilpipe.config.training import OptimizerConfig, ParallelSection
 
 
 class WatchConfig(Section):
@@ -99,7 +99,7 @@ class GRPOConfig(ParallelSection):
         return self
 
 
-class PPOConfig(TrainingSection):
+class PPOConfig(ParallelSection):
     """Proximal policy optimisation (Schulman et al. 2017) with a reward model: InstructGPT's last stage."""
 
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -148,7 +148,7 @@ class PPOConfig(TrainingSection):
 
     @model_validator(mode="after")
     def _rollout_fits(self) -> PPOConfig:
-        _check_rollout(self, data_ranks=self.num_workers, group_size=1)
+        _check_rollout(self, data_ranks=self.layout.data, group_size=1)
         return self
 
 

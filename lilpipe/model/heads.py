@@ -10,7 +10,7 @@ Dimensions: B sequences, T tokens, D width, O outputs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lilpipe.artifact import write_atomically
 from lilpipe.config import ModelConfig
 from lilpipe.errors import ArtifactError
-from lilpipe.model.hub import CONFIG_FILE, read_model_config, save_tensors
+from lilpipe.model.hub import CONFIG_FILE, copy_into, read_model_config, save_tensors
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear
 from lilpipe.model.layouts import layout_for
@@ -151,6 +151,28 @@ def load_head_model(directory: Path) -> tuple[HeadModel, Tokenizer]:
 
     Raises ``ArtifactError`` if the directory holds no decoder with a head, such as a language model.
     """
+    config, vocab_size, tensors = _read_checked(directory)
+    model = HeadModel(config, vocab_size, len(tensors[HEAD]))
+    model.load_state_dict(tensors)
+    return model.eval(), Tokenizer.load(directory)
+
+
+def load_head_weights(into: Mapping[str, Tensor], directory: Path) -> None:
+    """``lilpipe.model.hub.load_weights`` for a model with a head. Raises ``ArtifactError`` as ``load_head_model``."""
+    _, _, tensors = _read_checked(directory)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            copy_into(into.get(name), tensor)
+
+
+def read_labels(directory: Path) -> list[str]:
+    """The names of a model's outputs, in their order."""
+    names: dict[str, str] = _stated(directory).get("id2label", {})
+    return [names[str(index)] for index in range(len(names))]
+
+
+def _read_checked(directory: Path) -> tuple[ModelConfig, int, dict[str, Tensor]]:
+    """Shape, vocabulary size and tensors by our names, of which none is missing, left over or of another shape."""
     config, vocab_size = read_model_config(directory)
     tensors = _read(directory, config)
     if HEAD not in tensors:
@@ -159,21 +181,12 @@ def load_head_model(directory: Path) -> tuple[HeadModel, Tokenizer]:
             "make; check the step's inputs"
         )
     with torch.device("meta"):
-        model = HeadModel(config, vocab_size, len(tensors[HEAD]))
-    expected = model.state_dict()
+        expected = HeadModel(config, vocab_size, len(tensors[HEAD])).state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (tensors, expected))
         if got != wanted:
             raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} by {CONFIG_FILE}")
-    model = HeadModel(config, vocab_size, model.num_outputs)
-    model.load_state_dict(tensors)
-    return model.eval(), Tokenizer.load(directory)
-
-
-def read_labels(directory: Path) -> list[str]:
-    """The names of a model's outputs, in their order."""
-    names: dict[str, str] = _stated(directory).get("id2label", {})
-    return [names[str(index)] for index in range(len(names))]
+    return config, vocab_size, tensors
 
 
 def _read(directory: Path, config: ModelConfig) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Gradients of a model that is cut over processes: their sum, their norm and the clipping.
+"""Gradients of a model that is cut over processes: their sum and their norm.
 
 Every process computes the gradient of a sum of losses over its own tokens; the gradients are added up, never averaged,
 and divided once by the count of all targets.
@@ -16,7 +16,6 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from lilpipe.parallel.mesh import Mesh
-from lilpipe.training.replica import CLIP_EPSILON
 
 ELEMENTS_AT_ONCE = 2**25
 """Elements of gradients that are put together for one all-reduce: 128 MiB in float32."""
@@ -66,13 +65,6 @@ def norm(parameters: Sequence[Tensor], mesh: Mesh) -> float:
     shares = torch.tensor([1 / _num_copies(parameter, mesh) for parameter in parameters], dtype=torch.float64)
     (total,) = mesh.sum([(squares * shares.to(squares.device)).sum().item()])
     return total**0.5
-
-
-def clip(parameters: Sequence[Tensor], *, norm: float, count: float, max_norm: float) -> None:
-    """Divide gradients by ``count``, and clip them to ``max_norm``; ``norm`` is theirs once divided."""
-    factor = min(1.0, max_norm / (norm + CLIP_EPSILON)) / count
-    for part in local_gradients(parameters):
-        part.mul_(factor)
 
 
 def _num_copies(parameter: Tensor, mesh: Mesh) -> int:

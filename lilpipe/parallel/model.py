@@ -27,7 +27,7 @@ from lilpipe.parallel.context import head_and_tail
 from lilpipe.parallel.mesh import Mesh
 from lilpipe.parallel.pipeline import MicroBatch, Pipeline
 from lilpipe.training.next_token import rows_of
-from lilpipe.training.replica import Loss
+from lilpipe.training.replica import Loss, clip_sum
 
 Batches = Callable[[int], Sequence[Any]]
 """Step, from 0, to the micro-batches of this process's data rank, whole rows each: named tuples with
@@ -99,6 +99,10 @@ class ParallelModel:
 
     def reduce(self, *, count: float, max_norm: float) -> float:
         """Sum gradients over processes, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
+        return clip_sum(self, count=count, max_norm=max_norm)
+
+    def sum_gradients(self) -> float:
+        """Sum gradients over processes; gives the global norm of the sum."""
         parameters = self._parameters()
         gradients.fill_in(parameters)
         if not self._sharded():  # which FSDP has summed in the backward pass
@@ -110,9 +114,12 @@ class ParallelModel:
             gradients.sum_over(gradients.local_gradients(embeddings), self.mesh.ends_group)
             if self.mesh.holds_last_stage:
                 counted = [parameter for parameter in parameters if parameter is not embeddings[-1]]
-        norm = gradients.norm(counted, self.mesh) / count
-        gradients.clip(parameters, norm=norm, count=count, max_norm=max_norm)
-        return norm
+        return gradients.norm(counted, self.mesh)
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply gradients by ``factor``."""
+        for part in gradients.local_gradients(self._parameters()):
+            part.mul_(factor)
 
     @property
     def replicas(self) -> ProcessGroup:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from lilpipe import distributed
 from lilpipe.config import ParallelSection
 from lilpipe.config.parallel import check_model
 from lilpipe.errors import ConfigError
-from lilpipe.model.heads import HeadModel, save_head_tensors, with_head
+from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
@@ -35,6 +35,10 @@ from lilpipe.training.replica import Loss, Replica, Trainee
 
 if TYPE_CHECKING:
     from lilpipe.parallel.mesh import Mesh
+
+
+Head = int | Literal["stored"] | None
+"""What a model ends in: a fresh head of so many outputs, the head that the checkpoint has, or the output layer."""
 
 
 class TokenBatch(NamedTuple):
@@ -56,7 +60,7 @@ class TokenBatch(NamedTuple):
 class Objective(Protocol):
     """What to train on, for one data rank."""
 
-    def batches(self, step: int) -> Sequence[TokenBatch]:
+    def batches(self, step: int, /) -> Sequence[TokenBatch]:
         """The micro-batches of a step: as many on every data rank."""
         ...
 
@@ -88,12 +92,11 @@ def build(
     workers: Workers,
     *,
     stage: str,
-    head: int | None = None,
+    head: Head = None,
     prepare: Callable[[Transformer], None] | None = None,
 ) -> Trainee:
     """The checkpoint of ``source`` as this worker holds it in training.
 
-    ``head`` is the number of outputs of a fresh head that takes the place of the output layer; none keeps that.
     ``prepare`` changes the model, or each pipeline stage of it that this worker holds, before it is trained, as LoRA
     does; where it is cut the stage has no memory yet, and new parameters get their ``initial_value``.
     Raises ``ConfigError``, naming the setting of ``stage``, for a layout in which the model cannot be cut.
@@ -101,10 +104,7 @@ def build(
     precision.check(section, distributed.device())
     if workers.mesh is not None:
         return _build_cut(section, source, objective, workers.mesh, stage=stage, head=head, prepare=prepare)
-    model, _ = load_model(source)
-    model = model.to(distributed.device())
-    if head is not None:
-        model = with_head(model, head, seed=section.seed or 0)
+    model = _load(source, head, seed=section.seed or 0).to(distributed.device())
     if prepare is not None:
         prepare(model)
     activation_checkpointing.apply(model, section.activation_checkpointing)
@@ -136,6 +136,13 @@ def build(
     return Replica(model, loss, accumulation_steps=lambda step: len(batches(step)))
 
 
+def _load(source: Path, head: Head, *, seed: int) -> Transformer:
+    if head == "stored":
+        return load_head_model(source)[0]
+    model, _ = load_model(source)
+    return model if head is None else with_head(model, head, seed=seed)
+
+
 def _build_cut(
     section: ParallelSection,
     source: Path,
@@ -143,7 +150,7 @@ def _build_cut(
     mesh: Mesh,
     *,
     stage: str,
-    head: int | None,
+    head: Head,
     prepare: Callable[[Transformer], None] | None,
 ) -> Trainee:
     from lilpipe.parallel.apply import parallelize
@@ -166,10 +173,10 @@ def _build_cut(
         mesh=mesh,
         within_documents=True,
         compiled=bool(section.compile),
-        head=head,
+        head=len(read_labels(source)) if head == "stored" else head,
         prepare=prepare,
     )
-    load_weights(trainee.tensors(), source)
+    (load_head_weights if head == "stored" else load_weights)(trainee.tensors(), source)
     return trainee
 
 
@@ -214,9 +221,9 @@ def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transforme
     return model.eval()
 
 
-def whole_head_model(trainee: Trainee) -> HeadModel:
+def whole_head_model(trainee: Trainee, into: HeadModel | None = None) -> HeadModel:
     """``whole_model`` of a model with a head."""
-    model = whole_model(trainee)
+    model = whole_model(trainee, into)
     assert isinstance(model, HeadModel)
     return model
 
@@ -233,12 +240,13 @@ def export(
     workspace: Workspace,
     *,
     labels: Sequence[str] | None = None,
+    folder: str = "",
     change: Callable[[NamedTensors], NamedTensors] | None = None,
 ) -> None:
     """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole.
 
-    ``labels`` are the names of a head's outputs. ``change`` makes the tensors that are written of those that were
-    trained, on the first worker.
+    ``labels`` are the names of a head's outputs, ``folder`` is where in the output the model goes. ``change`` makes
+    the tensors that are written of those that were trained, on the first worker.
     """
     part = trainee.parts[0]
     assert isinstance(part, Transformer)
@@ -246,7 +254,7 @@ def export(
     if distributed.is_main():
         tensors = change(tensors) if change else tensors
         save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)
-        save(part.config, part.vocab_size, tensors, tokenizer, workspace.output)
+        save(part.config, part.vocab_size, tensors, tokenizer, workspace.output / folder)
     else:
         for _ in tensors:  # the others' part in gathering
             pass

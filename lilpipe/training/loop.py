@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from lilpipe import distributed
 from lilpipe.config import HealthConfig, OptimizerConfig, TrainingSection
@@ -28,10 +27,8 @@ from lilpipe.training.checkpoint import Checkpoints
 from lilpipe.training.goodput import Goodput
 from lilpipe.training.health import Finding, examine
 from lilpipe.training.optimizer import Optimizer
-from lilpipe.training.replica import FlatGradients, Loss, LossFunction, Replica, Trainee
+from lilpipe.training.replica import Trainee
 from lilpipe.training.schedule import lr_scale
-
-__all__ = ["Evaluation", "FlatGradients", "Loss", "LossFunction", "TrainingResult", "train"]
 
 Evaluation = Callable[[Any, int], Mapping[str, float]]
 """(what is trained, number of steps done) to metrics; called on every worker, and the same on each."""
@@ -70,14 +67,12 @@ class TrainingResult:
 
 
 def train(
-    model: nn.Module | Trainee,
+    model: Trainee,
     *,
     num_steps: int,
     workspace: Workspace,
     section: TrainingSection,
     optimizer: OptimizerConfig,
-    loss: LossFunction | None = None,
-    accumulation_steps: int = 1,
     evaluate: Evaluation | None = None,
     eval_every: int = 0,
     milestones: Collection[int] = (),
@@ -93,13 +88,11 @@ def train(
     a kill, the run goes on from there and ends in the same weights, bit for bit.
 
     Args:
-        model: A module of which every worker holds the whole, with ``loss``; or a trainee that knows its own.
+        model: What is trained, and on what.
         num_steps: Optimizer steps, skipped ones included.
         workspace: Where checkpoints and progress go.
         section: The stage's settings.
         optimizer: Optimizer and schedule.
-        loss: The loss of a micro-batch.
-        accumulation_steps: Micro-batches of a step, for a module.
         evaluate: Called every ``eval_every`` steps (0: never) and at the end.
         eval_every: Steps between evaluations.
         milestones: Numbers of steps done after which it is called as well.
@@ -115,10 +108,6 @@ def train(
         DataError: A step's count is zero.
         Preempted: A SIGTERM came; the state is saved.
     """
-    subject = model
-    if isinstance(model, nn.Module):
-        assert loss is not None
-        model = Replica(model, loss, accumulation_steps=lambda _: accumulation_steps)
     run = _Run(model, workspace, section, optimizer, num_steps=num_steps, identity=identity or {}, health=health)
     meter = _Meter(workspace, num_steps=num_steps, log_every=section.log_every, gauges=gauges)
     with distributed.honours_stop(), run.saving():
@@ -164,10 +153,10 @@ def train(
                 raise distributed.Preempted(f"pre-empted after step {done} of {num_steps}; it is saved")
             is_due = done in milestones or (eval_every > 0 and done % eval_every == 0)
             if evaluate and is_due and done < num_steps:
-                workspace.progress(done, num_steps, "steps", **run.evaluate(evaluate, subject, done))
+                workspace.progress(done, num_steps, "steps", **run.evaluate(evaluate, done))
             step = done
     if evaluate:
-        run.result.metrics = run.evaluate(evaluate, subject, num_steps)
+        run.result.metrics = run.evaluate(evaluate, num_steps)
         workspace.progress(num_steps, num_steps, "steps", **run.result.metrics)
     return run.finish()
 
@@ -294,9 +283,9 @@ class _Run:
 
     def seed_dropout(self, step: int) -> None:
         """Let what is dropped in a step be a function of the seed, the step and the worker."""
-        for part in self.model.parts:
-            if isinstance(part, Transformer) and part.config.dropout:
-                part.set_dropout_seed(self._seed, step, distributed.rank())
+        for module in (module for part in self.model.parts for module in part.modules()):
+            if isinstance(module, Transformer) and module.config.dropout:
+                module.set_dropout_seed(self._seed, step, distributed.rank())
 
     def record(self, step: int, totals: _Totals, *, grad_norm: float, seconds: float) -> None:
         """Note down one step."""
@@ -357,12 +346,12 @@ class _Run:
         record = {"losses": self._losses, "grad_norms": self._grad_norms, "seconds": self._step_seconds}
         return tensors | {f"record/{name}": tensor for name, tensor in record.items()}
 
-    def evaluate(self, evaluate: Evaluation, subject: Any, done: int) -> dict[str, float]:
+    def evaluate(self, evaluate: Evaluation, done: int) -> dict[str, float]:
         """Call it without gradients, in evaluation mode."""
         for part in self.model.parts:
             part.eval()
         with self.goodput.measure("evaluation"), torch.inference_mode():
-            return dict(evaluate(subject, done))
+            return dict(evaluate(self.model, done))
 
     def finish(self) -> TrainingResult:
         """The result, complete."""

@@ -61,6 +61,14 @@ class Trainee(Protocol):
         """Forget the last step's gradients."""
         ...
 
+    def sum_gradients(self) -> float:
+        """Sum gradients over workers; gives the global norm of the sum."""
+        ...
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply gradients by ``factor``."""
+        ...
+
     def reduce(self, *, count: float, max_norm: float) -> float:
         """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
         ...
@@ -76,6 +84,10 @@ class Trainee(Protocol):
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the whole model by name, one at a time; all workers run through it, the first gets them."""
         ...
+
+
+class Scorer(Trainee, Protocol):
+    """A language model in training that can be asked how likely texts are."""
 
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
         """Negative log-likelihood of all targets; every worker is given all rows and gets the same number."""
@@ -119,7 +131,16 @@ class Replica:
 
     def reduce(self, *, count: float, max_norm: float) -> float:
         """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
-        return self._gradients.reduce(count=count, max_norm=max_norm)
+        return clip_sum(self, count=count, max_norm=max_norm)
+
+    def sum_gradients(self) -> float:
+        """Sum gradients over workers; gives the norm of the sum."""
+        distributed.all_reduce_sum(self._gradients.buffer)
+        return torch.linalg.vector_norm(self._gradients.buffer).item()
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply gradients by ``factor``."""
+        self._gradients.buffer.mul_(factor)
 
     def after_update(self) -> Mapping[str, float]:
         """Balance the experts, where there are any; `expert_imbalance` is that of the worst layer."""
@@ -165,9 +186,9 @@ class FlatGradients:
         for parameter, view in zip(parameters, self.buffer.split(sizes), strict=True):
             parameter.grad = view.view_as(parameter)
 
-    def reduce(self, *, count: float, max_norm: float) -> float:
-        """Sum over workers, divide by ``count``, clip to ``max_norm``; gives the norm before clipping."""
-        distributed.all_reduce_sum(self.buffer)
-        norm = torch.linalg.vector_norm(self.buffer).item() / count
-        self.buffer.mul_(min(1.0, max_norm / (norm + CLIP_EPSILON)) / count)
-        return norm
+
+def clip_sum(trainee: Trainee, *, count: float, max_norm: float) -> float:
+    """``Trainee.reduce`` by the two steps that it is made of."""
+    norm = trainee.sum_gradients() / count
+    trainee.scale_gradients(min(1.0, max_norm / (norm + CLIP_EPSILON)) / count)
+    return norm

@@ -20,7 +20,7 @@ from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.loader import corpus_validation_shares, validation_rows
 from lilpipe.tokens.shards import CORPUS, EXERCISES, TokenShards
-from lilpipe.training.replica import Replica, Trainee
+from lilpipe.training.replica import Replica, Scorer
 
 SAMPLE_TOKENS = 64
 """Length of a sample of text."""
@@ -41,13 +41,13 @@ class Validation:
         self._rows = {seq_len: self._read_rows(seq_len) for seq_len in lengths}
         self._texts = {seq_len: self._make_texts(config.needle, seq_len) for seq_len in lengths if config.needle}
 
-    def __call__(self, subject: Trainee, done: int) -> Mapping[str, float]:
+    def __call__(self, subject: Scorer, done: int) -> Mapping[str, float]:
         """``validation_bits_per_byte_<stream>`` of every stream at the length of the present phase, and the rest."""
         # Rows of other shapes would be compiled anew.
         with torch.compiler.set_stance("force_eager"):
             return self._measure(subject, done)
 
-    def _measure(self, subject: Trainee, done: int) -> Mapping[str, float]:
+    def _measure(self, subject: Scorer, done: int) -> Mapping[str, float]:
         phase = self._config.phase_of(done - 1)
         metrics = self.bits_per_byte(subject, seq_len=phase.seq_len)
         if self._texts and done == phase.stop:
@@ -59,7 +59,7 @@ class Validation:
             self._sample(subject.model, done)
         return metrics
 
-    def bits_per_byte(self, subject: Trainee, *, seq_len: int) -> dict[str, float]:
+    def bits_per_byte(self, subject: Scorer, *, seq_len: int) -> dict[str, float]:
         """Of each stream, the rows divided among the workers.
 
         ``validation_bits_per_byte_corpus`` of a corpus in several streams is their mean by

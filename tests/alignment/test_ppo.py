@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from lilpipe.alignment import ppo, rewards
-from lilpipe.alignment.ppo import PPO, ActorCritic, run
+from lilpipe.alignment.ppo import PPO, run
 from lilpipe.alignment.prompts import read_prompts
 from lilpipe.alignment.rewards import Rewards
 from lilpipe.alignment.rollouts import Sampler, at_targets
@@ -19,6 +21,7 @@ from lilpipe.model.heads import load_head_model, save_head_model, with_head
 from lilpipe.model.hub import load_model
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.training.finetune import Workers
 from tests.alignment.conftest import as_artifact, digest_of
 
 CONFIG = PPOConfig(
@@ -72,6 +75,22 @@ def inputs(make_checkpoint, make_reward_model, prompts):
     return {"model": make_checkpoint(), "prompts": prompts, "reward_model": make_reward_model()}
 
 
+class Models(nn.Module):
+    """Both models of PPO, and the loss of both."""
+
+    def __init__(self, policy, value):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def loss(self, objective, step, micro):
+        policy, value = objective.policy_objective, objective.value_objective
+        batch = policy.batches(step)[micro]
+        first = policy.loss(self.policy(batch.inputs, targets_BT=batch.targets), batch)
+        second = value.loss(self.value(batch.inputs), value.batches(step)[micro])
+        assert first.count == second.count
+        return replace(first, total=first.total + second.total)
+
+
 @pytest.fixture
 def make_objective(tmp_path, inputs):
     def make(config):
@@ -89,9 +108,17 @@ def make_objective(tmp_path, inputs):
             data_rank=0,
             num_data_ranks=1,
         )
-        models = ActorCritic(policy, value)
         policy.token_scores = at_targets(policy.token_scores, config.sampling.temperature)
-        return PPO(config, sampler, Workspace(tmp_path / "one"), models, reference=reference, rank=0, num_ranks=1)
+        objective = PPO(
+            config,
+            sampler,
+            Workspace(tmp_path / "one"),
+            policy=lambda: policy,
+            value=lambda: value,
+            reference=reference,
+            workers=Workers(config),
+        )
+        return objective, Models(policy, value)
 
     return make
 
@@ -110,16 +137,16 @@ def logprobs_of(model, tokens, temperature):
     return [logits[t, token] - logits[t].exp().sum().log() for t, token in enumerate(tokens[1:])]
 
 
-def naive_rollout(objective, groups):
+def naive_rollout(objective, models, groups):
     """Advantages (not whitened), returns, values and old log-probabilities of each answer, token by token."""
     config, answers = objective.config, []
     for group in groups:
         completion, scored = group.completions[0], group.scored[0]
         tokens, start = [*completion.prompt_ids, *completion.drawn], len(completion.prompt_ids) - 1
         with torch.no_grad():
-            old = [x.item() for x in logprobs_of(objective.models.policy, tokens, config.sampling.temperature)][start:]
+            old = [x.item() for x in logprobs_of(models.policy, tokens, config.sampling.temperature)][start:]
             first = [x.item() for x in logprobs_of(objective.reference, tokens, config.sampling.temperature)][start:]
-            values = objective.models.value(torch.tensor([tokens[:-1]]))[0, start:, 0].tolist()
+            values = models.value(torch.tensor([tokens[:-1]]))[0, start:, 0].tolist()
         gains = [-config.kl_coefficient * (a - b) for a, b in zip(old, first, strict=True)]
         gains[-1] += scored.total - config.missing_end_penalty * (not completion.verdict.ended)
         advantages = []
@@ -164,21 +191,21 @@ def naive_loss(objective, answers, models):
 )
 def test_the_loss_and_its_gradient_are_those_of_the_definitions(make_objective, monkeypatch, settings):
     config = changed(minibatches_per_rollout=1, prompts_per_step=4, **settings)
-    objective = make_objective(config)
-    groups, _ = objective._sampler.draw(objective.models.policy, 0)
+    objective, models = make_objective(config)
+    groups, _ = objective._sampler.draw(models.policy, 0)
     monkeypatch.setattr(objective._sampler, "draw", lambda *_: (groups, 0))
-    expected_answers = naive_rollout(objective, groups)
-    fresh = [objective.loss(objective.models, 0, micro) for micro in range(2)]
+    expected_answers = naive_rollout(objective, models, groups)
+    fresh = [models.loss(objective, 0, micro) for micro in range(2)]
     assert sum(len(answer[2]) for answer in expected_answers) == sum(loss.count for loss in fresh)
     generator = torch.Generator().manual_seed(0)
-    for parameter in objective.models.parameters():  # as if an update had been made: clipping is at work
+    for parameter in models.parameters():  # as if an update had been made: clipping is at work
         parameter.data.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
 
-    expected = naive_loss(objective, expected_answers, objective.models)
-    wanted = torch.autograd.grad(expected, list(objective.models.parameters()), allow_unused=True)
-    parts = [objective.loss(objective.models, 1, micro) for micro in range(2)]
+    expected = naive_loss(objective, expected_answers, models)
+    wanted = torch.autograd.grad(expected, list(models.parameters()), allow_unused=True)
+    parts = [models.loss(objective, 1, micro) for micro in range(2)]
     loss = torch.stack([part.total for part in parts]).sum() / sum(part.count for part in parts)
-    got = torch.autograd.grad(loss, list(objective.models.parameters()), allow_unused=True)
+    got = torch.autograd.grad(loss, list(models.parameters()), allow_unused=True)
     assert parts[0].metrics["clipped"][0] > 0
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     for ours, theirs in zip(got, wanted, strict=True):
@@ -186,14 +213,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_definitions(make_objective, 
 
 
 def test_an_answer_without_end_is_worth_less_by_the_penalty(make_objective):
-    objective = make_objective(changed(missing_end_penalty=3.0))
-    groups, _ = objective._sampler.draw(objective.models.policy, 0)
+    objective, models = make_objective(changed(missing_end_penalty=3.0))
+    groups, _ = objective._sampler.draw(models.policy, 0)
     for score, group in zip(objective._scores(groups).tolist(), groups, strict=True):
         assert score == group.scored[0].total - 3.0 * (not group.completions[0].verdict.ended)
 
 
 def test_the_kl_coefficient_is_fixed_or_follows_the_rollouts_before(make_objective):
-    fixed, adapted = make_objective(CONFIG), make_objective(changed(kl_target=1.0, kl_rate=0.5))
+    (fixed, _), (adapted, _) = make_objective(CONFIG), make_objective(changed(kl_target=1.0, kl_rate=0.5))
     for objective in (fixed, adapted):
         objective.watch.history = [{"kl_per_answer": 9.0}, {"kl_per_answer": 1.0}, {"kl_per_answer": 0.0}]
     assert [fixed.kl_coefficient(rollout) for rollout in range(4)] == [0.05] * 4

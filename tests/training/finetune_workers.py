@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lilpipe import distributed
-from lilpipe.alignment import dpo, grpo, reward_model
-from lilpipe.config import ClassifyConfig, DPOConfig, GRPOConfig, RewardModelConfig, SFTConfig
+from lilpipe.alignment import dpo, grpo, ppo, reward_model
+from lilpipe.config import ClassifyConfig, DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig
 from lilpipe.errors import DataError
 from lilpipe.stage import Workspace
 from lilpipe.training import classify, sft
@@ -45,6 +45,17 @@ STAGES = {
             "kl_coefficient": 0.05,
         },
     ),
+    "ppo": (
+        ppo,
+        PPOConfig,
+        {
+            "num_steps": 1,
+            "epochs_per_rollout": 2,
+            "prompts_per_step": 8,
+            "sampling": {"max_new_tokens": 8},
+            "rewards": [{"kind": "file", "path": __file__, "function": "letters"}],
+        },
+    ),
 }
 LAYOUTS = {"replicas": {}, "sharded": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
 
@@ -68,8 +79,9 @@ def run(stage, root, name, parallel, *, num_workers):
         "model": as_artifact(root / "model", kind="Checkpoint", stage="sft"),
         "prompts": as_artifact(root / "prompts", kind="Prompts"),
         "preferences": as_artifact(root / "preferences", kind="Preferences"),
+        "reward_model": as_artifact(root / "rewards", kind="Checkpoint", stage="reward_model"),
     }
-    taken = {**module.STAGE.inputs, **module.STAGE.optional_inputs}
+    taken = {**module.STAGE.inputs, **({} if module is grpo else module.STAGE.optional_inputs)}  # which needs no judge
     workspace = Workspace(root / f"{stage} {name}", rank=distributed.rank())
     return module.run(config, {role: item for role, item in inputs.items() if role in taken}, workspace)
 

@@ -11,7 +11,7 @@ import torch
 from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
 from lilpipe.alignment.tables import write_table
 from lilpipe.config import ModelConfig, TokenizerConfig
-from lilpipe.model.heads import load_head_model
+from lilpipe.model.heads import load_head_model, save_head_model, with_head
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
@@ -38,6 +38,7 @@ def root(prompts, tmp_path_factory):  # noqa: F811
         for parameter in model.parameters():  # sharper than fresh weights, so that answers differ from noise
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     save_model(model, tokenizer, root / "model")
+    save_head_model(with_head(model, 1, seed=1), tokenizer, root / "rewards", labels=["reward"])
     pairs = [
         Pair(f"{split}/{i}", split, [{"role": "user", "content": f"Copy {i}."}], f"Answer: {i}", f"Sure. Answer: {i}")
         for split, first, count in (("train", 0, 12), ("heldout", 50, 3))
@@ -75,6 +76,13 @@ def test_every_layout_comes_to_the_model_of_one_process(root, stage, layout):
     one, _ = load(root / f"{stage} alone" / "output")
     # Adam divides a gradient by its size: where one is nearly zero, as few texts make it, rounding decides on a step.
     tolerance = 5e-5 if stage == "classify" else 1e-5
+    compare(model, one, tolerance)
+    if stage == "ppo":
+        value, wanted = (load_head_model(root / f"ppo {name}" / "output" / "value")[0] for name in (layout, "alone"))
+        compare(value, wanted, tolerance)
+
+
+def compare(model, one, tolerance):
     for (key, tensor), wanted in zip(model.state_dict().items(), one.state_dict().values(), strict=True):
         torch.testing.assert_close(tensor, wanted, rtol=0, atol=tolerance, msg=key)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.training.checkpoint import Checkpoints
-from lilpipe.training.loop import Loss
+from lilpipe.training.replica import Loss
 from tests.training import toy
 
 
@@ -125,8 +125,8 @@ def test_progress_holds_means_since_the_last_report(tmp_path):
 def test_evaluation_runs_at_its_interval_and_at_the_end_without_gradients(tmp_path):
     seen = []
 
-    def evaluate(model, done):
-        seen.append((done, torch.is_inference_mode_enabled(), model.training))
+    def evaluate(replica, done):
+        seen.append((done, torch.is_inference_mode_enabled(), replica.model.training))
         return {"quality": float(done)}
 
     _, result = toy.run(tmp_path, num_steps=12, evaluate=evaluate, eval_every=6)

@@ -7,7 +7,8 @@ from torch import nn
 from lilpipe import distributed
 from lilpipe.config import OptimizerConfig, SFTConfig
 from lilpipe.stage import Workspace
-from lilpipe.training.loop import Loss, train
+from lilpipe.training.loop import train
+from lilpipe.training.replica import Loss, Replica
 
 VOCAB_SIZE = 11
 
@@ -53,15 +54,25 @@ def optimizer(**settings):
     return OptimizerConfig(**{"learning_rate": 0.01, "warmup_steps": 3, **settings})
 
 
-def run(root, *, num_steps=20, dtype=torch.float32, checkpoint_every=4, loss=loss, rank=0, config=None, **options):
+def run(
+    root,
+    *,
+    num_steps=20,
+    dtype=torch.float32,
+    checkpoint_every=4,
+    loss=loss,
+    accumulation_steps=1,
+    rank=0,
+    config=None,
+    **options,
+):
     """Train a fresh toy model in the workspace ``root``; gives the model and the result."""
     model = ToyModel(dtype)
     config = config or optimizer()
     section = SFTConfig(seed=0, optimizer=config, checkpoint_every=checkpoint_every, log_every=5)
     workspace = Workspace(root, rank=rank)
-    result = train(
-        model, loss=loss, num_steps=num_steps, workspace=workspace, section=section, optimizer=config, **options
-    )
+    replica = Replica(model, loss, accumulation_steps=lambda _: accumulation_steps)
+    result = train(replica, num_steps=num_steps, workspace=workspace, section=section, optimizer=config, **options)
     return model, result
 
 
