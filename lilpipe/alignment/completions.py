@@ -19,6 +19,7 @@ from torch import Tensor
 from lilpipe.alignment.prompts import Prompt, as_text, first_paragraph
 from lilpipe.alignment.rewards import Response, Verdict, judge
 from lilpipe.config import SamplingConfig
+from lilpipe.errors import DataError
 from lilpipe.generation.engine import Sample, generate
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.chat_template import Message, render
@@ -69,8 +70,18 @@ def complete(
     num_samples: int = 1,
     numbers: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
-    """``num_samples`` answers to each prompt; a pure function of its arguments. ``numbers``: see ``generate``."""
+    """``num_samples`` answers to each prompt; a pure function of its arguments. ``numbers``: see ``generate``.
+
+    Raises ``DataError`` naming a prompt that leaves no room for an answer.
+    """
     encoded = [encode_question(tokenizer, prompt.question, form) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) >= model.config.max_seq_len:
+            raise DataError(
+                f"prompt {prompt.id!r}: got {len(ids)} tokens, expected at most {model.config.max_seq_len - 1}, so "
+                f"that an answer fits behind it; leave prompts as long as {prompt.question[:60]!r}... out, or train a "
+                "model with a larger model.max_seq_len"
+            )
     shown = partial(_completion, tokenizer, sampling=sampling, form=form)
     if form == "text":  # what a base model goes on to write is not of the response
         sampling = sampling.model_copy(update={"stop": (*sampling.stop, "\n\n")})

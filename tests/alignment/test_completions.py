@@ -5,6 +5,7 @@ from lilpipe.alignment import completions
 from lilpipe.alignment.completions import complete, encode_question, pad_completions, up_to_stop
 from lilpipe.alignment.prompts import Prompt, as_text
 from lilpipe.config import SamplingConfig
+from lilpipe.errors import DataError
 from lilpipe.generation.engine import Sample
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import token_logprobs
@@ -129,3 +130,12 @@ def test_the_same_seed_draws_the_same_answers_and_another_others(tokenizer, make
     assert draw(1) == draw(1) != draw(2)
     assert len({tuple(tokens) for tokens in draw(1)}) == 3
     assert torch.is_grad_enabled()
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(tokenizer, make_checkpoint):
+    model, _ = load_model(make_checkpoint().path)
+    long = Prompt("train/gsm8k/000007", "gsm8k", "How much? " * 200, "1")
+    with pytest.raises(
+        DataError, match=r"prompt 'train/gsm8k/000007': got \d+ tokens, expected at most \d+.*'How much"
+    ):
+        complete(model, tokenizer, [PROMPT, long], form="chat", sampling=SamplingConfig(), seed=0)
