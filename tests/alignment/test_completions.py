@@ -136,6 +136,6 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(tokenizer, make_che
     model, _ = load_model(make_checkpoint().path)
     long = Prompt("train/gsm8k/000007", "gsm8k", "How much? " * 200, "1")
     with pytest.raises(
-        DataError, match=r"prompt 'train/gsm8k/000007': got \d+ tokens, expected at most \d+.*'How much"
+        DataError, match=r"prompt 'train/gsm8k/000007': got \d+ tokens, expected at most \d+.*'How"
     ):
         complete(model, tokenizer, [PROMPT, long], form="chat", sampling=SamplingConfig(), seed=0)
