@@ -95,11 +95,6 @@ class Rewards:
         )
 
 
-def mean_parts(scored: Sequence[Scored]) -> dict[str, float]:
-    """The mean of each reward over responses, by `reward/NAME`, to be logged."""
-    return {f"reward/{name}": sum(one.parts[name] for one in scored) / len(scored) for name in scored[0].parts}
-
-
 def external(section: Any) -> dict[str, str]:
     """Digests of the files that the rewards of a stage's section read: a `Stage.external`.
 

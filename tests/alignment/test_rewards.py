@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from lilpipe.alignment import rewards as module
 from lilpipe.alignment.prompts import Prompt
-from lilpipe.alignment.rewards import Response, Rewards, Scored, brevity_win, external, judge, mean_parts, reward
+from lilpipe.alignment.rewards import Response, Rewards, Scored, brevity_win, external, judge, reward
 from lilpipe.config import ANSWER_REWARD, RewardConfig, RewardConfigs, Section
 from lilpipe.config.prompts import RewardKind
 from lilpipe.errors import ConfigError, DataError
@@ -121,7 +121,6 @@ def test_rewards_are_added_by_weight_and_each_is_told_apart():
         Scored(0.0, {"answer": 1.0, "words": 3.0, "length": -0.5}),
         Scored(-0.5, {"answer": 0.0, "words": 1.0, "length": 0.0}),
     ]
-    assert mean_parts(scored) == {"reward/answer": 0.5, "reward/words": 2.0, "reward/length": -0.25}
 
 
 def test_a_reward_model_that_is_not_there_is_asked_for():
