@@ -168,7 +168,7 @@ def test_answers_that_are_left_out_for_their_length_leave_trls_loss_and_gradient
 
 @pytest.mark.parametrize("buffer", [1, 20, 100])
 def test_the_penalty_of_over_long_answers_is_trls(buffer):
-    from trl.rewards import get_soft_overlong_punishment
+    from trl.rewards.other_rewards import get_soft_overlong_punishment
 
     lengths = [0, 1, 79, 80, 81, 90, 99, 100, 101, 300]
     expected = get_soft_overlong_punishment(100, buffer)([[1] * length for length in lengths])
