@@ -84,25 +84,9 @@ def ours(model: Transformer, prompts: list[list[int]], num_rows: int) -> Callabl
 
 def theirs(model: Transformer, prompts: list[list[int]], num_rows: int) -> Callable[[int], int]:
     """The same by transformers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tests.benchmarks.peers import llama
 
-    config = model.config
-    shape = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_seq_len,
-        rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tie_embeddings,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    shape._attn_implementation = "sdpa"
-    peer = LlamaForCausalLM(shape).eval()
+    peer = llama(model.config, model.vocab_size, pad_token_id=0, bos_token_id=None, eos_token_id=None).eval()
     missing = peer.load_state_dict(model.state_dict(), strict=False)
     assert missing.missing_keys in ([], ["lm_head.weight"])
     assert not missing.unexpected_keys

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lilpipe.config import ModelConfig, OptimizerConfig
 from lilpipe.errors import ConfigError
@@ -29,6 +28,7 @@ from lilpipe.training import activation_checkpointing, compilation
 from lilpipe.training.optimizer import Optimizer
 from lilpipe.training.precision import autocast
 from lilpipe.training.replica import Loss, Replica
+from tests.benchmarks.peers import llama
 
 VOCAB_SIZE = 50_304
 SEQ_LEN = 2048
@@ -93,19 +93,7 @@ def ours(size: Size, device: torch.device, checkpointing: activation_checkpointi
 
 def theirs(size: Size, device: torch.device, *, compiled: bool) -> Callable[[], None]:
     """One step of transformers'."""
-    shape = size.model()
-    config = LlamaConfig(
-        vocab_size=size.vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        intermediate_size=shape.intermediate_size,
-        max_position_embeddings=shape.max_seq_len,
-        tie_word_embeddings=True,
-    )
-    config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config)
+    model = llama(size.model(), size.vocab_size)
     torch.nn.Module.to(model, device)
     forward = torch.compile(model) if compiled else model
     adamw = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)

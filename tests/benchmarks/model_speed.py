@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lilpipe.config import ModelConfig, SamplingConfig
 from lilpipe.generation.engine import generate
 from lilpipe.model.transformer import Transformer
+from tests.benchmarks.peers import llama
 
 SHAPE = ModelConfig(hidden_size=96, num_layers=3, num_heads=3, num_kv_heads=1, intermediate_size=256, max_seq_len=128)
 VOCAB_SIZE = 1024
@@ -33,19 +33,7 @@ def models() -> dict[str, torch.nn.Module]:
     ours.init_weights(0)
     found: dict[str, torch.nn.Module] = {"lilpipe": ours}
     for attention in ("eager", "sdpa"):
-        config = LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=SHAPE.hidden_size,
-            num_hidden_layers=SHAPE.num_layers,
-            num_attention_heads=SHAPE.num_heads,
-            num_key_value_heads=SHAPE.num_kv_heads,
-            intermediate_size=SHAPE.intermediate_size,
-            max_position_embeddings=SHAPE.max_seq_len,
-            rms_norm_eps=SHAPE.norm_eps,
-            tie_word_embeddings=True,
-        )
-        config._attn_implementation = attention
-        theirs = LlamaForCausalLM(config)
+        theirs = llama(SHAPE, VOCAB_SIZE, attention=attention)
         theirs.load_state_dict(ours.state_dict(), strict=False)
         found[f"transformers, {attention}"] = theirs
     return found

@@ -84,22 +84,9 @@ def run_lilpipe(shards: TokenShards, root: Path, *, compiled: bool) -> None:
 
 def run_transformers(shards: TokenShards, *, compiled: bool) -> None:
     """The plain loop: ``model(input_ids, labels).loss``, backward pass, clipping, fused AdamW."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tests.benchmarks.peers import llama
 
-    shape = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=SHAPE.hidden_size,
-        num_hidden_layers=SHAPE.num_layers,
-        num_attention_heads=SHAPE.num_heads,
-        num_key_value_heads=SHAPE.num_kv_heads,
-        intermediate_size=SHAPE.intermediate_size,
-        max_position_embeddings=SHAPE.max_seq_len,
-        rms_norm_eps=SHAPE.norm_eps,
-        tie_word_embeddings=SHAPE.tie_embeddings,
-        use_cache=False,
-    )
-    shape._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(shape)
+    model = llama(SHAPE, VOCAB_SIZE, use_cache=False)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=OPTIMIZER.learning_rate,
