@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from lilpipe import distributed, report
@@ -28,13 +27,13 @@ from lilpipe.alignment.prompts import read_prompts
 from lilpipe.artifact import Artifact, Inputs, digest_file
 from lilpipe.config import ClassifyConfig, ModelConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.evaluation.pass_at_k import share_estimate
 from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_rows
 from lilpipe.model.hub import check_model
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.training import finetune
+from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, picture, precision_recall_f1
 from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
@@ -290,9 +289,6 @@ class LabelObjective:
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
-Confusion = list[list[int]]
-"""Row i, column j: texts of label i that are taken for label j."""
-
 
 def predictions(model: HeadModel, examples: Sequence[Example], *, padding_id: int) -> list[int]:
     """The label of the highest output of each text."""
@@ -307,24 +303,6 @@ def confusion(model: HeadModel, examples: Sequence[Example], *, padding_id: int)
     return matrix
 
 
-def precision_recall_f1(matrix: Confusion, label: int) -> tuple[float, float, float]:
-    """Of one label; 0 where a share is of nothing."""
-    right, taken, there = matrix[label][label], sum(row[label] for row in matrix), sum(matrix[label])
-    precision, recall = right / taken if taken else 0.0, right / there if there else 0.0
-    return precision, recall, 2 * right / (taken + there) if taken + there else 0.0
-
-
-def confusion_metrics(matrix: Confusion) -> dict[str, float]:
-    """Accuracy with its standard error, and F1 averaged over labels, each the same weight."""
-    accuracy = share_estimate(sum(matrix[i][i] for i in range(len(matrix))), sum(map(sum, matrix)))
-    scores = [precision_recall_f1(matrix, label)[2] for label in range(len(matrix))]
-    return {
-        "heldout_accuracy": accuracy.value,
-        "heldout_accuracy_stderr": accuracy.stderr,
-        "heldout_macro_f1": sum(scores) / len(scores),
-    }
-
-
 # --- report -------------------------------------------------------------------------------------------------------
 
 
@@ -334,7 +312,7 @@ def _sections(
     matrix = confusion(model, heldout, padding_id=padding_id)
     return {
         "Classes": report.table(class_table(labels, training, matrix)),
-        "Confusion matrix": report.table(confusion_table(labels, matrix)) + report.figure(_picture(labels, matrix)),
+        "Confusion matrix": report.table(confusion_table(labels, matrix)) + report.figure(picture(labels, matrix)),
         "Taken for another class": report.table(_mistakes(model, labels, heldout, padding_id=padding_id)),
     }
 
@@ -357,31 +335,6 @@ def class_table(labels: Sequence[str], training: Sequence[Example], matrix: Conf
             }
         )
     return rows
-
-
-def confusion_table(labels: Sequence[str], matrix: Confusion) -> list[dict[str, report.Cell]]:
-    """A row for each class, a column for what it is taken for."""
-    return [
-        {"class": label, **{f"taken for {other}": count for other, count in zip(labels, row, strict=True)}}
-        for label, row in zip(labels, matrix, strict=True)
-    ]
-
-
-def _picture(labels: Sequence[str], matrix: Confusion) -> Figure:
-    """Shares of each class, darker for more."""
-    shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
-    size = 1.6 + 0.5 * len(labels)
-    picture = Figure(figsize=(size, size))
-    axes = picture.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=90)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlabel="taken for", ylabel="class")
-    for row, values in enumerate(shares):
-        for column, share in enumerate(values):
-            colour = "white" if share > 0.5 else report.INK
-            axes.text(column, row, str(matrix[row][column]), ha="center", va="center", color=colour, fontsize=9)
-    return picture
 
 
 def _mistakes(
