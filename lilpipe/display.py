@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -118,7 +119,8 @@ def quality_table(metrics: dict[str, float]) -> Table:
     """The metrics of `evaluate`, a row per model: share of held-out prompts, each with its standard error."""
     table = Table(title="after each training stage (± one standard error)", title_justify="left")
     table.add_column("model")
-    pass_at = next((name.split("/")[0] for name in metrics if name.startswith("pass_at_") and "stderr" not in name), "")
+    sizes = [int(size) for size in re.findall(r"^pass_at_(\d+)/", "\n".join(metrics), re.MULTILINE)]
+    pass_at = f"pass_at_{max(sizes, default=0)}"
     columns = [pass_at if name == "pass_at_8" else name for name in COLUMNS]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")

@@ -49,7 +49,9 @@ def test_the_quality_table_shows_each_model_with_its_errors():
     metrics = {
         "accuracy/pretrain": 0.5,
         "accuracy_stderr/pretrain": 0.02,
-        "pass_at_8/pretrain": 0.75,
+        "pass_at_2/pretrain": 0.625,
+        "pass_at_16/pretrain": 0.75,
+        "pass_at_8/pretrain": 0.7,
         "accuracy/sft": 0.625,
         "accuracy_stderr/sft": 0.01,
         "win_rate/sft": 0.5,
@@ -57,4 +59,5 @@ def test_the_quality_table_shows_each_model_with_its_errors():
     text = shown(quality_table(metrics))
     assert "0.500 ± 0.020" in text
     assert "0.750" in text
+    assert "pass at 16" in text
     assert text.index("pretrain") < text.index("sft")

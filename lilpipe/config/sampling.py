@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from lilpipe.config.section import NumWorkers, Section
 
@@ -20,7 +20,7 @@ class SamplingConfig(Section):
     """Nucleus (Holtzman et al. 2020)."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Tokens of less than this share of the likeliest one's probability are not drawn (Nguyen et al. 2024)."""
-    repetition_penalty: PositiveFloat = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Logits of tokens of the prompt and the answer so far are divided by it, negative ones multiplied (Keskar et al.
     2019)."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()

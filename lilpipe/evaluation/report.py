@@ -100,7 +100,8 @@ def _by(found: Evaluation, key: str) -> str:
 
 def _pictures(scores: Mapping[str, Estimates]) -> list[str]:
     first = next(iter(scores.values()))
-    shown = [name for name in first if name in ("accuracy", "sampled_accuracy") or name.startswith("pass_at_")]
+    passes = [name for name in first if name.startswith("pass_at_")]
+    shown = [name for name in first if name in ("accuracy", "sampled_accuracy", *passes[-1:])]
     if not shown:
         return []
     picture = Figure(figsize=(max(7, 0.9 * len(scores)), 3.2))

@@ -39,7 +39,7 @@ class Evaluation:
 
 
 def score(rows: Sequence[Row]) -> Estimates:
-    """Estimates from one model's rows; the name of pass@k holds the number of samples.
+    """Estimates from one model's rows; pass@k for k of 2, 4, 8 and so on up to the number of samples.
 
     What a verifier says is left out of prompts that have none, and each reward is that of sampled answers.
     """
@@ -53,12 +53,18 @@ def score(rows: Sequence[Row]) -> Estimates:
         corrects = [sum(row["correct"] for row in group) for group in verifiable]
         estimates["accuracy"] = share_estimate(sum(row["correct"] for row in checked), len(checked))
         estimates["sampled_accuracy"] = mean_estimate([correct / k for correct in corrects])
-        estimates[f"pass_at_{k}"] = mean_estimate([pass_at_k(k, correct, k) for correct in corrects])
+        for size in _sizes(k):
+            estimates[f"pass_at_{size}"] = mean_estimate([pass_at_k(k, correct, size) for correct in corrects])
         estimates["well_formed"] = share_estimate(sum(row["well_formed"] for row in checked), len(checked))
     estimates["words"] = mean_estimate([float(row["num_words"]) for row in greedy])
     for name in rows[0]["rewards"]:
         estimates[f"reward_{name}"] = mean_estimate([_mean_reward(group, name) for group in groups])
     return estimates
+
+
+def _sizes(num_samples: int) -> list[int]:
+    """Powers of two below the number of samples, and it; that of one sample is the sampled accuracy."""
+    return [*(1 << bits for bits in range(1, (num_samples - 1).bit_length())), num_samples]
 
 
 def gains(rows: Sequence[Row], before: Sequence[Row]) -> Estimates:

@@ -43,6 +43,8 @@ class EngineThread:
         self._make_engine = make_engine
         self._engine = make_engine()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ended: Exception | None = None
+        """Why the thread has ended, if it failed; set before it empties the queue, so that no command is left there."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -57,6 +59,8 @@ class EngineThread:
         """Ask for answers; ``notify`` is called in the engine's thread until all have been given."""
         ticket = Ticket(ask, notify)
         self._commands.put(lambda: self._admit(ticket))
+        if self._ended is not None:
+            self._refuse_waiting()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -71,8 +75,23 @@ class EngineThread:
     # --- in the engine's thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._advance():
-            pass
+        try:
+            while self._advance():
+                pass
+        except Exception as error:  # no other engine could be made
+            self._ended = error
+            self._refuse_waiting()
+            raise
+
+    def _refuse_waiting(self) -> None:
+        """Take what waits for a thread that has ended: those who ask are told so."""
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command is not None:
+                command()
 
     def _advance(self) -> bool:
         """Take the commands that wait, then a step, and report. False if told to end."""
@@ -88,6 +107,9 @@ class EngineThread:
         return True
 
     def _admit(self, ticket: Ticket) -> None:
+        if self._ended is not None:
+            ticket.notify(self._ended)
+            return
         try:
             ticket.transcript = Transcript(self._engine, self.tokenizer, self.vocabulary, ticket.ask)
         except Exception as error:
@@ -114,6 +136,6 @@ class EngineThread:
         """Tell all who wait, and go on with an engine of which nothing is left over."""
         logger.exception("the engine failed; the requests under way are given up")
         failed, self.tickets = self.tickets, []
-        self._engine = self._make_engine()
         for ticket in failed:
             ticket.notify(error)
+        self._engine = self._make_engine()

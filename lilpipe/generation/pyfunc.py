@@ -94,4 +94,9 @@ def _rows(table: Any) -> list[Any]:
         return [table] if isinstance(table, str) else list(table)
     if len(table.columns) == 1 and table.columns[0] not in ("messages", "prompt"):
         return table.iloc[:, 0].tolist()
-    return table.to_dict("records")
+    return [{name: _plain(value) for name, value in row.items() if value == value} for row in table.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers as such: a data frame makes floats of them where a row of their column has none (NaN)."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

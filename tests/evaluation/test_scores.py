@@ -22,6 +22,15 @@ def test_scores_are_worked_out_over_prompts():
     assert estimates["sampled_accuracy"].value == pytest.approx(1 / 3)
     assert estimates["sampled_accuracy"].stderr == pytest.approx(1 / 3)  # two prompts, 2/3 and 0
     assert estimates["pass_at_3"].value == 0.5
+    assert estimates["pass_at_2"].value == 0.5  # of the three pairs of draws each holds a right one
+
+
+def test_pass_at_k_is_told_for_powers_of_two_and_for_all_samples():
+    rows = [answer("a", greedy=True)]
+    rows += [answer("a", greedy=False, correct=number == 0) for number in range(6)]
+    estimates = score(rows)
+    found = {name: estimates[name].value for name in estimates if name.startswith("pass_at_")}
+    assert found == pytest.approx({"pass_at_2": 2 / 6, "pass_at_4": 4 / 6, "pass_at_6": 1.0})
 
 
 def test_a_gain_is_paired_by_prompt():

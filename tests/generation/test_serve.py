@@ -365,7 +365,7 @@ def test_a_client_that_does_not_wait_for_its_answer_frees_its_rows(gated):
 def test_a_client_that_leaves_within_its_request_is_no_error_of_the_servers(client):
     logged = []
     handler = logging.Handler()
-    handler.emit = logged.append
+    handler.emit = logged.append  # pyright: ignore[reportAttributeAccessIssue]
     logging.getLogger("uvicorn.error").addHandler(handler)
     lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", "Content-Length: 99"]
     head = "\r\n".join(lines) + "\r\n\r\n{"
@@ -433,6 +433,21 @@ def test_an_engine_that_fails_tells_those_who_wait_and_goes_on(checkpoint, monke
             lines = [line for line in response.iter_lines() if line]
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["message"] == "planted"
         assert chat(client)["choices"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_server_whose_engine_cannot_be_made_again_says_so_and_keeps_nobody_waiting(checkpoint, monkeypatch):
+    def failing(*_, **__):
+        raise MemoryError("planted")
+
+    with serving(checkpoint) as (client, app):
+        monkeypatch.setattr(Engine, "step", failing)
+        monkeypatch.setattr(Engine, "__init__", failing)
+        for _ in range(3):
+            assert client.post("/v1/chat/completions", json=HELLO, timeout=20).status_code == 500
+        app.state.thread._thread.join(20)
+        assert client.get("/health").status_code == 503
+        assert client.post("/v1/chat/completions", json=HELLO, timeout=20).json()["error"]["message"] == "planted"
 
 
 @pytest.mark.slow

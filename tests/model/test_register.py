@@ -200,6 +200,8 @@ def test_the_registered_model_answers_each_row_of_a_table(loaded):
     rows = [{**CHAT, "max_tokens": 40}, {"prompt": "the"}]
     assert loaded.predict(rows) == [text, continued]
     assert loaded.predict(pandas.DataFrame({"prompt": ["the"]})) == [continued]
+    gap = pandas.DataFrame({"prompt": ["the", "the"], "max_tokens": [3, None]})  # pandas makes 3.0 and NaN of them
+    assert len(loaded.predict(gap)) == 2
     questions = loaded.predict(pandas.DataFrame({"question": ["hi", "the"]}))
     assert questions == loaded.predict(["hi", "the"])
     assert loaded.predict("hi") == questions[:1]
