@@ -135,7 +135,5 @@ def test_the_same_seed_draws_the_same_answers_and_another_others(tokenizer, make
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(tokenizer, make_checkpoint):
     model, _ = load_model(make_checkpoint().path)
     long = Prompt("train/gsm8k/000007", "gsm8k", "How much? " * 200, "1")
-    with pytest.raises(
-        DataError, match=r"prompt 'train/gsm8k/000007': got \d+ tokens, expected at most \d+.*'How"
-    ):
+    with pytest.raises(DataError, match=r"prompt 'train/gsm8k/000007': got \d+ tokens, expected at most \d+.*'How"):
         complete(model, tokenizer, [PROMPT, long], form="chat", sampling=SamplingConfig(), seed=0)

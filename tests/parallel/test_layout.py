@@ -66,7 +66,7 @@ def test_the_zero_bubble_schedule_takes_no_selective_recomputation():
     layout = {"pipeline": 2, "stages_per_worker": 2, "schedule": "zero_bubble"}
     section = {"num_workers": 2, "accumulation_steps": 2, "parallel": layout, "model": MODEL}
     PretrainConfig.model_validate(section | {"activation_checkpointing": "full"})
-    with pytest.raises(ValidationError, match="activation_checkpointing selective does not go with parallel.schedule"):
+    with pytest.raises(ValidationError, match=r"activation_checkpointing selective does not go with parallel.schedule"):
         PretrainConfig.model_validate(section | {"activation_checkpointing": "selective"})
 
 
