@@ -24,6 +24,8 @@ COMPARISONS: dict[str, Any] = {
 """In place of people who compare: a right answer is better than a wrong one, and of two alike the shorter. Of the
 answers to a prompt the best against the worst, the second best against the second worst, and so on; InstructGPT had
 four to nine answers ranked and took all pairs."""
+RULES: dict[str, Any] = {"rewards": ({"kind": "answer"},), "normalize_std": True}
+"""R1 was rewarded by rules alone, for right answers in the right form: a verifier's verdict needs both here."""
 VERIFIED: dict[str, Any] = {
     "rewards": ({"kind": "answer", "weight": 100.0}, {"kind": "reward_model"}),
     "threshold": 50.0,
@@ -73,10 +75,10 @@ def r1(start: PipelineConfig) -> PipelineConfig:
     the sampled answers.
     """
     steps = {
-        "zero": step("grpo", {"prompt_form": "text"}, model="pretrain", prompts="prompts"),
+        "zero": step("grpo", {"prompt_form": "text", **RULES}, model="pretrain", prompts="prompts"),
         "rejection_sampling": step("rejection_sampling", {"prompt_form": "text"}, model="zero", prompts="prompts"),
         "sft": step("sft", model="pretrain", conversations="rejection_sampling", prompts="prompts"),
-        "grpo": step("grpo", {"prompt_form": "chat"}, model="sft", prompts="prompts"),
+        "grpo": step("grpo", {"prompt_form": "chat", **RULES}, model="sft", prompts="prompts"),
     }
     return _with_steps(start, "r1", steps, ["zero", "sft", "grpo"])
 

@@ -26,6 +26,7 @@ from lilpipe.config import (
     PromptsConfig,
     QualityConfig,
     RejectionSamplingConfig,
+    RewardConfig,
     RewardModelConfig,
     SamplingConfig,
     SFTConfig,
@@ -91,6 +92,13 @@ def tiny() -> PipelineConfig:
             optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"),
             num_steps=400,
             prompts_per_step=32,
+            # For right answers alone it forgot the brevity that DPO had taught. Advantages are not divided by their
+            # group's deviation, as where all answers are right they would be of length alone, and as large.
+            rewards=(
+                RewardConfig(kind="answer"),
+                RewardConfig(kind="length", limit_tokens=40, buffer_tokens=36, weight=0.1),
+            ),
+            normalize_std=False,
             num_workers=workers,
             sampling=sampling,
         ),

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.alignment.chunks import run_chunks
+from lilpipe.alignment.order import count_steps
 from lilpipe.alignment.pairs import EXAMPLES_FILE, check_examples, check_pairs, read_examples, read_pairs
 from lilpipe.alignment.preference_data import (
     LeftOut,
@@ -199,12 +200,14 @@ def _num_steps(config: DPOConfig, num_rows: int, *, num_parts: int) -> int:
             f"dpo.batch_size: got {config.batch_size}, expected a multiple of {num_parts * unit}: workers x "
             f"accumulation_steps {num_parts}{together}"
         )
-    if num_rows < config.batch_size:
-        raise DataError(
-            f"dpo: got {num_rows} {what}, expected at least one batch of {config.batch_size}; lower dpo.batch_size or "
-            f"raise preferences.num_prompts; what was left out is in report/{LEFT_OUT_FILE}"
-        )
-    return config.num_epochs * num_rows // config.batch_size
+    return count_steps(
+        num_rows,
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        stage="dpo",
+        rows=what,
+        remedy=f"raise preferences.num_prompts; what was left out is in report/{LEFT_OUT_FILE}",
+    )
 
 
 def _counts(data: _Data, config: DPOConfig) -> Metrics:

@@ -11,16 +11,23 @@ Dimensions: P prompts, G answers to a prompt, N = P x G answers, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lilpipe import distributed
-from lilpipe.alignment.completions import complete
 from lilpipe.alignment.policy_gradient import aggregate, group_advantages, group_std, k3, policy_ratio, surrogate_loss
-from lilpipe.alignment.prompts import Prompt, assert_not_held_out, read_prompts
-from lilpipe.alignment.rewards import RewardModel, Rewards, external, reward
+from lilpipe.alignment.reinforcement import (
+    checkpoints_between_rollouts,
+    conclude,
+    greedy_metrics,
+    identity_of,
+    reward_model_of,
+    score_targets_alone,
+    training_prompts,
+)
+from lilpipe.alignment.rewards import Rewards, external
 from lilpipe.alignment.rollouts import (
     Answers,
     Group,
@@ -30,7 +37,6 @@ from lilpipe.alignment.rollouts import (
     Sums,
     answer_logprobs,
     as_answers,
-    at_targets,
     at_temperature,
     check_gap,
     group_metrics,
@@ -42,23 +48,16 @@ from lilpipe.alignment.shared_prompts import share_prompts
 from lilpipe.alignment.watch import Watch
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import GRPOConfig
-from lilpipe.config.reinforcement import PPOConfig
 from lilpipe.model.hub import load_model
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
-from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
-from lilpipe.training.replica import Loss, Trainee
+from lilpipe.training.replica import Loss
 
-Section = TypeVar("Section", GRPOConfig, PPOConfig)
-
-NUM_DEV_PROMPTS = 200
-"""Prompts of the dev split behind the accuracy before and after."""
 FEWEST_TOKENS = 1e-6
 """Count of a micro-batch in which every answer is masked: it is divided by, and adds nothing."""
 
@@ -229,8 +228,14 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     source, prompts_artifact = inputs["model"], inputs["prompts"]
     assert isinstance(source, Artifact)
     assert isinstance(prompts_artifact, Artifact)
-    prompts, dev = training_prompts(prompts_artifact)
     model, tokenizer = load_model(source.path)
+    prompts, dev = training_prompts(
+        prompts_artifact,
+        tokenizer,
+        form=config.prompt_form,
+        max_seq_len=model.config.max_seq_len,
+        workspace=workspace,
+    )
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     rewards.log_sandbox(prompts, workspace)
     before = greedy_metrics(model.to(distributed.device()), tokenizer, dev, rewards, config)
@@ -256,7 +261,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         shared_len=_shared_len(model, workers),
     )
     trainee = finetune.build(config, source.path, objective, workers, stage="grpo")
-    _score_targets_alone(trainee, config, workers)
+    score_targets_alone(trainee, config, workers)
 
     def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
         return greedy_metrics(finetune.whole_model(trainee, into=whole), tokenizer, dev, rewards, config)
@@ -270,17 +275,8 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         evaluate=evaluate,
         identity=identity_of(inputs),
     )
-    metrics = {
-        "steps": float(config.num_steps),
-        **{f"{name}_before": figure for name, figure in before.items()},
-        **result.metrics,
-        "tokens_per_second": result.tokens_per_second,
-    }
     finetune.export(trainee, tokenizer, workspace)
-    if distributed.is_main():
-        title = "Group relative policy optimisation"
-        write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
-    return metrics
+    return conclude("Group relative policy optimisation", config, before, result, workspace)
 
 
 def _shared_len(model: Transformer, workers: Workers) -> int | None:
@@ -289,61 +285,6 @@ def _shared_len(model: Transformer, workers: Workers) -> int | None:
     """
     shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
     return model.config.max_seq_len if shares else None
-
-
-def _score_targets_alone(trainee: Trainee, config: GRPOConfig, workers: Workers) -> None:
-    """Let the output layer see the answers' tokens alone; a model that is cut needs its rows in shape."""
-    if workers.mesh is None or config.sampling.temperature != 1:
-        for part in trainee.parts:
-            assert isinstance(part, Transformer)
-            part.token_scores = at_targets(part.token_scores, config.sampling.temperature)
-
-
-def training_prompts(artifact: Artifact) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, none of them held out, and some of the dev split."""
-    prompts = read_prompts(artifact.path, "train")
-    assert_not_held_out((prompt.question for prompt in prompts), artifact.path)
-    return prompts, read_prompts(artifact.path, "dev")[:NUM_DEV_PROMPTS]
-
-
-def reward_model_of(inputs: Inputs) -> RewardModel | None:
-    """The reward model among the inputs, if there is one."""
-    source = inputs.get("reward_model")
-    if source is None:
-        return None
-    from lilpipe.alignment.reward_model import load_reward_model
-
-    assert isinstance(source, Artifact)
-    return load_reward_model(source.path, distributed.device())
-
-
-def identity_of(inputs: Inputs) -> dict[str, str]:
-    """What marks the checkpoints of a run on these inputs."""
-    return {role: source.content_digest for role, source in inputs.items() if isinstance(source, Artifact)}
-
-
-def checkpoints_between_rollouts(config: Section) -> Section:
-    """The section with checkpoints where rollouts end; one that a signal asks for may still lie between."""
-    updates = config.updates_per_rollout
-    return config.model_copy(update={"checkpoint_every": -(-config.checkpoint_every // updates) * updates})
-
-
-def greedy_metrics(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    rewards: Rewards,
-    config: GRPOConfig | PPOConfig,
-) -> dict[str, float]:
-    """Share of the prompts that the model's likeliest answer solves, and its mean reward."""
-    sampling = config.sampling.model_copy(update={"temperature": 0.0})
-    groups = complete(model, tokenizer, prompts, form=config.prompt_form, sampling=sampling, seed=0)
-    answers = [group[0] for group in groups]
-    scored = rewards(prompts, [answer.as_response for answer in answers])
-    return {
-        "dev_accuracy": sum(reward(answer.verdict) for answer in answers) / len(answers),
-        "dev_reward": sum(answer.total for answer in scored) / len(answers),
-    }
 
 
 STAGE = Stage(

@@ -20,13 +20,6 @@ import torch
 from torch import Tensor
 
 from lilpipe import distributed
-from lilpipe.alignment.grpo import (
-    checkpoints_between_rollouts,
-    greedy_metrics,
-    identity_of,
-    reward_model_of,
-    training_prompts,
-)
 from lilpipe.alignment.policy_gradient import (
     adapted_kl_coefficient,
     clipped_value_loss,
@@ -35,6 +28,15 @@ from lilpipe.alignment.policy_gradient import (
     surrogate_loss,
     token_rewards,
     whiten,
+)
+from lilpipe.alignment.reinforcement import (
+    checkpoints_between_rollouts,
+    conclude,
+    greedy_metrics,
+    identity_of,
+    reward_model_of,
+    score_targets_alone,
+    training_prompts,
 )
 from lilpipe.alignment.rewards import Rewards, external
 from lilpipe.alignment.rollouts import (
@@ -46,7 +48,6 @@ from lilpipe.alignment.rollouts import (
     Sums,
     answer_logprobs,
     as_answers,
-    at_targets,
     at_temperature,
     check_gap,
     group_metrics,
@@ -67,10 +68,9 @@ from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.vocabulary import TOKENIZER_FILE
 from lilpipe.training import finetune
-from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
-from lilpipe.training.replica import Loss, Trainee
+from lilpipe.training.replica import Loss
 from lilpipe.training.together import Together
 
 VALUE_DIRECTORY = "value"
@@ -271,8 +271,14 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     assert isinstance(prompts_artifact, Artifact)
     assert isinstance(judge, Artifact)
     _check_same_tokens(source.path, judge.path)
-    prompts, dev = training_prompts(prompts_artifact)
     policy, tokenizer = load_model(source.path)
+    prompts, dev = training_prompts(
+        prompts_artifact,
+        tokenizer,
+        form=config.prompt_form,
+        max_seq_len=policy.config.max_seq_len,
+        workspace=workspace,
+    )
     policy = policy.to(distributed.device())
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     before = greedy_metrics(policy, tokenizer, dev, rewards, config)
@@ -303,7 +309,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         "policy": finetune.build(config, source.path, objective.policy_objective, workers, stage="ppo"),
         "value": finetune.build(config, judge.path, objective.value_objective, workers, stage="ppo", head="stored"),
     }
-    _score_targets_alone(members["policy"], config, workers)
+    score_targets_alone(members["policy"], config, workers)
 
     def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
         return greedy_metrics(finetune.whole_model(members["policy"], into=whole), tokenizer, dev, rewards, config)
@@ -317,26 +323,9 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         evaluate=evaluate,
         identity=identity_of(inputs),
     )
-    metrics = {
-        "steps": float(config.num_steps),
-        **{f"{name}_before": figure for name, figure in before.items()},
-        **result.metrics,
-        "tokens_per_second": result.tokens_per_second,
-    }
     finetune.export(members["policy"], tokenizer, workspace)
     finetune.export(members["value"], tokenizer, workspace, labels=["value"], folder=VALUE_DIRECTORY)
-    if distributed.is_main():
-        title = "Proximal policy optimisation"
-        write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
-    return metrics
-
-
-def _score_targets_alone(policy: Trainee, config: PPOConfig, workers: Workers) -> None:
-    """Let the output layer see the answers' tokens alone; a model that is cut needs its rows in shape."""
-    if workers.mesh is None or config.sampling.temperature != 1:
-        for part in policy.parts:
-            assert isinstance(part, Transformer)
-            part.token_scores = at_targets(part.token_scores, config.sampling.temperature)
+    return conclude("Proximal policy optimisation", config, before, result, workspace)
 
 
 def _check_same_tokens(policy: Path, reward_model: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from lilpipe.alignment.pairs import JudgedExample, Pair
 from lilpipe.errors import DataError
 from lilpipe.model.scores import IGNORED, Scores
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.chat_template import Message, render_answer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.packing import best_fit
 from lilpipe.training.finetune import TokenBatch
@@ -89,8 +89,7 @@ def in_rounds(examples: Sequence[JudgedExample]) -> list[JudgedExample]:
 
 def encode_answer(tokenizer: Tokenizer, prompt: Sequence[Message], answer: str) -> PromptedAnswer:
     """The prompt with the assistant's header, and the answer with its end."""
-    ids, _ = render(tokenizer, prompt, add_generation_prompt=True)
-    return PromptedAnswer(ids, [*tokenizer.encode(answer), tokenizer.turn_end_id])
+    return PromptedAnswer(*render_answer(tokenizer, [*prompt, Message(role="assistant", content=answer)]))
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], *, max_len: int) -> tuple[list[PreferenceRow], LeftOut]:

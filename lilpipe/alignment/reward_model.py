@@ -11,6 +11,7 @@ Dimensions: A answers, P pairs, T tokens, O = 1 output.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,7 +27,7 @@ from lilpipe.alignment.order import count_steps, rows_by_micro_batch
 from lilpipe.alignment.pairs import PAIRS_FILE, Pair, PairSplit, check_pairs, read_pairs
 from lilpipe.alignment.prompts import assert_not_held_out
 from lilpipe.alignment.scoring import RewardModel, load_reward_model, score_rows
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config import RewardModelConfig
 from lilpipe.errors import DataError
 from lilpipe.evaluation.pass_at_k import mean_estimate
@@ -34,9 +35,10 @@ from lilpipe.model.heads import HeadModel, last_outputs, pad_rows
 from lilpipe.model.hub import check_model
 from lilpipe.model.scores import IGNORED
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.chat_template import Message, render_answer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
+from lilpipe.training.conversations import artifacts
 from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
@@ -98,8 +100,11 @@ class EncodedRanking:
 
 def encode_ranking(tokenizer: Tokenizer, pair: Pair) -> EncodedRanking:
     """The prompt with each of the answers."""
-    answers = [Message(role="assistant", content=answer) for answer in pair.ranking]
-    return EncodedRanking(pair.prompt_id, [render(tokenizer, [*pair.prompt, answer])[0] for answer in answers])
+    answers = []
+    for text in pair.ranking:
+        before, answer = render_answer(tokenizer, [*pair.prompt, Message(role="assistant", content=text)])
+        answers.append([*before, *answer])
+    return EncodedRanking(pair.prompt_id, answers)
 
 
 def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
@@ -107,7 +112,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
 
     Raises ``DataError`` for pairs that must not be trained on; ``prompts`` say which questions are held out.
     """
-    sources = _artifacts(inputs, "preferences") or _artifacts(inputs, "prompts")
+    sources = artifacts(inputs, "preferences") or artifacts(inputs, "prompts")
     sources = tuple(source for source in sources if (source.path / PAIRS_FILE).exists())
     pairs: dict[PairSplit, list[Pair]] = {"train": [], "heldout": []}
     for split, found in pairs.items():
@@ -118,19 +123,27 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
             "`prompts` made from a preference set"
         )
     check_pairs(pairs["train"], pairs["heldout"])
-    for source in _artifacts(inputs, "prompts"):
+    for source in artifacts(inputs, "prompts"):
         assert_not_held_out((text for pair in pairs["train"] for text in pair.questions), source.path)
     return pairs
 
 
 def encode_rankings(
-    tokenizer: Tokenizer, pairs: Sequence[Pair], workspace: Workspace, *, max_len: int
+    tokenizer: Tokenizer, pairs: Sequence[Pair], workspace: Workspace, *, split: PairSplit, max_len: int
 ) -> list[EncodedRanking]:
-    """The rankings of which every answer fits; the others are left out and counted, none is ever cut."""
-    rankings = [encode_ranking(tokenizer, pair) for pair in pairs]
-    fitting = [ranking for ranking in rankings if max(map(len, ranking.answers)) <= max_len]
-    if left_out := len(rankings) - len(fitting):
-        workspace.log(f"left out {left_out} of {len(rankings)} rankings with an answer of more than {max_len} tokens")
+    """The rankings of which every answer fits; the others are left out and listed, none is ever cut."""
+    fitting, too_long = [], []
+    for pair in pairs:
+        ranking = encode_ranking(tokenizer, pair)
+        (too_long if max(map(len, ranking.answers)) > max_len else fitting).append(ranking)
+    if too_long and distributed.is_main():
+        path = workspace.report / f"too_long_{split}.jsonl"
+        rows = [{"prompt_id": item.prompt_id, "tokens": list(map(len, item.answers))} for item in too_long]
+        write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        workspace.log(
+            f"left out {len(too_long)} of {len(pairs)} rankings with an answer of more than {max_len} tokens "
+            f"(report/{path.name})"
+        )
     return fitting
 
 
@@ -148,8 +161,10 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
     assert config.seed is not None
     pairs = gather_pairs(inputs)
     shape, _, tokenizer = check_model(source.path)
-    rankings = encode_rankings(tokenizer, pairs["train"], workspace, max_len=shape.max_seq_len)
-    heldout = encode_rankings(tokenizer, pairs["heldout"], workspace, max_len=shape.max_seq_len)
+    rankings, heldout = (
+        encode_rankings(tokenizer, pairs[split], workspace, split=split, max_len=shape.max_seq_len)
+        for split in ("train", "heldout")
+    )
     num_steps = _num_steps(config, len(rankings))
     if not heldout:
         workspace.log("no pairs are held out: accuracy and calibration are not measured")
@@ -171,7 +186,7 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
         optimizer=config.optimizer,
         evaluate=evaluate,
         eval_every=max(1, num_steps // 4),
-        identity={role: [item.content_digest for item in _artifacts(inputs, role)] for role in sorted(inputs)},
+        identity={role: [item.content_digest for item in artifacts(inputs, role)] for role in sorted(inputs)},
     )
     metrics = {
         "loss": result.final_loss(),
@@ -310,12 +325,6 @@ def length_baseline(rankings: Sequence[EncodedRanking]) -> dict[str, float]:
     ]
     share = sum(longer) / len(longer)
     return {"heldout_length_accuracy": max(share, 1 - share)}
-
-
-def _artifacts(inputs: Inputs, role: str) -> tuple[Artifact, ...]:
-    """What fills a role: none, one or several artifacts."""
-    value = inputs.get(role, ())
-    return (value,) if isinstance(value, Artifact) else value
 
 
 STAGE = Stage(

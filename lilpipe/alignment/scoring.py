@@ -1,4 +1,4 @@
-"""A trained reward model at work: the score of an answer is its head's output at the last token of the conversation."""
+"""A trained reward model at work: the score of an answer is its head's output at the end of the assistant's turn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model.heads import HeadModel, load_head_model, outputs_of_rows
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.chat_template import Message, render_answer
 from lilpipe.tokenizer.encoding import Tokenizer
 
 
@@ -30,15 +30,13 @@ class RewardModel:
 
     def _encode(self, conversation: Sequence[Message]) -> list[int]:
         max_len = self.model.config.max_seq_len
-        ids, _ = render(self.tokenizer, conversation)
-        if len(ids) > max_len:
-            answer, _ = render(self.tokenizer, conversation[-1:])
-            if len(answer) > max_len:
-                raise DataError(
-                    f"reward model: got an answer of {len(answer)} tokens, expected at most its {max_len}; lower "
-                    "sampling.max_new_tokens, or train a reward model from a model of longer context"
-                )
-        return ids[-max_len:]
+        before, answer = render_answer(self.tokenizer, conversation)
+        if len(answer) > max_len:
+            raise DataError(
+                f"reward model: got an answer of {len(answer)} tokens, expected at most its {max_len}; lower "
+                "sampling.max_new_tokens, or train a reward model from a model of longer context"
+            )
+        return [*before, *answer][-max_len:]
 
 
 def load_reward_model(directory: Path, device: torch.device) -> RewardModel:

@@ -73,6 +73,23 @@ def render(
     return ids, mask
 
 
+def render_answer(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation that ends in an answer: those before the answer, and the answer's to the end of its
+    turn. What a template has behind that, such as a line break, is left out: nothing writes it.
+
+    Raises ``DataError`` where the template leaves the answer out.
+    """
+    ids, mask = render(tokenizer, messages)
+    if not any(mask):
+        raise DataError(
+            f"the answer {messages[-1]['content'][:60]!r}: the chat template gives no token of it to be learnt, "
+            "expected those of its text and of its end; take another template"
+        )
+    end = len(mask) - mask[::-1].index(True)
+    start = end - [*mask[:end][::-1], False].index(False)
+    return ids[:start], ids[start:end]
+
+
 def _header(tokenizer: Tokenizer, role: str, position: int) -> int:
     """The token that begins a message of this role."""
     headers = {

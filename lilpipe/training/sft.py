@@ -7,6 +7,7 @@ low-rank adapters, which are then added to the weights and also written by thems
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lilpipe import distributed
+from lilpipe.alignment.order import count_steps
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import ModelConfig, SFTConfig
-from lilpipe.errors import DataError
 from lilpipe.model.hub import check_model
 from lilpipe.model.lora import add_adapters, merge, save_adapters
 from lilpipe.model.neftune import EmbeddingNoise
@@ -62,7 +63,14 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     check_answers(tokenizer, examples)
     if distributed.is_main():
         check_export(tokenizer, examples, workspace.scratch / "tokenizer")
-    num_steps = count_steps(config, len(examples))
+    num_steps = count_steps(
+        len(examples),
+        num_epochs=config.num_epochs,
+        batch_size=config.batch_size,
+        stage="sft",
+        rows="conversations",
+        remedy="add conversations",
+    )
     trainee = _build(config, source.path, shape, tokenizer, examples)
     result = train(
         trainee,
@@ -77,7 +85,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     metrics = {
         "train_loss": result.final_loss(),
         "conversations": float(len(examples)),
-        "demonstrations": float(sum(item.origin == "demonstration" for item in conversations)),
+        **{f"origin/{name}": float(count) for name, count in Counter(c.origin for c in conversations).items()},
         "too_long": float(len(too_long)),
         "supervised_share": supervised_share,
         "steps": float(num_steps),
@@ -94,16 +102,6 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
             sections={"What is learnt from": "".join(show(tokenizer, example) for example in examples[:SHOWN])},
         )
     return metrics
-
-
-def count_steps(config: SFTConfig, num_examples: int) -> int:
-    """Optimizer steps of all epochs together."""
-    if num_examples < config.batch_size:
-        raise DataError(
-            f"sft: got {num_examples} conversations, expected at least one batch of {config.batch_size}; lower "
-            "sft.batch_size or add conversations"
-        )
-    return config.num_epochs * num_examples // config.batch_size
 
 
 def _build(

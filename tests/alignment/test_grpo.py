@@ -33,7 +33,7 @@ def changed(**settings):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Drawing takes longer than training here; test_reports draws them."""
-    monkeypatch.setattr("lilpipe.alignment.grpo.write_report", lambda *args, **options: None)
+    monkeypatch.setattr("lilpipe.alignment.reinforcement.write_report", lambda *args, **options: None)
 
 
 @pytest.fixture

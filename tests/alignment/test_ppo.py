@@ -44,7 +44,7 @@ def changed(**settings):
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("lilpipe.alignment.ppo.write_report", lambda *args, **options: None)
+    monkeypatch.setattr("lilpipe.alignment.reinforcement.write_report", lambda *args, **options: None)
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +259,7 @@ def test_the_reward_model_judges_by_default(tmp_path, inputs):
 def test_the_reward_rises(tmp_path, inputs):
     workspace = Workspace(tmp_path)
     optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 1e-2})
-    settings = {"num_steps": 20, "prompts_per_step": 32, "epochs_per_rollout": 2, "minibatches_per_rollout": 1}
+    settings = {"num_steps": 30, "prompts_per_step": 32, "epochs_per_rollout": 2, "minibatches_per_rollout": 1}
     run(changed(**settings, optimizer=optimizer, kl_coefficient=0.0), inputs, workspace)
     rewards = [step["reward"] for step in steps_of(workspace)]
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.15

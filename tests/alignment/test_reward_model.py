@@ -287,7 +287,7 @@ def test_a_conversation_that_is_too_long_loses_its_beginning_and_an_answer_that_
     with torch.no_grad():
         expected = scorer.model(torch.tensor([ids[-160:]]))[0, -1, 0].item()
     assert scorer.score([conversation_]) == pytest.approx([expected], abs=1e-5)
-    with pytest.raises(DataError, match="got an answer of 201 tokens, expected at most its 160"):
+    with pytest.raises(DataError, match="got an answer of 200 tokens, expected at most its 160"):
         scorer.score([conversation("Q", "A" * 199)])
 
 

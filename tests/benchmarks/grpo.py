@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lilpipe import distributed
-from lilpipe.alignment import grpo
+from lilpipe.alignment import grpo, reinforcement
 from lilpipe.alignment import prompts as prompts_stage
 from lilpipe.alignment.completions import complete
 from lilpipe.alignment.prompts import Prompt, read_conversations, read_prompts
@@ -122,7 +122,7 @@ def run_lilpipe(root: Path, output: Path, *, steps: int) -> dict[str, float]:
         "prompts": as_artifact(root / "prompts/output", kind="Prompts"),
     }
     workspace = Workspace(output, rank=distributed.rank())
-    grpo.write_report = lambda *_, **__: None  # pictures for people
+    reinforcement.write_report = lambda *_, **__: None  # pictures for people
     started = time.perf_counter()
     grpo.run(config, inputs, workspace)
     seconds = time.perf_counter() - started

@@ -104,7 +104,7 @@ def test_demonstrations_come_in_to_their_limit(base, prompts, conversations, tmp
     assert [item.origin for item in all_of_them] == ["sampled"] * 20 + ["demonstration"] * 12
     assert len(gates.gather_conversations(inputs, max_demonstrations=5)) == 25
     metrics = sft.run(config(num_epochs=1), {"model": base, "prompts": prompts}, Workspace(tmp_path / "work"))
-    assert metrics["demonstrations"] + metrics["too_long"] >= 12
+    assert metrics["origin/demonstration"] + metrics["too_long"] >= 12
 
 
 class Killed(BaseException):
@@ -203,7 +203,7 @@ def test_origins_are_shown_as_often_as_the_mixture_says(base, prompts, conversat
     inputs = {"model": base, "prompts": prompts, "conversations": conversations(TALKS)}
     settings = config(num_epochs=1, mixture={"sampled": 0.25, "demonstration": 2.0})
     metrics = sft.run(settings, inputs, Workspace(tmp_path / "work"))
-    assert metrics["demonstrations"] == 24
+    assert (metrics["origin/demonstration"], metrics["origin/sampled"]) == (24, 5)
     assert metrics["conversations"] + metrics["too_long"] == 5 + 24
 
 
