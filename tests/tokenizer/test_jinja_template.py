@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lilpipe.errors import DataError
-from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE, Message, render
+from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE, Message, render, render_answer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from tests.model.checkpoints import PATTERN, small_tokenizer
@@ -101,6 +101,17 @@ def test_answers_are_supervised_with_the_end_of_their_turn_and_nothing_else_is(s
     assert sum(now and not then for now, then in zip(mask, [*mask[1:], False], strict=True)) == 2
     assert ours.turn_end_id == ours.special_ids["<|im_end|>"]
     assert not any(render(ours, TALK[:1], add_generation_prompt=True)[1])
+
+
+@pytest.mark.parametrize("source", [CHATML, MARKED, INSTRUCTIONS], ids=["ChatML", "with marks", "instructions"])
+def test_an_answer_goes_from_behind_the_prompt_to_the_end_of_its_turn(source):
+    ours, space = tokenizer(source), " " if source is INSTRUCTIONS else ""
+    for talk in (TALK, TALK[:2]):
+        before, answer = render_answer(ours, talk)
+        assert before == render(ours, talk[:-1], add_generation_prompt=True)[0]
+        assert answer == [*ours.encode(space + talk[-1]["content"]), ours.turn_end_id]
+    with pytest.raises(DataError, match="gives no token of it to be learnt"):
+        render_answer(ours, TALK[:1])
 
 
 def test_our_own_template_is_rendered_the_same_both_ways():
