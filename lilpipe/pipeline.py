@@ -135,8 +135,12 @@ def _ingredients_of(manifest: Manifest) -> Ingredients:
 
 def _ingredients(stage: Stage, section: Section, inputs: Inputs) -> Ingredients:
     digests = {role: [artifact.content_digest for artifact in _tuple(value)] for role, value in inputs.items()}
+    external = dict(stage.external(section))
+    if stage.names_inputs:
+        for role, value in inputs.items():
+            external |= {f"name of {role}.{n}": artifact.manifest.step for n, artifact in enumerate(_tuple(value))}
     code, packages = code_and_packages(stage.name)
-    return Ingredients(stage.name, section.identity(), digests, stage.external(section), code, packages)
+    return Ingredients(stage.name, section.identity(), digests, external, code, packages)
 
 
 def _tuple(value: Artifact | tuple[Artifact, ...]) -> tuple[Artifact, ...]:

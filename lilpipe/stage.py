@@ -95,6 +95,8 @@ class Stage:
     """Input roles that may be left out."""
     external: Callable[[Any], dict[str, str]] = _no_external
     """Digests of what the stage reads from outside the store, by name; raises ``DataError`` if it is not there."""
+    names_inputs: bool = False
+    """Whether the output says which step each input came from, so that other names make another output."""
     distributed: bool = False
     """Whether ``config.num_workers`` processes run it together under torchrun."""
     main_metric: str = ""

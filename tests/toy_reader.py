@@ -21,5 +21,6 @@ STAGE = Stage(
     config=TokenizerConfig,
     run=run,
     inputs={"prompts": "Prompts"},
+    names_inputs=True,
     main_metric="vocab_size",
 )

@@ -200,6 +200,7 @@ STAGE = Stage(
     inputs={"models": "Checkpoint", "prompts": "Prompts"},
     optional_inputs={"reference": "Checkpoint", "tokens": "TokenShards", "reward_model": "Checkpoint"},
     external=external,
+    names_inputs=True,
     distributed=True,
     main_metric="final_accuracy",
 )

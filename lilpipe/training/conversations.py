@@ -50,9 +50,17 @@ def artifacts(inputs: Inputs, role: str) -> tuple[Artifact, ...]:
 
 
 def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> list[Conversation]:
-    """Sampled conversations, then written ones. Raises ``DataError`` if there are none, or one is held out."""
+    """Sampled conversations, each once though several rounds may have kept it; then written ones.
+
+    Raises ``DataError`` if there are none, or one is held out.
+    """
     prompts = artifacts(inputs, "prompts")
-    sampled = [item for source in artifacts(inputs, "conversations") for item in read_conversations(source.path)]
+    sampled: list[Conversation] = []
+    seen: set[str] = set()
+    for source in artifacts(inputs, "conversations"):
+        found = [(json.dumps(item.messages), item) for item in read_conversations(source.path)]
+        sampled += [item for messages, item in found if messages not in seen]
+        seen.update(messages for messages, _ in found)
     written = [item for source in prompts for item in read_conversations(source.path)][:max_demonstrations]
     conversations = sampled + written
     if not conversations:

@@ -107,6 +107,15 @@ def test_demonstrations_come_in_to_their_limit(base, prompts, conversations, tmp
     assert metrics["origin/demonstration"] + metrics["too_long"] >= 12
 
 
+def test_what_two_rounds_have_kept_is_shown_once(base, conversations):
+    again = [*TALKS[:3], Conversation("other", "p0", "sampled", [*TALKS[0].messages[:1], TALKS[1].messages[1]])]
+    rounds = (conversations(TALKS), conversations(again))
+    found = gates.gather_conversations({"model": base, "conversations": rounds}, max_demonstrations=None)
+    assert found == [*TALKS, again[3]]
+    twice = conversations([*TALKS, TALKS[0]])  # of one round that is as it was asked for
+    assert len(gates.gather_conversations({"model": base, "conversations": twice}, max_demonstrations=None)) == 21
+
+
 class Killed(BaseException):
     pass
 
