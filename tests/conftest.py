@@ -1,8 +1,13 @@
 import pytest
+from hypothesis import settings
 
 from lilpipe import stage
 from lilpipe.config import PipelineConfig
 from lilpipe.store import Store
+
+# The same examples on every machine; `pytest --hypothesis-profile default` looks for others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture

@@ -86,6 +86,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()  # who comes before the application has started waits
     except OSError as error:
         listener.close()
         message = f"serve: cannot listen at {host}, port {port} ({error.strerror or error}); choose another with --port"

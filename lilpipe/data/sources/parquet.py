@@ -20,7 +20,7 @@ def divide(file: File, span_bytes: int) -> list[Span]:
     try:
         with open_file(file) as stream:
             metadata = pq.ParquetFile(stream).metadata
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, where a column's name is damaged
         _check_is_damage(error)
         return []
     spans: list[Span] = []
@@ -56,7 +56,7 @@ def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
                     for values in _rows(batch):
                         number += 1
                         yield to_row(values, source, file.name, number)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, where a column's name is damaged
         _check_is_damage(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield Unreadable(file.name, number + 1, f"file breaks off after row {number}: {reason}", breaks_off=True)

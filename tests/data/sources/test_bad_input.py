@@ -188,6 +188,13 @@ def test_damaged_parquet_raises_nothing(tmp_path, parquet, codec, where, flip):
         assert [row.breaks_off for row in rows if isinstance(row, Unreadable)] == [True]
 
 
+def test_a_damaged_name_of_a_column_is_damage_as_any_other(tmp_path, parquet):
+    name = b"\x18\x04text"  # with its type and length
+    (tmp_path / "x.parquet").write_bytes(parquet["none"].replace(name, b"\x18\x04tex\xf4"))
+    rows = read(tmp_path / "x.parquet", "parquet")
+    assert [row.breaks_off for row in rows] == [True]
+
+
 def test_row_groups_before_the_damaged_one_are_kept(tmp_path, parquet):
     content = bytearray(parquet["zstd"])
     pages = pq.ParquetFile(pa.BufferReader(bytes(content))).metadata
