@@ -192,7 +192,7 @@ def test_a_damaged_name_of_a_column_is_damage_as_any_other(tmp_path, parquet):
     name = b"\x18\x04text"  # with its type and length
     (tmp_path / "x.parquet").write_bytes(parquet["none"].replace(name, b"\x18\x04tex\xf4"))
     rows = read(tmp_path / "x.parquet", "parquet")
-    assert [row.breaks_off for row in rows] == [True]
+    assert [row.breaks_off for row in bad(rows)] == [True] * len(rows)
 
 
 def test_row_groups_before_the_damaged_one_are_kept(tmp_path, parquet):
