@@ -20,7 +20,7 @@ from typing import Any
 from lilpipe.alignment.prompts import Conversation, write_conversations
 from lilpipe.config import OptimizerConfig, SFTConfig
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.chat_template import Message
+from lilpipe.tokenizer.chat_template import Message, render
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.conversations import encode, read_conversations
@@ -52,12 +52,13 @@ THEIRS: dict[str, dict[str, Any]] = {
 
 def prepare(root: Path, size: str, num_conversations: int) -> None:
     """A model, its tokenizer and the conversations."""
-    _, excerpts = save_start(root, size)
+    tokenizer, excerpts = save_start(root, size)
     talks: list[Conversation] = []
-    for number in range(num_conversations):
+    while len(talks) < num_conversations:
         question: Message = {"role": "user", "content": excerpts.draw(QUESTION)}
         answer: Message = {"role": "assistant", "content": excerpts.draw(ANSWER)}
-        talks.append(Conversation(str(number), "", "written", [question, answer]))
+        if len(render(tokenizer, [question, answer])[0]) <= MAX_SEQ_LEN:  # the peer would cut it, we leave it out
+            talks.append(Conversation(str(len(talks)), "", "written", [question, answer]))
     write_conversations(root / "conversations.arrow", talks)
 
 
