@@ -100,12 +100,7 @@ def check_pairs(train: Sequence[Pair], heldout: Sequence[Pair]) -> None:
             f"{len(same)} of {len(train) + len(heldout)} pairs hold the same answer twice, expected none; the first is "
             f"{same[0].prompt_id}. Remove them: nothing can be learnt from a preference of a text to itself"
         )
-    questions = {str(pair.prompt) for pair in train}
-    if shared := [pair for pair in heldout if str(pair.prompt) in questions]:
-        raise DataError(
-            f"{len(shared)} of {len(heldout)} held-out pairs have a prompt that is trained on, expected none; the "
-            f"first is {shared[0].prompt_id}. Split the preferences by prompt: accuracy on them would mean nothing"
-        )
+    _check_apart(train, heldout, what="pairs")
 
 
 def read_examples(directory: Path, split: PairSplit) -> list[JudgedExample]:
@@ -123,9 +118,13 @@ def check_examples(train: Sequence[JudgedExample], heldout: Sequence[JudgedExamp
             f"{len(found)} of {len(verdicts)} answers are both desirable and undesirable, expected none; the first is "
             f"{found[0]!r}. Decide for one where they are made"
         )
-    learnt = {str(example.prompt) for example in train}
-    if shared := [example for example in heldout if str(example.prompt) in learnt]:
+    _check_apart(train, heldout, what="answers")
+
+
+def _check_apart(train: Sequence[Pair | JudgedExample], heldout: Sequence[Pair | JudgedExample], *, what: str) -> None:
+    learnt = {str(item.prompt) for item in train}
+    if shared := [item for item in heldout if str(item.prompt) in learnt]:
         raise DataError(
-            f"{len(shared)} of {len(heldout)} held-out answers have a prompt that is trained on, expected none; the "
-            f"first is {shared[0].prompt_id}. Split the answers by prompt: what is measured on them would mean nothing"
+            f"{len(shared)} of {len(heldout)} held-out {what} have a prompt that is trained on, expected none; the "
+            f"first is {shared[0].prompt_id}. Split the {what} by prompt: what is measured on them would mean nothing"
         )
