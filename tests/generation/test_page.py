@@ -6,7 +6,7 @@ import pytest
 
 from lilpipe.model.hub import save_model
 from tests.generation.browser import CHROMIUM, browse
-from tests.generation.test_serve import serving
+from tests.generation.serving import serving
 from tests.model.checkpoints import SMALL, small_model, small_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
