@@ -9,7 +9,7 @@ from typing import Any, Literal
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
-from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import LilpipeError
 from lilpipe.recipes import load
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lilpipe.config import PipelineConfig, Step, step
+from lilpipe.config.pipeline import PipelineConfig, Step, step
 
 FRONT = ("prompts", "corpus", "tokenizer", "tokens", "pretrain")
 """Steps that all recipes share."""

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lilpipe.config import PipelineConfig, SamplingConfig, Step
 from lilpipe.config.overrides import explain, parse_override
+from lilpipe.config.pipeline import PipelineConfig, Step
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError, LilpipeError
 from lilpipe.pipeline import Listener, changes, check_wiring, plan, run_step
 from lilpipe.pipeline_runs import latest_pipeline_run, new_pipeline_run

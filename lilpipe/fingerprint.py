@@ -1,8 +1,8 @@
-"""The one place that decides whether a stage is cached: a SHA-256 over all that can change its output.
+"""The one place that decides whether a stage is cached: a SHA-256 over everything that can change its output.
 
 That is the stage's name, its config section, the content digests of its inputs, digests of what it reads from
-outside the store, the code it depends on, and the versions of the packages that this code imports. The code digest
-is taken from syntax trees without docstrings, so that comments and formatting change nothing.
+outside the store, the code that it imports (directly or through others), and the versions of the packages that this
+code imports. Code is digested as a syntax tree without docstrings, so comments and formatting change nothing.
 """
 
 from __future__ import annotations
@@ -20,40 +20,32 @@ from typing import Any
 from lilpipe.artifact import digest_json
 from lilpipe.stage import STAGES
 
-NEUTRAL_MODULES = frozenset(
-    f"lilpipe.{name}"
-    for name in (
-        "artifact",
-        "cli",
-        "config",
-        "data.findings",
-        "data.histograms",
-        "data.report",
-        "data.trace",
-        "display",
-        "errors",
-        "evaluation.report",
-        "fingerprint",
-        "heartbeat",
-        "launch",
-        "model.devices",
-        "pipeline",
-        "recipes",
-        "report",
-        "pipeline_runs",
-        "stage",
-        "store",
-        "tokenizer.report",
-        "tokens.report",
-        "tokens.trace",
-        "tracking",
-        "training.budget",
-        "training.curves",
-        "training.memory",
-        "worker",
-    )
-) | {"lilpipe"}
-"""Modules that cannot change an output: config's values are in the fingerprint already, reports are no content."""
+_REPORT = "writes below report/, which is not part of the content digest"
+_PLAN = "plans time and memory for people; its figures are shown beside the measured ones"
+_RUNS = "starts processes and passes values on; what a stage writes does not depend on it"
+
+NEUTRAL_MODULES: dict[str, str] = {
+    "lilpipe": "holds the version alone",
+    "lilpipe.artifact": "moves and lists files; their bytes come from the stages",
+    "lilpipe.data.histograms": _REPORT,
+    "lilpipe.data.report": _REPORT,
+    "lilpipe.errors": "exceptions: a stage that raises one has no output",
+    "lilpipe.evaluation.report": _REPORT,
+    "lilpipe.heartbeat": _RUNS,
+    "lilpipe.launch": _RUNS,
+    "lilpipe.model.devices": _PLAN,
+    "lilpipe.report": _REPORT,
+    "lilpipe.stage": "the contract: directories of a workspace, and events for people",
+    "lilpipe.store": _RUNS,
+    "lilpipe.tokenizer.report": _REPORT,
+    "lilpipe.tokens.report": _REPORT,
+    "lilpipe.training.budget": _PLAN,
+    "lilpipe.training.curves": _REPORT,
+    "lilpipe.training.memory": _PLAN,
+    "lilpipe.worker": _RUNS,
+}
+"""Modules that run in a stage's process and cannot change its output, each with the reason. The submodules of a package
+that is named are covered. Everything else that a stage imports is digested, the configuration's checks included."""
 
 NEUTRAL_PACKAGES = frozenset({"matplotlib", "mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
 """Packages that cannot change an output."""
@@ -94,18 +86,22 @@ def code_and_packages(stage: str) -> tuple[dict[str, str], dict[str, str]]:
     pending = [STAGES[stage]]
     while pending:
         module = pending.pop()
-        if module in code or _is_neutral(module):
+        if module in code or is_neutral(module):
             continue
         digest, imports = _read_module(module)
         code[module] = digest
         pending += [name for name in imports if name.split(".")[0] == "lilpipe"]
+        pending += [module.rpartition(".")[0]] * ("." in module)  # importing a module runs its package
         packages |= {name.split(".")[0] for name in imports} - {"lilpipe"}
     packages |= {extra for name in packages for extra in IMPLIED_PACKAGES.get(name, ())}
     return dict(sorted(code.items())), _versions(packages - NEUTRAL_PACKAGES - set(sys.stdlib_module_names))
 
 
-def _is_neutral(module: str) -> bool:
-    return module in NEUTRAL_MODULES or module.startswith("lilpipe.config.")
+def is_neutral(module: str) -> bool:
+    """Whether the module is left out of every fingerprint; see ``NEUTRAL_MODULES``."""
+    return module in NEUTRAL_MODULES or any(
+        module.startswith(f"{name}.") for name in NEUTRAL_MODULES if name != "lilpipe"
+    )
 
 
 def _versions(packages: set[str]) -> dict[str, str]:
@@ -126,11 +122,16 @@ def _version(distribution: str) -> str:
 
 @functools.cache
 def _read_module(module: str) -> tuple[str, frozenset[str]]:
-    """Digest of a module's syntax tree, and the full names of all that it imports."""
+    """``digest_source`` of a module."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(module)
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return digest_source(Path(spec.origin).read_text(encoding="utf-8"))
+
+
+def digest_source(source: str) -> tuple[str, frozenset[str]]:
+    """Digest of Python source but for comments, layout and docstrings, and the full names of all that it imports."""
+    tree = ast.parse(source)
     imports = frozenset(_imports(tree))
     _drop_docstrings(tree)
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lilpipe.artifact import MANIFEST, read_manifest
-from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
 from lilpipe.pipeline import plan
 from lilpipe.store import Store

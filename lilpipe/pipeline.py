@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lilpipe.artifact import Artifact, InputEntry, Inputs, Manifest, content_digest, list_files, write_atomically
-from lilpipe.config import PipelineConfig, Section
+from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.config.section import Section
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.fingerprint import Ingredients, code_and_packages, difference
 from lilpipe.launch import launch

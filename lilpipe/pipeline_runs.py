@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from lilpipe.artifact import digest_json
-from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.store import Store
 
 

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lilpipe.artifact import Artifact
-from lilpipe.config import PipelineConfig, PretrainConfig
+from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.trace import Fate, Verdict
 from lilpipe.data.trace import trace_document as trace_fate

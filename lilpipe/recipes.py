@@ -11,30 +11,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
-from lilpipe.config import (
-    CorpusConfig,
-    DPOConfig,
-    EvaluateConfig,
-    GRPOConfig,
-    LanguageConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PipelineConfig,
-    PPOConfig,
-    PreferencesConfig,
-    PretrainConfig,
-    PromptsConfig,
-    QualityConfig,
-    RejectionSamplingConfig,
-    RewardConfig,
-    RewardModelConfig,
-    SamplingConfig,
-    SFTConfig,
-    Source,
-    TokenizerConfig,
-    TokensConfig,
-)
+from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig, Source
+from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.evaluate import EvaluateConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import dotted, explain, merge, set_dotted
+from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
+from lilpipe.config.prompts import PromptsConfig, RewardConfig
+from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
+from lilpipe.config.reward_model import RewardModelConfig
+from lilpipe.config.sampling import SamplingConfig
+from lilpipe.config.sft import SFTConfig
+from lilpipe.config.tokens import TokenizerConfig, TokensConfig
+from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.scaling.depth import derive
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lilpipe.artifact import Inputs, Kind
-from lilpipe.config import Section
+from lilpipe.config.section import Section
 from lilpipe.errors import ConfigError
 
 Metrics = dict[str, float]

@@ -26,7 +26,7 @@ from prefect.logging.loggers import LoggingAdapter
 from prefect.states import Completed, Failed
 
 from lilpipe.artifact import Artifact
-from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import LilpipeError
 from lilpipe.pipeline import Listener, PlannedStep, run_step
 from lilpipe.store import Store

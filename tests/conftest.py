@@ -2,7 +2,7 @@ import pytest
 from hypothesis import settings
 
 from lilpipe import stage
-from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.store import Store
 
 # The same examples on every machine; `pytest --hypothesis-profile default` looks for others.

@@ -1,7 +1,10 @@
 import pytest
 
-from lilpipe.config import CorpusConfig, ModelConfig, PipelineConfig, PretrainConfig
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import parse_override
+from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.recipes import load
 

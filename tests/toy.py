@@ -11,7 +11,7 @@ import signal
 import time
 from pathlib import Path
 
-from lilpipe.config import PromptsConfig
+from lilpipe.config.prompts import PromptsConfig
 from lilpipe.errors import DataError
 from lilpipe.stage import Stage, Workspace
 

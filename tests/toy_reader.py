@@ -1,7 +1,7 @@
 """A stage that reads the toy's artifact; it takes the place of `tokenizer`."""
 
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.stage import Stage, Workspace
 
 

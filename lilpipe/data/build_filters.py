@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lilpipe.config import CorpusConfig, PIIConfig
+from lilpipe.config.corpus import CorpusConfig, PIIConfig
 from lilpipe.data.filters.chain import Bounds, Document, Filter, Rejection
 from lilpipe.data.filters.classifier import ClassifierFilter
 from lilpipe.data.filters.decontamination import DecontaminationFilter

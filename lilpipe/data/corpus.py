@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
-from lilpipe.config import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data.build_filters import build_filters
 from lilpipe.data.counts import Counts, count_documents
 from lilpipe.data.executors.executor import open_executor

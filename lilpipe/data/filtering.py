@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.build_filters import build_filters
 from lilpipe.data.documents import documents_table, rejected_table
 from lilpipe.data.filters.chain import Document, Rejection, run_filters, score_names

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lilpipe.config import DecontaminationConfig
+from lilpipe.config.corpus import DecontaminationConfig
 from lilpipe.data.filters.decontamination import MATCHES, EvaluationIndex
 from lilpipe.report import heading, note, table, text_block
 from lilpipe.schemas.tables import read_table

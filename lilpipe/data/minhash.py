@@ -27,7 +27,7 @@ import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import sync_directory
-from lilpipe.config import MinhashConfig
+from lilpipe.config.corpus import MinhashConfig
 from lilpipe.errors import DataError
 
 NONE_SEEN = np.uint32(2**32 - 1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.counts import Counts, SourceCounts, Tally
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.histograms import score_histograms

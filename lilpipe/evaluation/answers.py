@@ -18,7 +18,7 @@ from lilpipe.alignment.rewards.reward_functions import Response, Rewards
 from lilpipe.alignment.rollout.completions import PromptForm, complete
 from lilpipe.alignment.rollout.sampling import SAMPLE_SCHEMA, sample_rows
 from lilpipe.artifact import Artifact
-from lilpipe.config import EvaluateConfig
+from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.errors import ConfigError
 from lilpipe.metrics.bits_per_byte import bits_per_byte
 from lilpipe.model.hub import load_model

@@ -16,7 +16,8 @@ from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import Rewards, external
 from lilpipe.alignment.rollout.sampling import load_rewards
 from lilpipe.artifact import Artifact, Inputs, write_atomically
-from lilpipe.config import EvaluateConfig, RewardConfig
+from lilpipe.config.evaluate import EvaluateConfig
+from lilpipe.config.prompts import RewardConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation.answers import Candidate, add_rewards, as_candidate, sample_all, validation_bits
 from lilpipe.evaluation.comparison import beyond_noise

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lilpipe.artifact import write_atomically
-from lilpipe.config import JudgeConfig
+from lilpipe.config.evaluate import JudgeConfig
 from lilpipe.errors import ConfigError, DataError, StageFailure
 
 Place = Literal["A", "B", "C"]

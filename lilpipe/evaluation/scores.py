@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lilpipe.alignment.rollout.sampling import by_prompt
-from lilpipe.config import EvaluateConfig
+from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.evaluation.comparison import Comparison, paired
 from lilpipe.evaluation.games import Outcomes, win_scores
 from lilpipe.metrics.pass_at_k import Estimate, mean_estimate, pass_at_k, share_estimate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import stream
 from lilpipe.generation.text import TextStream, token_bytes
 from lilpipe.model.hub import load_model

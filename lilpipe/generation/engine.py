@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 import torch
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation import vllm
 from lilpipe.generation.folded import FoldedDecoder, foldable

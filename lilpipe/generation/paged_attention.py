@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.generation.pages import CLOSED, PAGE_SIZE, PagePool, score_dtype
 from lilpipe.model.attention import AttendingView
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.model.transformer import Transformer
 
 PAGE_SIZE = 16

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation.requests import Likeliest
 from lilpipe.schemas.messages import Message

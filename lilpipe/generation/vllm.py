@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.generation.requests import Request as Answers
 from lilpipe.generation.requests import Row, Sample

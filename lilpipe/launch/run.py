@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lilpipe.artifact import Artifact, Inputs, write_atomically
-from lilpipe.config import Section
 from lilpipe.config.parallel import LaunchConfig
+from lilpipe.config.section import Section
 from lilpipe.errors import ConfigError, StageFailure
 from lilpipe.launch.failure import FINAL, RAISED, forget, read_final
 from lilpipe.launch.kubernetes import Kubernetes

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.model.gradients import rotate
 from lilpipe.model.layers import Linear, RMSNorm
 from lilpipe.model.masks import attend

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.hub import copy_into, read_model_config, read_tensors
 from lilpipe.tokenizer.encoding import Tokenizer

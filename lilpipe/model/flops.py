@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from lilpipe.config import ModelConfig, MoEConfig
+from lilpipe.config.model import ModelConfig, MoEConfig
 
 Recomputed = Literal["none", "selective", "full"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lilpipe.artifact import write_atomically
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.hub import CONFIG_FILE, copy_into, read_model_config, save_tensors
 from lilpipe.model.initial_weights import initial_value

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lilpipe.artifact import write_atomically
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import explain
 from lilpipe.errors import ArtifactError
 from lilpipe.model.layouts import LAYOUTS, Layout, layout_for

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from lilpipe.artifact import Inputs, digest_file
-from lilpipe.config import ImportModelConfig
+from lilpipe.config.model import ImportModelConfig
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import check_model, model_files

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.model.gradients import rms_norm
 
 

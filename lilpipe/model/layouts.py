@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lilpipe.config import MLAConfig, ModelConfig, MoEConfig
+from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model import gpt2, mla, moe
 
 Stated = Mapping[str, Any]

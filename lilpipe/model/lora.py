@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lilpipe.artifact import write_atomically
-from lilpipe.config import LoRAConfig
+from lilpipe.config.sft import LoRAConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear

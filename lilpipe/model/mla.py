@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.model.attention import Angles, KeysAndValues, apply_rope
 from lilpipe.model.layers import Linear, RMSNorm
 from lilpipe.model.masks import attend

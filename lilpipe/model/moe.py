@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilpipe.config import MoEConfig
+from lilpipe.config.model import MoEConfig
 from lilpipe.model.grouped import grouped_linear
 from lilpipe.model.layers import SwiGLU
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import RegisterConfig
+from lilpipe.config.evaluate import RegisterConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import load_model, model_files

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.errors import DataError
 from lilpipe.model.attention import Angles, Attention, Cache, KeysAndValues, rope_table
 from lilpipe.model.dropout import dropout, dropout_seed, layer_numbers, token_numbers

@@ -25,8 +25,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lilpipe.config import ModelConfig, ParallelConfig, Section
+from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import explain
+from lilpipe.config.parallel import ParallelConfig
+from lilpipe.config.section import Section
 from lilpipe.errors import ConfigError
 from lilpipe.model.flops import num_active_parameters, num_parameters, training_flops_per_token
 

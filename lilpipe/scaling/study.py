@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lilpipe.artifact import Artifact, Manifest
-from lilpipe.config import ModelConfig, PipelineConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.flops import num_active_parameters, num_parameters, training_flops_per_token
 from lilpipe.pipeline import Listener, check_wiring, run_step

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lilpipe.config import ClassifyConfig, RewardModelConfig
+from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.errors import DataError
 from lilpipe.seeds import derive_seed
 

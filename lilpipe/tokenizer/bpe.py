@@ -16,7 +16,7 @@ import tiktoken
 from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttributeAccessIssue]: no stubs
 
 from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
-from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import NUM_RESERVED, Tokenizer, special_tokens

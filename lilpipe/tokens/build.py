@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import TokensConfig
+from lilpipe.config.tokens import TokensConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.documents import read_documents
 from lilpipe.schemas.examples import read_exercises

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lilpipe.config import MixtureConfig
+from lilpipe.config.phases import MixtureConfig
 from lilpipe.errors import ConfigError
 
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-from lilpipe.config import Phase, PretrainConfig
+from lilpipe.config.phases import Phase
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.tokens.loader import PretrainLoader, StretchPlan
 from lilpipe.tokens.mixture import Part, mixture, resolve

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lilpipe.config import PretrainConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.plan import open_loader

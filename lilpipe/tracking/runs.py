@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.tracking.client import MAX_BATCH_PARAMS, batches, connect, tracking_uri
 from lilpipe.tracking.curve import Curve
 from lilpipe.tracking.events import flatten

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from lilpipe.artifact import MANIFEST, Artifact
-from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.pipeline import PlannedStep
 from lilpipe.store import Store
 from lilpipe.tracking.client import tracking_uri

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
-from lilpipe.config import Phase, PretrainConfig
+from lilpipe.config.phases import Phase
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.devices import Device, device_at_hand, get_device
 from lilpipe.model.flops import Recomputed, num_active_parameters, num_parameters, training_flops_per_token

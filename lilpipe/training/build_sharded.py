@@ -15,8 +15,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lilpipe import distributed
-from lilpipe.config import ModelConfig, ParallelSection
 from lilpipe.config.layout_checks import check_vocabulary
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import ParallelSection
 from lilpipe.errors import ConfigError
 from lilpipe.model.heads import HeadModel
 from lilpipe.model.initial_weights import initial_value

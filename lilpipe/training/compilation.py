@@ -14,7 +14,7 @@ from functools import partial
 from torch import nn
 
 from lilpipe import distributed
-from lilpipe.config import PretrainConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.model.flops import training_flops_per_token
 from lilpipe.model.scores import token_scores
 from lilpipe.model.transformer import Transformer

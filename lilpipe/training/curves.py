@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lilpipe import report
 from lilpipe.artifact import write_atomically
-from lilpipe.config import Section
+from lilpipe.config.section import Section
 from lilpipe.stage import Workspace
 
 SMOOTHING = 0.95

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe import distributed
-from lilpipe.config import ParallelSection
 from lilpipe.config.layout_checks import check_micro_batches, check_model
+from lilpipe.config.training import ParallelSection
 from lilpipe.errors import ConfigError
 from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lilpipe.config import HealthConfig
+from lilpipe.config.training import HealthConfig
 
 Action = Literal["ignore", "stop", "skip", "rollback"]
 

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from lilpipe import distributed
-from lilpipe.config import HealthConfig, OptimizerConfig, TrainingSection
+from lilpipe.config.training import HealthConfig, OptimizerConfig, TrainingSection
 from lilpipe.errors import ConfigError, DataError, LilpipeError
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lilpipe.config import MLAConfig, ModelConfig, Phase, PretrainConfig
+from lilpipe.config.model import MLAConfig, ModelConfig
+from lilpipe.config.phases import Phase
+from lilpipe.config.training import PretrainConfig
 from lilpipe.model.flops import (
     block_matrices,
     block_parameters,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lilpipe import distributed
-from lilpipe.config import NeedleConfig
+from lilpipe.config.training import NeedleConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.seeds import derive_seed

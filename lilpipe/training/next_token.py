@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from lilpipe.config import PretrainConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.model.scores import Scores
 from lilpipe.tokens.loader import IGNORED, Batch, PretrainLoader
 from lilpipe.training.precision import autocast

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from lilpipe.config import OptimizerConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.errors import ConfigError
 from lilpipe.training.muon import Muon
 

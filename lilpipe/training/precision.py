@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import nn
 
-from lilpipe.config import ParallelSection
+from lilpipe.config.training import ParallelSection
 from lilpipe.errors import ConfigError
 
 FP8_CAPABILITY = (8, 9)

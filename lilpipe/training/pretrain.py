@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from lilpipe import distributed, report
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import ModelConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.continuation import start_from
 from lilpipe.model.flops import num_parameters

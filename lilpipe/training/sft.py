@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import ModelConfig, SFTConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.sft import SFTConfig
 from lilpipe.model.hub import check_model
 from lilpipe.model.lora import add_adapters, merge, save_adapters
 from lilpipe.model.neftune import EmbeddingNoise

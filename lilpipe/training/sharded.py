@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lilpipe import distributed
-from lilpipe.config import ParallelSection
+from lilpipe.config.training import ParallelSection
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.parallel import gradients

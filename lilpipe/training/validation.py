@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lilpipe import distributed
-from lilpipe.config import NeedleConfig, PretrainConfig, SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
+from lilpipe.config.training import NeedleConfig, PretrainConfig
 from lilpipe.generation.engine import generate
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace

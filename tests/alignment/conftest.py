@@ -10,7 +10,9 @@ import pytest
 from lilpipe import distributed
 from lilpipe.alignment.questions import prompts as prompts_module
 from lilpipe.artifact import Artifact, Manifest, content_digest, list_files
-from lilpipe.config import ModelConfig, PromptsConfig, TokenizerConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.prompts import PromptsConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace

@@ -2,7 +2,8 @@ from lilpipe.alignment.preference import dpo, preferences
 from lilpipe.alignment.preference.preferences import PAIR_SCHEMA
 from lilpipe.alignment.rl import grpo
 from lilpipe.alignment.rollout import rejection_sampling
-from lilpipe.config import DPOConfig, GRPOConfig
+from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import as_artifact

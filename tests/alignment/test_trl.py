@@ -12,7 +12,7 @@ from lilpipe.alignment.preference.evaluation import score_answers
 from lilpipe.alignment.preference.losses import sigmoid_loss
 from lilpipe.alignment.preference.objective import PreferenceObjective
 from lilpipe.alignment.rollout.completions import pad_completions
-from lilpipe.config import DPOConfig
+from lilpipe.config.dpo import DPOConfig
 from lilpipe.schemas.pairs import JudgedExample
 from tests.alignment.twins import CONFIG, PADDING, our_model, their_model
 

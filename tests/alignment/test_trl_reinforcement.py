@@ -20,7 +20,8 @@ from lilpipe.alignment.rl.policy_gradient import (
     token_rewards,
 )
 from lilpipe.alignment.rollout.rollouts import Answers, Rollout, at_targets
-from lilpipe.config import GRPOConfig, SamplingConfig
+from lilpipe.config.reinforcement import GRPOConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.model.scores import IGNORED, token_scores
 from lilpipe.model.transformer import token_logprobs
 from lilpipe.stage import Workspace

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")

@@ -24,7 +24,8 @@ from typing import Any
 import psutil
 import torch
 
-from lilpipe.config import ModelConfig, OptimizerConfig, TrainingSection
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import OptimizerConfig, TrainingSection
 from lilpipe.launch.run import KEEP_MEMORY
 from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.corpus import STAGE
 from lilpipe.stage import Workspace
 

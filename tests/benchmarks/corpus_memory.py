@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data import corpus
 from lilpipe.data.sources import readers
 from lilpipe.stage import Workspace

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lilpipe.config import DecontaminationConfig
+from lilpipe.config.corpus import DecontaminationConfig
 from lilpipe.data.filters.chain import Document
 from lilpipe.data.filters.decontamination import DecontaminationFilter, EvaluationSet, write_index
 from lilpipe.data.filters.repeated import LineFilter, ParagraphFilter, document_line_keys

@@ -20,7 +20,8 @@ from typing import Any
 from lilpipe.alignment.preference.data import encode_pairs
 from lilpipe.alignment.preference.dpo import compute_reference, make_packer
 from lilpipe.alignment.preference.objective import PreferenceObjective
-from lilpipe.config import DPOConfig, OptimizerConfig
+from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.model.hub import load_model
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.pairs import PAIR_SCHEMA, PAIRS_FILE, Pair, read_pairs

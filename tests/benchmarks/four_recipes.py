@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
-from lilpipe.config import PipelineConfig
 from lilpipe.config.overrides import parse_override
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.display import Display
 from lilpipe.evaluation.comparison import Comparison, over_seeds
 from lilpipe.metrics.pass_at_k import Estimate, mean_estimate

@@ -20,7 +20,8 @@ from typing import Any, cast
 
 import torch
 
-from lilpipe.config import ModelConfig, SamplingConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import Engine
 from lilpipe.generation.pages import PAGE_SIZE, cache_bytes_per_token
 from lilpipe.launch.run import KEEP_MEMORY

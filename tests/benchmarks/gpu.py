@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lilpipe.config import ModelConfig, OptimizerConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.devices import device_at_hand, mfu
 from lilpipe.model.flops import num_parameters, training_flops_per_token

@@ -34,7 +34,11 @@ from lilpipe.alignment.questions import prompts as prompts_stage
 from lilpipe.alignment.rewards.reward_functions import judge, reward
 from lilpipe.alignment.rl import grpo, reinforcement
 from lilpipe.alignment.rollout.completions import complete
-from lilpipe.config import GRPOConfig, ModelConfig, OptimizerConfig, PromptsConfig, SamplingConfig, TrainingSection
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.prompts import PromptsConfig
+from lilpipe.config.reinforcement import GRPOConfig
+from lilpipe.config.sampling import SamplingConfig
+from lilpipe.config.training import OptimizerConfig, TrainingSection
 from lilpipe.launch.run import KEEP_MEMORY
 from lilpipe.model.heads import pad_rows
 from lilpipe.model.hub import load_model, save_model

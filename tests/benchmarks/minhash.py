@@ -36,7 +36,7 @@ from datatrove.pipeline.dedup.minhash import (
 from datatrove.utils.hashing import HashConfig
 from loguru import logger
 
-from lilpipe.config import MinhashConfig
+from lilpipe.config.corpus import MinhashConfig
 from lilpipe.data.filters.words import Words
 from lilpipe.data.minhash import MatchBands, SignatureWriter, near_duplicates
 from tests.data.prose import prose

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from lilpipe.config import ModelConfig, SamplingConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import generate
 from lilpipe.model.transformer import Transformer
 from tests.benchmarks.peers import llama

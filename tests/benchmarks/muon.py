@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from lilpipe.config import ModelConfig, OptimizerConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.metrics.bits_per_byte import bits_per_byte
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.bpe import train as train_tokenizer

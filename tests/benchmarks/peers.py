@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 
 
 def llama(shape: ModelConfig, vocab_size: int, *, attention: str = "sdpa", **settings: Any) -> LlamaForCausalLM:

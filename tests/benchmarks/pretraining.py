@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lilpipe.config import ModelConfig, OptimizerConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.launch.run import KEEP_MEMORY
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace

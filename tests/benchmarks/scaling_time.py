@@ -20,7 +20,8 @@ import torch
 from matplotlib.figure import Figure
 
 from lilpipe import distributed
-from lilpipe.config import ModelConfig, OptimizerConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.model.flops import training_flops_per_token
 from lilpipe.model.transformer import Transformer
 from lilpipe.training.optimizer import Optimizer

@@ -17,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lilpipe.config import OptimizerConfig, SFTConfig
+from lilpipe.config.sft import SFTConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.schemas.examples import Conversation, write_conversations
 from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace

@@ -25,7 +25,7 @@ import tiktoken
 import tokenizers
 from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttributeAccessIssue]: no stubs
 
-from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer import bpe

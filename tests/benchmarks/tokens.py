@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import tiktoken
 
-from lilpipe.config import TokensConfig
+from lilpipe.config.tokens import TokensConfig
 from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import train

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lilpipe.config import ModelConfig, OptimizerConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.stage import Workspace
 from lilpipe.training import pretrain
 from lilpipe.training.checkpoint import Checkpoints

@@ -8,7 +8,7 @@ import random
 import re
 from typing import Any
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.schemas.examples import PROMPT_SCHEMA
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace, get_stage

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lilpipe.config import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data.corpus import _select
 from lilpipe.data.sorting import ReadParts
 from lilpipe.data.sources.readers import find_parts

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from lilpipe.config import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data import corpus
 from lilpipe.data.corpus import external, read_documents, read_rejected
 from lilpipe.data.filters.language import bundled_model_path

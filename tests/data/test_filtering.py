@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lilpipe.artifact import list_files
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
 from lilpipe.data.filters.decontamination import MATCHES, EvaluationSet, write_index
 from lilpipe.data.filters.words import Words

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data import learn as learning
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.data.filters.decontamination import EvaluationIndex

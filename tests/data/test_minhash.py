@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from lilpipe.config import MinhashConfig
+from lilpipe.config.corpus import MinhashConfig
 from lilpipe.data import minhash
 from lilpipe.data.minhash import (
     PAIR,

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lilpipe.config import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data.counts import count_documents
 from lilpipe.data.report import MAX_FUNNEL_SOURCES, build_report
 

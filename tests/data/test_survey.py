@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data import survey
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.data.filters.chain import Document

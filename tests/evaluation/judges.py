@@ -6,7 +6,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from lilpipe.config import JudgeConfig
+from lilpipe.config.evaluate import JudgeConfig
 
 ANSWERS = re.compile(r"<q>(.*)</q><a>(.*)</a><b>(.*)</b>", re.DOTALL)
 TEMPLATE = "<q>{question}</q><a>{first}</a><b>{second}</b>"

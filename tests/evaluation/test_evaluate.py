@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from lilpipe.alignment.rollout import completions, sampling
-from lilpipe.config import EvaluateConfig, RewardConfig, SamplingConfig
+from lilpipe.config.evaluate import EvaluateConfig
+from lilpipe.config.prompts import RewardConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation import evaluate
 from lilpipe.evaluation.answers import as_candidate

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from lilpipe.cli import app
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.hub import save_model
 from tests.model.checkpoints import small_model, small_tokenizer

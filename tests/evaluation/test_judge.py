@@ -5,7 +5,7 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from lilpipe.config import EvaluateConfig, JudgeConfig
+from lilpipe.config.evaluate import EvaluateConfig, JudgeConfig
 from lilpipe.errors import ConfigError, DataError, StageFailure
 from lilpipe.evaluation import judge
 from lilpipe.evaluation.judge import Judge, Outcome, Pairing, check_readable, parse_verdict, settle

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lilpipe.config import ModelConfig, SamplingConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import Sample
 from lilpipe.generation.sampling import choose, uniforms
 from lilpipe.model.transformer import Transformer

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lilpipe.cli import app
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.generation import chat as module
 from lilpipe.generation.chat import chat, fit, text_pieces

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation.engine import Engine, generate, stream
 from lilpipe.generation.rows import Rows

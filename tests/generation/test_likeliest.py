@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import Engine, generate
 from lilpipe.generation.pyfunc import Answers
 from lilpipe.model.hub import save_model

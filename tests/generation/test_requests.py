@@ -5,7 +5,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation.engine import Engine, generate
 from lilpipe.generation.pages import PagePool

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation import vllm as module
 from lilpipe.generation.engine import generate

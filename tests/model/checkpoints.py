@@ -2,7 +2,7 @@
 
 import torch
 
-from lilpipe.config import MLAConfig, ModelConfig, MoEConfig
+from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
 

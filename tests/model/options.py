@@ -1,6 +1,6 @@
 """Each kind of decoder, small."""
 
-from lilpipe.config import MLAConfig, MoEConfig
+from lilpipe.config.model import MLAConfig, MoEConfig
 
 SMALL_MOE = MoEConfig(num_experts=6, experts_per_token=2, num_shared_experts=2, expert_size=16, routed_scale=1.7)
 SMALL_MLA = MLAConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lilpipe.config import MLAConfig, ModelConfig, MoEConfig
+from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model.flops import (
     forward_flops_per_token,
     num_active_parameters,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import generate
 from lilpipe.model import gpt2
 from lilpipe.model.initial_weights import INIT_STD

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lilpipe.config import ModelConfig, TokenizerConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.heads import (
     HeadModel,

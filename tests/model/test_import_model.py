@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 
 from lilpipe.artifact import read_manifest
 from lilpipe.cli import app
-from lilpipe.config import ImportModelConfig, PipelineConfig
-from lilpipe.config.pipeline import step
+from lilpipe.config.model import ImportModelConfig
+from lilpipe.config.pipeline import PipelineConfig, step
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model import import_model
 from lilpipe.model.hub import load_model, save_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lilpipe.config import LoRAConfig
+from lilpipe.config.sft import LoRAConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.lora import LoRALinear, add_adapters, merge, save_adapters

@@ -5,7 +5,7 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import generate
 from lilpipe.model.mla import LatentAttention, from_interleaved
 from tests.model.checkpoints import SMALL, small_model

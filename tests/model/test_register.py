@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from lilpipe.artifact import MANIFEST, Artifact, Manifest, content_digest, digest_file, list_files
-from lilpipe.config import PipelineConfig, RegisterConfig
+from lilpipe.config.evaluate import RegisterConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.generation.protocol import RequestError
 from lilpipe.locate import locate

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.errors import DataError
 from lilpipe.model.attention import apply_rope, rope_table
 from lilpipe.model.flops import num_parameters, training_flops_per_token

@@ -5,7 +5,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from lilpipe.config import PretrainConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokens.loader import IGNORED, Batch
 from lilpipe.training.optimizer import Optimizer

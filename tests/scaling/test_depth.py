@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from lilpipe.config import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.flops import num_active_parameters, num_parameters, training_flops_per_token
 from lilpipe.recipes import get_recipe, load

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lilpipe.artifact import InputEntry, Manifest
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.flops import num_parameters, training_flops_per_token
 from lilpipe.recipes import load

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import regex
 
-from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import DEFAULT_PATTERN, STAGE, train

@@ -6,7 +6,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import STAGE, external, train

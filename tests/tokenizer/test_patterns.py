@@ -7,8 +7,7 @@ from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttribut
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lilpipe.config import TokenizerConfig
-from lilpipe.config.tokens import PATTERN_NAMES
+from lilpipe.config.tokens import PATTERN_NAMES, TokenizerConfig
 from lilpipe.tokenizer.bpe import train
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.patterns import PATTERNS, pattern_name

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import DataError
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import STAGE, train

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from lilpipe.config import TokenizerConfig
-from lilpipe.config.tokens import OtherTokenizer
+from lilpipe.config.tokens import OtherTokenizer, TokenizerConfig
 from lilpipe.errors import ConfigError
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer import bpe

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from lilpipe.artifact import Artifact
-from lilpipe.config import TokensConfig
+from lilpipe.config.tokens import TokensConfig
 from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.bpe import train

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilpipe.config import MixtureConfig
+from lilpipe.config.phases import MixtureConfig
 from lilpipe.errors import ConfigError
 from lilpipe.tokens.mixture import largest_total, mixture, resolve
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lilpipe.config import ModelConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.tokens.plan import open_loader, plan_stretches
 from lilpipe.tokens.trace import Sighting, documents_of, trace_document, trace_row

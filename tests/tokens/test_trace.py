@@ -2,7 +2,9 @@ from collections import defaultdict
 
 import pytest
 
-from lilpipe.config import MixtureConfig, ModelConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.phases import MixtureConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.tokens.loader import IGNORED
 from lilpipe.tokens.plan import open_loader

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.shards import TOKENIZER_FOLDER, Document, shard_folder, write_index, write_shard
 from tests.alignment.conftest import as_artifact

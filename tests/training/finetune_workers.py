@@ -10,7 +10,10 @@ from lilpipe import distributed
 from lilpipe.alignment.preference import dpo
 from lilpipe.alignment.rewards import reward_model
 from lilpipe.alignment.rl import grpo, ppo
-from lilpipe.config import ClassifyConfig, DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig
+from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
+from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
+from lilpipe.config.sft import SFTConfig
 from lilpipe.errors import DataError
 from lilpipe.stage import Workspace
 from lilpipe.training import classify, sft

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from lilpipe import distributed
-from lilpipe.config import PretrainConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.stage import Workspace
 from lilpipe.training import pretrain
 from lilpipe.training.next_token import NextToken

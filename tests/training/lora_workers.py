@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lilpipe import distributed
-from lilpipe.config import SFTConfig
+from lilpipe.config.sft import SFTConfig
 from lilpipe.stage import Workspace
 from lilpipe.training import sft
 from lilpipe.training.loop import train

@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 def config(name):
-    from lilpipe.config import PretrainConfig
+    from lilpipe.config.training import PretrainConfig
 
     values = {"seed": 0, "model": SHAPE, "batch_size": 8, "num_workers": 2, **LAYOUTS[name]}
     return PretrainConfig.model_validate(values)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.training import activation_checkpointing
 

@@ -1,6 +1,9 @@
 import pytest
 
-from lilpipe.config import BudgetConfig, ModelConfig, ParallelConfig, PhaseConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.parallel import ParallelConfig
+from lilpipe.config.phases import PhaseConfig
+from lilpipe.config.training import BudgetConfig, PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.flops import training_flops_per_token
 from lilpipe.training.budget import budget, planned_beside_actual

@@ -3,7 +3,11 @@ import json
 import pytest
 import torch
 
-from lilpipe.config import ClassifyConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.parallel import ParallelConfig
+from lilpipe.config.reward_model import ClassifyConfig
+from lilpipe.config.tokens import TokenizerConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.heads import load_head_model, read_labels
 from lilpipe.model.hub import load_model, save_model

@@ -3,7 +3,8 @@ import copy
 import torch
 from torch._dynamo.utils import counters
 
-from lilpipe.config import ModelConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.training import compilation
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Conversation
 from lilpipe.schemas.messages import Message

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from lilpipe.config import ModelConfig, TokenizerConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.model.heads import load_head_model, save_head_model, with_head
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer

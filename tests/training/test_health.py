@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lilpipe.config import HealthConfig
+from lilpipe.config.training import HealthConfig
 from lilpipe.errors import ConfigError
 from lilpipe.training.health import examine
 from tests.training import toy

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from lilpipe.artifact import content_digest, list_files
-from lilpipe.config import ModelConfig, SFTConfig, TokenizerConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.sft import SFTConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Conversation, write_conversations

@@ -8,7 +8,10 @@ import sys
 import pytest
 import torch
 
-from lilpipe.config import ModelConfig, OptimizerConfig, ParallelConfig, PhaseConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.parallel import ParallelConfig
+from lilpipe.config.phases import PhaseConfig
+from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.transformer import Transformer
 from lilpipe.training import activation_checkpointing

@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from lilpipe.config import ModelConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.tokens.plan import open_loader, plan_stretches
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lilpipe.config import ModelConfig, NeedleConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import NeedleConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lilpipe.config import ModelConfig
-from lilpipe.config.model import MoEConfig
+from lilpipe.config.model import ModelConfig, MoEConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.training.muon import Muon, orthogonalize
 from lilpipe.training.optimizer import Optimizer, split_parameters

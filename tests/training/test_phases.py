@@ -2,7 +2,9 @@
 
 import pytest
 
-from lilpipe.config import MixtureConfig, ModelConfig, OptimizerConfig, Phase, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.phases import MixtureConfig, Phase
+from lilpipe.config.training import OptimizerConfig, PretrainConfig
 
 LLAMA = ModelConfig(max_seq_len=1024, rope_theta=10_000)
 GPT2 = ModelConfig(architecture="gpt2", num_heads=4, num_kv_heads=4)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lilpipe.config import ModelConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.transformer import Transformer
 from lilpipe.training import precision

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from lilpipe.artifact import content_digest, list_files
-from lilpipe.config import ModelConfig, OptimizerConfig, PretrainConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from lilpipe.config import PretrainConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.hub import load_model
 from lilpipe.stage import Workspace

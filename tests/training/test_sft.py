@@ -7,7 +7,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lilpipe.artifact import content_digest, digest_file, list_files
-from lilpipe.config import LoRAConfig, ModelConfig, OptimizerConfig, PromptsConfig, SFTConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.prompts import PromptsConfig
+from lilpipe.config.sft import LoRAConfig, SFTConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.errors import DataError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer

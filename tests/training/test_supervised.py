@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lilpipe.config import ModelConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.model.hub import save_model
 from lilpipe.model.neftune import EmbeddingNoise
 from lilpipe.model.transformer import Transformer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lilpipe.config import SFTConfig
+from lilpipe.config.sft import SFTConfig
 from lilpipe.stage import Workspace
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Replica

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lilpipe import distributed
-from lilpipe.config import OptimizerConfig, SFTConfig
+from lilpipe.config.sft import SFTConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.stage import Workspace
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, Replica

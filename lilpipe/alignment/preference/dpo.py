@@ -37,7 +37,7 @@ from lilpipe.alignment.preference.data import (
 from lilpipe.alignment.preference.evaluation import HeldOut, HeldOutScores, check_fall, score_answers
 from lilpipe.alignment.preference.objective import PreferenceObjective
 from lilpipe.artifact import Artifact, Inputs, write_atomically
-from lilpipe.config import DPOConfig
+from lilpipe.config.dpo import DPOConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer

@@ -15,7 +15,7 @@ from torch import Tensor
 from lilpipe import report
 from lilpipe.alignment.preference.data import Packer, PromptedAnswer
 from lilpipe.alignment.preference.objective import share_positive
-from lilpipe.config import DPOConfig
+from lilpipe.config.dpo import DPOConfig
 from lilpipe.errors import DataError
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lilpipe.alignment.preference.data import Packer, Places, PreferenceRow
 from lilpipe.alignment.preference.losses import ipo_loss, kto_baseline, kto_loss, orpo_loss, sigmoid_loss, simpo_loss
-from lilpipe.config import DPOConfig
+from lilpipe.config.dpo import DPOConfig
 from lilpipe.model.scores import Scores
 from lilpipe.schemas.order import rows_of_step
 from lilpipe.training.finetune import TokenBatch

@@ -16,7 +16,7 @@ from lilpipe import distributed, report
 from lilpipe.alignment.rewards.reward_functions import external
 from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
 from lilpipe.artifact import Artifact, Inputs, write_atomically
-from lilpipe.config import PreferencesConfig
+from lilpipe.config.preferences import PreferencesConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.chunks import Row
 from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts

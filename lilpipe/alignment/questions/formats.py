@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lilpipe.alignment.verify.answers import stated_number
-from lilpipe.config import PromptColumns
+from lilpipe.config.prompts import PromptColumns
 from lilpipe.schemas.messages import Message
 
 ROLES = ("system", "user", "assistant", "tool")

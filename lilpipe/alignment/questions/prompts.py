@@ -25,7 +25,7 @@ from lilpipe.alignment.questions.prompts_report import build_report
 from lilpipe.alignment.questions.sources import Gathered, external, gather
 from lilpipe.alignment.verify.answers import as_text
 from lilpipe.artifact import Inputs, write_atomically
-from lilpipe.config import PromptsConfig
+from lilpipe.config.prompts import PromptsConfig
 from lilpipe.errors import ConfigError
 from lilpipe.schemas.examples import (
     DOCUMENT_SCHEMA,

@@ -25,7 +25,7 @@ from lilpipe import distributed
 from lilpipe.alignment.rewards.calibration import calibration, preference_sections
 from lilpipe.alignment.rewards.scoring import RewardModel, load_reward_model, score_rows
 from lilpipe.artifact import Artifact, Inputs, write_atomically
-from lilpipe.config import RewardModelConfig
+from lilpipe.config.reward_model import RewardModelConfig
 from lilpipe.errors import DataError
 from lilpipe.metrics.pass_at_k import mean_estimate
 from lilpipe.model.heads import HeadModel, last_outputs, pad_rows

@@ -54,7 +54,7 @@ from lilpipe.alignment.rollout.rollouts import (
 )
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import GRPOConfig
+from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.model.hub import load_model
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer

@@ -58,7 +58,7 @@ from lilpipe.alignment.rollout.rollouts import (
     num_parts,
 )
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import PPOConfig
+from lilpipe.config.reinforcement import PPOConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.heads import HeadModel, load_head_model
 from lilpipe.model.hub import load_model

@@ -10,8 +10,7 @@ from lilpipe.alignment.rewards.reward_functions import RewardModel, Rewards, rew
 from lilpipe.alignment.rollout.completions import PromptForm, complete, encode_question
 from lilpipe.alignment.rollout.rollouts import at_targets
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import GRPOConfig
-from lilpipe.config.reinforcement import PPOConfig
+from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.errors import DataError
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lilpipe.alignment.rewards.reward_functions import Response, Verdict, judge
 from lilpipe.alignment.verify.answers import as_text, first_paragraph
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation.engine import Sample, generate
 from lilpipe.model.transformer import Transformer

@@ -17,7 +17,7 @@ from lilpipe import distributed, report
 from lilpipe.alignment.rewards.reward_functions import Rewards, external
 from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
 from lilpipe.artifact import Artifact, Inputs, write_atomically
-from lilpipe.config import RejectionSamplingConfig
+from lilpipe.config.preferences import RejectionSamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.metrics.pass_at_k import mean_estimate, pass_at_k
 from lilpipe.schemas.chunks import Row

@@ -24,8 +24,7 @@ from torch import Tensor
 from lilpipe.alignment.rewards.reward_functions import Rewards, Scored
 from lilpipe.alignment.rollout.collapse_monitor import check_sampler_gap
 from lilpipe.alignment.rollout.completions import Completion, complete, pad_completions
-from lilpipe.config import GRPOConfig, PPOConfig
-from lilpipe.config.reinforcement import WatchConfig
+from lilpipe.config.reinforcement import GRPOConfig, PPOConfig, WatchConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.scores import IGNORED, Scores, token_scores
 from lilpipe.model.transformer import Transformer

@@ -14,7 +14,8 @@ from lilpipe.alignment.rewards.reward_functions import Response, Rewards
 from lilpipe.alignment.rewards.scoring import load_reward_model
 from lilpipe.alignment.rollout.completions import Completion, PromptForm, complete
 from lilpipe.artifact import Artifact, Inputs
-from lilpipe.config import PreferencesConfig, RejectionSamplingConfig, RewardConfig
+from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
+from lilpipe.config.prompts import RewardConfig
 from lilpipe.metrics.pass_at_k import mean_estimate
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer

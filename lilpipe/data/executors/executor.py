@@ -24,7 +24,7 @@ from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.executors import on_ray, on_slurm
 from lilpipe.data.executors.run_tasks import RunTasks
 

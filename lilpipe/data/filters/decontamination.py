@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lilpipe.config import DecontaminationConfig
+from lilpipe.config.corpus import DecontaminationConfig
 from lilpipe.data.filters.chain import Bounds, Document, Rejection
 from lilpipe.data.filters.frequent_keys import contains, frequent_keys
 from lilpipe.data.filters.ngrams import ngram_hashes

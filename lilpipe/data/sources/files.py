@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from lilpipe.artifact import digest_file, digest_json
-from lilpipe.config import Source
+from lilpipe.config.corpus import Source
 from lilpipe.data.sources.remote import RemoteStream, retried
 from lilpipe.errors import DataError
 

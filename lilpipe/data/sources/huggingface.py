@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lilpipe.config import Source
+from lilpipe.config.corpus import Source
 from lilpipe.data.sources.files import File, digest_files
 from lilpipe.data.sources.rows import Row, Unreadable, to_row
 from lilpipe.errors import DataError

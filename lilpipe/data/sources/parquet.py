@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lilpipe.config import Source
+from lilpipe.config.corpus import Source
 from lilpipe.data.sources.files import File, Span, open_file
 from lilpipe.data.sources.rows import Row, Unreadable, to_row
 

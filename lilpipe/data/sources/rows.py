@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lilpipe.config import Source
+from lilpipe.config.corpus import Source
 
 MAX_DOCUMENT_BYTES = 32 * 2**20
 """Longer ones are quarantined: a worker's memory must not depend on the longest line of a source."""

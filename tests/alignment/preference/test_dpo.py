@@ -16,7 +16,8 @@ from lilpipe.alignment.preference.data import (
 from lilpipe.alignment.preference.dpo import run
 from lilpipe.alignment.preference.evaluation import score_answers
 from lilpipe.alignment.preference.objective import PreferenceObjective
-from lilpipe.config import DPOConfig, OptimizerConfig
+from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.hub import load_model
 from lilpipe.schemas.examples import read_prompts

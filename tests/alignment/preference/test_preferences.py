@@ -10,7 +10,11 @@ from lilpipe.alignment.preference.preferences import (
     run,
 )
 from lilpipe.alignment.rollout import completions
-from lilpipe.config import DPOConfig, OptimizerConfig, PreferencesConfig, RewardConfig, SamplingConfig
+from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.preferences import PreferencesConfig
+from lilpipe.config.prompts import RewardConfig
+from lilpipe.config.sampling import SamplingConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import Sample
 from lilpipe.schemas.examples import Prompt, read_prompts

@@ -1,7 +1,7 @@
 import pytest
 
 from lilpipe.alignment.questions.formats import Example, Malformed, parse
-from lilpipe.config import PromptColumns
+from lilpipe.config.prompts import PromptColumns
 from lilpipe.schemas.messages import Message
 
 COLUMNS = PromptColumns()

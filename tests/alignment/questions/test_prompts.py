@@ -9,7 +9,7 @@ from lilpipe.alignment.questions import prompts as module
 from lilpipe.alignment.questions.families import FAMILIES, Difficulty
 from lilpipe.alignment.questions.prompts import SPLIT_SHARES, draw_tasks, split_of
 from lilpipe.alignment.verify.answers import as_text, first_paragraph, is_well_formed, verify
-from lilpipe.config import PromptsConfig
+from lilpipe.config.prompts import PromptsConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_conversations, read_exercises, read_prompts
 from lilpipe.stage import Workspace

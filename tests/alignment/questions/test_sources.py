@@ -12,7 +12,7 @@ from lilpipe.alignment.questions import prompts as module
 from lilpipe.alignment.questions.prompts import external
 from lilpipe.alignment.questions.sources import position
 from lilpipe.alignment.rewards.reward_functions import Response, Rewards
-from lilpipe.config import ANSWER_REWARD, PromptsConfig, PromptSource
+from lilpipe.config.prompts import ANSWER_REWARD, PromptsConfig, PromptSource
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import (
     assert_not_held_out,

@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from lilpipe.alignment.rewards import reward_functions as module
 from lilpipe.alignment.rewards.reward_functions import Response, Rewards, Scored, brevity_win, external, judge, reward
-from lilpipe.config import ANSWER_REWARD, RewardConfig, RewardConfigs, Section
-from lilpipe.config.prompts import RewardKind
+from lilpipe.config.prompts import ANSWER_REWARD, RewardConfig, RewardConfigs, RewardKind
+from lilpipe.config.section import Section
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Prompt
 from lilpipe.stage import Workspace

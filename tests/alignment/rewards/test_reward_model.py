@@ -14,7 +14,10 @@ from lilpipe.alignment.rewards.reward_model import (
     ranking_loss,
     run,
 )
-from lilpipe.config import ModelConfig, OptimizerConfig, ParallelConfig, RewardModelConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.parallel import ParallelConfig
+from lilpipe.config.reward_model import RewardModelConfig
+from lilpipe.config.training import OptimizerConfig
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model import heads
 from lilpipe.model.heads import save_head_model, with_head

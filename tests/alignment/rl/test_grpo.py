@@ -7,8 +7,9 @@ from lilpipe.alignment.rewards import reward_functions as rewards
 from lilpipe.alignment.rl import grpo
 from lilpipe.alignment.rl.grpo import run
 from lilpipe.alignment.rollout import rollouts
-from lilpipe.config import GRPOConfig, RewardConfig, SamplingConfig
-from lilpipe.config.reinforcement import WatchConfig
+from lilpipe.config.prompts import RewardConfig
+from lilpipe.config.reinforcement import GRPOConfig, WatchConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.distributed import Preempted
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model.hub import load_model, save_model

@@ -13,8 +13,10 @@ from lilpipe.alignment.rewards.reward_functions import Rewards
 from lilpipe.alignment.rl import ppo
 from lilpipe.alignment.rl.ppo import PPO, run
 from lilpipe.alignment.rollout.rollouts import Sampler, at_targets
-from lilpipe.config import PPOConfig, RewardConfig, SamplingConfig, TokenizerConfig
-from lilpipe.config.reinforcement import WatchConfig
+from lilpipe.config.prompts import RewardConfig
+from lilpipe.config.reinforcement import PPOConfig, WatchConfig
+from lilpipe.config.sampling import SamplingConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.distributed import Preempted
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model.heads import load_head_model, save_head_model, with_head

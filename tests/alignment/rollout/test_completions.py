@@ -4,7 +4,7 @@ import torch
 from lilpipe.alignment.rollout import completions
 from lilpipe.alignment.rollout.completions import complete, encode_question, pad_completions, up_to_stop
 from lilpipe.alignment.verify.answers import as_text
-from lilpipe.config import SamplingConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation.engine import Sample
 from lilpipe.model.hub import load_model

@@ -3,7 +3,9 @@ import pytest
 from lilpipe.alignment.rollout import completions, rejection_sampling, sampling
 from lilpipe.alignment.rollout.rejection_sampling import run, select
 from lilpipe.alignment.verify.answers import verify
-from lilpipe.config import RejectionSamplingConfig, RewardConfig, SamplingConfig
+from lilpipe.config.preferences import RejectionSamplingConfig
+from lilpipe.config.prompts import RewardConfig
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import Sample
 from lilpipe.schemas.examples import read_conversations, read_prompts

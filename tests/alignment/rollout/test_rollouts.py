@@ -18,7 +18,8 @@ from lilpipe.alignment.rollout.rollouts import (
     read_rollout,
     write_rollout,
 )
-from lilpipe.config import GRPOConfig, ModelConfig
+from lilpipe.config.model import ModelConfig
+from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.generation.engine import Sample
 from lilpipe.model.scores import IGNORED, token_scores

@@ -11,7 +11,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import list_files
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data import corpus
 from lilpipe.errors import DataError
 from lilpipe.stage import Workspace

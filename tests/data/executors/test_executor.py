@@ -6,7 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.errors import DataError
 from tests.data.executors.task_steps import NUM_TASKS, num_starts, output, run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data import corpus
 from lilpipe.data.executors import on_ray
 from lilpipe.data.executors.executor import open_executor

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deploy.slurm.one_host import find_missing, one_host
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.executors import on_slurm
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.errors import ClusterError, ConfigError, DataError, StoreError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lilpipe.config import DecontaminationConfig
+from lilpipe.config.corpus import DecontaminationConfig
 from lilpipe.data.filters.chain import Bounds, Document
 from lilpipe.data.filters.decontamination import (
     MATCHES,

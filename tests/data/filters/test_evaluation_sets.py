@@ -1,7 +1,6 @@
 import pytest
 
-from lilpipe.config import Source
-from lilpipe.config.corpus import Columns
+from lilpipe.config.corpus import Columns, Source
 from lilpipe.data.filters.evaluation_sets import prompt_sets, source_sets
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import PROMPT_SCHEMA

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 import zstandard
 
-from lilpipe.config import Source
+from lilpipe.config.corpus import Source
 from lilpipe.data.sources.files import BrokenStream, digest_files, find_files, open_file
 from lilpipe.errors import DataError
 

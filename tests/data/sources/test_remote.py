@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lilpipe.config import Source
+from lilpipe.config.corpus import Source
 from lilpipe.data.sources import remote
 from lilpipe.data.sources.files import digest_files, find_files, open_file
 from lilpipe.data.sources.readers import RawDocument, find_parts, read_part

@@ -1,4 +1,4 @@
-from lilpipe.config import CorpusConfig
+from lilpipe.config.corpus import CorpusConfig
 from lilpipe.stage import Stage
 
 

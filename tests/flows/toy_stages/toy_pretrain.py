@@ -1,6 +1,6 @@
 from toy_checkpoint import train
 
-from lilpipe.config import PretrainConfig
+from lilpipe.config.training import PretrainConfig
 from lilpipe.stage import Stage
 
 

@@ -1,6 +1,6 @@
 from toy_checkpoint import train
 
-from lilpipe.config import RegisterConfig
+from lilpipe.config.evaluate import RegisterConfig
 from lilpipe.stage import Stage
 
 

@@ -1,6 +1,6 @@
 from toy_checkpoint import train
 
-from lilpipe.config import SFTConfig
+from lilpipe.config.sft import SFTConfig
 from lilpipe.stage import Stage
 
 
