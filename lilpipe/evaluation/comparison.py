@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
@@ -18,17 +17,6 @@ Word = Literal["better", "worse", "no difference within the noise"]
 def paired(after: Sequence[float], before: Sequence[float]) -> Estimate:
     """Mean difference on the same prompts, whose error is below that of two means that are not paired."""
     return mean_estimate([a - b for a, b in zip(after, before, strict=True)])
-
-
-def over_seeds(differences: Sequence[Estimate]) -> Estimate:
-    """Mean of the differences of several seeds; ``n`` counts seeds.
-
-    Its error is the larger of that over seeds and that over prompts: few seeds may agree by chance. Between seeds the
-    prompts' errors are taken to be independent.
-    """
-    seeds = mean_estimate([difference.value for difference in differences])
-    prompts = math.sqrt(math.fsum(difference.stderr**2 for difference in differences)) / len(differences)
-    return Estimate(seeds.value, max(seeds.stderr, prompts), seeds.n)
 
 
 def beyond_noise(difference: Estimate) -> int:

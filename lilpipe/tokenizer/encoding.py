@@ -150,10 +150,6 @@ class Tokenizer:
         """Ids of text in which the name of a special token stands for it, such as a conversation put in writing."""
         return self._encoding.encode(text, allowed_special="all")
 
-    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """Ids of each text."""
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
-
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of the text as uint32, without a Python object for each; threads can do this side by side."""
         try:

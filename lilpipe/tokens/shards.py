@@ -139,11 +139,6 @@ class TokenStream:
             tokens=shard.tokens[shard.offsets[row] : shard.offsets[row + 1]],
         )
 
-    def document_at(self, position: int) -> int:
-        """Number of the document that holds the token at a position, by a binary search of ``offsets``."""
-        assert 0 <= position < self.num_tokens, f"position {position} of {self.num_tokens} tokens"
-        return int(np.searchsorted(self.offsets, position, side="right")) - 1
-
     def find(self, document_id: str) -> list[int]:
         """Numbers of the documents with that id, ascending; none where it is not in the stream."""
         found = find_id(self._ids, self._documents, document_id)

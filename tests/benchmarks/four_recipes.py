@@ -15,12 +15,13 @@ from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
 from lilpipe.config.overrides import parse_override
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.display import Display
-from lilpipe.evaluation.comparison import Comparison, over_seeds
+from lilpipe.evaluation.comparison import Comparison
 from lilpipe.metrics.pass_at_k import Estimate, mean_estimate
 from lilpipe.pipeline import run_step
 from lilpipe.pipeline_runs import new_pipeline_run
 from lilpipe.recipes import load
 from lilpipe.store import Store
+from tests.benchmarks.tables import over_seeds
 
 METRICS = {
     "accuracy": "accuracy",

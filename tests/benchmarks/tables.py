@@ -1,7 +1,10 @@
 """How benchmarks show what they found: a median with its spread, a ratio by rounds, and tables in Markdown."""
 
+import math
 import statistics
 from collections.abc import Sequence
+
+from lilpipe.metrics.pass_at_k import Estimate, mean_estimate
 
 
 def spread(values: Sequence[float], *, digits: int = 0) -> str:
@@ -29,3 +32,14 @@ def _cells(row: Sequence[str], widths: Sequence[int]) -> list[str]:
         text.rjust(width) if number else text.ljust(width)
         for number, (text, width) in enumerate(zip(row, widths, strict=True))
     ]
+
+
+def over_seeds(differences: Sequence[Estimate]) -> Estimate:
+    """Mean of the differences of several seeds; ``n`` counts seeds.
+
+    Its error is the larger of that over seeds and that over prompts: few seeds may agree by chance. Between seeds the
+    prompts' errors are taken to be independent.
+    """
+    seeds = mean_estimate([difference.value for difference in differences])
+    prompts = math.sqrt(math.fsum(difference.stderr**2 for difference in differences)) / len(differences)
+    return Estimate(seeds.value, max(seeds.stderr, prompts), seeds.n)

@@ -3,8 +3,9 @@ from statistics import fmean, stdev
 
 import pytest
 
-from lilpipe.evaluation.comparison import Comparison, beyond_noise, over_seeds, paired, wording
+from lilpipe.evaluation.comparison import Comparison, beyond_noise, paired, wording
 from lilpipe.metrics.pass_at_k import Estimate
+from tests.benchmarks.tables import over_seeds
 
 
 def test_better_is_said_only_outside_of_two_standard_errors():
