@@ -155,7 +155,7 @@ def test_a_network_namespace_alone_reaches_no_address():
 
 def test_landlock_alone_closes_files_outside_and_leaves_those_inside(tmp_path):
     code = (
-        f"import confined, os\nprint(confined.landlock(['/usr/lib'], {str(tmp_path)!r}))\n"
+        f"import sandbox_child, os\nprint(sandbox_child.landlock(['/usr/lib'], {str(tmp_path)!r}))\n"
         f"open({str(tmp_path / 'mine')!r}, 'w').write('x')\n"
         "try: open('/etc/passwd')\nexcept PermissionError: print('closed')"
     )
