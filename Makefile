@@ -14,7 +14,7 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: pipeline test server-test distributed-test slow-test cluster-test lint setup up down seeds recipes clean
+.PHONY: pipeline test server-test distributed-test slow-test cluster-test lint docs setup up down seeds recipes clean
 
 INSTALLED := $(VENV)/.installed
 
@@ -38,6 +38,9 @@ cluster-test: setup ## Tasks and workers on a real Slurm and Ray of this host; s
 
 lint: setup ## Style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+docs: setup ## The documentation site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 up: setup ## Start Prefect, a worker and MLflow on loopback, and register the deployments
 	@$(BIN)/python -m flows.servers up
