@@ -54,7 +54,7 @@ seeds: setup ## The pipeline on three seeds, and the table over them
 recipes: setup ## The four recipes of post-training on three seeds, and the table over them
 	$(BIN)/python -m tests.benchmarks.four_recipes
 
-setup: $(INSTALLED)
+setup: $(INSTALLED) ## Create .venv with the pinned packages; every other target does it first
 
 # Plain pip: it takes a CPU build of torch 2.13.0 where one is on offer.
 $(INSTALLED): pyproject.toml constraints.txt

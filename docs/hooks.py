@@ -1,6 +1,7 @@
 """MkDocs hooks: add the generated reference pages to the site and to its navigation.
 
-A navigation entry that ends in `/` stands for all generated pages below that folder, in their order.
+A navigation entry that ends in `/` stands for all pages below that folder: the index, then the others by name, then
+generated pages in the order in which they are made.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).resolve().parents[1]
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))  # `mkdocs` is not run as a module of this repository
 
 
@@ -51,5 +53,7 @@ def _expand(entry: Any) -> Any:
     if isinstance(entry, list):
         return [_expand(value) for value in entry]
     if entry.endswith("/"):
-        return [path for path in generated_pages() if path.startswith(entry)]
+        written = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / entry).rglob("*.md"))
+        pages = [path for path in (*written, *generated_pages()) if path.startswith(entry)]
+        return sorted(pages, key=lambda path: not path.endswith("index.md"))
     return entry

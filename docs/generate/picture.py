@@ -6,15 +6,15 @@ from html import escape
 
 from lilpipe.config import DEFAULT_STEPS
 
-WIDTH, HEIGHT = 1000, 660
+WIDTH, HEIGHT = 1000, 672
 GROUPS = {
     "Data": ("prompts", "corpus", "tokenizer", "tokens"),
     "Pretraining": ("pretrain",),
     "Post-training": (),  # the steps that no other group names
     "Release": ("evaluate", "register"),
 }
-PILL_WIDTH, PILL_HEIGHT, GAP = 128, 34, 10
-PANEL_TOP, PANEL_HEIGHT = 262, 168
+PILL_WIDTH, PILL_HEIGHT, GAP = 128, 36, 10
+PANEL_TOP, PANEL_HEIGHT = 262, 176
 
 STYLE = """
 text { font-family: ui-sans-serif, system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; fill: #1f2d33; }
@@ -25,9 +25,9 @@ text { font-family: ui-sans-serif, system-ui, "Segoe UI", Roboto, "Helvetica Neu
 .pill { fill: #ffffff; stroke: #546e7a; }
 .arrow { stroke: #546e7a; stroke-width: 1.6; fill: none; marker-end: url(#head); }
 .head { fill: #546e7a; }
-.title { font-weight: 700; font-size: 16px; }
-.note { font-size: 13px; fill: #4a5d65; }
-.step { font-size: 14px; font-family: ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
+.title { font-weight: 700; font-size: 19px; }
+.note { font-size: 16px; fill: #37474f; }
+.step { font-size: 15.5px; font-family: ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 """
 
 
@@ -49,7 +49,7 @@ def draw() -> str:
     ]
     starts = {
         "lilpipe run": "in this process",
-        "Prefect": "deployments, schedules, retries, web UI",
+        "Prefect": "deployments, retries, web UI",
         "Settings": "recipe, then TOML file, then --set",
     }
     for number, (title, note) in enumerate(starts.items()):
@@ -60,15 +60,15 @@ def draw() -> str:
         24,
         126,
         952,
-        84,
+        90,
         "Plan",
         [
-            "fingerprint of a step = SHA-256 of stage, settings, digests of inputs, code and package versions",
+            "fingerprint of a step = SHA-256 of stage, settings, content of inputs, code, package versions",
             "found in the store: cached.   Not found: the step runs, or resumes where it was killed.",
         ],
         kind="plan",
     )
-    parts.append(_arrow(500, 210, 500, PANEL_TOP - 2))
+    parts.append(_arrow(500, 216, 500, PANEL_TOP - 2))
     parts += _steps()
     bottom = PANEL_TOP + PANEL_HEIGHT
     columns = [
@@ -77,8 +77,8 @@ def draw() -> str:
             304,
             "Store",
             [
-                "artifacts/  data and manifest.json",
-                "work/  steps in progress, checkpoints",
+                "artifacts/ with manifest.json",
+                "work/ in progress, checkpoints",
                 "a directory, or any fsspec URL",
             ],
         ),
@@ -96,14 +96,14 @@ def draw() -> str:
         ),
     ]
     for left, width, title, notes in columns:
-        parts += _box(left, 520, width, 114, title, notes)
+        parts += _box(left, 524, width, 124, title, notes)
     parts += [
-        _arrow(130, bottom + 2, 130, 518, both=True),
-        _label(142, 480, "artifacts"),
-        _arrow(454, bottom + 2, 454, 518, both=True),
-        _label(466, 480, "job file, heartbeats"),
-        _arrow(778, bottom + 2, 778, 518),
-        _label(790, 480, "events.jsonl"),
+        _arrow(130, bottom + 2, 130, 522, both=True),
+        _label(142, 487, "artifacts"),
+        _arrow(454, bottom + 2, 454, 522, both=True),
+        _label(466, 487, "job file, heartbeats"),
+        _arrow(778, bottom + 2, 778, 522),
+        _label(790, 487, "events.jsonl"),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
@@ -129,10 +129,9 @@ def _steps() -> list[str]:
         for place, name in enumerate(names):
             x = left + GAP + place // rows * (PILL_WIDTH + GAP)
             y = PANEL_TOP + 36 + place % rows * (PILL_HEIGHT + GAP)
-            size = ' style="font-size: 11px"' if len(name) > 15 else ""
             parts.append(
                 f'<rect class="pill" x="{x:g}" y="{y}" width="{PILL_WIDTH}" height="{PILL_HEIGHT}" rx="6"/>'
-                f'<text class="step" x="{x + PILL_WIDTH / 2:g}" y="{y + 22}" text-anchor="middle"{size}>{name}</text>'
+                + _step_name(name, x + PILL_WIDTH / 2, y)
             )
         left += width
         if number < len(groups) - 1:
@@ -142,6 +141,17 @@ def _steps() -> list[str]:
     return parts
 
 
+def _step_name(name: str, middle: float, top: float) -> str:
+    """The name in its pill; a long one on two lines."""
+    if len(name) <= 13:
+        return f'<text class="step" x="{middle:g}" y="{top + 24:g}" text-anchor="middle">{name}</text>'
+    cut = name.index("_") + 1
+    return "".join(
+        f'<text class="step" style="font-size: 13px" x="{middle:g}" y="{y:g}" text-anchor="middle">{part}</text>'
+        for part, y in ((name[:cut], top + 16), (name[cut:], top + 30))
+    )
+
+
 def _box(left: int, top: int, width: int, height: int, title: str, notes: list[str], kind: str = "box") -> list[str]:
     middle = left + width / 2
     lines = [
@@ -149,7 +159,7 @@ def _box(left: int, top: int, width: int, height: int, title: str, notes: list[s
         f'<text class="title" x="{middle:g}" y="{top + 25}" text-anchor="middle">{escape(title)}</text>',
     ]
     for number, note in enumerate(notes):
-        y = top + 48 + 22 * number
+        y = top + 50 + 24 * number
         lines.append(f'<text class="note" x="{middle:g}" y="{y}" text-anchor="middle">{escape(note)}</text>')
     return lines
 

@@ -216,18 +216,30 @@ def show_type(annotation: Any) -> str:
     origin, parts = get_origin(annotation), _parts(annotation)
     if origin is Annotated:
         inner, *marks = get_args(annotation)
-        return " ".join([show_type(inner), *filter(None, map(_constraint, marks))])
+        constraints = [text for text in map(_constraint, marks) if text]
+        if constraints and constraints[0].startswith("≥") and constraints[1:] and constraints[1].startswith("≤"):
+            constraints = [f"from {constraints[0][2:]} to {constraints[1][2:]}"]
+        return " ".join([show_type(inner), *constraints])
     if origin is Literal:
         return " or ".join(f"`{json.dumps(choice)}`" for choice in parts)
     if origin in (Union, types.UnionType):
         return " or ".join(show_type(part) for part in parts)
     if origin in (tuple, list):
-        return f"list of {show_type(parts[0])}"
+        return f"list of {_plural(parts[0])}"
     if origin is dict:
-        return f"table of {show_type(parts[1])}"
+        return f"table of {_plural(parts[1])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "table"
     return {int: "integer", float: "number", bool: "boolean", str: "string"}.get(annotation, "any value")
+
+
+def _plural(annotation: Any) -> str:
+    """Items of a list: `integers > 0`, `tables`."""
+    text = show_type(annotation)
+    noun, space, constraint = text.partition(" ")
+    if get_origin(annotation) is Literal:
+        return text
+    return "any values" if text == "any value" else f"{noun}s{space}{constraint}"
 
 
 def _constraint(mark: Any) -> str:

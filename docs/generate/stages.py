@@ -24,6 +24,7 @@ def pages() -> dict[str, str]:
         inputs = [f"`{role}` ({kind})" for role, kind in stage.inputs.items()]
         inputs += [f"*`{role}` ({kind})*" for role, kind in stage.optional_inputs.items()]
         purpose = (inspect.getdoc(sys.modules[STAGES[name]]) or "").split("\n\n")[0].replace("\n", " ")
+        purpose = purpose.removeprefix(f"Stage `{name}`: ")
         settings = f"[`{name}`](settings/{name}.md)"
         lines.append(f"| {settings} | {'<br>'.join(inputs) or 'none'} | {stage.output} | {purpose} |")
     return {"reference/stages.md": "\n".join(lines) + "\n"}
