@@ -36,8 +36,8 @@ slow-test: setup ## Tests that take minutes each: more processes, more kills
 cluster-test: setup ## Tasks and workers on a real Slurm and Ray of this host; says what to install for those it skips
 	$(BIN)/python -m pytest tests/data/executors/test_slurm.py tests/data/executors/test_ray.py tests/launch/test_srun.py -rs
 
-lint: setup ## Style and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+lint: setup ## Style, the order of imports, and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/pyright
 
 docs: setup ## The documentation site in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

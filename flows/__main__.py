@@ -50,9 +50,9 @@ def _prefect_api(home: Path) -> Server | None:
 
 def _run(recipe: str, config: Path | None, overrides: list[str], seed: int | None, server: Server | None) -> int:
     """Run the flow with a display, and return the exit status. Imports wait until the API is on its way."""
+    from lilpipe.config.overrides import parse_override
     from lilpipe.display import Display
     from lilpipe.errors import LilpipeError
-    from lilpipe.overrides import parse_override
     from lilpipe.recipes import load
 
     display = Display()

@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from lilpipe.config import PipelineConfig, SamplingConfig, Step
+from lilpipe.config.overrides import explain, parse_override
 from lilpipe.errors import ConfigError, LilpipeError
-from lilpipe.overrides import explain, parse_override
 from lilpipe.pipeline import Listener, changes, check_wiring, plan, run_step
+from lilpipe.pipeline_runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.recipes import load
-from lilpipe.runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -232,7 +232,7 @@ def talk(
 ) -> None:
     """Talk to a checkpoint in the terminal."""
     from lilpipe.generation.chat import chat
-    from lilpipe.generation.locate import locate
+    from lilpipe.locate import locate
 
     _, directory = locate(model, _load(recipe, config, overrides, seed), Store())
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "max_new_tokens": max_tokens}
@@ -256,8 +256,8 @@ def serve_model(
     max_rows: Annotated[int, typer.Option(min=1, help="Answers decoded at once; others wait.")] = 32,
 ) -> None:
     """Serve a checkpoint as OpenAI's API, with a page to chat."""
-    from lilpipe.generation.locate import locate
     from lilpipe.generation.serve import serve
+    from lilpipe.locate import locate
 
     found, directory = locate(model, _load(recipe, config, overrides, seed), Store())
     serve(directory, name=name or found, host=host, port=port, max_rows=max_rows)

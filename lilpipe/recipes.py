@@ -34,8 +34,8 @@ from lilpipe.config import (
     TokenizerConfig,
     TokensConfig,
 )
+from lilpipe.config.overrides import dotted, explain, merge, set_dotted
 from lilpipe.errors import ConfigError
-from lilpipe.overrides import dotted, explain, merge, set_dotted
 from lilpipe.scaling.depth import derive
 
 

@@ -2,10 +2,11 @@
 
 from typing import Any, cast
 
-from lilpipe.alignment.prompts import DOCUMENT_SCHEMA
-from lilpipe.alignment.tables import write_table as write_rows_whole
 from lilpipe.artifact import Artifact, Manifest
-from lilpipe.data.documents import documents_schema, write_rows
+from lilpipe.schemas.documents import documents_schema
+from lilpipe.schemas.examples import DOCUMENT_SCHEMA
+from lilpipe.schemas.tables import write_rows
+from lilpipe.schemas.tables import write_rows as write_rows_whole
 
 
 def artifact(path):

@@ -8,7 +8,7 @@ import pytest
 
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES, FRONT, llama3
 from lilpipe.config import PipelineConfig
-from lilpipe.overrides import merge
+from lilpipe.config.overrides import merge
 from lilpipe.pipeline import check_wiring, plan, run_step
 from lilpipe.recipes import tiny
 

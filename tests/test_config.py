@@ -1,8 +1,8 @@
 import pytest
 
 from lilpipe.config import CorpusConfig, ModelConfig, PipelineConfig, PretrainConfig
+from lilpipe.config.overrides import parse_override
 from lilpipe.errors import ConfigError
-from lilpipe.overrides import parse_override
 from lilpipe.recipes import load
 
 

@@ -60,7 +60,7 @@ def test_every_stage_depends_on_its_own_code_and_not_on_another_stages():
     others = (
         "lilpipe.alignment",
         "lilpipe.data.corpus",
-        "lilpipe.data.filters.build",
+        "lilpipe.data.build_filters",
         "lilpipe.tokens.build",
         "lilpipe.store",
     )

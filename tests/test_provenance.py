@@ -5,12 +5,12 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from lilpipe.alignment.prompts import DOCUMENT_SCHEMA
 from lilpipe.cli import app
-from lilpipe.data.documents import write_rows
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.pipeline import _manifest, plan
 from lilpipe.recipes import load
+from lilpipe.schemas.examples import DOCUMENT_SCHEMA
+from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from lilpipe.store import Store
 from lilpipe.tokenizer.bpe import train

@@ -3,12 +3,12 @@ from typing import Any
 
 import pytest
 
-from lilpipe.events import flatten, read_events
 from lilpipe.pipeline import run_step
-from lilpipe.runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.pipeline_runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker
 from lilpipe.tracking.client import batches
+from lilpipe.tracking.events import flatten, read_events
 from lilpipe.tracking.runs import EXPERIMENT
 from tests.flows import toys
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from lilpipe.config.section import Operational, Section
-
-if TYPE_CHECKING:
-    from lilpipe.config.model import ModelConfig
-    from lilpipe.config.training import ParallelSection, PretrainConfig
 
 
 class Layout(NamedTuple):
@@ -68,99 +63,6 @@ class ParallelConfig(Section):
                 f"num_workers {num_workers} must be {product} x replicate {replicate} = {replicate * others}"
             )
         return Layout(self.pipeline, replicate, self.shard, self.context, self.tensor)
-
-
-def check_layout(config: PretrainConfig) -> None:
-    """Raise ``ValueError``, with the arithmetic, for a layout in which the model or its batches cannot be cut."""
-    for problem in _problems(config):
-        raise ValueError(problem)
-
-
-def check_vocabulary(layout: Layout, vocab_size: int) -> None:
-    """Raise ``ValueError`` for a vocabulary that tensor parallelism cannot divide."""
-    if vocab_size % layout.tensor:
-        raise ValueError(
-            f"parallel.tensor {layout.tensor} must divide the vocabulary of {vocab_size}, of which "
-            f"{vocab_size % layout.tensor} are left over; take tokenizer.vocab_size "
-            f"{vocab_size - vocab_size % layout.tensor} or {vocab_size - vocab_size % layout.tensor + layout.tensor}"
-        )
-
-
-def check_model(section: ParallelSection, model: ModelConfig) -> None:
-    """Raise ``ValueError`` for a layout in which a model, whose sequences are to be any, cannot be cut."""
-    for problem in (
-        *_model_problems(section, model),
-        *_schedule_problems(section.parallel, "accumulation_steps", section.accumulation_steps),
-    ):
-        raise ValueError(problem)
-
-
-def _model_problems(section: ParallelSection, model: ModelConfig) -> Iterator[str]:
-    layout = section.layout
-    if section.parallel.schedule == "zero_bubble" and section.activation_checkpointing == "selective":
-        yield (
-            "activation_checkpointing selective does not go with parallel.schedule zero_bubble, which goes through a "
-            "block's graph twice; take full or none, or the schedule interleaved"
-        )
-    yield from _stage_problems(section.parallel, model.num_layers)
-    for name, size in _divided_by_tensor(model).items():
-        if size % layout.tensor:
-            yield f"parallel.tensor {layout.tensor} must divide model.{name} {size}"
-
-
-def _problems(config: PretrainConfig) -> Iterator[str]:
-    parallel, layout = config.parallel, config.layout
-    yield from _model_problems(config, config.model)
-    for phase in config.resolved_phases:
-        if phase.seq_len % layout.seq_len_multiple:
-            yield (
-                f"{phase.setting('seq_len')} {phase.seq_len} must be a multiple of {layout.seq_len_multiple}, so that "
-                f"2 x parallel.context {layout.context} chunks, and the tokens of each context part over "
-                f"parallel.tensor {layout.tensor}, come out even"
-            )
-        yield from _schedule_problems(parallel, phase.setting("accumulation_steps"), phase.accumulation_steps)
-
-
-def _stage_problems(parallel: ParallelConfig, num_layers: int) -> Iterator[str]:
-    per_worker, schedule = parallel.stages_per_worker, parallel.schedule
-    num_stages = parallel.pipeline * per_worker
-    if parallel.pipeline == 1 and (per_worker > 1 or schedule != "1f1b"):
-        yield (
-            f"parallel.schedule {schedule} and stages_per_worker {per_worker} would be ignored by pipeline 1; leave "
-            "them out, or take pipeline 2 or more"
-        )
-    if schedule == "1f1b" and per_worker > 1:
-        yield f"parallel.stages_per_worker {per_worker} must be 1 for schedule 1f1b; or take interleaved"
-    if schedule != "1f1b" and per_worker < 2:
-        yield f"parallel.stages_per_worker {per_worker} must be 2 or more for schedule {schedule}; or take 1f1b"
-    if num_layers < num_stages:
-        yield (
-            f"model.num_layers {num_layers} must be at least parallel.pipeline x stages_per_worker = "
-            f"{parallel.pipeline} x {per_worker} = {num_stages} stages"
-        )
-
-
-def _schedule_problems(parallel: ParallelConfig, setting: str, micro_batches: int) -> Iterator[str]:
-    if parallel.schedule == "1f1b" and micro_batches < parallel.pipeline:
-        yield (
-            f"{setting} {micro_batches} must be at least parallel.pipeline {parallel.pipeline}: with fewer "
-            "micro-batches than stages some stages never work"
-        )
-    if parallel.schedule != "1f1b" and micro_batches % parallel.pipeline:
-        yield (
-            f"{setting} {micro_batches} must be a multiple of parallel.pipeline {parallel.pipeline} for schedule "
-            f"{parallel.schedule}"
-        )
-
-
-def _divided_by_tensor(model: ModelConfig) -> dict[str, int]:
-    """Sizes of the model of which each process of tensor parallelism has a part."""
-    sizes = {"num_heads": model.num_heads}
-    if model.mla is None:
-        sizes["num_kv_heads"] = model.num_kv_heads
-    if model.moe is None or model.moe.first_dense_layers > 0:
-        sizes["intermediate_size"] = model.intermediate_size
-    return sizes
 
 
 class SlurmLaunchConfig(Section):

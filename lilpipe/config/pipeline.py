@@ -9,8 +9,9 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
+from lilpipe.config.layout_checks import check_vocabulary
 from lilpipe.config.model import ImportModelConfig
-from lilpipe.config.parallel import check_vocabulary
+from lilpipe.config.overrides import set_dotted
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
@@ -19,7 +20,6 @@ from lilpipe.config.section import Section
 from lilpipe.config.sft import SFTConfig
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
 from lilpipe.config.training import PretrainConfig
-from lilpipe.overrides import set_dotted
 
 
 class Step(Section):

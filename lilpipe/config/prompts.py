@@ -142,7 +142,7 @@ class PromptsConfig(Section):
     seed: int = 0
     """Seed of the generator."""
     families: tuple[str, ...] = ("copy", "reverse", "sort")
-    """Task families; `lilpipe.alignment.prompts.FAMILIES` lists them."""
+    """Task families; `lilpipe.alignment.questions.prompts.FAMILIES` lists them."""
     difficulty: dict[str, tuple[PositiveInt, PositiveInt]] = {}
     """Least and most difficulty of a family, in its unit (items, digits, operations); its default where none is given.
     Pretraining's exercises leave out the hardest."""

@@ -13,7 +13,7 @@ from lilpipe.config.training import OptimizerConfig, ParallelSection
 
 
 class WatchConfig(Section):
-    """When a run of reinforcement learning has collapsed and stops: see `lilpipe.alignment.watch`."""
+    """When a run of reinforcement learning has collapsed and stops: see `alignment/rollout/collapse_monitor.py`."""
 
     patience: PositiveInt = 30
     """Rollouts in a row for which a limit must be passed; half as many raise an alarm."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from lilpipe.config.section import NumWorkers, Section
-from lilpipe.tokenizer.patterns import PATTERNS, is_misspelt
+
+PATTERN_NAMES = ("single_digits", "gpt2", "gpt4", "gpt4o", "llama3")
+"""The patterns of ``lilpipe.tokenizer.patterns``."""
 
 
 class OtherTokenizer(Section):
@@ -64,8 +67,11 @@ class TokenizerConfig(Section):
 
 
 def _refuse_misspelt(pattern: str | None) -> None:
-    if pattern is not None and is_misspelt(pattern):
-        raise ValueError(f"pattern: got {pattern!r}, expected a regular expression or one of {', '.join(PATTERNS)}")
+    """Refuse a single word, which is a misspelt name and hardly a pattern."""
+    if pattern is not None and pattern not in PATTERN_NAMES and re.fullmatch(r"\w+", pattern):
+        raise ValueError(
+            f"pattern: got {pattern!r}, expected a regular expression or one of {', '.join(PATTERN_NAMES)}"
+        )
 
 
 class TokensConfig(Section):

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from lilpipe.config.layout_checks import check_model, check_phases
 from lilpipe.config.model import ModelConfig
-from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig, check_layout
+from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig
 from lilpipe.config.phases import MixtureConfig, Phase, PhaseConfig, resolve_phases
 from lilpipe.config.section import Operational, Rounding, Section, Share
 
@@ -205,7 +206,8 @@ class PretrainConfig(ParallelSection):
 
     @model_validator(mode="after")
     def _layout_fits(self) -> PretrainConfig:
-        check_layout(self)
+        check_model(self.parallel, self.layout, self.model, activation_checkpointing=self.activation_checkpointing)
+        check_phases(self.parallel, self.layout, self.resolved_phases)
         return self
 
     @model_validator(mode="after")

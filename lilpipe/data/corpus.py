@@ -20,11 +20,10 @@ import numpy as np
 
 from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
 from lilpipe.config import CorpusConfig, Source
+from lilpipe.data.build_filters import build_filters
 from lilpipe.data.counts import Counts, count_documents
-from lilpipe.data.documents import read_documents, read_rejected, read_table, write_table
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
-from lilpipe.data.filters.build import build_filters
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.filters.classifier import keep_threshold
 from lilpipe.data.filters.decontamination import EvaluationIndex
@@ -39,6 +38,8 @@ from lilpipe.data.sources.readers import digest_source, find_parts
 from lilpipe.data.trace import Thresholds, write_thresholds
 from lilpipe.data.work import Work
 from lilpipe.errors import DataError
+from lilpipe.schemas.documents import read_documents, read_rejected
+from lilpipe.schemas.tables import read_table, write_table
 from lilpipe.stage import Metrics, Stage, Workspace
 
 __all__ = ["STAGE", "read_documents", "read_rejected"]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from lilpipe.data.documents import read_documents, read_rejected, score_values
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.trace import Thresholds
+from lilpipe.schemas.documents import read_documents, read_rejected, score_values
 
 
 @dataclass

@@ -10,23 +10,16 @@ import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.config import CorpusConfig
-from lilpipe.data.documents import (
-    ROWS_PER_BATCH,
-    TableWriter,
-    documents_schema,
-    documents_table,
-    read_table,
-    rejected_schema,
-    rejected_table,
-    write_rows,
-)
-from lilpipe.data.filters.build import build_filters
+from lilpipe.data.build_filters import build_filters
+from lilpipe.data.documents import documents_table, rejected_table
 from lilpipe.data.filters.chain import Document, Rejection, run_filters, score_names
 from lilpipe.data.filters.decontamination import MATCHES, DecontaminationFilter
 from lilpipe.data.late import CLASSIFIER_SCORE, SIMILARITY, LateVerdict, LateVerdicts, kept_file, rejected_file
 from lilpipe.data.learn import Learnt
 from lilpipe.data.minhash import SignatureWriter
 from lilpipe.data.sorting import Selection
+from lilpipe.schemas.documents import documents_schema, rejected_schema
+from lilpipe.schemas.tables import ROWS_PER_BATCH, TableWriter, read_table, write_rows
 
 BATCH_BYTES = 2 * 2**20
 """Of text, after which a batch of documents is written."""

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from lilpipe.config import DecontaminationConfig
-from lilpipe.data.documents import read_table
 from lilpipe.data.filters.decontamination import MATCHES, EvaluationIndex
 from lilpipe.report import heading, note, table, text_block
+from lilpipe.schemas.tables import read_table
 
 MATCHES_FILE = "evaluation_matches.arrow"
 NUM_EXAMPLES = 10

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from lilpipe.data.documents import read_table, score_values
 from lilpipe.data.filters.chain import Rejection
+from lilpipe.schemas.documents import score_values
+from lilpipe.schemas.tables import read_table
 
 CLASSIFIER_SCORE = "classifier.score"
 SIMILARITY = "near_dedup.similarity"

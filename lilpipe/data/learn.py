@@ -14,7 +14,6 @@ from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import write_atomically
 from lilpipe.config import CorpusConfig, Source
-from lilpipe.data.documents import read_table, write_table
 from lilpipe.data.filters.classifier import MODEL_FILE, train
 from lilpipe.data.filters.decontamination import EvaluationIndex, write_index
 from lilpipe.data.filters.evaluation_sets import prompt_sets, source_sets
@@ -25,6 +24,7 @@ from lilpipe.data.sorting import Selection
 from lilpipe.data.sources.readers import FirstBytes, Unreadable, find_parts, read_part
 from lilpipe.data.survey import KeyCounter, MergeCounts, MergePages, MergeTask, PageList, plan_merge, shard_buckets
 from lilpipe.data.work import Work
+from lilpipe.schemas.tables import read_table, write_table
 
 CLASSIFIER_REPORT = "classifier.json"
 

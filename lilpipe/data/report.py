@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 from lilpipe.config import CorpusConfig
 from lilpipe.data.counts import Counts, SourceCounts, Tally
-from lilpipe.data.documents import read_documents, read_rejected
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.histograms import score_histograms
 from lilpipe.data.trace import Thresholds
 from lilpipe.report import COLOURS, bars, figure, heading, histograms, note, page, table, text_block
+from lilpipe.schemas.documents import read_documents, read_rejected
 
 NUM_SAMPLES = 10
 SAMPLES_PER_REASON = 10

@@ -20,10 +20,11 @@ import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import write_atomically
-from lilpipe.data.documents import ORIGIN, read_table, write_table
 from lilpipe.data.filters.chain import Document
 from lilpipe.data.filters.normalise import normalise
 from lilpipe.data.sources.readers import FirstBytes, Part, RawDocument, Unreadable, read_part
+from lilpipe.schemas.documents import ORIGIN
+from lilpipe.schemas.tables import read_table, write_table
 
 RUN_BYTES = 8 * 2**20
 ROWS_AT_A_TIME = 256

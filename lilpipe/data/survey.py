@@ -21,8 +21,8 @@ import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import write_atomically
-from lilpipe.data.documents import read_table, write_table
 from lilpipe.data.filters.chain import Document
+from lilpipe.schemas.tables import read_table, write_table
 
 FILE_KEYS = 2**20
 """Most keys that a file of a shard is made from."""
@@ -245,21 +245,6 @@ def _frequent(keys: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
 def _group_starts(keys: np.ndarray) -> np.ndarray:
     """Where in sorted keys each key occurs first."""
     return np.flatnonzero(np.concatenate([np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]]))
-
-
-def frequent_keys(paths: Sequence[Path]) -> np.ndarray:
-    """The keys that ``MergeCounts`` wrote, sorted, uint64; mapped where they are one file."""
-    parts = [read_table(path)["key"].to_numpy() for path in paths]
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint64), *parts])
-
-
-def contains(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Which of ``wanted`` are among the sorted ``keys``, as booleans."""
-    if not len(keys):
-        return np.zeros(len(wanted), bool)
-    places = np.searchsorted(keys, wanted)
-    places[places == len(keys)] = 0
-    return keys[places] == wanted
 
 
 class MergePages(PipelineStep):

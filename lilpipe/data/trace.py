@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lilpipe.artifact import write_atomically
-from lilpipe.data.documents import read_documents, read_rejected
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.errors import DataError
+from lilpipe.schemas.documents import read_documents, read_rejected
 
 FILTERS_FILE = "filters.json"
 MAX_SUGGESTIONS = 5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
 
-from lilpipe.data.executors.executor import RunTasks
+from lilpipe.data.executors.run_tasks import RunTasks
 from lilpipe.stage import Workspace
 
 PERCENT = {

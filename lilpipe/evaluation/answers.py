@@ -14,17 +14,17 @@ from pathlib import Path
 import pyarrow as pa
 
 from lilpipe import distributed
-from lilpipe.alignment.chunks import Row, run_chunks
-from lilpipe.alignment.completions import PromptForm, complete
-from lilpipe.alignment.prompts import Prompt
-from lilpipe.alignment.rewards import Response, Rewards
-from lilpipe.alignment.sampling import SAMPLE_SCHEMA, sample_rows
+from lilpipe.alignment.rewards.reward_functions import Response, Rewards
+from lilpipe.alignment.rollout.completions import PromptForm, complete
+from lilpipe.alignment.rollout.sampling import SAMPLE_SCHEMA, sample_rows
 from lilpipe.artifact import Artifact
 from lilpipe.config import EvaluateConfig
 from lilpipe.errors import ConfigError
-from lilpipe.evaluation.bits_per_byte import bits_per_byte
+from lilpipe.metrics.bits_per_byte import bits_per_byte
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.chunks import Row, run_chunks
+from lilpipe.schemas.examples import Prompt
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer

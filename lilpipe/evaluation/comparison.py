@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
-from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate
+from lilpipe.metrics.pass_at_k import Estimate, mean_estimate
 
 NOISE_ERRORS = 2.0
 """Standard errors within which a difference is noise: 1 in 20 differences of equals lies outside."""

@@ -13,10 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lilpipe import distributed
-from lilpipe.alignment.chunks import Row
-from lilpipe.alignment.prompts import Prompt, read_prompts
-from lilpipe.alignment.rewards import Rewards, external
-from lilpipe.alignment.sampling import load_rewards
+from lilpipe.alignment.rewards.reward_functions import Rewards, external
+from lilpipe.alignment.rollout.sampling import load_rewards
 from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config import EvaluateConfig, RewardConfig
 from lilpipe.errors import ConfigError
@@ -32,9 +30,11 @@ from lilpipe.evaluation.games import (
     reference_answers,
     set_against,
 )
-from lilpipe.evaluation.pass_at_k import Estimate
 from lilpipe.evaluation.report import write_page
 from lilpipe.evaluation.scores import Estimates, Evaluation, comparisons, score_all, score_by
+from lilpipe.metrics.pass_at_k import Estimate
+from lilpipe.schemas.chunks import Row
+from lilpipe.schemas.examples import Prompt, read_prompts
 from lilpipe.stage import Metrics, Stage, Workspace
 
 REFERENCE_ANSWERS = "reference answers"

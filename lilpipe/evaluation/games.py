@@ -13,14 +13,14 @@ from itertools import islice
 import pyarrow as pa
 
 from lilpipe import distributed
-from lilpipe.alignment.chunks import Row, run_chunks
-from lilpipe.alignment.prompts import Prompt
-from lilpipe.alignment.rewards import brevity_win, judge
-from lilpipe.alignment.sampling import by_prompt
+from lilpipe.alignment.rewards.reward_functions import brevity_win, judge
+from lilpipe.alignment.rollout.sampling import by_prompt
 from lilpipe.config import JudgeConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation.judge import Judge, Outcome, Pairing, check_readable
-from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate
+from lilpipe.metrics.pass_at_k import Estimate, mean_estimate
+from lilpipe.schemas.chunks import Row, run_chunks
+from lilpipe.schemas.examples import Prompt
 from lilpipe.stage import Workspace
 
 OUTCOME_SCHEMA = pa.schema([("win", pa.float64()), ("flipped", pa.bool_())])

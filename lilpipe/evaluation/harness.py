@@ -25,8 +25,8 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import generate
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE
 
 MAX_NEW_TOKENS = 256
 """Longest answer where a task does not say, as the harness's own models have it."""

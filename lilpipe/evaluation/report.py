@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from lilpipe import report
-from lilpipe.alignment.chunks import Row
-from lilpipe.alignment.prompts import Prompt
 from lilpipe.evaluation.games import ending
-from lilpipe.evaluation.pass_at_k import Estimate
 from lilpipe.evaluation.scores import Estimates, Evaluation, comparisons, label, score_by
+from lilpipe.metrics.pass_at_k import Estimate
+from lilpipe.schemas.chunks import Row
+from lilpipe.schemas.examples import Prompt
 
 NUM_EXAMPLES = 20
 RULES = {

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lilpipe.alignment.chunks import Row
-from lilpipe.alignment.prompts import Prompt
-from lilpipe.alignment.sampling import by_prompt
+from lilpipe.alignment.rollout.sampling import by_prompt
 from lilpipe.config import EvaluateConfig
 from lilpipe.evaluation.comparison import Comparison, paired
 from lilpipe.evaluation.games import Outcomes, win_scores
-from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate, pass_at_k, share_estimate
+from lilpipe.metrics.pass_at_k import Estimate, mean_estimate, pass_at_k, share_estimate
+from lilpipe.schemas.chunks import Row
+from lilpipe.schemas.examples import Prompt
 
 Estimates = dict[str, Estimate]
 

@@ -9,7 +9,8 @@ from lilpipe.config import SamplingConfig
 from lilpipe.generation.engine import stream
 from lilpipe.generation.text import TextStream, token_bytes
 from lilpipe.model.hub import load_model
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short."

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from lilpipe.config import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation.requests import Likeliest
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 
 MAX_CHOICES = 128

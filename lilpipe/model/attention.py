@@ -23,7 +23,6 @@ from lilpipe.model.masks import attend
 
 if TYPE_CHECKING:
     from lilpipe.model.masks import Mask
-    from lilpipe.model.transformer import Transformer
 
 
 Angles = tuple[Tensor, Tensor]
@@ -47,34 +46,6 @@ def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn ``x [B, T, heads, E]`` by the angles of ``cos`` and ``sin [B or 1, T, 1, E]``."""
     return rotate(x, cos, sin)
-
-
-class KVCache:
-    """Keys and values of every layer for B sequences of up to S positions.
-
-    Row b of a layer holds position s of sequence b in column s, so sequences of different length lie side by side
-    without padding on the left, and what lies beyond a sequence's length is never attended to. Under multi-head
-    latent attention the keys are one head, as wide as the latent and the rotated part together, and values have no
-    width.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys_LBSKE = keys
-        self.values_LBSKE = values
-
-    @classmethod
-    def empty(cls, model: Transformer, *, num_rows: int, max_len: int) -> KVCache:
-        """A cache of zeros for ``num_rows`` sequences of up to ``max_len`` tokens."""
-        config, weight = model.config, next(model.parameters())
-        heads, widths = config.num_kv_heads, (config.head_size, config.head_size)
-        if config.mla is not None:
-            heads, widths = 1, (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim, 0)
-        shape = (config.num_layers, num_rows, max_len, heads)
-        return cls(*(torch.zeros(*shape, width, device=weight.device, dtype=weight.dtype) for width in widths))
-
-    def view(self, num_tokens: int, positions_BT: Tensor | None) -> CacheView:
-        """What the layers see of it in one pass."""
-        return CacheView(self, num_tokens, positions_BT)
 
 
 class Cache(Protocol):
@@ -108,37 +79,6 @@ class AttendingView(ABC):
     @abstractmethod
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
         """As of ``KeysAndValues``, for attention of another kind."""
-
-
-class CacheView:
-    """Where one forward pass writes in a cache and what it may attend to, worked out once for all layers.
-
-    Without positions the cache is filled from its start.
-    """
-
-    def __init__(self, cache: KVCache, num_tokens: int, positions_BT: Tensor | None) -> None:
-        self.cache = cache
-        self.mask_B1TS: Mask | None = None
-        self.num_columns = num_tokens
-        self.slots_N = None
-        if positions_BT is not None:
-            num_rows, max_len = cache.keys_LBSKE.shape[1:3]
-            self.num_columns = int(positions_BT.max()) + 1
-            first_slot_B1 = torch.arange(0, num_rows * max_len, max_len, device=positions_BT.device)[:, None]
-            self.slots_N = (first_slot_B1 + positions_BT).flatten()
-            columns_S = torch.arange(self.num_columns, device=positions_BT.device)
-            self.mask_B1TS = (columns_S <= positions_BT[..., None])[:, None]
-
-    def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new keys and values, and return all that may be attended to: two tensors ``[B, S, K, E]``."""
-        keys_BSKE, values_BSKE = self.cache.keys_LBSKE[layer], self.cache.values_LBSKE[layer]
-        if self.slots_N is None:
-            keys_BSKE[:, : self.num_columns] = keys_BTKE
-            values_BSKE[:, : self.num_columns] = values_BTKE
-            return keys_BTKE, values_BTKE
-        keys_BSKE.flatten(0, 1).index_copy_(0, self.slots_N, keys_BTKE.flatten(0, 1))
-        values_BSKE.flatten(0, 1).index_copy_(0, self.slots_N, values_BTKE.flatten(0, 1))
-        return keys_BSKE[:, : self.num_columns], values_BSKE[:, : self.num_columns]
 
 
 class Attention(nn.Module):

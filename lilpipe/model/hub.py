@@ -21,11 +21,11 @@ from torch import Tensor
 
 from lilpipe.artifact import write_atomically
 from lilpipe.config import ModelConfig
+from lilpipe.config.overrides import explain
 from lilpipe.errors import ArtifactError
 from lilpipe.model.layouts import LAYOUTS, Layout, layout_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import MAX_SHARD_BYTES, NamedTensors, stored_tensors, weight_files, write_tensors
-from lilpipe.overrides import explain
 from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
 
 CONFIG_FILE = "config.json"

@@ -26,9 +26,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from lilpipe.config import ModelConfig, ParallelConfig, Section
+from lilpipe.config.overrides import explain
 from lilpipe.errors import ConfigError
 from lilpipe.model.flops import num_active_parameters, num_parameters, training_flops_per_token
-from lilpipe.overrides import explain
 
 ASPECT = 64
 NARROW_HEAD, WIDE_HEAD, WIDE_FROM = 64, 128, 1024

@@ -11,7 +11,7 @@ from lilpipe.config import ModelConfig, PipelineConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.flops import num_active_parameters, num_parameters, training_flops_per_token
 from lilpipe.pipeline import Listener, check_wiring, run_step
-from lilpipe.runs import new_pipeline_run
+from lilpipe.pipeline_runs import new_pipeline_run
 from lilpipe.scaling.depth import TOKENS_PER_PARAMETER
 from lilpipe.scaling.law import Features, Law, check, fit, predict_interval
 from lilpipe.store import Store

@@ -9,44 +9,13 @@ template of its own (``jinja_template``), which ``render`` then follows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
 
 from lilpipe.errors import DataError
-
-if TYPE_CHECKING:
-    from lilpipe.tokenizer.encoding import Tokenizer
-
-# `generation` is a tag of transformers': it marks what `return_assistant_tokens_mask` reports.
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {%- if message['role'] == 'assistant' %}
-        {{- '<|assistant|>' }}
-        {%- generation %}
-            {{- message['content'] + '<|end_of_turn|>' }}
-        {%- endgeneration %}
-    {%- elif message['role'] in ['system', 'user'] %}
-        {{- '<|' + message['role'] + '|>' + message['content'] + '<|end_of_turn|>' }}
-    {%- elif message['role'] == 'tool' %}
-        {{- '<|reserved_0|>' + message['content'] + '<|end_of_turn|>' }}
-    {%- else %}
-        {{- raise_exception('role ' + message['role'] + ': expected system, user, assistant or tool') }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>' }}
-{%- endif %}
-"""
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.encoding import Tokenizer
 
 TOOL_HEADER = "<|reserved_0|>"
 """Begins what a tool says: the token was set aside for roles to come, so other turns have the ids that they had."""
-
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    """`system`, `user`, `assistant`, or `tool` for what a program answered the assistant."""
-    content: str
 
 
 def render(

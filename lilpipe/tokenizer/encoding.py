@@ -27,9 +27,8 @@ import tiktoken
 
 from lilpipe.artifact import write_atomically
 from lilpipe.errors import ArtifactError, DataError
-from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE
 from lilpipe.tokenizer.imported import chat_template, check_added_tokens, document_end, exact_merges
-from lilpipe.tokenizer.jinja_template import JinjaTemplate
+from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
 from lilpipe.tokenizer.patterns import resolve_pattern
 from lilpipe.tokenizer.vocabulary import (
     TOKENIZER_FILE,

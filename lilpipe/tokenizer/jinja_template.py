@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from jinja2 import Template, TemplateError, nodes
@@ -20,15 +20,51 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lilpipe.errors import DataError
+from lilpipe.schemas.messages import Message
 
-if TYPE_CHECKING:
-    from lilpipe.tokenizer.chat_template import Message
-    from lilpipe.tokenizer.encoding import Tokenizer
+# `generation` is a tag of transformers': it marks what `return_assistant_tokens_mask` reports.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|assistant|>' }}
+        {%- generation %}
+            {{- message['content'] + '<|end_of_turn|>' }}
+        {%- endgeneration %}
+    {%- elif message['role'] in ['system', 'user'] %}
+        {{- '<|' + message['role'] + '|>' + message['content'] + '<|end_of_turn|>' }}
+    {%- elif message['role'] == 'tool' %}
+        {{- '<|reserved_0|>' + message['content'] + '<|end_of_turn|>' }}
+    {%- else %}
+        {{- raise_exception('role ' + message['role'] + ': expected system, user, assistant or tool') }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- endif %}
+"""
 
 START, STOP = "\ufdd0", "\ufdd1"
 """Noncharacters of Unicode, which stand in no text, put around what a ``{% generation %}`` block says."""
 
 Span = tuple[int, int]
+
+
+class Encoder(Protocol):
+    """What a template needs of a tokenizer."""
+
+    special_ids: dict[str, int]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Token ids of text in which the names of special tokens are special tokens."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens."""
+        ...
+
+    def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of each token."""
+        ...
 
 
 class JinjaTemplate:
@@ -50,7 +86,7 @@ class JinjaTemplate:
         return self._text(self._plain, messages, add_generation_prompt)
 
     def render(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
+        self, tokenizer: Encoder, messages: Sequence[Message], *, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
         """Token ids, and for each whether the assistant is to be trained on it; see ``chat_template.render``.
 
@@ -81,7 +117,7 @@ class JinjaTemplate:
             mask[first:stop] = True
         return ids, mask.tolist()
 
-    def end_of_turn_id(self, tokenizer: Tokenizer) -> int:
+    def end_of_turn_id(self, tokenizer: Encoder) -> int:
         """The token that ends an answer. Raises ``DataError`` for a template without one: no answer could end."""
         messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ids, mask = self.render(tokenizer, messages)

@@ -8,8 +8,6 @@ of your own may not: the three differ in possessive counts such as ``{1,3}+``.
 
 from __future__ import annotations
 
-import re
-
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SPACES = r"\s+(?!\S)|\s+"
@@ -39,8 +37,3 @@ def resolve_pattern(pattern: str) -> str:
 def pattern_name(pattern: str) -> str:
     """The first preset that is this regular expression, else the expression."""
     return next((name for name, preset in PATTERNS.items() if preset == pattern), pattern)
-
-
-def is_misspelt(pattern: str) -> bool:
-    """Whether this looks like the name of a preset, and there is none of that name."""
-    return pattern not in PATTERNS and re.fullmatch(r"\w+", pattern) is not None

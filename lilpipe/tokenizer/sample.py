@@ -15,10 +15,10 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lilpipe.alignment.prompts import read_exercises
 from lilpipe.config import TokenizerConfig
-from lilpipe.data.documents import read_documents
 from lilpipe.errors import DataError
+from lilpipe.schemas.documents import read_documents
+from lilpipe.schemas.examples import read_exercises
 
 ALL = ""
 """The one group of documents where nothing is weighed."""

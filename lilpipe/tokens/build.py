@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lilpipe.alignment.prompts import read_exercises
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import TokensConfig
-from lilpipe.data.documents import read_documents
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.schemas.documents import read_documents
+from lilpipe.schemas.examples import read_exercises
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
 from lilpipe.tokens.report import write_report

@@ -27,8 +27,8 @@ import numpy as np
 import pyarrow as pa
 
 from lilpipe.artifact import write_atomically
-from lilpipe.data.documents import read_table, write_batches
 from lilpipe.errors import ArtifactError
+from lilpipe.schemas.tables import read_table, write_batches
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.index import find_id, read_index_array, write_stream_index
 

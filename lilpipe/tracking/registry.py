@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lilpipe.artifact import Artifact
 from lilpipe.errors import ArtifactError
-from lilpipe.events import flatten
 from lilpipe.tracking.client import MAX_BATCH_PARAMS, connect, tracking_uri
+from lilpipe.tracking.events import flatten
 from lilpipe.tracking.lineage import links_to_inputs
 from lilpipe.tracking.runs import Runs
 

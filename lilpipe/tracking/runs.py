@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lilpipe.config import PipelineConfig
-from lilpipe.events import flatten
 from lilpipe.tracking.client import MAX_BATCH_PARAMS, batches, connect, tracking_uri
 from lilpipe.tracking.curve import Curve
+from lilpipe.tracking.events import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from lilpipe.artifact import MANIFEST, Artifact
 from lilpipe.config import PipelineConfig
-from lilpipe.events import read_events
 from lilpipe.pipeline import PlannedStep
 from lilpipe.store import Store
 from lilpipe.tracking.client import tracking_uri
+from lilpipe.tracking.events import read_events
 from lilpipe.tracking.lineage import REPORT, log_inputs, note, report_page
 from lilpipe.tracking.registry import log_model, register
 from lilpipe.tracking.runs import Runs

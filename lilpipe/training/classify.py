@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilpipe import distributed, report
-from lilpipe.alignment.order import count_steps, rows_by_micro_batch
-from lilpipe.alignment.prompts import read_prompts
 from lilpipe.artifact import Artifact, Inputs, digest_file
 from lilpipe.config import ClassifyConfig, ModelConfig
 from lilpipe.errors import ConfigError, DataError
@@ -31,6 +29,8 @@ from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_ro
 from lilpipe.model.hub import check_model
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.examples import read_prompts
+from lilpipe.schemas.order import count_steps, rows_by_micro_batch
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.training import finetune
 from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, picture, precision_recall_f1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from lilpipe import report
-from lilpipe.evaluation.pass_at_k import share_estimate
+from lilpipe.metrics.pass_at_k import share_estimate
 
 Confusion = list[list[int]]
 """Row i, column j: texts of label i that are taken for label j."""

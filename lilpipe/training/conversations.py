@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 
-from lilpipe.alignment.prompts import Conversation, assert_not_held_out, read_conversations
 from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.schemas.examples import Conversation, assert_not_held_out, read_conversations
+from lilpipe.schemas.messages import Message
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
 

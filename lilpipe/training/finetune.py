@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lilpipe import distributed
 from lilpipe.config import ParallelSection
-from lilpipe.config.parallel import check_model
+from lilpipe.config.layout_checks import check_micro_batches, check_model
 from lilpipe.errors import ConfigError
 from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
@@ -153,11 +153,12 @@ def _build_cut(
     head: Head,
     prepare: Callable[[Transformer], None] | None,
 ) -> Trainee:
-    from lilpipe.parallel.apply import parallelize
+    from lilpipe.training.build_sharded import parallelize
 
     config, vocab_size = read_model_config(source)
     try:
-        check_model(section, config)
+        check_model(section.parallel, section.layout, config, activation_checkpointing=section.activation_checkpointing)
+        check_micro_batches(section.parallel, section.accumulation_steps)
     except ValueError as error:
         raise ConfigError(f"{stage}: {error}") from error
     if section.layout.context > 1:

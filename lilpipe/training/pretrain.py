@@ -106,8 +106,8 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
     device = distributed.device()
     precision.check(config, device)
     if config.layout.replicate < config.num_workers:
-        from lilpipe.parallel.apply import parallelize  # experimental parts of torch, which others do without
         from lilpipe.parallel.mesh import Mesh
+        from lilpipe.training.build_sharded import parallelize  # experimental parts of torch, which others do without
 
         mesh = Mesh(config.layout)
         objective = NextToken(config, loader, rank=mesh.data_rank, world_size=config.layout.data, device=device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lilpipe import distributed
-from lilpipe.evaluation.bits_per_byte import nats
+from lilpipe.metrics.bits_per_byte import nats
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from lilpipe import distributed
-from lilpipe.alignment.order import count_steps
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config import ModelConfig, SFTConfig
 from lilpipe.model.hub import check_model
 from lilpipe.model.lora import add_adapters, merge, save_adapters
 from lilpipe.model.neftune import EmbeddingNoise
 from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.order import count_steps
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lilpipe.alignment.order import rows_of_step
 from lilpipe.model.neftune import Places
 from lilpipe.model.scores import IGNORED, Scores
+from lilpipe.schemas.order import rows_of_step
 from lilpipe.tokens.packing import best_fit
 from lilpipe.training.conversations import Example
 from lilpipe.training.finetune import TokenBatch

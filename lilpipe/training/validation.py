@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.config import NeedleConfig, PretrainConfig, SamplingConfig
-from lilpipe.evaluation import needle
 from lilpipe.generation.engine import generate
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.loader import corpus_validation_shares, validation_rows
 from lilpipe.tokens.shards import CORPUS, EXERCISES, TokenShards
+from lilpipe.training import needle
 from lilpipe.training.replica import Replica, Scorer
 
 SAMPLE_TOKENS = 64

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lilpipe import distributed
-from lilpipe.alignment import prompts as prompts_module
+from lilpipe.alignment.questions import prompts as prompts_module
 from lilpipe.artifact import Artifact, Manifest, content_digest, list_files
 from lilpipe.config import ModelConfig, PromptsConfig, TokenizerConfig
 from lilpipe.model.hub import save_model

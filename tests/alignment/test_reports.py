@@ -1,11 +1,13 @@
-from lilpipe.alignment import dpo, grpo, preferences, rejection_sampling
-from lilpipe.alignment.preferences import PAIR_SCHEMA
-from lilpipe.alignment.tables import write_table
+from lilpipe.alignment.preference import dpo, preferences
+from lilpipe.alignment.preference.preferences import PAIR_SCHEMA
+from lilpipe.alignment.rl import grpo
+from lilpipe.alignment.rollout import rejection_sampling
 from lilpipe.config import DPOConfig, GRPOConfig
+from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import as_artifact
-from tests.alignment.test_dpo import pair
-from tests.alignment.test_grpo import CONFIG as GRPO
+from tests.alignment.preference.test_dpo import pair
+from tests.alignment.rl.test_grpo import CONFIG as GRPO
 
 ROW = {"prompt_id": "p", "family": "sort", "question": "Sort <3> 1.", "difficulty": 2, "num_words": 2, "ended": True}
 RIGHT = {**ROW, "response": "Answer: 1 3", "correct": True, "reward": 1.0}
@@ -30,7 +32,7 @@ def test_the_preferences_report_shows_pairs():
 
 
 def test_training_stages_report_their_curves(tmp_path, make_checkpoint, prompts):
-    write_table(tmp_path / "pairs" / "pairs.arrow", [vars(pair(i)) for i in range(4)], PAIR_SCHEMA)
+    write_rows(tmp_path / "pairs" / "pairs.arrow", [vars(pair(i)) for i in range(4)], PAIR_SCHEMA)
     pairs = as_artifact(tmp_path / "pairs", kind="Preferences")
     model = make_checkpoint()
     dpo.run(DPOConfig(seed=0, batch_size=4), {"model": model, "preferences": pairs}, Workspace(tmp_path / "dpo"))

@@ -7,13 +7,13 @@ import datasets
 import pytest
 import torch
 
-from lilpipe.alignment.completions import pad_completions
-from lilpipe.alignment.pairs import JudgedExample
-from lilpipe.alignment.preference_data import Packer, PreferenceRow, PromptedAnswer, with_mismatched
-from lilpipe.alignment.preference_evaluation import score_answers
-from lilpipe.alignment.preference_losses import sigmoid_loss
-from lilpipe.alignment.preference_objective import PreferenceObjective
+from lilpipe.alignment.preference.data import Packer, PreferenceRow, PromptedAnswer, with_mismatched
+from lilpipe.alignment.preference.evaluation import score_answers
+from lilpipe.alignment.preference.losses import sigmoid_loss
+from lilpipe.alignment.preference.objective import PreferenceObjective
+from lilpipe.alignment.rollout.completions import pad_completions
 from lilpipe.config import DPOConfig
+from lilpipe.schemas.pairs import JudgedExample
 from tests.alignment.twins import CONFIG, PADDING, our_model, their_model
 
 trl = pytest.importorskip("trl")

@@ -10,16 +10,16 @@ import datasets
 import pytest
 import torch
 
-from lilpipe.alignment.grpo import GRPO
-from lilpipe.alignment.policy_gradient import (
+from lilpipe.alignment.rewards.reward_functions import overlong_penalty
+from lilpipe.alignment.rl.grpo import GRPO
+from lilpipe.alignment.rl.policy_gradient import (
     generalised_advantages,
     group_advantages,
     group_std,
     surrogate_loss,
     token_rewards,
 )
-from lilpipe.alignment.rewards import overlong_penalty
-from lilpipe.alignment.rollouts import Answers, Rollout, at_targets
+from lilpipe.alignment.rollout.rollouts import Answers, Rollout, at_targets
 from lilpipe.config import GRPOConfig, SamplingConfig
 from lilpipe.model.scores import IGNORED, token_scores
 from lilpipe.model.transformer import token_logprobs

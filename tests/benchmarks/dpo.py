@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lilpipe.alignment.dpo import compute_reference, make_packer
-from lilpipe.alignment.pairs import PAIR_SCHEMA, PAIRS_FILE, Pair, read_pairs
-from lilpipe.alignment.preference_data import encode_pairs
-from lilpipe.alignment.preference_objective import PreferenceObjective
-from lilpipe.alignment.tables import write_table
+from lilpipe.alignment.preference.data import encode_pairs
+from lilpipe.alignment.preference.dpo import compute_reference, make_packer
+from lilpipe.alignment.preference.objective import PreferenceObjective
 from lilpipe.config import DPOConfig, OptimizerConfig
 from lilpipe.model.hub import load_model
+from lilpipe.schemas.messages import Message
+from lilpipe.schemas.pairs import PAIR_SCHEMA, PAIRS_FILE, Pair, read_pairs
+from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.chat_template import Message
 from lilpipe.training import finetune
 from tests.benchmarks.beside_trl import (
     COLUMNS,
@@ -63,7 +63,7 @@ def prepare(root: Path, size: str, num_pairs: int) -> None:
         prompt: list[Message] = [{"role": "user", "content": excerpts.draw(PROMPT)}]
         pair = Pair(str(len(pairs)), "train", prompt, excerpts.draw(CHOSEN), excerpts.draw(REJECTED))
         pairs += [pair] if encode_pairs(tokenizer, [pair], max_len=MAX_SEQ_LEN)[0] else []
-    write_table(root / PAIRS_FILE, [vars(pair) for pair in pairs], PAIR_SCHEMA)
+    write_rows(root / PAIRS_FILE, [vars(pair) for pair in pairs], PAIR_SCHEMA)
 
 
 def run_lilpipe(root: Path, batch_size: int) -> None:

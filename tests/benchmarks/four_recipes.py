@@ -13,13 +13,13 @@ from itertools import pairwise
 
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
 from lilpipe.config import PipelineConfig
+from lilpipe.config.overrides import parse_override
 from lilpipe.display import Display
 from lilpipe.evaluation.comparison import Comparison, over_seeds
-from lilpipe.evaluation.pass_at_k import Estimate, mean_estimate
-from lilpipe.overrides import parse_override
+from lilpipe.metrics.pass_at_k import Estimate, mean_estimate
 from lilpipe.pipeline import run_step
+from lilpipe.pipeline_runs import new_pipeline_run
 from lilpipe.recipes import load
-from lilpipe.runs import new_pipeline_run
 from lilpipe.store import Store
 
 METRICS = {

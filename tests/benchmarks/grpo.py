@@ -30,17 +30,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lilpipe import distributed
-from lilpipe.alignment import grpo, reinforcement
-from lilpipe.alignment import prompts as prompts_stage
-from lilpipe.alignment.completions import complete
-from lilpipe.alignment.prompts import Prompt, read_conversations, read_prompts
-from lilpipe.alignment.rewards import judge, reward
+from lilpipe.alignment.questions import prompts as prompts_stage
+from lilpipe.alignment.rewards.reward_functions import judge, reward
+from lilpipe.alignment.rl import grpo, reinforcement
+from lilpipe.alignment.rollout.completions import complete
 from lilpipe.config import GRPOConfig, ModelConfig, OptimizerConfig, PromptsConfig, SamplingConfig, TrainingSection
 from lilpipe.launch.run import KEEP_MEMORY
 from lilpipe.model.heads import pad_rows
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.examples import Prompt, read_conversations, read_prompts
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import train as train_tokenizer
 from lilpipe.tokenizer.chat_template import render

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lilpipe.config import ModelConfig, OptimizerConfig
-from lilpipe.evaluation.bits_per_byte import bits_per_byte
+from lilpipe.metrics.bits_per_byte import bits_per_byte
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.bpe import train as train_tokenizer
 from lilpipe.training.optimizer import Optimizer

@@ -153,8 +153,8 @@ def _tracking_seconds(workspace: Workspace, root: Path) -> float:
     """To write one report of all metrics and to deliver it to MLflow, in batches as the tracker does."""
     from mlflow import MlflowClient
 
-    from lilpipe.events import read_events
     from lilpipe.tracking.curve import Curve
+    from lilpipe.tracking.events import read_events
 
     client = MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     curve = Curve(client.create_run(client.create_experiment("speed")).info.run_id, {})

@@ -17,10 +17,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lilpipe.alignment.prompts import Conversation, write_conversations
 from lilpipe.config import OptimizerConfig, SFTConfig
+from lilpipe.schemas.examples import Conversation, write_conversations
+from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.conversations import encode, read_conversations

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from lilpipe.display import Display
 from lilpipe.pipeline import run_step
+from lilpipe.pipeline_runs import new_pipeline_run
 from lilpipe.recipes import load
-from lilpipe.runs import new_pipeline_run
 from lilpipe.store import Store
 
 COLUMNS = ("accuracy", "sampled_accuracy", "pass_at_8", "win_rate", "bits_per_byte")

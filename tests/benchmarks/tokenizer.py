@@ -26,7 +26,7 @@ import tokenizers
 from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttributeAccessIssue]: no stubs
 
 from lilpipe.config import TokenizerConfig
-from lilpipe.data.documents import write_table
+from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer import bpe
 from lilpipe.tokenizer.encoding import Tokenizer, special_tokens

@@ -20,7 +20,7 @@ import pyarrow as pa
 import tiktoken
 
 from lilpipe.config import TokensConfig
-from lilpipe.data.documents import write_table
+from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import train
 from lilpipe.tokenizer.encoding import Tokenizer

@@ -8,9 +8,9 @@ import random
 import re
 from typing import Any
 
-from lilpipe.alignment.prompts import PROMPT_SCHEMA
 from lilpipe.config import CorpusConfig
-from lilpipe.data.documents import write_rows
+from lilpipe.schemas.examples import PROMPT_SCHEMA
+from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace, get_stage
 from tests.artifacts import artifact
 

@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 
-from lilpipe.alignment.prompts import PROMPT_SCHEMA
 from lilpipe.data import corpus, trace
 from lilpipe.data.corpus import read_documents, read_rejected
-from lilpipe.data.documents import read_table, write_rows
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.filters.url import url_key
 from lilpipe.data.minhash import num_hashes
+from lilpipe.schemas.examples import PROMPT_SCHEMA
+from lilpipe.schemas.tables import read_table, write_rows
 from lilpipe.stage import Workspace
 from tests.artifacts import artifact
 

@@ -5,7 +5,6 @@ import pytest
 
 from lilpipe.artifact import list_files
 from lilpipe.config import CorpusConfig
-from lilpipe.data.documents import documents_schema, read_table, rejected_schema, write_table
 from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
 from lilpipe.data.filters.decontamination import MATCHES, EvaluationSet, write_index
 from lilpipe.data.filters.words import Words
@@ -13,6 +12,8 @@ from lilpipe.data.late import LateVerdicts, kept_file, rejected_file
 from lilpipe.data.learn import Learnt
 from lilpipe.data.minhash import MATCHES as NEAR_DUPLICATES
 from lilpipe.data.minhash import Signatures, signatures
+from lilpipe.schemas.documents import documents_schema, rejected_schema
+from lilpipe.schemas.tables import read_table, write_table
 
 from .prose import prose
 from .selections import select

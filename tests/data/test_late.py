@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from lilpipe.data.documents import documents_table, write_rows, write_table
+from lilpipe.data.documents import documents_table
 from lilpipe.data.filters.chain import Document, Rejection
 from lilpipe.data.late import CLASSIFIER_SCORE, SIMILARITY, LateVerdict, LateVerdicts, kept_file
 from lilpipe.data.minhash import MATCHES
+from lilpipe.schemas.tables import write_rows, write_table
 
 LOW = Rejection("low_quality")
 

@@ -5,17 +5,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lilpipe.alignment.prompts import PROMPT_SCHEMA
 from lilpipe.config import CorpusConfig
 from lilpipe.data import learn as learning
-from lilpipe.data.documents import write_rows
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.data.filters.decontamination import EvaluationIndex
+from lilpipe.data.filters.frequent_keys import frequent_keys
 from lilpipe.data.filters.repeated import line_keys
 from lilpipe.data.filters.words import Words
 from lilpipe.data.learn import Learnt, has_pages, learn
-from lilpipe.data.survey import dropped_pages, frequent_keys, merged_files
+from lilpipe.data.survey import dropped_pages, merged_files
 from lilpipe.data.work import Work
+from lilpipe.schemas.examples import PROMPT_SCHEMA
+from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 
 from .prose import prose, write_jsonl

@@ -9,9 +9,9 @@ import pytest
 from lilpipe.config import CorpusConfig, Source
 from lilpipe.data import sorting
 from lilpipe.data.corpus import MAX_SHARDS, _select, num_shards
-from lilpipe.data.documents import read_table, write_rows
 from lilpipe.data.sorting import RUNS, ReadParts, Selection, run_files, text_key
 from lilpipe.data.sources.readers import find_parts
+from lilpipe.schemas.tables import read_table, write_rows
 
 from .prose import prose, write_jsonl
 

@@ -12,15 +12,14 @@ from lilpipe.config import CorpusConfig
 from lilpipe.data import survey
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.data.filters.chain import Document
+from lilpipe.data.filters.frequent_keys import contains, frequent_keys
 from lilpipe.data.survey import (
     NO_DATE,
     KeyCounter,
     MergeCounts,
     MergePages,
     PageList,
-    contains,
     dropped_pages,
-    frequent_keys,
     merged_files,
     parse_date,
     plan_merge,

@@ -4,7 +4,7 @@ from statistics import fmean, stdev
 import pytest
 
 from lilpipe.evaluation.comparison import Comparison, beyond_noise, over_seeds, paired, wording
-from lilpipe.evaluation.pass_at_k import Estimate
+from lilpipe.metrics.pass_at_k import Estimate
 
 
 def test_better_is_said_only_outside_of_two_standard_errors():

@@ -5,15 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lilpipe.alignment import completions, sampling
-from lilpipe.alignment.prompts import read_prompts
+from lilpipe.alignment.rollout import completions, sampling
 from lilpipe.config import EvaluateConfig, RewardConfig, SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation import evaluate
 from lilpipe.evaluation.answers import as_candidate
 from lilpipe.evaluation.evaluate import flat_metrics, run
-from lilpipe.evaluation.pass_at_k import Estimate
 from lilpipe.generation.engine import Sample
+from lilpipe.metrics.pass_at_k import Estimate
+from lilpipe.schemas.examples import read_prompts
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.shards import Document, shard_folder, write_index, write_shard

@@ -1,6 +1,5 @@
 import pytest
 
-from lilpipe.alignment.prompts import Prompt
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.evaluation.games import (
     by_brevity,
@@ -12,6 +11,7 @@ from lilpipe.evaluation.games import (
     win_scores,
 )
 from lilpipe.evaluation.judge import Outcome
+from lilpipe.schemas.examples import Prompt
 from lilpipe.stage import Workspace
 from tests.evaluation.judges import babbles, judge_config, serving
 from tests.evaluation.rows import games

@@ -3,8 +3,8 @@ import math
 import pytest
 
 from lilpipe.config import EvaluateConfig
-from lilpipe.evaluation.pass_at_k import Estimate
 from lilpipe.evaluation.scores import Evaluation, comparisons, gains, score, score_by
+from lilpipe.metrics.pass_at_k import Estimate
 from tests.evaluation.rows import answer
 
 

@@ -9,7 +9,8 @@ from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.generation import chat as module
 from lilpipe.generation.chat import chat, fit, text_pieces
 from lilpipe.model.hub import save_model
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.chat_template import render
 from tests.model.checkpoints import small_model, small_tokenizer
 
 TOKENIZER = small_tokenizer()

@@ -18,7 +18,8 @@ from lilpipe.errors import ArtifactError
 from lilpipe.generation.engine import generate
 from lilpipe.model.hub import load_model, load_weights, model_files, read_model_config, save_model, save_tensors
 from lilpipe.model.transformer import Part, Transformer
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.chat_template import render
 from tests.model.checkpoints import ARCHITECTURES, MLA, MOE, SMALL, small_model, small_tokenizer
 
 MODEL_TYPES = {"Llama": "llama", "Qwen": "qwen3", "GPT": "gpt2", "GLM": "glm4_moe", "DeepSeek": "deepseek_v3"}

@@ -7,7 +7,6 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from lilpipe.config import SamplingConfig
 from lilpipe.generation.engine import generate
-from lilpipe.model.attention import KVCache
 from lilpipe.model.mla import LatentAttention, from_interleaved
 from tests.model.checkpoints import SMALL, small_model
 from tests.model.options import OPTIONS, SMALL_MLA
@@ -70,13 +69,6 @@ def test_one_token_attends_to_latents_as_it_would_to_keys_and_values():
         atol=1e-12,
         rtol=1e-12,
     )
-
-
-def test_a_cache_holds_the_latent_and_the_rotated_key_alone():
-    model = small_model(SMALL.model_copy(update={"mla": SMALL_MLA}), vocab_size=VOCAB)
-    cache = KVCache.empty(model, num_rows=3, max_len=10)
-    numbers = cache.keys_LBSKE.numel() + cache.values_LBSKE.numel()
-    assert numbers == SMALL.num_layers * 3 * 10 * (SMALL_MLA.kv_lora_rank + SMALL_MLA.qk_rope_head_dim)
 
 
 @pytest.mark.parametrize("option", ["mla", "mla, moe", "moe", "qk_norm"])

@@ -16,8 +16,8 @@ import torch
 from lilpipe.artifact import MANIFEST, Artifact, Manifest, content_digest, digest_file, list_files
 from lilpipe.config import PipelineConfig, RegisterConfig
 from lilpipe.errors import ArtifactError, ConfigError
-from lilpipe.generation.locate import locate
 from lilpipe.generation.protocol import RequestError
+from lilpipe.locate import locate
 from lilpipe.model import register
 from lilpipe.model.hub import load_model, model_files, save_model
 from lilpipe.stage import Workspace, get_stage

@@ -8,7 +8,7 @@ import torch
 
 from lilpipe.config import ModelConfig
 from lilpipe.errors import DataError
-from lilpipe.model.attention import KVCache, apply_rope, rope_table
+from lilpipe.model.attention import apply_rope, rope_table
 from lilpipe.model.flops import num_parameters, training_flops_per_token
 from lilpipe.model.initial_weights import INIT_STD
 from lilpipe.model.transformer import Transformer, token_logprobs
@@ -181,32 +181,6 @@ def test_rope_depends_on_the_distance_alone():
 
     assert score(5, 2) == pytest.approx(score(60, 57), abs=1e-4)
     assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-2)
-
-
-@pytest.mark.parametrize("chunks", [[6, 1, 1, 1, 1], [1] * 10, [4, 6], [10]])
-def test_logits_with_a_cache_are_those_without(any_model, chunks):
-    model, tokens = any_model, random_tokens(3, 10)
-    cache = KVCache.empty(model, num_rows=3, max_len=12)
-    got, start = [], 0
-    with torch.no_grad():
-        for length in chunks:
-            positions = torch.arange(start, start + length).expand(3, -1) if start else None
-            got.append(model(tokens[:, start : start + length], positions_BT=positions, cache=cache))
-            start += length
-        torch.testing.assert_close(torch.cat(got, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
-
-
-def test_rows_of_a_cache_may_stand_at_different_positions(any_model):
-    model = any_model
-    long, short = random_tokens(1, 9, seed=4), random_tokens(1, 4, seed=5)
-    cache = KVCache.empty(model, num_rows=2, max_len=16)
-    padded = torch.cat([short, random_tokens(1, 4, seed=6)], dim=1)  # what stands in the padding must not matter
-    with torch.no_grad():
-        model(torch.cat([long[:, :8], padded]), cache=cache)
-        positions = torch.tensor([[8], [3]])
-        logits = model(torch.cat([long[:, 8:], short[:, 3:]]), positions_BT=positions, cache=cache)
-        torch.testing.assert_close(logits[:1, 0], model(long)[:, -1], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(logits[1:, 0], model(short)[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_token_logprobs_are_those_of_the_log_softmax(model):

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from lilpipe.config import ParallelConfig, PipelineConfig, PretrainConfig
-from lilpipe.config.parallel import check_vocabulary
+from lilpipe.config.layout_checks import check_vocabulary
 
 MODEL = {"hidden_size": 96, "num_layers": 4, "num_heads": 6, "num_kv_heads": 3, "intermediate_size": 64}
 

@@ -14,8 +14,9 @@ from lilpipe.config.parallel import Layout
 from lilpipe.model import scores
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.transformer import Transformer
-from lilpipe.parallel import apply, gradients
+from lilpipe.parallel import gradients
 from lilpipe.parallel.mesh import Mesh
+from lilpipe.training import build_sharded as apply
 from tests.parallel import toy
 from tests.parallel.layouts import BFLOAT16, CASES, EIGHT, MORE
 

@@ -2,7 +2,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
 
-from lilpipe.data.documents import write_table
+from lilpipe.schemas.tables import write_table
 from lilpipe.tokenizer.bpe import train
 from lilpipe.tokenizer.encoding import special_tokens
 from tests import artifacts

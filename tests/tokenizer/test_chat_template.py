@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lilpipe.errors import DataError
-from lilpipe.tokenizer.chat_template import Message, render
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
 
 CONTENT = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\n", " a \n", "{{ x }}", "<x>", "12\n\n"]))

@@ -8,9 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lilpipe.errors import DataError
-from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE, Message, render, render_answer
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.chat_template import render, render_answer
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.jinja_template import JinjaTemplate
+from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
 from tests.model.checkpoints import PATTERN, small_tokenizer
 
 SPECIAL = ("<|begin|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")

@@ -8,6 +8,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lilpipe.config import TokenizerConfig
+from lilpipe.config.tokens import PATTERN_NAMES
 from lilpipe.tokenizer.bpe import train
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.patterns import PATTERNS, pattern_name
@@ -106,3 +107,7 @@ def test_sizes_go_up_to_262144():
     assert TokenizerConfig(vocab_size=262_144).vocab_size == 262_144
     with pytest.raises(pydantic.ValidationError, match="less than or equal to 262144"):
         TokenizerConfig(vocab_size=262_145)
+
+
+def test_config_accepts_the_names_of_all_patterns():
+    assert set(PATTERN_NAMES) == set(PATTERNS)

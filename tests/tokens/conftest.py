@@ -6,7 +6,7 @@ import pytest
 
 from lilpipe.artifact import Artifact
 from lilpipe.config import TokensConfig
-from lilpipe.data.documents import write_table
+from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.bpe import train
 from lilpipe.tokens.build import STAGE

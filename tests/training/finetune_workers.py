@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from lilpipe import distributed
-from lilpipe.alignment import dpo, grpo, ppo, reward_model
+from lilpipe.alignment.preference import dpo
+from lilpipe.alignment.rewards import reward_model
+from lilpipe.alignment.rl import grpo, ppo
 from lilpipe.config import ClassifyConfig, DPOConfig, GRPOConfig, PPOConfig, RewardModelConfig, SFTConfig
 from lilpipe.errors import DataError
 from lilpipe.stage import Workspace

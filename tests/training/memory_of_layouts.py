@@ -57,8 +57,8 @@ def peak_bytes(work, path):
 
 def measure(name, path):
     """The peak of a step, and the bytes of weights on this worker."""
-    from lilpipe.parallel.apply import parallelize
     from lilpipe.tokens.loader import Batch
+    from lilpipe.training.build_sharded import parallelize
     from lilpipe.training.replica import Loss
 
     section = config(name)

@@ -3,13 +3,13 @@ import json
 import pytest
 import torch
 
-from lilpipe.alignment.prompts import PROMPT_SCHEMA, Prompt
-from lilpipe.alignment.tables import write_table
 from lilpipe.config import ClassifyConfig, ModelConfig, OptimizerConfig, ParallelConfig, TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.heads import load_head_model, read_labels
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.examples import PROMPT_SCHEMA, Prompt
+from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import classify
@@ -86,7 +86,7 @@ def test_spam_is_told_from_ham_in_texts_held_out_and_the_report_shows_how(tmp_pa
 def test_questions_are_classified_by_family_where_no_file_is_named(tmp_path):
     prompts = [("train", Prompt("1", "sort", "Sort 2 1.", "1 2")), ("test", Prompt("2", "copy", "Copy 1.", "1"))]
     rows = [{**vars(prompt), "split": split} for split, prompt in prompts]
-    write_table(tmp_path / "prompts.arrow", rows, PROMPT_SCHEMA)
+    write_rows(tmp_path / "prompts.arrow", rows, PROMPT_SCHEMA)
     found = read_texts(config(None), {"prompts": as_artifact(tmp_path, kind="Prompts")})
     assert found == [LabelledText("Sort 2 1.", "sort")]
 

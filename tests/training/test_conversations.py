@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from lilpipe.alignment.prompts import Conversation
 from lilpipe.config import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.schemas.examples import Conversation
+from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer import encoding
-from lilpipe.tokenizer.chat_template import CHAT_TEMPLATE, Message
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.jinja_template import JinjaTemplate
+from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
 from lilpipe.training.conversations import check_answers, check_export, check_masks, encode, mix
 
 

@@ -8,14 +8,13 @@ import sys
 import pytest
 import torch
 
-from lilpipe.alignment.pairs import PAIR_SCHEMA, Pair
-from lilpipe.alignment.tables import write_table
 from lilpipe.config import ModelConfig, TokenizerConfig
 from lilpipe.model.heads import load_head_model, save_head_model, with_head
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.pairs import PAIR_SCHEMA, Pair
+from lilpipe.schemas.tables import write_rows
 from lilpipe.tokenizer.encoding import Tokenizer
-from tests.alignment.conftest import prompts  # noqa: F401 (a fixture)
 from tests.training.finetune_workers import CASES, RESUMED, STAGES, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
@@ -26,7 +25,7 @@ HEADS = ("reward_model", "classify", "frozen")
 
 
 @pytest.fixture(scope="module")
-def root(prompts, tmp_path_factory):  # noqa: F811
+def root(prompts, tmp_path_factory):
     """Where the two workers and the one left what they made."""
     root = tmp_path_factory.mktemp("finetuning")
     (root / "prompts").symlink_to(prompts.path)
@@ -48,7 +47,7 @@ def root(prompts, tmp_path_factory):  # noqa: F811
     texts += [{"text": f"See you at {i}, {i * 91}", "label": "ham"} for i in range(20)]
     (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     (root / "preferences").mkdir()
-    write_table(root / "preferences" / "pairs.arrow", [vars(pair) for pair in pairs], PAIR_SCHEMA)
+    write_rows(root / "preferences" / "pairs.arrow", [vars(pair) for pair in pairs], PAIR_SCHEMA)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "tests.training.finetune_workers", str(root)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -10,12 +10,12 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from lilpipe.alignment.prompts import Conversation, write_conversations
 from lilpipe.artifact import content_digest, list_files
 from lilpipe.config import ModelConfig, SFTConfig, TokenizerConfig
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.chat_template import Message
+from lilpipe.schemas.examples import Conversation, write_conversations
+from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.encoding import Tokenizer
 from tests.training.lora_workers import LAYOUTS, OPTIONS, run
 

@@ -6,14 +6,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from lilpipe.alignment.prompts import Conversation, read_conversations, read_prompts, write_conversations
 from lilpipe.artifact import content_digest, digest_file, list_files
 from lilpipe.config import LoRAConfig, ModelConfig, OptimizerConfig, PromptsConfig, SFTConfig
 from lilpipe.errors import DataError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.examples import Conversation, read_conversations, read_prompts, write_conversations
+from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace, get_stage
-from lilpipe.tokenizer.chat_template import Message
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from lilpipe.training import conversations as gates

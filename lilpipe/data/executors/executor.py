@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -27,20 +26,7 @@ from loguru import logger
 
 from lilpipe.config import CorpusConfig
 from lilpipe.data.executors import on_ray, on_slurm
-
-
-class RunTasks(Protocol):
-    """Runs the tasks of a pipeline, some at a time, and returns when all are done."""
-
-    def __call__(
-        self, pipeline: Sequence[PipelineStep], *, num_tasks: int, folder: Path, on_done: Callable[[int], None]
-    ) -> None:
-        """Run the tasks that are not yet marked as completed in ``folder``.
-
-        ``on_done`` is told how many tasks are done: at the start, and as they end. What a task raises is raised here;
-        ``ClusterError`` says that the cluster refused, cancelled or lost a task.
-        """
-        ...
+from lilpipe.data.executors.run_tasks import RunTasks
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datatrove.executor import RayPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
@@ -25,10 +25,8 @@ from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from lilpipe.config import RayConfig
+from lilpipe.data.executors.run_tasks import RunTasks
 from lilpipe.errors import ClusterError, ConfigError
-
-if TYPE_CHECKING:
-    from lilpipe.data.executors.executor import RunTasks
 
 MAX_TRIES = 3
 """How often a task is submitted whose process was killed or whose node was lost."""
@@ -74,7 +72,7 @@ def open_cluster(config: RayConfig, num_workers: int) -> Iterator[RunTasks]:
 
 
 class _RayTasks:
-    """Runs tasks on the cluster that this process has joined; see ``executor.RunTasks``."""
+    """Runs tasks on the cluster that this process has joined; see ``RunTasks``."""
 
     def __init__(self, ray: Any, config: RayConfig, num_workers: int) -> None:
         self.ray = ray

@@ -83,7 +83,7 @@ def run_tasks(
     config: SlurmConfig,
     num_workers: int,
 ) -> None:
-    """Run tasks as jobs; see ``executor.RunTasks``.
+    """Run tasks as jobs; see ``RunTasks``.
 
     Jobs that end without a word (killed, or with their node) are submitted again, up to ``MAX_TRIES`` times. Raises
     ``ConfigError`` if Slurm is not there or refuses the job, and ``ClusterError`` if jobs are cancelled or lost.

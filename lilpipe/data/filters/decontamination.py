@@ -22,11 +22,11 @@ import numpy as np
 import pyarrow as pa
 
 from lilpipe.config import DecontaminationConfig
-from lilpipe.data.documents import read_table, write_table
 from lilpipe.data.filters.chain import Bounds, Document, Rejection
+from lilpipe.data.filters.frequent_keys import contains, frequent_keys
 from lilpipe.data.filters.ngrams import ngram_hashes
 from lilpipe.data.filters.words import Words
-from lilpipe.data.survey import contains, frequent_keys
+from lilpipe.schemas.tables import read_table, write_table
 
 CONTEXT_CHARS = 120
 MAX_OVERLAP_CHARS = 600

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lilpipe.alignment.prompts import read_prompts
 from lilpipe.config import Source
 from lilpipe.data.filters.decontamination import EvaluationSet
 from lilpipe.data.filters.words import Words
 from lilpipe.data.sources.readers import Unreadable, find_parts, read_part
 from lilpipe.errors import DataError
+from lilpipe.schemas.examples import read_prompts
 
 
 def prompt_sets(directory: Path, *, min_item_words: int) -> list[EvaluationSet]:

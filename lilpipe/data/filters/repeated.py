@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from lilpipe.data.filters.chain import Bounds, Document, Rejection
-from lilpipe.data.survey import contains, frequent_keys
+from lilpipe.data.filters.frequent_keys import contains, frequent_keys
 
 MIN_LINE_WORDS = 3
 """Lines of fewer words are neither counted nor cut, but for scripts that do not space words."""

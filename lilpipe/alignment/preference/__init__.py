@@ -1,0 +1,1 @@
+"""Learning from preferences: pairs, DPO and its family."""

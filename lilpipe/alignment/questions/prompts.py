@@ -1,0 +1,245 @@
+"""Stage ``prompts``: questions and answers, generated or from data sets, split once for the whole pipeline.
+
+The artifact holds exercises in plain text for pretraining (``documents.arrow``), conversations with a written
+answer for supervised fine-tuning (``demonstrations.arrow``), and questions for sampling and evaluation
+(``prompts.arrow``, with splits train, dev and test). Which of the five a task may enter is decided by a hash of its
+family and canonical arguments alone: it depends neither on the seed nor on the counts, so that no test question can
+have been seen by any model of this pipeline. Data sets (``sources.py``) are split by the hash of the question; they
+may add preferences (``pairs.arrow``, ``examples.arrow``). Rows that cannot be read are in ``quarantine.jsonl``.
+
+The written answer of a generated task is ``Answer: X`` after zero or more sentences of courtesy. The courtesy is noise
+as far as the verifier is concerned; it is what a preference for brevity can act on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from lilpipe.alignment.questions.families import FAMILIES, Difficulty, Task
+from lilpipe.alignment.questions.prompts_report import build_report
+from lilpipe.alignment.questions.sources import Gathered, external, gather
+from lilpipe.alignment.verify.answers import as_text
+from lilpipe.artifact import Inputs, write_atomically
+from lilpipe.config import PromptsConfig
+from lilpipe.errors import ConfigError
+from lilpipe.schemas.examples import (
+    DOCUMENT_SCHEMA,
+    PROMPT_SCHEMA,
+    Conversation,
+    Prompt,
+    normalise_question,
+    refuse_held_out,
+    write_conversations,
+)
+from lilpipe.schemas.messages import Message
+from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, EXAMPLES_FILE, PAIR_SCHEMA, PAIRS_FILE
+from lilpipe.schemas.tables import write_rows
+from lilpipe.stage import Metrics, Stage, Workspace
+
+SPLIT_SHARES = {"test": 0.1, "dev": 0.1, "demonstrations": 0.15, "train": 0.35, "exercises": 0.3}
+"""Share of each family's tasks that may enter a split."""
+
+FILLERS = (
+    "Sure, I can help with that.",
+    "Let me think about it.",
+    "That is a good question.",
+    "I have read it with care.",
+    "It is not hard to do.",
+    "Here is what I found.",
+    "Thank you for asking me.",
+    "I will do it step by step.",
+)
+
+MAX_TOLD = 20
+"""Rows left out that the log names; all of them are in `quarantine.jsonl`."""
+
+PROSE_SHARE = 0.25
+"""Share of pretraining's exercises that state their fact in a sentence."""
+
+# --- generating ---------------------------------------------------------------------------------------------------
+
+
+def split_of(family: str, key: str) -> str:
+    """The split that a task may enter: a pure function of its family and canonical arguments."""
+    digest = hashlib.sha256(f"{family}/{key}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    for split, share in SPLIT_SHARES.items():
+        position -= share
+        if position < 0:
+            return split
+    return "exercises"  # the shares add up to 1 but for rounding
+
+
+def draw_tasks(family: str, split: str, count: int, *, seed: int, difficulty: Difficulty | None = None) -> list[Task]:
+    """``count`` tasks of a family that belong to a split.
+
+    Keys are distinct but for exercises, which may repeat as text does. Raises ``ConfigError`` if the family has too
+    few distinct tasks.
+    """
+    random = Random(f"prompts/{seed}/{family}/{split}")
+    difficulty = difficulty or FAMILIES[family].default
+    difficulty = difficulty.easy if split == "exercises" else difficulty
+    tasks: list[Task] = []
+    keys: set[str] = set()
+    max_tries = 1_000 + 500 * count
+    for _ in range(max_tries):
+        if len(tasks) == count:
+            break
+        task = FAMILIES[family].draw(random, difficulty)
+        if split_of(family, task.key) == split and (split == "exercises" or task.key not in keys):
+            tasks.append(task)
+            keys.add(task.key)
+    if len(tasks) < count:
+        raise ConfigError(
+            f"prompts.num_{split}: family {family!r} gave {len(tasks)} distinct tasks for {split!r} in {max_tries:,} "
+            f"draws, {count} are needed; lower prompts.num_{split}, or name more families in prompts.families or more "
+            f"difficulty in prompts.difficulty"
+        )
+    return tasks
+
+
+def write_answer(task: Task, random: Random, *, config: PromptsConfig) -> str:
+    """A written response: some courtesy, then ``Answer: X``."""
+    count = 0
+    if config.max_filler_sentences and random.random() < config.filler_share:
+        count = random.randint(1, config.max_filler_sentences)
+    return " ".join([*random.sample(FILLERS, count), f"Answer: {task.answer}"])
+
+
+def _all_tasks(split: str, count: int, *, config: PromptsConfig) -> list[tuple[str, Task]]:
+    """Family and task, families in equal parts, in a shuffled order."""
+    pairs = []
+    for index, family in enumerate(config.families):
+        part = count // len(config.families) + (index < count % len(config.families))
+        range_ = Difficulty(*config.difficulty.get(family, FAMILIES[family].default))
+        tasks = draw_tasks(family, split, part, seed=config.seed, difficulty=range_)
+        pairs += [(family, task) for task in tasks]
+    Random(f"prompts/{config.seed}/order/{split}").shuffle(pairs)
+    return pairs
+
+
+def _exercise(task: Task, random: Random, *, config: PromptsConfig) -> str:
+    if random.random() < PROSE_SHARE:
+        return task.prose
+    return f"{as_text(task.question)} {write_answer(task, random, config=config)}"
+
+
+def _demonstration(index: int, family: str, task: Task, random: Random, *, config: PromptsConfig) -> Conversation:
+    identity = f"demonstrations/{family}/{index:06d}"
+    messages: list[Message] = [
+        {"role": "user", "content": task.question},
+        {"role": "assistant", "content": write_answer(task, random, config=config)},
+    ]
+    return Conversation(identity, identity, "demonstration", messages)
+
+
+@dataclass
+class Generated:
+    """Tasks of each split, with their families."""
+
+    prompts: dict[str, list[tuple[str, Task]]]
+    exercises: list[tuple[str, Task]]
+    demonstrations: list[tuple[str, Task]]
+
+
+def _generate(config: PromptsConfig) -> Generated:
+    for family in config.families:
+        if family not in FAMILIES:
+            raise ConfigError(f"prompts.families: there is no family {family!r}; known: {', '.join(FAMILIES)}")
+        least, known = config.difficulty.get(family, FAMILIES[family].default)[0], FAMILIES[family]
+        if least < known.least:
+            raise ConfigError(
+                f"prompts.difficulty.{family}: starts at {least} {known.unit}, expected {known.least} or more"
+            )
+    counts = {"train": config.num_train, "dev": config.num_dev, "test": config.num_test}
+    return Generated(
+        {split: _all_tasks(split, count, config=config) for split, count in counts.items()},
+        _all_tasks("exercises", config.num_documents, config=config),
+        _all_tasks("demonstrations", config.num_demonstrations, config=config),
+    )
+
+
+def _refuse_leaks(generated: Generated, gathered: Gathered) -> None:
+    """Raise ``DataError`` if a question of the dev or test split stands in anything that is learnt from."""
+    held_out = {normalise_question(task.question) for split in ("dev", "test") for _, task in generated.prompts[split]}
+    held_out |= {normalise_question(prompt.question) for split in ("dev", "test") for prompt in gathered.prompts[split]}
+    tasks = (*generated.exercises, *generated.demonstrations, *generated.prompts["train"])
+    refuse_held_out((task.question for _, task in tasks), held_out, where="prompts")
+    for name, questions in gathered.learnt_questions.items():
+        refuse_held_out(questions, held_out, where=f"prompts.sources: {name!r}")
+
+
+def _row(split: str, prompt: Prompt) -> dict[str, Any]:
+    return {"split": split, **vars(prompt)}
+
+
+def _as_prompt(split: str, index: int, family: str, task: Task) -> Prompt:
+    identity = f"{split}/{family}/{index:06d}"
+    return Prompt(identity, family, task.question, task.answer, difficulty=task.difficulty)
+
+
+def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001 (no inputs)
+    """Generate and gather every split.
+
+    Raises:
+        ConfigError: A family is unknown or too small.
+        DataError: A source cannot be read, or a held-out question stands in what is learnt from.
+    """
+    generated, gathered = _generate(config), gather(config)
+    _refuse_leaks(generated, gathered)
+    random = Random(f"prompts/{config.seed}/answers")
+    documents = [
+        {"id": f"exercises/{family}/{index:06d}", "text": _exercise(task, random, config=config)}
+        for index, (family, task) in enumerate(generated.exercises)
+    ]
+    conversations = [
+        _demonstration(index, family, task, random, config=config)
+        for index, (family, task) in enumerate(generated.demonstrations)
+    ]
+    rows = [
+        _row(split, prompt)
+        for split, tasks in generated.prompts.items()
+        for prompt in (*(_as_prompt(split, i, *pair) for i, pair in enumerate(tasks)), *gathered.prompts[split])
+    ]
+    documents += gathered.documents
+    conversations += gathered.demonstrations
+    write_rows(workspace.output / "documents.arrow", documents, DOCUMENT_SCHEMA)
+    write_conversations(workspace.output / "demonstrations.arrow", conversations)
+    write_rows(workspace.output / "prompts.arrow", rows, PROMPT_SCHEMA)
+    write_atomically(workspace.report / "report.html", build_report(rows, conversations, gathered.quarantine))
+    sizes = Counter(row["split"] for row in rows)
+    metrics = {
+        "documents": float(len(documents)),
+        "demonstrations": float(len(conversations)),
+        **{split: float(size) for split, size in sizes.items()},
+    }
+    return metrics | (_write_gathered(gathered, workspace) if config.sources else {})
+
+
+def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
+    """What only sources give: pairs, and the rows that were left out."""
+    write_rows(workspace.output / PAIRS_FILE, [vars(pair) for pair in gathered.pairs], PAIR_SCHEMA)
+    if gathered.examples:
+        write_rows(workspace.output / EXAMPLES_FILE, [vars(item) for item in gathered.examples], EXAMPLE_SCHEMA)
+    lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
+    write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
+    for entry in gathered.quarantine[:MAX_TOLD]:
+        workspace.log(f"left out {entry['source']} {entry['file']}:{entry['row']}, which {entry['error']}")
+    if gathered.num_repeated:
+        workspace.log(f"{gathered.num_repeated} rows ask what another row asked: one prompt is kept of each")
+    return {
+        "pairs": len(gathered.pairs),
+        **({"single_answers": len(gathered.examples)} if gathered.examples else {}),
+        "quarantined": len(gathered.quarantine),
+        "repeated": gathered.num_repeated,
+    }
+
+
+STAGE = Stage(
+    name="prompts", output="Prompts", config=PromptsConfig, run=run, external=external, main_metric="documents"
+)

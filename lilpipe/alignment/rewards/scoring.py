@@ -1,0 +1,56 @@
+"""A trained reward model at work: the score of an answer is its head's output at the end of the assistant's turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lilpipe.errors import ArtifactError, DataError
+from lilpipe.model.heads import HeadModel, load_head_model, outputs_of_rows
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.chat_template import render_answer
+from lilpipe.tokenizer.encoding import Tokenizer
+
+
+class RewardModel:
+    """Scores of answers; it holds no gradient."""
+
+    def __init__(self, model: HeadModel, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def score(self, conversations: Sequence[list[Message]]) -> list[float]:
+        """The score of each conversation's last answer; one that is too long for the model loses its beginning.
+
+        An answer that was cut off where the model's context ends does not fit with the turn's end behind it. Raises
+        ``DataError`` if an answer alone does not fit.
+        """
+        return score_rows(self.model, [self._encode(conversation) for conversation in conversations], self.tokenizer)
+
+    def _encode(self, conversation: Sequence[Message]) -> list[int]:
+        max_len = self.model.config.max_seq_len
+        before, answer = render_answer(self.tokenizer, conversation)
+        if len(answer) > max_len:
+            raise DataError(
+                f"reward model: got an answer of {len(answer)} tokens, expected at most its {max_len}; lower "
+                "sampling.max_new_tokens, or train a reward model from a model of longer context"
+            )
+        return [*before, *answer][-max_len:]
+
+
+def load_reward_model(directory: Path, device: torch.device) -> RewardModel:
+    """The reward model of a Checkpoint. Raises ``ArtifactError`` if it has no scalar head."""
+    model, tokenizer = load_head_model(directory)
+    if model.num_outputs != 1:
+        raise ArtifactError(
+            f"{directory}: its head has {model.num_outputs} outputs, expected 1; a reward model comes from the stage "
+            "reward_model"
+        )
+    return RewardModel(model.to(device), tokenizer)
+
+
+def score_rows(model: HeadModel, rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[float]:
+    """The scalar output at the last token of each row of ids."""
+    return outputs_of_rows(model, rows, padding_id=tokenizer.padding_id)[:, 0].tolist()

@@ -1,0 +1,307 @@
+"""Stage ``grpo``: group relative policy optimisation (Shao et al. 2024) and its family.
+
+Each rollout samples a group of answers to each of a few prompts, rewards them, and raises the probability of what did
+better than its group. By default there is one update for each rollout, and the loss is averaged over all its tokens
+(DAPO, Yu et al. 2025), so that a long answer does not weigh less per token. The ratio is to the sampler's own
+probabilities, which agree with the trainer's but for rounding: no second pass is needed for them.
+
+Dimensions: P prompts, G answers to a prompt, N = P x G answers, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lilpipe import distributed
+from lilpipe.alignment.rewards.reward_functions import Rewards, external
+from lilpipe.alignment.rl.policy_gradient import (
+    aggregate,
+    group_advantages,
+    group_std,
+    k3,
+    policy_ratio,
+    surrogate_loss,
+)
+from lilpipe.alignment.rl.reinforcement import (
+    checkpoints_between_rollouts,
+    conclude,
+    greedy_metrics,
+    identity_of,
+    reward_model_of,
+    score_targets_alone,
+    training_prompts,
+)
+from lilpipe.alignment.rollout.collapse_monitor import Watch
+from lilpipe.alignment.rollout.rollouts import (
+    Answers,
+    Group,
+    Rollout,
+    Rollouts,
+    Sampler,
+    Sums,
+    answer_logprobs,
+    as_answers,
+    at_temperature,
+    check_gap,
+    group_metrics,
+    means,
+    micro_batches,
+    num_parts,
+)
+from lilpipe.alignment.rollout.shared_prompts import share_prompts
+from lilpipe.artifact import Artifact, Inputs
+from lilpipe.config import GRPOConfig
+from lilpipe.model.hub import load_model
+from lilpipe.model.scores import Scores
+from lilpipe.model.transformer import Transformer
+from lilpipe.seeds import derive_seed
+from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.training import finetune
+from lilpipe.training.finetune import TokenBatch, Workers
+from lilpipe.training.loop import train
+from lilpipe.training.replica import Loss
+
+FEWEST_TOKENS = 1e-6
+"""Count of a micro-batch in which every answer is masked: it is divided by, and adds nothing."""
+
+
+class _Part(NamedTuple):
+    """What the loss of a micro-batch needs beside its scores."""
+
+    answers: Answers
+    rollout_metrics: Sums
+    """Those of the whole rollout, with its first micro-batch alone."""
+    rollout: int
+    is_fresh: bool
+    """Whether the weights are still those that drew the answers."""
+    places: Tensor | None
+    """Where the scores of the answers are, in rows that share prompts; see ``SharedRows``."""
+
+
+class GRPO:
+    """The objective of one data rank; see ``lilpipe.training.finetune.Objective``.
+
+    ``policy`` gives the model of the moment, whole, to sample from. ``shared_len``: answers to one prompt are trained
+    on in rows of up to so many inputs that hold it once; none trains each by itself. ``sum_floats`` adds numbers up
+    over all workers.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        sampler: Sampler,
+        workspace: Workspace,
+        *,
+        policy: Callable[[], Transformer],
+        reference: Transformer | None,
+        workers: Workers,
+        shared_len: int | None = None,
+        sum_floats: Callable[[list[float]], list[float]] = distributed.sum_floats,
+    ) -> None:
+        self.config, self.reference = config, reference
+        self._sampler, self._policy, self._sum_floats = sampler, policy, sum_floats
+        self._rank = workers.data_rank
+        self._shared_len = shared_len
+        self.watch = Watch(
+            config.watch,
+            workspace.scratch / "rollouts.jsonl",
+            writes=distributed.is_main(),
+            log=workspace.log,
+        )
+        self._rollouts = Rollouts(
+            self._make,
+            workspace.scratch / "rollouts",
+            updates=config.updates_per_rollout,
+            data_rank=workers.data_rank,
+            num_data_ranks=workers.num_data_ranks,
+            device=distributed.device(),
+        )
+        self._sampler_gap = (0.0, 0.0)
+
+    def batches(self, step: int) -> list[TokenBatch]:
+        """The micro-batches of an update; the first of a rollout draws its answers."""
+        rollout, number, update = self._rollouts.at(step)
+        seed = derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank)
+        parts = micro_batches(rollout.answers, update, self.config, seed=seed)
+        return [
+            self._batch(part, {} if index else rollout.metrics, number, is_fresh=update == 0)
+            for index, part in enumerate(parts)
+        ]
+
+    def _batch(self, answers: Answers, metrics: Sums, rollout: int, *, is_fresh: bool) -> TokenBatch:
+        if self._shared_len is None:
+            extra = _Part(answers, metrics, rollout, is_fresh=is_fresh, places=None)
+            return TokenBatch(answers.inputs, answers.targets, extra=extra)
+        rows = share_prompts(answers, max_len=self._shared_len)
+        extra = _Part(answers, metrics, rollout, is_fresh=is_fresh, places=rows.places)
+        return TokenBatch(rows.inputs, rows.targets, positions=rows.positions, mask=rows.mask, extra=extra)
+
+    def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
+        """The loss of a micro-batch, summed."""
+        part: _Part = batch.extra
+        answers, config = part.answers, self.config
+        if part.places is None:
+            num_rows, num_tokens = answers.inputs.shape
+            logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
+        else:
+            logprobs_NT = scores.logprobs.flatten()[part.places].where(answers.drawn, 0.0)
+        loss_NT = surrogate_loss(
+            logprobs_NT,
+            answers.old_logprobs,
+            answers.advantages,
+            answers.counts,
+            clip_low=config.clip_low or config.clip_range,
+            clip_high=config.clip_high or config.clip_range,
+            ratio_level=config.ratio_level,
+        )
+        if answers.reference_logprobs is not None:
+            loss_NT = loss_NT + config.kl_coefficient * k3(logprobs_NT, answers.reference_logprobs)
+        total, count = aggregate(
+            loss_NT, answers.counts, over=config.aggregation, max_tokens=config.sampling.max_new_tokens
+        )
+        metrics = part.rollout_metrics | self._metrics(part, logprobs_NT.detach())
+        num_tokens = int((answers.lengths + 1).sum())
+        return Loss(total, max(count, FEWEST_TOKENS), num_tokens=num_tokens, metrics=metrics)
+
+    def _metrics(self, part: _Part, logprobs_NT: Tensor) -> Sums:
+        answers, config = part.answers, self.config
+        drawn_NT, num_drawn = answers.drawn, float(answers.drawn.sum())
+        if part.is_fresh:
+            self._sampler_gap = check_gap(logprobs_NT, answers, config.watch, rollout=part.rollout)
+        ratio_NT = policy_ratio(logprobs_NT, answers.old_logprobs, drawn_NT, level=config.ratio_level)
+        low, high = config.clip_low or config.clip_range, config.clip_high or config.clip_range
+        clipped_NT = (ratio_NT < 1 - low) | (ratio_NT > 1 + high)
+        return {
+            "clipped": (clipped_NT[drawn_NT].sum().item(), num_drawn),
+            "sampler_gap": self._sampler_gap,  # in the rollout's first update; should be about 1e-6
+        }
+
+    # --- rollouts -------------------------------------------------------------------------------------------------
+
+    def _make(self, number: int) -> Rollout:
+        model = self._policy()
+        was_training = model.training
+        model.eval()
+        groups, num_replaced = self._sampler.draw(model, number, resample_rounds=self.config.resample_rounds)
+        rollout = self._as_rollout(model, groups, group_metrics(groups, num_replaced), number)
+        model.train(was_training)
+        self.watch.note(number, means(rollout.metrics, self._sum_floats))
+        return rollout
+
+    def _as_rollout(self, model: Transformer, groups: Sequence[Group], metrics: Sums, number: int) -> Rollout:
+        config = self.config
+        answers = as_answers(
+            groups, self._sampler.tokenizer, mask_truncated=config.mask_truncated, device=distributed.device()
+        )
+        if config.sampling.temperature != 1:
+            answers = at_temperature(model, answers, config, rollout=number)
+        advantages_PG = self._advantages(torch.tensor([[answer.total for answer in group.scored] for group in groups]))
+        advantages_N1 = advantages_PG.flatten()[:, None].to(answers.inputs.device)
+        answers = answers._replace(advantages=advantages_N1.expand_as(answers.old_logprobs))
+        if self.reference is not None:
+            reference_NT = answer_logprobs(
+                self.reference,
+                answers,
+                parts=num_parts(config),
+                temperature=config.sampling.temperature,
+            )
+            answers = answers._replace(reference_logprobs=reference_NT)
+            divergence = k3(answers.old_logprobs, reference_NT)[answers.drawn].sum().item()
+            metrics = metrics | {"kl": (divergence, metrics["length"][0])}
+        return Rollout(answers, metrics)
+
+    def _advantages(self, rewards_PG: Tensor) -> Tensor:
+        """Advantages of this worker's groups; the deviation over the batch is that over all workers'."""
+        if not self.config.normalize_std:
+            return group_advantages(rewards_PG, std=None)
+        if self.config.std_over == "group":
+            return group_advantages(rewards_PG, std=group_std(rewards_PG))
+        totals = [float(rewards_PG.numel()), rewards_PG.sum().item(), rewards_PG.double().square().sum().item()]
+        count, total, squares = self._sum_floats(totals)
+        num_answers = self.config.prompts_per_step * self.config.group_size
+        variance = max(squares / count - (total / count) ** 2, 0.0) * num_answers / (num_answers - 1)
+        return group_advantages(rewards_PG, std=variance**0.5)
+
+
+# --- the stage ----------------------------------------------------------------------------------------------------
+
+
+def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
+    """Train on rollouts. Raises ``DataError`` if the run collapses; see ``rollout/collapse_monitor.py``."""
+    source, prompts_artifact = inputs["model"], inputs["prompts"]
+    assert isinstance(source, Artifact)
+    assert isinstance(prompts_artifact, Artifact)
+    model, tokenizer = load_model(source.path)
+    prompts, dev = training_prompts(
+        prompts_artifact,
+        tokenizer,
+        form=config.prompt_form,
+        max_seq_len=model.config.max_seq_len,
+        workspace=workspace,
+    )
+    rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
+    rewards.log_sandbox(prompts, workspace)
+    before = greedy_metrics(model.to(distributed.device()), tokenizer, dev, rewards, config)
+    workers = Workers(config)
+    whole = None if workers.mesh is None else model  # filled from the others where the policy is cut
+    sampler = Sampler(
+        tokenizer,
+        prompts,
+        rewards,
+        config,
+        stage="grpo",
+        group_size=config.group_size,
+        data_rank=workers.data_rank,
+        num_data_ranks=workers.num_data_ranks,
+    )
+    objective = GRPO(
+        config,
+        sampler,
+        workspace,
+        policy=lambda: finetune.whole_model(trainee, into=whole),
+        reference=load_model(source.path)[0].to(distributed.device()) if config.kl_coefficient else None,
+        workers=workers,
+        shared_len=_shared_len(model, workers),
+    )
+    trainee = finetune.build(config, source.path, objective, workers, stage="grpo")
+    score_targets_alone(trainee, config, workers)
+
+    def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
+        return greedy_metrics(finetune.whole_model(trainee, into=whole), tokenizer, dev, rewards, config)
+
+    result = train(
+        trainee,
+        num_steps=config.num_steps * config.updates_per_rollout,
+        workspace=workspace,
+        section=checkpoints_between_rollouts(config),
+        optimizer=config.optimizer,
+        evaluate=evaluate,
+        identity=identity_of(inputs),
+    )
+    finetune.export(trainee, tokenizer, workspace)
+    return conclude("Group relative policy optimisation", config, before, result, workspace)
+
+
+def _shared_len(model: Transformer, workers: Workers) -> int | None:
+    """Length of rows that share prompts. A GPU's attention without a mask is faster than what it would save, and what
+    dropout draws goes by row and place.
+    """
+    shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
+    return model.config.max_seq_len if shares else None
+
+
+STAGE = Stage(
+    name="grpo",
+    output="Checkpoint",
+    config=GRPOConfig,
+    run=run,
+    inputs={"model": "Checkpoint", "prompts": "Prompts"},
+    optional_inputs={"reward_model": "Checkpoint"},
+    external=external,
+    distributed=True,
+    main_metric="dev_accuracy",
+)

@@ -1,0 +1,128 @@
+"""What the stages of reinforcement learning have in common around their objectives: prompts, metrics, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from lilpipe import distributed
+from lilpipe.alignment.rewards.reward_functions import RewardModel, Rewards, reward
+from lilpipe.alignment.rollout.completions import PromptForm, complete, encode_question
+from lilpipe.alignment.rollout.rollouts import at_targets
+from lilpipe.artifact import Artifact, Inputs
+from lilpipe.config import GRPOConfig
+from lilpipe.config.reinforcement import PPOConfig
+from lilpipe.errors import DataError
+from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts
+from lilpipe.stage import Metrics, Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.training.curves import write_report
+from lilpipe.training.finetune import Workers
+from lilpipe.training.loop import TrainingResult
+from lilpipe.training.replica import Trainee
+
+Section = TypeVar("Section", GRPOConfig, PPOConfig)
+
+NUM_DEV_PROMPTS = 200
+"""Prompts of the dev split behind the accuracy before and after."""
+
+
+def training_prompts(
+    artifact: Artifact, tokenizer: Tokenizer, *, form: PromptForm, max_seq_len: int, workspace: Workspace
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, none of them held out, and some of the dev split.
+
+    Prompts that leave the model no room for an answer are left out and logged. Raises ``DataError`` if none is left.
+    """
+    train, dev = read_prompts(artifact.path, "train"), read_prompts(artifact.path, "dev")
+    assert_not_held_out((prompt.question for prompt in train), artifact.path)
+    # A text has no more tokens than bytes, so most need not be encoded to know that they fit.
+    fits_surely = max_seq_len - len(encode_question(tokenizer, "?", form))
+    found: list[list[Prompt]] = []
+    for split, prompts in (("train", train), ("dev", dev)):
+        kept = [
+            prompt
+            for prompt in prompts
+            if len(prompt.question.encode()) < fits_surely
+            or len(encode_question(tokenizer, prompt.question, form)) < max_seq_len
+        ]
+        if left_out := len(prompts) - len(kept):
+            workspace.log(
+                f"left out {left_out} of {len(prompts)} {split} prompts: with the model's {max_seq_len} tokens they "
+                "leave no room for an answer"
+            )
+        if not kept:
+            raise DataError(
+                f"{artifact.path}: got no {split} prompt of fewer than the model's {max_seq_len} tokens, expected "
+                "some; take shorter prompts or a model of longer context"
+            )
+        found.append(kept)
+    return found[0], found[1][:NUM_DEV_PROMPTS]
+
+
+def reward_model_of(inputs: Inputs) -> RewardModel | None:
+    """The reward model among the inputs, if there is one."""
+    source = inputs.get("reward_model")
+    if source is None:
+        return None
+    from lilpipe.alignment.rewards.reward_model import load_reward_model
+
+    assert isinstance(source, Artifact)
+    return load_reward_model(source.path, distributed.device())
+
+
+def identity_of(inputs: Inputs) -> dict[str, str]:
+    """What marks the checkpoints of a run on these inputs."""
+    return {role: source.content_digest for role, source in inputs.items() if isinstance(source, Artifact)}
+
+
+def checkpoints_between_rollouts(config: Section) -> Section:
+    """The section with checkpoints where rollouts end; one that a signal asks for may still lie between."""
+    updates = config.updates_per_rollout
+    return config.model_copy(update={"checkpoint_every": -(-config.checkpoint_every // updates) * updates})
+
+
+def score_targets_alone(policy: Trainee, config: GRPOConfig | PPOConfig, workers: Workers) -> None:
+    """Let the output layer see the answers' tokens alone; a model that is cut needs its rows in shape."""
+    if workers.mesh is None or config.sampling.temperature != 1:
+        for part in policy.parts:
+            assert isinstance(part, Transformer)
+            part.token_scores = at_targets(part.token_scores, config.sampling.temperature)
+
+
+def greedy_metrics(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    rewards: Rewards,
+    config: GRPOConfig | PPOConfig,
+) -> dict[str, float]:
+    """Share of the prompts that the model's likeliest answer solves, and its mean reward."""
+    sampling = config.sampling.model_copy(update={"temperature": 0.0})
+    groups = complete(model, tokenizer, prompts, form=config.prompt_form, sampling=sampling, seed=0)
+    answers = [group[0] for group in groups]
+    scored = rewards(prompts, [answer.as_response for answer in answers])
+    return {
+        "dev_accuracy": sum(reward(answer.verdict) for answer in answers) / len(answers),
+        "dev_reward": sum(answer.total for answer in scored) / len(answers),
+    }
+
+
+def conclude(
+    title: str,
+    config: GRPOConfig | PPOConfig,
+    before: Mapping[str, float],
+    result: TrainingResult,
+    workspace: Workspace,
+) -> Metrics:
+    """The metrics of a run, and its report; ``before`` are the greedy ones of the model that it began with."""
+    metrics = {
+        "steps": float(config.num_steps),
+        **{f"{name}_before": figure for name, figure in before.items()},
+        **result.metrics,
+        "tokens_per_second": result.tokens_per_second,
+    }
+    if distributed.is_main():
+        write_report(workspace, title=title, losses=result.losses, config=config, key_figures=metrics)
+    return metrics

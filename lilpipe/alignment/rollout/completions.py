@@ -1,0 +1,153 @@
+"""Answers drawn from a model to verifiable prompts, and their form as padded batches.
+
+A base model meets a question in the plain text of its pretraining and its answer runs to the first blank line or the
+document's end (form ``text``); a chat model meets it as a user's turn and answers to the turn's end (form ``chat``).
+
+Dimensions: N completions, T tokens of the longest prompt and completion together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lilpipe.alignment.rewards.reward_functions import Response, Verdict, judge
+from lilpipe.alignment.verify.answers import as_text, first_paragraph
+from lilpipe.config import SamplingConfig
+from lilpipe.errors import DataError
+from lilpipe.generation.engine import Sample, generate
+from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.examples import Prompt
+from lilpipe.schemas.messages import Message
+from lilpipe.tokenizer.chat_template import render
+from lilpipe.tokenizer.encoding import Tokenizer
+
+PromptForm = Literal["text", "chat"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response to a prompt, with the verifier's verdict."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    sample: Sample
+    drawn: list[int]
+    """The tokens that the model drew for the response, its end included; ``sample.logprobs`` begin with theirs."""
+    response: str
+    verdict: Verdict
+
+    @property
+    def as_response(self) -> Response:
+        """What a reward is given."""
+        has_stop = len(self.drawn) > len(self.sample.tokens)
+        return Response(self.response, ended=self.verdict.ended, num_tokens=len(self.drawn) - has_stop)
+
+
+def encode_question(tokenizer: Tokenizer, question: str, form: PromptForm) -> list[int]:
+    """The tokens after which the answer begins."""
+    if form == "text":
+        return tokenizer.encode(as_text(question))
+    return render(tokenizer, [Message(role="user", content=question)], add_generation_prompt=True)[0]
+
+
+def stop_id(tokenizer: Tokenizer, form: PromptForm) -> int:
+    """The token that ends an answer."""
+    return tokenizer.document_end_id if form == "text" else tokenizer.turn_end_id
+
+
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    form: PromptForm,
+    sampling: SamplingConfig,
+    seed: int,
+    num_samples: int = 1,
+    numbers: Sequence[int] | None = None,
+) -> list[list[Completion]]:
+    """``num_samples`` answers to each prompt; a pure function of its arguments. ``numbers``: see ``generate``.
+
+    Raises ``DataError`` naming a prompt that leaves no room for an answer.
+    """
+    encoded = [encode_question(tokenizer, prompt.question, form) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if len(ids) >= model.config.max_seq_len:
+            raise DataError(
+                f"prompt {prompt.id!r}: got {len(ids)} tokens, expected at most {model.config.max_seq_len - 1}, so "
+                f"that an answer fits behind it; leave prompts as long as {prompt.question[:60]!r}... out, or train a "
+                "model with a larger model.max_seq_len"
+            )
+    shown = partial(_completion, tokenizer, sampling=sampling, form=form)
+    if form == "text":  # what a base model goes on to write is not of the response
+        sampling = sampling.model_copy(update={"stop": (*sampling.stop, "\n\n")})
+    groups = generate(
+        model,
+        encoded,
+        sampling=sampling,
+        stop_ids=[stop_id(tokenizer, form)],
+        seed=seed,
+        num_samples=num_samples,
+        numbers=numbers,
+        tokenizer=tokenizer,
+    )
+    return [
+        [shown(prompt, ids, sample) for sample in group]
+        for prompt, ids, group in zip(prompts, encoded, groups, strict=True)
+    ]
+
+
+def _completion(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    prompt_ids: list[int],
+    sample: Sample,
+    *,
+    sampling: SamplingConfig,
+    form: PromptForm,
+) -> Completion:
+    text = up_to_stop(tokenizer.decode(sample.tokens), sampling.stop, keep=sampling.keep_stop)
+    ended = sample.finished or (form == "text" and "\n\n" in text.lstrip())
+    response = first_paragraph(text) if form == "text" else text.strip()
+    has_stop = sample.finished and sample.stop_reason != "stop_string"
+    drawn = sample.tokens + [stop_id(tokenizer, form)] * has_stop
+    if form == "text":
+        drawn = _through_first_paragraph(tokenizer, drawn)
+    return Completion(prompt, prompt_ids, sample, drawn, response, judge(prompt, response, ended=ended))
+
+
+def up_to_stop(text: str, stop: Sequence[str], *, keep: bool) -> str:
+    """The text before the first of the strings that end it, or through it."""
+    found = [(place, len(string)) for string in stop if (place := text.find(string)) >= 0]
+    if not found:
+        return text
+    place, length = min(found)
+    return text[: place + length * keep]
+
+
+def _through_first_paragraph(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """The fewest first tokens that end a paragraph, or all: what follows a blank line is not of the response."""
+    if "\n\n" not in tokenizer.decode(tokens).lstrip():
+        return tokens
+    return next(
+        tokens[:count] for count in range(1, len(tokens) + 1) if "\n\n" in tokenizer.decode(tokens[:count]).lstrip()
+    )
+
+
+def pad_completions(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, padding_id: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens [N, T] padded on the right, and a mask [N, T-1] that is True where the next token is of the completion."""
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    tokens_NT = torch.full((len(lengths), max(lengths)), padding_id, dtype=torch.int64)
+    mask_NT = torch.zeros_like(tokens_NT, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens_NT[row, : lengths[row]] = torch.tensor([*prompt, *completion])
+        mask_NT[row, len(prompt) : lengths[row]] = True
+    return tokens_NT, mask_NT[:, 1:]

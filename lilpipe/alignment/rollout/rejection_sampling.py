@@ -1,0 +1,244 @@
+"""Stage ``rejection_sampling``: sample K answers to each prompt and keep the good ones.
+
+Llama 3 (Grattafiori et al. 2024, section 4.2.2) keeps what its reward model likes best; where a program knows the
+answer, it may decide. Every sample is kept with its verdict and its rewards in ``samples.arrow``;
+``conversations.arrow`` holds the distinct answers that were kept, and ``pass_rates.arrow`` how hard each prompt was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyarrow as pa
+from matplotlib.figure import Figure
+
+from lilpipe import distributed, report
+from lilpipe.alignment.rewards.reward_functions import Rewards, external
+from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
+from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.config import RejectionSamplingConfig
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.metrics.pass_at_k import mean_estimate, pass_at_k
+from lilpipe.schemas.chunks import Row
+from lilpipe.schemas.examples import Conversation, Prompt, assert_not_held_out, read_prompts, write_conversations
+from lilpipe.schemas.messages import Message
+from lilpipe.schemas.tables import write_rows
+from lilpipe.stage import Metrics, Stage, Workspace
+
+PASS_RATE_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("family", pa.string()),
+        ("num_samples", pa.int32()),
+        ("num_correct", pa.int32()),
+        ("difficulty", pa.int32()),
+        ("pass_rate", pa.float64()),
+        ("mean_reward", pa.float64()),
+        ("num_kept", pa.int32()),
+    ]
+)
+
+
+def select(rows: Sequence[Row], config: RejectionSamplingConfig) -> list[Row]:
+    """The responses of one prompt that are kept: they ended, say something, and differ by more than white space."""
+    if config.keep == "all_correct":
+        accepted = [row for row in rows if row["correct"]]
+    else:
+        least = -math.inf if config.threshold is None else config.threshold
+        accepted = [row for row in rows if row["ended"] and row["response"] and row["reward"] >= least]
+        accepted.sort(key=lambda row: -row["reward"])
+    kept: dict[str, Row] = {}
+    for row in accepted:
+        kept.setdefault(" ".join(row["response"].split()), row)
+    return list(kept.values())[: config.max_kept_per_prompt]
+
+
+def as_conversation(row: Row) -> Conversation:
+    """The prompt and a kept response as a conversation."""
+    messages: list[Message] = [
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": row["response"]},
+    ]
+    return Conversation(f"{row['prompt_id']}/{row['sample']}", row["prompt_id"], "rejection_sampling", messages)
+
+
+def run(config: RejectionSamplingConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
+    """Sample, judge, keep. Raises ``ConfigError`` if more prompts are asked for than there are."""
+    source = inputs["prompts"]
+    assert isinstance(source, Artifact)
+    prompts = read_prompts(source.path, "train")
+    if config.num_prompts > len(prompts):
+        raise ConfigError(
+            f"rejection_sampling.num_prompts: got {config.num_prompts}, the train split holds {len(prompts)}; lower it "
+            "or raise prompts.num_train"
+        )
+    prompts = prompts[: config.num_prompts]
+    assert_not_held_out((prompt.question for prompt in prompts), source.path)
+    rewards = load_rewards(config.rewards, inputs)
+    rewards.log_sandbox(prompts, workspace)
+    model = choose_policy(config, inputs, read_prompts(source.path, "dev"), rewards, workspace)
+    rows = sample_in_chunks(
+        model,
+        prompts,
+        config,
+        form=config.prompt_form,
+        purpose="rejection_sampling",
+        rewards=rewards,
+        workspace=workspace,
+    )
+    groups = by_prompt(rows)
+    kept = [select(group, config) for group in groups]
+    answers = [row for group in kept for row in group]
+    metrics = summarise(groups, num_kept=len(answers)) | reward_metrics(groups, rewards)
+    if not answers:
+        workspace.log(_nothing_kept(config, rows))
+    if distributed.is_main():
+        rates = [_pass_rate(group, num_kept=len(chosen)) for group, chosen in zip(groups, kept, strict=True)]
+        write_rows(workspace.output / "samples.arrow", rows, scored_schema(rewards))
+        write_rows(workspace.output / "pass_rates.arrow", rates, PASS_RATE_SCHEMA)
+        write_conversations(workspace.output / "conversations.arrow", [as_conversation(row) for row in answers])
+        write_atomically(workspace.report / "report.html", _report(groups, answers, metrics))
+    return metrics
+
+
+def _nothing_kept(config: RejectionSamplingConfig, rows: Sequence[Row]) -> str:
+    if config.keep == "all_correct":
+        return "no sampled answer was correct: the conversations are empty; the model needs more pretraining"
+    highest = max((row["reward"] for row in rows if row["ended"]), default=None)
+    return (
+        f"no sampled answer was kept: the conversations are empty; the highest reward of one that ended is {highest}, "
+        f"the threshold {config.threshold}"
+    )
+
+
+def choose_policy(
+    config: RejectionSamplingConfig,
+    inputs: Inputs,
+    dev: Sequence[Prompt],
+    rewards: Rewards,
+    workspace: Workspace,
+) -> Artifact:
+    """The checkpoint that samples: the only one, the last, or the one whose answers to dev prompts are worth most.
+
+    Of several that are worth the same the last is taken. Raises ``DataError`` if there are no dev prompts to ask.
+    """
+    given = inputs["model"]
+    candidates = (given,) if isinstance(given, Artifact) else given
+    if len(candidates) == 1 or config.policy == "latest":
+        return candidates[-1]
+    if not dev:
+        raise DataError(
+            "rejection_sampling.policy: 'best' is found by prompts of the dev split, of which there are none; take "
+            "'latest' or raise prompts.num_dev"
+        )
+    estimates = []
+    for index, candidate in enumerate(candidates):
+        rows = sample_in_chunks(
+            candidate,
+            dev[: config.policy_prompts],
+            config,
+            form=config.prompt_form,
+            purpose="policy",
+            rewards=rewards,
+            workspace=workspace,
+            name=f"policy-{index}",
+        )
+        groups = by_prompt(rows)
+        estimates.append(mean_estimate([sum(row["reward"] for row in group) / len(group) for group in groups]))
+        step, estimate = candidate.manifest.step, estimates[-1]
+        workspace.log(f"policy {step}: reward {estimate.value:.4f} +- {estimate.stderr:.4f} on {len(groups)} prompts")
+    best = max(range(len(candidates)), key=lambda index: (estimates[index].value, index))
+    workspace.log(f"answers are sampled from {candidates[best].manifest.step}")
+    return candidates[best]
+
+
+def summarise(groups: Sequence[Sequence[Row]], *, num_kept: int) -> Metrics:
+    """pass@1 and pass@K with standard errors over prompts, and how the answers look."""
+    rows = [row for group in groups for row in group]
+    k = len(groups[0])
+    first = mean_estimate([pass_at_k(k, _num_correct(group), 1) for group in groups])
+    last = mean_estimate([pass_at_k(k, _num_correct(group), k) for group in groups])
+    return {
+        "pass_at_1": first.value,
+        "pass_at_1_stderr": first.stderr,
+        f"pass_at_{k}": last.value,
+        f"pass_at_{k}_stderr": last.stderr,
+        "kept": num_kept,
+        "prompts": len(groups),
+        "ended_share": sum(row["ended"] for row in rows) / len(rows),
+        "mean_words": sum(row["num_words"] for row in rows) / len(rows),
+    }
+
+
+def _num_correct(group: Sequence[Row]) -> int:
+    return sum(row["correct"] for row in group)
+
+
+def _pass_rate(group: Sequence[Row], *, num_kept: int) -> Row:
+    row = group[0]
+    return {
+        "prompt_id": row["prompt_id"],
+        "family": row["family"],
+        "num_samples": len(group),
+        "num_correct": _num_correct(group),
+        "difficulty": row["difficulty"],
+        "pass_rate": _num_correct(group) / len(group),
+        "mean_reward": sum(item["reward"] for item in group) / len(group),
+        "num_kept": num_kept,
+    }
+
+
+def _report(groups: Sequence[Sequence[Row]], kept: Sequence[Row], metrics: Metrics) -> str:
+    sections: dict[str, str | list[str]] = {"By family": report.table(_table_by("family", groups, kept))}
+    if len({group[0]["difficulty"] for group in groups}) > 1:
+        sections["By difficulty"] = report.table(_table_by("difficulty", groups, kept))
+    k = len(groups[0])
+    picture = Figure(figsize=(6, 2.6))
+    axes = picture.subplots()
+    counts = [sum(_num_correct(group) == correct for group in groups) for correct in range(k + 1)]
+    axes.bar(range(k + 1), counts, color=report.ACCENT)
+    axes.set(xlabel=f"correct answers of {k}", ylabel="prompts")
+    examples = [
+        report.text_block(
+            "\n".join(f"[{_verdict(row)}] {row['response']}" for row in group),
+            title=group[0]["question"],
+            detail=f"{_num_correct(group)} of {k}",
+        )
+        for group in groups[:20]
+    ]
+    figures = {
+        "pass@1": metrics["pass_at_1"],
+        f"pass@{k}": metrics[f"pass_at_{k}"],
+        "reward": metrics["reward"],
+        "answers kept": len(kept),
+    }
+    sections |= {"Correct answers by prompt": report.figure(picture), "The first prompts": examples}
+    return report.page("Rejection sampling", sections, key_figures=figures)
+
+
+def _verdict(row: Row) -> str:
+    return f"{'correct' if row['correct'] else 'wrong'}, reward {row['reward']:.3g}"
+
+
+def _table_by(column: str, groups: Sequence[Sequence[Row]], kept: Sequence[Row]) -> list[dict[str, report.Cell]]:
+    """How the prompts of each family, or difficulty, were answered."""
+    table: list[dict[str, report.Cell]] = []
+    for value in sorted({group[0][column] for group in groups}):
+        alike = [group for group in groups if group[0][column] == value]
+        summary = summarise(alike, num_kept=sum(row[column] == value for row in kept))
+        table.append({column: value, **{key: number for key, number in summary.items() if "stderr" not in key}})
+    return table
+
+
+STAGE = Stage(
+    name="rejection_sampling",
+    output="Conversations",
+    config=RejectionSamplingConfig,
+    run=run,
+    inputs={"model": "Checkpoint", "prompts": "Prompts"},
+    optional_inputs={"reward_model": "Checkpoint"},
+    external=external,
+    distributed=True,
+    main_metric="pass_at_1",
+)

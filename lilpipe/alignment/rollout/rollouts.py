@@ -1,0 +1,350 @@
+"""Rollouts: answers drawn from a policy, what they are worth, and how updates take them in parts.
+
+A rollout is a pure function of weights, seed and number: a killed run continues from its last checkpoint
+to the same bytes. Where a rollout is learned from in several updates it also lies beside the checkpoints, because the
+weights that drew it are gone after the first.
+
+Dimensions: P prompts, G answers to a prompt, N = P x G answers, T tokens of prompt and answer but the last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lilpipe.alignment.rewards.reward_functions import Rewards, Scored
+from lilpipe.alignment.rollout.collapse_monitor import check_sampler_gap
+from lilpipe.alignment.rollout.completions import Completion, complete, pad_completions
+from lilpipe.config import GRPOConfig, PPOConfig
+from lilpipe.config.reinforcement import WatchConfig
+from lilpipe.errors import ArtifactError, ConfigError
+from lilpipe.model.scores import IGNORED, Scores, token_scores
+from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.examples import Prompt
+from lilpipe.schemas.order import rows_of_step
+from lilpipe.seeds import derive_seed
+from lilpipe.tokenizer.encoding import Tokenizer
+
+Sums = dict[str, tuple[float, float]]
+"""Metrics as (sum, count)."""
+
+
+class Answers(NamedTuple):
+    """What updates need of answers, [N, T] each; row n, column t is about the token that follows input t."""
+
+    inputs: Tensor
+    targets: Tensor
+    """``IGNORED`` but at tokens that the policy drew."""
+    counts: Tensor
+    """True at drawn tokens that the loss is to count."""
+    old_logprobs: Tensor
+    """Log-probability under the policy that drew, at the sampling temperature."""
+    advantages: Tensor
+    reference_logprobs: Tensor | None = None
+    """Under the initial policy."""
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def drawn(self) -> Tensor:
+        """True at tokens that the policy drew."""
+        return self.targets >= 0
+
+    @property
+    def lengths(self) -> Tensor:
+        """Inputs of each row up to its last target ``[N]``."""
+        return ((torch.arange(self.targets.shape[1], device=self.targets.device) + 1) * self.drawn).amax(dim=1)
+
+    def take(self, rows: Tensor) -> Answers:
+        """Some rows, no longer than the longest of them."""
+        longest = int(self.lengths[rows].max())
+        tensors = {name: t[rows, :longest] for name, t in self._asdict().items() if t is not None}
+        return self._replace(**tensors)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The answers of one rollout on one worker."""
+
+    answers: Answers
+    metrics: Sums = field(default_factory=dict)
+
+
+class Group(NamedTuple):
+    """The answers to one prompt, and what they are worth."""
+
+    completions: list[Completion]
+    scored: list[Scored]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all are worth the same."""
+        return all(answer.total == self.scored[0].total for answer in self.scored)
+
+
+class Sampler:
+    """Draws the answers of rollouts on one data rank."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        rewards: Rewards,
+        config: GRPOConfig | PPOConfig,
+        *,
+        stage: str,
+        group_size: int,
+        data_rank: int,
+        num_data_ranks: int,
+    ) -> None:
+        assert config.seed is not None
+        self.tokenizer, self.prompts, self.rewards, self.config = tokenizer, prompts, rewards, config
+        self._stage, self._group_size, self.seed = stage, group_size, config.seed
+        self._rank, self._num_ranks = data_rank, num_data_ranks
+
+    def draw(self, model: Transformer, rollout: int, *, resample_rounds: int = 0) -> tuple[list[Group], int]:
+        """The groups of a rollout, and how many were replaced because they had no spread."""
+        num_rows, seed = len(self.prompts), derive_seed(self.seed, self._stage)
+        rows = rows_of_step(rollout, num_rows=num_rows, batch_size=self.config.prompts_per_step, seed=seed)
+        rows = rows[self._rank :: self._num_ranks]
+        groups = self._sample(model, rows, rollout)
+        seen, num_replaced = set(rows), 0
+        for number in range(1, resample_rounds + 1):
+            flat = [place for place, group in enumerate(groups) if group.is_flat]
+            further = self._further(rollout, number, seen)[: len(flat)]
+            if not further:
+                break
+            seen.update(further)
+            for place, group in zip(flat, self._sample(model, further, rollout, number), strict=False):
+                groups[place] = group
+            num_replaced += len(further)
+        return groups, num_replaced
+
+    def _further(self, rollout: int, number: int, seen: set[int]) -> list[int]:
+        """Prompts that this rollout has not seen yet, in an order of this round's own."""
+        seed = derive_seed(self.seed, f"{self._stage}/resample", rollout, self._rank, number)
+        order = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(seed))
+        return [row for row in order.tolist() if row not in seen]
+
+    def _sample(self, model: Transformer, rows: Sequence[int], *position: int) -> list[Group]:
+        # By the numbers of the prompts, and not by the worker: a rollout is the same however many draw it.
+        seed = derive_seed(self.seed, f"{self._stage}/rollout", *position)
+        groups = complete(
+            model,
+            self.tokenizer,
+            [self.prompts[row] for row in rows],
+            form=self.config.prompt_form,
+            sampling=self.config.sampling,
+            seed=seed,
+            num_samples=self._group_size,
+            numbers=rows,
+        )
+        flat = [completion for group in groups for completion in group]
+        scored = iter(self.rewards([c.prompt for c in flat], [c.as_response for c in flat]))
+        return [Group(group, [next(scored) for _ in group]) for group in groups]
+
+
+def as_answers(groups: Sequence[Group], tokenizer: Tokenizer, *, mask_truncated: bool, device: torch.device) -> Answers:
+    """Groups as padded tensors, without advantages yet."""
+    flat = [completion for group in groups for completion in group.completions]
+    drawn = [completion.drawn for completion in flat]
+    tokens, drawn_NT = pad_completions([c.prompt_ids for c in flat], drawn, padding_id=tokenizer.padding_id)
+    old_NT = torch.zeros(drawn_NT.shape)
+    old_NT[drawn_NT] = torch.tensor([logprob for c in flat for logprob in c.sample.logprobs[: len(c.drawn)]])
+    counts_NT = drawn_NT
+    if mask_truncated:
+        counts_NT = drawn_NT & torch.tensor([c.verdict.ended for c in flat])[:, None]
+    targets_NT = tokens[:, 1:].where(drawn_NT, IGNORED)
+    tensors = (tokens[:, :-1], targets_NT, counts_NT, old_NT, torch.zeros(len(flat), 1).expand_as(old_NT))
+    return Answers(*(tensor.to(device) for tensor in tensors))
+
+
+def group_metrics(groups: Sequence[Group], num_replaced: int) -> Sums:
+    """What a rollout was like."""
+    completions = [completion for group in groups for completion in group.completions]
+    scored = [answer for group in groups for answer in group.scored]
+    num_answers, num_tokens = float(len(completions)), float(sum(len(c.drawn) for c in completions))
+    ended = float(sum(completion.verdict.ended for completion in completions))
+    logprob = sum(sum(c.sample.logprobs[: len(c.drawn)]) for c in completions)
+    parts = {f"reward/{name}": sum(answer.parts[name] for answer in scored) for name in scored[0].parts}
+    return {
+        "reward": (sum(answer.total for answer in scored), num_answers),
+        **{name: (total, num_answers) for name, total in parts.items()},
+        "flat_groups": (float(sum(group.is_flat for group in groups)), float(len(groups))),  # they teach nothing
+        "replaced_groups": (float(num_replaced), float(len(groups))),
+        "entropy": (-logprob, num_tokens),  # its estimate from the drawn tokens, in nats
+        "length": (num_tokens, num_answers),
+        "words": (float(sum(c.verdict.num_words for c in completions)), num_answers),
+        "ended": (ended, num_answers),
+        "truncated": (num_answers - ended, num_answers),
+    }
+
+
+def means(metrics: Sums, sum_floats: Callable[[list[float]], list[float]]) -> dict[str, float]:
+    """Metrics over all workers; ``sum_floats`` adds numbers up over them."""
+    totals = sum_floats([value for pair in metrics.values() for value in pair])
+    pairs = zip(totals[::2], totals[1::2], strict=True)
+    return {name: total / max(count, 1e-12) for name, (total, count) in zip(metrics, pairs, strict=True)}
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(answers: Answers, update: int, config: GRPOConfig | PPOConfig, *, seed: int) -> list[Answers]:
+    """What one update learns from: each epoch goes through all answers in an order of its own."""
+    rows = torch.arange(len(answers.inputs))
+    if config.minibatches_per_rollout > 1:
+        epoch, part = divmod(update, config.minibatches_per_rollout)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+        rows = torch.randperm(len(rows), generator=generator).chunk(config.minibatches_per_rollout)[part]
+    chosen = answers.take(rows)
+    return [chosen.take(part) for part in by_length(chosen, config.accumulation_steps)]
+
+
+def by_length(answers: Answers, parts: int) -> list[Tensor]:
+    """Rows in parts of answers of about the same length, so that little is padding."""
+    return list(answers.lengths.argsort(stable=True).tensor_split(parts))
+
+
+def num_parts(config: GRPOConfig | PPOConfig) -> int:
+    """Parts of a rollout that are as large as a micro-batch."""
+    return config.minibatches_per_rollout * config.accumulation_steps
+
+
+def in_parts(function: Callable[[Answers], Tensor], answers: Answers, parts: int) -> Tensor:
+    """What a function gives of each part ``[N, T]``, 0 in padding; without a gradient."""
+    result_NT = torch.zeros_like(answers.old_logprobs)
+    with torch.no_grad():
+        for rows in by_length(answers, parts):
+            part = answers.take(rows)
+            result_NT[rows, : part.inputs.shape[1]] = function(part)
+    return result_NT
+
+
+def answer_logprobs(model: Transformer, answers: Answers, *, parts: int, temperature: float = 1.0) -> Tensor:
+    """Log-probability of the drawn tokens ``[N, T]``, 0 elsewhere; without a gradient."""
+
+    def logprobs(part: Answers) -> Tensor:
+        scores = at_targets(token_scores, temperature)
+        softcap = model.config.logit_softcap
+        return scores(model.model(part.inputs), model.output_weight, part.targets, softcap=softcap).logprobs
+
+    return in_parts(logprobs, answers, parts)
+
+
+def at_temperature(model: Transformer, answers: Answers, config: GRPOConfig | PPOConfig, *, rollout: int) -> Answers:
+    """The answers with log-probabilities at the sampling temperature: the sampler gives those at temperature 1.
+
+    Raises ``DataError`` if the sampler's differ from the trainer's.
+    """
+    check_gap(answer_logprobs(model, answers, parts=num_parts(config)), answers, config.watch, rollout=rollout)
+    temperature = config.sampling.temperature
+    old_NT = answer_logprobs(model, answers, parts=num_parts(config), temperature=temperature)
+    return answers._replace(old_logprobs=old_NT)
+
+
+def check_gap(logprobs_NT: Tensor, answers: Answers, config: WatchConfig, *, rollout: int) -> tuple[float, float]:
+    """Sum and count of the differences between the trainer's log-probabilities of drawn tokens and the sampler's.
+
+    Raises ``DataError`` if they are too large.
+    """
+    gap_N = (logprobs_NT - answers.old_logprobs)[answers.drawn].abs()
+    check_sampler_gap(gap_N.mean().item(), config, rollout=rollout)
+    return gap_N.sum().item(), float(len(gap_N))
+
+
+def at_targets(scores: Callable[..., Scores], temperature: float = 1.0) -> Callable[..., Scores]:
+    """``lilpipe.model.scores.token_scores`` without the output layer's work for tokens that are not scored, and at
+    another temperature.
+    """
+
+    def score(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, **options: object) -> Scores:
+        rows_N = (targets_BT >= 0).flatten().nonzero()[:, 0]
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, rows_N)
+        if temperature != 1:
+            if options.get("softcap") is not None:
+                raise ConfigError(f"sampling.temperature: got {temperature}, expected 1 for a model with logit_softcap")
+            hidden_ND = hidden_ND / temperature
+        found = scores(hidden_ND[None], weight_VD, targets_BT.flatten()[rows_N][None], **options)
+        zeros = torch.zeros(targets_BT.numel(), dtype=found.logprobs.dtype, device=targets_BT.device)
+        return Scores(*(zeros.index_copy(0, rows_N, values[0]).view(targets_BT.shape) for values in found))
+
+    return score
+
+
+# --- what outlives a kill -----------------------------------------------------------------------------------------
+
+
+class Rollouts:
+    """The rollout that each update learns from.
+
+    ``make`` draws one with the weights of the moment. Where rollouts have several updates, each is kept in
+    ``directory`` until the next two are made, so that a run that stopped between two updates goes on with it.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Rollout],
+        directory: Path,
+        *,
+        updates: int,
+        data_rank: int,
+        num_data_ranks: int,
+        device: torch.device,
+    ) -> None:
+        self._make, self._directory, self._updates, self._device = make, directory, updates, device
+        self._part = f"{data_rank}-of-{num_data_ranks}"
+        self._current: tuple[int, Rollout] | None = None
+
+    def at(self, step: int) -> tuple[Rollout, int, int]:
+        """The rollout of an update, its number, and the update's number within it."""
+        number, update = divmod(step, self._updates)
+        if update == 0:
+            self._current = number, self._make(number)
+            if self._updates > 1:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                write_rollout(self._path(number), self._current[1])
+                self._path(number - 2).unlink(missing_ok=True)
+        elif self._current is None or self._current[0] != number:
+            self._current = number, self._kept(number)
+        return self._current[1], number, update
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"rollout-{number:06d}.{self._part}.safetensors"
+
+    def _kept(self, number: int) -> Rollout:
+        path = self._path(number)
+        if not path.exists():
+            raise ArtifactError(
+                f"{path}: is not there, expected the answers that the next update learns from: the run stopped between "
+                f"two updates of rollout {number + 1}; go on with as many workers as it had, or delete its last "
+                "checkpoint"
+            )
+        return read_rollout(path, self._device)
+
+
+def write_rollout(path: Path, rollout: Rollout) -> None:
+    """Write it atomically."""
+    tensors = {name: t.contiguous() for name, t in rollout.answers._asdict().items() if t is not None}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # workers of one data rank write the same
+    save_file(tensors, temporary, metadata={"metrics": json.dumps(rollout.metrics)})
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_rollout(path: Path, device: torch.device) -> Rollout:
+    """What ``write_rollout`` wrote."""
+    with safe_open(path, framework="pt") as file:
+        tensors: Mapping[str, Tensor] = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        metrics = {name: (total, count) for name, (total, count) in json.loads(file.metadata()["metrics"]).items()}
+    return Rollout(Answers(**tensors), metrics)

@@ -1,0 +1,150 @@
+"""Answers to many prompts as rows of a table: what rejection sampling, preferences and evaluation start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from lilpipe import distributed
+from lilpipe.alignment.rewards.reward_functions import Response, Rewards
+from lilpipe.alignment.rewards.scoring import load_reward_model
+from lilpipe.alignment.rollout.completions import Completion, PromptForm, complete
+from lilpipe.artifact import Artifact, Inputs
+from lilpipe.config import PreferencesConfig, RejectionSamplingConfig, RewardConfig
+from lilpipe.metrics.pass_at_k import mean_estimate
+from lilpipe.model.hub import load_model
+from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.chunks import Row, run_chunks
+from lilpipe.schemas.examples import Prompt
+from lilpipe.seeds import derive_seed
+from lilpipe.stage import Metrics, Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("family", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("sample", pa.int32()),
+        ("response", pa.string()),
+        ("num_tokens", pa.int32()),
+        ("num_words", pa.int32()),
+        ("ended", pa.bool_()),
+        ("well_formed", pa.bool_()),
+        ("correct", pa.bool_()),
+    ]
+)
+"""One row for each sampled response."""
+
+
+def sample_rows(groups: Sequence[Sequence[Completion]]) -> list[dict[str, Any]]:
+    """A row of ``SAMPLE_SCHEMA`` for each completion."""
+    return [
+        {
+            "prompt_id": completion.prompt.id,
+            "family": completion.prompt.family,
+            "question": completion.prompt.question,
+            "answer": completion.prompt.answer,
+            "sample": index,
+            "response": completion.response,
+            "num_tokens": len(completion.sample.tokens),
+            **vars(completion.verdict),
+        }
+        for group in groups
+        for index, completion in enumerate(group)
+    ]
+
+
+def scored_schema(rewards: Rewards) -> pa.Schema:
+    """``SAMPLE_SCHEMA``, the prompt's difficulty, and what the response is worth, in all and by each reward."""
+    columns = [pa.field("difficulty", pa.int32()), pa.field("reward", pa.float64())]
+    return pa.schema([*SAMPLE_SCHEMA, *columns, *(pa.field(_column(name), pa.float64()) for name in rewards.names)])
+
+
+def scored_rows(groups: Sequence[Sequence[Completion]], rewards: Rewards) -> list[Row]:
+    """A row of ``scored_schema`` for each completion."""
+    completions = [completion for group in groups for completion in group]
+    responses = [Response(item.response, item.verdict.ended, len(item.sample.tokens)) for item in completions]
+    scored = rewards([item.prompt for item in completions], responses)
+    return [
+        {
+            **row,
+            "difficulty": completion.prompt.difficulty,
+            "reward": worth.total,
+            **{_column(name): value for name, value in worth.parts.items()},
+        }
+        for row, completion, worth in zip(sample_rows(groups), completions, scored, strict=True)
+    ]
+
+
+def _column(name: str) -> str:
+    return f"reward/{name}"
+
+
+def load_rewards(configs: Sequence[RewardConfig], inputs: Inputs) -> Rewards:
+    """The rewards of a stage, with the reward model of its optional input ``reward_model``."""
+    source = inputs.get("reward_model")
+    if source is None:
+        return Rewards(configs)
+    assert isinstance(source, Artifact)
+    return Rewards(configs, reward_model=load_reward_model(source.path, distributed.device()))
+
+
+def reward_metrics(groups: Sequence[Sequence[Row]], rewards: Rewards) -> Metrics:
+    """The mean of each reward and of their sum, with standard errors over prompts."""
+    metrics: Metrics = {}
+    for column in ("reward", *map(_column, rewards.names)):
+        estimate = mean_estimate([sum(row[column] for row in group) / len(group) for group in groups])
+        metrics |= {column: estimate.value, column.replace("reward", "reward_stderr", 1): estimate.stderr}
+    return metrics
+
+
+def sample_in_chunks(
+    model: Artifact,
+    prompts: Sequence[Prompt],
+    config: RejectionSamplingConfig | PreferencesConfig,
+    *,
+    form: PromptForm,
+    purpose: str,
+    rewards: Rewards,
+    workspace: Workspace,
+    name: str = "samples",
+) -> list[Row]:
+    """``config.samples_per_prompt`` answers to each prompt, as rows of ``scored_schema``.
+
+    They are shared among processes. A killed run goes on with the first prompt that is not in a chunk's file: what a
+    chunk holds depends on its prompts and its number alone, so the rows are the same however often that happens.
+    """
+    assert config.seed is not None
+    seed, size = config.seed, config.prompts_per_chunk
+
+    @cache
+    def load() -> tuple[Transformer, Tokenizer]:
+        network, tokenizer = load_model(model.path)
+        return network.to(distributed.device()), tokenizer
+
+    def work(index: int) -> list[Row]:
+        network, tokenizer = load()
+        groups = complete(
+            network,
+            tokenizer,
+            prompts[index * size : (index + 1) * size],
+            form=form,
+            sampling=config.sampling,
+            seed=derive_seed(seed, purpose, index),
+            num_samples=config.samples_per_prompt,
+        )
+        return scored_rows(groups, rewards)
+
+    num_chunks = -(-len(prompts) // size)
+    return run_chunks(work, num_chunks, name=name, schema=scored_schema(rewards), workspace=workspace)
+
+
+def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each prompt, in order."""
+    return [list(group) for _, group in groupby(rows, key=lambda row: row["prompt_id"])]

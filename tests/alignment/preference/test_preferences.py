@@ -1,0 +1,356 @@
+import pytest
+
+from lilpipe.alignment.preference import dpo
+from lilpipe.alignment.preference.preferences import (
+    brevity_pairs,
+    correctness_pairs,
+    judged_examples,
+    read_pairs,
+    reward_pairs,
+    run,
+)
+from lilpipe.alignment.rollout import completions
+from lilpipe.config import DPOConfig, OptimizerConfig, PreferencesConfig, RewardConfig, SamplingConfig
+from lilpipe.errors import ConfigError, DataError
+from lilpipe.generation.engine import Sample
+from lilpipe.schemas.examples import Prompt, read_prompts
+from lilpipe.schemas.messages import Message
+from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, JudgedExample, Pair, read_examples
+from lilpipe.schemas.tables import write_rows
+from lilpipe.stage import Workspace
+from tests.alignment.conftest import as_artifact
+
+CONFIG = PreferencesConfig(
+    seed=0, num_prompts=10, num_heldout=5, samples_per_prompt=4, sampling=SamplingConfig(max_new_tokens=8)
+)
+
+
+def row(words, *, correct=True, well_formed=True, ended=True, sample=0):
+    return {
+        "response": " ".join(["w"] * words + [f"{correct} {sample}"]),
+        "num_words": words,
+        "correct": correct and well_formed,
+        "well_formed": well_formed,
+        "ended": ended,
+        "sample": sample,
+    }
+
+
+def words(pairs):
+    return [(chosen["num_words"], rejected["num_words"]) for chosen, rejected in pairs]
+
+
+def config(**settings):
+    return PreferencesConfig(seed=0, **settings)
+
+
+def test_the_shorter_of_two_correct_answers_is_chosen():
+    assert words(brevity_pairs([row(5), row(2)], config(max_pairs_per_prompt=1, only_correct=True))) == [(2, 5)]
+
+
+def test_the_widest_difference_comes_first_and_no_answer_is_used_twice():
+    rows = [row(n, sample=n) for n in (4, 9, 2, 7, 3)]
+    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=True))) == [(2, 9), (3, 7)]
+    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=1, only_correct=True))) == [(2, 9)]
+
+
+def test_the_first_sample_is_chosen_against_the_nearest_longer_one_where_asked():
+    rows = [row(n, sample=i) for i, n in enumerate((9, 4, 2, 17, 3))]
+    assert words(brevity_pairs(rows, config(contrast="nearest"))) == [(9, 17)]
+    assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=6))) == [(9, 17)]
+    assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=9))) == [(4, 17)]
+    assert brevity_pairs(rows, config(contrast="nearest", min_words_apart=16)) == []
+    assert brevity_pairs(rows, config(min_words_apart=16)) == []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row(3, sample=1), row(3, sample=2)],
+        [row(2), row(5, correct=False)],
+        [row(2, well_formed=False), row(5)],
+        [row(2, well_formed=False), row(5, correct=False)],
+        [row(2, well_formed=False, ended=False), row(5, well_formed=False)],
+        [row(2)],
+        [],
+    ],
+    ids=["equal length", "other verdict", "malformed", "malformed and wrong", "cut off", "alone", "none"],
+)
+def test_answers_that_differ_in_more_or_less_than_length_are_no_pair(rows):
+    assert brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=False)) == []
+
+
+def test_answers_that_are_wrong_alike_are_paired_on_request_after_correct_ones():
+    malformed = [row(1, well_formed=False), row(9, well_formed=False)]
+    rows = [*malformed, row(2, correct=False), row(5, correct=False), row(3), row(4)]
+    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=True))) == [(3, 4)]
+    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=False))) == [(3, 4), (2, 5), (1, 9)]
+    assert words(brevity_pairs(rows[:4], config(max_pairs_per_prompt=1, only_correct=False))) == [(2, 5)]
+
+
+def rewarded(*rewards, **settings):
+    return [{**row(2, sample=index), "reward": reward, **settings} for index, reward in enumerate(rewards)]
+
+
+def rewards_of(pairs):
+    return [(chosen["reward"], rejected["reward"]) for chosen, rejected in pairs]
+
+
+def test_the_best_answer_is_chosen_against_the_worst():
+    rows = rewarded(0.5, -1.0, 2.0, 0.1)
+    assert rewards_of(reward_pairs(rows, config(rule="reward"))) == [(2.0, -1.0)]
+    assert rewards_of(reward_pairs(rows, config(rule="reward", max_pairs_per_prompt=9))) == [(2.0, -1.0), (0.5, 0.1)]
+    assert rewards_of(reward_pairs(rewarded(1.0, 3.0, 2.0), config(max_pairs_per_prompt=9))) == [(3.0, 1.0)]
+
+
+def test_answers_that_are_worth_nearly_the_same_are_no_pair():
+    rows = rewarded(0.5, -1.0, 2.0, 0.1)
+    assert rewards_of(reward_pairs(rows, config(min_margin=3.0))) == [(2.0, -1.0)]
+    assert reward_pairs(rows, config(min_margin=3.01)) == []
+    assert reward_pairs(rewarded(1.0, 1.0), config()) == []
+    assert reward_pairs(rewarded(1.0), config()) == reward_pairs([], config()) == []
+
+
+def test_answers_that_were_cut_off_or_are_empty_or_the_same_text_are_no_pair():
+    assert reward_pairs(rewarded(2.0, 1.0, ended=False), config()) == []
+    assert reward_pairs(rewarded(2.0, 1.0, response="same"), config()) == []
+    assert reward_pairs([*rewarded(2.0), *rewarded(1.0, response="")], config()) == []
+
+
+def test_a_right_answer_is_chosen_against_a_wrong_one_in_the_order_sampled():
+    rows = [row(n, correct=n % 2 == 0, sample=n) for n in range(1, 6)]
+    assert words(correctness_pairs(rows, config())) == [(2, 1)]
+    assert words(correctness_pairs(rows, config(max_pairs_per_prompt=9))) == [(2, 1), (4, 3)]
+    assert correctness_pairs(rows[:1], config()) == []
+    assert correctness_pairs([row(1, correct=False, ended=False), row(2)], config()) == []
+
+
+@pytest.fixture
+def inputs(make_checkpoint, prompts):
+    return {"model": make_checkpoint(), "prompts": prompts}
+
+
+@pytest.fixture
+def wordy(monkeypatch, prompts, tokenizer):
+    """A sampler that is always right, in one word more each time."""
+    everything = [prompt for split in ("train", "dev") for prompt in read_prompts(prompts.path, split)]
+    answers = {prompt.question: prompt.answer for prompt in everything}
+    monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
+
+    def generate(model, encoded, *, num_samples, **options):
+        return [
+            [Sample(tokenizer.encode("so " * k + f"Answer: {answers[q]}"), [], True) for k in range(num_samples)]
+            for (q,) in encoded
+        ]
+
+    monkeypatch.setattr(completions, "generate", generate)
+
+
+def test_pairs_come_from_the_end_of_train_and_held_out_ones_from_dev(tmp_path, inputs, wordy):
+    metrics = run(CONFIG, inputs, Workspace(tmp_path))
+    train, heldout = read_pairs(tmp_path / "output", "train"), read_pairs(tmp_path / "output", "heldout")
+    assert metrics["prompts_with_pair_share"] == metrics["heldout_prompts_with_pair_share"] == 1
+    source = inputs["prompts"].path
+    assert [pair.prompt_id for pair in train] == [p.id for p in read_prompts(source, "train")[::-1][:10]]
+    assert [pair.prompt_id for pair in heldout] == [p.id for p in read_prompts(source, "dev")[:5]]
+    for pair in [*train, *heldout]:
+        assert pair.rejected == "so so so " + pair.chosen
+        assert pair.prompt[0]["role"] == "user"
+
+
+def test_a_model_that_gives_no_pair_stops_the_stage_with_remedies(tmp_path, inputs):
+    with pytest.raises(DataError, match=r"none of 10 prompts gave two answers.*samples_per_prompt"):
+        run(CONFIG, inputs, Workspace(tmp_path))
+
+
+def test_more_prompts_than_there_are_is_refused_with_numbers(tmp_path, inputs):
+    with pytest.raises(ConfigError, match="num_heldout: got 99, the dev split holds 20"):
+        run(CONFIG.model_copy(update={"num_heldout": 99}), inputs, Workspace(tmp_path))
+
+
+def test_pairs_by_reward_prefer_what_the_rewards_say(tmp_path, inputs, wordy):
+    rewards = (RewardConfig(kind="regex", pattern="^so so so"),)
+    metrics = run(CONFIG.model_copy(update={"rule": "reward", "rewards": rewards}), inputs, Workspace(tmp_path))
+    assert metrics["reward/regex"] == 0.25
+    for pair in read_pairs(tmp_path / "output", "train"):
+        assert pair.chosen.startswith("so so so")
+        assert not pair.rejected.startswith("so so so")
+
+
+def test_a_model_that_is_always_right_gives_no_pair_by_correctness(tmp_path, inputs, wordy):
+    with pytest.raises(DataError, match="none of 10 prompts gave two answers with different verdicts"):
+        run(CONFIG.model_copy(update={"rule": "correctness"}), inputs, Workspace(tmp_path))
+
+
+def test_a_rule_that_samples_needs_a_model(tmp_path, prompts):
+    with pytest.raises(ConfigError, match="'brevity' samples answers, but the step has no model"):
+        run(CONFIG, {"prompts": prompts}, Workspace(tmp_path))
+
+
+# --- pairs that people made ---------------------------------------------------------------------------------------
+
+DATA = CONFIG.model_copy(update={"rule": "data"})
+
+
+def given(index, split="train", **answers) -> Pair:
+    values = {"chosen": f"Good {index}", "rejected": f"Bad {index}", **answers}
+    return Pair(f"{split}/{index}", split, [{"role": "user", "content": f"Say {index}."}], **values)
+
+
+@pytest.fixture
+def preference_set(tmp_path, prompts):
+    def make(*pairs):
+        directory = tmp_path / "set"
+        directory.mkdir()
+        (directory / "prompts.arrow").write_bytes((prompts.path / "prompts.arrow").read_bytes())
+        write_rows(directory / "pairs.arrow", [vars(pair) for pair in pairs], PAIR_SCHEMA)
+        return {"prompts": as_artifact(directory, kind="Prompts")}
+
+    return make
+
+
+def test_pairs_of_a_preference_set_pass_with_their_edits(tmp_path, preference_set):
+    pairs = [given(1), given(2, edited="Better 2"), given(3, "heldout")]
+    metrics = run(DATA, preference_set(*pairs), Workspace(tmp_path))
+    assert read_pairs(tmp_path / "output", "train") == pairs[:2]
+    assert read_pairs(tmp_path / "output", "heldout") == pairs[2:]
+    assert read_pairs(tmp_path / "output", "train")[1].ranking == ["Better 2", "Good 2", "Bad 2"]
+    assert (metrics["pairs"], metrics["heldout_pairs"], metrics["edited_share"]) == (2, 1, 0.5)
+
+
+def test_prompts_without_pairs_are_refused(tmp_path, prompts):
+    with pytest.raises(DataError, match=r"'data' reads pairs.arrow"):
+        run(DATA, {"prompts": prompts}, Workspace(tmp_path))
+
+
+def test_an_answer_preferred_to_itself_is_refused(tmp_path, preference_set):
+    with pytest.raises(DataError, match="1 of 2 pairs hold the same answer twice"):
+        run(DATA, preference_set(given(1), given(2, rejected="Good 2")), Workspace(tmp_path))
+
+
+def test_held_out_questions_in_the_pairs_are_refused(tmp_path, preference_set, prompts):
+    question = read_prompts(prompts.path, "test")[0].question
+    planted = Pair("x", "train", [{"role": "user", "content": question}], "a", "b")
+    with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
+        run(DATA, preference_set(given(1), planted), Workspace(tmp_path))
+
+
+# --- single answers -----------------------------------------------------------------------------------------------
+
+
+def unpaired(**settings):
+    return PreferencesConfig(**CONFIG.model_dump() | {"unpaired": True, "rule": "correctness"} | settings)
+
+
+@pytest.fixture
+def half_right(monkeypatch, prompts, tokenizer):
+    """A sampler of four answers: right, right again in the same words, wrong, and cut off."""
+    everything = [prompt for split in ("train", "dev") for prompt in read_prompts(prompts.path, split)]
+    answers = {prompt.question: prompt.answer for prompt in everything}
+    monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
+
+    def generate(model, encoded, *, num_samples, **options):
+        texts = ("Answer: {}", "Answer:  {}", "Sure. Answer: {} 0", "Answer: {}, which")
+        return [
+            [Sample(tokenizer.encode(text.format(answers[q])), [], text != texts[-1]) for text in texts[:num_samples]]
+            for (q,) in encoded
+        ]
+
+    monkeypatch.setattr(completions, "generate", generate)
+
+
+def test_each_answer_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, half_right):
+    metrics = run(unpaired(), inputs, Workspace(tmp_path))
+    train, heldout = read_examples(tmp_path / "output", "train"), read_examples(tmp_path / "output", "heldout")
+    assert (metrics["single_answers"], metrics["heldout_single_answers"], metrics["desirable_share"]) == (20, 10, 0.5)
+    assert not (tmp_path / "output" / "pairs.arrow").exists()
+    source = inputs["prompts"].path
+    assert [item.prompt_id for item in train[::2]] == [p.id for p in read_prompts(source, "train")[::-1][:10]]
+    assert [item.prompt_id for item in heldout[::2]] == [p.id for p in read_prompts(source, "dev")[:5]]
+    assert [item.answer.startswith("Answer:") for item in train] == [item.desirable for item in train]
+
+
+def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_right):
+    rewards = (RewardConfig(kind="regex", pattern="^Sure", weight=0.5),)
+    config = unpaired(rule="reward", threshold=0.5, rewards=rewards)
+    metrics = run(config, inputs, Workspace(tmp_path))
+    assert metrics["reward/regex"] == 0.25
+    assert all(e.answer.startswith("Sure") == e.desirable for e in read_examples(tmp_path / "output", "train"))
+    with pytest.raises(DataError, match=r"0 of 20 answers are desirable, expected some of each.*preferences.threshold"):
+        run(unpaired(rule="reward", threshold=0.6, rewards=rewards), inputs, Workspace(tmp_path / "higher"))
+
+
+def test_answers_that_no_verifier_can_judge_are_no_bad_examples():
+    rows = [row(n, correct=n == 1, sample=n) | {"reward": 1.0} for n in range(1, 3)]
+    asked = [Prompt("a", "f", "A?", "1"), Prompt("b", "f", "B?", "", verifier="none")]
+    groups = [rows, rows]
+    by_verifier = judged_examples(groups, asked, unpaired(), split="train")
+    assert [(item.prompt_id, item.desirable) for item in by_verifier] == [("a", True), ("a", False)]
+    by_reward = judged_examples(groups, asked, unpaired(rule="reward", threshold=1.0), split="train")
+    assert [(item.prompt_id, item.desirable) for item in by_reward] == [("a", True)] * 2 + [("b", True)] * 2
+
+
+def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse(
+    tmp_path, inputs, half_right, monkeypatch
+):
+    monkeypatch.setattr(dpo, "write_report", lambda *args, **options: None)  # drawing takes longer than training here
+    run(unpaired(), inputs, Workspace(tmp_path / "preferences"))
+    preferences = as_artifact(tmp_path / "preferences" / "output", kind="Preferences")
+    settings = DPOConfig(
+        seed=0, loss="kto", num_epochs=2, batch_size=4, optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
+    )
+    metrics = dpo.run(settings, inputs | {"preferences": preferences}, Workspace(tmp_path / "dpo"))
+    assert (metrics["answers"], metrics["heldout_answers"], metrics["steps"]) == (20, 10, 10)
+    assert metrics["heldout_margin_before"] == 0
+    assert metrics["heldout_margin"] > 0.5
+    assert metrics["heldout_preference_accuracy"] > 0.9
+    sigmoid = settings.model_copy(update={"loss": "sigmoid"})
+    with pytest.raises(DataError, match=r"single answers \(examples.arrow\) and no pairs; only dpo.loss = 'kto'"):
+        dpo.run(sigmoid, inputs | {"preferences": preferences}, Workspace(tmp_path / "sigmoid"))
+
+
+def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference_set):
+    def judged(index, desirable, split="train"):
+        asked: list[Message] = [{"role": "user", "content": f"Say {index}."}]
+        return JudgedExample(f"{split}/{index}", split, asked, f"{desirable} {index}", desirable)
+
+    examples = [judged(1, True), judged(2, False), judged(1, False), judged(3, True, "heldout")]
+    inputs = preference_set()
+    write_rows(inputs["prompts"].path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
+    metrics = run(unpaired(rule="data"), inputs, Workspace(tmp_path))
+    assert read_examples(tmp_path / "output", "train") == examples[:3]
+    assert read_examples(tmp_path / "output", "heldout") == examples[3:]
+    assert (metrics["single_answers"], metrics["prompts_with_answer"]) == (3, 2)
+    with pytest.raises(DataError, match=r"holds no pairs of the train split.*preferences\.unpaired"):
+        run(DATA, inputs, Workspace(tmp_path / "pairs"))
+
+
+def test_held_out_questions_among_single_answers_are_refused(tmp_path, preference_set, prompts):
+    question = read_prompts(prompts.path, "test")[0].question
+    planted = [
+        JudgedExample("x", "train", [{"role": "user", "content": text}], "a", good)
+        for text, good in ((question, True), ("New?", False))
+    ]
+    inputs = preference_set()
+    write_rows(inputs["prompts"].path / "examples.arrow", [vars(item) for item in planted], EXAMPLE_SCHEMA)
+    with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
+        run(unpaired(rule="data"), inputs, Workspace(tmp_path))
+
+
+def test_a_preference_set_without_single_answers_is_refused(tmp_path, preference_set):
+    with pytest.raises(DataError, match=r"rule 'data' reads examples.arrow .*rows have a `label`"):
+        run(unpaired(rule="data"), preference_set(given(1)), Workspace(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"unpaired": True}, "'brevity' compares two answers"),
+        ({"unpaired": True, "rule": "reward"}, "threshold: got None with rule 'reward' and unpaired True"),
+        ({"rule": "reward", "threshold": 1.0}, "threshold: got 1.0 with rule 'reward' and unpaired False"),
+        ({"unpaired": True, "rule": "data", "threshold": 1.0}, "threshold: got 1.0 with rule 'data'"),
+    ],
+)
+def test_verdicts_that_cannot_be_made_of_single_answers_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from lilpipe.alignment.rollout.rollouts import Answers
+from lilpipe.alignment.rollout.shared_prompts import ROW_LEN, share_prompts
+from lilpipe.model.scores import IGNORED
+from lilpipe.model.transformer import Transformer
+from tests.alignment.conftest import TINY
+
+VOCAB = 50
+PROMPTS = ([1, 2, 3, 4, 5], [6, 7], [8])
+
+
+def answers_of(lengths_by_prompt):
+    """Random answers of these lengths to each prompt, as a rollout holds them, in a shuffled order."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        (prompt, torch.randint(VOCAB, (length,), generator=generator).tolist())
+        for prompt, lengths in zip(PROMPTS, lengths_by_prompt, strict=False)
+        for length in lengths
+    ]
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    tokens, drawn = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(rows):
+        tokens[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
+        drawn[row, len(prompt) : len(prompt) + len(answer)] = True
+    targets = tokens[:, 1:].where(drawn[:, 1:], IGNORED)
+    zeros = torch.zeros(targets.shape)
+    return Answers(tokens[:, :-1], targets, drawn[:, 1:], zeros, zeros)
+
+
+def model_of(**changes):
+    model = Transformer(TINY.model_copy(update={"num_layers": 2, **changes}), VOCAB).double()
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0 if parameter.dim() > 1 else 1.0)
+    return model
+
+
+def alone(model, answers):
+    return model(answers.inputs, targets_BT=answers.targets).logprobs
+
+
+def shared(model, answers, max_len):
+    rows = share_prompts(answers, max_len=max_len)
+    scores = model(rows.inputs, targets_BT=rows.targets, positions_BT=rows.positions, mask=rows.mask)
+    return scores.logprobs.flatten()[rows.places].where(answers.drawn, 0.0), rows
+
+
+@pytest.mark.parametrize("changes", [{}, {"architecture": "gpt2", "num_kv_heads": 2}], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("max_len", [160, 12])
+def test_scores_and_gradients_are_those_of_answers_alone(changes, max_len):
+    model = model_of(**changes)
+    answers = answers_of([[3, 9, 1, 4, 4, 6], [5, 2], [7]])
+    weights = torch.randn(answers.targets.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found, wanted = [], []
+    for logprobs, into in ((shared(model, answers, max_len)[0], found), (alone(model, answers), wanted)):
+        model.zero_grad()
+        (logprobs * weights).sum().backward()
+        into += [logprobs.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    for got, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_rows_hold_a_prompt_once_for_all_answers_that_they_have_room_for():
+    shared_len, num_answers = len(PROMPTS[0]) - 1, 9
+    answers = answers_of([[3] * num_answers])
+    rows = share_prompts(answers, max_len=160)
+    assert rows.inputs.shape == (1, shared_len + 3 * num_answers)
+    assert (rows.inputs[:, :shared_len] == torch.tensor(PROMPTS[0][:-1])).all()
+    room_for_two = shared_len + 2 * 3
+    rows = share_prompts(answers, max_len=room_for_two)
+    assert rows.inputs.shape == (5, room_for_two)
+    assert (rows.inputs[:, :shared_len] == torch.tensor(PROMPTS[0][:-1])).all()
+
+
+def test_another_prompt_takes_the_room_that_is_left():
+    answers = answers_of([[3, 9, 1, 4, 4, 6], [5, 2], [7]])
+    longest, second, third = 4 + 27, 1 + 7, 0 + 7
+    assert share_prompts(answers, max_len=160).inputs.shape == (1, longest + second + third)
+    assert share_prompts(answers, max_len=longest + third).inputs.shape == (2, longest + third)
+
+
+def test_an_answer_longer_than_a_row_widens_it():
+    answers = answers_of([[3, ROW_LEN + 10]])
+    assert share_prompts(answers, max_len=160).inputs.shape == (2, 4 + ROW_LEN + 10)
+
+
+def test_an_answer_that_saw_its_neighbour_would_be_found_out():
+    model, answers = model_of(), answers_of([[3, 9, 1, 4]])
+    rows = share_prompts(answers, max_len=160)
+    scores = model(rows.inputs, targets_BT=rows.targets, positions_BT=rows.positions)  # plainly causal
+    leaky = scores.logprobs.flatten()[rows.places].where(answers.drawn, 0.0)
+    assert (leaky - alone(model, answers)).abs().max() > 1e-3

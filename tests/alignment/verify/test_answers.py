@@ -1,0 +1,92 @@
+from decimal import Decimal
+
+import pytest
+
+from lilpipe.alignment.rewards.reward_functions import judge
+from lilpipe.alignment.verify.answers import has_form, is_thinking, numbers, stated_number, verify
+from lilpipe.schemas.examples import Prompt
+
+EIGHTEEN = Prompt("p", "gsm8k", "How much?", "18", verifier="numeric")
+DOUBLE = Prompt("p", "programs", "Double a number.", "assert double(2) == 4", verifier="program")
+POEM = Prompt("p", "instructions", "Write a poem.", "", reference="Roses are red.", verifier="none")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7 apples and 12 pears", ["7", "12"]),
+        ("$1,234,567.50 in all.", ["1234567.50"]),
+        ("-3, +4 and −5", ["-3", "4", "-5"]),
+        ("-$2 or $-2", ["-2", "-2"]),
+        ("9-4=5", ["9", "4", "5"]),
+        ("It is 72.", ["72"]),
+        ("0.5 and .25", ["0.5", ".25"]),
+        ("1,2 and 1, 2", ["1", "2", "1", "2"]),
+        ("50%", ["50"]),
+        ("none", []),
+    ],
+)
+def test_numbers_are_read_with_signs_thousands_decimals_and_currencies(text, expected):
+    assert numbers(text) == [Decimal(each) for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("marker", "expected"), [(None, 9), ("####", 3), ("Answer:", 2), ("<answer>", None), ("nowhere", None)]
+)
+def test_a_stated_number_is_the_first_behind_the_last_marker_or_the_last_of_all(marker, expected):
+    assert stated_number("#### 1 Answer: 2 #### 3 or 9 <answer>none", marker) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "correct"),
+    [
+        ("9 * 2 = 18.\nAnswer: 18", True),
+        ("Answer: $18.00", True),
+        ("Answer: 18 dollars", True),
+        ("Answer: 81", False),
+        ("Answer: eighteen", False),
+        ("So it is 18", False),
+        ("Answer: 17\nAnswer: 18", False),
+    ],
+)
+def test_a_numeric_answer_is_compared_as_a_number_where_it_is_stated(response, correct):
+    assert verify(EIGHTEEN, response) is correct
+    verdict = judge(EIGHTEEN, response, ended=True)
+    assert verdict.correct <= verdict.well_formed
+
+
+@pytest.mark.parametrize(
+    ("response", "well_formed", "correct"),
+    [
+        ("```python\ndef double(x): return 2 * x\n```", True, True),
+        ("```python\ndef double(x): return x\n```", True, False),
+        ("def double(x): return 2 * x", False, False),
+    ],
+)
+def test_a_program_is_correct_if_it_passes_the_prompts_tests(response, well_formed, correct):
+    verdict = judge(DOUBLE, response, ended=True)
+    assert (verdict.well_formed, verdict.correct) == (well_formed, correct)
+
+
+def test_without_a_verifier_any_words_have_the_form_and_none_are_correct():
+    assert has_form(POEM, "Roses are red.")
+    assert not has_form(POEM, " ")
+    assert not verify(POEM, POEM.reference)
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("<think>2 + 2</think><answer>4</answer>", True),
+        (" <think>a\nb</think>\n<answer>4</answer>\n", True),
+        ("<think></think><answer>4</answer>", False),
+        ("<think>a</think><answer> </answer>", False),
+        ("<think>a</think>4", False),
+        ("So <think>a</think><answer>4</answer>", False),
+        ("<think>a</think><answer>4</answer> done", False),
+        ("<think>a</think><answer>4</answer><answer>5</answer>", False),
+        ("<answer>4</answer><think>a</think>", False),
+    ],
+)
+def test_a_thinking_response_has_each_part_once_and_nothing_around(response, expected):
+    assert is_thinking(response) is expected
