@@ -21,7 +21,7 @@ from docs.generate.errors import PLACEHOLDER
 from docs.generate.settings import all_settings
 from lilpipe.cli import app
 from lilpipe.config import PipelineConfig
-from lilpipe.overrides import parse_override, set_dotted
+from lilpipe.config.overrides import parse_override, set_dotted
 from lilpipe.recipes import get_recipe, load
 from tests.docs.pages import ALL, PAGES, ROOT, SHELL, TOML, blocks, commands
 
@@ -106,7 +106,7 @@ def test_settings_and_files_that_the_text_names_exist(path):
         code = code.partition(" = ")[0]
         table = re.fullmatch(r"\[{1,2}([a-z_.]+)\]{1,2}", code)
         dotted = re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)+", code)
-        if table and table[1] not in ("steps", "project"):
+        if table and not table[1].startswith(("steps", "tool.")):
             assert table[1] in prefixes | known, code
         elif (
             dotted

@@ -97,6 +97,15 @@ def test_every_module_is_in_the_api_reference():
             assert f"::: {'.'.join(path.relative_to(ROOT).with_suffix('').parts)}\n" in text
 
 
+def test_layers_are_those_of_the_import_contract(tmp_path):
+    pyproject = tmp_path / "pyproject.toml"
+    pyproject.write_text(
+        '[[tool.importlinter.contracts]]\nlayers = ["flows"]\n'
+        '[[tool.importlinter.contracts]]\ncontainers = ["lilpipe"]\nlayers = ["cli", "model | tokens", "a : b"]\n'
+    )
+    assert api.layers(pyproject, "lilpipe") == [["cli"], ["model", "tokens"], ["a", "b"]]
+
+
 def test_every_stage_and_every_step_is_shown():
     (page,) = stages.pages().values()
     assert all(f"| [`{name}`]" in page for name in STAGES)
