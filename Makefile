@@ -14,7 +14,7 @@ export DO_NOT_TRACK := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: pipeline test server-test distributed-test slow-test cluster-test lint setup up down seeds recipes clean
+.PHONY: pipeline test server-test distributed-test slow-test cluster-test lint docs setup up down seeds recipes clean
 
 INSTALLED := $(VENV)/.installed
 
@@ -39,6 +39,9 @@ cluster-test: setup ## Tasks and workers on a real Slurm and Ray of this host; s
 lint: setup ## Style, the order of imports, and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/pyright
 
+docs: setup ## The documentation site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 up: setup ## Start Prefect, a worker and MLflow on loopback, and register the deployments
 	@$(BIN)/python -m flows.servers up
 
@@ -51,7 +54,7 @@ seeds: setup ## The pipeline on three seeds, and the table over them
 recipes: setup ## The four recipes of post-training on three seeds, and the table over them
 	$(BIN)/python -m tests.benchmarks.four_recipes
 
-setup: $(INSTALLED)
+setup: $(INSTALLED) ## Create .venv with the pinned packages; every other target does it first
 
 # Plain pip: it takes a CPU build of torch 2.13.0 where one is on offer.
 $(INSTALLED): pyproject.toml constraints.txt
