@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from lilpipe.config import DEFAULT_STEPS
+from lilpipe.config.pipeline import DEFAULT_STEPS
 
 WIDTH, HEIGHT = 1000, 672
 GROUPS = {

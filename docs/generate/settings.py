@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lilpipe.config import Operational, PipelineConfig, Rounding, Section
+from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.config.section import Operational, Rounding, Section
 from lilpipe.recipes import RECIPES
 
 FOLDER = "reference/settings"

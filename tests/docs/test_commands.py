@@ -20,8 +20,8 @@ from docs.generate.commands import make_targets
 from docs.generate.errors import PLACEHOLDER
 from docs.generate.settings import all_settings
 from lilpipe.cli import app
-from lilpipe.config import PipelineConfig
 from lilpipe.config.overrides import parse_override, set_dotted
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.recipes import get_recipe, load
 from tests.docs.pages import ALL, PAGES, ROOT, SHELL, TOML, blocks, commands
 

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from docs.generate import api, commands, errors, picture, settings, stages
-from lilpipe.config import DEFAULT_STEPS, Operational, PipelineConfig, Section
+from lilpipe.config.pipeline import DEFAULT_STEPS, PipelineConfig
+from lilpipe.config.section import Operational, Section
 from lilpipe.stage import STAGES
 
 ROOT = Path(__file__).parents[2]
