@@ -10,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from lilpipe.errors import ArtifactError
+from lilpipe.digests import digest_file
+from lilpipe.errors import ArtifactError, SchemaVersionError
 
 Kind = Literal["Corpus", "Prompts", "Tokenizer", "TokenShards", "Checkpoint", "Conversations", "Preferences", "Report"]
 
 MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+"""Version of the manifest's fields; raised with every change of them."""
 NOT_CONTENT = ("report", "logs")
 
 
@@ -48,8 +51,9 @@ class InputEntry(BaseModel):
 class Manifest(BaseModel):
     """What an artifact is and where it came from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
+    schema_version: int = SCHEMA_VERSION
     kind: Kind
     stage: str
     step: str
@@ -73,6 +77,11 @@ class Manifest(BaseModel):
     """Time of all tries together, those that were killed included."""
     created_at: str
 
+    def to_json(self) -> str:
+        """Its text, with a checksum of all its fields."""
+        fields = json.loads(self.model_dump_json())  # NaN as a string
+        return json.dumps({**fields, "sha256": digest_json(fields)}, indent=2, ensure_ascii=False) + "\n"
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -87,12 +96,6 @@ class Artifact:
         """Digest over the artifact's data files."""
         return self.manifest.content_digest
 
-    def expect(self, kind: Kind) -> Artifact:
-        """Itself, or an ``ArtifactError`` if it is of another kind."""
-        if self.manifest.kind != kind:
-            raise ArtifactError(f"{self.uri}: is a {self.manifest.kind}, expected a {kind}; check the step's inputs")
-        return self
-
 
 Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]
 
@@ -103,22 +106,14 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def list_files(directory: Path) -> dict[str, FileEntry]:
+def list_files(directory: Path, sha256: Callable[[Path], str] = digest_file) -> dict[str, FileEntry]:
     """Every file below ``directory`` but the manifest, by POSIX path, each flushed to disk."""
     entries = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            entries[path.relative_to(directory).as_posix()] = FileEntry(
-                size=path.stat().st_size, sha256=digest_file(path)
-            )
+            entries[path.relative_to(directory).as_posix()] = FileEntry(size=path.stat().st_size, sha256=sha256(path))
     return entries
 
 
@@ -127,28 +122,53 @@ def content_digest(files: Mapping[str, FileEntry]) -> str:
     return digest_json({name: entry.sha256 for name, entry in files.items() if name.split("/")[0] not in NOT_CONTENT})
 
 
+def parse_manifest(text: str | bytes, place: str) -> Manifest:
+    """A manifest from its JSON; ``place`` names it in errors.
+
+    Raises ``SchemaVersionError`` for one that a newer version of lilpipe wrote, ``ArtifactError`` for a damaged one.
+    """
+    try:
+        fields = json.loads(text)
+        version = fields.get("schema_version", SCHEMA_VERSION)
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise SchemaVersionError(
+                f"{place}: got a manifest of schema version {version}, expected at most {SCHEMA_VERSION}; "
+                "upgrade lilpipe, or set LILPIPE_STORE to another store"
+            )
+        if fields.pop("sha256", None) != digest_json(fields):
+            raise ValueError("its checksum differs")
+        manifest = Manifest.model_validate(fields)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ArtifactError(f"{place}: cannot be read as a manifest ({error}); the stage must run again") from error
+    return manifest
+
+
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a committed artifact. Raises ``ArtifactError`` if there is none that can be read."""
+    """The manifest of a committed artifact; raises as ``parse_manifest`` does, and if there is none."""
     path = directory / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing; the directory holds no committed artifact") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read as a manifest ({error}); the stage must run again") from error
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error}); the stage must run again") from error
+    return parse_manifest(text, str(path))
 
 
-def damage(directory: Path, manifest: Manifest, *, checksums: bool) -> list[str]:
-    """What is wrong with the artifact's files: missing, of another size, or (``checksums``) of other bytes."""
-    problems = []
+def damage(directory: Path, manifest: Manifest, sha256: Callable[[Path], str] = digest_file) -> dict[str, str]:
+    """What is wrong with the artifact's files, by name: missing, of another size, or of another SHA-256."""
+    problems = {}
     for name, entry in manifest.files.items():
         path = directory / name
-        if not path.is_file():
-            problems.append(f"{name}: missing")
-        elif (size := path.stat().st_size) != entry.size:
-            problems.append(f"{name}: {size} bytes, expected {entry.size}")
-        elif checksums and digest_file(path) != entry.sha256:
-            problems.append(f"{name}: its SHA-256 differs from the manifest's")
+        try:
+            if not path.is_file():
+                problems[name] = "missing"
+            elif (size := path.stat().st_size) != entry.size:
+                problems[name] = f"{size} bytes, expected {entry.size}"
+            elif sha256(path) != entry.sha256:
+                problems[name] = "its SHA-256 differs from the manifest's"
+        except OSError as error:
+            problems[name] = f"cannot be read ({error.strerror})"
     return problems
 
 

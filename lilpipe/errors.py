@@ -22,6 +22,10 @@ class ArtifactError(LilpipeError):
     """An artifact is missing, damaged, or of another kind than the stage needs."""
 
 
+class SchemaVersionError(LilpipeError):
+    """A newer version of lilpipe wrote the artifact."""
+
+
 class StoreError(LilpipeError):
     """The store cannot be read or written: permissions, a full disk, a path that is no directory."""
 

@@ -29,6 +29,7 @@ NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe.artifact": "moves and lists files; their bytes come from the stages",
     "lilpipe.data.histograms": _REPORT,
     "lilpipe.data.report": _REPORT,
+    "lilpipe.digests": "computes SHA-256, which is the same in every version",
     "lilpipe.errors": "exceptions: a stage that raises one has no output",
     "lilpipe.evaluation.report": _REPORT,
     "lilpipe.heartbeat": _RUNS,

@@ -217,9 +217,12 @@ def run_step(
         raise ConfigError(f"step {step!r}: there is no such step; known: {', '.join(config.steps)}")
     started = time.time()
     used = _used(config, step, store, pipeline_run)
-    planned = plan(config, store, until=step)[step] if used is None else _plan_step(config, store, step, used)
+    earlier = plan(config, store, until=step) if used is None else {}
+    planned = earlier[step] if used is None else _plan_step(config, store, step, used)
     if planned.ingredients is None:
-        raise ArtifactError(f"step {step}: {planned.reason} is still to be run; run that first, or the full pipeline")
+        missing = [source for source in _sources(config, step) if earlier[source].artifact is None]
+        reasons = "; ".join(f"{source} is still to be run ({earlier[source].reason})" for source in missing)
+        raise ArtifactError(f"step {step}: {reasons}; run that first, or the full pipeline")
     stage, fingerprint = planned.stage, planned.ingredients.fingerprint
     with store.lock(stage.name, planned.workspace):
         # Another process may have run it while this one waited for the lock.
@@ -258,14 +261,14 @@ def _run(planned: PlannedStep, store: Store, listeners: Sequence[Listener]) -> A
             metrics = launch(planned.stage, planned.config, inputs, work, on_event=on_event)
         finally:
             _append(attempts, {"ended": time.time()})
-        return store.commit(work, _manifest(planned, work, metrics))
+        return store.commit(work, _manifest(planned, work, metrics, store))
     except BaseException as error:
         for listener in listeners:
             listener.stage_failed(planned.name, error)
         raise
 
 
-def _manifest(planned: PlannedStep, work: Path, metrics: Metrics) -> Manifest:
+def _manifest(planned: PlannedStep, work: Path, metrics: Metrics, store: Store) -> Manifest:
     assert planned.inputs is not None
     assert planned.ingredients is not None
     ingredients, output = planned.ingredients, work / "output"
@@ -274,7 +277,7 @@ def _manifest(planned: PlannedStep, work: Path, metrics: Metrics) -> Manifest:
     for name in ("events.jsonl", "attempts.jsonl", "worker.log"):
         if (work / name).exists():
             shutil.copyfile(work / name, logs / name)
-    files = list_files(output)
+    files = list_files(output, store.digests.sha256)
     section = planned.config
     identity = section.identity()
     return Manifest(

@@ -1,12 +1,14 @@
 """The store: committed artifacts, work in progress, and what each pipeline run used.
 
-    <root>/artifacts/<stage>/<fingerprint>/   committed: the manifest is there, whole
-    <root>/work/<stage>/<workspace>/          in progress; a killed stage goes on from here
-    <root>/damaged/<stage>/<fingerprint>.N/   what was found damaged and taken out of use
+    <root>/artifacts/<stage>/<fingerprint>/   committed: the manifest is there, and every file is as it says
+    <root>/work/<stage>/<workspace>/          in progress; a killed stage resumes from here
+    <root>/damaged/<stage>/<fingerprint>.N/   artifacts that failed verification
     <root>/refs/<pipeline run>/<step>.json    the artifact that a step of a pipeline run ended in
+    <root>/digests.jsonl                      SHA-256 of files that were verified, see ``FileDigests``
 
-``root`` is a local directory or any fsspec URL. With a URL, artifacts and refs lie there, the manifest uploaded
-last; work stays on the local disk, and artifacts are copied to ``cache/`` beside it when a stage reads them.
+``root`` is a local directory or any fsspec URL. With a URL, artifacts, damaged ones and refs are stored there, the
+manifest uploaded last; work and digests stay on the local disk, and artifacts are downloaded to ``cache/`` beside them
+when a stage reads them. The store never deletes an artifact.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from lilpipe.artifact import (
     Artifact,
     Manifest,
     damage,
+    parse_manifest,
     read_manifest,
     sync_directory,
     write_atomically,
 )
-from lilpipe.errors import ArtifactError, StoreError
+from lilpipe.digests import FileDigests
+from lilpipe.errors import ArtifactError, SchemaVersionError, StoreError
 
 DEFAULT_ROOT = ".lilpipe"
 
@@ -55,7 +59,8 @@ class Store:
         self.root = root.rstrip("/") if self.remote else str(Path(root.removeprefix("file://")).resolve())
         default_local = DEFAULT_ROOT if self.remote else self.root
         self.local = Path(local or os.environ.get("LILPIPE_LOCAL") or default_local).resolve()
-        self.fs = fsspec.core.url_to_fs(self.root)[0] if self.remote else None
+        self.fs = fsspec.core.url_to_fs(self.root, use_listings_cache=False)[0] if self.remote else None
+        self.digests = FileDigests(self.local / "digests.jsonl")
         with _explained(self.root):
             self.local.mkdir(parents=True, exist_ok=True)
             if not os.access(self.local, os.W_OK):
@@ -67,67 +72,125 @@ class Store:
         """Where the artifact lies, or would lie."""
         return f"{self.root}/artifacts/{stage}/{fingerprint}"
 
-    def find(self, stage: str, fingerprint: str, *, checksums: bool = False) -> Lookup:
-        """The committed artifact, its files checked by size and on request by SHA-256. Changes nothing."""
+    def find(self, stage: str, fingerprint: str) -> Lookup:
+        """The committed artifact, or what is wrong with it. Changes nothing.
+
+        Local files are verified by SHA-256, remote ones by size: ``fetch`` verifies those. Raises
+        ``SchemaVersionError`` for an artifact of a newer version of lilpipe.
+        """
         uri = self.uri(stage, fingerprint)
-        directory = self._fetch_manifest(uri) if self.remote else Path(uri)
-        if directory is None or not directory.exists():
-            return Lookup()
         try:
-            manifest = read_manifest(directory)
+            if self.fs is None:
+                directory = Path(uri)
+                if not directory.exists():
+                    return Lookup()
+                manifest = read_manifest(directory)
+                problems = damage(directory, manifest, self.digests.sha256)
+            else:
+                directory = self._cache(stage, fingerprint)
+                with _explained(uri):
+                    sizes = self._sizes(uri)
+                    if MANIFEST not in sizes:
+                        return Lookup()
+                    manifest = parse_manifest(self.fs.cat_file(f"{uri}/{MANIFEST}"), f"{uri}/{MANIFEST}")
+                problems = _wrong_sizes(sizes, manifest)
         except ArtifactError as error:
             return Lookup(problems=[str(error)])
-        if not self.remote and (problems := damage(directory, manifest, checksums=checksums)):
-            return Lookup(problems=[f"{uri}/{problem}" for problem in problems])
+        if problems:
+            return Lookup(problems=[f"{uri}/{name}: {problem}" for name, problem in problems.items()])
         return Lookup(artifact=Artifact(uri=uri, path=directory, manifest=manifest))
 
     def fetch(self, artifact: Artifact) -> Artifact:
-        """The artifact with all its files on the local disk, checked after a copy."""
-        if self.fs is None or not (missing := damage(artifact.path, artifact.manifest, checksums=False)):
-            return artifact
-        for problem in missing:
-            name = problem.split(":")[0]
-            (artifact.path / name).parent.mkdir(parents=True, exist_ok=True)
-            with _explained(f"{artifact.uri}/{name}"):
-                self.fs.get_file(f"{artifact.uri}/{name}", str(artifact.path / name))
-        if problems := damage(artifact.path, artifact.manifest, checksums=True):
-            raise ArtifactError(f"{artifact.uri}: damaged ({'; '.join(problems)}); delete it and run the stage again")
+        """The artifact with all its files on the local disk, verified by SHA-256.
+
+        A download that fails verification is tried once more. If that one fails too, or a local file is damaged, the
+        artifact is set aside and ``ArtifactError`` is raised.
+        """
+        problems = damage(artifact.path, artifact.manifest, self.digests.sha256)
+        if self.fs is not None:
+            for _ in range(2):
+                for name in problems:
+                    self._download(artifact, name)
+                problems = damage(artifact.path, artifact.manifest, self.digests.sha256)
+            write_atomically(artifact.path / MANIFEST, artifact.manifest.to_json())
+        if problems:
+            moved = self.set_aside(artifact.manifest.stage, artifact.manifest.fingerprint)
+            found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+            raise ArtifactError(
+                f"{artifact.uri}: damaged ({found}); moved to {moved}; run the pipeline again to rebuild it"
+            )
         return artifact
 
-    def _fetch_manifest(self, uri: str) -> Path | None:
+    def _download(self, artifact: Artifact, name: str) -> None:
+        """Copy a remote file, if it is there, under a temporary name first."""
         assert self.fs is not None
-        if not self.fs.exists(f"{uri}/{MANIFEST}"):
-            return None
-        directory = self.local / "cache" / uri.rsplit("/artifacts/", 1)[1]
-        write_atomically(directory / MANIFEST, self.fs.cat_file(f"{uri}/{MANIFEST}").decode())
-        return directory
+        target, url = artifact.path / name, f"{artifact.uri}/{name}"
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        with _explained(url):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.fs.get_file(url, str(temporary))
+            except FileNotFoundError:
+                return
+            temporary.replace(target)
+
+    def _sizes(self, uri: str) -> dict[str, int]:
+        """Bytes of every remote file below a URL, by relative name."""
+        assert self.fs is not None
+        try:
+            found = self.fs.find(uri, detail=True)
+        except FileNotFoundError:
+            return {}
+        prefix = self.fs._strip_protocol(uri).rstrip("/") + "/"
+        return {path.removeprefix(prefix): int(info["size"]) for path, info in found.items()}
+
+    def _cache(self, stage: str, fingerprint: str) -> Path:
+        return self.local / "cache" / stage / fingerprint
 
     def manifests(self, stage: str) -> list[Manifest]:
-        """Every readable manifest of a stage, oldest first."""
-        if self.fs is not None:
-            paths = self.fs.glob(f"{self.root}/artifacts/{stage}/*/{MANIFEST}")
-            found = [Manifest.model_validate_json(self.fs.cat_file(path)) for path in paths]
-        else:
-            found = []
-            for path in Path(self.root, "artifacts", stage).glob(f"*/{MANIFEST}"):
-                try:
-                    found.append(read_manifest(path.parent))
-                except ArtifactError:
-                    continue  # `find` reports it when a stage needs it
+        """Every readable manifest of a stage, oldest first. ``find`` reports the others when a step needs them."""
+        found = []
+        for place, text in self._manifest_texts(stage):
+            try:
+                found.append(parse_manifest(text, place))
+            except (ArtifactError, SchemaVersionError):
+                continue
         return sorted(found, key=lambda manifest: manifest.created_at)
 
-    def set_aside(self, stage: str, fingerprint: str) -> Path | None:
-        """Take a damaged artifact out of use, keeping it for inspection."""
-        if self.fs is not None:
-            self.fs.rm(self.uri(stage, fingerprint), recursive=True)
-            return None
-        for number in range(1_000_000):
-            target = Path(self.root, "damaged", stage, f"{fingerprint}.{number}")
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                Path(self.uri(stage, fingerprint)).rename(target)
-                return target
-        raise StoreError(f"{self.root}/damaged/{stage}: full of damaged artifacts; delete them")
+    def _manifest_texts(self, stage: str) -> Iterator[tuple[str, bytes]]:
+        pattern = f"{self.root}/artifacts/{stage}/*/{MANIFEST}"
+        with _explained(pattern):
+            if self.fs is not None:
+                for path in self.fs.glob(pattern):
+                    yield path, self.fs.cat_file(path)
+            else:
+                for path in Path(self.root, "artifacts", stage).glob(f"*/{MANIFEST}"):
+                    yield str(path), path.read_bytes()
+
+    def set_aside(self, stage: str, fingerprint: str) -> str:
+        """Move a damaged artifact to ``damaged/``, all its files as they are; gives its new place."""
+        source = self.uri(stage, fingerprint)
+        number = 0
+        while self._exists(target := f"{self.root}/damaged/{stage}/{fingerprint}.{number}"):
+            number += 1
+        with _explained(target):
+            if self.fs is None:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                Path(source).rename(target)
+                sync_directory(Path(source).parent)
+            else:
+                # All files are copied before one is removed. The manifest goes first: without it there is no artifact.
+                names = sorted(self._sizes(source), key=lambda name: name != MANIFEST)
+                for name in names:
+                    self.fs.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
+                    self.fs.cp_file(f"{source}/{name}", f"{target}/{name}")
+                for name in names:
+                    self.fs.rm_file(f"{source}/{name}")
+                shutil.rmtree(self._cache(stage, fingerprint), ignore_errors=True)
+        return target
+
+    def _exists(self, place: str) -> bool:
+        return self.fs.exists(place) if self.fs is not None else Path(place).exists()
 
     # --- work in progress -----------------------------------------------------------------------------------------
 
@@ -169,10 +232,10 @@ class Store:
         """Turn ``work/output`` into the committed artifact, and drop the rest of the workspace."""
         uri = self.uri(manifest.stage, manifest.fingerprint)
         output = work / "output"
-        text = manifest.model_dump_json(indent=2) + "\n"
+        text = manifest.to_json()
         with _explained(uri):
             if self.fs is not None:
-                directory = self.local / "cache" / manifest.stage / manifest.fingerprint
+                directory = self._cache(manifest.stage, manifest.fingerprint)
                 for name in manifest.files:
                     self.fs.makedirs(f"{uri}/{name}".rsplit("/", 1)[0], exist_ok=True)
                     self.fs.put_file(str(output / name), f"{uri}/{name}")
@@ -182,7 +245,10 @@ class Store:
             write_atomically(output / MANIFEST, text)
             directory.parent.mkdir(parents=True, exist_ok=True)
             if directory.exists():
-                shutil.rmtree(directory)
+                if self.fs is None:
+                    self.set_aside(manifest.stage, manifest.fingerprint)
+                else:
+                    shutil.rmtree(directory)  # a copy of an earlier artifact
             output.rename(directory)
             sync_directory(directory.parent)
             shutil.rmtree(work, ignore_errors=True)
@@ -221,6 +287,17 @@ class Store:
         if self.fs is not None:
             return sorted(Path(path).name for path in self.fs.glob(f"{self.root}/refs/{prefix}*"))
         return sorted(path.name for path in Path(self.root, "refs").glob(f"{prefix}*"))
+
+
+def _wrong_sizes(sizes: dict[str, int], manifest: Manifest) -> dict[str, str]:
+    """Remote files that are missing or have another size, by name."""
+    problems = {}
+    for name, entry in manifest.files.items():
+        if name not in sizes:
+            problems[name] = "missing"
+        elif sizes[name] != entry.size:
+            problems[name] = f"{sizes[name]} bytes, expected {entry.size}"
+    return problems
 
 
 @contextmanager

@@ -1,3 +1,7 @@
+import logging
+import uuid
+
+import fsspec
 import pytest
 from hypothesis import settings
 
@@ -13,6 +17,30 @@ settings.load_profile("same")
 @pytest.fixture
 def store(tmp_path):
     return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The address of a server with the API of S3, on loopback."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server, monkeypatch):
+    """The URL of an empty bucket; its address and keys are in the environment, as a user sets them."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    url = f"s3://lilpipe-{uuid.uuid4()}"
+    fsspec.core.url_to_fs(url)[0].mkdir(url)
+    yield url
+    fsspec.core.url_to_fs(url)[0].rm(url, recursive=True)
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -9,14 +10,56 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from lilpipe.artifact import damage, read_manifest
-from lilpipe.errors import ArtifactError, ConfigError, DataError, StoreError
+from lilpipe import digests
+from lilpipe import store as store_module
+from lilpipe.artifact import SCHEMA_VERSION, Manifest, damage, read_manifest
+from lilpipe.digests import SETTLED_SECONDS
+from lilpipe.errors import ArtifactError, ConfigError, DataError, SchemaVersionError, StoreError
 from lilpipe.launch import StageFailure
 from lilpipe.pipeline import plan, run_step
 from lilpipe.store import Store
 from tests.conftest import toy_config
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request, tmp_path):
+    """An empty store: a local one, and one in object storage."""
+    if request.param == "local":
+        return Store(str(tmp_path / "store"))
+    return Store(f"{request.getfixturevalue('s3_bucket')}/store", local=str(tmp_path / "local"))
+
+
+class Files:
+    """The files of a store, wherever it is."""
+
+    def __init__(self, store):
+        self.fs, self.root = store.fs or fsspec.filesystem("file"), store.root
+
+    def under(self, folder):
+        return sorted(path.split(f"/{folder}/", 1)[1] for path in self.fs.find(f"{self.root}/{folder}"))
+
+    def read(self, place):
+        return self.fs.cat_file(place)
+
+    def write(self, place, content):
+        self.fs.pipe_file(place, content if isinstance(content, bytes) else content.encode())
+
+    def flip(self, place):
+        """Another value of one bit in the middle; the size stays."""
+        content = bytearray(self.read(place))
+        content[len(content) // 2] ^= 1
+        self.write(place, bytes(content))
+
+    def delete(self, place):
+        self.fs.rm(place, recursive=True)
+
+
+@pytest.fixture
+def files(store):
+    return Files(store)
 
 
 def run_all(config, store, **kwargs):
@@ -57,7 +100,7 @@ def test_the_manifest_names_all_that_the_artifact_came_from(store, faults):
     assert manifest.environment["world_size"] == 1
     assert set(first.manifest.files) >= {"data", "report/report.html", "logs/events.jsonl"}
     assert first.manifest.metrics == {"loss": 1.0}
-    assert damage(first.path, first.manifest, checksums=True) == []
+    assert damage(first.path, first.manifest) == {}
 
 
 def test_reports_and_logs_are_not_content(tmp_path, faults):
@@ -85,9 +128,9 @@ def test_a_step_is_compared_with_its_nearest_earlier_run(store, faults):
     assert planned.reason == "config seed: 0 -> 1"
 
 
-def test_a_deleted_or_damaged_output_is_rebuilt_and_never_served(store, faults):
+def test_a_deleted_or_damaged_output_is_rebuilt_and_never_served(store, faults, files):
     (first, _), _ = run_all(toy_config(), store)
-    (first.path / "data").write_text("half 0")
+    files.write(f"{first.uri}/data", "half 0")
     planned = plan(toy_config(), store)["first"]
     assert planned.status == "run"
     assert "data: 6 bytes, expected" in planned.reason
@@ -95,27 +138,106 @@ def test_a_deleted_or_damaged_output_is_rebuilt_and_never_served(store, faults):
     assert not cached
     assert second_cached  # the same bytes came out
     assert rebuilt.content_digest == first.content_digest
-    assert list(Path(store.root, "damaged", "prompts").iterdir())
-    shutil.rmtree(rebuilt.path)
+    assert f"prompts/{first.manifest.fingerprint}.0/data" in files.under("damaged")
+    files.delete(rebuilt.uri)
     assert [cached for _, cached in run_all(toy_config(), store)] == [False, True]
 
 
-def test_checksums_find_what_sizes_do_not(store, faults):
+def test_a_flipped_bit_is_found_before_a_stage_reads_it(store, faults, files):
     (first, _), _ = run_all(toy_config(), store)
-    data = first.path / "data"
-    data.write_text(data.read_text().replace("whole", "whale"))
-    fingerprint = first.manifest.fingerprint
-    assert store.find("prompts", fingerprint).artifact is not None
-    (problem,) = store.find("prompts", fingerprint, checksums=True).problems
-    assert problem.endswith("data: its SHA-256 differs from the manifest's")
+    files.flip(f"{first.uri}/data")
+    changed = toy_config(tokenizer={"vocab_size": 999})  # `second` runs again and reads what is damaged
+    if store.remote:
+        shutil.rmtree(store.local / "cache")  # as on another machine
+        with pytest.raises(ArtifactError, match=r"data: its SHA-256 differs .* moved to .*damaged/prompts"):
+            run_all(changed, store)
+    else:
+        assert "data: its SHA-256 differs" in plan(changed, store)["first"].reason
+        with pytest.raises(ArtifactError, match=r"step second: first is still to be run .*SHA-256 differs"):
+            run_step(changed, "second", store=store, pipeline_run="lone")
+    (rebuilt, cached), (second, _) = run_all(changed, store)
+    assert not cached
+    assert rebuilt.content_digest == first.content_digest
+    assert (second.path / "read").read_text() == "HALF 0, WHOLE, 300"
+    assert f"prompts/{first.manifest.fingerprint}.0/data" in files.under("damaged")
 
 
-@pytest.mark.parametrize("manifest", ["{", "{}", ""])
-def test_an_unreadable_manifest_is_no_commit(store, faults, manifest):
+def test_each_file_of_an_artifact_is_verified(store, faults, files):
     (first, _), _ = run_all(toy_config(), store)
-    (first.path / "manifest.json").write_text(manifest)
+    names = [name for name, entry in first.manifest.files.items() if entry.size]
+    for number, name in enumerate((*names, "manifest.json")):
+        files.flip(f"{first.uri}/{name}")
+        shutil.rmtree(store.local / "cache", ignore_errors=True)
+        lookup = store.find("prompts", first.manifest.fingerprint)
+        if lookup.artifact is not None:
+            with pytest.raises(ArtifactError, match=f"{name}: its SHA-256 differs"):
+                store.fetch(lookup.artifact)
+        else:
+            assert name in lookup.problems[0]
+        assert [cached for _, cached in run_all(toy_config(), store)] == [False, True], name
+        assert store.uri("prompts", first.manifest.fingerprint) == first.uri
+        assert len({path.split("/")[1] for path in files.under("damaged")}) == number + 1
+
+
+def test_a_damaged_download_is_repeated(store, faults, files):
+    if not store.remote:
+        pytest.skip("nothing is downloaded from a local store")
+    (first, _), _ = run_all(toy_config(), store)
+    (store.local / "cache" / "prompts" / first.manifest.fingerprint / "data").write_text("half 0, whale, 300")
+    found = store.find("prompts", first.manifest.fingerprint).artifact
+    assert (store.fetch(found).path / "data").read_text() == "half 0, whole, 300"
+    assert not files.under("damaged")
+
+
+def test_what_was_verified_is_not_read_again(store, faults, monkeypatch):
+    (first, _), _ = run_all(toy_config(), store)
+    time.sleep(2 * SETTLED_SECONDS)
+    store.fetch(first)
+    monkeypatch.setattr(digests, "digest_file", lambda path: pytest.fail(f"{path} was read again"))
+    again = Store(store.root, local=str(store.local))  # as in another process
+    found = again.find("prompts", first.manifest.fingerprint).artifact
+    assert found is not None
+    again.fetch(found)
+
+
+@pytest.mark.parametrize("manifest", ["{", "{}", "", "[]", '{"schema_version": "new"}'])
+def test_an_unreadable_manifest_is_no_commit(store, faults, files, manifest):
+    (first, _), _ = run_all(toy_config(), store)
+    files.write(f"{first.uri}/manifest.json", manifest)
     assert plan(toy_config(), store)["first"].status == "run"
+    assert store.manifests("prompts") == []
+    before = files.under("artifacts")
     assert [cached for _, cached in run_all(toy_config(), store)] == [False, True]
+    assert files.under("artifacts") == before
+    kept = f"{store.root}/damaged/prompts/{first.manifest.fingerprint}.0"
+    assert files.read(f"{kept}/data") == b"half 0, whole, 300"  # nothing was deleted
+    assert files.read(f"{kept}/manifest.json") == manifest.encode()
+
+
+def test_a_manifest_of_a_newer_version_is_an_error_that_names_both(store, faults, files):
+    (first, _), _ = run_all(toy_config(), store)
+    place = f"{first.uri}/manifest.json"
+    newer = json.dumps({**json.loads(files.read(place)), "schema_version": SCHEMA_VERSION + 1, "origin": "new"})
+    files.write(place, newer)
+    message = f"got a manifest of schema version {SCHEMA_VERSION + 1}, expected at most {SCHEMA_VERSION}; upgrade"
+    for attempt in (lambda: plan(toy_config(), store), lambda: run_all(toy_config(), store)):
+        with pytest.raises(SchemaVersionError, match=message):
+            attempt()
+    assert files.read(place) == newer.encode()
+    assert not files.under("damaged")
+    other = toy_config(prompts={"num_dev": 7})
+    assert [cached for _, cached in run_all(other, store)] == [False, False]  # artifacts beside it are usable
+
+
+def test_metrics_that_are_not_numbers_survive_the_manifest(tmp_path):
+    metrics = {"loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5}
+    fields = {name: {} for name in ("config", "operational", "inputs", "external", "code", "packages", "environment")}
+    manifest = Manifest(
+        kind="Report", stage="evaluate", step="evaluate", fingerprint="f", git_commit=None, files={},
+        content_digest="", metrics=metrics, elapsed_seconds=1.0, created_at="2026-01-01T00:00:00Z", **fields,
+    )  # fmt: skip
+    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    assert str(read_manifest(tmp_path).metrics) == str(metrics)
 
 
 @pytest.mark.parametrize(
@@ -127,19 +249,19 @@ def test_an_unreadable_manifest_is_no_commit(store, faults, manifest):
         ("kill", StageFailure, "killed by SIGKILL"),
     ],
 )
-def test_a_failure_is_told_apart_and_the_next_run_goes_on_from_there(store, faults, fault, error, message):
+def test_a_failure_is_told_apart_and_the_next_run_goes_on_from_there(store, faults, files, fault, error, message):
     (faults / fault).touch()
     with pytest.raises(error) as caught:
         run_all(toy_config(), store)
     assert message in str(caught.value)
-    assert not Path(store.root, "artifacts").exists()
+    assert not files.under("artifacts")
     (faults / fault).unlink()
     (first, cached), _ = run_all(toy_config(), store)
     assert not cached
     assert len((faults / "first-halves").read_text()) == 1  # what had been paid for was kept
     assert first.manifest.elapsed_seconds > 0
     assert not [name for name in first.manifest.files if name.endswith(".tmp")]
-    assert not list(Path(store.root, "work", "prompts").iterdir())
+    assert not list((store.local / "work" / "prompts").iterdir())
 
 
 def test_unfinished_work_under_other_settings_is_named_and_kept(store, faults):
@@ -167,7 +289,9 @@ def test_a_killed_parent_takes_its_workers_along_and_leaves_the_store_usable(sto
     )
     root = Path(__file__).parents[1]
     parent = subprocess.Popen(
-        [sys.executable, str(script), store.root], cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, str(script), store.root],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "LILPIPE_LOCAL": str(store.local)},
     )
     wait_for(lambda: runs(faults) == 1)
     (worker,) = children(parent.pid)
@@ -207,7 +331,7 @@ def test_two_runs_at_once_do_the_work_once(store, faults):
 
 
 def test_a_lone_step_needs_those_before_it(store, faults):
-    with pytest.raises(ArtifactError, match="after first is still to be run"):
+    with pytest.raises(ArtifactError, match=r"first is still to be run \(never run\)"):
         run_step(toy_config(), "second", store=store, pipeline_run="run")
     with pytest.raises(ConfigError, match="there is no such step; known: first, second"):
         run_step(toy_config(), "third", store=store, pipeline_run="run")
@@ -274,12 +398,11 @@ def test_a_store_that_cannot_be_written_is_one_clear_error(tmp_path):
         Store(str(blocked))
 
 
-def test_an_artifact_in_object_storage_is_uploaded_manifest_last_and_copied_back(tmp_path, faults):
-    root = f"memory://lilpipe-{os.getpid()}-{time.time_ns()}"
-    store = Store(root, local=str(tmp_path / "here"))
+def test_an_artifact_in_object_storage_is_downloaded_to_another_machine(s3_bucket, tmp_path, faults):
+    store = Store(s3_bucket, local=str(tmp_path / "here"))
     (first, _), (second, _) = run_all(toy_config(), store)
-    assert first.uri.startswith("memory://")
-    elsewhere = Store(root, local=str(tmp_path / "there"))
+    assert first.uri.startswith("s3://")
+    elsewhere = Store(s3_bucket, local=str(tmp_path / "there"))
     assert [p.status for p in plan(toy_config(), elsewhere).values()] == ["cached", "cached"]
     found = elsewhere.find("tokenizer", second.manifest.fingerprint).artifact
     assert found is not None
@@ -290,18 +413,25 @@ def test_an_artifact_in_object_storage_is_uploaded_manifest_last_and_copied_back
     assert len(elsewhere.manifests("tokenizer")) == 2
 
 
-def test_the_manifest_of_another_version_is_not_taken_for_this_ones(store, faults):
-    (first, _), _ = run_all(toy_config(), store)
-    path = first.path / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "surprise": 1}))
-    with pytest.raises(ArtifactError, match="cannot be read as a manifest"):
-        read_manifest(first.path)
+def test_an_upload_without_its_manifest_is_no_commit(store, faults, files, monkeypatch):
+    def interrupted(*arguments, **settings):
+        raise OSError(errno.ECONNRESET, "Connection reset by peer")
+
+    with monkeypatch.context() as patch:
+        if store.remote:
+            patch.setattr(store.fs, "pipe_file", interrupted)
+        else:
+            patch.setattr(store_module, "write_atomically", interrupted)
+        with pytest.raises(StoreError, match="Connection reset"):
+            run_step(toy_config(), "first", store=store, pipeline_run="run")
+    assert plan(toy_config(), store)["first"].reason == "goes on from where it was interrupted"
+    assert [cached for _, cached in run_all(toy_config(), store)] == [False, False]
 
 
 def test_the_lock_is_free_again_after_its_holder_was_killed(store):
     context = multiprocessing.get_context("spawn")
     holding = context.Event()
-    holder = context.Process(target=_hold, args=(store.root, holding))
+    holder = context.Process(target=_hold, args=(store.root, str(store.local), holding))
     holder.start()
     assert holding.wait(30)
     os.kill(holder.pid, signal.SIGKILL)  # type: ignore[arg-type]
@@ -310,7 +440,7 @@ def test_the_lock_is_free_again_after_its_holder_was_killed(store):
         assert not waited
 
 
-def _hold(root, holding):
-    with Store(root).lock("prompts", "f" * 64):
+def _hold(root, local, holding):
+    with Store(root, local=local).lock("prompts", "f" * 64):
         holding.set()
         time.sleep(60)

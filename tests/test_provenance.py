@@ -75,7 +75,7 @@ def commit(config, store, step, fill):
     work = store.work(planned.stage.name, planned.ingredients.fingerprint)
     (work / "attempts.jsonl").write_text("")
     fill(Workspace(work), planned.inputs)
-    return store.commit(work, _manifest(planned, work, {}))
+    return store.commit(work, _manifest(planned, work, {}, store))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
+from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data.build_filters import build_filters
 from lilpipe.data.counts import Counts, count_documents
@@ -37,6 +37,7 @@ from lilpipe.data.sorting import ReadParts, ReadSummary, Selection, run_files
 from lilpipe.data.sources.readers import digest_source, find_parts
 from lilpipe.data.trace import Thresholds, write_thresholds
 from lilpipe.data.work import Work
+from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
 from lilpipe.schemas.documents import read_documents, read_rejected
 from lilpipe.schemas.tables import read_table, write_table

@@ -9,8 +9,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lilpipe.artifact import Inputs, digest_file
+from lilpipe.artifact import Inputs
 from lilpipe.config.model import ImportModelConfig
+from lilpipe.digests import digest_file
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import check_model, model_files

@@ -15,8 +15,9 @@ import numpy as np
 import tiktoken
 from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttributeAccessIssue]: no stubs
 
-from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
+from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config.tokens import TokenizerConfig
+from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import NUM_RESERVED, Tokenizer, special_tokens

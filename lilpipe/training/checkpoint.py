@@ -104,8 +104,8 @@ class Checkpoints:
     def load_latest(self, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]] | None:
         """Fill the tensors in place from the last checkpoint that is whole; gives its step and record.
 
-        A damaged one is passed over for the one before, and the log is told. Raises ``ArtifactError`` if the
-        checkpoint is of a run of another identity or of another model.
+        A damaged one is moved to ``damaged/`` and logged, and the one before it is loaded. Raises ``ArtifactError`` if
+        the checkpoint is of a run of another identity or of another model.
         """
         self.wait()
         for step in self._gather(self.steps[::-1])[0]:
@@ -113,7 +113,9 @@ class Checkpoints:
             if index and _without_optimizer(index, tensors):
                 problem = "it was kept without the optimizer's state"
             if problem:
-                self._log(f"checkpoint {_name(step)} cannot be resumed ({problem}); going back to the one before it")
+                self._log(f"checkpoint {_name(step)} cannot be resumed ({problem}); resuming from the one before it")
+                if index is None:
+                    self._set_aside(step)
             elif index:
                 return step, self._read(index, tensors)
         return None
@@ -173,7 +175,7 @@ class Checkpoints:
         merged = {name: entry for part in entries for name, entry in part.items()}
         merged[files.RECORD] = files.flushed(temporary / files.RECORD)
         Index(step=step, identity=self._identity, tensors=plan.tensors, files=merged).write(temporary)
-        if final.exists():  # damaged, or gone back from
+        if final.exists():  # a later one than that which was resumed
             files.discard(final)
         temporary.rename(final)
         sync_directory(self._directory)
@@ -189,8 +191,13 @@ class Checkpoints:
             try:
                 files.drop_optimizer(path)
             except ValueError as error:
-                self._log(f"checkpoint {path.name} is damaged and dropped ({error})")
-                files.discard(path)
+                self._log(f"checkpoint {path.name} is damaged ({error}); moved to {files.DAMAGED}/")
+                files.set_aside(path)
+
+    def _set_aside(self, step: int) -> None:
+        """Move a damaged checkpoint to ``damaged/``. Collective."""
+        path = self._directory / _name(step)
+        self._together(lambda: files.set_aside(path) if self._rank == 0 else None)
 
     def _latest(self) -> int | None:
         """The step that ``LATEST`` names; none if there is no telling, and all checkpoints count."""

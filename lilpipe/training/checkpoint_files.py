@@ -41,10 +41,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.tensor import DTensor
 
-from lilpipe.artifact import FileEntry, digest_file, digest_json, sync_directory, write_atomically
+from lilpipe.artifact import FileEntry, digest_json, sync_directory, write_atomically
+from lilpipe.digests import digest_file
 
 INDEX = "index.json"
 RECORD = "record.json"
+DAMAGED = "damaged"
+"""Beside the checkpoints: those that failed verification."""
 OPTIMIZER = "optimizer"
 """First part of the names of tensors that only going on with training needs."""
 
@@ -242,6 +245,16 @@ def drop_optimizer(directory: Path) -> None:
     index.model_copy(update={"tensors": tensors, "files": files}).write(directory)
     for path in superfluous:
         path.unlink()
+
+
+def set_aside(directory: Path) -> None:
+    """Move a damaged checkpoint to ``damaged/``."""
+    number = 0
+    while (target := directory.parent / DAMAGED / f"{directory.name}.{number}").exists():
+        number += 1
+    target.parent.mkdir(exist_ok=True)
+    directory.rename(target)
+    sync_directory(directory.parent)
 
 
 def discard(directory: Path) -> None:

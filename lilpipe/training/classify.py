@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilpipe import distributed, report
-from lilpipe.artifact import Artifact, Inputs, digest_file
+from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.reward_model import ClassifyConfig
+from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_rows
 from lilpipe.model.hub import check_model

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lilpipe.artifact import digest_file
 from lilpipe.config.model import ModelConfig, MoEConfig
 from lilpipe.config.sampling import SamplingConfig
+from lilpipe.digests import digest_file
 from lilpipe.errors import ArtifactError
 from lilpipe.generation.engine import generate
 from lilpipe.model.hub import load_model, load_weights, model_files, read_model_config, save_model, save_tensors

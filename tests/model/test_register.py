@@ -13,9 +13,10 @@ import pandas
 import pytest
 import torch
 
-from lilpipe.artifact import MANIFEST, Artifact, Manifest, content_digest, digest_file, list_files
+from lilpipe.artifact import MANIFEST, Artifact, Manifest, content_digest, list_files
 from lilpipe.config.evaluate import RegisterConfig
 from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.digests import digest_file
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.generation.protocol import RequestError
 from lilpipe.locate import locate
@@ -48,7 +49,7 @@ def artifact(directory, *, kind, stage):
         elapsed_seconds=1.0,
         created_at="2026-01-01T00:00:00Z",
     )
-    (directory / MANIFEST).write_text(manifest.model_dump_json())
+    (directory / MANIFEST).write_text(manifest.to_json())
     return Artifact(str(directory), directory, manifest)
 
 

@@ -167,6 +167,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_and_said_so(tmp_
     if damage != "nothing":
         assert len(said) == 1
         assert "step-00000010 cannot be resumed" in said[0]
+        assert not (tmp_path / "step-00000010").exists()
+        assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["step-00000010.0"]
     save(tmp_path, 10)  # the run comes by again
     assert load(tmp_path) == (10, {"losses": [10.1], "note": None}, 10.0)
 

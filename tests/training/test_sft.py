@@ -6,11 +6,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from lilpipe.artifact import content_digest, digest_file, list_files
+from lilpipe.artifact import content_digest, list_files
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.sft import LoRAConfig, SFTConfig
 from lilpipe.config.training import OptimizerConfig
+from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer

@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from lilpipe.alignment.verify.answers import has_form, is_thinking, is_well_formed, stated_number, verify
 from lilpipe.alignment.verify.sandbox import Limits, find_program, isolation, protection, run_programs
-from lilpipe.artifact import digest_file
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.data.filters.fasttext_model import codes, load
 from lilpipe.data.filters.language import bundled_model_path, identify
+from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Prompt
 from lilpipe.schemas.messages import Message

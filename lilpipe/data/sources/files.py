@@ -21,9 +21,10 @@ import zstandard
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from lilpipe.artifact import digest_file, digest_json
+from lilpipe.artifact import digest_json
 from lilpipe.config.corpus import Source
 from lilpipe.data.sources.remote import RemoteStream, retried
+from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")

@@ -1,0 +1,88 @@
+"""SHA-256 of files, computed once for each state of a file.
+
+A file's device, inode, size, mtime and ctime tell whether it has changed since it was hashed: every write sets its
+ctime, which no program can set back. A record of such states is kept in the local store, so a cached run costs one
+``stat`` for each file. What changes bytes below the file system, such as a failing disk, is outside of its reach:
+delete the record and every file is hashed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+SETTLED_SECONDS = 0.05
+"""A file changed less than this long ago is hashed but not recorded: within one tick of the file system's clock, a
+later write could leave the same timestamps."""
+
+
+class FileState(NamedTuple):
+    """What changes whenever a file's bytes do."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, read now."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FileDigests:
+    """SHA-256 by the state of a file; ``record`` keeps them from one process to the next.
+
+    The record is an append-only JSON Lines file. Lines that cannot be read are ignored, and it can be deleted at any
+    time.
+    """
+
+    def __init__(self, record: Path) -> None:
+        self._record = record
+        self._known: dict[FileState, str] | None = None
+
+    def sha256(self, path: Path) -> str:
+        """SHA-256 of a file; read only if its state is not on record. Raises ``OSError``."""
+        known = self._load()
+        state = _state(path)
+        if (digest := known.get(state)) is not None:
+            return digest
+        digest = digest_file(path)
+        if _state(path) == state and time.time() - state.ctime_ns / 1e9 > SETTLED_SECONDS:
+            known[state] = digest
+            self._append(state, digest)
+        return digest
+
+    def _load(self) -> dict[FileState, str]:
+        if self._known is None:
+            self._known = {}
+            try:
+                lines = self._record.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError):
+                lines = []
+            for line in lines:
+                try:
+                    *state, digest = json.loads(line)
+                    self._known[FileState(*state)] = digest
+                except (ValueError, TypeError):
+                    continue  # a line that a kill cut short
+        return self._known
+
+    def _append(self, state: FileState, digest: str) -> None:
+        """One write of one line, which ``O_APPEND`` keeps apart from those of other processes."""
+        try:
+            self._record.parent.mkdir(parents=True, exist_ok=True)
+            with self._record.open("ab", buffering=0) as file:
+                file.write(f"\n{json.dumps([*state, digest])}\n".encode())
+        except OSError:
+            pass  # a full disk: the next process hashes the file again
+
+
+def _state(path: Path) -> FileState:
+    status = path.stat()
+    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
