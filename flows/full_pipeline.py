@@ -11,8 +11,8 @@ from prefect.states import Completed, Failed
 
 from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
-from lilpipe.pipeline import check_wiring
-from lilpipe.pipeline_runs import new_pipeline_run
+from lilpipe.pipeline.runs import new_pipeline_run
+from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.tracking import MLflowTracker
 from tasks.stage import run_configured
 

@@ -98,6 +98,24 @@ class Artifact:
 
 
 Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]
+"""Role to what fills it: one artifact, or several where the stage takes them."""
+
+
+def all_inputs(inputs: Inputs, role: str) -> tuple[Artifact, ...]:
+    """The artifacts that fill a role, any number of them."""
+    value = inputs.get(role, ())
+    return (value,) if isinstance(value, Artifact) else value
+
+
+def one_input(inputs: Inputs, role: str) -> Artifact:
+    """The artifact that fills a required role."""
+    (only,) = all_inputs(inputs, role)
+    return only
+
+
+def optional_input(inputs: Inputs, role: str) -> Artifact | None:
+    """The artifact that fills an optional role, if one does."""
+    return one_input(inputs, role) if all_inputs(inputs, role) else None
 
 
 def digest_json(value: Any) -> str:

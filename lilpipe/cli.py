@@ -17,8 +17,10 @@ from lilpipe.config.overrides import explain, parse_override
 from lilpipe.config.pipeline import PipelineConfig, Step
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError, LilpipeError
-from lilpipe.pipeline import Listener, changes, check_wiring, plan, run_step
-from lilpipe.pipeline_runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.pipeline.plan import WaitingStep, changes, plan
+from lilpipe.pipeline.run import Listener, run_step
+from lilpipe.pipeline.runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.recipes import load
 from lilpipe.store import Store
 
@@ -125,10 +127,10 @@ def why(
     planned = plan(loaded, store, until=stage)[stage]
     console = Console(highlight=False)
     console.print(f"{stage}: {planned.status}", markup=False)
-    if planned.ingredients is None or planned.status == "cached":
+    if isinstance(planned, WaitingStep) or planned.status == "cached":
         console.print(f"  {planned.reason}", markup=False)
         return
-    for line in changes(store, stage, planned.ingredients) or [planned.reason]:
+    for line in changes(store, stage, planned.cache_key) or [planned.reason]:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lilpipe.artifact import Artifact
 from lilpipe.config.pipeline import PipelineConfig
-from lilpipe.pipeline import PlannedStep
+from lilpipe.pipeline.plan import PlannedStep
 from lilpipe.stage import get_stage
 
 LINE_SECONDS = 10

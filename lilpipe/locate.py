@@ -7,7 +7,7 @@ from pathlib import Path
 from lilpipe.artifact import MANIFEST, read_manifest
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
-from lilpipe.pipeline import plan
+from lilpipe.pipeline.plan import plan
 from lilpipe.store import Store
 
 REGISTERED = "models:/"

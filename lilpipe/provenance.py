@@ -16,7 +16,7 @@ from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.trace import Fate, Verdict
 from lilpipe.data.trace import trace_document as trace_fate
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.pipeline import plan
+from lilpipe.pipeline.plan import plan
 from lilpipe.store import Store
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import TracedDocument, trace_document, trace_row

@@ -93,6 +93,8 @@ class Stage:
     """Input roles that must be filled, and the kind that each takes."""
     optional_inputs: Mapping[str, Kind] = field(default_factory=dict)
     """Input roles that may be left out."""
+    several: frozenset[str] = frozenset()
+    """Input roles that take any number of artifacts; the others take one."""
     external: Callable[[Any], dict[str, str]] = _no_external
     """Digests of what the stage reads from outside the store, by name; raises ``DataError`` if it is not there."""
     names_inputs: bool = False

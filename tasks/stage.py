@@ -28,7 +28,8 @@ from prefect.states import Completed, Failed
 from lilpipe.artifact import Artifact
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import LilpipeError
-from lilpipe.pipeline import Listener, PlannedStep, run_step
+from lilpipe.pipeline.plan import PlannedStep
+from lilpipe.pipeline.run import Listener, run_step
 from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker
 

@@ -9,7 +9,9 @@ import pytest
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES, FRONT, llama3
 from lilpipe.config.overrides import merge
 from lilpipe.config.pipeline import PipelineConfig
-from lilpipe.pipeline import check_wiring, plan, run_step
+from lilpipe.pipeline.plan import plan
+from lilpipe.pipeline.run import run_step
+from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.recipes import tiny
 
 OVERLAY = Path(__file__).parent / "recipes.toml"

@@ -108,7 +108,7 @@ def test_a_step_may_differ_from_its_stages_section():
 
 
 def test_the_default_wiring_is_complete():
-    from lilpipe.pipeline import plan  # noqa: F401  # imports every stage's contract
+    from lilpipe.pipeline.plan import plan  # noqa: F401  # imports every stage's contract
     from lilpipe.stage import STAGES
 
     config = load("tiny")

@@ -4,7 +4,7 @@ import time
 from rich.console import Console
 
 from lilpipe.display import Display, quality_table
-from lilpipe.pipeline import run_step
+from lilpipe.pipeline.run import run_step
 from tests.conftest import toy_config
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from lilpipe.errors import ConfigError
 from lilpipe.locate import locate
-from lilpipe.pipeline import run_step
+from lilpipe.pipeline.run import run_step
 from lilpipe.store import Store
 from tests.flows import toys
 

@@ -19,7 +19,8 @@ from lilpipe.artifact import SCHEMA_VERSION, Manifest, damage, read_manifest
 from lilpipe.digests import SETTLED_SECONDS
 from lilpipe.errors import ArtifactError, ConfigError, DataError, SchemaVersionError, StoreError
 from lilpipe.launch import StageFailure
-from lilpipe.pipeline import plan, run_step
+from lilpipe.pipeline.plan import plan
+from lilpipe.pipeline.run import run_step
 from lilpipe.store import Store
 from tests.conftest import toy_config
 
@@ -153,7 +154,9 @@ def test_a_flipped_bit_is_found_before_a_stage_reads_it(store, faults, files):
             run_all(changed, store)
     else:
         assert "data: its SHA-256 differs" in plan(changed, store)["first"].reason
-        with pytest.raises(ArtifactError, match=r"step second: first is still to be run .*SHA-256 differs"):
+        with pytest.raises(
+            ArtifactError, match=r"step second: its inputs are still to be run: first .*SHA-256 differs"
+        ):
             run_step(changed, "second", store=store, pipeline_run="lone")
     (rebuilt, cached), (second, _) = run_all(changed, store)
     assert not cached
@@ -231,11 +234,25 @@ def test_a_manifest_of_a_newer_version_is_an_error_that_names_both(store, faults
 
 def test_metrics_that_are_not_numbers_survive_the_manifest(tmp_path):
     metrics = {"loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5}
-    fields = {name: {} for name in ("config", "operational", "inputs", "external", "code", "packages", "environment")}
     manifest = Manifest(
-        kind="Report", stage="evaluate", step="evaluate", fingerprint="f", git_commit=None, files={},
-        content_digest="", metrics=metrics, elapsed_seconds=1.0, created_at="2026-01-01T00:00:00Z", **fields,
-    )  # fmt: skip
+        kind="Report",
+        stage="evaluate",
+        step="evaluate",
+        fingerprint="f",
+        config={},
+        operational={},
+        inputs={},
+        external={},
+        code={},
+        packages={},
+        git_commit=None,
+        environment={},
+        files={},
+        content_digest="",
+        metrics=metrics,
+        elapsed_seconds=1.0,
+        created_at="2026-01-01T00:00:00Z",
+    )
     (tmp_path / "manifest.json").write_text(manifest.to_json())
     assert str(read_manifest(tmp_path).metrics) == str(metrics)
 
@@ -268,14 +285,14 @@ def test_unfinished_work_under_other_settings_is_named_and_kept(store, faults):
     (faults / "fail").touch()
     with pytest.raises(StageFailure):
         run_all(toy_config(), store)
-    assert plan(toy_config(), store)["first"].reason == "goes on from where it was interrupted"
+    assert plan(toy_config(), store)["first"].reason == "resumes from where it was interrupted"
     changed = toy_config(prompts={"num_dev": 200})
     assert plan(changed, store)["first"].reason == (
-        "from the start: unfinished work was under other settings (config num_dev: 300 -> 200)"
+        "from the start: unfinished work has other settings (config num_dev: 300 -> 200)"
     )
     (faults / "fail").unlink()
     run_all(changed, store)
-    assert plan(toy_config(), store)["first"].reason == "goes on from where it was interrupted"
+    assert plan(toy_config(), store)["first"].reason == "resumes from where it was interrupted"
 
 
 def test_a_killed_parent_takes_its_workers_along_and_leaves_the_store_usable(store, faults, tmp_path):
@@ -283,7 +300,7 @@ def test_a_killed_parent_takes_its_workers_along_and_leaves_the_store_usable(sto
     script = tmp_path / "parent.py"
     script.write_text(
         "import sys\nfrom lilpipe import stage\nfrom tests.conftest import toy_config\n"
-        "from lilpipe.pipeline import run_step\nfrom lilpipe.store import Store\n"
+        "from lilpipe.pipeline.run import run_step\nfrom lilpipe.store import Store\n"
         "stage.STAGES['prompts'] = 'tests.toy'\nstage.STAGES['tokenizer'] = 'tests.toy_reader'\n"
         "run_step(toy_config(), 'first', store=Store(sys.argv[1]), pipeline_run='r')\n"
     )
@@ -331,7 +348,7 @@ def test_two_runs_at_once_do_the_work_once(store, faults):
 
 
 def test_a_lone_step_needs_those_before_it(store, faults):
-    with pytest.raises(ArtifactError, match=r"first is still to be run \(never run\)"):
+    with pytest.raises(ArtifactError, match=r"still to be run: first \(never run\)"):
         run_step(toy_config(), "second", store=store, pipeline_run="run")
     with pytest.raises(ConfigError, match="there is no such step; known: first, second"):
         run_step(toy_config(), "third", store=store, pipeline_run="run")
@@ -344,6 +361,8 @@ def test_wrong_wiring_is_refused_before_anything_runs(store, faults):
     for inputs, message in [
         ({}, "prompts missing"),
         ({"prompts": "first", "models": "first"}, "got models; stage tokenizer takes prompts"),
+        ({"prompts": ["first", "first"]}, "inputs.prompts: got 2 steps, expected one: first, first"),
+        ({"prompts": []}, "inputs.prompts: got 0 steps, expected one"),
     ]:
         steps = {"first": {"stage": "prompts"}, "second": {"stage": "tokenizer", "inputs": inputs}}
         with pytest.raises(ConfigError, match=message):
@@ -424,7 +443,7 @@ def test_an_upload_without_its_manifest_is_no_commit(store, faults, files, monke
             patch.setattr(store_module, "write_atomically", interrupted)
         with pytest.raises(StoreError, match="Connection reset"):
             run_step(toy_config(), "first", store=store, pipeline_run="run")
-    assert plan(toy_config(), store)["first"].reason == "goes on from where it was interrupted"
+    assert plan(toy_config(), store)["first"].reason == "resumes from where it was interrupted"
     assert [cached for _, cached in run_all(toy_config(), store)] == [False, False]
 
 

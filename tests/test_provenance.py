@@ -5,9 +5,11 @@ import re
 import pytest
 from typer.testing import CliRunner
 
+from lilpipe.artifact import list_files
 from lilpipe.cli import app
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.pipeline import _manifest, plan
+from lilpipe.pipeline.manifest import collect_logs, make_manifest
+from lilpipe.pipeline.plan import PlannedStep, plan
 from lilpipe.recipes import load
 from lilpipe.schemas.examples import DOCUMENT_SCHEMA
 from lilpipe.schemas.tables import write_rows
@@ -71,11 +73,12 @@ EXERCISES = [{"id": f"exercise/{n}", "text": f"Exercise: {n} plus {n}\nSolution:
 def commit(config, store, step, fill):
     """Put an artifact into the store as if the step had made it; ``fill`` writes the output and is given the inputs."""
     planned = plan(config, store, until=step)[step]
-    assert planned.ingredients is not None
-    work = store.work(planned.stage.name, planned.ingredients.fingerprint)
+    assert isinstance(planned, PlannedStep)
+    work = store.work(planned.stage.name, planned.cache_key.fingerprint)
     (work / "attempts.jsonl").write_text("")
     fill(Workspace(work), planned.inputs)
-    return store.commit(work, _manifest(planned, work, {}, store))
+    collect_logs(work)
+    return store.commit(work, make_manifest(planned, work, list_files(work / "output"), {}))
 
 
 @pytest.fixture(scope="module")

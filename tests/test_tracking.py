@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from lilpipe.pipeline import run_step
-from lilpipe.pipeline_runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.pipeline.run import run_step
+from lilpipe.pipeline.runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker
 from lilpipe.tracking.client import batches

@@ -1,13 +1,12 @@
 """A stage that reads the toy's artifact; it takes the place of `tokenizer`."""
 
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.stage import Stage, Workspace
 
 
 def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> dict[str, float]:
-    prompts = inputs["prompts"]
-    assert isinstance(prompts, Artifact)
+    prompts = one_input(inputs, "prompts")
     text = (prompts.path / "data").read_text()
     (workspace.output / "read").write_text(text.upper())
     workspace.report.mkdir(parents=True, exist_ok=True)

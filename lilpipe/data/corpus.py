@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.artifact import Inputs, optional_input, write_atomically
 from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data.build_filters import build_filters
 from lilpipe.data.counts import Counts, count_documents
@@ -56,12 +56,12 @@ SHOWN_ERRORS = 3
 
 def run(config: CorpusConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Build the corpus. Raises ``DataError`` if a source is missing, empty or unreadable, or if nothing is kept."""
-    prompts = inputs.get("prompts")
+    prompts = optional_input(inputs, "prompts")
     with open_executor(config) as run_tasks:
         work = Work(workspace, run_tasks)
         summaries = _read(config, work)
         selection = _select(config, work.folder("read"))
-        learnt = learn(config, selection, prompts.path if isinstance(prompts, Artifact) else None, work)
+        learnt = learn(config, selection, prompts.path if prompts else None, work)
         filtered = work.folder("filtered")
         work.run("filter", FilterShards(selection, config, learnt, filtered), selection.num_shards)
         late = _judge(config, selection, work)

@@ -15,7 +15,7 @@ from typing import Any
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import Rewards, external
 from lilpipe.alignment.rollout.sampling import load_rewards
-from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.artifact import Inputs, all_inputs, one_input, optional_input, write_atomically
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.errors import ConfigError
@@ -45,8 +45,7 @@ REFERENCE_ANSWERS = "reference answers"
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Evaluate every model of ``models``, in their order. Raises ``ConfigError`` for inputs that do not fit."""
     candidates, reference = _candidates(inputs)
-    source, tokens = inputs["prompts"], inputs.get("tokens")
-    assert isinstance(source, Artifact)
+    source, tokens = one_input(inputs, "prompts"), optional_input(inputs, "tokens")
     prompts = read_prompts(source.path, config.split)
     rewards = _rewards(config, inputs)
     rewards.log_sandbox(prompts, workspace)
@@ -59,7 +58,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     rows = add_rewards(rows, prompts, rewards, workspace)
     opponent = REFERENCE_ANSWERS if config.win_against == "answer" else reference.name if reference else None
     outcomes = _play(candidates, rows, opponent, config, rewards, workspace)
-    bits = validation_bits(candidates, tokens, config, workspace) if isinstance(tokens, Artifact) else {}
+    bits = validation_bits(candidates, tokens, config, workspace) if tokens is not None else {}
     rows = {candidate.name: rows[candidate.name] for candidate in candidates}
     scores = score_all(rows, outcomes, judged=config.win_by == "judge")
     found = Evaluation(config, prompts, rows, scores, bits, outcomes, opponent)
@@ -76,13 +75,12 @@ def _count_without_reference(prompts: Sequence[Prompt], workspace: Workspace) ->
 
 
 def _candidates(inputs: Inputs) -> tuple[list[Candidate], Candidate | None]:
-    models, reference = inputs["models"], inputs.get("reference")
-    artifacts = models if isinstance(models, tuple) else (models,)
-    candidates = [as_candidate(artifact) for artifact in artifacts]
+    candidates = [as_candidate(artifact) for artifact in all_inputs(inputs, "models")]
+    reference = optional_input(inputs, "reference")
     names = [candidate.name for candidate in candidates]
     if len(set(names)) != len(names):
         raise ConfigError(f"evaluate: the inputs `models` must come from different steps, got {names}")
-    if not isinstance(reference, Artifact):
+    if reference is None:
         return candidates, None
     rival = as_candidate(reference)
     for candidate in candidates:
@@ -201,6 +199,7 @@ STAGE = Stage(
     inputs={"models": "Checkpoint", "prompts": "Prompts"},
     optional_inputs={"reference": "Checkpoint", "tokens": "TokenShards", "reward_model": "Checkpoint"},
     external=external,
+    several=frozenset({"models"}),
     names_inputs=True,
     distributed=True,
     main_metric="final_accuracy",

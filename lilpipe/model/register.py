@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Artifact, Inputs, one_input, optional_input
 from lilpipe.config.evaluate import RegisterConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.flops import num_parameters
@@ -84,10 +84,7 @@ WITHOUT_TRANSFORMERS = "No class of transformers computes this model: lilpipe al
 
 def run(config: RegisterConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001
     """Copy the model, describe it, and load it back. Raises ``ArtifactError`` if it comes back different."""
-    source = inputs["model"]
-    report = inputs.get("report")
-    assert isinstance(source, Artifact)
-    assert report is None or isinstance(report, Artifact)
+    source, report = one_input(inputs, "model"), optional_input(inputs, "report")
     model, tokenizer = load_model(source.path)
     # A run that was killed starts over: copying is all the work there is.
     shutil.rmtree(workspace.output)

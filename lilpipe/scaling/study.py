@@ -11,8 +11,9 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.flops import num_active_parameters, num_parameters, training_flops_per_token
-from lilpipe.pipeline import Listener, check_wiring, run_step
-from lilpipe.pipeline_runs import new_pipeline_run
+from lilpipe.pipeline.run import Listener, run_step
+from lilpipe.pipeline.runs import new_pipeline_run
+from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.scaling.depth import TOKENS_PER_PARAMETER
 from lilpipe.scaling.law import Features, Law, check, fit, predict_interval
 from lilpipe.store import Store

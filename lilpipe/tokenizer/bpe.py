@@ -15,7 +15,7 @@ import numpy as np
 import tiktoken
 from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttributeAccessIssue]: no stubs
 
-from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.artifact import Inputs, optional_input, write_atomically
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
@@ -158,8 +158,8 @@ def counted(texts: Iterable[Text], taken: Counter[str], workspace: Workspace, *,
 
 
 def _path(inputs: Inputs, role: str) -> Path | None:
-    artifact = inputs.get(role)
-    return artifact.path if isinstance(artifact, Artifact) else None
+    artifact = optional_input(inputs, role)
+    return artifact.path if artifact else None
 
 
 def _read_base(config: TokenizerConfig) -> Vocabulary | None:

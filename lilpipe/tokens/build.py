@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.tokens import TokensConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.documents import read_documents
@@ -105,9 +105,7 @@ def measure(shards: TokenShards) -> Metrics:
 
 
 def _path(inputs: Inputs, role: str) -> Path:
-    artifact = inputs[role]
-    assert isinstance(artifact, Artifact)
-    return artifact.path
+    return one_input(inputs, role).path
 
 
 def read_corpus(directory: Path, streams_by: str) -> Iterator[Text]:

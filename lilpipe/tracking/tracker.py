@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from lilpipe.artifact import MANIFEST, Artifact
 from lilpipe.config.pipeline import PipelineConfig
-from lilpipe.pipeline import PlannedStep
+from lilpipe.pipeline.plan import PlannedStep
 from lilpipe.store import Store
 from lilpipe.tracking.client import tracking_uri
 from lilpipe.tracking.events import read_events
@@ -63,8 +63,7 @@ class MLflowTracker:
     @_shielded
     def stage_started(self, step: str, planned: PlannedStep) -> None:
         """Open the step's run, and deliver what an earlier try has left in ``events.jsonl``."""
-        assert planned.ingredients is not None
-        self.runs.open_step(step, planned.stage.name, planned.ingredients.fingerprint, started=time.time())
+        self.runs.open_step(step, planned.stage.name, planned.cache_key.fingerprint, started=time.time())
         work = self.store.work(planned.stage.name, planned.workspace)
         self.runs.curves[step].add(read_events(work / "events.jsonl"))
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilpipe import distributed, report
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Inputs, one_input, optional_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.reward_model import ClassifyConfig
 from lilpipe.digests import digest_file
@@ -67,10 +67,10 @@ class Example:
 
 def read_texts(config: ClassifyConfig, inputs: Inputs) -> list[LabelledText]:
     """The texts of ``classify.path``, or else the questions of the train split by their families."""
-    source = inputs.get("prompts")
+    source = optional_input(inputs, "prompts")
     if config.path is not None:
         return read_jsonl(Path(config.path), text_key=config.text_key, label_key=config.label_key)
-    if not isinstance(source, Artifact):
+    if source is None:
         raise ConfigError("classify.path: got none, and the step has no input `prompts`; give one of the two")
     return [LabelledText(prompt.question, prompt.family) for prompt in read_prompts(source.path, "train")]
 
@@ -146,8 +146,7 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     Raises ``DataError`` for texts that are too few, contradict each other or lack a label, ``ConfigError`` for settings
     that do not fit the model or the workers.
     """
-    source = inputs["model"]
-    assert isinstance(source, Artifact)
+    source = one_input(inputs, "model")
     assert config.seed is not None
     texts = distinct_texts(read_texts(config, inputs))
     labels = sorted({item.label for item in texts})

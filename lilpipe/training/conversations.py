@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.artifact import Inputs, all_inputs, write_atomically
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Conversation, assert_not_held_out, read_conversations
 from lilpipe.schemas.messages import Message
@@ -44,21 +44,15 @@ class Example:
 # --- gathering ----------------------------------------------------------------------------------------------------
 
 
-def artifacts(inputs: Inputs, role: str) -> tuple[Artifact, ...]:
-    """What fills a role: none, one or several artifacts."""
-    value = inputs.get(role, ())
-    return (value,) if isinstance(value, Artifact) else value
-
-
 def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> list[Conversation]:
     """Sampled conversations, each once though several rounds may have kept it; then written ones.
 
     Raises ``DataError`` if there are none, or one is held out.
     """
-    prompts = artifacts(inputs, "prompts")
+    prompts = all_inputs(inputs, "prompts")
     sampled: list[Conversation] = []
     seen: set[str] = set()
-    for source in artifacts(inputs, "conversations"):
+    for source in all_inputs(inputs, "conversations"):
         found = [(json.dumps(item.messages), item) for item in read_conversations(source.path)]
         sampled += [item for messages, item in found if messages not in seen]
         seen.update(messages for messages, _ in found)

@@ -7,7 +7,7 @@ each. One trainer serves every layout of workers; see ``lilpipe.parallel``.
 from __future__ import annotations
 
 from lilpipe import distributed, report
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Inputs, one_input, optional_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
@@ -38,8 +38,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     """Train. Raises ``ConfigError`` if the shares ask for exercises that are not there, ``DataError`` for too little
     text, ``ArtifactError`` if the shards and their tokenizer do not belong together.
     """
-    tokens = inputs["tokens"]
-    assert isinstance(tokens, Artifact)
+    tokens = one_input(inputs, "tokens")
     shards = TokenShards.open(tokens.path)
     tokenizer = shards.tokenizer  # checked now and not after hours of training
     loader = open_loader(config, shards)
@@ -48,8 +47,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         workspace.log(line)
     trainee, objective = build(config, shards.vocab_size, loader)
     identity = {"tokens": tokens.content_digest}
-    if (source := inputs.get("model")) is not None:
-        assert isinstance(source, Artifact)
+    if (source := optional_input(inputs, "model")) is not None:
         start_from(trainee.tensors(), source.path, config=config.model, tokenizer=tokenizer)
         identity["model"] = source.content_digest
     plan = _plan(config, shards.vocab_size, workspace)

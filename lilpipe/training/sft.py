@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lilpipe import distributed
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Inputs, all_inputs, one_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.sft import SFTConfig
 from lilpipe.model.hub import check_model
@@ -30,7 +30,6 @@ from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.conversations import (
     Example,
-    artifacts,
     check_answers,
     check_export,
     check_masks,
@@ -53,8 +52,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Fine-tune. Raises ``ConfigError`` for settings that the model or the data cannot follow, ``DataError`` for
     conversations that are too few, all too long, wrongly masked, or held out.
     """
-    source = inputs["model"]
-    assert isinstance(source, Artifact)
+    source = one_input(inputs, "model")
     assert config.seed is not None
     conversations = gather_conversations(inputs, max_demonstrations=config.max_demonstrations)
     shape, _, tokenizer = check_model(source.path)
@@ -79,7 +77,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         workspace=workspace,
         section=config,
         optimizer=config.optimizer,
-        identity={role: [item.content_digest for item in artifacts(inputs, role)] for role in sorted(inputs)},
+        identity={role: [item.content_digest for item in all_inputs(inputs, role)] for role in sorted(inputs)},
         before_step=_seed_dropout(config),
     )
     _export(config, trainee, tokenizer, workspace)
@@ -177,6 +175,7 @@ STAGE = Stage(
     run=run,
     inputs={"model": "Checkpoint"},
     optional_inputs={"conversations": "Conversations", "prompts": "Prompts"},
+    several=frozenset({"conversations", "prompts"}),
     distributed=True,
     main_metric="train_loss",
 )

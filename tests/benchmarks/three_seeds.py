@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lilpipe.display import Display
-from lilpipe.pipeline import run_step
-from lilpipe.pipeline_runs import new_pipeline_run
+from lilpipe.pipeline.run import run_step
+from lilpipe.pipeline.runs import new_pipeline_run
 from lilpipe.recipes import load
 from lilpipe.store import Store
 

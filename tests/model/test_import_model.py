@@ -10,7 +10,7 @@ from lilpipe.config.pipeline import PipelineConfig, step
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model import import_model
 from lilpipe.model.hub import load_model, save_model
-from lilpipe.pipeline import check_wiring
+from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.stage import Workspace
 from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
 

@@ -36,7 +36,7 @@ from lilpipe.alignment.preference.data import (
 )
 from lilpipe.alignment.preference.evaluation import HeldOut, HeldOutScores, check_fall, score_answers
 from lilpipe.alignment.preference.objective import PreferenceObjective
-from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.artifact import Inputs, one_input, optional_input, write_atomically
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.hub import load_model
@@ -76,9 +76,7 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     Raises ``DataError`` if they are fewer than one batch, hold the same answer on both sides, or prompts that are held
     out; and if the chosen answers become more unlikely than ``max_chosen_fall`` allows.
     """
-    source, preferences = inputs["model"], inputs["preferences"]
-    assert isinstance(source, Artifact)
-    assert isinstance(preferences, Artifact)
+    source, preferences = one_input(inputs, "model"), one_input(inputs, "preferences")
     model, tokenizer = load_model(source.path)
     data = _read(config, inputs, tokenizer, max_len=model.config.max_seq_len)
     if distributed.is_main():
@@ -143,11 +141,10 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 
 def _read(config: DPOConfig, inputs: Inputs, tokenizer: Tokenizer, *, max_len: int) -> _Data:
     """The preferences, once they have passed the gates."""
-    preferences, prompts = inputs["preferences"], inputs.get("prompts")
-    assert isinstance(preferences, Artifact)
+    preferences, prompts = one_input(inputs, "preferences"), optional_input(inputs, "prompts")
     single = config.loss == "kto" and (preferences.path / EXAMPLES_FILE).exists()
     data = (_read_single if single else _read_paired)(config, preferences.path, tokenizer, max_len=max_len)
-    if isinstance(prompts, Artifact):
+    if prompts is not None:
         assert_not_held_out(data.questions, prompts.path)
     if config.max_chosen_fall is not None and not data.heldout.chosen:
         raise DataError(

@@ -15,7 +15,7 @@ from typing import Any
 from lilpipe import distributed, report
 from lilpipe.alignment.rewards.reward_functions import external
 from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
-from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.artifact import Artifact, Inputs, one_input, optional_input, write_atomically
 from lilpipe.config.preferences import PreferencesConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.chunks import Row
@@ -131,12 +131,11 @@ REMEDY = {
 
 def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Sample and pair, or read pairs. Raises ``DataError`` if there is none to train on."""
-    source = inputs["prompts"]
-    assert isinstance(source, Artifact)
+    source = one_input(inputs, "prompts")
     if config.rule == "data":
         return (_examples_of_data if config.unpaired else _from_data)(source, workspace)
-    model = inputs.get("model")
-    if not isinstance(model, Artifact):
+    model = optional_input(inputs, "model")
+    if model is None:
         raise ConfigError(
             f"preferences.rule: {config.rule!r} samples answers, but the step has no model; give it an input `model`, "
             "or take the rule 'data'"

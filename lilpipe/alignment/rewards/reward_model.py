@@ -24,7 +24,7 @@ from torch import Tensor
 from lilpipe import distributed
 from lilpipe.alignment.rewards.calibration import calibration, preference_sections
 from lilpipe.alignment.rewards.scoring import RewardModel, load_reward_model, score_rows
-from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.artifact import Inputs, all_inputs, one_input, write_atomically
 from lilpipe.config.reward_model import RewardModelConfig
 from lilpipe.errors import DataError
 from lilpipe.metrics.pass_at_k import mean_estimate
@@ -39,7 +39,6 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import render_answer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
-from lilpipe.training.conversations import artifacts
 from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
@@ -113,7 +112,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
 
     Raises ``DataError`` for pairs that must not be trained on; ``prompts`` say which questions are held out.
     """
-    sources = artifacts(inputs, "preferences") or artifacts(inputs, "prompts")
+    sources = all_inputs(inputs, "preferences") or all_inputs(inputs, "prompts")
     sources = tuple(source for source in sources if (source.path / PAIRS_FILE).exists())
     pairs: dict[PairSplit, list[Pair]] = {"train": [], "heldout": []}
     for split, found in pairs.items():
@@ -124,7 +123,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
             "`prompts` made from a preference set"
         )
     check_pairs(pairs["train"], pairs["heldout"])
-    for source in artifacts(inputs, "prompts"):
+    for source in all_inputs(inputs, "prompts"):
         assert_not_held_out((text for pair in pairs["train"] for text in pair.questions), source.path)
     return pairs
 
@@ -157,8 +156,7 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
     Raises ``DataError`` for pairs that are too few or not to be trained on, ``ConfigError`` for a layout
     in which the model cannot be cut.
     """
-    source = inputs["model"]
-    assert isinstance(source, Artifact)
+    source = one_input(inputs, "model")
     assert config.seed is not None
     pairs = gather_pairs(inputs)
     shape, _, tokenizer = check_model(source.path)
@@ -187,7 +185,7 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
         optimizer=config.optimizer,
         evaluate=evaluate,
         eval_every=max(1, num_steps // 4),
-        identity={role: [item.content_digest for item in artifacts(inputs, role)] for role in sorted(inputs)},
+        identity={role: [item.content_digest for item in all_inputs(inputs, role)] for role in sorted(inputs)},
     )
     metrics = {
         "loss": result.final_loss(),
@@ -335,6 +333,7 @@ STAGE = Stage(
     run=run,
     inputs={"model": "Checkpoint"},
     optional_inputs={"preferences": "Preferences", "prompts": "Prompts"},
+    several=frozenset({"preferences", "prompts"}),
     distributed=True,
     main_metric="heldout_accuracy",
 )

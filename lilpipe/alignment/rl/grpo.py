@@ -53,7 +53,7 @@ from lilpipe.alignment.rollout.rollouts import (
     num_parts,
 )
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.model.hub import load_model
 from lilpipe.model.scores import Scores
@@ -232,9 +232,7 @@ class GRPO:
 
 def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train on rollouts. Raises ``DataError`` if the run collapses; see ``rollout/collapse_monitor.py``."""
-    source, prompts_artifact = inputs["model"], inputs["prompts"]
-    assert isinstance(source, Artifact)
-    assert isinstance(prompts_artifact, Artifact)
+    source, prompts_artifact = one_input(inputs, "model"), one_input(inputs, "prompts")
     model, tokenizer = load_model(source.path)
     prompts, dev = training_prompts(
         prompts_artifact,

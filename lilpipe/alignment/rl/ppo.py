@@ -57,7 +57,7 @@ from lilpipe.alignment.rollout.rollouts import (
     micro_batches,
     num_parts,
 )
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.reinforcement import PPOConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.heads import HeadModel, load_head_model
@@ -266,10 +266,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     Raises ``ArtifactError`` if the reward model reads other tokens than the policy writes, and ``DataError`` if the
     run collapses; see ``lilpipe.alignment.rollout.collapse_monitor``.
     """
-    source, prompts_artifact, judge = (inputs[role] for role in ("model", "prompts", "reward_model"))
-    assert isinstance(source, Artifact)
-    assert isinstance(prompts_artifact, Artifact)
-    assert isinstance(judge, Artifact)
+    source, prompts_artifact, judge = (one_input(inputs, role) for role in ("model", "prompts", "reward_model"))
     _check_same_tokens(source.path, judge.path)
     policy, tokenizer = load_model(source.path)
     prompts, dev = training_prompts(

@@ -9,7 +9,7 @@ from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import RewardModel, Rewards, reward
 from lilpipe.alignment.rollout.completions import PromptForm, complete, encode_question
 from lilpipe.alignment.rollout.rollouts import at_targets
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Artifact, Inputs, one_input, optional_input
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.errors import DataError
 from lilpipe.model.transformer import Transformer
@@ -62,18 +62,17 @@ def training_prompts(
 
 def reward_model_of(inputs: Inputs) -> RewardModel | None:
     """The reward model among the inputs, if there is one."""
-    source = inputs.get("reward_model")
+    source = optional_input(inputs, "reward_model")
     if source is None:
         return None
     from lilpipe.alignment.rewards.reward_model import load_reward_model
 
-    assert isinstance(source, Artifact)
     return load_reward_model(source.path, distributed.device())
 
 
 def identity_of(inputs: Inputs) -> dict[str, str]:
     """What marks the checkpoints of a run on these inputs."""
-    return {role: source.content_digest for role, source in inputs.items() if isinstance(source, Artifact)}
+    return {role: one_input(inputs, role).content_digest for role in inputs}
 
 
 def checkpoints_between_rollouts(config: Section) -> Section:

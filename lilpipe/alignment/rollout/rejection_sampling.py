@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lilpipe import distributed, report
 from lilpipe.alignment.rewards.reward_functions import Rewards, external
 from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
-from lilpipe.artifact import Artifact, Inputs, write_atomically
+from lilpipe.artifact import Artifact, Inputs, all_inputs, one_input, write_atomically
 from lilpipe.config.preferences import RejectionSamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.metrics.pass_at_k import mean_estimate, pass_at_k
@@ -65,8 +65,7 @@ def as_conversation(row: Row) -> Conversation:
 
 def run(config: RejectionSamplingConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Sample, judge, keep. Raises ``ConfigError`` if more prompts are asked for than there are."""
-    source = inputs["prompts"]
-    assert isinstance(source, Artifact)
+    source = one_input(inputs, "prompts")
     prompts = read_prompts(source.path, "train")
     if config.num_prompts > len(prompts):
         raise ConfigError(
@@ -123,8 +122,7 @@ def choose_policy(
 
     Of several that are worth the same the last is taken. Raises ``DataError`` if there are no dev prompts to ask.
     """
-    given = inputs["model"]
-    candidates = (given,) if isinstance(given, Artifact) else given
+    candidates = all_inputs(inputs, "model")
     if len(candidates) == 1 or config.policy == "latest":
         return candidates[-1]
     if not dev:
@@ -238,6 +236,7 @@ STAGE = Stage(
     run=run,
     inputs={"model": "Checkpoint", "prompts": "Prompts"},
     optional_inputs={"reward_model": "Checkpoint"},
+    several=frozenset({"model"}),
     external=external,
     distributed=True,
     main_metric="pass_at_1",

@@ -13,7 +13,7 @@ from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import Response, Rewards
 from lilpipe.alignment.rewards.scoring import load_reward_model
 from lilpipe.alignment.rollout.completions import Completion, PromptForm, complete
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Artifact, Inputs, optional_input
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.metrics.pass_at_k import mean_estimate
@@ -89,10 +89,9 @@ def _column(name: str) -> str:
 
 def load_rewards(configs: Sequence[RewardConfig], inputs: Inputs) -> Rewards:
     """The rewards of a stage, with the reward model of its optional input ``reward_model``."""
-    source = inputs.get("reward_model")
+    source = optional_input(inputs, "reward_model")
     if source is None:
         return Rewards(configs)
-    assert isinstance(source, Artifact)
     return Rewards(configs, reward_model=load_reward_model(source.path, distributed.device()))
 
 
