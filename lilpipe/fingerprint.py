@@ -27,6 +27,7 @@ _RUNS = "starts processes and passes values on; what a stage writes does not dep
 NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe": "holds the version alone",
     "lilpipe.artifact": "moves and lists files; their bytes come from the stages",
+    "lilpipe.charts": _REPORT,
     "lilpipe.data.histograms": _REPORT,
     "lilpipe.data.report": _REPORT,
     "lilpipe.errors": "exceptions: a stage that raises one has no output",
@@ -34,7 +35,7 @@ NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe.heartbeat": _RUNS,
     "lilpipe.launch": _RUNS,
     "lilpipe.model.devices": _PLAN,
-    "lilpipe.report": _REPORT,
+    "lilpipe.page": _REPORT,
     "lilpipe.stage": "the contract: directories of a workspace, and events for people",
     "lilpipe.store": _RUNS,
     "lilpipe.tokenizer.report": _REPORT,
@@ -47,7 +48,7 @@ NEUTRAL_MODULES: dict[str, str] = {
 """Modules that run in a stage's process and cannot change its output, each with the reason. The submodules of a package
 that is named are covered. Everything else that a stage imports is digested, the configuration's checks included."""
 
-NEUTRAL_PACKAGES = frozenset({"matplotlib", "mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
+NEUTRAL_PACKAGES = frozenset({"mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
 """Packages that cannot change an output."""
 
 DISTRIBUTIONS = {

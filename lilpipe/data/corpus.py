@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lilpipe import page
 from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
 from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data.build_filters import build_filters
@@ -77,8 +78,8 @@ def run(config: CorpusConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     if not counts.documents_kept:
         raise DataError(_nothing_kept(counts))
     findings = _findings(config, learnt, late, workspace.output)
-    page = build_report(config, counts, workspace.output, unreadable, thresholds=thresholds, findings=findings)
-    write_atomically(workspace.report / "report.html", page)
+    html = build_report(config, counts, workspace.output, unreadable, thresholds=thresholds, findings=findings)
+    write_atomically(workspace.report / "report.html", html)
     return counts.metrics()
 
 
@@ -210,9 +211,9 @@ def _thresholds(config: CorpusConfig, learnt: Learnt, late: LateVerdicts) -> Thr
     return thresholds
 
 
-def _findings(config: CorpusConfig, learnt: Learnt, late: LateVerdicts, output: Path) -> dict[str, list[str]]:
+def _findings(config: CorpusConfig, learnt: Learnt, late: LateVerdicts, output: Path) -> page.Sections:
     """Further sections of the report; what was found of evaluation sets becomes a table of the artifact."""
-    sections = {}
+    sections: dict[str, page.Body] = {}
     if learnt.evaluation is not None:
         matches = gather_matches(matches_folder(late.filtered))
         write_table(output / MATCHES_FILE, matches)

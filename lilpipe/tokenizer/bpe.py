@@ -56,8 +56,8 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
     num_base = len(base.ranks) if base else 256
     suspects = find_suspects(usage, num_base)
     shares = sample.shares if config.weights else {}
-    page = build_report(tokenizer, usage, suspects, shares, taken, others=list(others), num_base=num_base)
-    write_atomically(workspace.report / "report.html", page)
+    html = build_report(tokenizer, usage, suspects, shares, taken, others=list(others), num_base=num_base)
+    write_atomically(workspace.report / "report.html", html)
     return {
         **_compression(usage, list(others)),
         "tokens_per_word": usage.total.tokens_per_word,
