@@ -87,12 +87,6 @@ class Artifact:
         """Digest over the artifact's data files."""
         return self.manifest.content_digest
 
-    def expect(self, kind: Kind) -> Artifact:
-        """Itself, or an ``ArtifactError`` if it is of another kind."""
-        if self.manifest.kind != kind:
-            raise ArtifactError(f"{self.uri}: is a {self.manifest.kind}, expected a {kind}; check the step's inputs")
-        return self
-
 
 Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]
 

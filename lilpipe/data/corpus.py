@@ -22,6 +22,7 @@ from lilpipe import page
 from lilpipe.artifact import Artifact, Inputs, digest_file, write_atomically
 from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data.build_filters import build_filters
+from lilpipe.data.corpus_report import build_report
 from lilpipe.data.counts import Counts, count_documents
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
@@ -33,7 +34,6 @@ from lilpipe.data.findings import MATCHES_FILE, classifier_section, evaluation_s
 from lilpipe.data.late import LateVerdicts
 from lilpipe.data.learn import CLASSIFIER_REPORT, Learnt, learn
 from lilpipe.data.minhash import MatchBands, near_duplicates
-from lilpipe.data.report import build_report
 from lilpipe.data.sorting import ReadParts, ReadSummary, Selection, run_files
 from lilpipe.data.sources.readers import digest_source, find_parts
 from lilpipe.data.trace import Thresholds, write_thresholds

@@ -22,8 +22,8 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import NUM_RESERVED, Tokenizer, special_tokens
 from lilpipe.tokenizer.extension import check_base, extend
 from lilpipe.tokenizer.patterns import resolve_pattern
-from lilpipe.tokenizer.report import build_report
 from lilpipe.tokenizer.sample import Sample, Text
+from lilpipe.tokenizer.tokenizer_report import build_report
 from lilpipe.tokenizer.usage import Totals, Usage, find_suspects, measure_usage
 from lilpipe.tokenizer.vocabulary import TIKTOKEN_FILE, Vocabulary, read_vocabulary, vocabulary_file
 

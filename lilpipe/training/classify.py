@@ -35,10 +35,10 @@ from lilpipe.schemas.order import count_steps, rows_by_micro_batch
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.training import finetune
 from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, precision_recall_f1
-from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, Trainee
+from lilpipe.training.training_report import write_report
 
 SHOWN = 30
 """Wrongly classified texts in the report."""

@@ -40,10 +40,10 @@ from lilpipe.training.conversations import (
     quarantine,
     show,
 )
-from lilpipe.training.curves import write_report
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Trainee
 from lilpipe.training.supervised import SupervisedTokens
+from lilpipe.training.training_report import write_report
 
 SHOWN = 5
 """Conversations in the report."""

@@ -18,8 +18,8 @@ from lilpipe.config.dpo import DPOConfig
 from lilpipe.errors import DataError
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training.curves import Curve
 from lilpipe.training.precision import autocast
+from lilpipe.training.training_report import Curve
 
 CHOSEN_FALL_ALARM = 1.0
 """Nats. A fall of the held-out chosen answers' mean log-probability by more than this is reported: DPO can widen its

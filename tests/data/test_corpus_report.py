@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.data.corpus_report import MAX_FUNNEL_SOURCES, build_report
 from lilpipe.data.counts import count_documents
-from lilpipe.data.report import MAX_FUNNEL_SOURCES, build_report
 
 from .corpora import THRESHOLDS, document, write_corpus
 
