@@ -36,6 +36,7 @@ _INK = "#1f2733"  # becomes the page's colour of text, in light and dark
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "lilpipe",  # the same chart is the same bytes
     "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # to measure text with; the page sets its own
     "text.parse_math": False,  # a dollar sign in a label is a dollar sign
     "axes.formatter.use_mathtext": False,
     "axes.spines.top": False,
@@ -119,10 +120,11 @@ def bars(
     *,
     stacked: bool = False,
     errors: Mapping[str, Numbers] | None = None,
+    limit: float | None = None,
 ) -> Figure:
     """Horizontal bars: for each name a stack or a group of them, side by side in a panel for each unit.
 
-    ``panels`` maps each unit to its series, and each series to a value for each name.
+    ``panels`` maps each unit to its series, and each series to a value for each name; the axes end at ``limit``.
     """
     num_series = max(map(len, panels.values()))
     height = 0.8 + len(names) * (0.34 if stacked else 0.16 + 0.18 * num_series)
@@ -136,7 +138,7 @@ def bars(
                 colour, error = COLOURS[index % len(COLOURS)], (errors or {}).get(label)
                 handles[label] = axes.barh(at, values, thickness, left=start, xerr=error, color=colour, ecolor=_INK)
                 start = start + np.asarray(values) if stacked else start
-            axes.set_xlabel(unit)
+            axes.set(xlabel=unit, xlim=(0, limit))
             axes.margins(y=0.02)
         all_axes[0].set_yticks(places, names)
         all_axes[0].invert_yaxis()
@@ -151,12 +153,16 @@ def histograms(panels: Sequence[Histogram]) -> Figure:
         handles = {}
         for axes, panel in zip(all_axes, panels, strict=False):
             num_bins = len(panel.edges) - 1
-            below = np.zeros(num_bins, np.int64)
-            for name, counts in panel.counts.items():
-                handles[name] = axes.stairs(
-                    below + counts, np.arange(num_bins + 1), baseline=below, fill=True, color=colours[name]
+            tops = dict(
+                zip(
+                    panel.counts,
+                    np.cumsum([np.asarray(counts) for counts in panel.counts.values()], axis=0),
+                    strict=True,
                 )
-                below = below + counts
+            )
+            for name, top in reversed(tops.items()):  # each from zero, behind those below it: half the bytes of bands
+                handles[name] = axes.stairs(top, np.arange(num_bins + 1), fill=True, color=colours[name])
+            tallest = max(1, *(int(top.max()) for top in tops.values()))
             at = np.interp(panel.marks, panel.edges, np.arange(num_bins + 1))
             axes.vlines(at, 0, 1, colors=_INK, linestyles="dotted", transform=axes.get_xaxis_transform())
             alone = len(panels) == 1
@@ -164,9 +170,9 @@ def histograms(panels: Sequence[Histogram]) -> Figure:
             axes.set_xticks(labelled, [show(panel.edges[edge]) for edge in labelled])
             values = "   ".join(f"┊ {show(mark)}" for mark in panel.marks)
             axes.set_xlabel(values, labelpad=None if alone else -10)  # between the labels of the ends
-            axes.set_yticks([0, below.max()], ["0", show(int(below.max()))])
-            axes.set(title=panel.title, xlim=(0, num_bins), ylim=(0, 1.03 * max(1, below.max())))
-        _legend(figure, handles)
+            axes.set_yticks([0, tallest], ["0", show(tallest)])
+            axes.set(title=panel.title, xlim=(0, num_bins), ylim=(0, 1.03 * tallest))
+        _legend(figure, {name: handles[name] for name in colours})
     return figure
 
 

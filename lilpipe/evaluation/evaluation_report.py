@@ -102,7 +102,7 @@ def _chart(scores: Mapping[str, Estimates]) -> list[page.Fragment]:
         return []
     series = {label(name): [estimates[name].value for estimates in scores.values()] for name in shown}
     errors = {label(name): [estimates[name].stderr for estimates in scores.values()] for name in shown}
-    return [charts.svg(charts.bars(list(scores), {"share of prompts": series}, errors=errors))]
+    return [charts.svg(charts.bars(list(scores), {"share of prompts": series}, errors=errors, limit=1))]
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
