@@ -152,7 +152,7 @@ def scaling(
     """Fit a law of the loss to small runs and predict a larger one, with a report and a plot."""
     from lilpipe.display import Display
     from lilpipe.scaling import study
-    from lilpipe.scaling.report import show, write_study
+    from lilpipe.scaling.scaling_report import show, write_study
 
     def loaded(changes: dict[str, Any]) -> PipelineConfig:
         return _load(recipe, config, overrides, seed, changes=changes)

@@ -27,28 +27,29 @@ _RUNS = "starts processes and passes values on; what a stage writes does not dep
 NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe": "holds the version alone",
     "lilpipe.artifact": "moves and lists files; their bytes come from the stages",
+    "lilpipe.charts": _REPORT,
+    "lilpipe.data.corpus_report": _REPORT,
     "lilpipe.data.histograms": _REPORT,
-    "lilpipe.data.report": _REPORT,
     "lilpipe.digests": "computes SHA-256, which is the same in every version",
     "lilpipe.errors": "exceptions: a stage that raises one has no output",
-    "lilpipe.evaluation.report": _REPORT,
+    "lilpipe.evaluation.evaluation_report": _REPORT,
     "lilpipe.heartbeat": _RUNS,
     "lilpipe.launch": _RUNS,
     "lilpipe.model.devices": _PLAN,
-    "lilpipe.report": _REPORT,
+    "lilpipe.page": _REPORT,
     "lilpipe.stage": "the contract: directories of a workspace, and events for people",
     "lilpipe.store": _RUNS,
-    "lilpipe.tokenizer.report": _REPORT,
-    "lilpipe.tokens.report": _REPORT,
+    "lilpipe.tokenizer.tokenizer_report": _REPORT,
+    "lilpipe.tokens.tokens_report": _REPORT,
     "lilpipe.training.budget": _PLAN,
-    "lilpipe.training.curves": _REPORT,
     "lilpipe.training.memory": _PLAN,
+    "lilpipe.training.training_report": _REPORT,
     "lilpipe.worker": _RUNS,
 }
 """Modules that run in a stage's process and cannot change its output, each with the reason. The submodules of a package
 that is named are covered. Everything else that a stage imports is digested, the configuration's checks included."""
 
-NEUTRAL_PACKAGES = frozenset({"matplotlib", "mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
+NEUTRAL_PACKAGES = frozenset({"mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
 """Packages that cannot change an output."""
 
 DISTRIBUTIONS = {

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lilpipe import page
 from lilpipe.artifact import Inputs, optional_input, write_atomically
 from lilpipe.config.corpus import CorpusConfig, Source
 from lilpipe.data.build_filters import build_filters
+from lilpipe.data.corpus_report import build_report
 from lilpipe.data.counts import Counts, count_documents
 from lilpipe.data.executors.executor import open_executor
 from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
@@ -32,7 +34,6 @@ from lilpipe.data.findings import MATCHES_FILE, classifier_section, evaluation_s
 from lilpipe.data.late import LateVerdicts
 from lilpipe.data.learn import CLASSIFIER_REPORT, Learnt, learn
 from lilpipe.data.minhash import MatchBands, near_duplicates
-from lilpipe.data.report import build_report
 from lilpipe.data.sorting import ReadParts, ReadSummary, Selection, run_files
 from lilpipe.data.sources.readers import digest_source, find_parts
 from lilpipe.data.trace import Thresholds, write_thresholds
@@ -78,8 +79,8 @@ def run(config: CorpusConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     if not counts.documents_kept:
         raise DataError(_nothing_kept(counts))
     findings = _findings(config, learnt, late, workspace.output)
-    page = build_report(config, counts, workspace.output, unreadable, thresholds=thresholds, findings=findings)
-    write_atomically(workspace.report / "report.html", page)
+    html = build_report(config, counts, workspace.output, unreadable, thresholds=thresholds, findings=findings)
+    write_atomically(workspace.report / "report.html", html)
     return counts.metrics()
 
 
@@ -211,9 +212,9 @@ def _thresholds(config: CorpusConfig, learnt: Learnt, late: LateVerdicts) -> Thr
     return thresholds
 
 
-def _findings(config: CorpusConfig, learnt: Learnt, late: LateVerdicts, output: Path) -> dict[str, list[str]]:
+def _findings(config: CorpusConfig, learnt: Learnt, late: LateVerdicts, output: Path) -> page.Sections:
     """Further sections of the report; what was found of evaluation sets becomes a table of the artifact."""
-    sections = {}
+    sections: dict[str, page.Body] = {}
     if learnt.evaluation is not None:
         matches = gather_matches(matches_folder(late.filtered))
         write_table(output / MATCHES_FILE, matches)

@@ -11,14 +11,14 @@ import pyarrow as pa
 
 from lilpipe.config.corpus import DecontaminationConfig
 from lilpipe.data.filters.decontamination import MATCHES, EvaluationIndex
-from lilpipe.report import heading, note, table, text_block
+from lilpipe.page import Fragment, heading, note, table, text_block
 from lilpipe.schemas.tables import read_table
 
 MATCHES_FILE = "evaluation_matches.arrow"
 NUM_EXAMPLES = 10
 
 
-def evaluation_section(index: EvaluationIndex, matches: pa.Table, config: DecontaminationConfig) -> list[str]:
+def evaluation_section(index: EvaluationIndex, matches: pa.Table, config: DecontaminationConfig) -> list[Fragment]:
     """What was looked for, what was found, and the matches to judge by: the fullest and the thinnest ones."""
     documents, items = (
         matches["document"].to_pylist(),
@@ -53,7 +53,7 @@ def evaluation_section(index: EvaluationIndex, matches: pa.Table, config: Decont
     return fragments
 
 
-def classifier_section(report: Mapping[str, Any], min_score: float) -> list[str]:
+def classifier_section(report: Mapping[str, Any], min_score: float) -> list[Fragment]:
     """How good the classifier is on examples that it was not trained on; ``report`` is a ``ClassifierReport``."""
     rows = [
         {
@@ -75,7 +75,7 @@ def classifier_section(report: Mapping[str, Any], min_score: float) -> list[str]
     ]
 
 
-def _examples(matches: pa.Table, rows: np.ndarray) -> list[str]:
+def _examples(matches: pa.Table, rows: np.ndarray) -> list[Fragment]:
     return [
         text_block(
             f"{row['before']}⟦{row['overlap']}⟧{row['after']}",

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from lilpipe.charts import Histogram
 from lilpipe.data.filters.chain import Bounds
-from lilpipe.report import Histogram
 from lilpipe.schemas.documents import read_documents, read_rejected, score_values
 
 NUM_BINS = 40

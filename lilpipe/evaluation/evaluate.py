@@ -21,6 +21,7 @@ from lilpipe.config.prompts import RewardConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation.answers import Candidate, add_rewards, as_candidate, sample_all, validation_bits
 from lilpipe.evaluation.comparison import beyond_noise
+from lilpipe.evaluation.evaluation_report import write_page
 from lilpipe.evaluation.games import (
     Outcomes,
     by_brevity,
@@ -31,7 +32,6 @@ from lilpipe.evaluation.games import (
     reference_answers,
     set_against,
 )
-from lilpipe.evaluation.report import write_page
 from lilpipe.evaluation.scores import Estimates, Evaluation, comparisons, score_all, score_by
 from lilpipe.metrics.pass_at_k import Estimate
 from lilpipe.schemas.chunks import Row

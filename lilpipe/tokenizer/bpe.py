@@ -23,8 +23,8 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import NUM_RESERVED, Tokenizer, special_tokens
 from lilpipe.tokenizer.extension import check_base, extend
 from lilpipe.tokenizer.patterns import resolve_pattern
-from lilpipe.tokenizer.report import build_report
 from lilpipe.tokenizer.sample import Sample, Text
+from lilpipe.tokenizer.tokenizer_report import build_report
 from lilpipe.tokenizer.usage import Totals, Usage, find_suspects, measure_usage
 from lilpipe.tokenizer.vocabulary import TIKTOKEN_FILE, Vocabulary, read_vocabulary, vocabulary_file
 
@@ -57,8 +57,8 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
     num_base = len(base.ranks) if base else 256
     suspects = find_suspects(usage, num_base)
     shares = sample.shares if config.weights else {}
-    page = build_report(tokenizer, usage, suspects, shares, taken, others=list(others), num_base=num_base)
-    write_atomically(workspace.report / "report.html", page)
+    html = build_report(tokenizer, usage, suspects, shares, taken, others=list(others), num_base=num_base)
+    write_atomically(workspace.report / "report.html", html)
     return {
         **_compression(usage, list(others)),
         "tokens_per_word": usage.total.tokens_per_word,

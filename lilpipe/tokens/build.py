@@ -28,7 +28,6 @@ from lilpipe.schemas.documents import read_documents
 from lilpipe.schemas.examples import read_exercises
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
-from lilpipe.tokens.report import write_report
 from lilpipe.tokens.shards import (
     CORPUS,
     EXERCISES,
@@ -43,6 +42,7 @@ from lilpipe.tokens.shards import (
     write_index,
     write_shard,
 )
+from lilpipe.tokens.tokens_report import write_report
 
 CHARS_PER_TASK = 2**18
 """A thread encodes so much at once: a few hundredths of a second, so that none is long idle at the end."""

@@ -18,7 +18,7 @@ from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.devices import Device, device_at_hand, get_device
 from lilpipe.model.flops import Recomputed, num_active_parameters, num_parameters, training_flops_per_token
-from lilpipe.report import Cell
+from lilpipe.page import Cell
 from lilpipe.training.memory import STANDING, Term, peak_memory, total
 
 GIBI = 2**30

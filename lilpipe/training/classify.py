@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lilpipe import distributed, report
+from lilpipe import charts, distributed, page
 from lilpipe.artifact import Inputs, one_input, optional_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.reward_model import ClassifyConfig
@@ -35,11 +35,11 @@ from lilpipe.schemas.examples import read_prompts
 from lilpipe.schemas.order import count_steps, rows_by_micro_batch
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.training import finetune
-from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, picture, precision_recall_f1
-from lilpipe.training.curves import write_report
+from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, precision_recall_f1
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, Trainee
+from lilpipe.training.training_report import write_report
 
 SHOWN = 30
 """Wrongly classified texts in the report."""
@@ -309,19 +309,22 @@ def confusion(model: HeadModel, examples: Sequence[Example], *, padding_id: int)
 
 def _sections(
     model: HeadModel, labels: Sequence[str], training: Sequence[Example], heldout: Sequence[Example], *, padding_id: int
-) -> dict[str, str]:
+) -> page.Sections:
     matrix = confusion(model, heldout, padding_id=padding_id)
     return {
-        "Classes": report.table(class_table(labels, training, matrix)),
-        "Confusion matrix": report.table(confusion_table(labels, matrix)) + report.figure(picture(labels, matrix)),
-        "Taken for another class": report.table(_mistakes(model, labels, heldout, padding_id=padding_id)),
+        "Classes": page.table(class_table(labels, training, matrix)),
+        "Confusion matrix": [
+            page.table(confusion_table(labels, matrix)),
+            charts.svg(charts.matrix(labels, matrix, rows="class", columns="taken for")),
+        ],
+        "Taken for another class": page.table(_mistakes(model, labels, heldout, padding_id=padding_id)),
     }
 
 
-def class_table(labels: Sequence[str], training: Sequence[Example], matrix: Confusion) -> list[dict[str, report.Cell]]:
+def class_table(labels: Sequence[str], training: Sequence[Example], matrix: Confusion) -> list[dict[str, page.Cell]]:
     """How many texts each class has, and how well it is told from the others."""
     counts = Counter(example.label for example in training)
-    rows: list[dict[str, report.Cell]] = []
+    rows: list[dict[str, page.Cell]] = []
     for index, label in enumerate(labels):
         precision, recall, f1 = precision_recall_f1(matrix, index)
         rows.append(
@@ -340,7 +343,7 @@ def class_table(labels: Sequence[str], training: Sequence[Example], matrix: Conf
 
 def _mistakes(
     model: HeadModel, labels: Sequence[str], heldout: Sequence[Example], *, padding_id: int
-) -> list[dict[str, report.Cell]]:
+) -> list[dict[str, page.Cell]]:
     found = zip(heldout, predictions(model, heldout, padding_id=padding_id), strict=True)
     wrong = [(example, label) for example, label in found if example.label != label]
     return [

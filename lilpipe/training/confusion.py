@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
-from lilpipe import report
+from lilpipe import page
 from lilpipe.metrics.pass_at_k import share_estimate
 
 Confusion = list[list[int]]
@@ -31,26 +29,9 @@ def confusion_metrics(matrix: Confusion) -> dict[str, float]:
     }
 
 
-def confusion_table(labels: Sequence[str], matrix: Confusion) -> list[dict[str, report.Cell]]:
+def confusion_table(labels: Sequence[str], matrix: Confusion) -> list[dict[str, page.Cell]]:
     """A row for each class, a column for what it is taken for."""
     return [
         {"class": label, **{f"taken for {other}": count for other, count in zip(labels, row, strict=True)}}
         for label, row in zip(labels, matrix, strict=True)
     ]
-
-
-def picture(labels: Sequence[str], matrix: Confusion) -> Figure:
-    """Shares of each class, darker for more."""
-    shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
-    size = 1.6 + 0.5 * len(labels)
-    picture = Figure(figsize=(size, size))
-    axes = picture.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=90)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlabel="taken for", ylabel="class")
-    for row, values in enumerate(shares):
-        for column, share in enumerate(values):
-            colour = "white" if share > 0.5 else report.INK
-            axes.text(column, row, str(matrix[row][column]), ha="center", va="center", color=colour, fontsize=9)
-    return picture

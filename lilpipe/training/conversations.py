@@ -6,7 +6,6 @@ token else.
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from lilpipe import page
 from lilpipe.artifact import Inputs, all_inputs, write_atomically
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Conversation, assert_not_held_out, read_conversations
@@ -276,10 +276,7 @@ def quarantine(too_long: Sequence[Example], workspace: Workspace, *, max_len: in
         write_atomically(workspace.report / "too_long.jsonl", "\n".join(lines) + "\n")
 
 
-def show(tokenizer: Tokenizer, example: Example) -> str:
-    """A conversation as HTML, the supervised tokens on a coloured ground."""
-    parts = []
-    for supervised, run in groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1)):
-        text = html.escape(tokenizer.decode([token for token, _ in run]))
-        parts.append(f'<mark style="background:#d5e8d4">{text}</mark>' if supervised else text)
-    return f"<pre>{''.join(parts)}</pre>"
+def show(tokenizer: Tokenizer, example: Example) -> page.Fragment:
+    """A conversation, the supervised tokens highlighted."""
+    runs = groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1))
+    return page.highlighted([(tokenizer.decode([token for token, _ in run]), bool(mask)) for mask, run in runs])

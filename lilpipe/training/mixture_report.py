@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lilpipe import report
+from lilpipe import page
 from lilpipe.stage import Metrics
 from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.mixture import largest_total
@@ -32,7 +32,7 @@ def unmet_shares(planned: Sequence[PlannedStretch]) -> Iterator[str]:
                 yield f"mixture{where}: {name} gives {reached}: {part.reason}"
 
 
-def mixture_section(planned: Sequence[PlannedStretch], loader: PretrainLoader) -> str:
+def mixture_section(planned: Sequence[PlannedStretch], loader: PretrainLoader) -> list[page.Fragment]:
     """What was asked of each stream, what was reached, and why not; and how far the weights would go.
 
     With phases, a table for each length of sequence and mixture; epochs are those up to its end.
@@ -44,16 +44,16 @@ def mixture_section(planned: Sequence[PlannedStretch], loader: PretrainLoader) -
             done[name] += stretch.num_targets(name) / stream.num_tokens
         if len(planned) > 1:
             steps = f"Steps {plan.phases[0].first:,} to {plan.phases[-1].stop - 1:,}"
-            parts.append(report.note(f"{steps}, sequences of {plan.seq_len:,} tokens:"))
-        parts.append(report.table(_rows(plan, loader, stretch, epochs=done)))
+            parts.append(page.note(f"{steps}, sequences of {plan.seq_len:,} tokens:"))
+        parts.append(page.table(_rows(plan, loader, stretch, epochs=done)))
     if len(planned) == 1 and planned[0].parts:
-        parts.append(report.note(_reach(planned[0])))
-    return "".join(parts)
+        parts.append(page.note(_reach(planned[0])))
+    return parts
 
 
 def _rows(
     plan: PlannedStretch, loader: PretrainLoader, stretch: Stretch, *, epochs: dict[str, float]
-) -> list[dict[str, report.Cell]]:
+) -> list[dict[str, page.Cell]]:
     targets = {name: stretch.num_targets(name) for name in loader.streams}
     corpus, parts = 1 - plan.exercise_share, plan.parts
     return [

@@ -6,7 +6,7 @@ each. One trainer serves every layout of workers; see ``lilpipe.parallel``.
 
 from __future__ import annotations
 
-from lilpipe import distributed, report
+from lilpipe import distributed, page
 from lilpipe.artifact import Inputs, one_input, optional_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import PretrainConfig
@@ -22,12 +22,12 @@ from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import documents_of
 from lilpipe.training import activation_checkpointing, compilation, precision
 from lilpipe.training.budget import Budget, budget, planned_beside_actual
-from lilpipe.training.curves import write_report
 from lilpipe.training.gauges import Gauges, peak_memory
 from lilpipe.training.loop import TrainingResult, train
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
 from lilpipe.training.next_token import NextToken
 from lilpipe.training.replica import Replica, Trainee
+from lilpipe.training.training_report import write_report
 from lilpipe.training.validation import Validation
 
 DOCUMENTS_SHOWN = 20
@@ -176,10 +176,10 @@ def _plan(config: PretrainConfig, vocab_size: int, workspace: Workspace) -> Budg
         return None
 
 
-def plan_section(plan: Budget | None, metrics: Metrics, result: TrainingResult) -> str:
+def plan_section(plan: Budget | None, metrics: Metrics, result: TrainingResult) -> list[page.Fragment]:
     """The budget beside what the run took."""
     if plan is None:
-        return report.note("Without a known device there was no plan.")
+        return [page.note("Without a known device there was no plan.")]
     actual = {
         "num_parameters": metrics["num_parameters"],
         "tokens": metrics["tokens"],
@@ -192,19 +192,19 @@ def plan_section(plan: Budget | None, metrics: Metrics, result: TrainingResult) 
     note = f"Planned for {plan.num_devices} x {plan.device.name} ({plan.device.source}) at an MFU of {plan.mfu:.0%}."
     if plan.device.name == "cpu":
         note += " Memory is planned for tensors; the actual is all that the process holds, its libraries too."
-    return report.table(planned_beside_actual(plan, actual)) + report.note(note)
+    return [page.table(planned_beside_actual(plan, actual)), page.note(note)]
 
 
-def time_section(result: TrainingResult) -> str:
+def time_section(result: TrainingResult) -> list[page.Fragment]:
     """Wall time by cause, over all tries."""
     total = sum(result.time.values())
-    rows: list[dict[str, report.Cell]] = [
+    rows: list[dict[str, page.Cell]] = [
         {"cause": cause, "seconds": seconds, "% of all": 100 * seconds / total}
         for cause, seconds in result.time.items()
         if seconds
     ]
     note = f"Goodput, the share of wall time in steps that were not done before: {result.goodput:.1%}."
-    return report.table(rows) + report.note(note)
+    return [page.table(rows), page.note(note)]
 
 
 STAGE = Stage(

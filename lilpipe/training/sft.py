@@ -39,10 +39,10 @@ from lilpipe.training.conversations import (
     quarantine,
     show,
 )
-from lilpipe.training.curves import write_report
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Trainee
 from lilpipe.training.supervised import SupervisedTokens
+from lilpipe.training.training_report import write_report
 
 SHOWN = 5
 """Conversations in the report."""
@@ -98,7 +98,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
             losses=result.losses,
             config=config,
             key_figures=metrics,
-            sections={"What is learnt from": "".join(show(tokenizer, example) for example in examples[:SHOWN])},
+            sections={"What is learnt from": [show(tokenizer, example) for example in examples[:SHOWN]]},
         )
     return metrics
 

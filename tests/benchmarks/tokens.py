@@ -26,9 +26,9 @@ from lilpipe.tokenizer.bpe import train
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens import build
 from lilpipe.tokens.loader import PretrainLoader, StretchPlan
-from lilpipe.tokens.report import write_report
 from lilpipe.tokens.shards import TokenShards, write_index
 from lilpipe.tokens.stretch import Steps
+from lilpipe.tokens.tokens_report import write_report
 from tests.benchmarks.english import english_documents
 
 NUM_THREADS = len(os.sched_getaffinity(0))

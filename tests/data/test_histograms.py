@@ -1,13 +1,10 @@
-"""What the bars of a score add up to, where they lie, and where the thresholds are drawn."""
-
-import re
+"""What the bars of a score add up to, where they lie, and which thresholds are drawn."""
 
 import numpy as np
 import pytest
 
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.histograms import score_histograms
-from lilpipe.report import PANEL_HEIGHT, PANEL_WIDTH, Histogram, histograms
 
 from .corpora import document, write_corpus
 
@@ -92,25 +89,3 @@ def test_scores_that_were_not_taken_have_no_histogram_and_the_rest_keep_their_or
     assert [each.title for each in made] == ["length · chars", "c4 · num sentences"]
     assert score_histograms(corpus(tmp_path / "none", [None], [None]), {CHARS: Bounds(least=200)}) == []
     assert score_histograms(corpus(tmp_path / "other", [3]), {}) == []
-
-
-def test_bars_are_as_high_as_their_counts_and_stand_on_one_another_and_thresholds_are_between_them():
-    panel = Histogram("<score>", [0, 1, 10, 100], {"kept": [4, 0, 1], "rejected": [4, 2, 0]}, marks=[1, 55])
-    drawn = histograms([panel])
-    assert "&lt;score&gt;" in drawn
-    paths = re.findall(r'd="([^"]*)"', drawn)
-    bars = [re.findall(r"M([\d.]+) ([\d.]+)V([\d.]+)h([\d.]+)", path) for path in paths]
-    third, unit = PANEL_WIDTH / 3, PANEL_HEIGHT / 8
-    boxes = [[(float(x), float(base), float(base) - float(top)) for x, base, top, _ in each] for each in bars]
-    assert boxes == [
-        [
-            (0, PANEL_HEIGHT, pytest.approx(4 * unit, abs=0.11)),
-            (2 * third, PANEL_HEIGHT, pytest.approx(unit, abs=0.11)),
-        ],
-        [
-            (0, pytest.approx(4 * unit, abs=0.11), pytest.approx(4 * unit, abs=0.11)),
-            (third, PANEL_HEIGHT, pytest.approx(2 * unit, abs=0.11)),
-        ],
-    ]
-    marks = [float(x) for x in re.findall(r'class="mark" x1="([\d.]+)"', drawn)]
-    assert marks == pytest.approx([third, 2.5 * third], abs=0.1)

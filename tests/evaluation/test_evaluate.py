@@ -1,9 +1,9 @@
-import html
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from markupsafe import escape
 
 from lilpipe.alignment.rollout import completions, sampling
 from lilpipe.config.evaluate import EvaluateConfig
@@ -96,7 +96,7 @@ def test_metrics_name_every_model_and_the_report_shows_it(tmp_path, inputs):
     report = (workspace.report / "report.html").read_bytes().decode()
     assert "<svg" in report
     for prompt in lines:
-        assert all(html.escape(answer["sampled"]["response"]) in report for answer in prompt["models"].values())
+        assert all(escape(answer["sampled"]["response"]) in report for answer in prompt["models"].values())
     assert all(model in report for model in ("pretrain", "sft", "dpo"))
 
 

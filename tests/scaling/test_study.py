@@ -9,7 +9,7 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.flops import num_parameters, training_flops_per_token
 from lilpipe.recipes import load
 from lilpipe.scaling import study as study_module
-from lilpipe.scaling.report import draw, write_study
+from lilpipe.scaling.scaling_report import draw, write_study
 from lilpipe.scaling.study import (
     Run,
     configurations,

@@ -37,7 +37,7 @@ def test_each_phase_has_a_table_of_what_was_asked_reached_and_read_so_far(shards
         }
     )
     planned, loader = plan_stretches(config, shards), open_loader(config, shards)
-    page = mixture_section(planned, loader)
+    page = "".join(mixture_section(planned, loader))
     assert re.findall(r"Steps \d+ to \d+, sequences of \d+ tokens", page) == [
         "Steps 0 to 19, sequences of 16 tokens",
         "Steps 20 to 29, sequences of 32 tokens",

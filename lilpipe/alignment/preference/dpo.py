@@ -48,9 +48,9 @@ from lilpipe.schemas.pairs import EXAMPLES_FILE, check_examples, check_pairs, re
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training.curves import read_curves, write_report
 from lilpipe.training.finetune import Workers, build, export, whole_model
 from lilpipe.training.loop import train
+from lilpipe.training.training_report import read_curves, write_report
 
 ROWS_AT_ONCE = 32
 EVALUATIONS = 8

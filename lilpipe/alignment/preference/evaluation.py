@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from lilpipe import report
+from lilpipe import charts, page
 from lilpipe.alignment.preference.data import Packer, PromptedAnswer
 from lilpipe.alignment.preference.objective import share_positive
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.errors import DataError
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training.curves import Curve
 from lilpipe.training.precision import autocast
+from lilpipe.training.training_report import Curve
 
 CHOSEN_FALL_ALARM = 1.0
 """Nats. A fall of the held-out chosen answers' mean log-probability by more than this is reported: DPO can widen its
@@ -94,7 +93,7 @@ class HeldOut:
         before: HeldOutScores,
         after: HeldOutScores,
         config: DPOConfig,
-    ) -> dict[str, str]:
+    ) -> page.Sections:
         """For the report: curves over the steps, and the first answers with their log-probabilities."""
         if not self.chosen or not self.rejected:
             return {}
@@ -117,9 +116,11 @@ class HeldOut:
             for side, answer, earlier, later in group
         ]
         return {
-            "Held-out answers": report.note("Means over held-out answers, after each part of the training.")
-            + report.figure(_figure(drawn)),
-            "Log-probability of the first held-out answers, in nats": report.table(examples),
+            "Held-out answers": [
+                page.note("Means over held-out answers, after each part of the training."),
+                _chart(drawn),
+            ],
+            "Log-probability of the first held-out answers, in nats": page.table(examples),
         }
 
     @staticmethod
@@ -173,18 +174,10 @@ _DRAWN = {
 """Metric to its panel and its name there."""
 
 
-def _figure(curves: dict[str, Curve]) -> Figure:
+def _chart(curves: dict[str, Curve]) -> page.Fragment:
     """A panel each for margin, log-probabilities and accuracies, over the steps."""
-    panels = list(dict.fromkeys(panel for panel, _ in _DRAWN.values()))
-    picture = Figure(figsize=(9, 2.6), layout="constrained")
-    for number, panel in enumerate(panels, start=1):
-        axes = picture.add_subplot(1, len(panels), number)
-        members = [(label, curves[name]) for name, (title, label) in _DRAWN.items() if title == panel]
-        for (label, curve), colour in zip(members, report.COLOURS, strict=False):
-            axes.plot(*zip(*curve, strict=True), color=colour, linewidth=1.4, marker="o", markersize=3, label=label)
-        if len(members) > 1:
-            axes.legend(fontsize=8, frameon=False)
-        axes.set_title(panel, fontsize=9, loc="left")
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-    return picture
+    panels: dict[str, list[charts.Line]] = {}
+    for name, (panel, label) in _DRAWN.items():
+        members = panels.setdefault(panel, [])
+        members.append(charts.Line.of_points(curves[name], label, colour=charts.COLOURS[len(members)]))
+    return charts.svg(charts.lines(panels, "step"))

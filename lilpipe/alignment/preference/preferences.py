@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lilpipe import distributed, report
+from lilpipe import distributed, page
 from lilpipe.alignment.rewards.reward_functions import external
 from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
 from lilpipe.artifact import Artifact, Inputs, one_input, optional_input, write_atomically
@@ -205,12 +205,12 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
     }
     if distributed.is_main():
         write_rows(workspace.output / PAIRS_FILE, [vars(pair) for pair in (*train, *heldout)], PAIR_SCHEMA)
-        examples: list[dict[str, report.Cell]] = [
+        examples: list[dict[str, page.Cell]] = [
             {"question": pair.prompt[-1]["content"], "chosen": pair.ranking[0], "rejected": pair.rejected}
             for pair in train[:30]
         ]
-        page = report.page("Preferences", {"The first pairs": report.table(examples)}, key_figures=dict(metrics))
-        write_atomically(workspace.report / "report.html", page)
+        html = page.render("Preferences", {"The first pairs": page.table(examples)}, key_figures=dict(metrics))
+        write_atomically(workspace.report / "report.html", html)
     return metrics
 
 
@@ -268,12 +268,12 @@ def _write_examples(train: Sequence[JudgedExample], heldout: Sequence[JudgedExam
     }
     if distributed.is_main():
         write_rows(workspace.output / EXAMPLES_FILE, [vars(item) for item in (*train, *heldout)], EXAMPLE_SCHEMA)
-        shown: list[dict[str, report.Cell]] = [
+        shown: list[dict[str, page.Cell]] = [
             {"question": item.prompt[-1]["content"], "answer": item.answer, "desirable": str(item.desirable)}
             for item in train[:30]
         ]
-        page = report.page("Preferences", {"The first answers": report.table(shown)}, key_figures=dict(metrics))
-        write_atomically(workspace.report / "report.html", page)
+        html = page.render("Preferences", {"The first answers": page.table(shown)}, key_figures=dict(metrics))
+        write_atomically(workspace.report / "report.html", html)
     return metrics
 
 
@@ -331,7 +331,7 @@ def _report(pairs: Sequence[tuple[Row, Row]], metrics: Metrics) -> str:
         "words chosen": metrics["chosen_words"],
         "words rejected": metrics["rejected_words"],
     }
-    return report.page("Preferences", {"The first pairs": report.table(examples)}, key_figures=figures)
+    return page.render("Preferences", {"The first pairs": page.table(examples)}, key_figures=figures)
 
 
 STAGE = Stage(

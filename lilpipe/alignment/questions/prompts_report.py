@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lilpipe import report
+from lilpipe import page
 from lilpipe.schemas.examples import Conversation
 
 NUM_SHOWN = 3
@@ -20,20 +20,20 @@ def build_report(
     """The page. ``rows`` are those of ``prompts.arrow``."""
     families = list(dict.fromkeys(row["family"] for row in rows))
     shown = [row for family in families for row in [row for row in rows if row["family"] == family][:NUM_SHOWN]]
-    sections: dict[str, Any] = {
-        "By family": report.table([_family(family, rows) for family in families]),
-        "The first questions": report.table(
+    sections: dict[str, page.Body] = {
+        "By family": page.table([_family(family, rows) for family in families]),
+        "The first questions": page.table(
             [{key: row[key] for key in ("family", "difficulty", "question", "answer", "verifier")} for row in shown]
         ),
         "The first conversations": [
-            report.text_block("\n".join(f"{turn['role']}: {turn['content']}" for turn in item.messages), title=item.id)
+            page.text_block("\n".join(f"{turn['role']}: {turn['content']}" for turn in item.messages), title=item.id)
             for item in conversations[:NUM_SHOWN]
         ],
     }
     if quarantine:
-        sections["Rows left out, all of them in quarantine.jsonl"] = report.table(list(quarantine[:MAX_LEFT_OUT]))
+        sections["Rows left out, all of them in quarantine.jsonl"] = page.table(list(quarantine[:MAX_LEFT_OUT]))
     figures = {"prompts": len(rows), "conversations": len(conversations), "rows left out": len(quarantine)}
-    return report.page("Prompts", sections, key_figures=figures)
+    return page.render("Prompts", sections, key_figures=figures)
 
 
 def _family(family: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

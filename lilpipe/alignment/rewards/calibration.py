@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib.figure import Figure
+import numpy as np
 
-from lilpipe import report
+from lilpipe import charts, page
 
 NUM_BINS = 10
 """Bins of equal width over [0.5, 1]."""
@@ -69,12 +69,12 @@ def _sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-def preference_sections(margins: Sequence[float]) -> dict[str, str]:
+def preference_sections(margins: Sequence[float]) -> page.Sections:
     """Sections of a report: the reliability table with its picture, and the histogram of margins; none for no pairs."""
     if not margins:
         return {}
     found = calibration(margins)
-    rows: list[dict[str, report.Cell]] = [
+    rows: list[dict[str, page.Cell]] = [
         {
             "confidence": f"{item.low:.2f} to {item.high:.2f}",
             "pairs": item.count,
@@ -83,34 +83,28 @@ def preference_sections(margins: Sequence[float]) -> dict[str, str]:
         }
         for item in found.bins
     ]
-    figures = report.note(f"Brier score {found.brier:.3f}, expected calibration error {found.error:.3f}.")
+    scores = page.note(f"Brier score {found.brier:.3f}, expected calibration error {found.error:.3f}.")
     return {
-        "Calibration on held-out pairs": figures + report.table(rows) + report.figure(_reliability(found.bins)),
-        "Margins of held-out pairs": report.figure(_histogram(margins)),
+        "Calibration on held-out pairs": [scores, page.table(rows), _reliability(found.bins)],
+        "Margins of held-out pairs": [
+            page.note("Pairs by score of the chosen answer minus score of the rejected one."),
+            _histogram(margins),
+        ],
     }
 
 
-def _reliability(bins: Sequence[Bin]) -> Figure:
-    """Share that came true over the stated confidence; dots grow with the number of pairs."""
+def _reliability(bins: Sequence[Bin]) -> page.Fragment:
+    """Share that came true over the stated confidence."""
     filled = [item for item in bins if item.count]
-    largest = max(item.count for item in filled)
-    picture = Figure(figsize=(4, 3.4))
-    axes = picture.subplots()
-    axes.plot([0.5, 1], [0.5, 1], color=report.COLOURS[-1], linewidth=1, linestyle="--")
-    axes.plot([b.confidence for b in filled], [b.share for b in filled], color=report.ACCENT, linewidth=1)
-    sizes = [10 + 60 * b.count / largest for b in filled]
-    axes.scatter([b.confidence for b in filled], [b.share for b in filled], s=sizes, color=report.ACCENT)
-    axes.set(xlabel="confidence stated", ylabel="share that came true", ylim=(0, 1.05))
-    return picture
+    certain = charts.Line("as stated", [0.5, 1], [0.5, 1], "--", charts.COLOURS[-1])
+    measured = charts.Line("measured", [b.confidence for b in filled], [b.share for b in filled], "-o")
+    return charts.svg(charts.lines({"": [certain, measured]}, "confidence stated", "share that came true"))
 
 
-def _histogram(margins: Sequence[float]) -> Figure:
+def _histogram(margins: Sequence[float]) -> page.Fragment:
     """Margins, those of pairs that the model gets wrong in another colour."""
-    picture = Figure(figsize=(6, 2.6))
-    axes = picture.subplots()
-    wrong, right = [m for m in margins if m < 0], [m for m in margins if m >= 0]
     low, high = min(0.0, *margins), max(0.0, *margins)
-    edges = [low + (high - low or 1.0) * index / 30 for index in range(31)]
-    axes.hist([wrong, right], bins=edges, stacked=True, color=[report.COLOURS[3], report.ACCENT])
-    axes.set(xlabel="score of chosen - score of rejected", ylabel="pairs")
-    return picture
+    edges = np.linspace(low, high if high > low else low + 1, 31)
+    kinds = {"right": [m for m in margins if m >= 0], "wrong": [m for m in margins if m < 0]}
+    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in kinds.items()}
+    return charts.svg(charts.histograms([charts.Histogram("", edges.tolist(), counts)]))

@@ -39,10 +39,10 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import render_answer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
-from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, Trainee
+from lilpipe.training.training_report import write_report
 
 __all__ = ["STAGE", "RewardModel", "bradley_terry_loss", "load_reward_model", "run"]
 

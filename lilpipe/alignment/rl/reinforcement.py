@@ -16,10 +16,10 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import Workers
 from lilpipe.training.loop import TrainingResult
 from lilpipe.training.replica import Trainee
+from lilpipe.training.training_report import write_report
 
 Section = TypeVar("Section", GRPOConfig, PPOConfig)
 

@@ -8,12 +8,12 @@ answer, it may decide. Every sample is kept with its verdict and its rewards in 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import pyarrow as pa
-from matplotlib.figure import Figure
 
-from lilpipe import distributed, report
+from lilpipe import distributed, page
 from lilpipe.alignment.rewards.reward_functions import Rewards, external
 from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
 from lilpipe.artifact import Artifact, Inputs, all_inputs, one_input, write_atomically
@@ -188,17 +188,14 @@ def _pass_rate(group: Sequence[Row], *, num_kept: int) -> Row:
 
 
 def _report(groups: Sequence[Sequence[Row]], kept: Sequence[Row], metrics: Metrics) -> str:
-    sections: dict[str, str | list[str]] = {"By family": report.table(_table_by("family", groups, kept))}
+    sections: dict[str, page.Body] = {"By family": page.table(_table_by("family", groups, kept))}
     if len({group[0]["difficulty"] for group in groups}) > 1:
-        sections["By difficulty"] = report.table(_table_by("difficulty", groups, kept))
+        sections["By difficulty"] = page.table(_table_by("difficulty", groups, kept))
     k = len(groups[0])
-    picture = Figure(figsize=(6, 2.6))
-    axes = picture.subplots()
-    counts = [sum(_num_correct(group) == correct for group in groups) for correct in range(k + 1)]
-    axes.bar(range(k + 1), counts, color=report.ACCENT)
-    axes.set(xlabel=f"correct answers of {k}", ylabel="prompts")
+    counts = Counter(_num_correct(group) for group in groups)
+    by_correct = {f"{correct} of {k}": counts[correct] for correct in range(k + 1)}
     examples = [
-        report.text_block(
+        page.text_block(
             "\n".join(f"[{_verdict(row)}] {row['response']}" for row in group),
             title=group[0]["question"],
             detail=f"{_num_correct(group)} of {k}",
@@ -211,17 +208,20 @@ def _report(groups: Sequence[Sequence[Row]], kept: Sequence[Row], metrics: Metri
         "reward": metrics["reward"],
         "answers kept": len(kept),
     }
-    sections |= {"Correct answers by prompt": report.figure(picture), "The first prompts": examples}
-    return report.page("Rejection sampling", sections, key_figures=figures)
+    sections |= {
+        "Prompts by correct answers": page.bar_table(by_correct, total=len(groups)),
+        "The first prompts": examples,
+    }
+    return page.render("Rejection sampling", sections, key_figures=figures)
 
 
 def _verdict(row: Row) -> str:
     return f"{'correct' if row['correct'] else 'wrong'}, reward {row['reward']:.3g}"
 
 
-def _table_by(column: str, groups: Sequence[Sequence[Row]], kept: Sequence[Row]) -> list[dict[str, report.Cell]]:
+def _table_by(column: str, groups: Sequence[Sequence[Row]], kept: Sequence[Row]) -> list[dict[str, page.Cell]]:
     """How the prompts of each family, or difficulty, were answered."""
-    table: list[dict[str, report.Cell]] = []
+    table: list[dict[str, page.Cell]] = []
     for value in sorted({group[0][column] for group in groups}):
         alike = [group for group in groups if group[0][column] == value]
         summary = summarise(alike, num_kept=sum(row[column] == value for row in kept))

@@ -209,7 +209,7 @@ def test_pairs_that_are_sure_and_right_lie_in_the_last_bin():
 
 def test_the_report_shows_the_table_and_both_pictures():
     sections = preference_sections([0.3, -0.2, 1.5, 0.0])
-    calibrated, margins = sections.values()
+    calibrated, margins = map("".join, sections.values())
     assert "Brier score" in calibrated
     assert calibrated.count("<svg") == margins.count("<svg") == 1
     assert preference_sections([]) == {}

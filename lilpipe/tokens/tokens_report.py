@@ -6,9 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from lilpipe import report
+from lilpipe import charts, page
 from lilpipe.artifact import write_atomically
 from lilpipe.tokens.shards import SPLITS, TokenShards, TokenStream
 
@@ -17,7 +16,7 @@ def write_report(shards: TokenShards, path: Path) -> None:
     """Write the page that people read."""
     streams = {(name, split): shards.stream(name, split) for name in shards.streams for split in SPLITS}
     total = sum(stream.num_tokens for stream in streams.values())
-    rows: list[dict[str, report.Cell]] = [
+    rows: list[dict[str, page.Cell]] = [
         {
             "stream": name,
             "split": split,
@@ -35,12 +34,15 @@ def write_report(shards: TokenShards, path: Path) -> None:
     origins: Counter[str] = Counter()
     for stream in streams.values():
         origins.update(_tokens_by_source(stream))
-    html = report.page(
+    html = page.render(
         "Tokens",
         {
-            "Streams": report.table(rows),
-            "Tokens by origin": report.bars(dict(origins.most_common()), total=total),
-            "Lengths of documents": report.figure(_length_figure(shards)),
+            "Streams": page.table(rows),
+            "Tokens by origin": page.bar_table(dict(origins.most_common()), total=total),
+            "Lengths of documents": [
+                page.note("Documents of the training split by tokens."),
+                _length_chart(shards),
+            ],
         },
         subtitle=f"Vocabulary of {shards.vocab_size:,}; tokenizer {shards.tokenizer_digest[:12]}",
         key_figures={"tokens": total, "documents": sum(stream.num_documents for stream in streams.values())},
@@ -59,15 +61,10 @@ def _tokens_by_source(stream: TokenStream) -> Counter[str]:
     return counts
 
 
-def _length_figure(shards: TokenShards) -> Figure:
-    picture = Figure(figsize=(8, 3))
-    axes = picture.subplots()
+def _length_chart(shards: TokenShards) -> page.Fragment:
     streams = {name: shards.stream(name, "train") for name in shards.streams}
-    largest = sorted(streams, key=lambda name: -streams[name].num_tokens)[: len(report.COLOURS)]
+    largest = sorted(streams, key=lambda name: -streams[name].num_tokens)[: len(charts.COLOURS)]
     lengths = {name: np.diff(streams[name].offsets) for name in largest if streams[name].num_documents}
     edges = np.geomspace(1, max(int(values.max()) for values in lengths.values()) + 1, 50)
-    for colour, (name, values) in zip(report.COLOURS, lengths.items(), strict=False):
-        axes.hist(values, bins=edges.tolist(), histtype="step", label=name, color=colour)
-    axes.set(xscale="log", xlabel="tokens of a document", ylabel="documents", title="Training split")
-    axes.legend(frameon=False)
-    return picture
+    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in lengths.items()}
+    return charts.svg(charts.histograms([charts.Histogram("", edges.tolist(), counts)]))

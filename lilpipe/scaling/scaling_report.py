@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from lilpipe import report
+from lilpipe import charts, page
 from lilpipe.artifact import write_atomically
 from lilpipe.scaling.study import Prediction, Run, Study, features, tokens_per_parameter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CURVE_POINTS = 100
 
@@ -23,15 +25,15 @@ def write_study(study: Study, directory: Path, *, title: str = "Scaling law") ->
     write_atomically(directory / "scaling.json", json.dumps(study.as_json(), indent=2) + "\n")
     draw(study).savefig(directory / "scaling.png", dpi=150)
     sections = {
-        "Loss against compute": [report.figure(draw(study)), report.note(_explanation(study))],
-        "Predictions": report.table(_prediction_rows(study)) if _predictions(study) else report.note("None."),
-        "Runs": report.table([_row(run, study) for run in study.runs]),
+        "Loss against compute": [charts.svg(draw(study)), page.note(_explanation(study))],
+        "Predictions": page.table(_prediction_rows(study)),
+        "Runs": page.table([_row(run, study) for run in study.runs]),
     }
-    key_figures: dict[str, report.Cell] = {"law": str(study.law), "runs": len(study.runs)}
+    key_figures: dict[str, page.Cell] = {"law": str(study.law), "runs": len(study.runs)}
     if study.target is not None:
         key_figures[f"{study.metric} at {study.target.run.flops:.3g} FLOPs"] = show(study.target)
-    page = report.page(title, sections, subtitle=f"{study.metric} = {study.law}", key_figures=key_figures)
-    write_atomically(directory / "report.html", page)
+    html = page.render(title, sections, subtitle=f"{study.metric} = {study.law}", key_figures=key_figures)
+    write_atomically(directory / "report.html", html)
     return directory / "report.html"
 
 
@@ -56,8 +58,8 @@ def _predictions(study: Study) -> list[tuple[str, Prediction]]:
     return [(name, prediction) for name, prediction in named.items() if prediction is not None]
 
 
-def _prediction_rows(study: Study) -> list[dict[str, report.Cell]]:
-    rows: list[dict[str, report.Cell]] = []
+def _prediction_rows(study: Study) -> list[dict[str, page.Cell]]:
+    rows: list[dict[str, page.Cell]] = []
     for name, prediction in _predictions(study):
         actual = prediction.run.loss
         low, high = prediction.interval or (None, None)
@@ -75,7 +77,7 @@ def _prediction_rows(study: Study) -> list[dict[str, report.Cell]]:
     return rows
 
 
-def _row(run: Run, study: Study) -> dict[str, report.Cell]:
+def _row(run: Run, study: Study) -> dict[str, page.Cell]:
     fitted = float(study.law.predict(features([run], like=study.runs))[0])
     return {
         "layers": run.num_layers,
@@ -91,40 +93,33 @@ def _row(run: Run, study: Study) -> dict[str, report.Cell]:
 
 def draw(study: Study) -> Figure:
     """Loss against FLOPs, both logarithmic, with the law, the run held out and the target."""
-    picture = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = picture.add_subplot()
-    for colour, ratio in zip(report.COLOURS, tokens_per_parameter(study.runs), strict=False):
+    drawn: list[charts.Line] = []
+    for colour, ratio in zip(charts.COLOURS, tokens_per_parameter(study.runs), strict=False):
         alike = [run for run in study.runs if ratio <= run.ratio <= 1.1 * ratio]
         losses = [run.loss for run in alike if run.loss is not None]
-        axes.plot([r.flops for r in alike], losses, "o", color=colour, label=f"{ratio:.0f} tokens a parameter")
-        _draw_law(axes, study, alike, colour, "-")
+        drawn.append(charts.Line(f"{ratio:.0f} tokens a parameter", [r.flops for r in alike], losses, "o", colour))
+        drawn += _law_line(study, alike, colour, "-")
         if study.target is not None and ratio <= study.target.run.ratio <= 1.1 * ratio:
-            _draw_law(axes, study, [alike[-1], study.target.run], colour, "--")
-    for (name, prediction), colour in zip(_predictions(study), report.COLOURS[3:], strict=False):
-        _draw_prediction(axes, prediction, colour, f"{name}: {show(prediction)}")
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=study.metric.replace("_", " "))
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter("{x:.3g}")
-    axes.grid(visible=True, which="both", alpha=0.2)
-    axes.legend(frameon=False, fontsize=8)
-    return picture
+            drawn += _law_line(study, [alike[-1], study.target.run], colour, "--")
+    for (name, prediction), colour in zip(_predictions(study), charts.COLOURS[3:], strict=False):
+        drawn.append(_prediction_point(prediction, colour, f"{name}: {show(prediction)}"))
+    return charts.lines({"": drawn}, "training FLOPs", study.metric.replace("_", " "), log=True, height=4.5)
 
 
-def _draw_law(axes: Axes, study: Study, runs: Sequence[Run], colour: str, style: str) -> None:
+def _law_line(study: Study, runs: Sequence[Run], colour: str, style: str) -> list[charts.Line]:
     """The law from the first of these runs to the last, along a straight line between their logarithms."""
     if len(runs) < 2:
-        return
+        return []
 
-    def between(values: Sequence[float]) -> np.ndarray:
-        return np.geomspace(values[0], values[-1], CURVE_POINTS)
+    def between(values: Sequence[float]) -> list[float]:
+        return np.geomspace(values[0], values[-1], CURVE_POINTS).tolist()
 
     ends = features([runs[0], runs[-1]], like=study.runs)
-    losses = study.law.predict({name: between(values).tolist() for name, values in ends.items()})
-    axes.plot(between([runs[0].flops, runs[-1].flops]), losses, style, color=colour, linewidth=1.4)
+    losses = study.law.predict({name: between(values) for name, values in ends.items()})
+    return [charts.Line("", between([runs[0].flops, runs[-1].flops]), losses.tolist(), style, colour)]
 
 
-def _draw_prediction(axes: Axes, prediction: Prediction, colour: str, label: str) -> None:
+def _prediction_point(prediction: Prediction, colour: str, label: str) -> charts.Line:
     low, high = prediction.interval or (prediction.loss, prediction.loss)
-    bars = [[max(0.0, prediction.loss - low)], [max(0.0, high - prediction.loss)]]
-    at = {"x": [prediction.run.flops], "y": [prediction.loss], "yerr": bars, "label": label, "color": colour}
-    axes.errorbar(**at, fmt="D", markerfacecolor="none", markersize=9, capsize=6, zorder=4)
+    errors = [[max(0.0, prediction.loss - low)], [max(0.0, high - prediction.loss)]]
+    return charts.Line(label, [prediction.run.flops], [prediction.loss], "D", colour, errors)

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.data.corpus_report import MAX_FUNNEL_SOURCES, build_report
 from lilpipe.data.counts import count_documents
-from lilpipe.data.report import MAX_FUNNEL_SOURCES, build_report
 
 from .corpora import THRESHOLDS, document, write_corpus
 
@@ -222,7 +222,7 @@ def test_more_sources_than_colours_are_drawn_together(tmp_path):
     kept = [document(name, source=name, num_bytes=1_000 * (50 - n)) for n, name in enumerate(names)]
     text, page, _ = report(tmp_path, kept, [], sources=names)
     assert len(page.table("By source")) == len(names)
-    drawn = [html.unescape(each) for each in re.findall(r"<!-- (.*?) -->", text)]
+    drawn = [html.unescape(each) for each in re.findall(r"<text[^>]*>(.*?)</text>", text)]
     assert [each for each in drawn if each.startswith("source ")] == names[: MAX_FUNNEL_SOURCES - 1]
     assert "4 others" in drawn
 

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from lilpipe import charts, page
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.counts import Counts, SourceCounts, Tally
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.histograms import score_histograms
 from lilpipe.data.trace import Thresholds
-from lilpipe.report import COLOURS, bars, figure, heading, histograms, note, page, table, text_block
 from lilpipe.schemas.documents import read_documents, read_rejected
 
 NUM_SAMPLES = 10
 SAMPLES_PER_REASON = 10
 MAX_ROWS = 15
-MAX_FUNNEL_SOURCES = len(COLOURS)
+MAX_FUNNEL_SOURCES = len(charts.COLOURS)
 
 STAGE_NAMES = {
     "url": "Blocked addresses",
@@ -52,7 +51,7 @@ def build_report(
     unreadable: Sequence[Mapping[str, Any]],
     *,
     thresholds: Thresholds,
-    findings: Mapping[str, Sequence[str]],
+    findings: page.Sections,
 ) -> str:
     """The report on the Corpus artifact in ``directory`` as one HTML page.
 
@@ -66,7 +65,7 @@ def build_report(
         "text kept": f"{total.kept.bytes / 1e6:,.1f} MB of {total.read.bytes / 1e6:,.1f} MB",
         "rows quarantined": total.quarantined,
     }
-    sections = {
+    sections: dict[str, page.Body] = {
         "From read to kept": _funnel(counts, total),
         "By source": _by_source(counts),
         "Why documents were rejected": _reasons(counts, total),
@@ -79,9 +78,9 @@ def build_report(
         "Samples of kept documents": _kept_samples(directory),
         "Samples of rejected documents": _rejected_samples(counts, directory),
         "Unreadable rows": _quarantine(unreadable, total.skipped),
-        "Settings": text_block(settings, title="The section", max_chars=len(settings)),
+        "Settings": page.text_block(settings, title="The section", max_chars=len(settings)),
     }
-    return page("Corpus", sections, subtitle=f"Sources: {', '.join(counts.sources)}", key_figures=figures)
+    return page.render("Corpus", sections, subtitle=f"Sources: {', '.join(counts.sources)}", key_figures=figures)
 
 
 def _stage_name(stage: str) -> str:
@@ -91,7 +90,7 @@ def _stage_name(stage: str) -> str:
 # --- counts -------------------------------------------------------------------------------------------------------
 
 
-def _funnel(counts: Counts, total: SourceCounts) -> list[str]:
+def _funnel(counts: Counts, total: SourceCounts) -> list[page.Fragment]:
     """What is left after each filter, as a picture by source and in numbers."""
     left = Tally(total.read.documents, total.read.bytes)
     rows = [
@@ -115,30 +114,20 @@ def _funnel(counts: Counts, total: SourceCounts) -> list[str]:
                 "MB rejected": round(rejected.bytes / 1e6, 3),
             }
         )
-    return [figure(_funnel_figure(counts)), heading("In numbers"), table(rows)]
+    return [_funnel_chart(counts), page.heading("In numbers"), page.table(rows)]
 
 
-def _funnel_figure(counts: Counts) -> Figure:
+def _funnel_chart(counts: Counts) -> page.Fragment:
     """Two stacks of bars, documents and megabytes: what is left of each source after each filter that took some."""
     total = counts.total()
     stages = [stage for stage in counts.stages if total.rejected_at(stage).documents]
-    names = ["Read", *map(_stage_name, stages)]
-    picture = Figure(figsize=(10, 0.34 * len(names) + 1.0))
-    for axes, unit in zip(picture.subplots(1, 2, sharey=True), ("documents", "bytes"), strict=True):
-        start = np.zeros(len(names))
-        for colour, (name, source) in zip(COLOURS, _largest_sources(counts).items(), strict=False):
-            rejected = [getattr(source.rejected_at(stage), unit) for stage in stages]
-            left = getattr(source.read, unit) - np.cumsum([0, *rejected])
-            left = left / (1e6 if unit == "bytes" else 1)
-            axes.barh(names, left, left=start, color=colour, label=name, height=0.72)
-            start += left
-        axes.invert_yaxis()
-        axes.set_xlabel("MB of text left" if unit == "bytes" else "documents left")
-        axes.margins(y=0.01)
-    picture.axes[1].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4)
-    picture.axes[0].invert_yaxis()
-    picture.tight_layout()
-    return picture
+    panels: dict[str, dict[str, np.ndarray]] = {"documents left": {}, "MB of text left": {}}
+    for name, source in _largest_sources(counts).items():
+        rejected = [Tally(), *(source.rejected_at(stage) for stage in stages)]
+        documents, size = (np.cumsum([getattr(each, unit) for each in rejected]) for unit in ("documents", "bytes"))
+        panels["documents left"][name] = source.read.documents - documents
+        panels["MB of text left"][name] = (source.read.bytes - size) / 1e6
+    return charts.svg(charts.bars(["Read", *map(_stage_name, stages)], panels, stacked=True))
 
 
 def _largest_sources(counts: Counts) -> dict[str, SourceCounts]:
@@ -151,7 +140,7 @@ def _largest_sources(counts: Counts) -> dict[str, SourceCounts]:
     return {**dict(first), f"{len(rest)} others": others}
 
 
-def _by_source(counts: Counts) -> list[str]:
+def _by_source(counts: Counts) -> list[page.Fragment]:
     totals, documents, megabytes = [], [], []
     stages = [stage for stage in counts.stages if counts.total().rejected_at(stage).documents]
     for name, source in counts.sources.items():
@@ -169,32 +158,42 @@ def _by_source(counts: Counts) -> list[str]:
         rejected = {_stage_name(stage): source.rejected_at(stage) for stage in stages}
         documents.append({"source": name, **{stage: each.documents for stage, each in rejected.items()}})
         megabytes.append({"source": name, **{stage: round(each.bytes / 1e6, 3) for stage, each in rejected.items()}})
-    return [table(totals), heading("Documents rejected"), table(documents), heading("MB rejected"), table(megabytes)]
+    return [
+        page.table(totals),
+        page.heading("Documents rejected"),
+        page.table(documents),
+        page.heading("MB rejected"),
+        page.table(megabytes),
+    ]
 
 
-def _reasons(counts: Counts, total: SourceCounts) -> list[str]:
-    fragments = []
+def _reasons(counts: Counts, total: SourceCounts) -> list[page.Fragment]:
+    fragments: list[page.Fragment] = []
     for stage in counts.stages:
         if reasons := total.rejected.get(stage):
             ranked: dict[str, float] = {
                 reason: tally.documents
                 for reason, tally in sorted(reasons.items(), key=lambda item: -item[1].documents)
             }
-            fragments += [heading(_stage_name(stage)), bars(ranked, total=total.read.documents)]
-    return [note("Documents by reason; shares of all documents read."), *fragments] if fragments else [note("None.")]
+            fragments += [page.heading(_stage_name(stage)), page.bar_table(ranked, total=total.read.documents)]
+    return (
+        [page.note("Documents by reason; shares of all documents read."), *fragments]
+        if fragments
+        else [page.note("None.")]
+    )
 
 
-def _changes(counts: Counts) -> str:
+def _changes(counts: Counts) -> page.Fragment:
     """Sums of the scores that count what a filter cut out or replaced."""
     rows = []
     for name, value in counts.changes.items():
         stage, score = name.split(".")
         if value:
             rows.append({"filter": _stage_name(stage), "what": score.replace("_", " "), "in all documents": value})
-    return table(rows)
+    return page.table(rows)
 
 
-def _kinds(tallies: Mapping[str, Tally], name: str) -> list[str]:
+def _kinds(tallies: Mapping[str, Tally], name: str) -> list[page.Fragment]:
     shown: dict[str, float] = {
         (kind or "none given"): tally.bytes / 1e6 for kind, tally in list(tallies.items())[:MAX_ROWS]
     }
@@ -205,14 +204,14 @@ def _kinds(tallies: Mapping[str, Tally], name: str) -> list[str]:
         {name: kind or "none given", "documents": tally.documents, "MB": round(tally.bytes / 1e6, 3)}
         for kind, tally in tallies.items()
     ]
-    numbers = [] if len(rows) <= 1 else [heading("In numbers"), table(rows)]
-    return [note("MB of text kept, as read."), bars(shown, total=sum(shown.values())), *numbers]
+    numbers = [] if len(rows) <= 1 else [page.heading("In numbers"), page.table(rows)]
+    return [page.note("MB of text kept, as read."), page.bar_table(shown, total=sum(shown.values())), *numbers]
 
 
 # --- scores and samples -------------------------------------------------------------------------------------------
 
 
-def _scores(directory: Path, thresholds: Thresholds) -> list[str]:
+def _scores(directory: Path, thresholds: Thresholds) -> list[page.Fragment]:
     bounds = {
         f"{stage}.{name}": each
         for stage, scores in thresholds.items()
@@ -221,41 +220,41 @@ def _scores(directory: Path, thresholds: Thresholds) -> list[str]:
     }
     panels = score_histograms(directory, bounds)
     if not panels:
-        return [note("No filter took a score.")]
+        return [page.note("No filter took a score.")]
     return [
-        note(
+        page.note(
             "Documents by score; the dotted line is the threshold. Rejected by any filter, not by this one alone; a "
             "document has no score of the filters behind the one that rejected it."
         ),
-        histograms(panels),
+        charts.svg(charts.histograms(panels)),
     ]
 
 
-def _kept_samples(directory: Path) -> list[str]:
+def _kept_samples(directory: Path) -> list[page.Fragment]:
     """The first documents, which are random ones: the corpus is in the order of a hash."""
-    fragments = []
+    fragments: list[page.Fragment] = []
     for batch in read_documents(directory):
         for row in batch.slice(0, NUM_SAMPLES - len(fragments)).to_pylist():
-            fragments.append(text_block(row["text"], title=row["id"], detail=_origin(row)))
+            fragments.append(page.text_block(row["text"], title=row["id"], detail=_origin(row)))
         if len(fragments) >= NUM_SAMPLES:
             break
     return fragments
 
 
-def _rejected_samples(counts: Counts, directory: Path) -> list[str]:
-    samples: dict[str, list[str]] = {reason: [] for reason in counts.reasons()}
+def _rejected_samples(counts: Counts, directory: Path) -> list[page.Fragment]:
+    samples: dict[str, list[page.Fragment]] = {reason: [] for reason in counts.reasons()}
     for batch in read_rejected(directory):
         for index, reason in enumerate(batch["reason"].to_pylist()):
             if len(samples[reason]) < SAMPLES_PER_REASON:
                 row = batch.slice(index, 1).to_pylist()[0]
                 detail = f"{_origin(row)} · {row['detail']}" if row["detail"] else _origin(row)
-                samples[reason].append(text_block(row["text"], title=row["id"], detail=detail, max_chars=800))
+                samples[reason].append(page.text_block(row["text"], title=row["id"], detail=detail, max_chars=800))
         if all(len(each) >= SAMPLES_PER_REASON for each in samples.values()):
             break
-    fragments = []
+    fragments: list[page.Fragment] = []
     for reason, blocks in samples.items():
-        fragments += [heading(reason.replace("_", " ")), *blocks]
-    return fragments or [note("None.")]
+        fragments += [page.heading(reason.replace("_", " ")), *blocks]
+    return fragments or [page.note("None.")]
 
 
 def _origin(row: dict[str, Any]) -> str:
@@ -265,12 +264,10 @@ def _origin(row: dict[str, Any]) -> str:
     return " · ".join([*parts, f"{row['num_bytes']:,} bytes"])
 
 
-def _quarantine(unreadable: Sequence[Mapping[str, Any]], skipped: Mapping[str, int]) -> list[str]:
+def _quarantine(unreadable: Sequence[Mapping[str, Any]], skipped: Mapping[str, int]) -> list[page.Fragment]:
     shown = [{name: row[name] for name in ("source", "file", "row", "error")} for row in unreadable[:MAX_ROWS]]
     rest = len(unreadable) - len(shown)
     left_out = ", ".join(f"{count:,} × {kind}" for kind, count in sorted(skipped.items()))
-    return [
-        table(shown),
-        note(f"And {rest:,} more, all in quarantine.jsonl.") if rest > 0 else "",
-        note(f"Left out as no documents: {left_out}.") if left_out else "",
-    ]
+    notes = [f"And {rest:,} more, all in quarantine.jsonl."] if rest > 0 else []
+    notes += [f"Left out as no documents: {left_out}."] if left_out else []
+    return [page.table(shown), *map(page.note, notes)]

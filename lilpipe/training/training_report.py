@@ -6,9 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from lilpipe import report
+from lilpipe import charts, page
 from lilpipe.artifact import write_atomically
 from lilpipe.config.section import Section
 from lilpipe.stage import Workspace
@@ -25,22 +23,22 @@ def write_report(
     title: str,
     losses: list[float],
     config: Section,
-    key_figures: Mapping[str, report.Cell],
-    sections: Mapping[str, str] | None = None,
+    key_figures: Mapping[str, page.Cell],
+    sections: page.Sections | None = None,
 ) -> None:
     """Write ``report/report.html``: the loss of each step, what else was logged, further sections, the settings."""
     curves = read_curves(workspace)
     training = {name: curves.pop(name) for name in ("lr", "grad_norm", "tokens_per_second") if name in curves}
     curves.pop("loss", None)
-    parts: dict[str, str | list[str]] = {"Loss": report.figure(_loss_figure(losses))}
+    parts: dict[str, page.Body] = {"Loss": _loss_chart(losses)}
     if curves:
-        parts["Evaluation"] = report.figure(_grid(curves))
-    parts |= dict(sections or {})
+        parts["Evaluation"] = _grid(curves)
+    parts |= sections or {}
     if training:
-        parts["Training"] = report.figure(_grid(training))
+        parts["Training"] = _grid(training)
     settings = [{"setting": name, "value": str(value)} for name, value in _flatten(config.identity()).items()]
-    parts["Settings"] = report.table(settings)
-    write_atomically(workspace.report / "report.html", report.page(title, parts, key_figures=dict(key_figures)))
+    parts["Settings"] = page.table(settings)
+    write_atomically(workspace.report / "report.html", page.render(title, parts, key_figures=dict(key_figures)))
 
 
 def read_curves(workspace: Workspace) -> dict[str, Curve]:
@@ -67,26 +65,15 @@ def smooth(values: list[float]) -> list[float]:
     return result
 
 
-def _loss_figure(losses: list[float]) -> Figure:
-    picture = Figure(figsize=(8, 3.2))
-    axes = picture.add_subplot()
+def _loss_chart(losses: list[float]) -> page.Fragment:
     steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color=report.COLOURS[0], alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smooth(losses), color=report.COLOURS[0], linewidth=1.6)
-    axes.set(xlabel="step", ylabel="loss")
-    return picture
+    each = charts.Line("each step", steps, losses, opacity=0.35, width=0.8)
+    return charts.svg(charts.lines({"": [each, charts.Line("smoothed", steps, smooth(losses))]}, "step", "loss"))
 
 
-def _grid(curves: Mapping[str, Curve]) -> Figure:
-    num_rows = -(-len(curves) // 3)
-    picture = Figure(figsize=(9, 2.3 * num_rows), layout="constrained")
-    for position, (name, curve) in enumerate(curves.items(), start=1):
-        axes = picture.add_subplot(num_rows, 3, position)
-        marker = "o" if len(curve) < 30 else ""
-        axes.plot(*zip(*curve, strict=True), color=report.COLOURS[0], linewidth=1.4, marker=marker, markersize=3)
-        axes.set_title(name.replace("_", " "), fontsize=9, loc="left")
-        axes.tick_params(labelsize=8)
-    return picture
+def _grid(curves: Mapping[str, Curve]) -> page.Fragment:
+    panels = {name.replace("_", " "): [charts.Line.of_points(curve)] for name, curve in curves.items()}
+    return charts.svg(charts.lines(panels))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
