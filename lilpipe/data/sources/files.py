@@ -42,10 +42,29 @@ COMPRESSED_BYTES = 1 << 9
 """How much is decompressed at a time."""
 MAX_WINDOW_BYTES = 1 << 31
 """Memory that a compressed file may ask for (zstd's `--long=31`)."""
+MAX_EXPANSION = 1_000
+EXPANSION_FROM_BYTES = 1 << 27
+"""A file that gives more than these bytes, and so many times its own, is a decompression bomb and read no further."""
 
 
 class BrokenStream(Exception):
-    """A compressed file that is truncated or corrupt."""
+    """A compressed file that is truncated, corrupt, or a decompression bomb."""
+
+
+class Expansion:
+    """Counts what a file has given so far. Raises ``BrokenStream`` if that is out of all proportion to its size."""
+
+    def __init__(self, file_bytes: int) -> None:
+        self.file_bytes = file_bytes
+        self._given_bytes = 0
+
+    def add(self, given_bytes: int) -> None:
+        """Count bytes that were given."""
+        self._given_bytes += given_bytes
+        if self._given_bytes > max(EXPANSION_FROM_BYTES, MAX_EXPANSION * self.file_bytes):
+            raise BrokenStream(
+                f"it gives over {self._given_bytes:,} bytes, more than {MAX_EXPANSION:,} times those that were read"
+            )
 
 
 @dataclass(frozen=True)
@@ -266,11 +285,15 @@ def _pieces(frame: Any, data: bytes) -> Iterator[bytes]:
 
 def _decompress(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
     frame: Any = None
+    expansion = Expansion(0)
     while data := raw.read(COMPRESSED_BYTES):
+        expansion.file_bytes += len(data)
         while data := data if frame else data.lstrip(b"\0"):
             frame = frame or new_frame()
             try:
-                yield from _pieces(frame, data)
+                for piece in _pieces(frame, data):
+                    yield piece
+                    expansion.add(len(piece))
             except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError, ValueError) as error:
                 raise BrokenStream(str(error) or type(error).__name__) from error
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
