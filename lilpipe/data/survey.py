@@ -9,9 +9,11 @@ data alone.
 from __future__ import annotations
 
 import datetime
+import email.utils
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ DocumentKeys = Callable[[Document], np.ndarray]
 """The keys of a document, uint64, in any order."""
 
 NO_DATE = -(2**63)
+EPOCH = re.compile(r"(\d{9,10}|\d{13}|\d{16})(?:\.\d*)?", re.ASCII)
+"""Seconds, milliseconds or microseconds since 1970, from 1973 on; fewer digits are years and days."""
 
 # --- one shard ----------------------------------------------------------------------------------------------------
 
@@ -120,16 +124,33 @@ class PageList:
 
 
 def parse_date(date: str) -> int:
-    """An ISO 8601 date, or a year or month, as microseconds since 1970 in UTC; ``NO_DATE`` if it is none."""
+    """A date as microseconds since 1970 in UTC; ``NO_DATE`` if it is none.
+
+    Read are ISO 8601, also with slashes; a year or a month; 14 digits, as the Internet Archive writes; RFC 2822; and
+    seconds, milliseconds or microseconds since 1970.
+    """
     date = date.strip()
-    if date.replace("-", "").isdigit() and len(date) in (len("2024"), len("2024-05")):
-        date += "-01-01" if len(date) == len("2024") else "-01"
+    if match := EPOCH.fullmatch(date):
+        return int(match[1]) * {9: 1_000_000, 10: 1_000_000, 13: 1_000, 16: 1}[len(match[1])]
     try:
-        moment = datetime.datetime.fromisoformat(date)
-    except ValueError:
+        moment = _moment(date)
+    except (ValueError, IndexError, OverflowError):  # the last two are of malformed RFC 2822
         return NO_DATE
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
     return ((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)) - epoch) // datetime.timedelta.resolution
+
+
+def _moment(date: str) -> datetime.datetime:
+    """Raises ``ValueError`` if it is none."""
+    if date.isascii() and date.isdigit() and len(date) == len("20240501123456"):
+        return datetime.datetime.strptime(date, "%Y%m%d%H%M%S")
+    if date[:1].isalpha() or " " in date[:3]:  # "Tue, 14 Nov 2023" or "4 Nov 2023"
+        return email.utils.parsedate_to_datetime(date)
+    if re.match(r"\d{4}/\d\d/\d\d", date):
+        date = date.replace("/", "-", 2)
+    if date.replace("-", "").isdigit() and len(date) in (len("2024"), len("2024-05")):
+        date += "-01-01" if len(date) == len("2024") else "-01"
+    return datetime.datetime.fromisoformat(date)
 
 
 def _shard_file(folder: Path, rank: int, number: int) -> Path:

@@ -229,6 +229,31 @@ def test_a_year_or_a_month_stands_for_its_first_moment(date, same):
     assert parse_date(date) == (expected.replace(tzinfo=UTC)).timestamp() * 1_000_000
 
 
-@pytest.mark.parametrize("date", ["", "yesterday", "2024-13-01", "0000", "12345"])
+@pytest.mark.parametrize(
+    "date",
+    [
+        "2023-11-14T22:13:20Z",
+        "20231114221320",
+        "1700000000",
+        "1700000000.0",
+        "1700000000000",
+        "1700000000000000",
+        "Tue, 14 Nov 2023 22:13:20 GMT",
+        "Tue, 14 Nov 2023 23:13:20 +0100",
+        "14 Nov 2023 22:13:20 +0000",
+        "2023/11/14 22:13:20",
+    ],
+)
+def test_a_moment_is_the_same_in_every_common_format(date):
+    assert parse_date(date) == 1_700_000_000_000_000
+
+
+def test_a_day_with_slashes_is_that_day():
+    assert parse_date("2023/11/14") == parse_date("2023-11-14") != NO_DATE
+
+
+@pytest.mark.parametrize(
+    "date", ["", "yesterday", "2024-13-01", "0000", "12345", "20241301000000", "Tue, 32 Nov 2023", "a" * 99, "²" * 10]
+)
 def test_what_is_no_date_is_older_than_any(date):
     assert parse_date(date) == NO_DATE

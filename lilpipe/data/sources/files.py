@@ -10,6 +10,7 @@ import bz2
 import hashlib
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,10 +43,29 @@ COMPRESSED_BYTES = 1 << 9
 """How much is decompressed at a time."""
 MAX_WINDOW_BYTES = 1 << 31
 """Memory that a compressed file may ask for (zstd's `--long=31`)."""
+MAX_EXPANSION = 1_000
+EXPANSION_FROM_BYTES = 1 << 27
+"""A file that gives more than these bytes, and so many times its own, is a decompression bomb and read no further."""
 
 
 class BrokenStream(Exception):
-    """A compressed file that is truncated or corrupt."""
+    """A compressed file that is truncated, corrupt, or a decompression bomb."""
+
+
+class Expansion:
+    """Counts what a file has given so far. Raises ``BrokenStream`` if that is out of all proportion to its size."""
+
+    def __init__(self, file_bytes: int) -> None:
+        self.file_bytes = file_bytes
+        self._given_bytes = 0
+
+    def add(self, given_bytes: int) -> None:
+        """Count bytes that were given."""
+        self._given_bytes += given_bytes
+        if self._given_bytes > max(EXPANSION_FROM_BYTES, MAX_EXPANSION * self.file_bytes):
+            raise BrokenStream(
+                f"it gives over {self._given_bytes:,} bytes, more than {MAX_EXPANSION:,} times those that were read"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,8 @@ class File:
     name: str
     """Path below the source's folder: what documents and reports carry, the same on every machine."""
     size: int
+    defect: str = ""
+    """Why it cannot be read, such as a broken link; its only row is an ``Unreadable`` with this."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ def find_files(source: Source) -> list[File]:
     filesystem.invalidate_cache()
     kind, missing = _type_of(source, filesystem, root), "it is no file"
     if kind == "directory":
-        found = retried(lambda: filesystem.find(root, detail=True), path)
+        found = _find(filesystem, root)
         found = {each: info for each, info in found.items() if _belongs(each[len(root) :], source.kind)}
         missing = f"the folder holds no file that ends in {', '.join(SUFFIXES[source.kind])}"
         missing += "" if source.kind == "parquet" else f" (or these with {', '.join(COMPRESSIONS)})"
@@ -90,7 +112,7 @@ def find_files(source: Source) -> list[File]:
         missing = "no file matches the pattern"
     else:
         raise DataError(f"source {source.name!r}: path {path} does not exist; correct the path or remove the source")
-    files = [_file(filesystem, each, root, info) for each, info in sorted(found.items()) if info["type"] == "file"]
+    files = [file for each, info in sorted(found.items()) if (file := _file(filesystem, each, root, info))]
     if not files:
         raise DataError(f"source {source.name!r}: path {path}: {missing}; correct `path` or `kind` ({source.kind})")
     return _check_not_empty(source, files)
@@ -103,6 +125,24 @@ def _type_of(source: Source, filesystem: Any, root: str) -> str | None:
         return None
     except PermissionError as error:
         raise DataError(f"source {source.name!r}: path {source.path} may not be read: {error}") from error
+    except OSError as error:  # one that another try does not change, such as a loop of links
+        raise DataError(
+            f"source {source.name!r}: path {source.path} cannot be read: {error}; correct `path`"
+        ) from error
+
+
+def _find(filesystem: Any, root: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All below a folder, and below the folders that its links lead to; not where these would lead back."""
+    found: dict[str, Any] = retried(lambda: filesystem.find(root, detail=True), root)
+    if not isinstance(filesystem, LocalFileSystem):
+        return found
+    above = (*above, os.path.realpath(root))
+    for path in [path for path, info in found.items() if info["islink"] and Path(path).is_dir()]:
+        target, parent = os.path.realpath(path), os.path.realpath(os.path.dirname(path))  # noqa: PTH120
+        del found[path]
+        if not any(f"{each}/".startswith(f"{target}/") for each in (*above, parent)):
+            found |= _find(filesystem, path, above)
+    return found
 
 
 def _filesystem(source: Source) -> tuple[Any, str]:
@@ -126,11 +166,30 @@ def _fixed_part(pattern: str) -> str:
     return "/".join(parts[:first])
 
 
-def _file(filesystem: Any, path: str, root: str, info: dict[str, Any]) -> File:
-    return File(url=filesystem.unstrip_protocol(path), name=path[len(root) :].lstrip("/"), size=info.get("size") or 0)
+def _file(filesystem: Any, path: str, root: str, info: dict[str, Any]) -> File | None:
+    """The file, or the file that a link leads to; None for a folder."""
+    defect = ""
+    if info["type"] == "other":  # which fsspec says of links too
+        try:
+            info = retried(lambda: filesystem.info(path), path)
+            defect = "" if info["type"] == "file" else "is no regular file"
+        except OSError as error:
+            defect = f"is a link that cannot be followed: {error.strerror or 'its target does not exist'}"
+    if info["type"] == "directory":
+        return None
+    name = printable_name(path[len(root) :].lstrip("/"))
+    return File(filesystem.unstrip_protocol(path), name, 0 if defect else info.get("size") or 0, defect)
+
+
+def printable_name(name: str) -> str:
+    """The name with bytes that are no UTF-8 escaped, since reports and tables hold UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _check_not_empty(source: Source, files: list[File]) -> list[File]:
+    defect = next((f"{file.name} {file.defect}" for file in files if file.defect), "")
+    if not any(file.size for file in files) and defect:
+        raise DataError(f"source {source.name!r}: path {source.path}: no file can be read: {defect}")
     if not any(file.size for file in files):
         raise DataError(f"source {source.name!r}: path {source.path}: all files are empty (0 bytes)")
     return files
@@ -138,7 +197,7 @@ def _check_not_empty(source: Source, files: list[File]) -> list[File]:
 
 def digest_files(files: list[File]) -> str:
     """Digest over names and contents; of remote files the store's own checksum is taken for it, if there is one."""
-    return digest_json([[file.name, _digest(file)] for file in files])
+    return digest_json([[file.name, file.defect or _digest(file)] for file in files])
 
 
 def _digest(file: File) -> str:
@@ -227,11 +286,15 @@ def _pieces(frame: Any, data: bytes) -> Iterator[bytes]:
 
 def _decompress(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
     frame: Any = None
+    expansion = Expansion(0)
     while data := raw.read(COMPRESSED_BYTES):
+        expansion.file_bytes += len(data)
         while data := data if frame else data.lstrip(b"\0"):
             frame = frame or new_frame()
             try:
-                yield from _pieces(frame, data)
+                for piece in _pieces(frame, data):
+                    yield piece
+                    expansion.add(len(piece))
             except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError, ValueError) as error:
                 raise BrokenStream(str(error) or type(error).__name__) from error
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)

@@ -1,40 +1,53 @@
-"""HTTP responses as they lie in a WARC: status, headers, body; and the body of a page as a string."""
+"""HTTP responses as a WARC stores them: status, headers and body; and the body of a page as text.
+
+warcio parses the headers and joins chunks, urllib3 decompresses (it bounds its output, which warcio does not), and
+webencodings resolves the names of encodings by the WHATWG Encoding Standard.
+"""
 
 from __future__ import annotations
 
 import codecs
+import io
 import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import cchardet
+import webencodings
+from urllib3.exceptions import DecodeError
+from urllib3.response import MultiDecoder
+from warcio.bufferedreaders import ChunkedDataReader
+from warcio.statusandheaders import StatusAndHeadersParser, StatusAndHeadersParserException
 
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 HTML_STARTS = (b"<!doctype html", b"<html")
+
+CONTENT_ENCODINGS = ("gzip", "x-gzip", "deflate")
+GZIP_START = b"\x1f\x8b"
 
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-SUPERSETS = {
-    "ascii": "cp1252",
-    "iso8859-1": "cp1252",
-    "iso8859-9": "cp1254",
-    "tis-620": "cp874",
-    "gb2312": "gb18030",
-    "gbk": "gb18030",
-    "shift_jis": "cp932",
-    "euc_kr": "cp949",
+UTF8 = codecs.lookup("utf-8")
+NOT_ASCII_SUPERSETS = {
+    "iso2022_jp": b"\x1b",
+    "iso2022_kr": b"\x1b",
+    "hz": b"~{",
+    "utf-16-le": b"\0",
+    "utf-16-be": b"\0",
 }
-"""Python's names of encodings, and of those that browsers take for them (WHATWG Encoding Standard)."""
+"""Encodings whose bytes can be valid UTF-8 of another meaning, and a byte sequence that a page in them holds."""
 
 NOT_FOR_PAGES = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "utf-7")
 DECLARATION_BYTES = 4_096
 """A declaration further down is not seen; browsers look at 1,024."""
 SAMPLE_BYTES = 1 << 16
 """By how much of a page its encoding is guessed."""
+LOST = "\N{REPLACEMENT CHARACTER}"
 MAX_LOST_SHARE = 0.01
 """Of the characters of a page; with more that mean nothing in any encoding, it is no text."""
 
@@ -56,98 +69,112 @@ class Response:
 
 
 def parse(block: bytes, max_bytes: int) -> Response:
-    """A response, no more than ``max_bytes`` of its body. Raises ``ValueError`` if it is none."""
-    end = re.search(rb"\r?\n\r?\n", block)
-    if not block.startswith(b"HTTP/") or end is None:
-        raise ValueError("is no HTTP response: it does not start with a status and headers")
-    first, *lines = block[: end.start()].decode("latin-1").splitlines()
-    status = first.split()[1:2]
-    if not status or not status[0].isascii() or not status[0].isdigit():
-        raise ValueError(f"is no HTTP response: its first line is {first[:80]!r}")
-    pairs = (line.partition(":") for line in lines)
-    headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    body = block[end.end() :]
-    if "chunked" in headers.get("transfer-encoding", "").lower():
-        body = b"".join(_chunks(body)) or body  # some archives keep the header and not the chunks
+    """A response with at most ``max_bytes`` + 1 of its decompressed body. Raises ``ValueError`` if it is none."""
+    stream = io.BytesIO(block)
+    try:
+        parsed = StatusAndHeadersParser(["HTTP/"]).parse(stream)
+    except (EOFError, StatusAndHeadersParserException) as error:
+        raise ValueError(f"is no HTTP response: it starts with {block[:80]!r}") from error
+    if not block[: stream.tell()].endswith((b"\n\r\n", b"\n\n")):
+        raise ValueError("is no HTTP response: no empty line ends its headers")
+    status = str(parsed.statusline).split()[1:2]  # after the version
+    if not status or not status[0].isascii() or not status[0].isdecimal():
+        raise ValueError(f"is no HTTP response: its status is {parsed.statusline[:80]!r}, expected a number")
+    headers = {name.strip().lower(): value.strip() for name, value in parsed.headers}
+    chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+    body = cast(bytes, (ChunkedDataReader(stream) if chunked else stream).read())
     return Response(int(status[0]), headers, _decompressed(body, headers.get("content-encoding", ""), max_bytes))
 
 
-def _chunks(body: bytes) -> Iterator[bytes]:
-    position = 0
-    while size := re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,64}\r\n").match(body, position):
-        start, length = size.end(), int(size[1], 16)
-        yield body[start : start + length]
-        position = start + length + 2
-
-
 def _decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
+    """The body decompressed, or as it is: some archives keep the header of a body that they have decompressed."""
+    encodings = [name.strip().lower() for name in encoding.split(",")]
+    encodings = [name for name in encodings if name not in ("", "identity")]
+    if not encodings:
         return body
-    if encoding not in ("gzip", "x-gzip", "deflate"):
+    if not set(encodings) <= set(CONTENT_ENCODINGS):
         raise ValueError(f"is compressed as {encoding[:20]!r}; gzip and deflate can be read")
-    for wbits in (32 + zlib.MAX_WBITS, -zlib.MAX_WBITS):  # by its own header; bare, as some servers send deflate
-        try:
-            return zlib.decompressobj(wbits=wbits).decompress(body, max_bytes + 1)
-        except zlib.error:
-            continue
-    return body  # some archives keep the header of what they have decompressed
+    try:
+        return MultiDecoder(",".join(encodings)).decompress(body, max_length=max_bytes + 1)
+    except (DecodeError, zlib.error) as error:
+        if body.startswith(GZIP_START):
+            raise ValueError(f"is damaged: its body is no valid {encoding[:20]}") from error
+        return body
 
 
 def decode(response: Response) -> str:
     """The body as text. Raises ``ValueError`` if no encoding gives any.
 
-    UTF-8 is tried before what is declared: text in another encoding hardly ever is valid UTF-8, while many servers
-    declare Latin-1 for all that they send.
+    A byte order mark decides, then the header, then the page's declaration, as the WHATWG's HTML Standard says; but
+    what is valid UTF-8 is read as UTF-8, and a declaration that most of the other bytes contradict is passed over:
+    many servers declare one encoding for all that they send.
     """
     body = response.body
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if body.startswith(mark):
             return _checked(body[len(mark) :].decode(encoding, errors="replace"))
-    declared = list(_declared(response))
-    for encoding in [*declared, "utf-8"] if b"\x1b" in body else ["utf-8", *declared]:  # ISO 2022 looks like ASCII
-        text = _strict(body, encoding)
-        if text is not None:
+    sample = body[:SAMPLE_BYTES]
+    signs = {name for name, sign in NOT_ASCII_SUPERSETS.items() if sign in sample}
+    before_utf8 = [codec for codec in _declared(response) if codec.name in signs] if signs else []
+    for codec in [*before_utf8, UTF8]:
+        if (text := _strict(body, codec)) is not None:
             return text
-    guess = None if declared else cchardet.detect(body[:SAMPLE_BYTES])["encoding"]
-    encoding = declared[0] if declared else (_python_name(guess) if guess else None) or "cp1252"
-    return _checked(body.decode(encoding, errors="replace"))
+    declared = list(_declared(response))
+    for codec in declared:
+        if (text := _strict(body, codec)) is not None or _is_mostly_valid(text := codec.decode(body, "replace")[0]):
+            return text
+    guess = None if declared else cchardet.detect(sample)["encoding"]
+    codec = declared[0] if declared else (_codec(guess) if guess else None) or codecs.lookup("cp1252")
+    return _checked(codec.decode(body, "replace")[0])
 
 
-def _declared(response: Response) -> Iterator[str]:
-    """The encodings that the header and the page name, in Python's names."""
-    head = response.body[:DECLARATION_BYTES].decode("latin-1")
-    for pattern, text in (
-        (r"charset\s*=\s*[\"']?\s*([\w.:-]+)", response.headers.get("content-type", "")),
-        (r"<meta[^>]{1,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", head),
-        (r"^\s*<\?xml[^>]{1,200}?encoding\s*=\s*[\"']([\w.:-]+)", head),
-    ):
-        if (match := re.search(pattern, text, re.IGNORECASE)) and (name := _python_name(match[1])):
-            yield name
+def _declared(response: Response) -> Iterator[codecs.CodecInfo]:
+    """The encodings that the header and the page name."""
+    head = re.sub(r"(?s)<!--.*?(?:-->|$)", "", response.body[:DECLARATION_BYTES].decode("latin-1"))
+    charset, xml = r"charset\s*=\s*[\"']?\s*([\w.:-]+)", r"^\s*<\?xml[^>]{1,200}?encoding\s*=\s*[\"']([\w.:-]+)"
+    header = re.search(charset, response.headers.get("content-type", ""), re.IGNORECASE)
+    if header and (codec := _codec(header[1])):
+        yield codec
+    for pattern in (rf"<meta[^>]{{1,200}}?{charset}", xml):
+        if (match := re.search(pattern, head, re.IGNORECASE)) and (codec := _codec(match[1])):
+            yield UTF8 if codec.name.startswith("utf-16") else codec  # as ASCII it could be read
 
 
-def _python_name(encoding: str) -> str | None:
-    """Python's name of an encoding, or None if there is none of that name."""
-    try:
-        name = codecs.lookup(encoding).name
-        "a".encode(name)  # refuses what encodes no text, such as base64
-    except (LookupError, UnicodeError):
-        return None
-    return None if name in NOT_FOR_PAGES else SUPERSETS.get(name, name)
+def _codec(label: str) -> codecs.CodecInfo | None:
+    """The codec that browsers take for a label; of a label that they do not know, Python's."""
+    found = webencodings.lookup(label)
+    if found is None or found.name == "replacement":  # browsers refuse these encodings, because scripts hide in them
+        try:
+            codec = codecs.lookup(label)
+            "a".encode(codec.name)  # refuses what encodes no text, such as base64
+        except (LookupError, ValueError):
+            return None
+        if codec.name in NOT_FOR_PAGES:
+            return None
+        found = webencodings.lookup(codec.name)
+        if found is None:
+            return codec
+    return codecs.lookup("gb18030") if found.name == "gbk" else found.codec_info
 
 
-def _strict(body: bytes, encoding: str) -> str | None:
+def _strict(body: bytes, codec: codecs.CodecInfo) -> str | None:
     """The text, if all is valid; but for the last character, which crawlers cut through."""
     try:
-        return body.decode(encoding)
+        return codec.decode(body, "strict")[0]
     except UnicodeDecodeError as error:
         if error.start < len(body) - 4 or not error.start:
             return None
-        return body[: error.start].decode(encoding)
+        return codec.decode(body[: error.start], "strict")[0]
+
+
+def _is_mostly_valid(text: str) -> bool:
+    """Whether few characters are lost, of all and of those outside ASCII: else the text is in another encoding."""
+    lost = text.count(LOST)
+    return lost <= MAX_LOST_SHARE * len(text) and 2 * lost <= len(text) - len(text.encode("ascii", "ignore"))
 
 
 def _checked(text: str) -> str:
-    lost = text.count("\N{REPLACEMENT CHARACTER}")
+    lost = text.count(LOST)
     if lost > MAX_LOST_SHARE * len(text):
         raise ValueError(f"is in no known encoding: {lost:,} of {len(text):,} characters mean nothing")
     return text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lilpipe.config.corpus import Source
-from lilpipe.data.sources.files import File, digest_files
+from lilpipe.data.sources.files import File, digest_files, printable_name
 from lilpipe.data.sources.rows import Row, Unreadable, to_row
 from lilpipe.errors import DataError
 
@@ -28,7 +28,9 @@ def digest(source: Source) -> str:
     if not path.exists():
         return f"revision {_hub_revision(source)}"
     names = sorted(each for each in (path, *path.rglob("*")) if each.is_file())
-    return digest_files([File(str(each), each.relative_to(path).as_posix(), each.stat().st_size) for each in names])
+    return digest_files(
+        [File(str(each), printable_name(each.relative_to(path).as_posix()), each.stat().st_size) for each in names]
+    )
 
 
 def read(source: Source, index: int, count: int) -> Iterator[Row]:

@@ -1,4 +1,8 @@
-"""MathML to TeX: the TeX that a page carries with it, else a plain reading of the presentation markup."""
+"""MathML to TeX: the TeX that a page carries with it, else a plain reading of the presentation markup.
+
+Of the packages for this, mathml-to-latex 1.0.0 writes matrices without an environment and raises on missing children,
+and mml2tex 0.1.0 takes over a second for a formula, and a 100 MB library.
+"""
 
 from __future__ import annotations
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lilpipe.config.corpus import Source
-from lilpipe.data.sources.files import File, Span, open_file
-from lilpipe.data.sources.rows import Row, Unreadable, to_row
+from lilpipe.data.sources.files import BrokenStream, Expansion, File, Span, open_file
+from lilpipe.data.sources.rows import RawDocument, Row, Unreadable, to_row, unreadable
 
 ROWS_PER_BATCH = 256
+BATCH_BYTES = 128 * 2**20
+"""Fewer rows are taken at a time where they are longer, but at least one."""
+DICTIONARY_PAGE = b"\x15\x04\x15"
+"""How the header of a dictionary page begins: field 1, its type, is 2; field 2 is its uncompressed size."""
 
 
 def divide(file: File, span_bytes: int) -> list[Span]:
@@ -43,23 +47,57 @@ def _check_is_damage(error: Exception) -> None:
 def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
     """The rows of a file, or of a span of it."""
     number = span.first_row - 1 if span else 0
+    expansion = Expansion(file.size)
+    columns = sorted({*source.columns.model_dump().values(), "name", "version", "license"})
     try:
         with open_file(file) as stream:
             table = pq.ParquetFile(stream, page_checksum_verification=True)
-            groups = range(span.start, span.stop) if span else range(table.num_row_groups)
             if missing := _missing(table, source.columns.text):
                 yield Unreadable(file.name, 1, missing, breaks_off=True)
                 return
-            columns = sorted({*source.columns.model_dump().values(), "name", "version", "license"})
+            groups = range(span.start, span.stop) if span else range(table.num_row_groups)
             for group in groups:  # one by one: of all at once, none would come if one is damaged
-                for batch in table.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=columns):
-                    for values in _rows(batch):
+                rows = _rows_per_batch(file, table.metadata.row_group(group), columns)
+                for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
+                    for values in rows_of(batch):
                         number += 1
-                        yield to_row(values, source, file.name, number)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, where a column's name is damaged
+                        if isinstance(values, ValueError):
+                            yield unreadable(file.name, number, str(values), "")
+                            continue
+                        row = to_row(values, source, file.name, number)
+                        yield row
+                        expansion.add(len(row.text) if isinstance(row, RawDocument) else 0)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, BrokenStream) as error:
         _check_is_damage(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield Unreadable(file.name, number + 1, f"file breaks off after row {number}: {reason}", breaks_off=True)
+
+
+def _rows_per_batch(file: File, group: pq.RowGroupMetaData, names: list[str]) -> int:
+    """So many rows that they take about ``BATCH_BYTES`` in memory, even if each holds all values of its dictionary."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    columns = [each for each in columns if any(f"{each.path_in_schema}.".startswith(f"{name}.") for name in names)]
+    mean_bytes = sum(each.total_uncompressed_size for each in columns) // max(1, group.num_rows)
+    if mean_bytes * ROWS_PER_BATCH < BATCH_BYTES:
+        with open_file(file) as stream:
+            mean_bytes += sum(_dictionary_bytes(stream, each) for each in columns)
+    return max(1, min(ROWS_PER_BATCH, BATCH_BYTES // max(1, mean_bytes)))
+
+
+def _dictionary_bytes(stream: BinaryIO, column: pq.ColumnChunkMetaData) -> int:
+    """The uncompressed size of a column chunk's dictionary: a value in it takes a bit for each row that holds it."""
+    if column.total_uncompressed_size * ROWS_PER_BATCH < BATCH_BYTES:
+        return 0
+    stream.seek(column.dictionary_page_offset or column.data_page_offset)
+    header = stream.read(16)
+    if not header.startswith(DICTIONARY_PAGE):
+        return 0
+    size = 0
+    for index, byte in enumerate(header[len(DICTIONARY_PAGE) :]):  # a number of Thrift's compact protocol
+        size |= (byte & 0x7F) << 7 * index
+        if byte < 0x80:
+            break
+    return size >> 1
 
 
 def _missing(table: pq.ParquetFile, column: str) -> str | None:
@@ -70,13 +108,23 @@ def _missing(table: pq.ParquetFile, column: str) -> str | None:
     return f"has no {column!r}; it has {', '.join(paths)}"
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any]]:
-    """The rows of a batch; a value that is no UTF-8 comes as bytes, and is refused as such further on."""
+def rows_of(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any] | ValueError]:
+    """The rows of a batch, or why one cannot be read. A value that is no UTF-8 comes as bytes."""
     try:
         rows = batch.to_pylist()
-    except UnicodeDecodeError:
-        rows = [{name: _value(batch.column(name)[index]) for name in batch.schema.names} for index in range(len(batch))]
+    except Exception:  # what Python cannot represent: no UTF-8, a year after 9999, an unknown time zone
+        rows = (_row(batch, index) for index in range(len(batch)))
     yield from rows
+
+
+def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | ValueError:
+    values: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = _value(column[index])
+        except Exception as error:
+            return ValueError(f"{name!r} cannot be read as {column.type}: {type(error).__name__}: {error}")
+    return values
 
 
 def _value(scalar: Any) -> Any:

@@ -82,14 +82,18 @@ def read_part(part: Part, skipped: Counter[str] | None = None) -> Iterator[Row]:
     What is left out as no document at all, such as a picture in a WARC, is counted in ``skipped`` by its kind.
     """
     source = part.source
+    files = [file for file in part.files if not file.defect]
+    for file in part.files:
+        if file.defect:
+            yield Unreadable(file.name, 1, file.defect, breaks_off=True)
     if source.kind == "installed-docs":
         yield from _read_installed_docs(part)
     elif source.kind == "huggingface":
         yield from huggingface.read(source, part.index, part.count)
     elif source.kind == "warc":
-        yield from warc.read(part.files, source, Counter() if skipped is None else skipped)
+        yield from warc.read(files, source, Counter() if skipped is None else skipped)
     else:
-        for file in part.files:
+        for file in files:
             if source.kind == "text":
                 yield from _read_text(file, source)
             else:

@@ -1,17 +1,21 @@
-"""Reading from file systems that fail for a while: what stalls, is cut off or answers 429 or 5xx is tried again.
+"""Reading from remote file systems: transient errors (stalls, cut connections, HTTP 429 and 5xx) are retried.
 
-A call is tried ``TRIES`` times, with waits between that start at ``FIRST_WAIT_SECONDS`` and double (31 seconds in
-all); each try may take ``STALL_SECONDS``. A stream goes on where it was: no byte of it is handed out twice.
+A call is tried ``TRIES`` times by tenacity, with exponential backoff from ``FIRST_WAIT_SECONDS`` (31 seconds in all);
+each try may take ``STALL_SECONDS``. A stream resumes at its position: no byte of it is handed out twice.
 """
 
 from __future__ import annotations
 
+import errno
 import io
+import socket
+import ssl
+import sys
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
+import tenacity
 from fsspec.core import url_to_fs
 from loguru import logger
 
@@ -19,10 +23,26 @@ TRIES = 6
 FIRST_WAIT_SECONDS = 1.0
 STALL_SECONDS = 60.0
 
-PASSING_STATUSES = frozenset({408, 425, 429})
+TRANSIENT_STATUSES = frozenset({408, 425, 429})
 """HTTP statuses below 500 that may be gone at the next try."""
-
-LASTING_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+PERMANENT_STATUSES = frozenset({501, 505})
+"""HTTP statuses from 500 that stay: the server does not know the method or the version."""
+TRANSIENT_ERRNOS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.EBUSY, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EPIPE, errno.ENOTCONN}
+    | {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH}
+    | {errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EREMOTEIO}
+)
+"""Of the network and of network file systems; others, such as a loop of symbolic links, stay."""
+TRANSIENT_TYPES = {
+    "aiohttp": ("ClientConnectionError", "ClientPayloadError"),
+    "botocore.exceptions": ("ConnectionError", "HTTPClientError", "ResponseStreamingError"),
+    "http.client": ("IncompleteRead", "RemoteDisconnected"),
+    "requests.exceptions": ("ConnectionError", "Timeout", "ChunkedEncodingError"),
+    "urllib3.exceptions": ("TimeoutError", "ProtocolError", "NewConnectionError"),
+}
+"""Of the libraries by which fsspec's file systems read; a library that is not imported has raised nothing."""
+PERMANENT_TYPES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+"""Of ``OSError``, which file systems also raise without an errno."""
 
 T = TypeVar("T")
 
@@ -32,21 +52,29 @@ class SourceUnavailable(Exception):
 
 
 def retried(call: Callable[[], T], what: str) -> T:
-    """The result of a call. Raises ``SourceUnavailable`` if all tries fail, other errors at once."""
-    wait_seconds = FIRST_WAIT_SECONDS
-    for left in reversed(range(TRIES)):
-        try:
-            return _within(STALL_SECONDS, call)
-        except Exception as error:
-            if not _may_pass(error):
-                raise
-            reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            if not left:
-                raise SourceUnavailable(f"{what}: failed {TRIES} times, the last time by {reason}") from error
-        logger.warning("{}: {}; next try in {:.0f} s", what, reason, wait_seconds)
-        time.sleep(wait_seconds)
-        wait_seconds *= 2
-    raise AssertionError("unreachable")
+    """The result of a call. Raises ``SourceUnavailable`` if all tries fail, permanent errors at once."""
+
+    def warn(state: tenacity.RetryCallState) -> None:
+        seconds = state.next_action.sleep if state.next_action else 0.0
+        logger.warning("{}: {}; next try in {:.0f} s", what, _reason(state), seconds)
+
+    def give_up(state: tenacity.RetryCallState) -> T:
+        cause = state.outcome.exception() if state.outcome else None
+        raise SourceUnavailable(f"{what}: failed {TRIES} times, the last time by {_reason(state)}") from cause
+
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(TRIES),
+        wait=tenacity.wait_exponential(multiplier=FIRST_WAIT_SECONDS),
+        retry=tenacity.retry_if_exception(is_transient),
+        before_sleep=warn,
+        retry_error_callback=give_up,
+    )
+    return retrying(_within, STALL_SECONDS, call)
+
+
+def _reason(state: tenacity.RetryCallState) -> str:
+    error = state.outcome.exception() if state.outcome else None
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -70,18 +98,46 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     return results[0]
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether another try can help; fsspec's HTTP file system hides the cause in a ``FileNotFoundError``."""
-    while True:
-        status = getattr(error, "status", None)
-        if isinstance(status, int):
-            return status in PASSING_STATUSES or status >= 500
-        if error.__cause__ is None:
-            break
+def is_transient(error: BaseException) -> bool:
+    """Whether another try can help, by the type, HTTP status or errno of the error or of its innermost cause.
+
+    fsspec's HTTP file system hides the cause in a ``FileNotFoundError``.
+    """
+    *_, innermost = causes = list(_causes(error))
+    for each in causes:
+        if isinstance(each, socket.gaierror):
+            return each.errno == socket.EAI_AGAIN
+        if isinstance(each, ssl.SSLCertVerificationError):
+            return False
+    transient_types = tuple(_imported_types())
+    if any(isinstance(each, transient_types) for each in causes):
+        return True
+    if statuses := [status for status in map(_status, causes) if status is not None]:
+        return statuses[0] in TRANSIENT_STATUSES or (statuses[0] >= 500 and statuses[0] not in PERMANENT_STATUSES)
+    if isinstance(innermost, OSError):
+        return not isinstance(innermost, PERMANENT_TYPES) and innermost.errno in (None, *TRANSIENT_ERRNOS)
+    return isinstance(innermost, EOFError)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
         error = error.__cause__
-    if isinstance(error, OSError | EOFError):
-        return not isinstance(error, LASTING_ERRORS)
-    return type(error).__module__.split(".")[0] in ("aiohttp", "botocore")
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an error carries: of aiohttp, of requests and huggingface_hub, of gcsfs, of botocore."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    found = (getattr(error, "status", None), getattr(response, "status_code", None), getattr(error, "code", None))
+    return next((status for status in found if isinstance(status, int) and 100 <= status < 600), None)
+
+
+def _imported_types() -> Iterator[type[BaseException]]:
+    for module, names in TRANSIENT_TYPES.items():
+        if module in sys.modules:
+            yield from (getattr(sys.modules[module], name) for name in names)
 
 
 class RemoteStream(io.RawIOBase):

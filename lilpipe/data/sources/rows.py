@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,9 +137,12 @@ def _get(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _string(value: Any) -> str:
+    """Metadata as text: numbers and booleans as JSON writes them, dates by ISO 8601, nothing of other types."""
     if isinstance(value, str):
         return value
-    return value.isoformat() if isinstance(value, datetime.date) else ""  # which a datetime is too
+    if isinstance(value, datetime.date):  # which a datetime is too
+        return value.isoformat()
+    return json.dumps(value) if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else ""
 
 
 def _type(value: Any) -> str:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lilpipe.config.corpus import Source
+from lilpipe.data.sources import parquet as parquet_reader
 from lilpipe.data.sources.readers import RawDocument, Unreadable, find_parts, read_part
 from lilpipe.errors import DataError
 
@@ -342,3 +343,77 @@ def test_a_folder_of_another_kind_says_what_was_expected(tmp_path):
     (tmp_path / "x.parquet.gz").write_bytes(b"x")
     with pytest.raises(DataError, match=r"ends in \.parquet; "):
         read(tmp_path, "parquet")
+
+
+# --- values that Python cannot represent, and files that expand without end ---------------------------------------
+
+
+@pytest.mark.parametrize("column", ["date", "id", "meta"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([0, 2**52, 1], pa.timestamp("ms")),
+        pa.array([0, -(2**52), 1], pa.timestamp("ms", tz="UTC")),
+        pa.array([0, 2**31 - 1, 1], pa.date32()),
+        pa.array([0, 2**62, 1], pa.duration("s")),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_a_row_with_a_value_that_python_cannot_represent_is_quarantined_alone(tmp_path, column, values):
+    columns = {"date": "meta.when"} if column == "meta" else {}
+    if column == "meta":
+        values = pa.StructArray.from_arrays([values], names=["when"])
+    pq.write_table(pa.table({"text": ["a", "b", "c"], column: values}), tmp_path / "x.parquet")
+    rows = read(tmp_path / "x.parquet", "parquet", columns=columns)
+    assert texts(rows) == ["a", "c"]
+    (row,) = bad(rows)
+    assert (row.file, row.row, row.breaks_off) == ("x.parquet", 2, False)
+    assert f"{column!r} cannot be read as" in row.error
+
+
+def test_rows_with_an_unknown_time_zone_are_quarantined(tmp_path):
+    moments = pa.array([0, 1], pa.timestamp("us", tz="Mars/Phobos"))
+    pq.write_table(pa.table({"text": ["a", "b"], "date": moments}), tmp_path / "x.parquet")
+    rows = bad(read(tmp_path / "x.parquet", "parquet"))
+    assert [row.row for row in rows] == [1, 2]
+    assert all("Mars/Phobos" in row.error for row in rows)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_batches_of_parquet_are_bounded_by_bytes_though_a_repeated_value_takes_none_in_the_file(
+    tmp_path, monkeypatch, dictionary, nested
+):
+    text = "word " * 60_000
+    column = pa.array([text] * 256)
+    table = pa.table({"meta": pa.StructArray.from_arrays([column], names=["body"])} if nested else {"text": column})
+    pq.write_table(table, tmp_path / "x.parquet", use_dictionary=dictionary, compression="zstd")
+    monkeypatch.setattr(parquet_reader, "BATCH_BYTES", 2**20)
+    sizes = []
+    rows_of = parquet_reader.rows_of
+    monkeypatch.setattr(parquet_reader, "rows_of", lambda batch: sizes.append(batch.nbytes) or rows_of(batch))
+    rows = read(tmp_path / "x.parquet", "parquet", columns={"text": "meta.body"} if nested else {})
+    assert texts(rows) == [text] * 256
+    assert max(sizes) < 2**20 + 10_000
+
+
+def test_parquet_that_gives_a_thousand_times_its_size_is_read_no_further(tmp_path, monkeypatch):
+    monkeypatch.setattr("lilpipe.data.sources.files.EXPANSION_FROM_BYTES", 10_000_000)
+    pq.write_table(pa.table({"text": ["word " * 200_000] * 256}), tmp_path / "x.parquet", compression="zstd")
+    pq.write_table(pa.table({"text": ["fine"]}), tmp_path / "y.parquet")
+    rows = read(tmp_path, "parquet")
+    (broken,) = bad(rows)
+    assert (broken.file, broken.row, broken.breaks_off) == ("x.parquet", 12, True)
+    assert "more than 1,000 times" in broken.error
+    assert texts(rows)[-2:] == ["word " * 200_000, "fine"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_a_file_of_blank_lines_without_end_is_read_no_further(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr("lilpipe.data.sources.files.EXPANSION_FROM_BYTES", 100_000)
+    (tmp_path / f"x.jsonl{suffix}").write_bytes(COMPRESS[suffix](b'{"text": "one"}\n' + b"\n" * 100_000_000))
+    rows = read(tmp_path)
+    assert texts(rows) == ["one"]
+    (broken,) = bad(rows)
+    assert broken.breaks_off
+    assert "more than 1,000 times" in broken.error

@@ -8,6 +8,7 @@ import zstandard
 
 from lilpipe.config.corpus import Source
 from lilpipe.data.sources.files import BrokenStream, digest_files, find_files, open_file
+from lilpipe.data.sources.readers import RawDocument, digest_source, find_parts, read_part
 from lilpipe.errors import DataError
 
 LINES = b"".join(b"line %d\n" % i for i in range(20_000))
@@ -107,3 +108,73 @@ def test_a_truncated_file_is_never_taken_for_a_short_one(tmp_path, suffix):
         pytest.raises(BrokenStream),
     ):
         stream.read()
+
+
+def names_and_texts(path):
+    rows = [row for part in find_parts(source(path)) for row in read_part(part)]
+    return {row.file: row.text if isinstance(row, RawDocument) else f"defect: {row.error}" for row in rows}
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A folder, beside one that links may lead to."""
+    for name in ("here/a.jsonl", "there/b.jsonl", "there/deep/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'{{"text": "{name}"}}')
+    return tmp_path
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl"])
+def test_links_to_files_are_read_as_in_the_cache_of_the_hugging_face_hub(linked, pattern):
+    (linked / "here" / "b.jsonl").symlink_to("../there/b.jsonl")
+    found = names_and_texts(linked / "here" / pattern)
+    assert found == {"a.jsonl": "here/a.jsonl", "b.jsonl": "there/b.jsonl"}
+
+
+@pytest.mark.parametrize("pattern", ["", "*"])
+@pytest.mark.parametrize(("target", "reason"), [("absent", "No such file"), ("b.jsonl", "Too many levels")])
+def test_a_link_that_leads_nowhere_is_quarantined_and_the_other_files_are_read(linked, pattern, target, reason):
+    before = digest_files(find_files(source(linked / "here")))
+    (linked / "here" / "b.jsonl").symlink_to(target)
+    found = names_and_texts(linked / "here" / pattern)
+    assert found.pop("a.jsonl") == "here/a.jsonl"
+    assert found.pop("b.jsonl").startswith(f"defect: is a link that cannot be followed: {reason}")
+    assert not found
+    assert digest_files(find_files(source(linked / "here" / pattern))) != before
+
+
+def test_a_pipe_is_quarantined_and_not_waited_for(linked):
+    os.mkfifo(linked / "here" / "b.jsonl")
+    assert names_and_texts(linked / "here") == {"a.jsonl": "here/a.jsonl", "b.jsonl": "defect: is no regular file"}
+
+
+@pytest.mark.parametrize("target", ["absent", "b.jsonl"])
+def test_a_source_of_nothing_but_a_broken_link_is_an_error_at_once(linked, target, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
+    (linked / "b.jsonl").symlink_to(target)
+    for path in (linked / "b.jsonl", linked / "*.jsonl"):
+        with pytest.raises(DataError, match="source 'mine'"):
+            find_files(source(path))
+
+
+def test_links_to_folders_are_followed_and_not_in_circles(linked):
+    (linked / "here" / "there").symlink_to("../there")
+    (linked / "here" / "self").symlink_to(".")
+    (linked / "there" / "back").symlink_to("../here")
+    (linked / "there" / "up").symlink_to("..")
+    assert names_and_texts(linked / "here") == {
+        "a.jsonl": "here/a.jsonl",
+        "there/b.jsonl": "there/b.jsonl",
+        "there/deep/c.jsonl": "there/deep/c.jsonl",
+    }
+
+
+@pytest.mark.parametrize("pattern", ["", "*"])
+def test_a_file_whose_name_is_no_utf8_is_read_under_a_name_that_is(linked, pattern):
+    path = os.fsencode(linked / "here") + b"/caf\xe9.jsonl"
+    with open(path, "w") as file:  # noqa: PTH123
+        file.write('{"text": "coffee"}')
+    assert names_and_texts(linked / "here" / pattern) == {"a.jsonl": "here/a.jsonl", "caf\\xe9.jsonl": "coffee"}
+    assert digest_files(find_files(source(linked / "here" / pattern)))
+    folder = Source(kind="huggingface", name="mine", path=str(linked / "here"))
+    assert digest_source(folder)

@@ -1,5 +1,6 @@
 import datetime
 import gzip
+import json
 import random
 from typing import Any
 
@@ -181,3 +182,28 @@ def test_a_hub_name_that_cannot_be_reached_says_what_to_do(monkeypatch, tmp_path
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")  # where nobody listens
     with pytest.raises(DataError, match="download the data set and name its folder"):
         digest_source(Source(kind="huggingface", name="mine", path="someone/something"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [([0, 1, 2], ["0", "1", "2"]), ([True, False], ["true", "false"]), ([0.5], ["0.5"]), ([None, 3], ["", "3"])],
+)
+def test_a_label_may_be_a_number_or_a_boolean(tmp_path, kind, values, labels):
+    path = tmp_path / f"x.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": "a", "label": value}) + "\n" for value in values))
+    else:
+        pq.write_table(pa.table({"text": ["a"] * len(values), "label": values}), path)
+    assert [row.label for row in good(read(path, kind))] == labels
+
+
+def test_a_date_may_be_a_number_of_seconds(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "date": 1700000000}')
+    assert [row.date for row in good(read(tmp_path / "x.jsonl"))] == ["1700000000"]
+
+
+def test_a_label_of_a_thousand_digits_or_without_a_value_raises_nothing(tmp_path):
+    digits = "9" * 1_000
+    (tmp_path / "x.jsonl").write_text(f'{{"text": "a", "label": {digits}}}\n{{"text": "a", "label": NaN}}')
+    assert [row.label for row in good(read(tmp_path / "x.jsonl"))] == [digits, ""]

@@ -1,21 +1,27 @@
+import errno
 import gzip
+import http.client
 import io
 import random
+import socket
+import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import aiohttp
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 
 from lilpipe.config.corpus import Source
 from lilpipe.data.sources import remote
 from lilpipe.data.sources.files import digest_files, find_files, open_file
 from lilpipe.data.sources.readers import RawDocument, find_parts, read_part
-from lilpipe.data.sources.remote import SourceUnavailable
+from lilpipe.data.sources.remote import SourceUnavailable, is_transient
 from lilpipe.errors import DataError
 
 CONTENT = random.Random(0).randbytes(8 * 2**20)
@@ -127,7 +133,7 @@ def test_a_server_without_ranges_is_read_from_the_start_again(server):
 
 def test_waits_double_and_end(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     url = server.url("x.jsonl", CONTENT)
     (file,) = find(url)
     server.faults = [503] * 100
@@ -185,3 +191,74 @@ def test_a_changed_file_of_a_server_changes_the_digest(server, etag):
     assert digest_files(find(url)) == before
     server.url("x.jsonl", b'{"text": "two"}')
     assert digest_files(find(url)) != before
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+class BotocoreError(Exception):
+    """The shape of botocore's ``ClientError``."""
+
+    def __init__(self, status):
+        super().__init__(status)
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+def requests_error(status):
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError(response=response)
+
+
+def aiohttp_error(status):
+    return aiohttp.ClientResponseError(None, (), status=status)  # type: ignore[arg-type]
+
+
+HTTP_ERRORS = (BotocoreError, requests_error, aiohttp_error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(make(status) for make in HTTP_ERRORS for status in (408, 429, 500, 503)),
+        *(OSError(number, "x") for number in (errno.ECONNRESET, errno.ETIMEDOUT, errno.EIO, errno.ESTALE)),
+        *(TimeoutError(), EOFError(), OSError("error of a library"), socket.gaierror(socket.EAI_AGAIN, "x")),
+        caused(FileNotFoundError("x"), TimeoutError()),
+        caused(FileNotFoundError("x"), aiohttp_error(503)),
+        caused(aiohttp.ClientPayloadError("x"), ValueError("x")),
+        aiohttp.ServerDisconnectedError(),
+        http.client.IncompleteRead(b""),
+        requests.ConnectionError("x"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_the_network_or_a_busy_server_is_transient(error):
+    assert is_transient(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(make(status) for make in HTTP_ERRORS for status in (400, 401, 403, 404, 501)),
+        *(OSError(number, "x") for number in (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENOSPC)),
+        *(FileNotFoundError("x"), PermissionError("x"), IsADirectoryError("x"), ValueError("timed out")),
+        caused(FileNotFoundError("x"), aiohttp_error(404)),
+        caused(OSError("x"), ssl.SSLCertVerificationError()),
+        socket.gaierror(socket.EAI_NONAME, "x"),
+        aiohttp.InvalidURL("x"),
+        UnicodeDecodeError("utf-8", b"x", 0, 1, "x"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+def test_an_error_that_another_try_does_not_change_is_permanent(error):
+    assert not is_transient(error)
+
+
+def test_of_botocores_errors_those_of_a_connection_are_transient():
+    errors = pytest.importorskip("botocore.exceptions")
+    assert is_transient(errors.EndpointConnectionError(endpoint_url="x"))
+    assert is_transient(errors.ReadTimeoutError(endpoint_url="x"))
+    assert not is_transient(errors.NoCredentialsError())

@@ -1,6 +1,7 @@
 import contextlib
 import gzip
 import io
+import zlib
 from collections import Counter
 
 import pytest
@@ -257,3 +258,71 @@ def test_no_response_does_more_than_raise_a_value_error(body, declared):
     for block in (body, head + body, head.replace(b"Transfer-Encoding: chunked", b"Content-Encoding: deflate") + body):
         with contextlib.suppress(ValueError):
             decode(parse(block, 1_000))
+
+
+HANZI = "敏捷的棕色狐狸跳过了那只懒惰的狗，而没有人看见它，这真是一件可惜的事情。" * 3
+TURKISH = "Hızlı kahverengi tilki tembel köpeğin üzerinden atladı ve kimse bunu görmedi, ışık da yoktu. " * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "content_type", "head"),
+    [
+        (GREEK, "utf-16-le", "text/html; charset=utf-16le", ""),
+        (GREEK, "utf-16-be", "text/html; charset=UTF-16BE", ""),
+        (GREEK, "utf-8", "text/html; charset=utf-16le", ""),
+        (HANZI, "hz", "text/html; charset=hz-gb-2312", ""),
+        (HANZI, "utf-8", "text/html; charset=hz-gb-2312", "<!--~{-->"),
+        (HANZI, "gb18030", "text/html; charset=gb2312", ""),
+        (HANZI, "utf-8", "text/html; charset=iso-8859-1", "<!--~{ \x1b-->"),
+        (TURKISH, "cp1254", "text/html; charset=iso-8859-9", "<meta charset=iso-8859-1>"),
+        (TURKISH, "cp1254", "text/html", "<!-- <meta charset=koi8-r> --><meta charset=windows-1254>"),
+        (GREEK, "cp1253", "text/html; charset=windows-1253", "<meta charset=utf-16>"),
+    ],
+)
+def test_a_page_is_decoded_as_its_header_or_else_its_declaration_says(tmp_path, text, encoding, content_type, head):
+    archive = Archive().add(page(text, head).encode(encoding), content_type=content_type)
+    assert texts(read(tmp_path / "x.warc", archive.content)) == [text.strip()]
+
+
+@pytest.mark.parametrize("declared", ["windows-1252", "koi8-r"])
+def test_a_broken_byte_does_not_turn_a_page_from_the_encoding_of_its_header_to_that_of_its_declaration(
+    tmp_path, declared
+):
+    body = page(GREEK, f"<meta charset={declared}>").encode().replace("αλεπού".encode(), b"\xff", 1)
+    archive = Archive().add(body, content_type="text/html; charset=utf-8")
+    assert texts(read(tmp_path / "x.warc", archive.content)) == [GREEK.replace("αλεπού", "\ufffd", 1).strip()]
+
+
+def body_of(body, **headers):
+    head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return parse(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + body, 1 << 20).body
+
+
+@pytest.mark.parametrize("end", [b"", b"\0" * 100, b"garbage behind"])
+def test_all_gzip_members_of_a_body_are_read(end):
+    body = gzip.compress(b"<p>one</p>") + gzip.compress(b"<p>two</p>") + end
+    assert body_of(body, Content_Encoding="gzip") == b"<p>one</p><p>two</p>"
+
+
+def test_codings_that_were_applied_one_after_another_are_undone():
+    body = zlib.compress(gzip.compress(b"<p>one</p>"))
+    assert body_of(body, Content_Encoding="gzip, deflate") == b"<p>one</p>"
+
+
+def test_a_header_may_go_on_in_the_next_line():
+    assert body_of(gzip.compress(b"one"), Content_Encoding="\r\n gzip") == b"one"
+
+
+def test_a_damaged_compressed_body_is_refused_by_that_reason():
+    body = bytearray(gzip.compress(prose(1).encode()))
+    body[20:40] = b"\xff" * 20
+    with pytest.raises(ValueError, match="is damaged"):
+        body_of(bytes(body), Content_Encoding="gzip")
+
+
+@pytest.mark.parametrize(
+    "block", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n", b"HTTP/1.1\r\n\r\n", b"x\n\n"]
+)
+def test_a_response_without_status_or_end_of_headers_is_refused(block):
+    with pytest.raises(ValueError, match="is no HTTP response"):
+        parse(block, 100)
