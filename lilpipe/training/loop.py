@@ -26,7 +26,7 @@ from lilpipe.stage import Workspace
 from lilpipe.training.checkpoint import Checkpoints
 from lilpipe.training.goodput import Goodput
 from lilpipe.training.health import Finding, examine
-from lilpipe.training.optimizer import Optimizer
+from lilpipe.training.optimizer import make_optimizers, named_state, take_step
 from lilpipe.training.replica import Trainee
 from lilpipe.training.schedule import lr_scale
 
@@ -134,7 +134,7 @@ def train(
             scale = _lr_scale(step, num_steps, optimizer)
             balance: Mapping[str, float] = {}
             if finding is None:
-                run.optimizer.step(scale)
+                take_step(run.optimizers, scale)
                 balance = model.after_update()
             done, seconds = step + 1, time.perf_counter() - started
             run.record(step, totals, grad_norm=grad_norm, seconds=seconds)
@@ -224,7 +224,7 @@ class _Run:
         health: HealthConfig | None,
     ) -> None:
         self.model = model
-        self.optimizer = Optimizer(model.parts, optimizer, replicas=model.replicas)
+        self.optimizers = make_optimizers(model.parts, optimizer, replicas=model.replicas)
         self.health = health or HealthConfig()
         self.result = TrainingResult()
         self.left_out: set[int] = set()
@@ -319,7 +319,6 @@ class _Run:
 
     def resume(self) -> int:
         """Take over the last state that can be read; gives the number of steps done."""
-        self.optimizer.init_state()
         self.checkpoints.check_space(self._tensors())
         done = self._load()
         if done:
@@ -342,7 +341,7 @@ class _Run:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {f"model/{name}": tensor for name, tensor in self.model.tensors().items()}
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in self.optimizer.state().items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in named_state(self.optimizers).items()}
         record = {"losses": self._losses, "grad_norms": self._grad_norms, "seconds": self._step_seconds}
         return tensors | {f"record/{name}": tensor for name, tensor in record.items()}
 

@@ -14,12 +14,14 @@ Dimensions: M matrices of one shape, R rows, C columns, R <= C; E experts, O out
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim.optimizer import ParamsT
 
 from lilpipe import distributed
 
@@ -42,33 +44,52 @@ def orthogonalize(x_MRC: Tensor) -> Tensor:
     return x_MRC
 
 
-class Muon:
+class Muon(torch.optim.Optimizer):
     """For the matrices of hidden layers, ``[O, I]``, and for those of experts, ``[E, O, I]``, each on its own.
 
-    ``learning_rate`` follows Jordan et al.: the update is scaled by sqrt(max(1, outputs / inputs)), and 0.02 is the
-    usual value. Decay is decoupled, ``learning_rate * weight_decay`` a step. ``replicas``: the processes that hold the
-    same matrices, where these are no DTensors; all processes if none are given.
+    ``lr`` follows Jordan et al.: the update is scaled by sqrt(max(1, outputs / inputs)), and 0.02 is the usual value.
+    Decay is decoupled, ``lr * weight_decay`` a step. ``replicas``: the processes that hold the same matrices, where
+    these are no DTensors; all processes if none are given.
     """
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
+        params: ParamsT,
         *,
-        learning_rate: float,
+        lr: float,
         weight_decay: float,
         momentum: float = 0.95,
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
-        self.parameters = list(matrices)
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
-        self._learning_rate, self._weight_decay, self._momentum = learning_rate, weight_decay, momentum
         self._replicas = replicas
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add matrices, with the state that they have before the first step."""
+        super().add_param_group(param_group)
+        for matrix in self.param_groups[-1]["params"]:
+            self.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.no_grad()
-    def step(self, lr_scale: float = 1.0) -> None:
-        """Update the matrices by their gradients, at ``lr_scale`` times the peak learning rate."""
-        matrices, rate = self.parameters, self._learning_rate * lr_scale
-        momenta = [self._nesterov(matrix) for matrix in matrices]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the matrices that have gradients; gives the loss of ``closure``, which computes these again."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._update(group)
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> None:
+        matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+        momenta = [self._nesterov(matrix, group["momentum"]) for matrix in matrices]
         whole = [index for index, matrix in enumerate(matrices) if not isinstance(matrix, DTensor)]
         updates = dict(zip(whole, _orthogonalize_all([momenta[index] for index in whole], self._replicas), strict=True))
         for indices in _by_layout(matrices).values():
@@ -76,23 +97,17 @@ class Muon:
             updates |= dict(zip(indices, parts, strict=True))
         for index, matrix in enumerate(matrices):
             scale = math.sqrt(max(1.0, matrix.shape[-2] / matrix.shape[-1]))
-            part = _local(matrix).mul_(1 - rate * self._weight_decay)
-            part.add_(updates[index], alpha=-rate * scale)
+            part = _local(matrix).mul_(1 - group["lr"] * group["weight_decay"])
+            part.add_(updates[index], alpha=-group["lr"] * scale)
 
-    def fresh_state(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The state of a matrix before the first step."""
-        return {"momentum_buffer": torch.zeros_like(matrix)}
-
-    def _nesterov(self, matrix: nn.Parameter) -> Tensor:
+    def _nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
         """The gradient and the momentum that it has just entered, mixed; of what lies here."""
         gradient = matrix.grad
         assert gradient is not None
         if isinstance(matrix, DTensor) and isinstance(gradient, DTensor):
             gradient = gradient.redistribute(placements=matrix.placements)
-        if matrix not in self.state:
-            self.state[matrix] = self.fresh_state(matrix)
         gradient, buffer = _local(gradient), _local(self.state[matrix]["momentum_buffer"])
-        return gradient.lerp(buffer.lerp_(gradient, 1 - self._momentum), self._momentum)
+        return gradient.lerp(buffer.lerp_(gradient, 1 - momentum), momentum)
 
 
 def _orthogonalize_all(matrices: Sequence[Tensor], replicas: dist.ProcessGroup | None) -> list[Tensor]:

@@ -26,7 +26,7 @@ from lilpipe.model.devices import device_at_hand, mfu
 from lilpipe.model.flops import num_parameters, training_flops_per_token
 from lilpipe.model.transformer import Transformer
 from lilpipe.training import activation_checkpointing, compilation
-from lilpipe.training.optimizer import Optimizer
+from lilpipe.training.optimizer import make_optimizers, take_step
 from lilpipe.training.precision import autocast
 from lilpipe.training.replica import Loss, Replica
 from tests.benchmarks.peers import llama
@@ -81,13 +81,13 @@ def ours(size: Size, device: torch.device, checkpointing: activation_checkpointi
         return Loss(-scores.logprobs.sum(), count=rows[:, 1:].numel(), num_tokens=rows[:, 1:].numel())
 
     replica = Replica(model, loss, accumulation_steps=lambda _: 1)
-    optimizer = Optimizer(replica.parts, OptimizerConfig())
+    optimizers = make_optimizers(replica.parts, OptimizerConfig())
 
     def step() -> None:
         replica.zero_grad()
         (found,) = replica.forward_backward(0)
         replica.reduce(count=found.count, max_norm=1.0)
-        optimizer.step(1.0)
+        take_step(optimizers)
 
     return step
 

@@ -21,7 +21,7 @@ from lilpipe.config.training import OptimizerConfig
 from lilpipe.metrics.bits_per_byte import bits_per_byte
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.bpe import train as train_tokenizer
-from lilpipe.training.optimizer import Optimizer
+from lilpipe.training.optimizer import make_optimizers, take_step
 from lilpipe.training.replica import Loss, Replica
 from lilpipe.training.schedule import lr_scale
 from tests.benchmarks.english import english_documents
@@ -79,7 +79,7 @@ def train(data: Data, kind: str, rate: float, adam_rate: float, *, seed: int, nu
         return Loss(-scores.logprobs.sum(), count=rows[:, 1:].numel(), num_tokens=rows[:, 1:].numel())
 
     replica = Replica(model, loss, accumulation_steps=lambda _: 1)
-    optimizer = Optimizer(replica.parts, config)
+    optimizers = make_optimizers(replica.parts, config)
     seconds, curve = 0.0, []
     for step in range(num_steps):
         begun = time.process_time()
@@ -87,7 +87,7 @@ def train(data: Data, kind: str, rate: float, adam_rate: float, *, seed: int, nu
         (found,) = replica.forward_backward(step)
         norm = replica.reduce(count=found.count, max_norm=config.max_grad_norm)
         assert math.isfinite(norm)
-        optimizer.step(lr_scale(step, num_steps=num_steps, warmup_steps=30, shape="linear", min_ratio=0.0))
+        take_step(optimizers, lr_scale(step, num_steps=num_steps, warmup_steps=30, shape="linear", min_ratio=0.0))
         seconds += time.process_time() - begun
         if (step + 1) % EVAL_EVERY == 0 or step + 1 == num_steps:
             curve.append((seconds, bits_per_byte(model, data.inputs, data.targets, data.num_bytes)))

@@ -24,7 +24,7 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import OptimizerConfig
 from lilpipe.model.flops import training_flops_per_token
 from lilpipe.model.transformer import Transformer
-from lilpipe.training.optimizer import Optimizer
+from lilpipe.training.optimizer import make_optimizers, take_step
 from lilpipe.training.replica import Loss, Replica
 
 VOCAB_SIZE = 1024
@@ -69,14 +69,14 @@ def seconds(point: dict[str, int]) -> list[float]:
         return Loss(-scores.logprobs.sum(), count=rows[:, 1:].numel(), num_tokens=rows[:, 1:].numel())
 
     replica = Replica(model, loss, accumulation_steps=lambda _: 1)
-    optimizer = Optimizer(replica.parts, OptimizerConfig())
+    optimizers = make_optimizers(replica.parts, OptimizerConfig())
     found = []
     for step in range(NUM_STEPS + 2):
         begun = time.perf_counter()
         replica.zero_grad()
         (part,) = replica.forward_backward(step)
         replica.reduce(count=part.count, max_norm=1.0)
-        optimizer.step(1.0)
+        take_step(optimizers)
         found.append(time.perf_counter() - begun)
     return found[2:]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lilpipe.config.training import PretrainConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokens.loader import IGNORED, Batch
-from lilpipe.training.optimizer import Optimizer
+from lilpipe.training.optimizer import make_optimizers
 from lilpipe.training.replica import Loss
 
 NUM_STEPS = 10
@@ -55,20 +55,12 @@ def loss(scores, part):
     return Loss(total, count, part.targets.numel(), {"normaliser": (scores.normaliser.sum().item(), count)})
 
 
-class AdamW:
-    """torch's own, with decay on every parameter."""
-
-    def __init__(self, parts):
-        parameters = [parameter for part in parts for parameter in part.parameters()]
-        self._adamw = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-
-    def step(self, lr_scale):
-        self._adamw.step()
-
-
-def optimizer(config, parts, replicas=None):
-    """torch's AdamW, or ours where Muon is asked for."""
-    return Optimizer(parts, config.optimizer, replicas=replicas) if config.optimizer.kind == "muon" else AdamW(parts)
+def optimizers(config, parts, replicas=None):
+    """torch's AdamW with decay on every parameter, or ours where Muon is asked for."""
+    if config.optimizer.kind == "muon":
+        return make_optimizers(parts, config.optimizer, replicas=replicas)
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    return [torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)]
 
 
 def plain_losses(config, dtype):
@@ -76,7 +68,7 @@ def plain_losses(config, dtype):
     model = Transformer(config.model, VOCAB)
     model.init_weights(config.seed)
     model.to(dtype)
-    updates = optimizer(config, [model])
+    updates = optimizers(config, [model])
     losses, norms = [], []
     for step in range(NUM_STEPS):
         rows = batch(step)
@@ -85,7 +77,8 @@ def plain_losses(config, dtype):
         model.zero_grad()
         mean.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        updates.step(1.0)
+        for update in updates:
+            update.step()
         model.balance_experts(lambda loads: loads)
         losses.append(mean.item())
     return {"losses": losses, "norms": norms, "nats": nats(model), "weights": digest(model.state_dict().items())}

@@ -42,7 +42,7 @@ def train(case):
         compiled=bool(config.compile),
         dtype=case.dtype,
     )
-    updates = toy.optimizer(config, model.parts, model.replicas)
+    updates = toy.optimizers(config, model.parts, model.replicas)
     losses, norms = [], []
     for step in range(toy.NUM_STEPS):
         model.zero_grad()
@@ -52,7 +52,8 @@ def train(case):
         parts = model.forward_backward(step)
         total, count = mesh.sum([sum(part.total.item() for part in parts), sum(float(part.count) for part in parts)])
         norms.append(model.reduce(count=count, max_norm=1.0))
-        updates.step(1.0)
+        for update in updates:
+            update.step()
         model.after_update()
         losses.append(total / count)
     result = {"losses": losses, "norms": norms, "nats": model.nats(*toy.held_out())}

@@ -26,7 +26,7 @@ from lilpipe import distributed
 from lilpipe.errors import ArtifactError, StoreError
 from lilpipe.training import checkpoint_files
 from lilpipe.training.checkpoint import Checkpoints
-from lilpipe.training.optimizer import Optimizer
+from lilpipe.training.optimizer import make_optimizers, named_state, take_step
 from tests.training import toy
 
 TOUCHING = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
@@ -169,7 +169,7 @@ def part_of(value, like):
 
 
 def build(layout, kind):
-    """The model at its start, and its optimizer."""
+    """The model at its start, and its optimizers."""
     model = Model()
     if layout != "one process":
         shape, names, apply = LAYOUTS[layout]
@@ -177,21 +177,19 @@ def build(layout, kind):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(part_of(whole_value(name, -1), parameter))
-    optimizer = Optimizer(model, toy.optimizer(kind=kind, weight_decay=0.1))
-    optimizer.init_state()
-    return model, optimizer
+    return model, make_optimizers(model, toy.optimizer(kind=kind, weight_decay=0.1))
 
 
-def take_steps(model, optimizer, steps):
+def take_steps(model, optimizers, steps):
     for step in steps:
         for name, parameter in model.named_parameters():
             parameter.grad = part_of(whole_value(name, step), parameter)
-        optimizer.step(1.0)
+        take_step(optimizers)
 
 
-def state_of(model, optimizer):
+def state_of(model, optimizers):
     tensors = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
-    return tensors | {f"optimizer/{name}": tensor for name, tensor in optimizer.state().items()}
+    return tensors | {f"optimizer/{name}": tensor for name, tensor in named_state(optimizers).items()}
 
 
 def gathered(tensors):
@@ -203,9 +201,9 @@ def gathered(tensors):
 
 def updated(layout, kind):
     """Model and state after three steps."""
-    model, optimizer = build(layout, kind)
-    take_steps(model, optimizer, range(3))
-    return gathered(state_of(model, optimizer))
+    model, optimizers = build(layout, kind)
+    take_steps(model, optimizers, range(3))
+    return gathered(state_of(model, optimizers))
 
 
 def updated_in_stages(kind, expected):
@@ -217,11 +215,11 @@ def updated_in_stages(kind, expected):
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(whole_value(name, -1))
-    optimizer = Optimizer(parts, toy.optimizer(kind=kind, weight_decay=0.1), replicas=replicas)
+    optimizers = make_optimizers(parts, toy.optimizer(kind=kind, weight_decay=0.1), replicas=replicas)
     for step in range(3):
         for name, parameter in named.items():
             parameter.grad = whole_value(name, step)
-        optimizer.step(1.0)
+        take_step(optimizers)
     return max((parameter - expected[f"model/{name}"]).abs().max().item() for name, parameter in named.items())
 
 
@@ -232,19 +230,19 @@ def largest_difference(tensors, others):
 
 def resharded(root, kind):
     """Saved under FSDP while training goes on; of the layouts that read it, those that got other bits."""
-    model, optimizer = build("fsdp", kind)
-    take_steps(model, optimizer, range(3))
+    model, optimizers = build("fsdp", kind)
+    take_steps(model, optimizers, range(3))
     checkpoints = open_checkpoints(root)
-    saved = gathered(state_of(model, optimizer))
-    checkpoints.save(3, state_of(model, optimizer), {"rank": distributed.rank()})
-    take_steps(model, optimizer, range(3, 6))  # with collectives of its own
+    saved = gathered(state_of(model, optimizers))
+    checkpoints.save(3, state_of(model, optimizers), {"rank": distributed.rank()})
+    take_steps(model, optimizers, range(3, 6))  # with collectives of its own
     checkpoints.wait()
     if distributed.is_main():
         save_file(saved, root / "saved.safetensors")
     wrong = []
     for layout in LAYOUTS:
-        other, other_optimizer = build(layout, kind)
-        tensors = state_of(other, other_optimizer)
+        other, other_optimizers = build(layout, kind)
+        tensors = state_of(other, other_optimizers)
         found = open_checkpoints(root).load_latest(tensors)
         equal = all(torch.equal(tensor, saved[name]) for name, tensor in gathered(tensors).items())
         if found != (3, {"rank": 0}) or not equal:
