@@ -114,7 +114,7 @@ class Store:
                 problems = damage(artifact.path, artifact.manifest, self.digests.sha256)
             write_atomically(artifact.path / MANIFEST, artifact.manifest.to_json())
         if problems:
-            moved = self.set_aside(artifact.manifest.stage, artifact.manifest.fingerprint)
+            moved = self.quarantine(artifact.manifest.stage, artifact.manifest.fingerprint)
             found = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
             raise ArtifactError(
                 f"{artifact.uri}: damaged ({found}); moved to {moved}; run the pipeline again to rebuild it"
@@ -167,7 +167,7 @@ class Store:
                 for path in Path(self.root, "artifacts", stage).glob(f"*/{MANIFEST}"):
                     yield str(path), path.read_bytes()
 
-    def set_aside(self, stage: str, fingerprint: str) -> str:
+    def quarantine(self, stage: str, fingerprint: str) -> str:
         """Move a damaged artifact to ``damaged/``, all its files as they are; gives its new place."""
         source = self.uri(stage, fingerprint)
         number = 0
@@ -246,7 +246,7 @@ class Store:
             directory.parent.mkdir(parents=True, exist_ok=True)
             if directory.exists():
                 if self.fs is None:
-                    self.set_aside(manifest.stage, manifest.fingerprint)
+                    self.quarantine(manifest.stage, manifest.fingerprint)
                 else:
                     shutil.rmtree(directory)  # a copy of an earlier artifact
             output.rename(directory)

@@ -15,7 +15,7 @@ from lilpipe.evaluation.evaluation_report import write_page
 from lilpipe.evaluation.scores import Evaluation, score
 from lilpipe.schemas.examples import Conversation, Prompt
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokenizer.sample import Share, Text
 from lilpipe.tokenizer.tokenizer_report import build_report as tokenizer_report
 from lilpipe.tokenizer.usage import find_suspects, measure_usage
@@ -40,7 +40,7 @@ def test_rejection_sampling_and_preferences():
     row |= {"response": EVIL, "correct": True, "reward": 1.0}
     metrics = {**rejection_sampling.summarise([[row, row]], num_kept=1), "reward": 0.25}
     assert_shown_as_text(rejection_sampling._report([[row, row]], [row], metrics), 4)
-    metrics = {"pairs": 1.0, "prompts_with_pair_share": 0.5, "chosen_words": 2.0, "rejected_words": 3.0}
+    metrics = {"pairs": 1.0, "prompts_with_pair_ratio": 0.5, "chosen_words": 2.0, "rejected_words": 3.0}
     assert_shown_as_text(preferences._report([(row, row)], metrics), 3)
 
 
@@ -55,7 +55,7 @@ def test_training(tmp_path):
 
 
 def test_tokenizer():
-    tokenizer = train([f"{EVIL} <script> " * 50], vocab_size=278)
+    tokenizer = train_tokenizer([f"{EVIL} <script> " * 50], vocab_size=278)
     usage = measure_usage(tokenizer, [Text("", EVIL, EVIL, EVIL), Text("", f"{EVIL}2", None, "a b")])
     shares = {EVIL: Share(0.5, 10, 20)}
     suspects = find_suspects(usage, 256)
