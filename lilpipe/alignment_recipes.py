@@ -24,7 +24,7 @@ COMPARISONS: dict[str, Any] = {
 """In place of people who compare: a right answer is better than a wrong one, and of two alike the shorter. Of the
 answers to a prompt the best against the worst, the second best against the second worst, and so on; InstructGPT had
 four to nine answers ranked and took all pairs."""
-RULES: dict[str, Any] = {"rewards": ({"kind": "answer"},), "normalize_std": True}
+RULES: dict[str, Any] = {"rewards": ({"kind": "answer"},), "scale_rewards": "group"}
 """R1 was rewarded by rules alone, for right answers in the right form: a verifier's verdict needs both here."""
 VERIFIED: dict[str, Any] = {
     "rewards": ({"kind": "answer", "weight": 100.0}, {"kind": "reward_model"}),

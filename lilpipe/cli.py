@@ -125,10 +125,10 @@ def why(
     planned = plan(loaded, store, until=stage)[stage]
     console = Console(highlight=False)
     console.print(f"{stage}: {planned.status}", markup=False)
-    if planned.ingredients is None or planned.status == "cached":
+    if planned.cache_key is None or planned.status == "cached":
         console.print(f"  {planned.reason}", markup=False)
         return
-    for line in changes(store, stage, planned.ingredients) or [planned.reason]:
+    for line in changes(store, stage, planned.cache_key) or [planned.reason]:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 

@@ -62,7 +62,7 @@ IMPLIED_PACKAGES = {"trafilatura": ("jusText",)}
 
 
 @dataclass(frozen=True)
-class Ingredients:
+class CacheKey:
     """All that goes into a fingerprint; kept in the manifest, so that two runs can be told apart."""
 
     stage: str
@@ -75,7 +75,7 @@ class Ingredients:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the canonical JSON of the ingredients."""
+        """SHA-256 over the canonical JSON of the cache_key."""
         return digest_json(asdict(self))
 
 
@@ -177,7 +177,7 @@ def _drop_docstrings(tree: ast.Module) -> None:
             node.body = body or [ast.Pass()]
 
 
-def difference(old: Ingredients, new: Ingredients) -> list[str]:
+def difference(old: CacheKey, new: CacheKey) -> list[str]:
     """What distinguishes two fingerprints, one line each, such as ``config sft.num_epochs: 3 -> 4``."""
     lines = []
     for part in ("config", "inputs", "external", "code", "packages"):

@@ -20,12 +20,12 @@ from lilpipe.artifact import Artifact, InputEntry, Inputs, Manifest, content_dig
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.section import Section
 from lilpipe.errors import ArtifactError, ConfigError
-from lilpipe.fingerprint import Ingredients, code_and_packages, difference
+from lilpipe.fingerprint import CacheKey, code_and_packages, difference
 from lilpipe.launch import launch
 from lilpipe.stage import Metrics, Stage, get_stage
 from lilpipe.store import Store
 
-INGREDIENTS = "ingredients.json"
+CACHE_KEY_FILE = "cache_key.json"
 """In a workspace: what is being made there."""
 
 
@@ -38,7 +38,7 @@ class PlannedStep:
     config: Any
     inputs: Inputs | None
     """The artifacts it reads; none while a step before it has not run."""
-    ingredients: Ingredients | None
+    cache_key: CacheKey | None
     artifact: Artifact | None
     status: Literal["cached", "run", "waits"]
     """`waits`: it cannot be told yet, since its inputs are still to be made."""
@@ -49,7 +49,7 @@ class PlannedStep:
         """Name of its workspace: its fingerprint but for what changes rounding alone, so that it may go on under
         another number of workers.
         """
-        return _workspace(self.ingredients, self.config) if self.ingredients else ""
+        return _workspace(self.cache_key, self.config) if self.cache_key else ""
 
 
 class Listener(Protocol):
@@ -91,57 +91,57 @@ def _plan_step(config: PipelineConfig, store: Store, name: str, made: dict[str, 
         reason = f"after {', '.join(missing)}"
         return PlannedStep(name, stage, section, None, None, None, "waits", reason)
     inputs = _inputs(config, name, made)
-    ingredients = _ingredients(stage, section, inputs)
-    lookup = store.find(stage.name, ingredients.fingerprint)
+    cache_key = _cache_key(stage, section, inputs)
+    lookup = store.find(stage.name, cache_key.fingerprint)
     if lookup.artifact is not None:
-        return PlannedStep(name, stage, section, inputs, ingredients, lookup.artifact, "cached", "up to date")
+        return PlannedStep(name, stage, section, inputs, cache_key, lookup.artifact, "cached", "up to date")
     if lookup.problems:
         reason = f"damaged: {'; '.join(lookup.problems[:3])}"
-    elif store.is_in_progress(stage.name, _workspace(ingredients, section)):
+    elif store.is_in_progress(stage.name, _workspace(cache_key, section)):
         reason = "goes on from where it was interrupted"
-    elif other := _unfinished(store, name, ingredients):
+    elif other := _unfinished(store, name, cache_key):
         reason = f"from the start: unfinished work was under other settings ({'; '.join(other[:3])})"
     else:
-        reason = "; ".join(changes(store, name, ingredients)[:3]) or "never run"
-    return PlannedStep(name, stage, section, inputs, ingredients, None, "run", reason)
+        reason = "; ".join(changes(store, name, cache_key)[:3]) or "never run"
+    return PlannedStep(name, stage, section, inputs, cache_key, None, "run", reason)
 
 
-def _workspace(ingredients: Ingredients, section: Section) -> str:
-    return replace(ingredients, config=section.identity(rounding=False)).fingerprint
+def _workspace(cache_key: CacheKey, section: Section) -> str:
+    return replace(cache_key, config=section.identity(rounding=False)).fingerprint
 
 
-def changes(store: Store, step: str, ingredients: Ingredients) -> list[str]:
+def changes(store: Store, step: str, cache_key: CacheKey) -> list[str]:
     """What differs from the artifact of this step that is nearest, the newest of equals; nothing if there is none."""
-    earlier = [manifest for manifest in reversed(store.manifests(ingredients.stage)) if manifest.step == step]
-    return min((difference(_ingredients_of(manifest), ingredients) for manifest in earlier), key=len, default=[])
+    earlier = [manifest for manifest in reversed(store.manifests(cache_key.stage)) if manifest.step == step]
+    return min((difference(_cache_key_of(manifest), cache_key) for manifest in earlier), key=len, default=[])
 
 
-def _unfinished(store: Store, step: str, ingredients: Ingredients) -> list[str]:
+def _unfinished(store: Store, step: str, cache_key: CacheKey) -> list[str]:
     """What differs from the nearest work of this step that was left unfinished; nothing if there is none."""
     found = []
-    for path in store.workspaces(ingredients.stage):
+    for path in store.workspaces(cache_key.stage):
         try:
-            left = json.loads((path / INGREDIENTS).read_text(encoding="utf-8"))
+            left = json.loads((path / CACHE_KEY_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # killed before it began
         if left.pop("step") == step:
-            found.append(difference(Ingredients(**left), ingredients))
+            found.append(difference(CacheKey(**left), cache_key))
     return min(found, key=len, default=[])
 
 
-def _ingredients_of(manifest: Manifest) -> Ingredients:
+def _cache_key_of(manifest: Manifest) -> CacheKey:
     inputs = {role: [entry.content_digest for entry in entries] for role, entries in manifest.inputs.items()}
-    return Ingredients(manifest.stage, manifest.config, inputs, manifest.external, manifest.code, manifest.packages)
+    return CacheKey(manifest.stage, manifest.config, inputs, manifest.external, manifest.code, manifest.packages)
 
 
-def _ingredients(stage: Stage, section: Section, inputs: Inputs) -> Ingredients:
+def _cache_key(stage: Stage, section: Section, inputs: Inputs) -> CacheKey:
     digests = {role: [artifact.content_digest for artifact in _tuple(value)] for role, value in inputs.items()}
     external = dict(stage.external(section))
     if stage.names_inputs:
         for role, value in inputs.items():
             external |= {f"name of {role}.{n}": artifact.manifest.step for n, artifact in enumerate(_tuple(value))}
     code, packages = code_and_packages(stage.name)
-    return Ingredients(stage.name, section.identity(), digests, external, code, packages)
+    return CacheKey(stage.name, section.identity(), digests, external, code, packages)
 
 
 def _tuple(value: Artifact | tuple[Artifact, ...]) -> tuple[Artifact, ...]:
@@ -218,14 +218,14 @@ def run_step(
     started = time.time()
     used = _used(config, step, store, pipeline_run)
     planned = plan(config, store, until=step)[step] if used is None else _plan_step(config, store, step, used)
-    if planned.ingredients is None:
+    if planned.cache_key is None:
         raise ArtifactError(f"step {step}: {planned.reason} is still to be run; run that first, or the full pipeline")
-    stage, fingerprint = planned.stage, planned.ingredients.fingerprint
+    stage, fingerprint = planned.stage, planned.cache_key.fingerprint
     with store.lock(stage.name, planned.workspace):
         # Another process may have run it while this one waited for the lock.
         lookup = store.find(stage.name, fingerprint)
         if lookup.problems:
-            store.set_aside(stage.name, fingerprint)
+            store.quarantine(stage.name, fingerprint)
         cached = lookup.artifact is not None
         artifact = lookup.artifact or _run(planned, store, listeners)
     store.set_ref(pipeline_run, step, artifact)
@@ -237,13 +237,13 @@ def run_step(
 def _run(planned: PlannedStep, store: Store, listeners: Sequence[Listener]) -> Artifact:
     """Run a step that is not cached, and commit its artifact."""
     assert planned.inputs is not None
-    assert planned.ingredients is not None
+    assert planned.cache_key is not None
     inputs = {
         role: store.fetch(value) if isinstance(value, Artifact) else tuple(store.fetch(item) for item in value)
         for role, value in planned.inputs.items()
     }
     work = store.work(planned.stage.name, planned.workspace)
-    write_atomically(work / INGREDIENTS, json.dumps({"step": planned.name, **asdict(planned.ingredients)}))
+    write_atomically(work / CACHE_KEY_FILE, json.dumps({"step": planned.name, **asdict(planned.cache_key)}))
     attempts = work / "attempts.jsonl"
 
     def on_event(event: dict[str, Any]) -> None:
@@ -267,8 +267,8 @@ def _run(planned: PlannedStep, store: Store, listeners: Sequence[Listener]) -> A
 
 def _manifest(planned: PlannedStep, work: Path, metrics: Metrics) -> Manifest:
     assert planned.inputs is not None
-    assert planned.ingredients is not None
-    ingredients, output = planned.ingredients, work / "output"
+    assert planned.cache_key is not None
+    cache_key, output = planned.cache_key, work / "output"
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for name in ("events.jsonl", "attempts.jsonl", "worker.log"):
@@ -281,7 +281,7 @@ def _manifest(planned: PlannedStep, work: Path, metrics: Metrics) -> Manifest:
         kind=planned.stage.output,
         stage=planned.stage.name,
         step=planned.name,
-        fingerprint=ingredients.fingerprint,
+        fingerprint=cache_key.fingerprint,
         config=identity,
         operational={key: value for key, value in section.model_dump().items() if key not in identity},
         inputs={
@@ -296,9 +296,9 @@ def _manifest(planned: PlannedStep, work: Path, metrics: Metrics) -> Manifest:
             ]
             for role, value in planned.inputs.items()
         },
-        external=ingredients.external,
-        code=ingredients.code,
-        packages=ingredients.packages,
+        external=cache_key.external,
+        code=cache_key.code,
+        packages=cache_key.packages,
         git_commit=_git_commit(),
         environment=_environment(section),
         files=files,

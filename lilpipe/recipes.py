@@ -34,7 +34,7 @@ def tiny() -> PipelineConfig:
 
     It shows that each stage works; it does not make a useful model. Two workers train where there are two cores,
     one otherwise, which is another world size and so another fingerprint. What was tried before these values, on the
-    `dev` prompts, stands in ``tests/benchmarks/LOG.md``.
+    `validation` prompts, stands in ``tests/benchmarks/LOG.md``.
     """
     workers = min(2, len(os.sched_getaffinity(0)))
     sampling = SamplingConfig(max_new_tokens=40)
@@ -51,12 +51,12 @@ def tiny() -> PipelineConfig:
             families=("copy", "reverse", "sort", "addition", "subtraction"),
             num_documents=40_000,
             num_demonstrations=2_500,
-            num_dev=500,
+            num_validation=500,
             num_test=1_000,
         ),
         tokenizer=TokenizerConfig(vocab_size=1024),
         # At 2 % there are 25 documents, of which a single one can be half the text.
-        tokens=TokensConfig(validation_share=0.05, num_workers=workers),
+        tokens=TokensConfig(validation_ratio=0.05, num_workers=workers),
         pretrain=PretrainConfig(
             model=ModelConfig(
                 hidden_size=96, num_layers=3, num_heads=3, num_kv_heads=1, intermediate_size=256, max_seq_len=128
@@ -65,7 +65,7 @@ def tiny() -> PipelineConfig:
             num_steps=2_000,
             batch_size=16,
             num_workers=workers,
-            exercise_share=0.6,
+            exercise_ratio=0.6,
         ),
         rejection_sampling=RejectionSamplingConfig(num_workers=workers, sampling=sampling),
         sft=SFTConfig(num_workers=workers),
@@ -75,7 +75,7 @@ def tiny() -> PipelineConfig:
         dpo=DPOConfig(
             optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
             # Llama 3's 0.2 cost accuracy here; at 1.0 the correct chosen answers hold it.
-            nll_coefficient=1.0,
+            rpo_alpha=1.0,
             num_workers=workers,
         ),
         grpo=GRPOConfig(
@@ -88,7 +88,7 @@ def tiny() -> PipelineConfig:
                 RewardConfig(kind="answer"),
                 RewardConfig(kind="length", limit_tokens=40, buffer_tokens=36, weight=0.1),
             ),
-            normalize_std=False,
+            scale_rewards="none",
             num_workers=workers,
             sampling=sampling,
         ),
@@ -102,7 +102,7 @@ def tiny() -> PipelineConfig:
         ppo=PPOConfig(
             optimizer=OptimizerConfig(learning_rate=3e-5, warmup_steps=3, weight_decay=0.0, schedule="linear"),
             num_steps=40,
-            kl_coefficient=0.2,
+            beta=0.2,
             num_workers=workers,
             sampling=sampling,
         ),

@@ -116,7 +116,7 @@ class Store:
                     continue  # `find` reports it when a stage needs it
         return sorted(found, key=lambda manifest: manifest.created_at)
 
-    def set_aside(self, stage: str, fingerprint: str) -> Path | None:
+    def quarantine(self, stage: str, fingerprint: str) -> Path | None:
         """Take a damaged artifact out of use, keeping it for inspection."""
         if self.fs is not None:
             self.fs.rm(self.uri(stage, fingerprint), recursive=True)

@@ -38,7 +38,7 @@ PROGRESS_SECONDS = 5
 """Least time between two updates of a stage's progress."""
 
 
-def may_pass(_task: Any, _run: TaskRun, state: State) -> bool:
+def is_retryable(_task: Any, _run: TaskRun, state: State) -> bool:
     """Whether a failed try is worth another. An error of the user's ends as a returned state, without exception."""
     return isinstance(state.data, BaseException)
 
@@ -48,7 +48,7 @@ def may_pass(_task: Any, _run: TaskRun, state: State) -> bool:
     task_run_name="{step}",
     cache_policy=NO_CACHE,
     persist_result=False,
-    retry_condition_fn=may_pass,
+    retry_condition_fn=is_retryable,
 )
 def run_stage(
     step: str,

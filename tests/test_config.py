@@ -99,12 +99,12 @@ def test_the_pipelines_seed_fills_in_where_a_stage_names_none():
 
 def test_a_step_may_differ_from_its_stages_section():
     steps = {
-        "prompts": {"stage": "prompts", "settings": {"num_dev": 7}},
+        "prompts": {"stage": "prompts", "settings": {"num_validation": 7}},
         "more": {"stage": "prompts"},
     }
     config = PipelineConfig.model_validate({"recipe": "x", "steps": steps})
-    assert config.section("prompts").num_dev == 7
-    assert config.section("more").num_dev == 300
+    assert config.section("prompts").num_validation == 7
+    assert config.section("more").num_validation == 300
 
 
 def test_the_default_wiring_is_complete():

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from lilpipe import fingerprint, stage
-from lilpipe.fingerprint import Ingredients, code_and_packages, difference
+from lilpipe.fingerprint import CacheKey, code_and_packages, difference
 
 MODULES = {
     "toypackage/__init__.py": "",
@@ -77,7 +77,7 @@ def test_every_package_in_a_fingerprint_has_a_version():
         assert absent <= {"torchao"}, f"{name}: {packages}"  # of the extra `fp8`
 
 
-BASE = Ingredients("sft", {"a": 1, "b": {"c": [1, 2]}}, {"model": ["0" * 64]}, {}, {"m": "1" * 64}, {"torch": "2"})
+BASE = CacheKey("sft", {"a": 1, "b": {"c": [1, 2]}}, {"model": ["0" * 64]}, {}, {"m": "1" * 64}, {"torch": "2"})
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,6 @@ def test_each_ingredient_changes_the_fingerprint_and_is_named(change, line):
     assert difference(BASE, other) == [line]
 
 
-def test_equal_ingredients_have_one_fingerprint():
+def test_equal_cache_keys_have_one_fingerprint():
     assert dataclasses.replace(BASE).fingerprint == BASE.fingerprint
     assert difference(BASE, BASE) == []

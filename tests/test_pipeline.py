@@ -69,9 +69,9 @@ def test_reports_and_logs_are_not_content(tmp_path, faults):
 
 def test_a_changed_setting_reruns_what_follows_only_if_the_content_changed(store, faults):
     run_all(toy_config(), store)
-    changed = toy_config(prompts={"num_dev": 7})
+    changed = toy_config(prompts={"num_validation": 7})
     assert [p.status for p in plan(changed, store).values()] == ["run", "waits"]
-    assert plan(changed, store)["first"].reason == "config num_dev: 300 -> 7"
+    assert plan(changed, store)["first"].reason == "config num_validation: 300 -> 7"
     assert [cached for _, cached in run_all(changed, store)] == [False, False]
     # num_test is part of the fingerprint, but the toy writes the same bytes: what follows stays cached.
     same_bytes = toy_config(prompts={"num_test": 9})
@@ -79,9 +79,9 @@ def test_a_changed_setting_reruns_what_follows_only_if_the_content_changed(store
 
 
 def test_a_step_is_compared_with_its_nearest_earlier_run(store, faults):
-    for settings in ({"num_dev": 7}, {"num_dev": 8, "num_test": 9}):
+    for settings in ({"num_validation": 7}, {"num_validation": 8, "num_test": 9}):
         run_step(toy_config(prompts=settings), "first", store=store, pipeline_run="run")
-    planned = plan(toy_config(prompts={"num_dev": 7, "seed": 1}), store)["first"]
+    planned = plan(toy_config(prompts={"num_validation": 7, "seed": 1}), store)["first"]
     assert planned.reason == "config seed: 0 -> 1"
 
 
@@ -147,9 +147,9 @@ def test_unfinished_work_under_other_settings_is_named_and_kept(store, faults):
     with pytest.raises(StageFailure):
         run_all(toy_config(), store)
     assert plan(toy_config(), store)["first"].reason == "goes on from where it was interrupted"
-    changed = toy_config(prompts={"num_dev": 200})
+    changed = toy_config(prompts={"num_validation": 200})
     assert plan(changed, store)["first"].reason == (
-        "from the start: unfinished work was under other settings (config num_dev: 300 -> 200)"
+        "from the start: unfinished work was under other settings (config num_validation: 300 -> 200)"
     )
     (faults / "fail").unlink()
     run_all(changed, store)

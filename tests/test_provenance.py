@@ -13,7 +13,7 @@ from lilpipe.schemas.examples import DOCUMENT_SCHEMA
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from lilpipe.store import Store
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokens.build import STAGE as TOKENS
 from tests.data.corpora import document, write_corpus
 from tests.data.prose import prose
@@ -37,12 +37,12 @@ kind = "text"
 name = "books"
 path = "PATH"
 [tokens]
-validation_share = 0.2
+validation_ratio = 0.2
 [pretrain]
 num_steps = 60
 batch_size = 4
 num_workers = 1
-exercise_share = 0.25
+exercise_ratio = 0.25
 [pretrain.model]
 max_seq_len = 32
 """
@@ -58,7 +58,7 @@ REJECTED = [
     (document("near", scores={"near_dedup.similarity": 0.5}), "near_dedup", "near_duplicate", "kept/4"),
     (document("german", language="de", scores={"language.score": 0.9}), "language", "other_language", "de"),
     (
-        document("leak", scores={"decontamination.matched_ngrams": 7, "decontamination.matched_share": 0.25}),
+        document("leak", scores={"decontamination.matched_ngrams": 7, "decontamination.matched_ratio": 0.25}),
         "decontamination",
         "evaluation_text",
         "quiz/1: [b]who",
@@ -71,8 +71,8 @@ EXERCISES = [{"id": f"exercise/{n}", "text": f"Exercise: {n} plus {n}\nSolution:
 def commit(config, store, step, fill):
     """Put an artifact into the store as if the step had made it; ``fill`` writes the output and is given the inputs."""
     planned = plan(config, store, until=step)[step]
-    assert planned.ingredients is not None
-    work = store.work(planned.stage.name, planned.ingredients.fingerprint)
+    assert planned.cache_key is not None
+    work = store.work(planned.stage.name, planned.cache_key.fingerprint)
     (work / "attempts.jsonl").write_text("")
     fill(Workspace(work), planned.inputs)
     return store.commit(work, _manifest(planned, work, {}))
@@ -90,7 +90,7 @@ def stores(tmp_path_factory):
     made = {
         "prompts": lambda space, _: write_rows(space.output / "documents.arrow", EXERCISES, DOCUMENT_SCHEMA),
         "corpus": lambda space, _: write_corpus(space.output, KEPT, REJECTED),
-        "tokenizer": lambda space, _: train([each.text for each in KEPT], vocab_size=300).save(space.output),
+        "tokenizer": lambda space, _: train_tokenizer([each.text for each in KEPT], vocab_size=300).save(space.output),
         "tokens": lambda space, inputs: TOKENS.run(config.section("tokens"), inputs, space),
         "pretrain": lambda space, _: (space.output / "model").write_text("weights"),
     }

@@ -37,7 +37,7 @@ def run(config: PromptsConfig, inputs: object, workspace: Workspace) -> dict[str
         os.kill(os.getpid(), signal.SIGKILL)
     while (faults / "hang").exists():
         time.sleep(0.05)
-    (workspace.output / "data").write_text(first_half.read_text() + f", whole, {config.num_dev}")
+    (workspace.output / "data").write_text(first_half.read_text() + f", whole, {config.num_validation}")
     workspace.report.mkdir(parents=True, exist_ok=True)
     (workspace.report / "report.html").write_text(f"at {time.time()}")
     workspace.progress(2, 2, loss=1.0)

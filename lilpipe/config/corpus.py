@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lilpipe.config.section import NumWorkers, Operational, Section, Share
+from lilpipe.config.section import NumWorkers, Operational, Ratio, Section
 
 # --- sources ------------------------------------------------------------------------------------------------------
 
@@ -90,9 +90,9 @@ class LanguageConfig(Section):
 
     model: str | None = None
     """fastText model file with labels `__label__CODE`; lid.176 where none is given."""
-    min_score: Share = 0.65
+    min_score: Ratio = 0.65
     """Least confidence (FineWeb: 0.65)."""
-    min_scores: dict[str, Share] = {}
+    min_scores: dict[str, Ratio] = {}
     """Another least confidence for single languages."""
 
 
@@ -115,37 +115,37 @@ class QualityConfig(Section):
     """Gopher quality: least mean length of a word, in characters."""
     max_mean_word_length: PositiveFloat = 10
     """Gopher quality: greatest mean length of a word, in characters."""
-    max_symbol_word_ratio: Share = 0.1
+    max_symbol_word_ratio: Ratio = 0.1
     """Gopher quality: most `#`, and most ellipses, for each word."""
-    max_bullet_line_ratio: Share = 0.9
+    max_bullet_line_ratio: Ratio = 0.9
     """Gopher quality: most lines that start with a bullet, as a share."""
-    max_ellipsis_line_ratio: Share = 0.3
+    max_ellipsis_line_ratio: Ratio = 0.3
     """Gopher quality: most lines that end in an ellipsis, as a share."""
     min_stop_words: NonNegativeInt = 2
     """Gopher quality: fewest distinct stop words in a document; they are English ones, of English documents alone."""
-    min_alpha_word_ratio: Share = 0.7
+    min_alpha_word_ratio: Ratio = 0.7
     """Gopher quality: least share of words that hold a letter."""
-    max_duplicate_line_ratio: Share = 0.3
+    max_duplicate_line_ratio: Ratio = 0.3
     """Gopher repetition: most lines that have occurred before, as a share."""
-    max_duplicate_paragraph_ratio: Share = 0.3
+    max_duplicate_paragraph_ratio: Ratio = 0.3
     """Gopher repetition: most paragraphs that have occurred before, as a share."""
-    max_duplicate_line_chars: Share = 0.2
+    max_duplicate_line_chars: Ratio = 0.2
     """Gopher repetition: most characters in such lines, as a share."""
-    max_duplicate_paragraph_chars: Share = 0.2
+    max_duplicate_paragraph_chars: Ratio = 0.2
     """Gopher repetition: most characters in such paragraphs, as a share."""
-    max_top_ngram_chars: dict[int, Share] = {2: 0.2, 3: 0.18, 4: 0.16}
+    max_top_ngram_chars: dict[int, Ratio] = {2: 0.2, 3: 0.18, 4: 0.16}
     """Gopher repetition: for each n, most characters in the most frequent n-gram, as a share."""
-    max_duplicate_ngram_chars: dict[int, Share] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    max_duplicate_ngram_chars: dict[int, Ratio] = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
     """Gopher repetition: for each n, most characters in n-grams that occur more than once, as a share."""
-    min_line_punctuation_ratio: Share = 0.05
+    min_line_punctuation_ratio: Ratio = 0.05
     """FineWeb: least share of lines that end in punctuation."""
-    max_short_line_ratio: Share = 0.9
+    max_short_line_ratio: Ratio = 0.9
     """FineWeb: most lines of at most 30 characters, as a share."""
-    max_duplicate_line_char_ratio: Share = 0.1
+    max_duplicate_line_char_ratio: Ratio = 0.1
     """FineWeb: most characters in lines that have occurred before, as a share (the paper's 0.1; datatrove: 0.01)."""
     max_line_breaks_per_word: NonNegativeFloat = 0.3
     """FineWeb: most line breaks for each word; lists have more."""
-    max_duplicate_ngram_coverage: Share | None = None
+    max_duplicate_ngram_coverage: Ratio | None = None
     """Llama 3 (Grattafiori et al. 2024, 3.1.1): most words that lie in an n-gram (of `coverage_ngram_size` words)
     seen before in the document, as a share; catches logs and error messages. None: off."""
     coverage_ngram_size: PositiveInt = 10
@@ -186,7 +186,7 @@ class MinhashConfig(Section):
     hashes_per_bucket: PositiveInt = 4
     """Rows of a band (FineWeb: 8); candidates at even odds have a Jaccard similarity of about
     (1/num_buckets)^(1/hashes_per_bucket)."""
-    min_similarity: Share = 0.4
+    min_similarity: Ratio = 0.4
     """Least estimated Jaccard similarity of two documents' shingles; 0 takes every candidate, as FineWeb does. Where
     5 % of the words differ it is 0.63 in the mean, and in short documents often below 0.5."""
     ngram_size: PositiveInt = 5
@@ -202,11 +202,11 @@ class ClassifierConfig(Section):
     """Examples of what to keep. None, of both: off."""
     bad: tuple[Source, ...] = ()
     """Examples of what to reject."""
-    min_score: Share | None = None
+    min_score: Ratio | None = None
     """Least probability of being good."""
-    keep_share: Annotated[float | None, Field(gt=0, le=1)] = None
+    keep_ratio: Annotated[float | None, Field(gt=0, le=1)] = None
     """Instead of `min_score`: keep this share of the documents that come so far, the best ones."""
-    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the examples that the classifier is measured on and not trained on, by a hash of the text."""
     word_ngrams: PositiveInt = 2
     """Features are n-grams of up to this many words."""
@@ -223,10 +223,10 @@ class ClassifierConfig(Section):
     def _examples_and_one_rule(self) -> ClassifierConfig:
         if bool(self.good) != bool(self.bad):
             raise ValueError("good and bad: got examples of one alone, expected both, or neither for no classifier")
-        if self.enabled and (self.min_score is None) == (self.keep_share is None):
-            raise ValueError("min_score and keep_share: got both or neither, expected one of them")
-        if not self.enabled and (self.min_score is not None or self.keep_share is not None):
-            raise ValueError("min_score and keep_share: got one without examples, expected `good` and `bad` beside it")
+        if self.enabled and (self.min_score is None) == (self.keep_ratio is None):
+            raise ValueError("min_score and keep_ratio: got both or neither, expected one of them")
+        if not self.enabled and (self.min_score is not None or self.keep_ratio is not None):
+            raise ValueError("min_score and keep_ratio: got one without examples, expected `good` and `bad` beside it")
         _check_names("good", self.good)
         _check_names("bad", self.bad)
         return self
@@ -320,7 +320,7 @@ class CorpusConfig(Section):
     """Personal data."""
     decontamination: DecontaminationConfig = DecontaminationConfig()
     """Evaluation sets."""
-    max_malformed_share: Share = 0.01
+    max_malformed_ratio: Ratio = 0.01
     """Unreadable rows are quarantined and counted; above this share of a source's rows, or of its
     files where files break off (truncated, corrupt), the stage fails."""
     num_workers: NumWorkers = 2

@@ -68,9 +68,9 @@ class JudgeConfig(Section):
 class EvaluateConfig(SamplingSection):
     """How good the model is after each training stage."""
 
-    split: Literal["test", "dev"] = "test"
-    """Prompts to report on; choose hyperparameters on `dev`."""
-    samples_per_prompt: PositiveInt = 8
+    split: Literal["test", "validation"] = "test"
+    """Prompts to report on; choose hyperparameters on `validation`."""
+    num_generations: PositiveInt = 8
     """Samples behind pass@k."""
     validation_rows: PositiveInt = 200
     """Rows of validation text behind bits per byte."""

@@ -14,24 +14,24 @@ class MoEConfig(Section):
 
     num_experts: PositiveInt = 8
     """Experts among which a token is routed."""
-    experts_per_token: PositiveInt = 2
+    num_experts_per_tok: PositiveInt = 2
     """Experts that a token goes to."""
-    num_shared_experts: NonNegativeInt = 1
+    n_shared_experts: NonNegativeInt = 1
     """Experts that every token goes to as well."""
-    expert_size: PositiveInt = 176
+    moe_intermediate_size: PositiveInt = 176
     """Width of one expert's SwiGLU layer."""
-    first_dense_layers: NonNegativeInt = 1
+    first_k_dense_replace: NonNegativeInt = 1
     """Blocks at the bottom that keep the dense layer."""
-    routed_scale: PositiveFloat = 1.0
+    routed_scaling_factor: PositiveFloat = 1.0
     """Factor on the sum of the routed experts (DeepSeek-V3: 2.5)."""
     bias_update_rate: NonNegativeFloat = 1e-3
     """Step of an expert's bias after each optimizer step, up where it got too few tokens, down where too many."""
 
     @model_validator(mode="after")
     def _enough_experts(self) -> MoEConfig:
-        if self.experts_per_token > self.num_experts:
+        if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"experts_per_token {self.experts_per_token} must be at most num_experts {self.num_experts}"
+                f"num_experts_per_tok {self.num_experts_per_tok} must be at most num_experts {self.num_experts}"
             )
         return self
 
@@ -119,10 +119,10 @@ class ModelConfig(Section):
     def _options_are_used(self) -> ModelConfig:
         if self.mla and self.qk_norm:
             raise ValueError("qk_norm would be ignored: mla normalises its latents instead; leave one of them out")
-        if self.moe and self.moe.first_dense_layers >= self.num_layers:
+        if self.moe and self.moe.first_k_dense_replace >= self.num_layers:
             raise ValueError(
-                f"moe.first_dense_layers {self.moe.first_dense_layers} must be less than num_layers {self.num_layers}: "
-                "no layer would have experts"
+                f"moe.first_k_dense_replace {self.moe.first_k_dense_replace} must be less than num_layers "
+                f"{self.num_layers}: no layer would have experts"
             )
         return self
 

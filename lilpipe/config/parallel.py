@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from lilpipe.config.section import Operational, Section
 
 
-class Layout(NamedTuple):
+class ParallelDims(NamedTuple):
     """Processes along each dimension of the mesh, outermost first."""
 
     pipeline: int
@@ -51,7 +51,7 @@ class ParallelConfig(Section):
     stages_per_worker: PositiveInt = 1
     """Pipeline stages on each worker; `interleaved` and `zero_bubble` take 2 or more."""
 
-    def layout(self, num_workers: int) -> Layout:
+    def layout(self, num_workers: int) -> ParallelDims:
         """The mesh of ``num_workers`` processes. Raises ``ValueError`` with the arithmetic if there is none."""
         others = self.pipeline * self.shard * self.context * self.tensor
         product = f"pipeline {self.pipeline} x shard {self.shard} x context {self.context} x tensor {self.tensor}"
@@ -62,7 +62,7 @@ class ParallelConfig(Section):
             raise ValueError(
                 f"num_workers {num_workers} must be {product} x replicate {replicate} = {replicate * others}"
             )
-        return Layout(self.pipeline, replicate, self.shard, self.context, self.tensor)
+        return ParallelDims(self.pipeline, replicate, self.shard, self.context, self.tensor)
 
 
 class SlurmLaunchConfig(Section):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from lilpipe.config.section import Section, Share
+from lilpipe.config.section import Ratio, Section
 
 
 class MixtureConfig(Section):
@@ -43,7 +43,7 @@ class PhaseConfig(Section):
     """Tokens of a sequence; at most model.max_seq_len."""
     rope_theta: PositiveFloat | None = None
     """Base of the rotary embedding, raised with the length of the context (Xiong et al. 2023)."""
-    exercise_share: Share | None = None
+    exercise_ratio: Ratio | None = None
     mixture: MixtureConfig | None = None
 
 
@@ -58,7 +58,7 @@ class Phase(NamedTuple):
     accumulation_steps: int
     seq_len: int
     rope_theta: float
-    exercise_share: float
+    exercise_ratio: float
     mixture: MixtureConfig
 
     def setting(self, name: str) -> str:

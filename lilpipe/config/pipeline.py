@@ -9,9 +9,9 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, Positi
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
-from lilpipe.config.layout_checks import check_vocabulary
 from lilpipe.config.model import ImportModelConfig
 from lilpipe.config.overrides import set_dotted
+from lilpipe.config.parallel_checks import check_vocabulary
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig

@@ -17,7 +17,7 @@ class RejectionSamplingConfig(SamplingSection):
     """How the model meets a question: `text` as in its pretraining (a base model), `chat` as a user's turn."""
     num_prompts: PositiveInt = 1_000
     """Prompts of the `train` split."""
-    samples_per_prompt: PositiveInt = 8
+    num_generations: PositiveInt = 8
     """K; Llama 3 draws 10 to 30."""
     rewards: RewardConfigs = ANSWER_REWARD
     """What an answer is worth; a weighted sum, each part of it logged apart."""
@@ -30,9 +30,9 @@ class RejectionSamplingConfig(SamplingSection):
     """Distinct answers kept for one prompt; all where none is given, which `best` cannot do."""
     policy: Literal["latest", "best"] = "latest"
     """Which of several checkpoints given as `model` samples: the last one named, or the one whose answers to prompts of
-    the `dev` split are worth most (Llama 3 takes the best of the last round)."""
+    the `validation` split are worth most (Llama 3 takes the best of the last round)."""
     policy_prompts: PositiveInt = 50
-    """Prompts of the `dev` split by which `best` is found, `samples_per_prompt` answers to each."""
+    """Prompts of the `validation` split by which `best` is found, `num_generations` answers to each."""
 
     @model_validator(mode="after")
     def _threshold_is_used(self) -> RejectionSamplingConfig:
@@ -46,7 +46,7 @@ class RejectionSamplingConfig(SamplingSection):
 
 
 class PreferencesConfig(SamplingSection):
-    """Pairs of answers, one preferred to the other by a stated rule; or single answers, desirable or not."""
+    """Pairs of answers, one preferred to the other by a stated rule; or unpaired completions, desirable or not."""
 
     rule: Literal["brevity", "reward", "correctness", "data"] = "brevity"
     """`brevity`: of two answers with the same verdict of the verifier, the one with fewer words. `reward`: the best
@@ -64,9 +64,9 @@ class PreferencesConfig(SamplingSection):
     """Least difference of reward between the answers of a pair; it must be more than 0 in any case (`reward`)."""
     num_prompts: PositiveInt = 600
     """Prompts of the `train` split, taken from its end, so that rejection sampling's come last."""
-    num_heldout: PositiveInt = 100
-    """Prompts of the `dev` split whose pairs are held out, to measure preference accuracy."""
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    num_validation: PositiveInt = 100
+    """Prompts of the `validation` split whose pairs are held out, to measure preference accuracy."""
+    num_generations: Annotated[int, Field(ge=2)] = 8
     max_pairs_per_prompt: PositiveInt = 1
     contrast: Literal["widest", "nearest"] = "widest"
     """`widest`: the shortest answer against the longest. `nearest`: an answer as the model drew it against the nearest

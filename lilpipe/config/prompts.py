@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from lilpipe.config.section import Section, Share
+from lilpipe.config.section import Ratio, Section
 
 
 class PromptColumns(Section):
@@ -50,8 +50,8 @@ class PromptSource(Section):
     """A data set of questions with answers, from files or from the Hugging Face hub.
 
     What becomes of a row is decided by the hash of its question, the same for every source: first the share for `test`,
-    then `dev`, documents, demonstrations; the rest are `train` prompts. Rows of `preferences` give pairs or single
-    answers too: those of `train` to learn from, those of `dev` held out.
+    then `validation`, documents, demonstrations; the rest are `train` prompts. Rows of `preferences` give pairs or
+    unpaired completions too: those of `train` to learn from, those of `validation` held out.
     """
 
     kind: Literal["gsm8k", "instructions", "programs", "preferences"]
@@ -75,17 +75,17 @@ class PromptSource(Section):
     revision: str | None = None
     """Commit of the data set (`hub` only); the newest where none is given."""
     columns: PromptColumns = PromptColumns()
-    test_share: Share | None = None
+    test_ratio: Ratio | None = None
     """Share of the questions for the split `test`; 0.1, or none with an official test split, where none is given."""
-    dev_share: Share = 0.1
-    """Share of the questions for the split `dev`."""
-    documents_share: Share = 0.0
+    validation_ratio: Ratio = 0.1
+    """Share of the questions for the split `validation`."""
+    documents_ratio: Ratio = 0.0
     """Share of the questions that become text for pretraining, with their answers."""
-    demonstrations_share: Share = 0.4
+    demonstrations_ratio: Ratio = 0.4
     """Share of the questions that are shown with their answers in supervised fine-tuning."""
     max_rows: PositiveInt | None = None
     """Read so many rows of `path` or `split`."""
-    max_malformed_share: Share = 0.01
+    max_malformed_ratio: Ratio = 0.01
     """Rows that are none are quarantined and counted; above this share of the source's the stage fails."""
 
     @model_validator(mode="after")
@@ -110,8 +110,8 @@ class PromptSource(Section):
 
     @model_validator(mode="after")
     def _shares_leave_room(self) -> PromptSource:
-        if self.has_official_test and self.test_share:
-            raise ValueError(f"source {self.name!r}: it has an official test split; remove test_share")
+        if self.has_official_test and self.test_ratio:
+            raise ValueError(f"source {self.name!r}: it has an official test split; remove test_ratio")
         total = sum(self.shares.values())
         if total > 1 + 1e-9:
             raise ValueError(f"source {self.name!r}: the shares add up to {total:g}, expected at most 1")
@@ -127,10 +127,10 @@ class PromptSource(Section):
         """The shares in their order; what is left is `train`."""
         default = 0.0 if self.has_official_test else 0.1
         return {
-            "test": default if self.test_share is None else self.test_share,
-            "dev": self.dev_share,
-            "documents": self.documents_share,
-            "demonstrations": self.demonstrations_share,
+            "test": default if self.test_ratio is None else self.test_ratio,
+            "validation": self.validation_ratio,
+            "documents": self.documents_ratio,
+            "demonstrations": self.demonstrations_ratio,
         }
 
 
@@ -154,11 +154,11 @@ class PromptsConfig(Section):
     """Prompts with a written answer, for supervised fine-tuning."""
     num_train: PositiveInt = 4_000
     """Prompts without an answer, for sampling: rejection sampling, DPO, GRPO."""
-    num_dev: PositiveInt = 300
+    num_validation: PositiveInt = 300
     """Held-out prompts on which hyperparameters may be chosen."""
     num_test: PositiveInt = 500
     """Held-out prompts that only `evaluate` reads."""
-    filler_share: Share = 0.75
+    filler_ratio: Ratio = 0.75
     """Share of written answers, in exercises and demonstrations, that open with sentences of courtesy."""
     max_filler_sentences: Annotated[int, Field(ge=0, le=8)] = 3
     """Most sentences of courtesy before an answer."""
@@ -201,10 +201,10 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {"regex": ("pattern",), "file": ("path"
 
 
 class RewardConfig(Section):
-    """One reward of a response; a stage adds up those that it names, each by its weight."""
+    """One reward of a completion; a stage adds up those that it names, each by its weight."""
 
     kind: RewardKind
-    """`answer`: 1 if the prompt's own verifier accepts the response. `numeric`: 1 if it states the number of the
+    """`answer`: 1 if the prompt's own verifier accepts the completion. `numeric`: 1 if it states the number of the
     prompt's answer. `format`: 1 if it has the form of `template`. `regex`: 1 if `pattern` is found in it. `length`:
     near `target_tokens`, or a penalty beyond `limit_tokens`. `language`: the probability of `language`. `reward_model`:
     the score of the stage's input `reward_model`. `program`: 1 if its code passes the prompt's tests. `file`: a
@@ -214,7 +214,7 @@ class RewardConfig(Section):
     name: str | None = None
     """Name in logs and tables; the kind where none is given."""
     marker: str | None = None
-    """Text before the number (`numeric`), such as `####`; the last number of the response where none is given."""
+    """Text before the number (`numeric`), such as `####`; the last number of the completion where none is given."""
     tolerance: NonNegativeFloat | None = None
     """Largest difference to the right number (`numeric`); 0 where none is given."""
     template: Literal["answer", "think"] | None = None
@@ -237,7 +237,7 @@ class RewardConfig(Section):
     path: str | None = None
     """Python file with the function (`file`); its content is part of the stage's identity."""
     function: str | None = None
-    """Name of the function in it: `score(prompt: Prompt, response: Response) -> float`."""
+    """Name of the function in it: `score(prompt: Prompt, completion: CompletionText) -> float`."""
 
     @model_validator(mode="after")
     def _options_match_kind(self) -> RewardConfig:
@@ -286,7 +286,7 @@ def _names_differ(rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]
 
 
 RewardConfigs = Annotated[tuple[RewardConfig, ...], Field(min_length=1), AfterValidator(_names_differ)]
-"""The rewards of a stage. ``(RewardConfig(kind="answer"),)`` is 1 for a response that is correct and ended."""
+"""The rewards of a stage. ``(RewardConfig(kind="answer"),)`` is 1 for a completion that is correct and ended."""
 
 ANSWER_REWARD: tuple[RewardConfig, ...] = (RewardConfig(kind="answer"),)
 """The default of every stage."""

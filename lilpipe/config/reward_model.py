@@ -20,7 +20,7 @@ class RewardModelConfig(ParallelSection):
     margin: NonNegativeFloat = 0.0
     """By how much an answer must win for each place that it stands above another. Llama 2 took one that grew with the
     strength of the preference (Touvron et al. 2023, equation 2); Llama 3 took none."""
-    centering_coefficient: NonNegativeFloat = 0.0
+    center_rewards_coefficient: NonNegativeFloat = 0.0
     """Weight of the square of a pair's summed scores, which draws scores towards a mean of 0 (Eisenstein et al. 2023);
     0.01 there."""
 
@@ -41,7 +41,7 @@ class ClassifyConfig(ParallelSection):
     """Key of the text in a row."""
     label_key: str = "label"
     """Key of the label in a row."""
-    heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    validation_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the texts that are held out, by a hash of the text."""
     num_epochs: PositiveInt = 3
     batch_size: PositiveInt = 16

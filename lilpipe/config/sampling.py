@@ -1,4 +1,4 @@
-"""How answers are drawn from a model, and what every stage that samples has in common."""
+"""How completions are drawn from a model, and what every stage that samples has in common."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lilpipe.config.section import NumWorkers, Section
 
 
 class SamplingConfig(Section):
-    """How answers are drawn from a model."""
+    """How completions are drawn from a model."""
 
     temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
@@ -21,16 +21,16 @@ class SamplingConfig(Section):
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Tokens of less than this share of the likeliest one's probability are not drawn (Nguyen et al. 2024)."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    """Logits of tokens of the prompt and the answer so far are divided by it, negative ones multiplied (Keskar et al.
-    2019)."""
+    """Logits of tokens of the prompt and the completion so far are divided by it, negative ones multiplied (Keskar et
+    al. 2019)."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end an answer once its text holds one. What is learnt from is every token drawn, those of the string
-    too, and no end of the turn behind them."""
+    """Strings that end a completion once its text holds one. What is learnt from is every token drawn, those of the
+    string too, and no end of the turn behind them."""
     keep_stop: bool = False
-    """Whether the string that ended an answer stays in its text, as a closing tag must; else the text ends before it,
-    as where the string begins what is no more of the answer."""
+    """Whether the string that ended a completion stays in its text, as a closing tag must; else the text ends before
+    it, as where the string begins what is no more of the completion."""
     max_new_tokens: PositiveInt = 48
-    """Longest answer."""
+    """Longest completion."""
     batch_size: PositiveInt = 256
     """Sequences decoded together."""
     engine: Literal["native", "vllm"] = "native"

@@ -24,7 +24,7 @@ class _Rounding:
 
 Rounding = _Rounding()
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
 NumWorkers = Annotated[PositiveInt, Operational]
 
 

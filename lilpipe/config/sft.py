@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lilpipe.config.section import Rounding, Section, Share
+from lilpipe.config.section import Ratio, Rounding, Section
 from lilpipe.config.training import OptimizerConfig, ParallelSection
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -47,9 +47,9 @@ class SFTConfig(ParallelSection):
     of `prompts.sources`): 2 is twice, 0.5 a half of them, drawn once, 0 none. Once where an origin is not named."""
     packing: Annotated[bool, Rounding] = True
     """Several whole conversations in a row, attention inside each: less padding, the same loss."""
-    min_supervised_share: Share = 0.01
+    min_supervised_ratio: Ratio = 0.01
     """Share of tokens that are learnt, below which the data are refused: answers have got lost."""
-    neftune_alpha: NonNegativeFloat = 0.0
+    neftune_noise_alpha: NonNegativeFloat = 0.0
     """Noise on the embeddings in training, alpha over the root of the numbers in a conversation's embeddings; 0 is
     none (Jain et al. 2023 take 5 to 15)."""
     lora: LoRAConfig | None = None

@@ -49,7 +49,7 @@ class TokenizerConfig(Section):
     `max_bytes` in all, less what is short. None: all as it comes."""
     weights_by: Literal["source", "label", "language"] = "source"
     """What the names in `weights` are."""
-    max_exercise_share: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    max_exercise_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """The exercises of the `prompts` stage, where it is an input, are at most this share of the training bytes."""
     compare: dict[str, OtherTokenizer] = {}
     """Tokenizers to stand beside this one in the report, by the name to show."""
@@ -82,7 +82,7 @@ class TokensConfig(Section):
     `none`: one stream, `corpus`. The exercises are a stream either way."""
     shard_tokens: PositiveInt = 10_000_000
     """A shard is closed once it holds this many tokens."""
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    validation_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Share of documents held out for validation, by a hash of the document's text."""
     num_workers: NumWorkers = 2
     """Encoding threads."""

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lilpipe.config.layout_checks import check_model, check_phases
 from lilpipe.config.model import ModelConfig
-from lilpipe.config.parallel import Launch, LaunchConfig, Layout, ParallelConfig
+from lilpipe.config.parallel import Launch, LaunchConfig, ParallelConfig, ParallelDims
+from lilpipe.config.parallel_checks import check_model, check_phases
 from lilpipe.config.phases import MixtureConfig, Phase, PhaseConfig, resolve_phases
-from lilpipe.config.section import Operational, Rounding, Section, Share
+from lilpipe.config.section import Operational, Ratio, Rounding, Section
 
 
 class OptimizerConfig(Section):
@@ -22,17 +22,17 @@ class OptimizerConfig(Section):
     """Peak learning rate of AdamW."""
     muon_learning_rate: PositiveFloat = 0.02
     """Peak learning rate of Muon; ignored by `adamw`."""
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: Ratio = 0.9
+    beta2: Ratio = 0.95
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay, on matrices alone."""
     warmup_steps: NonNegativeInt = 50
     """Steps of linear warmup."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after warmup. `wsd`: warmup, stable, decay (Hu et al. 2024)."""
-    decay_share: Share = 0.2
+    decay_ratio: Ratio = 0.2
     """Share of the steps, at the end, over which `wsd` falls; the others do not use it."""
-    min_lr_ratio: Share = 0.0
+    min_lr_ratio: Ratio = 0.0
     """Learning rate at the end as a share of the peak."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this global norm."""
@@ -73,7 +73,7 @@ class ParallelSection(TrainingSection):
     """Whether blocks are compiled (`torch.compile`); none compiles where the run is long enough to earn it."""
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> ParallelDims:
         """The mesh of processes."""
         return self.parallel.layout(self.num_workers)
 
@@ -107,7 +107,7 @@ class HealthConfig(Section):
 class NeedleConfig(Section):
     """Needle in a haystack: a fact set in a long text, and how much likelier the model finds it than a wrong one."""
 
-    depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    depths: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Where in the text the fact stands, from its beginning (0) to its end (1)."""
     num_samples: PositiveInt = 8
     """Texts for each depth."""
@@ -118,7 +118,7 @@ class BudgetConfig(Section):
 
     device: str | None = None
     """Accelerator by name (`h100`); the one at hand where none is given. See `lilpipe.model.devices`."""
-    mfu: Share = 0.4
+    mfu: Ratio = 0.4
     """Share of the device's peak that is expected to be reached (Chowdhery et al. 2022)."""
     price_per_hour: NonNegativeFloat = 0.0
     """Price of one device for an hour."""
@@ -137,12 +137,12 @@ class PretrainConfig(ParallelSection):
     """Tokens of a sequence; model.max_seq_len where none is given."""
     phases: tuple[PhaseConfig, ...] = ()
     """Changes on the way, in order."""
-    within_documents: bool = False
+    intra_document_masking: bool = False
     """Attention stays inside documents (Llama 3, 3.2)."""
     z_loss: NonNegativeFloat = 0.0
     """Coefficient of the squared logarithm of the softmax's normaliser (PaLM: 1e-4)."""
     health: HealthConfig = HealthConfig()
-    exercise_share: Share = 0.5
+    exercise_ratio: Ratio = 0.5
     """Share of tokens from the exercises of the `prompts` stage; the rest comes from the corpus."""
     mixture: MixtureConfig = MixtureConfig()
     packing: Literal["concat", "best_fit"] = "concat"
@@ -153,7 +153,7 @@ class PretrainConfig(ParallelSection):
     and a token is a target seq_len / stride times in a pass."""
     eval_every: Annotated[PositiveInt, Operational] = 200
     """Steps between validations."""
-    eval_rows: PositiveInt = 64
+    validation_rows: PositiveInt = 64
     """Validation rows of each stream."""
     needle: NeedleConfig | None = None
     """Needle-in-a-haystack at the end of each phase; none leaves it out."""
@@ -213,9 +213,9 @@ class PretrainConfig(ParallelSection):
     @model_validator(mode="after")
     def _schedule_fits(self) -> PretrainConfig:
         optimizer, num_steps = self.optimizer, self.num_steps
-        if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_share * num_steps > num_steps:
+        if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_ratio * num_steps > num_steps:
             raise ValueError(
-                f"optimizer: warmup_steps {optimizer.warmup_steps} + decay_share {optimizer.decay_share} x num_steps "
+                f"optimizer: warmup_steps {optimizer.warmup_steps} + decay_ratio {optimizer.decay_ratio} x num_steps "
                 f"{num_steps} must be at most {num_steps}; shorten one of them, or take more steps"
             )
         return self
@@ -231,7 +231,7 @@ class PretrainConfig(ParallelSection):
             accumulation_steps=self.accumulation_steps,
             seq_len=self.seq_len or self.model.max_seq_len,
             rope_theta=self.model.rope_theta,
-            exercise_share=self.exercise_share,
+            exercise_ratio=self.exercise_ratio,
             mixture=self.mixture,
         )
         return resolve_phases(whole, self.phases)

@@ -128,14 +128,14 @@ def _check_source(name: str, summaries: list[ReadSummary], config: CorpusConfig)
     unreadable = [row for summary in summaries for row in summary.unreadable]
     num_documents = sum(summary.num_documents for summary in summaries)
     examples = "; ".join(f"{row['file']}:{row['row']} {row['error']}" for row in unreadable[:SHOWN_ERRORS])
-    row_share = len(unreadable) / max(1, len(unreadable) + num_documents)
-    file_share = sum(row["breaks_off"] for row in unreadable) / sum(summary.num_files for summary in summaries)
-    if max(row_share, file_share) > config.max_malformed_share:
+    row_ratio = len(unreadable) / max(1, len(unreadable) + num_documents)
+    file_ratio = sum(row["breaks_off"] for row in unreadable) / sum(summary.num_files for summary in summaries)
+    if max(row_ratio, file_ratio) > config.max_malformed_ratio:
         raise DataError(
             f"source {name!r}: {len(unreadable)} of {len(unreadable) + num_documents} rows cannot be read "
-            f"({max(row_share, file_share):.1%} of its {'rows' if row_share >= file_share else 'files'}; at most "
-            f"{config.max_malformed_share:.1%} is allowed): {examples}; mend the source, correct `columns.text` or "
-            f"`kind`, or raise corpus.max_malformed_share"
+            f"({max(row_ratio, file_ratio):.1%} of its {'rows' if row_ratio >= file_ratio else 'files'}; at most "
+            f"{config.max_malformed_ratio:.1%} is allowed): {examples}; mend the source, correct `columns.text` or "
+            f"`kind`, or raise corpus.max_malformed_ratio"
         )
     if not num_documents:
         source = next(source for source in config.sources if source.name == name)
@@ -185,9 +185,9 @@ def _judge(config: CorpusConfig, selection: Selection, work: Work) -> LateVerdic
     """The verdicts that need all documents that passed the chain."""
     filtered, settings = work.folder("filtered"), config.classifier
     min_score = settings.min_score
-    if settings.keep_share is not None:
+    if settings.keep_ratio is not None:
         scores = [LateVerdicts(filtered, None, None).scores(shard) for shard in range(selection.num_shards)]
-        min_score = keep_threshold(np.concatenate(scores), settings.keep_share)
+        min_score = keep_threshold(np.concatenate(scores), settings.keep_ratio)
     late = LateVerdicts(filtered, min_score, matches=None)
     if not config.minhash.enabled:
         return late

@@ -104,7 +104,7 @@ class Counts:
             "documents_kept": total.kept.documents,
             "bytes_read": total.read.bytes,
             "bytes_kept": total.kept.bytes,
-            "kept_share": total.kept.documents / max(1, total.read.documents),
+            "kept_ratio": total.kept.documents / max(1, total.read.documents),
             "quarantined": total.quarantined,
             "skipped": total.skipped.total(),
             **{f"rejected_{reason}": count for reason, count in self.reasons().items()},

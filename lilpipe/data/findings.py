@@ -45,7 +45,7 @@ def evaluation_section(index: EvaluationIndex, matches: pa.Table, config: Decont
         table(rows),
     ]
     if matches.num_rows:
-        order = np.argsort(-matches["item_share"].to_numpy(), kind="stable")
+        order = np.argsort(-matches["item_ratio"].to_numpy(), kind="stable")
         first, last = order[:NUM_EXAMPLES], order[max(NUM_EXAMPLES, len(order) - NUM_EXAMPLES) :]
         fragments += [heading("The fullest matches"), *_examples(matches, first)]
         if len(last):
@@ -67,7 +67,7 @@ def classifier_section(report: Mapping[str, Any], min_score: float) -> list[str]
     return [
         note(
             f"Trained on {report['num_trained']:,} good and as many bad examples, measured on "
-            f"{report['num_held_out']:,} of each that were held out; of {report['num_good']:,} and "
+            f"{report['num_validation']:,} of each that were held out; of {report['num_good']:,} and "
             f"{report['num_bad']:,} that were given, and {report['num_in_both']:,} given as both and left out. "
             f"Area under the ROC curve: {report['auc']:.4f}. Documents below {min_score:.4g} were rejected."
         ),
@@ -80,7 +80,7 @@ def _examples(matches: pa.Table, rows: np.ndarray) -> list[str]:
         text_block(
             f"{row['before']}⟦{row['overlap']}⟧{row['after']}",
             title=row["document"],
-            detail=f"{row['set']}/{row['item']} · {row['item_share']:.0%} of the item's n-grams",
+            detail=f"{row['set']}/{row['item']} · {row['item_ratio']:.0%} of the item's n-grams",
         )
         for row in matches.take(pa.array(rows)).to_pylist()
     ]

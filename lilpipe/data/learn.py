@@ -14,7 +14,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import write_atomically
 from lilpipe.config.corpus import CorpusConfig, Source
-from lilpipe.data.filters.classifier import MODEL_FILE, train
+from lilpipe.data.filters.classifier import MODEL_FILE, train_classifier
 from lilpipe.data.filters.decontamination import EvaluationIndex, write_index
 from lilpipe.data.filters.evaluation_sets import prompt_sets, source_sets
 from lilpipe.data.filters.outliers import Unigrams, WordCounter, WordCounts, merge_counts
@@ -94,7 +94,7 @@ def _train_classifier(config: CorpusConfig, work: Work) -> Path | None:
     report = folder / CLASSIFIER_REPORT
     if not report.exists():  # which is written last
         folder.mkdir(parents=True, exist_ok=True)
-        found = train(_texts(settings.good), _texts(settings.bad), settings, folder)
+        found = train_classifier(_texts(settings.good), _texts(settings.bad), settings, folder)
         rows = [each._asdict() for each in found.at_thresholds]
         write_atomically(report, json.dumps({**asdict(found), "at_thresholds": rows}))
     return folder / MODEL_FILE

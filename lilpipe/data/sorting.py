@@ -22,7 +22,7 @@ from datatrove.pipeline.base import PipelineStep
 from lilpipe.artifact import write_atomically
 from lilpipe.data.filters.chain import Document
 from lilpipe.data.filters.normalise import normalise
-from lilpipe.data.sources.readers import FirstBytes, Part, RawDocument, Unreadable, read_part
+from lilpipe.data.sources.readers import FirstBytes, RawDocument, SourcePart, Unreadable, read_part
 from lilpipe.schemas.documents import ORIGIN
 from lilpipe.schemas.tables import read_table, write_table
 
@@ -63,7 +63,7 @@ class ReadParts(PipelineStep):
 
     type, name = "Reader", "Sources to sorted runs"
 
-    def __init__(self, parts: list[Part], source_names: list[str], folder: Path) -> None:
+    def __init__(self, parts: list[SourcePart], source_names: list[str], folder: Path) -> None:
         super().__init__()
         self.parts = parts
         self.source_names = source_names

@@ -1,6 +1,6 @@
 """Stage ``evaluate``: how good the model is after each training stage, on the same held-out prompts.
 
-For each model: bits per byte of validation text, accuracy of the likeliest answer, mean accuracy of sampled answers,
+For each model: bits per byte of validation text, accuracy of the greedy completion, mean accuracy of sampled answers,
 pass@k, the mean of each reward, all of them by family and difficulty too, each with its number of prompts and its
 standard error. Each chat model's sampled answers are set against a reference (``games``). A model is called better than
 the one before it only outside of the noise (``comparison``).
@@ -19,8 +19,8 @@ from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.errors import ConfigError
-from lilpipe.evaluation.answers import Candidate, add_rewards, as_candidate, sample_all, validation_bits
 from lilpipe.evaluation.comparison import beyond_noise
+from lilpipe.evaluation.completions import Candidate, add_rewards, as_candidate, sample_all, validation_bits
 from lilpipe.evaluation.games import (
     Outcomes,
     by_brevity,
@@ -54,7 +54,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     rows = sample_all(entrants, prompts, config, workspace)
     unanswered: Metrics = {}
     if config.win_against == "answer":
-        rows[REFERENCE_ANSWERS] = reference_answers(prompts, num_samples=config.samples_per_prompt)
+        rows[REFERENCE_ANSWERS] = reference_answers(prompts, num_generations=config.num_generations)
         unanswered = _count_without_reference(prompts, workspace)
     rows = add_rewards(rows, prompts, rewards, workspace)
     opponent = REFERENCE_ANSWERS if config.win_against == "answer" else reference.name if reference else None
@@ -155,7 +155,7 @@ def _write(found: Evaluation, workspace: Workspace) -> None:
     document = {
         "split": found.config.split,
         "num_prompts": len(found.prompts),
-        "samples_per_prompt": found.config.samples_per_prompt,
+        "num_generations": found.config.num_generations,
         "reference": found.opponent,
         "comparisons": [comparison.sentence for comparison in comparisons(found)],
         "models": {model: _nested(found, model) for model in found.models},
@@ -185,7 +185,7 @@ def side_by_side(prompts: Sequence[Prompt], rows: Mapping[str, Sequence[Row]], o
         for row in model_rows:
             if row["sample"] == 0:
                 kind = "greedy" if row["greedy"] else "sampled"
-                verdict = {key: row[key] for key in ("response", "correct", "rewards")}
+                verdict = {key: row[key] for key in ("completion", "correct", "rewards")}
                 if not row["greedy"] and (played := outcomes.get(model, {}).get(row["prompt_id"])):
                     verdict["game"] = ending(played[0])
                 answers[row["prompt_id"]].setdefault(model, {})[kind] = verdict

@@ -55,7 +55,7 @@ def set_against(rows: Sequence[Row], opponent: Sequence[Row]) -> Games:
     return games
 
 
-def reference_answers(prompts: Sequence[Prompt], *, num_samples: int) -> list[Row]:
+def reference_answers(prompts: Sequence[Prompt], *, num_generations: int) -> list[Row]:
     """The reference answers that come with prompts, as rows of a model that gives the same answer each time.
 
     Raises ``ConfigError`` if no prompt has one.
@@ -71,13 +71,13 @@ def reference_answers(prompts: Sequence[Prompt], *, num_samples: int) -> list[Ro
             "question": prompt.question,
             "greedy": False,
             "sample": sample,
-            "response": prompt.reference,
+            "completion": prompt.reference,
             "num_tokens": 0,
             **vars(judge(prompt, prompt.reference, ended=True)),
         }
         for prompt in prompts
         if prompt.reference
-        for sample in range(num_samples)
+        for sample in range(num_generations)
     ]
 
 
@@ -126,14 +126,14 @@ def play_before_judge(games: Mapping[str, Games], config: JudgeConfig, workspace
 
     def work(index: int) -> list[Row]:
         part = flat[index * GAMES_PER_CHUNK : (index + 1) * GAMES_PER_CHUNK]
-        pairings = [Pairing(g.mine["question"], g.mine["response"], g.other["response"]) for g in part]
+        pairings = [Pairing(g.mine["question"], g.mine["completion"], g.other["completion"]) for g in part]
         return [dict(vars(outcome)) for outcome in judge_model.decide(pairings)]
 
     num_chunks = -(-len(flat) // GAMES_PER_CHUNK)
     table = run_chunks(work, num_chunks, name="verdicts", schema=OUTCOME_SCHEMA, workspace=workspace)
     outcomes = [Outcome(**row) for row in table]
     # Equal answers tie unasked: what the judge said is in the other games.
-    asked = [o for game, o in zip(flat, outcomes, strict=True) if game.mine["response"] != game.other["response"]]
+    asked = [o for game, o in zip(flat, outcomes, strict=True) if game.mine["completion"] != game.other["completion"]]
     if (share := check_readable(asked)) > UNREADABLE_ALARM:
         workspace.log(
             f"the judge gave no verdict that can be read in {share:.0%} of {len(asked)} games, which are left out; "
@@ -162,7 +162,7 @@ def win_scores(outcomes: Outcomes, *, judged: bool = False) -> dict[str, Estimat
     if read and judged:
         scores["flip_rate"] = mean_estimate([_mean([o.flipped for o in group]) for group in read])
     if outcomes and judged:
-        scores["unreadable_share"] = mean_estimate(
+        scores["unreadable_ratio"] = mean_estimate(
             [_mean([o.win is None for o in group]) for group in outcomes.values()]
         )
     return scores

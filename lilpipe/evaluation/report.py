@@ -20,7 +20,7 @@ RULES = {
     "reward_model": "the reward model's higher score",
     "judge": "a language model asked twice, with the places swapped",
 }
-GAME_SCORES = ("win_rate", "tie_rate", "flip_rate", "unreadable_share")
+GAME_SCORES = ("win_rate", "tie_rate", "flip_rate", "unreadable_ratio")
 
 
 def write_page(found: Evaluation) -> str:
@@ -142,7 +142,7 @@ def side_by_side(found: Evaluation) -> list[str]:
                     {
                         "model": model,
                         "draw": "greedy" if greedy else "sample",
-                        "answer": row["response"],
+                        "answer": row["completion"],
                         "verifier": _verdict(row),
                         **{label(f"reward_{name}"): f"{value:.3g}" for name, value in row["rewards"].items()},
                         **game,

@@ -10,7 +10,7 @@ from lilpipe.alignment.rollout.sampling import by_prompt
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.evaluation.comparison import Comparison, paired
 from lilpipe.evaluation.games import Outcomes, win_scores
-from lilpipe.metrics.pass_at_k import Estimate, mean_estimate, pass_at_k, share_estimate
+from lilpipe.metrics.pass_at_k import Estimate, mean_estimate, pass_at_k, ratio_estimate
 from lilpipe.schemas.chunks import Row
 from lilpipe.schemas.examples import Prompt
 
@@ -51,20 +51,20 @@ def score(rows: Sequence[Row]) -> Estimates:
     if checked:
         k = len(verifiable[0])
         corrects = [sum(row["correct"] for row in group) for group in verifiable]
-        estimates["accuracy"] = share_estimate(sum(row["correct"] for row in checked), len(checked))
+        estimates["accuracy"] = ratio_estimate(sum(row["correct"] for row in checked), len(checked))
         estimates["sampled_accuracy"] = mean_estimate([correct / k for correct in corrects])
         for size in _sizes(k):
             estimates[f"pass_at_{size}"] = mean_estimate([pass_at_k(k, correct, size) for correct in corrects])
-        estimates["well_formed"] = share_estimate(sum(row["well_formed"] for row in checked), len(checked))
+        estimates["well_formed"] = ratio_estimate(sum(row["well_formed"] for row in checked), len(checked))
     estimates["words"] = mean_estimate([float(row["num_words"]) for row in greedy])
     for name in rows[0]["rewards"]:
         estimates[f"reward_{name}"] = mean_estimate([_mean_reward(group, name) for group in groups])
     return estimates
 
 
-def _sizes(num_samples: int) -> list[int]:
+def _sizes(num_generations: int) -> list[int]:
     """Powers of two below the number of samples, and it; that of one sample is the sampled accuracy."""
-    return [*(1 << bits for bits in range(1, (num_samples - 1).bit_length())), num_samples]
+    return [*(1 << bits for bits in range(1, (num_generations - 1).bit_length())), num_generations]
 
 
 def gains(rows: Sequence[Row], before: Sequence[Row]) -> Estimates:

@@ -20,7 +20,7 @@ GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=256, batch_size=1)
 
 
 def chat(directory: Path, *, sampling: SamplingConfig = GREEDY, system: str | None = None, seed: int = 0) -> None:
-    """Read questions from standard input until its end, and print each answer as it is drawn.
+    """Read questions from standard input until its end, and print each completion as it is drawn.
 
     The whole conversation is the prompt; its oldest turns are forgotten once it no longer fits the model, but not what
     the model was told as its ``system``. Raises ``ArtifactError`` if the directory holds no checkpoint.

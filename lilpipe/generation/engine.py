@@ -3,7 +3,7 @@
 A prompt is read once, and its pages are shared by all of its samples: a sample's own tokens go to pages of its own, so
 that nothing is ever copied. Up to ``max_rows`` sequences advance together by a token a step; one that ends gives back
 its pages, and its row goes to the next one waiting before the next step (continuous batching, Yu et al. 2022, "Orca").
-Where the number of pages is limited, a sequence waits until there are pages for its longest possible answer. Each
+Where the number of pages is limited, a sequence waits until there are pages for its longest possible completion. Each
 sequence draws from a random stream of its own, so a sample does not depend on which others share the batch, up to the
 rounding of matrix products of another size.
 
@@ -21,17 +21,17 @@ import torch
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation import vllm
-from lilpipe.generation.folded import FoldedDecoder, foldable
+from lilpipe.generation.fused import FusedDecoder, is_fusable
 from lilpipe.generation.graphs import DecodeGraphs, fits
 from lilpipe.generation.paged_attention import PromptView
 from lilpipe.generation.pages import PAGE_SIZE, pages_for
-from lilpipe.generation.requests import Request, Row, Sample
+from lilpipe.generation.requests import CompletionOutput, Request, Row
 from lilpipe.generation.rows import Rows, table
 from lilpipe.generation.text import token_bytes
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
 
-__all__ = ["Engine", "Request", "Sample", "generate", "stream"]
+__all__ = ["CompletionOutput", "Engine", "Request", "generate", "stream"]
 
 TOKENS_AT_ONCE = 8192
 """Tokens of prompts, padding included, that are read in one forward pass."""
@@ -44,17 +44,17 @@ def generate(
     sampling: SamplingConfig,
     stop_ids: Collection[int],
     seed: int,
-    num_samples: int = 1,
+    num_generations: int = 1,
     numbers: Sequence[int] | None = None,
     tokenizer: Tokenizer | None = None,
     num_pages: int | None = None,
-) -> list[list[Sample]]:
-    """``num_samples`` answers to each prompt, in order.
+) -> list[list[CompletionOutput]]:
+    """``num_generations`` completions to each prompt, in order.
 
     Random numbers depend on ``seed``, the prompt's number and the sample's index alone; ``numbers`` are those of the
     prompts among those of all workers, 0 and up where none are given. ``tokenizer`` is needed for stop strings. With
-    ``sampling.engine`` "vllm" the answers are vLLM's, see ``vllm``. Raises ``DataError`` for a prompt that is empty or
-    leaves no room for an answer, and for a model that gives NaN.
+    ``sampling.engine`` "vllm" the completions are vLLM's, see ``vllm``. Raises ``DataError`` for a prompt that is empty
+    or leaves no room for a completion, and for a model that gives NaN.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     if sampling.engine == "vllm":
@@ -65,7 +65,7 @@ def generate(
             sampling=sampling,
             stop_ids=stop_ids,
             seed=seed,
-            num_samples=num_samples,
+            num_generations=num_generations,
             rooms=[_room(model, index, prompt, sampling) for index, prompt in enumerate(prompts)],
             tokenizer=tokenizer,
         )
@@ -76,7 +76,7 @@ def generate(
             sampling=sampling,
             stop_ids=stop_ids,
             seed=seed,
-            num_samples=num_samples,
+            num_generations=num_generations,
             tokenizer=tokenizer,
             index=index,
         )
@@ -96,7 +96,7 @@ def stream(
     seed: int,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[int]:
-    """The tokens of one answer, each as soon as it is drawn; the same as ``generate`` gives."""
+    """The tokens of one completion, each as soon as it is drawn; the same as ``generate`` gives."""
     engine = Engine(model, max_rows=1)
     request = engine.submit(prompt, sampling=sampling, stop_ids=stop_ids, seed=seed, tokenizer=tokenizer)
     tokens, num_sent = request.samples[0].tokens, 0
@@ -117,9 +117,9 @@ class Engine:
         self.max_rows = max_rows
         self.num_pages = num_pages
         self.waiting: deque[Request] = deque()
-        """Requests of which not all answers have begun, the first come first."""
+        """Requests of which not all completions have begun, the first come first."""
         self.graphs = DecodeGraphs(model) if fits(model) else None
-        self.folded = FoldedDecoder(model) if foldable(model) else None
+        self.fused = FusedDecoder(model) if is_fusable(model) else None
         self.rows = Rows(model, padded=self.graphs is not None)
 
     def submit(
@@ -129,12 +129,12 @@ class Engine:
         sampling: SamplingConfig,
         stop_ids: Collection[int],
         seed: int,
-        num_samples: int = 1,
+        num_generations: int = 1,
         tokenizer: Tokenizer | None = None,
         index: int = 0,
-        num_likeliest: int = 0,
+        num_top_logprobs: int = 0,
     ) -> Request:
-        """Ask for answers to a prompt; ``index`` is the prompt's part in its random numbers, beside ``seed``.
+        """Ask for completions to a prompt; ``index`` is the prompt's part in its random numbers, beside ``seed``.
         Of each place so many of the likeliest tokens are noted too.
 
         Raises ``DataError`` for a prompt that cannot be answered, and for stop strings without a tokenizer.
@@ -148,8 +148,8 @@ class Engine:
             seed=seed,
             index=index,
             room=_room(self.model, index, prompt_ids, sampling),
-            samples=[Sample([], [], finished=False) for _ in range(num_samples)],
-            num_likeliest=num_likeliest,
+            samples=[CompletionOutput([], [], finished=False) for _ in range(num_generations)],
+            num_top_logprobs=num_top_logprobs,
             vocabulary=token_bytes(tokenizer) if sampling.stop and tokenizer else [],
         )
         self._check_pages(request)
@@ -159,7 +159,7 @@ class Engine:
 
     @torch.inference_mode()
     def cancel(self, request: Request) -> None:
-        """Draw nothing more for a request; its answers end as they are."""
+        """Draw nothing more for a request; its completions end as they are."""
         if request in self.waiting:
             self.waiting.remove(request)
         request.num_ended += len(request.samples) - request.num_started
@@ -170,15 +170,15 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Give free rows to waiting answers and draw a token in every row. False if nothing is left to do."""
+        """Give free rows to waiting completions and draw a token in every row. False if nothing is left to do."""
         while self._enter():
             pass
         if self.rows:
             tokens_B1, positions_B1, view = self.rows.inputs()
             if self.graphs is not None:
                 logits_BV = self.graphs(tokens_B1, positions_B1, view)
-            elif self.folded is not None:
-                logits_BV = self.folded(tokens_B1, positions_B1, view)
+            elif self.fused is not None:
+                logits_BV = self.fused(tokens_B1, positions_B1, view)
             else:
                 logits_BV = self.model(tokens_B1, positions_BT=positions_B1, cache=view)[:, 0]
             self.rows.draw(logits_BV[: len(self.rows)])
@@ -187,7 +187,9 @@ class Engine:
     # --- entering -------------------------------------------------------------------------------------------------
 
     def _enter(self) -> bool:
-        """Let in answers that wait, reading their prompts, and draw their first tokens. False if none could enter."""
+        """Let in completions that wait, reading their prompts, and draw their first tokens. False if none could
+        enter.
+        """
         entering: list[Row] = []
         while self.waiting and len(self.rows) + len(entering) < self.max_rows:
             request = self.waiting[0]
@@ -211,12 +213,12 @@ class Engine:
         return True
 
     def _has_pages(self, request: Request, entering: Sequence[Row]) -> bool:
-        """Whether there are pages for one more answer as long as it may get, beside all those under way."""
+        """Whether there are pages for one more completion as long as it may get, beside all those under way."""
         if self.num_pages is None:
             return True
-        promised = sum(row.request.pages_per_answer for row in [*self.rows.rows, *entering])
+        promised = sum(row.request.pages_per_completion for row in [*self.rows.rows, *entering])
         prompt = 0 if request.pages else pages_for(len(request.prompt))
-        return self.rows.prompts.num_used + promised + prompt + request.pages_per_answer <= self.num_pages
+        return self.rows.prompts.num_used + promised + prompt + request.pages_per_completion <= self.num_pages
 
     def _read(self, requests: Sequence[Request]) -> None:
         """Read prompts, those of like length together."""
@@ -241,7 +243,7 @@ class Engine:
             request.logits_V = logits_V
 
     def _check_pages(self, request: Request) -> None:
-        needed = pages_for(len(request.prompt)) + request.pages_per_answer
+        needed = pages_for(len(request.prompt)) + request.pages_per_completion
         if self.num_pages is not None and needed > self.num_pages:
             raise DataError(
                 f"prompt {request.index}: {len(request.prompt)} tokens and an answer of up to {request.room} need "
@@ -250,7 +252,7 @@ class Engine:
 
 
 def _room(model: Transformer, index: int, prompt: Sequence[int], sampling: SamplingConfig) -> int:
-    """Most tokens that an answer to the prompt can have."""
+    """Most tokens that a completion to the prompt can have."""
     max_seq_len = model.config.max_seq_len
     if not 0 < len(prompt) < max_seq_len:
         raise DataError(

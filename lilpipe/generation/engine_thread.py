@@ -56,7 +56,7 @@ class EngineThread:
         return self._thread.is_alive()
 
     def submit(self, ask: Ask, notify: Notify) -> Ticket:
-        """Ask for answers; ``notify`` is called in the engine's thread until all have been given."""
+        """Ask for completions; ``notify`` is called in the engine's thread until all have been given."""
         ticket = Ticket(ask, notify)
         self._commands.put(lambda: self._admit(ticket))
         if self._ended is not None:

@@ -41,7 +41,7 @@ class Scratch:
 
 
 @dataclass
-class Layout:
+class BatchLayout:
     """Which rows see which pages. It stays while no row enters, leaves or begins a page."""
 
     num_rows: int
@@ -50,11 +50,11 @@ class Layout:
     sharing: int
     """R."""
     blocks_C: Tensor
-    """Of each block of queries, answers' first, its number among the rows' [B x K]."""
+    """Of each block of queries, completions' first, its number among the rows' [B x K]."""
     partials_QM: Tensor
     """Of each row and head [Q = B x H], the results [C x G] that it merges; the number after the last is of none."""
     tables_BM: tuple[Tensor, Tensor]
-    """Pages of each row, of answers and of prompts; 0 where there are fewer."""
+    """Pages of each row, of completions and of prompts; 0 where there are fewer."""
     seen_BM: tuple[Tensor, Tensor]
     """Where the tables hold a page."""
 
@@ -65,7 +65,7 @@ def layout(
     config: ModelConfig,
     device: torch.device,
     round_up: Callable[[int], int] = int,
-) -> Layout:
+) -> BatchLayout:
     """The layout of rows with these pages; -1 stands where a row has fewer. Counts are rounded as ``round_up`` says,
     and there must be as many pages.
     """
@@ -105,7 +105,7 @@ def layout(
     def put(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    return Layout(
+    return BatchLayout(
         num_rows=num_rows,
         num_answer_pages=num_answer_pages,
         num_prompt_pages=num_prompt_pages,
@@ -130,7 +130,7 @@ def _members(prompt_B: np.ndarray) -> tuple[np.ndarray, int]:
 
 @dataclass
 class _Pages:
-    """Pages of one kind, answers' or prompts', and the parts of a step's tensors that are theirs."""
+    """Pages of one kind, completions' or prompts', and the parts of a step's tensors that are theirs."""
 
     pool: PagePool
     count: int
@@ -138,7 +138,7 @@ class _Pages:
     """Of each layer ``[N x K, E, S]``."""
     values: list[Tensor]
     queries: Tensor
-    """``[N x K, R x G, E]``; of answers R is 1."""
+    """``[N x K, R x G, E]``; of completions R is 1."""
     scores: Tensor
     results: Tensor
     closed: Tensor
@@ -199,7 +199,13 @@ class DecodeView(AttendingView):
     """
 
     def __init__(
-        self, answers: PagePool, prompts: PagePool, layout: Layout, page_B: Tensor, place_B: Tensor, scratch: Scratch
+        self,
+        answers: PagePool,
+        prompts: PagePool,
+        layout: BatchLayout,
+        page_B: Tensor,
+        place_B: Tensor,
+        scratch: Scratch,
     ) -> None:
         self.answers, self.prompts = answers, prompts
         self.layout = layout

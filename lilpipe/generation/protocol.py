@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
-from lilpipe.generation.requests import Likeliest
+from lilpipe.generation.requests import TopLogprobs
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
@@ -68,15 +68,15 @@ def can_chat(tokenizer: Tokenizer) -> bool:
 
 @dataclass(frozen=True)
 class Ask:
-    """A request in the engine's terms: ``num_samples`` answers to each of the prompts."""
+    """A request in the engine's terms: ``num_generations`` answers to each of the prompts."""
 
     prompts: list[list[int]]
     sampling: SamplingConfig
     stop_ids: tuple[int, ...]
     stop: tuple[str, ...]
     seed: int
-    num_samples: int
-    num_likeliest: int = 0
+    num_generations: int
+    num_top_logprobs: int = 0
     """How many of the likeliest tokens are noted at each place."""
 
 
@@ -88,7 +88,7 @@ class Piece:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    likeliest: list[Likeliest] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     """Beside each of the tokens, where they were asked for."""
     finish_reason: str | None = None
 
@@ -97,7 +97,7 @@ class Piece:
         self.text += other.text
         self.tokens += other.tokens
         self.logprobs += other.logprobs
-        self.likeliest += other.likeliest
+        self.top_logprobs += other.top_logprobs
         self.finish_reason = other.finish_reason
 
 
@@ -162,7 +162,7 @@ class BaseRequest(BaseModel):
         param: str,
         max_seq_len: int,
         limit: int,
-        num_likeliest: int,
+        num_top_logprobs: int,
     ) -> Ask:
         longest = max(map(len, prompts))
         if longest >= max_seq_len:
@@ -190,7 +190,13 @@ class BaseRequest(BaseModel):
             raise RequestError(str(error), param=param) from error
         seed = secrets.randbits(48) if self.seed is None else self.seed
         return Ask(
-            prompts, sampling, stop_ids=ends, stop=stop, seed=seed, num_samples=self.n, num_likeliest=num_likeliest
+            prompts,
+            sampling,
+            stop_ids=ends,
+            stop=stop,
+            seed=seed,
+            num_generations=self.n,
+            num_top_logprobs=num_top_logprobs,
         )
 
 
@@ -239,7 +245,7 @@ class ChatRequest(BaseRequest):
             message = f"top_logprobs: got {self.top_logprobs} without logprobs; set logprobs to true"
             raise RequestError(message, param="top_logprobs")
         limit = self.max_completion_tokens or self.max_tokens or max_seq_len
-        settings = {"max_seq_len": max_seq_len, "limit": limit, "num_likeliest": self.top_logprobs}
+        settings = {"max_seq_len": max_seq_len, "limit": limit, "num_top_logprobs": self.top_logprobs}
         return self._ask([prompt], tokenizer, param="messages", **settings)
 
     def opening(self) -> list[dict[str, Any]]:  # noqa: D102
@@ -275,7 +281,7 @@ class CompletionRequest(BaseRequest):
         if len(prompts) * self.n > MAX_CHOICES:
             message = f"prompt: got {len(prompts)} prompts x n = {self.n}, expected at most {MAX_CHOICES} answers"
             raise RequestError(message, param="prompt")
-        settings = {"max_seq_len": max_seq_len, "limit": self.max_tokens or 16, "num_likeliest": self.logprobs or 0}
+        settings = {"max_seq_len": max_seq_len, "limit": self.max_tokens or 16, "num_top_logprobs": self.logprobs or 0}
         return self._ask(prompts, tokenizer, param="prompt", **settings)
 
     def _prompts(self) -> list[str | list[int]]:
@@ -367,7 +373,7 @@ def _said(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-def _logprob(token: int, logprob: float, others: Likeliest, vocabulary: Sequence[bytes]) -> dict[str, Any]:
+def _logprob(token: int, logprob: float, others: TopLogprobs, vocabulary: Sequence[bytes]) -> dict[str, Any]:
     return {
         **_entry(token, logprob, vocabulary),
         "top_logprobs": [_entry(other, value, vocabulary) for other, value in others],
@@ -388,9 +394,9 @@ def _by_text(piece: Piece, vocabulary: Sequence[bytes]) -> list[dict[str, float]
     return found
 
 
-def _beside_each(piece: Piece) -> list[Likeliest]:
+def _beside_each(piece: Piece) -> list[TopLogprobs]:
     """The likeliest tokens at each place; none where they were not asked for."""
-    return piece.likeliest or [[] for _ in piece.tokens]
+    return piece.top_logprobs or [[] for _ in piece.tokens]
 
 
 def _text(token: int, vocabulary: Sequence[bytes]) -> str:

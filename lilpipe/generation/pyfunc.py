@@ -26,12 +26,12 @@ from lilpipe.generation.transcript import Transcript, gather
 from lilpipe.model.hub import load_model
 
 MAX_ROWS = 32
-"""Answers decoded at once."""
+"""ServedModel decoded at once."""
 DEFAULTS = {"temperature": 0}
 """Greedy unless asked otherwise: a model that scores a table gives the same again."""
 
 
-class Answers:
+class ServedModel:
     """Gives answers to one request, or to each row of a table."""
 
     def __init__(self, directory: Path) -> None:
@@ -74,9 +74,9 @@ class Answers:
         return [[choices[index] for index in sorted(choices)] for choices in found]
 
 
-def _load_pyfunc(data_path: str) -> Answers:
+def _load_pyfunc(data_path: str) -> ServedModel:
     """What MLflow calls, by this name."""
-    return Answers(Path(data_path))
+    return ServedModel(Path(data_path))
 
 
 def _request(values: dict[str, Any]) -> Request:

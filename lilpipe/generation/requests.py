@@ -1,4 +1,4 @@
-"""What is asked of the engine, and the answers while they grow."""
+"""What is asked of the engine, and the completions while they grow."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lilpipe.generation.text import TextStream
 
 StopReason = Literal["stop_token", "stop_string", "length", "cancelled"]
 
-Likeliest = list[tuple[int, float]]
+TopLogprobs = list[tuple[int, float]]
 """The tokens that were likeliest at one place and their log-probabilities at temperature 1, the likeliest first."""
 
 
 @dataclass
-class Sample:
-    """One answer, while it grows and afterwards.
+class CompletionOutput:
+    """One completion, while it grows and afterwards.
 
     ``tokens`` leaves a stop token out but holds those of a stop string. ``logprobs`` are the model's own, at
     temperature 1, before the penalty and before any filter, of ``tokens`` and of the stop token if one was drawn. An
-    answer that is not ``finished`` met ``max_new_tokens`` or ``max_seq_len``, or was cancelled.
+    completion that is not ``finished`` met ``max_new_tokens`` or ``max_seq_len``, or was cancelled.
     """
 
     tokens: list[int]
@@ -32,12 +32,12 @@ class Sample:
     """Whether a stop token or a stop string ended it."""
     stop_reason: StopReason | None = None
     """None while it grows."""
-    likeliest: list[Likeliest] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     """Beside each of ``logprobs``, where they were asked for."""
 
 
-class Law(NamedTuple):
-    """What a token's choice depends on beside logits and chance; rows of one law are drawn together."""
+class SamplingParams(NamedTuple):
+    """What a token's choice depends on beside logits and chance; rows of one set of parameters are drawn together."""
 
     temperature: float
     top_k: int
@@ -48,7 +48,7 @@ class Law(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """Answers that were asked for together."""
+    """Completions that were asked for together."""
 
     prompt: list[int]
     sampling: SamplingConfig
@@ -57,44 +57,44 @@ class Request:
     index: int
     """The prompt's part in its random numbers, beside ``seed``."""
     room: int
-    """Most tokens that an answer can have."""
-    samples: list[Sample]
-    num_likeliest: int = 0
+    """Most tokens that a completion can have."""
+    samples: list[CompletionOutput]
+    num_top_logprobs: int = 0
     """How many of the likeliest tokens are noted at each place."""
     vocabulary: list[bytes] = field(default_factory=list)
     """Bytes of each token, where stop strings are looked for."""
     num_started: int = 0
     num_ended: int = 0
     pages: list[int] = field(default_factory=list)
-    """Of the prompt, from when its first answer begins until the last ends."""
+    """Of the prompt, from when its first completion begins until the last ends."""
     logits_V: Tensor | None = None
-    """After the prompt, until all answers have begun."""
+    """After the prompt, until all completions have begun."""
 
     def __post_init__(self) -> None:
-        self.law = Law(*(getattr(self.sampling, name) for name in Law._fields))
+        self.params = SamplingParams(*(getattr(self.sampling, name) for name in SamplingParams._fields))
 
     @property
     def done(self) -> bool:
-        """Whether all answers have ended."""
+        """Whether all completions have ended."""
         return self.num_ended == len(self.samples)
 
     @property
-    def pages_per_answer(self) -> int:
-        """Most pages that one answer needs; its last token is never written."""
+    def pages_per_completion(self) -> int:
+        """Most pages that one completion needs; its last token is never written."""
         return pages_for(self.room - 1)
 
     def text(self) -> TextStream | None:
-        """What reads an answer for stop strings, if there are any."""
+        """What reads a completion for stop strings, if there are any."""
         return TextStream(self.vocabulary, self.sampling.stop) if self.sampling.stop else None
 
 
 @dataclass(eq=False)
 class Row:
-    """An answer in the making."""
+    """A completion in the making."""
 
     request: Request
     number: int
-    """Of the answer among the request's."""
+    """Of the completion among the request's."""
     pages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class Row:
         self.text = self.request.text()
 
     def record(self, token: int, logprob: float) -> bool:
-        """Take a token; whether it ended the answer."""
+        """Take a token; whether it ended the completion."""
         sample = self.sample
         sample.logprobs.append(logprob)
         if token in self.stop_ids:

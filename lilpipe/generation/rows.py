@@ -1,4 +1,4 @@
-"""The answers that are decoded together: their tokens, random numbers and pages.
+"""The completions that are decoded together: their tokens, random numbers and pages.
 
 Dimensions: B rows, V vocabulary, N random numbers, M pages of a row.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from lilpipe.errors import DataError
 from lilpipe.generation.paged_attention import DecodeView, Scratch, layout
 from lilpipe.generation.pages import PAGE_SIZE, PagePool
-from lilpipe.generation.requests import Law, Row
+from lilpipe.generation.requests import Row, SamplingParams
 from lilpipe.generation.sampling import draw, uniforms
 from lilpipe.model.transformer import Transformer
 
@@ -39,7 +39,7 @@ class Rows:
         self._num_drawn_B = np.zeros(0, dtype=np.int64)
         self._uniforms_BN = np.zeros((0, 0), dtype=np.float32)
         self._seen_BV: Tensor | None = None
-        self._by_law: dict[Law, list[int]] | None = None
+        self._by_params: dict[SamplingParams, list[int]] | None = None
         self._num_asking = 0
         """Rows whose requests ask for the likeliest tokens."""
         self._view: DecodeView | None = None
@@ -57,10 +57,10 @@ class Rows:
     # --- coming and going -----------------------------------------------------------------------------------------
 
     def add(self, entering: Sequence[Row], logits_BV: Tensor) -> None:
-        """Let answers in and draw the first token of each."""
+        """Let completions in and draw the first token of each."""
         first = len(self.rows)
         self.rows += entering
-        self._num_asking += sum(row.request.num_likeliest > 0 for row in entering)
+        self._num_asking += sum(row.request.num_top_logprobs > 0 for row in entering)
         zeros_B = torch.zeros(len(entering), dtype=torch.int64, device=self.device)
         self._tokens_B = torch.cat([self._tokens_B, zeros_B])
         self._num_drawn_B = np.concatenate([self._num_drawn_B, np.zeros(len(entering), dtype=np.int64)])
@@ -72,12 +72,12 @@ class Rows:
             grown_BN[number, : len(stream)] = stream
         self._uniforms_BN = grown_BN
         self._see(entering)
-        self._by_law = self._view = None
+        self._by_params = self._view = None
         self.draw(logits_BV, first)
 
     def _see(self, entering: Sequence[Row]) -> None:
         """Note the prompts' tokens, for the repetition penalty, if any row has one."""
-        if self._seen_BV is None and all(row.request.law.repetition_penalty == 1 for row in entering):
+        if self._seen_BV is None and all(row.request.params.repetition_penalty == 1 for row in entering):
             return
         num_before = len(self.rows) - len(entering)
         if self._seen_BV is None:
@@ -88,7 +88,7 @@ class Rows:
         self._seen_BV = torch.cat([self._seen_BV, new_BV])
 
     def remove(self, numbers: Collection[int]) -> None:
-        """Let rows go, with their pages; a prompt's pages go with the last of its answers."""
+        """Let rows go, with their pages; a prompt's pages go with the last of its completions."""
         if not numbers:
             return
         for number in numbers:
@@ -96,7 +96,7 @@ class Rows:
             self.answers.give(row.pages)
             request = row.request
             request.num_ended += 1
-            self._num_asking -= request.num_likeliest > 0
+            self._num_asking -= request.num_top_logprobs > 0
             if request.done:
                 self.prompts.give(request.pages)
                 request.pages = []
@@ -109,14 +109,14 @@ class Rows:
         self._tokens_B = self._tokens_B[kept_B]
         if self._seen_BV is not None:
             self._seen_BV = self._seen_BV[kept_B] if self.rows else None
-        self._by_law = self._view = None
+        self._by_params = self._view = None
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def inputs(self) -> tuple[Tensor, Tensor, DecodeView]:
         """The last token of each row and its position, ``[B, 1]`` each, and where its keys and values go.
 
-        There may be more rows than answers.
+        There may be more rows than completions.
         """
         if self._view is None or self._steps_left == 0:
             self._view = self._lay_out()
@@ -165,7 +165,7 @@ class Rows:
                 request.pages = [moved.get(page, page) for page in request.pages]
 
     def draw(self, logits_BV: Tensor, first: int = 0) -> None:
-        """Draw a token in each row from ``first`` on; those whose answer ends with it leave."""
+        """Draw a token in each row from ``first`` on; those whose completion ends with it leave."""
         uniforms_B = torch.from_numpy(self._uniforms_BN[np.arange(first, len(self.rows)), self._num_drawn_B[first:]])
         tokens_B, logprobs_B = self._choose(logits_BV, uniforms_B.to(self.device), first)
         self._tokens_B[first:] = tokens_B
@@ -175,45 +175,45 @@ class Rows:
         logprobs = logprobs_B.tolist()
         if not math.isfinite(sum(logprobs)):
             raise DataError("the model's logits are not finite: its training has diverged; train it again")
-        self._note_likeliest(logits_BV, first)
+        self._note_top_logprobs(logits_BV, first)
         drawn = zip(self.rows[first:], tokens_B.tolist(), logprobs, strict=True)
         self.remove([number for number, (row, *values) in enumerate(drawn, first) if row.record(*values)])
 
-    def _note_likeliest(self, logits_BV: Tensor, first: int) -> None:
+    def _note_top_logprobs(self, logits_BV: Tensor, first: int) -> None:
         """Note the likeliest tokens in the rows whose requests ask for them."""
         rows = enumerate(self.rows[first:]) if self._num_asking else ()
-        asking = [(number, row) for number, row in rows if row.request.num_likeliest]
+        asking = [(number, row) for number, row in rows if row.request.num_top_logprobs]
         if not asking:
             return
-        most = min(max(row.request.num_likeliest for _, row in asking), self.vocab_size)
+        most = min(max(row.request.num_top_logprobs for _, row in asking), self.vocab_size)
         logprobs_NC, tokens_NC = logits_BV[[number for number, _ in asking]].log_softmax(dim=-1).topk(most)
         for (_, row), tokens, logprobs in zip(asking, tokens_NC.tolist(), logprobs_NC.tolist(), strict=True):
-            row.sample.likeliest.append(list(zip(tokens, logprobs, strict=True))[: row.request.num_likeliest])
+            row.sample.top_logprobs.append(list(zip(tokens, logprobs, strict=True))[: row.request.num_top_logprobs])
 
     def _choose(self, logits_BV: Tensor, uniforms_B: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities, rows of one law together."""
+        """Tokens and log-probabilities, rows of one set of parameters together."""
         seen_BV = None if self._seen_BV is None else self._seen_BV[first:]
-        by_law = self._laws(first)
-        if len(by_law) == 1:
-            return draw(logits_BV, uniforms_B, next(iter(by_law)), seen_BV)
+        by_params = self._sampling_params(first)
+        if len(by_params) == 1:
+            return draw(logits_BV, uniforms_B, next(iter(by_params)), seen_BV)
         tokens_B = torch.empty(len(logits_BV), dtype=torch.int64, device=self.device)
         logprobs_B = torch.empty(len(logits_BV), dtype=logits_BV.dtype, device=self.device)
-        for law, numbers in by_law.items():
+        for params, numbers in by_params.items():
             some_N = torch.tensor(numbers, device=self.device)
             seen_NV = None if seen_BV is None else seen_BV[some_N]
-            tokens_B[some_N], logprobs_B[some_N] = draw(logits_BV[some_N], uniforms_B[some_N], law, seen_NV)
+            tokens_B[some_N], logprobs_B[some_N] = draw(logits_BV[some_N], uniforms_B[some_N], params, seen_NV)
         return tokens_B, logprobs_B
 
-    def _laws(self, first: int) -> dict[Law, list[int]]:
-        """Numbers, counted from ``first``, of the rows of each law."""
-        if first == 0 and self._by_law is not None:
-            return self._by_law
-        by_law: dict[Law, list[int]] = {}
+    def _sampling_params(self, first: int) -> dict[SamplingParams, list[int]]:
+        """Numbers, counted from ``first``, of the rows of each set of parameters."""
+        if first == 0 and self._by_params is not None:
+            return self._by_params
+        by_params: dict[SamplingParams, list[int]] = {}
         for number, row in enumerate(self.rows[first:]):
-            by_law.setdefault(row.request.law, []).append(number)
+            by_params.setdefault(row.request.params, []).append(number)
         if first == 0:
-            self._by_law = by_law
-        return by_law
+            self._by_params = by_params
+        return by_params
 
 
 def round_up(count: int) -> int:

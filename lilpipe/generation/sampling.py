@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lilpipe.generation.requests import Law
+from lilpipe.generation.requests import SamplingParams
 
 BLOCK = 64
 """Tokens whose probabilities are summed at once."""
@@ -33,7 +33,9 @@ def uniforms(seed: int, prompt: int, sample: int, num_tokens: int) -> Tensor:
     return torch.from_numpy(bits.astype(np.float32) * np.float32(2**-24))
 
 
-def draw(logits_BV: Tensor, uniforms_B: Tensor, law: Law, seen_BV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams, seen_BV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A token for each row and its log-probability ``[B]`` under the logits as they are: at temperature 1, before the
     penalty and before any filter. ``seen_BV`` is True at the tokens that the repetition penalty is for.
     """
@@ -42,19 +44,19 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, law: Law, seen_BV: Tensor | None
     blocks_BN = _block_sums(weights_BV)
     totals_B1 = blocks_BN.sum(dim=-1, keepdim=True)
     penalized_BV = logits_BV
-    if law.repetition_penalty != 1 and seen_BV is not None:
-        penalized_BV = penalize(logits_BV, seen_BV, law.repetition_penalty)
-    filtered = law.top_k > 0 or law.top_p < 1 or law.min_p > 0
-    if penalized_BV is logits_BV and law.temperature == 1 and not filtered:
+    if params.repetition_penalty != 1 and seen_BV is not None:
+        penalized_BV = penalize(logits_BV, seen_BV, params.repetition_penalty)
+    filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    if penalized_BV is logits_BV and params.temperature == 1 and not filtered:
         tokens_B = _invert_blocks(weights_BV, blocks_BN, uniforms_B)
     else:
         tokens_B = choose(
             penalized_BV,
             uniforms_B,
-            temperature=law.temperature,
-            top_k=law.top_k,
-            top_p=law.top_p,
-            min_p=law.min_p,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
         )
     chosen_B1 = logits_BV.gather(-1, tokens_B[:, None])
     return tokens_B, (chosen_B1 - largest_B1 - totals_B1.log()).squeeze(-1)
@@ -92,7 +94,7 @@ def choose(
     widths = [vocab_size if top_k == 0 else min(top_k, vocab_size)]
     widths = [width for width in CANDIDATES if width < widths[0]] + widths
     for width in widths:
-        chosen_N, complete_N = _among_likeliest(
+        chosen_N, complete_N = _among_top_candidates(
             weights_BV[open_N], uniforms_B[open_N], width, top_p=top_p, min_p=min_p, is_last=width == widths[-1]
         )
         tokens_B[open_N[complete_N]] = chosen_N[complete_N]
@@ -102,7 +104,7 @@ def choose(
     return tokens_B
 
 
-def _among_likeliest(
+def _among_top_candidates(
     weights_BV: Tensor, uniforms_B: Tensor, width: int, *, top_p: float, min_p: float, is_last: bool
 ) -> tuple[Tensor, Tensor]:
     """A token of each row chosen among its ``width`` likeliest, and whether all that may be drawn are among these."""

@@ -221,7 +221,7 @@ class _Server:
         """The parts of all choices as they come. Who stops listening frees the rows."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Sequence[Piece] | Exception]()
         ticket = self.thread.submit(ask, lambda pieces: loop.call_soon_threadsafe(news.put_nowait, pieces))
-        num_open = len(ask.prompts) * ask.num_samples
+        num_open = len(ask.prompts) * ask.num_generations
         try:
             while num_open:
                 pieces = await news.get()

@@ -14,11 +14,11 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 class TextStream:
-    """The text of one answer, piece by piece.
+    """The text of one completion, piece by piece.
 
     A character is held back until its last byte has come, and so is what may turn out to begin a stop string. From a
-    stop string on nothing is given, and ``stopped`` is True. The pieces together are what the whole answer decodes to,
-    up to the stop string.
+    stop string on nothing is given, and ``stopped`` is True. The pieces together are what the whole completion decodes
+    to, up to the stop string.
     """
 
     def __init__(self, vocabulary: Sequence[bytes], stop: Sequence[str] = ()) -> None:

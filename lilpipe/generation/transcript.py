@@ -24,10 +24,10 @@ class Transcript:
                         sampling=ask.sampling,
                         stop_ids=ask.stop_ids,
                         seed=ask.seed,
-                        num_samples=ask.num_samples,
+                        num_generations=ask.num_generations,
                         tokenizer=tokenizer,
                         index=index,
-                        num_likeliest=ask.num_likeliest,
+                        num_top_logprobs=ask.num_top_logprobs,
                     )
                 )
         except BaseException:
@@ -54,17 +54,17 @@ class Transcript:
     def _news(self, index: int) -> Piece | None:
         sample, text, seen = self._samples[index], self._texts[index], self._num_seen[index]
         tokens, logprobs = sample.tokens[seen:], sample.logprobs[seen : len(sample.tokens)]
-        likeliest = sample.likeliest[seen : len(sample.tokens)]
+        top_logprobs = sample.top_logprobs[seen : len(sample.tokens)]
         self._num_seen[index] += len(tokens)
         over = sample.stop_reason is not None
         if not (tokens or over):
             return None
         said = text.push(tokens)
         if not over:
-            return Piece(index, said, tokens, logprobs, likeliest)
+            return Piece(index, said, tokens, logprobs, top_logprobs)
         said += text.finish()
         reason = "stop" if sample.finished or text.stopped else "length"
-        return Piece(index, said, tokens, logprobs, likeliest, finish_reason=reason)
+        return Piece(index, said, tokens, logprobs, top_logprobs, finish_reason=reason)
 
     def cancel(self, engine: Engine) -> None:
         """Free the rows of what is not done yet."""

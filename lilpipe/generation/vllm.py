@@ -23,10 +23,10 @@ from torch import Tensor
 
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError
+from lilpipe.generation.requests import CompletionOutput, Row
 from lilpipe.generation.requests import Request as Answers
-from lilpipe.generation.requests import Row, Sample
 from lilpipe.generation.text import token_bytes
-from lilpipe.model.layouts import Lilpipe, layout_for
+from lilpipe.model.state_dict_adapters import Lilpipe, adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 from lilpipe.tokenizer.encoding import Tokenizer
@@ -48,11 +48,11 @@ def generate(
     sampling: SamplingConfig,
     stop_ids: Collection[int],
     seed: int,
-    num_samples: int,
+    num_generations: int,
     rooms: Sequence[int],
     tokenizer: Tokenizer | None,
-) -> list[list[Sample]]:
-    """As ``engine.generate``; ``rooms`` are the most tokens that an answer to each prompt can have.
+) -> list[list[CompletionOutput]]:
+    """As ``engine.generate``; ``rooms`` are the most tokens that a completion to each prompt can have.
 
     Raises ``ConfigError`` where vLLM is not installed or does not know the model.
     """
@@ -61,7 +61,7 @@ def generate(
     hand_over(engine, model)
     settings = [
         vllm.SamplingParams(
-            n=num_samples,
+            n=num_generations,
             temperature=sampling.temperature,
             top_k=sampling.top_k or -1,
             top_p=sampling.top_p,
@@ -70,7 +70,7 @@ def generate(
             max_tokens=room,
             stop_token_ids=sorted(stop_ids),
             ignore_eos=True,
-            seed=derive_seed(seed, "vllm", index) % (SEEDS - num_samples),
+            seed=derive_seed(seed, "vllm", index) % (SEEDS - num_generations),
             logprobs=0,
             detokenize=False,
         )
@@ -86,7 +86,7 @@ def generate(
             seed=seed,
             index=index,
             room=room,
-            samples=[Sample([], [], finished=False) for _ in range(num_samples)],
+            samples=[CompletionOutput([], [], finished=False) for _ in range(num_generations)],
             vocabulary=vocabulary,
         )
         for index, prompt, room in zip(numbers, prompts, rooms, strict=True)
@@ -98,7 +98,7 @@ def generate(
 
 
 def _replay(row: Row, completion: Any) -> None:
-    """Record the tokens as if they were drawn here: what ends an answer is then the same for both engines."""
+    """Record the tokens as if they were drawn here: what ends a completion is then the same for both engines."""
     for token, likely in zip(completion.token_ids, completion.logprobs, strict=True):
         if row.record(token, likely[token].logprob):
             return
@@ -107,7 +107,7 @@ def _replay(row: Row, completion: Any) -> None:
 def hand_over(engine: Any, model: Transformer) -> None:
     """Give the engine the model's weights, and let it forget what it has cached under others."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    engine.collective_rpc(_load, args=(list(layout_for(model.config).to_theirs(tensors).items()),))
+    engine.collective_rpc(_load, args=(list(adapter_for(model.config).to_hf(tensors).items()),))
     engine.reset_prefix_cache()
 
 
@@ -130,7 +130,7 @@ def _import() -> Any:
 
 def _engine(vllm: Any, model: Transformer, sampling: SamplingConfig) -> Any:
     """The engine for this shape of model, started on first use."""
-    config, layout = model.config, layout_for(model.config)
+    config, layout = model.config, adapter_for(model.config)
     if isinstance(layout, Lilpipe):
         raise ConfigError(
             "sampling.engine: got 'vllm', and no architecture that vllm knows computes this model (logit_softcap, or a "

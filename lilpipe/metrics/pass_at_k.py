@@ -16,17 +16,17 @@ class Estimate:
     n: int
 
 
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of pass@k from ``num_correct`` of ``num_samples`` answers to one prompt.
+def pass_at_k(num_generations: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of pass@k from ``num_correct`` of ``num_generations`` answers to one prompt.
 
     The share of the subsets of k samples that hold a correct one: 1 - C(n-c, k) / C(n, k).
     """
-    if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
+    if not 0 <= num_correct <= num_generations or not 1 <= k <= num_generations:
         raise ValueError(
-            f"pass_at_k: got num_samples {num_samples}, num_correct {num_correct}, k {k}; expected "
-            "0 <= num_correct <= num_samples and 1 <= k <= num_samples"
+            f"pass_at_k: got num_generations {num_generations}, num_correct {num_correct}, k {k}; expected "
+            "0 <= num_correct <= num_generations and 1 <= k <= num_generations"
         )
-    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+    return 1 - math.comb(num_generations - num_correct, k) / math.comb(num_generations, k)
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
@@ -39,7 +39,7 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, math.sqrt(variance / n), n)
 
 
-def share_estimate(successes: int, n: int) -> Estimate:
+def ratio_estimate(successes: int, n: int) -> Estimate:
     """A share with its binomial standard error."""
     share = successes / n
     return Estimate(share, math.sqrt(share * (1 - share) / n), n)

@@ -54,7 +54,7 @@ def block_parameters(config: ModelConfig, layer: int, *, active: bool = False) -
 
 def block_matrices(config: ModelConfig, layer: int, *, active: bool = False) -> list[Shape]:
     """The matrices of one block; ``active`` as in ``block_parameters``."""
-    if config.moe is None or layer < config.moe.first_dense_layers:
+    if config.moe is None or layer < config.moe.first_k_dense_replace:
         return attention_matrices(config) + _dense_matrices(config)
     return attention_matrices(config) + _moe_matrices(config.hidden_size, config.moe, active=active)
 
@@ -122,8 +122,8 @@ def _dense_matrices(config: ModelConfig) -> list[Shape]:
 
 def _moe_matrices(width: int, moe: MoEConfig, *, active: bool) -> list[Shape]:
     """The router's, the routed experts' and the shared experts' matrices; the shared ones are one wide expert."""
-    routed = (moe.experts_per_token if active else moe.num_experts) * _swiglu(width, moe.expert_size)
-    shared = _swiglu(width, moe.num_shared_experts * moe.expert_size) if moe.num_shared_experts else []
+    routed = (moe.num_experts_per_tok if active else moe.num_experts) * _swiglu(width, moe.moe_intermediate_size)
+    shared = _swiglu(width, moe.n_shared_experts * moe.moe_intermediate_size) if moe.n_shared_experts else []
     return [Shape(width, moe.num_experts), *routed, *shared]
 
 

@@ -23,8 +23,8 @@ from lilpipe.errors import ArtifactError
 from lilpipe.model.hub import CONFIG_FILE, copy_into, read_model_config, save_tensors
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear
-from lilpipe.model.layouts import layout_for
-from lilpipe.model.transformer import Part, Transformer
+from lilpipe.model.state_dict_adapters import adapter_for
+from lilpipe.model.transformer import ModelPart, Transformer
 from lilpipe.model.weights import NamedTensors, stored_tensors
 from lilpipe.tokenizer.encoding import Tokenizer
 
@@ -44,7 +44,7 @@ class HeadModel(Transformer):
     score: Linear
     """The head, which the last stage alone has."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, num_outputs: int, part: Part | None = None) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, num_outputs: int, part: ModelPart | None = None) -> None:
         super().__init__(config, vocab_size, part)
         self.num_outputs = num_outputs
         self.lm_head = None
@@ -193,7 +193,7 @@ def _read(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Tensors by our names; the head's is the same everywhere."""
     stored = dict(stored_tensors(directory))
     head = {HEAD: stored.pop(HEAD)} if HEAD in stored else {}
-    return layout_for(config).to_ours(stored, config, _stated(directory)) | head
+    return adapter_for(config).from_hf(stored, config, _stated(directory)) | head
 
 
 def _stated(directory: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lilpipe.artifact import write_atomically
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import explain
 from lilpipe.errors import ArtifactError
-from lilpipe.model.layouts import LAYOUTS, Layout, layout_for
+from lilpipe.model.state_dict_adapters import LAYOUTS, StateDictAdapter, adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import MAX_SHARD_BYTES, NamedTensors, stored_tensors, weight_files, write_tensors
 from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
@@ -67,8 +67,8 @@ def save_tensors(
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
-    layout = layout_for(config)
-    renamed = (item for group in _by_layer(tensors) for item in layout.to_theirs(group).items())
+    layout = adapter_for(config)
+    renamed = (item for group in _by_layer(tensors) for item in layout.to_hf(group).items())
     write_tensors(renamed, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
     special = _special_ids(tokenizer)
     write_atomically(directory / GENERATION_FILE, _json(special))
@@ -178,7 +178,7 @@ def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False)
     # What is mapped takes no memory, so all may be sorted by layer, which shards need not be.
     stored = sorted(stored_tensors(directory, shapes_only=shapes_only), key=lambda item: (_layer(item[0]), item[0]))
     for group in _by_layer(stored):
-        for name, tensor in layout.to_ours(group, config, stated).items():
+        for name, tensor in layout.from_hf(group, config, stated).items():
             shared_twice = name == "lm_head.weight" and config.tie_embeddings
             if not (shared_twice or name.endswith("rotary_emb.inv_freq")):
                 yield name, tensor
@@ -203,7 +203,7 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
     return config, vocab_size
 
 
-def _read_config(directory: Path) -> tuple[Layout, dict[str, Any]]:
+def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
     """The layout that ``config.json`` names, and what it states."""
     path = directory / CONFIG_FILE
     try:

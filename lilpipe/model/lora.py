@@ -24,7 +24,7 @@ from lilpipe.config.sft import LoRAConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear
-from lilpipe.model.layouts import layout_for
+from lilpipe.model.state_dict_adapters import adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import NamedTensors
 
@@ -57,7 +57,7 @@ def add_adapters(model: Transformer, config: LoRAConfig, *, seed: int) -> None:
 
     They get their ``initial_value``. Raises ``ConfigError`` for a model whose layers ``peft`` calls otherwise.
     """
-    if (kind := layout_for(model.config).model_type) not in ADAPTABLE:
+    if (kind := adapter_for(model.config).model_type) not in ADAPTABLE:
         raise ConfigError(
             f"sft.lora: got a model of type {kind!r}, expected one of {', '.join(ADAPTABLE)}; leave sft.lora out, "
             "which trains all weights"

@@ -31,8 +31,8 @@ class Router(nn.Module):
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
-        self.experts_per_token = moe.experts_per_token
-        self.routed_scale = moe.routed_scale
+        self.num_experts_per_tok = moe.num_experts_per_tok
+        self.routed_scaling_factor = moe.routed_scaling_factor
         self.weight = nn.Parameter(torch.zeros(moe.num_experts, hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
 
@@ -46,10 +46,10 @@ class Router(nn.Module):
             affinities_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype)).sigmoid()
         with torch.no_grad():
             chosen_NK = (
-                (affinities_NE + self.e_score_correction_bias).topk(self.experts_per_token, sorted=False).indices
+                (affinities_NE + self.e_score_correction_bias).topk(self.num_experts_per_tok, sorted=False).indices
             )
         weights_NK = affinities_NE.gather(1, chosen_NK)
-        return chosen_NK, self.routed_scale * weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return chosen_NK, self.routed_scaling_factor * weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
 
 
 class Experts(nn.Module):
@@ -57,9 +57,9 @@ class Experts(nn.Module):
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Parameter(torch.zeros(moe.num_experts, moe.expert_size, hidden_size))
-        self.up_proj = nn.Parameter(torch.zeros(moe.num_experts, moe.expert_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.zeros(moe.num_experts, hidden_size, moe.expert_size))
+        self.gate_proj = nn.Parameter(torch.zeros(moe.num_experts, moe.moe_intermediate_size, hidden_size))
+        self.up_proj = nn.Parameter(torch.zeros(moe.num_experts, moe.moe_intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.zeros(moe.num_experts, hidden_size, moe.moe_intermediate_size))
 
     def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, loads_E: Tensor) -> Tensor:
         """Weighted sums over each token's experts ``[N, D]``; ``loads_E`` is how often each expert was chosen."""
@@ -80,7 +80,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe)
-        shared_size = moe.num_shared_experts * moe.expert_size
+        shared_size = moe.n_shared_experts * moe.moe_intermediate_size
         self.shared_experts = SwiGLU(hidden_size, shared_size) if shared_size else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

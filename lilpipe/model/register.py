@@ -19,7 +19,7 @@ from lilpipe.config.evaluate import RegisterConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import load_model, model_files
-from lilpipe.model.layouts import Lilpipe, layout_for
+from lilpipe.model.state_dict_adapters import Lilpipe, adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
@@ -149,7 +149,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float]) -> str:
     """The text of the card: a function of what is trained alone, without times, paths or the registry's name."""
     shape = model.config
-    layout = layout_for(shape)
+    layout = adapter_for(shape)
     own = isinstance(layout, Lilpipe)
     facts = {
         "Parameters": f"{num_parameters(shape, model.vocab_size):,}",

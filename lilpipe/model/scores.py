@@ -76,7 +76,7 @@ def soften(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-class Part(NamedTuple):
+class PartScores(NamedTuple):
     """The softmax of some tokens, as its gradient needs it."""
 
     logprobs_N: Tensor
@@ -89,7 +89,7 @@ class Part(NamedTuple):
     """The softening's slope at the target."""
 
 
-def score_part(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None) -> Part:
+def score_part(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None) -> PartScores:
     """Score some targets, with all logits and sums in float32 (float64 if the hidden states are)."""
     logits_NV = F.linear(hidden_ND, weight_VD)
     logits_NV = soften(logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float(), softcap)
@@ -104,10 +104,10 @@ def score_part(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap:
     else:
         target_slopes_N = _at(slopes_NV, targets_N)
         exponentials_NV.mul_(slopes_NV)
-    return Part(chosen_N - normaliser_N, normaliser_N, exponentials_NV, sums_N, target_slopes_N)
+    return PartScores(chosen_N - normaliser_N, normaliser_N, exponentials_NV, sums_N, target_slopes_N)
 
 
-def logits_gradient(part: Part, targets_N: Tensor, logprob_grad_N: Tensor, normaliser_grad_N: Tensor) -> Tensor:
+def logits_gradient(part: PartScores, targets_N: Tensor, logprob_grad_N: Tensor, normaliser_grad_N: Tensor) -> Tensor:
     """Gradient ``[N, V]`` by the logits before softening, from those by log-probabilities and normalisers."""
     factor_N = (normaliser_grad_N - logprob_grad_N) / part.sums_N
     gradient_NV = part.exponentials_NV * factor_N[:, None]

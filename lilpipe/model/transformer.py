@@ -69,12 +69,12 @@ def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
     """The feed-forward layer of one block."""
     if config.architecture == "gpt2":
         return GELULayer(config.hidden_size, config.intermediate_size)
-    if config.moe is None or layer < config.moe.first_dense_layers:
+    if config.moe is None or layer < config.moe.first_k_dense_replace:
         return SwiGLU(config.hidden_size, config.intermediate_size)
     return MoE(config.hidden_size, config.moe)
 
 
-class Part(NamedTuple):
+class ModelPart(NamedTuple):
     """What of the model a pipeline stage holds."""
 
     layers: range
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
     rope_cos: Tensor
     rope_sin: Tensor
 
-    def __init__(self, config: ModelConfig, vocab_size: int, part: Part) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, part: ModelPart) -> None:
         super().__init__()
         self.config = config
         self.part = part
@@ -191,11 +191,11 @@ class Transformer(nn.Module):
     Its weights are zeros until ``init_weights`` or a checkpoint fills them.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, part: Part | None = None) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, part: ModelPart | None = None) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.part = part or Part(range(config.num_layers), first=True, last=True)
+        self.part = part or ModelPart(range(config.num_layers), first=True, last=True)
         self.model = Decoder(config, vocab_size, self.part)
         own_head = self.part.last and not config.tie_embeddings
         self.lm_head = Linear(config.hidden_size, vocab_size) if own_head else None

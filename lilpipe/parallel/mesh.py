@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lilpipe import distributed
-from lilpipe.config.parallel import Layout
+from lilpipe.config.parallel import ParallelDims
 
 Partition = tuple[tuple[int, ...], ...]
 """Ranks in groups, each rank in one of them."""
@@ -23,7 +23,7 @@ Partition = tuple[tuple[int, ...], ...]
 class Mesh:
     """Where this process stands in a layout, and the groups that it talks to."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: ParallelDims) -> None:
         """Make the mesh; every process of the world must take part.
 
         A world of several times the processes of the layout makes as many meshes, which know nothing of each other.
@@ -35,7 +35,7 @@ class Mesh:
         pipeline, replicate, shard, context, tensor = layout
         self._ranks = torch.arange(distributed.world_size()).view(num_meshes, *layout)
         place = (self._ranks == distributed.rank()).nonzero()[0].tolist()
-        self._mesh, self.coordinate = place[0], Layout(*place[1:])
+        self._mesh, self.coordinate = place[0], ParallelDims(*place[1:])
         """Place of this process along each dimension."""
         # Parameters are sharded over the parts of a sequence as well: each has gradients of its own to add.
         parameters = init_device_mesh(
@@ -96,7 +96,7 @@ class Mesh:
 
     def _group(self, *dimensions: str) -> ProcessGroup:
         """The group of this process and those that differ from it along these dimensions alone."""
-        axes = [1 + Layout._fields.index(name) for name in dimensions]
+        axes = [1 + ParallelDims._fields.index(name) for name in dimensions]
         rows = self._ranks.movedim(axes, list(range(-len(axes), 0))).flatten(-len(axes))
         return self._own_group(_partition(rows))
 

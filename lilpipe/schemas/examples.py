@@ -1,7 +1,7 @@
 """What the stages behind pretraining learn from and are measured by: prompts, conversations, and their files.
 
 Questions are the same if they differ by case, white space, the Unicode form or punctuation alone; a training stage that
-meets one of the dev or test split refuses to go on.
+meets one of the validation or test split refuses to go on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lilpipe.errors import DataError
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.tables import read_rows, write_rows
 
-Split = Literal["train", "dev", "test"]
+Split = Literal["train", "validation", "test"]
 
 PROMPT_SCHEMA = pa.schema(
     [
@@ -119,8 +119,10 @@ def normalise_question(question: str) -> str:
 
 
 def assert_not_held_out(questions: Iterable[str], prompts_directory: Path) -> None:
-    """Raise ``DataError`` if a question of the dev or test split is among those a training stage is about to use."""
-    splits: tuple[Split, ...] = ("dev", "test")
+    """Raise ``DataError`` if a question of the validation or test split is among those a training stage is about to
+    use.
+    """
+    splits: tuple[Split, ...] = ("validation", "test")
     held_out = {
         normalise_question(prompt.question) for split in splits for prompt in read_prompts(prompts_directory, split)
     }
@@ -132,6 +134,6 @@ def refuse_held_out(questions: Iterable[str], held_out: set[str], *, where: str)
     found = [question for question in questions if normalise_question(question) in held_out]
     if found:
         raise DataError(
-            f"{where}: {len(found)} training questions occur in the dev or test split, expected none; the first is "
-            f"{found[0]!r}. Remove them from the training data: scores on them would mean nothing"
+            f"{where}: {len(found)} training questions occur in the validation or test split, expected none; the first "
+            f"is {found[0]!r}. Remove them from the training data: scores on them would mean nothing"
         )

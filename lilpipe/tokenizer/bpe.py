@@ -1,7 +1,7 @@
 """Stage ``tokenizer``: train byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), or extend a vocabulary by it.
 
 It learns from the corpus and, where a Prompts artifact is an input, from its exercises as well, so that the words of
-the tasks are in the vocabulary: exercises are taken in their order up to ``max_exercise_share`` of the bytes. rustbpe
+the tasks are in the vocabulary: exercises are taken in their order up to ``max_exercise_ratio`` of the bytes. rustbpe
 trains; a vocabulary given as ``base`` is extended by ``extension``.
 """
 
@@ -61,7 +61,7 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
     return {
         **_compression(usage, list(others)),
         "tokens_per_word": usage.total.tokens_per_word,
-        "share_never_used": usage.share_never_used,
+        "unused_ratio": usage.unused_ratio,
         "glitch_suspects": suspects.total,
         "vocab_size": tokenizer.vocab_size,
         "training_bytes": taken.total(),
@@ -71,11 +71,13 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
 def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None) -> Tokenizer:
     """Train a tokenizer as the section says."""
     if base is None:
-        return train(texts, vocab_size=config.vocab_size, pattern=config.pattern, num_reserved=config.num_reserved)
+        return train_tokenizer(
+            texts, vocab_size=config.vocab_size, pattern=config.pattern, num_reserved=config.num_reserved
+        )
     return train_extension(texts, base, config)
 
 
-def train(
+def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, pattern: str = DEFAULT_PATTERN, num_reserved: int = NUM_RESERVED
 ) -> Tokenizer:
     """Train a tokenizer of exactly ``vocab_size`` ids: 256 bytes, merges, special tokens.

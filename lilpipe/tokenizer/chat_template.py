@@ -42,7 +42,7 @@ def render(
     return ids, mask
 
 
-def render_answer(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+def render_completion(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Token ids of a conversation that ends in an answer: those before the answer, and the answer's to the end of its
     turn. What a template has behind that, such as a line break, is left out: nothing writes it.
 

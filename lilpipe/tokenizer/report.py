@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lilpipe import report
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.patterns import pattern_name
-from lilpipe.tokenizer.sample import Share
+from lilpipe.tokenizer.sample import TokenizerShare
 from lilpipe.tokenizer.usage import HARDLY, NUM_NEIGHBOURS, Suspects, Totals, Usage
 
 THIS = "this tokenizer"
@@ -23,7 +23,7 @@ def build_report(
     tokenizer: Tokenizer,
     usage: Usage,
     suspects: Suspects,
-    shares: Mapping[str, Share],
+    shares: Mapping[str, TokenizerShare],
     taken: Mapping[str, int],
     *,
     others: Sequence[str],
@@ -59,7 +59,7 @@ def build_report(
             "tokens": tokenizer.vocab_size,
             "bytes per token": usage.total.bytes_per_token,
             "tokens per word": usage.total.tokens_per_word,
-            "never used": f"{usage.share_never_used:.1%}",
+            "never used": f"{usage.unused_ratio:.1%}",
             "glitch-token suspects": suspects.total,
         },
     )
@@ -139,7 +139,7 @@ def _bars(totals: Sequence[tuple[str, Totals]], others: Sequence[str]) -> Figure
     return figure
 
 
-def _shares(shares: Mapping[str, Share], taken: Mapping[str, int]) -> str:
+def _shares(shares: Mapping[str, TokenizerShare], taken: Mapping[str, int]) -> str:
     total = max(1, sum(taken.get(name, 0) for name in shares))
     rows: list[dict[str, report.Cell]] = [
         {

@@ -36,11 +36,11 @@ class Text(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
+class TokenizerShare:
     """What was asked of a group of documents, and what there is."""
 
     asked: float
-    """Share of the bytes."""
+    """TokenizerShare of the bytes."""
     wanted: int
     """Bytes that the share comes to."""
     available: int
@@ -59,7 +59,7 @@ class Sample:
     corpus: Path
     prompts: Path | None
     weights_by: str | None
-    shares: Mapping[str, Share]
+    shares: Mapping[str, TokenizerShare]
     """By group."""
     exercise_bytes: int
     """At most so much of the exercises."""
@@ -70,7 +70,7 @@ class Sample:
         by = config.weights_by if config.weights else None
         shares = share_out(count_bytes(corpus, by), config.weights or {ALL: 1.0}, config.max_bytes, by or "")
         total = sum(share.limit for share in shares.values())
-        exercise_bytes = int(total * config.max_exercise_share / (1 - config.max_exercise_share)) if prompts else 0
+        exercise_bytes = int(total * config.max_exercise_ratio / (1 - config.max_exercise_ratio)) if prompts else 0
         return cls(corpus, prompts, by, shares, exercise_bytes)
 
     def shortages(self) -> list[str]:
@@ -120,7 +120,7 @@ def count_bytes(corpus: Path, by: str | None) -> Counter[str]:
 
 def share_out(
     available: Mapping[str, int], weights: Mapping[str, float], max_bytes: int | None, by: str
-) -> dict[str, Share]:
+) -> dict[str, TokenizerShare]:
     """Bytes to take of each group that has a weight.
 
     Without ``max_bytes`` the weights are met exactly, by as many bytes as the scarcest group allows. With it, a group
@@ -135,7 +135,7 @@ def share_out(
     total = sum(weights.values())
     asked = {name: weight / total for name, weight in weights.items()}
     whole = max_bytes or min(available[name] / share for name, share in asked.items())
-    return {name: Share(share, round(whole * share), available[name]) for name, share in asked.items()}
+    return {name: TokenizerShare(share, round(whole * share), available[name]) for name, share in asked.items()}
 
 
 def take_bytes(texts: Iterable[Text], limits: Mapping[str, int]) -> Iterator[Text]:

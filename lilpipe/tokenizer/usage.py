@@ -71,8 +71,8 @@ class Usage:
     by_language: defaultdict[str, Totals] = field(default_factory=lambda: defaultdict(Totals))
 
     @property
-    def share_never_used(self) -> float:
-        """Share of the ids that do not occur."""
+    def unused_ratio(self) -> float:
+        """TokenizerShare of the ids that do not occur."""
         return float((self.token_counts == 0).mean())
 
 

@@ -78,7 +78,7 @@ def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     for source, texts in ((CORPUS, read_corpus(corpus, config.streams_by)), (EXERCISES, exercises)):
         if source == CORPUS or exercises:
             counts = write_streams(workspace.output, texts, tokenizer, config, progress)
-            _check_split(source, counts, config.validation_share)
+            _check_split(source, counts, config.validation_ratio)
             streams += sorted({stream for stream, _ in counts})
     copy_tokenizer(_path(inputs, "tokenizer"), workspace.output / TOKENIZER_FOLDER)
     write_index(workspace.output, tokenizer, streams)
@@ -143,7 +143,7 @@ def _read_exercises(directory: Path) -> Iterator[Text]:
         yield Text(document_id, EXERCISES, EXERCISES, text)
 
 
-def is_held_out(text: str | bytes, share: float) -> bool:
+def is_validation(text: str | bytes, share: float) -> bool:
     """Whether a text belongs to validation: its hash, as a number in [0, 1), is below ``share``."""
     data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     digest = hashlib.blake2b(data, digest_size=8).digest()
@@ -156,8 +156,8 @@ def _check_split(source: str, counts: Mapping[Place, int], share: float) -> None
         if not any(count for (_, each), count in counts.items() if each == split):
             name, change = ("validation", "raise") if split == "validation" else ("training", "lower")
             raise DataError(
-                f"tokens.validation_share: got {share}, which leaves 0 of the {sum(counts.values())} documents of "
-                f"{source!r} for {name}, expected at least 1; add documents or {change} tokens.validation_share"
+                f"tokens.validation_ratio: got {share}, which leaves 0 of the {sum(counts.values())} documents of "
+                f"{source!r} for {name}, expected at least 1; add documents or {change} tokens.validation_ratio"
             )
 
 
@@ -243,7 +243,7 @@ def encode_in_order(
     texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, finished: Mapping[tuple[str, str], int]
 ) -> Iterator[Encoded]:
     """The documents encoded, in their order, by threads that run a few tasks ahead of what is taken."""
-    work = partial(_encode, tokenizer=tokenizer, validation_share=config.validation_share, finished=finished)
+    work = partial(_encode, tokenizer=tokenizer, validation_ratio=config.validation_ratio, finished=finished)
     pending: deque[Future[list[Encoded]]] = deque()
     with ThreadPoolExecutor(config.num_workers) as pool:
         for first, group in _groups(texts):
@@ -272,14 +272,14 @@ def _encode(
     texts: Sequence[Text],
     *,
     tokenizer: Tokenizer,
-    validation_share: float,
+    validation_ratio: float,
     finished: Mapping[tuple[str, str], int],
 ) -> list[Encoded]:
     dtype = token_type(tokenizer.vocab_size).to_pandas_dtype()
     results = []
     for position, text in enumerate(texts, start=first):
         data = text.text.encode(errors="surrogatepass")
-        place: Place = (text.stream, "validation" if is_held_out(data, validation_share) else "train")
+        place: Place = (text.stream, "validation" if is_validation(data, validation_ratio) else "train")
         document = None
         if position >= finished.get(place, 0):
             ids = tokenizer.encode_array(text.text)

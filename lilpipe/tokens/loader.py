@@ -1,6 +1,6 @@
 """Batches of pretraining rows: a pure function of (seed, step).
 
-``lilpipe.tokens.stretch`` says which row of which stream stands where, ``lilpipe.tokens.packing`` which parts of
+``lilpipe.tokens.data_phase`` says which row of which stream stands where, ``lilpipe.tokens.packing`` which parts of
 documents a row holds. The loader has no state: resuming is an integer, the world size does not matter, and
 ``lilpipe.tokens.trace`` says which documents any row of any step held.
 
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.tokens.data_phase import DataPhase, Rows, Source, Steps
 from lilpipe.tokens.order import stream_key
 from lilpipe.tokens.packing import BestFit, Concat, Packing, Pieces
 from lilpipe.tokens.shards import TokenShards, TokenStream
-from lilpipe.tokens.stretch import Rows, Source, Steps, Stretch
 
 IGNORED = -100
 """Target that counts for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
@@ -42,8 +42,8 @@ class Batch(NamedTuple):
     """Place of an input in what the row holds of its document, from 0."""
 
 
-class StretchPlan(NamedTuple):
-    """What a stretch of a run is to be."""
+class DataPhasePlan(NamedTuple):
+    """What a data phase of a run is to be."""
 
     steps: Sequence[Steps]
     seq_len: int
@@ -55,14 +55,14 @@ class StretchPlan(NamedTuple):
 class PretrainLoader:
     """Batches of training rows, from streams in given shares.
 
-    A stretch goes on in each stream where the last one of the same ``seq_len`` left it, so that no row comes again
+    A data phase goes on in each stream where the last one of the same ``seq_len`` left it, so that no row comes again
     before all others came. Rows of another length have an order of their own.
     """
 
     def __init__(
         self,
         shards: TokenShards,
-        plans: Sequence[StretchPlan],
+        plans: Sequence[DataPhasePlan],
         *,
         seed: int,
         packing: Literal["concat", "best_fit"] = "concat",
@@ -72,7 +72,7 @@ class PretrainLoader:
 
         Args:
             shards: Where tokens come from.
-            plans: The stretches of the run, which hold all its steps from 0 on.
+            plans: The data phases of the run, which hold all its steps from 0 on.
             seed: Seed of the order of rows.
             packing: How documents fill rows; see ``lilpipe.tokens.packing``.
             stride: Tokens between windows of ``concat``; ``seq_len`` where none is given.
@@ -87,30 +87,30 @@ class PretrainLoader:
         names = dict.fromkeys(name for plan in plans for name, share in plan.shares.items() if share > 0)
         self.streams = {name: shards.stream(name, "train") for name in names}
         self._names = list(names)
-        self.stretches: list[Stretch] = []
+        self.data_phases: list[DataPhase] = []
         pack = cache(lambda name, seq_len: _pack(self.streams[name], seq_len=seq_len, packing=packing, stride=stride))
         for plan in plans:
             packings = {name: pack(name, plan.seq_len) for name, share in plan.shares.items() if share > 0}
             for name, packed in packings.items():
                 _check_fills_batches(name, self.streams[name], packed, plan)
-            self.stretches.append(self._stretch(plan, packings))
-        self.num_steps = self.stretches[-1].stop
+            self.data_phases.append(self._data_phase(plan, packings))
+        self.num_steps = self.data_phases[-1].stop
 
-    def _stretch(self, plan: StretchPlan, packings: Mapping[str, Packing]) -> Stretch:
-        """What follows the stretches that there are."""
-        alike = [stretch for stretch in self.stretches if stretch.seq_len == plan.seq_len]
-        is_first = not self.stretches or self.stretches[0].seq_len == plan.seq_len
+    def _data_phase(self, plan: DataPhasePlan, packings: Mapping[str, Packing]) -> DataPhase:
+        """What follows the data phases that there are."""
+        alike = [data_phase for data_phase in self.data_phases if data_phase.seq_len == plan.seq_len]
+        is_first = not self.data_phases or self.data_phases[0].seq_len == plan.seq_len
         sources = {
             name: Source(
                 number=self._names.index(name),
                 packing=packed,
                 key=stream_key(self._seed, name if is_first else f"{name}/{plan.seq_len}"),
-                begin=sum(stretch.count(name) for stretch in alike),
+                begin=sum(data_phase.count(name) for data_phase in alike),
             )
             for name, packed in packings.items()
         }
         shares = _row_shares({name: plan.shares[name] for name in packings}, packings)
-        return Stretch(plan.steps, sources, shares=shares, seq_len=plan.seq_len)
+        return DataPhase(plan.steps, sources, shares=shares, seq_len=plan.seq_len)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
         """The rows of a step for one worker, B = the step's batch size / world_size.
@@ -119,24 +119,24 @@ class PretrainLoader:
         """
         rows = self.rows(step)
         assert len(rows.rows) % world_size == 0, f"batch_size {len(rows.rows)} over {world_size} workers"
-        return self._assemble(self.stretch_of(step), Rows(*(values[rank::world_size] for values in rows)))
+        return self._assemble(self.data_phase_of(step), Rows(*(values[rank::world_size] for values in rows)))
 
     # --- order ----------------------------------------------------------------------------------------------------
 
-    def stretch_of(self, step: int) -> Stretch:
-        """The stretch that holds a step."""
+    def data_phase_of(self, step: int) -> DataPhase:
+        """The data phase that holds a step."""
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
-        return next(stretch for stretch in self.stretches if step < stretch.stop)
+        return next(data_phase for data_phase in self.data_phases if step < data_phase.stop)
 
     def rows(self, step: int) -> Rows:
         """Where the rows of a step come from."""
-        return self.stretch_of(step).rows(step)
+        return self.data_phase_of(step).rows(step)
 
     # --- amounts --------------------------------------------------------------------------------------------------
 
     def num_targets(self, name: str) -> float:
         """Targets of the run that come from a stream: those of its rows, and of a pass that is cut off its share."""
-        return sum(stretch.num_targets(name) for stretch in self.stretches)
+        return sum(data_phase.num_targets(name) for data_phase in self.data_phases)
 
     def epochs(self, name: str) -> float:
         """How often the run trains on a token of a stream, on average."""
@@ -144,10 +144,10 @@ class PretrainLoader:
 
     # --- tokens ---------------------------------------------------------------------------------------------------
 
-    def pieces(self, stretch: Stretch, rows: Rows) -> tuple[np.ndarray, Pieces]:
-        """What rows of a stretch hold: of each piece the number of its stream, int64 [N], and where it lies."""
+    def pieces(self, data_phase: DataPhase, rows: Rows) -> tuple[np.ndarray, Pieces]:
+        """What rows of a data phase hold: of each piece the number of its stream, int64 [N], and where it lies."""
         parts, streams = [], []
-        for source in stretch.sources.values():
+        for source in data_phase.sources.values():
             chosen = np.flatnonzero(rows.streams == source.number)
             if len(chosen):
                 pieces = source.packing.pieces(rows.rows[chosen])
@@ -159,9 +159,9 @@ class PretrainLoader:
         joined = Pieces(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
         return np.concatenate(streams)[order], joined
 
-    def _assemble(self, stretch: Stretch, rows: Rows) -> Batch:
-        streams_N, pieces = self.pieces(stretch, rows)
-        num_rows, seq_len, width = len(rows.rows), stretch.seq_len, stretch.seq_len + 1
+    def _assemble(self, data_phase: DataPhase, rows: Rows) -> Batch:
+        streams_N, pieces = self.pieces(data_phase, rows)
+        num_rows, seq_len, width = len(rows.rows), data_phase.seq_len, data_phase.seq_len + 1
         lengths_N = pieces.stops - pieces.starts
         firsts_B = np.searchsorted(pieces.rows, np.arange(num_rows))  # first piece of each row
         used_B = np.add.reduceat(lengths_N, firsts_B)  # tokens of each row
@@ -222,7 +222,7 @@ def validation_rows(shards: TokenShards, stream: str, *, num_rows: int, seq_len:
     if num_windows == 0:
         raise DataError(
             f"validation split of stream {stream!r}: got {tokens.num_tokens} tokens, expected at least {seq_len + 1} "
-            "for one row; add documents, raise tokens.validation_share or lower the model's max_seq_len"
+            "for one row; add documents, raise tokens.validation_ratio or lower the model's max_seq_len"
         )
     num_rows = min(num_rows, num_windows)
     starts = [index * num_windows // num_rows * seq_len for index in range(num_rows)]
@@ -268,7 +268,7 @@ def _check_shares(shares: Mapping[str, float], streams: Sequence[str]) -> None:
         raise ConfigError(f"shares: got {dict(shares)}, expected shares that add up to 1")
 
 
-def _check_fills_batches(name: str, stream: TokenStream, packing: Packing, plan: StretchPlan) -> None:
+def _check_fills_batches(name: str, stream: TokenStream, packing: Packing, plan: DataPhasePlan) -> None:
     for steps in plan.steps:
         share = plan.shares[name]
         got, expected = packing.num_rows, math.ceil(round(share * steps.batch_size, 6))

@@ -16,7 +16,7 @@ from lilpipe.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Part:
+class MixtureComponent:
     """What was asked of a stream, and what it gives."""
 
     tokens: int
@@ -40,7 +40,7 @@ def mixture(
     total_tokens: float,
     max_epochs: Mapping[str, float],
     used: Mapping[str, float] | None = None,
-) -> dict[str, Part]:
+) -> dict[str, MixtureComponent]:
     """Shares of ``total_tokens`` training tokens by stream, which add up to 1.
 
     ``weights``, ``tokens`` and ``max_epochs`` have the same streams; weights need not add up to 1. ``used`` is how many
@@ -59,7 +59,7 @@ def mixture(
     else:
         reached = _fill(asked, most)
     return {
-        name: Part(
+        name: MixtureComponent(
             tokens=tokens[name],
             asked=asked[name],
             reached=reached[name],

@@ -52,8 +52,8 @@ class Interleaving:
         before = np.empty_like(streams)
         undecided, left = np.arange(len(places)), PARTS
         for number, part in enumerate(list(self.parts.values())[:-1]):
-            taken = _share_of(places, part, left)
-            here = _share_of(places + 1, part, left) > taken
+            taken = _ratio_of(places, part, left)
+            here = _ratio_of(places + 1, part, left) > taken
             streams[undecided[here]], before[undecided[here]] = number, taken[here]
             places, undecided = (places - taken)[~here], undecided[~here]
             left -= part
@@ -66,7 +66,7 @@ class Interleaving:
         parts = list(self.parts.values())
         lefts = [PARTS - taken for taken in accumulate(parts, initial=0)]
         places = before
-        if number < len(parts) - 1:  # the first x with _share_of(x) > before, less one
+        if number < len(parts) - 1:  # the first x with _ratio_of(x) > before, less one
             places = -(-lefts[number] * (2 * before + 1) // (2 * parts[number])) - 1
         for part, left in reversed(list(zip(parts[:number], lefts[:number], strict=True))):
             places = left * (2 * places + 1) // (2 * (left - part))  # of what that stream leaves over
@@ -83,7 +83,7 @@ class Interleaving:
         return 0
 
 
-def _share_of(count: np.ndarray, part: int, whole: int) -> np.ndarray:
+def _ratio_of(count: np.ndarray, part: int, whole: int) -> np.ndarray:
     """``count * part / whole`` to the nearest integer, halves upwards."""
     return (2 * part * count + whole) // (2 * whole)
 

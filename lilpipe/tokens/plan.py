@@ -1,8 +1,8 @@
 """What a pretraining run trains on: the shares of its streams, and the loader, from config and shards alone.
 
 Training and ``lilpipe.tokens.trace`` both start here, so that they cannot disagree. Phases with the same length of
-sequence and the same mixture are one stretch: their tokens are shared out together, and what earlier stretches took
-of a stream counts towards its limit of epochs.
+sequence and the same mixture are one data phase: their tokens are shared out together, and what earlier data phases
+took of a stream counts towards its limit of epochs.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from itertools import groupby
 from lilpipe.config.phases import Phase
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
-from lilpipe.tokens.loader import PretrainLoader, StretchPlan
-from lilpipe.tokens.mixture import Part, mixture, resolve
+from lilpipe.tokens.data_phase import Steps
+from lilpipe.tokens.loader import DataPhasePlan, PretrainLoader
+from lilpipe.tokens.mixture import MixtureComponent, mixture, resolve
 from lilpipe.tokens.shards import CORPUS, EXERCISES, TokenShards
-from lilpipe.tokens.stretch import Steps
 
 
 @dataclass(frozen=True)
-class PlannedStretch:
+class PlannedDataPhase:
     """Consecutive phases that differ neither in length of sequence nor in mixture, and what they are to read."""
 
     phases: tuple[Phase, ...]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, MixtureComponent]
     """What each stream of the corpus is asked for and gives; shares are of the corpus's part of the tokens."""
     shares: Mapping[str, float]
     """Share of the training tokens of each stream that gives any, the exercises among them."""
 
     @property
-    def exercise_share(self) -> float:
+    def exercise_ratio(self) -> float:
         """Share of the tokens from exercises."""
-        return self.phases[0].exercise_share
+        return self.phases[0].exercise_ratio
 
     @property
     def seq_len(self) -> int:
@@ -50,31 +50,31 @@ class PlannedStretch:
 def open_loader(config: PretrainConfig, shards: TokenShards) -> PretrainLoader:
     """The loader of a run. Raises ``ConfigError`` for shares of what is not there, ``DataError`` for too few tokens."""
     assert config.seed is not None
-    plans = [StretchPlan(each.steps, each.seq_len, each.shares) for each in plan_stretches(config, shards)]
+    plans = [DataPhasePlan(each.steps, each.seq_len, each.shares) for each in plan_data_phases(config, shards)]
     return PretrainLoader(shards, plans, seed=config.seed, packing=config.packing, stride=config.stride)
 
 
-def plan_stretches(config: PretrainConfig, shards: TokenShards) -> list[PlannedStretch]:
-    """The stretches of a run, in order.
+def plan_data_phases(config: PretrainConfig, shards: TokenShards) -> list[PlannedDataPhase]:
+    """The data phases of a run, in order.
 
     A row counts as full of tokens, so with padding (``best_fit``) epochs come out a little below what stands here.
     Raises ``ConfigError`` for shares of what is not there.
     """
     used: Counter[str] = Counter()
     planned = []
-    for _, group in groupby(config.resolved_phases, key=lambda each: (each.seq_len, each.exercise_share, each.mixture)):
+    for _, group in groupby(config.resolved_phases, key=lambda each: (each.seq_len, each.exercise_ratio, each.mixture)):
         phases = tuple(group)
         total = sum((phase.stop - phase.first) * phase.batch_size * phase.seq_len for phase in phases)
-        total *= 1 - phases[0].exercise_share
+        total *= 1 - phases[0].exercise_ratio
         parts = _corpus_mixture(phases[0], shards, total_tokens=total, used=used)
         used.update({name: part.reached * total for name, part in parts.items()})
-        planned.append(PlannedStretch(phases, parts, _stream_shares(phases[0], parts, shards)))
+        planned.append(PlannedDataPhase(phases, parts, _stream_shares(phases[0], parts, shards)))
     return planned
 
 
 def _corpus_mixture(
     phase: Phase, shards: TokenShards, *, total_tokens: float, used: Mapping[str, float]
-) -> dict[str, Part]:
+) -> dict[str, MixtureComponent]:
     tokens = usable_tokens(shards, seq_len=phase.seq_len)
     if not total_tokens or not any(tokens.values()):
         return {}
@@ -88,9 +88,9 @@ def usable_tokens(shards: TokenShards, *, seq_len: int) -> dict[str, int]:
     return {name: count if count > seq_len else 0 for name, count in counts.items()}
 
 
-def _stream_shares(phase: Phase, parts: Mapping[str, Part], shards: TokenShards) -> dict[str, float]:
+def _stream_shares(phase: Phase, parts: Mapping[str, MixtureComponent], shards: TokenShards) -> dict[str, float]:
     there = {CORPUS: bool(shards.corpus_streams), EXERCISES: EXERCISES in shards.streams}
-    wanted = {CORPUS: phase.exercise_share < 1, EXERCISES: phase.exercise_share > 0}
+    wanted = {CORPUS: phase.exercise_ratio < 1, EXERCISES: phase.exercise_ratio > 0}
     for part in (CORPUS, EXERCISES):
         if wanted[part] and not there[part]:
             _refuse(part, phase, shards)
@@ -98,8 +98,8 @@ def _stream_shares(phase: Phase, parts: Mapping[str, Part], shards: TokenShards)
     if wanted[CORPUS] and not any(reached.values()):  # none fills a row: the loader says of the first what it lacks
         asked = [name for name, part in parts.items() if part.asked > 0] or shards.corpus_streams
         reached = {asked[0]: 1.0}
-    shares = {name: share * (1 - phase.exercise_share) for name, share in reached.items()}
-    return {name: share for name, share in (shares | {EXERCISES: phase.exercise_share}).items() if share > 0}
+    shares = {name: share * (1 - phase.exercise_ratio) for name, share in reached.items()}
+    return {name: share for name, share in (shares | {EXERCISES: phase.exercise_ratio}).items() if share > 0}
 
 
 def _refuse(part: str, phase: Phase, shards: TokenShards) -> None:
@@ -108,6 +108,6 @@ def _refuse(part: str, phase: Phase, shards: TokenShards) -> None:
         EXERCISES: "set it to 0, or give the step `tokens` an input `prompts`",
     }[part]
     raise ConfigError(
-        f"pretrain.{phase.setting('exercise_share')}: got {phase.exercise_share}, which takes rows from {part!r}, but "
+        f"pretrain.{phase.setting('exercise_ratio')}: got {phase.exercise_ratio}, which takes rows from {part!r}, but "
         f"the tokens hold {', '.join(shards.streams) or 'nothing'} alone; {remedy}"
     )

@@ -13,10 +13,10 @@ import numpy as np
 
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.tokens.data_phase import DataPhase, Rows
 from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import SPLITS, Split, TokenShards
-from lilpipe.tokens.stretch import Rows, Stretch
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _check_place(name: str, value: int, end: int, *, of: str) -> None:
 
 
 def _spans(loader: PretrainLoader, step: int, rows: Rows) -> Iterator[Span]:
-    numbers, pieces = loader.pieces(loader.stretch_of(step), rows)
+    numbers, pieces = loader.pieces(loader.data_phase_of(step), rows)
     names = list(loader.streams)
     columns = (column.tolist() for column in (numbers, *pieces[1:4]))
     for stream, number, start, stop in zip(*columns, strict=True):
@@ -127,8 +127,8 @@ def trace_document(shards: TokenShards, config: PretrainConfig, document_id: str
     found = []
     for stream, split, number in places:
         document = shards.stream(stream, split).document(number)
-        reading = [each for each in loader.stretches if split == "train" and stream in each.sources]
-        seen = [sighting for stretch in reading for sighting in _sightings(loader, stretch, stream, number)]
+        reading = [each for each in loader.data_phases if split == "train" and stream in each.sources]
+        seen = [sighting for data_phase in reading for sighting in _sightings(loader, data_phase, stream, number)]
         found.append(
             TracedDocument(
                 document_id=document.id,
@@ -143,15 +143,15 @@ def trace_document(shards: TokenShards, config: PretrainConfig, document_id: str
     return found
 
 
-def _sightings(loader: PretrainLoader, stretch: Stretch, stream: str, number: int) -> Iterator[Sighting]:
-    packing, begin = stretch.sources[stream].packing, int(loader.streams[stream].offsets[number])
+def _sightings(loader: PretrainLoader, data_phase: DataPhase, stream: str, number: int) -> Iterator[Sighting]:
+    packing, begin = data_phase.sources[stream].packing, int(loader.streams[stream].offsets[number])
     rows = packing.rows_of(number)
     pieces = packing.pieces(rows)
     held: dict[int, list[tuple[int, int]]] = {}
     for piece in np.flatnonzero(pieces.documents == number):
         span = int(pieces.starts[piece]) - begin, int(pieces.stops[piece]) - begin
         held.setdefault(int(rows[pieces.rows[piece]]), []).append(span)
-    seen = (column.tolist() for column in stretch.sightings(stream, rows))
+    seen = (column.tolist() for column in data_phase.sightings(stream, rows))
     for step, index, epoch, row in zip(*seen, strict=True):
         for first, stop in held[row]:
             yield Sighting(step=step, row=index, epoch=epoch, first=first, stop=stop)

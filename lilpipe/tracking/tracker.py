@@ -63,8 +63,8 @@ class MLflowTracker:
     @_shielded
     def stage_started(self, step: str, planned: PlannedStep) -> None:
         """Open the step's run, and deliver what an earlier try has left in ``events.jsonl``."""
-        assert planned.ingredients is not None
-        self.runs.open_step(step, planned.stage.name, planned.ingredients.fingerprint, started=time.time())
+        assert planned.cache_key is not None
+        self.runs.open_step(step, planned.stage.name, planned.cache_key.fingerprint, started=time.time())
         work = self.store.work(planned.stage.name, planned.workspace)
         self.runs.curves[step].add(read_events(work / "events.jsonl"))
 

@@ -15,16 +15,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lilpipe import distributed
-from lilpipe.config.layout_checks import check_vocabulary
 from lilpipe.config.model import ModelConfig
+from lilpipe.config.parallel_checks import check_vocabulary
 from lilpipe.config.training import ParallelSection
 from lilpipe.errors import ConfigError
 from lilpipe.model.heads import HeadModel
 from lilpipe.model.initial_weights import initial_value
-from lilpipe.model.transformer import Part, Transformer
+from lilpipe.model.transformer import ModelPart, Transformer
 from lilpipe.parallel.context import GatheredSequence
 from lilpipe.parallel.mesh import Mesh
-from lilpipe.parallel.pipeline import stages_of
+from lilpipe.parallel.pipeline_parallel import split_model
 from lilpipe.parallel.tensor import divide_matrices
 from lilpipe.training import activation_checkpointing, compilation
 from lilpipe.training.sharded import Batches, Objective, ParallelModel
@@ -38,7 +38,7 @@ def parallelize(
     batches: Batches,
     loss: Objective,
     mesh: Mesh | None = None,
-    within_documents: bool = False,
+    intra_document_masking: bool = False,
     compiled: bool = False,
     dtype: torch.dtype = torch.float32,
     head: int | None = None,
@@ -47,13 +47,13 @@ def parallelize(
     """A model with fresh weights, cut over ``mesh``.
 
     Args:
-        section: Layout, precision and seed.
+        section: ParallelDims, precision and seed.
         model: Its shape.
         vocab_size: Words of the embedding.
         batches: The micro-batches of a step for this process's data rank.
         loss: Their loss.
         mesh: The processes; all of them in the layout of ``section`` if none is given.
-        within_documents: Whether attention stays inside the documents of a row.
+        intra_document_masking: Whether attention stays inside the documents of a row.
         compiled: Whether blocks are compiled.
         dtype: Of the weights.
         head: Outputs of a head in place of the output layer; none keeps that.
@@ -85,18 +85,24 @@ def parallelize(
     for stage in stages:
         _fill(stage, section.seed)
     return ParallelModel(
-        stages, mesh, section, batches=batches, loss=loss, within_documents=within_documents, dtype=compute_dtype
+        stages,
+        mesh,
+        section,
+        batches=batches,
+        loss=loss,
+        intra_document_masking=intra_document_masking,
+        dtype=compute_dtype,
     )
 
 
-def _stage(model: ModelConfig, vocab_size: int, head: int | None, part: Part) -> Transformer:
+def _stage(model: ModelConfig, vocab_size: int, head: int | None, part: ModelPart) -> Transformer:
     return Transformer(model, vocab_size, part) if head is None else HeadModel(model, vocab_size, head, part)
 
 
-def _parts(section: ParallelSection, num_layers: int, mesh: Mesh) -> Sequence[Part]:
+def _parts(section: ParallelSection, num_layers: int, mesh: Mesh) -> Sequence[ModelPart]:
     """What the stages of this process hold: every ``pipeline``-th of all."""
     pipeline, per_worker = section.layout.pipeline, section.parallel.stages_per_worker
-    return stages_of(num_layers, pipeline * per_worker)[mesh.coordinate.pipeline :: pipeline]
+    return split_model(num_layers, pipeline * per_worker)[mesh.coordinate.pipeline :: pipeline]
 
 
 def _cut(stage: Transformer, section: ParallelSection, mesh: Mesh) -> None:

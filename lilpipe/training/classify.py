@@ -38,7 +38,7 @@ from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_t
 from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
-from lilpipe.training.replica import Loss, Trainee
+from lilpipe.training.replica import Loss, TrainerModule
 
 SHOWN = 30
 """Wrongly classified texts in the report."""
@@ -53,7 +53,7 @@ class LabelledText:
 
 
 @dataclass(frozen=True)
-class Example:
+class ClassifierExample:
     """A text as token ids, and the index of its label."""
 
     text: str
@@ -115,7 +115,7 @@ def distinct_texts(texts: Sequence[LabelledText]) -> list[LabelledText]:
     return list(by_text.values())
 
 
-def is_held_out(text: str, share: float) -> bool:
+def is_validation(text: str, share: float) -> bool:
     """Whether a text is held out: a function of what it says and of the share alone."""
     digest = hashlib.sha256(f"classify/{_normalise(text)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
@@ -125,14 +125,16 @@ def _normalise(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def check_classes(labels: Sequence[str], train: Sequence[Example], heldout: Sequence[Example]) -> None:
+def check_classes(
+    labels: Sequence[str], train: Sequence[ClassifierExample], validation: Sequence[ClassifierExample]
+) -> None:
     """Raise ``DataError`` if a label has no text to learn it from, or none to measure it on."""
-    for name, part in (("trained on", train), ("held out", heldout)):
+    for name, part in (("trained on", train), ("held out", validation)):
         missing = set(range(len(labels))) - {example.label for example in part}
         if missing:
             raise DataError(
                 f"classify: of {len(part)} texts {name} none has the label {labels[min(missing)]!r}, expected at least "
-                "one of each; add texts of it, remove it, or change classify.heldout_share"
+                "one of each; add texts of it, remove it, or change classify.validation_ratio"
             )
 
 
@@ -151,29 +153,29 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     texts = distinct_texts(read_texts(config, inputs))
     labels = sorted({item.label for item in texts})
     shape, vocab_size, tokenizer = check_model(source.path)
-    examples = [Example(item.text, tokenizer.encode(item.text), labels.index(item.label)) for item in texts]
+    examples = [ClassifierExample(item.text, tokenizer.encode(item.text), labels.index(item.label)) for item in texts]
     fitting = [example for example in examples if len(example.ids) <= shape.max_seq_len]
-    if left_out := len(examples) - len(fitting):
-        workspace.log(f"left out {left_out} of {len(examples)} texts of more than {shape.max_seq_len} tokens")
-    heldout = [example for example in fitting if is_held_out(example.text, config.heldout_share)]
-    training = [example for example in fitting if not is_held_out(example.text, config.heldout_share)]
-    check_classes(labels, training, heldout)
+    if skipped := len(examples) - len(fitting):
+        workspace.log(f"skipped {skipped} of {len(examples)} texts of more than {shape.max_seq_len} tokens")
+    validation = [example for example in fitting if is_validation(example.text, config.validation_ratio)]
+    training = [example for example in fitting if not is_validation(example.text, config.validation_ratio)]
+    check_classes(labels, training, validation)
     num_steps = _num_steps(config, len(training))
     freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
     with torch.device("meta"):
         trained_parameters = count_trained(shape, vocab_size, len(labels), freeze)
     workers = finetune.Workers(config)
     objective = LabelObjective(training, config, padding_id=tokenizer.padding_id, workers=workers)
-    trainee = finetune.build(
+    trainer_module = finetune.build(
         config, source.path, objective, workers, stage="classify", head=len(labels), prepare=freeze
     )
 
-    def evaluate(trainee: Trainee, done: int) -> Mapping[str, float]:  # noqa: ARG001
-        model = finetune.whole_head_model(trainee)
-        return confusion_metrics(confusion(model, heldout, padding_id=tokenizer.padding_id))
+    def evaluate(trainer_module: TrainerModule, done: int) -> Mapping[str, float]:  # noqa: ARG001
+        model = finetune.whole_head_model(trainer_module)
+        return confusion_metrics(confusion(model, validation, padding_id=tokenizer.padding_id))
 
     result = train(
-        trainee,
+        trainer_module,
         num_steps=num_steps,
         workspace=workspace,
         section=config,
@@ -182,19 +184,19 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         eval_every=max(1, num_steps // 4),
         identity={"model": source.content_digest, "texts": _digest(texts)},
     )
-    largest = max(Counter(example.label for example in heldout).values())
+    largest = max(Counter(example.label for example in validation).values())
     metrics = {
         "loss": result.final_loss(),
         "steps": float(num_steps),
         "texts": float(len(training)),
-        "heldout_texts": float(len(heldout)),
+        "validation_texts": float(len(validation)),
         "trained_parameters": float(trained_parameters),
         **result.metrics,
-        "largest_class_share": largest / len(heldout),
+        "largest_class_ratio": largest / len(validation),
         "tokens_per_second": result.tokens_per_second,
     }
-    finetune.export(trainee, tokenizer, workspace, labels=labels)
-    model = finetune.whole_head_model(trainee)
+    finetune.export(trainer_module, tokenizer, workspace, labels=labels)
+    model = finetune.whole_head_model(trainer_module)
     if distributed.is_main():
         write_report(
             workspace,
@@ -202,7 +204,7 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
             losses=result.losses,
             config=config,
             key_figures=metrics,
-            sections=_sections(model, labels, training, heldout, padding_id=tokenizer.padding_id),
+            sections=_sections(model, labels, training, validation, padding_id=tokenizer.padding_id),
         )
     return metrics
 
@@ -256,7 +258,7 @@ class LabelObjective:
     """The texts of one data rank; see ``lilpipe.training.finetune.Objective``."""
 
     def __init__(
-        self, examples: Sequence[Example], config: ClassifyConfig, *, padding_id: int, workers: Workers
+        self, examples: Sequence[ClassifierExample], config: ClassifyConfig, *, padding_id: int, workers: Workers
     ) -> None:
         self._examples, self._config, self._padding_id, self._workers = examples, config, padding_id, workers
         self._lengths = [len(example.ids) for example in examples]
@@ -267,7 +269,7 @@ class LabelObjective:
         parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
         return [self._batch([self._examples[row] for row in part]) for part in parts]
 
-    def _batch(self, examples: Sequence[Example]) -> TokenBatch:
+    def _batch(self, examples: Sequence[ClassifierExample]) -> TokenBatch:
         device = distributed.device()
         tokens_BT, lengths_B = pad_rows([example.ids for example in examples], padding_id=self._padding_id)
         labels_B = torch.tensor([example.label for example in examples], device=device)
@@ -291,12 +293,12 @@ class LabelObjective:
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def predictions(model: HeadModel, examples: Sequence[Example], *, padding_id: int) -> list[int]:
+def predictions(model: HeadModel, examples: Sequence[ClassifierExample], *, padding_id: int) -> list[int]:
     """The label of the highest output of each text."""
     return outputs_of_rows(model, [example.ids for example in examples], padding_id=padding_id).argmax(-1).tolist()
 
 
-def confusion(model: HeadModel, examples: Sequence[Example], *, padding_id: int) -> Confusion:
+def confusion(model: HeadModel, examples: Sequence[ClassifierExample], *, padding_id: int) -> Confusion:
     """How often each label is taken for each."""
     matrix = [[0] * model.num_outputs for _ in range(model.num_outputs)]
     for example, label in zip(examples, predictions(model, examples, padding_id=padding_id), strict=True):
@@ -308,17 +310,24 @@ def confusion(model: HeadModel, examples: Sequence[Example], *, padding_id: int)
 
 
 def _sections(
-    model: HeadModel, labels: Sequence[str], training: Sequence[Example], heldout: Sequence[Example], *, padding_id: int
+    model: HeadModel,
+    labels: Sequence[str],
+    training: Sequence[ClassifierExample],
+    validation: Sequence[ClassifierExample],
+    *,
+    padding_id: int,
 ) -> dict[str, str]:
-    matrix = confusion(model, heldout, padding_id=padding_id)
+    matrix = confusion(model, validation, padding_id=padding_id)
     return {
         "Classes": report.table(class_table(labels, training, matrix)),
         "Confusion matrix": report.table(confusion_table(labels, matrix)) + report.figure(picture(labels, matrix)),
-        "Taken for another class": report.table(_mistakes(model, labels, heldout, padding_id=padding_id)),
+        "Taken for another class": report.table(_mistakes(model, labels, validation, padding_id=padding_id)),
     }
 
 
-def class_table(labels: Sequence[str], training: Sequence[Example], matrix: Confusion) -> list[dict[str, report.Cell]]:
+def class_table(
+    labels: Sequence[str], training: Sequence[ClassifierExample], matrix: Confusion
+) -> list[dict[str, report.Cell]]:
     """How many texts each class has, and how well it is told from the others."""
     counts = Counter(example.label for example in training)
     rows: list[dict[str, report.Cell]] = []
@@ -339,9 +348,9 @@ def class_table(labels: Sequence[str], training: Sequence[Example], matrix: Conf
 
 
 def _mistakes(
-    model: HeadModel, labels: Sequence[str], heldout: Sequence[Example], *, padding_id: int
+    model: HeadModel, labels: Sequence[str], validation: Sequence[ClassifierExample], *, padding_id: int
 ) -> list[dict[str, report.Cell]]:
-    found = zip(heldout, predictions(model, heldout, padding_id=padding_id), strict=True)
+    found = zip(validation, predictions(model, validation, padding_id=padding_id), strict=True)
     wrong = [(example, label) for example, label in found if example.label != label]
     return [
         {"text": example.text[:200], "class": labels[example.label], "taken for": labels[label]}
@@ -368,5 +377,5 @@ STAGE = Stage(
     optional_inputs={"prompts": "Prompts"},
     external=external,
     distributed=True,
-    main_metric="heldout_accuracy",
+    main_metric="validation_accuracy",
 )

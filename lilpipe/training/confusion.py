@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from lilpipe import report
-from lilpipe.metrics.pass_at_k import share_estimate
+from lilpipe.metrics.pass_at_k import ratio_estimate
 
 Confusion = list[list[int]]
 """Row i, column j: texts of label i that are taken for label j."""
@@ -22,12 +22,12 @@ def precision_recall_f1(matrix: Confusion, label: int) -> tuple[float, float, fl
 
 def confusion_metrics(matrix: Confusion) -> dict[str, float]:
     """Accuracy with its standard error, and F1 averaged over labels, each the same weight."""
-    accuracy = share_estimate(sum(matrix[i][i] for i in range(len(matrix))), sum(map(sum, matrix)))
+    accuracy = ratio_estimate(sum(matrix[i][i] for i in range(len(matrix))), sum(map(sum, matrix)))
     scores = [precision_recall_f1(matrix, label)[2] for label in range(len(matrix))]
     return {
-        "heldout_accuracy": accuracy.value,
-        "heldout_accuracy_stderr": accuracy.stderr,
-        "heldout_macro_f1": sum(scores) / len(scores),
+        "validation_accuracy": accuracy.value,
+        "validation_accuracy_stderr": accuracy.stderr,
+        "validation_macro_f1": sum(scores) / len(scores),
     }
 
 

@@ -31,7 +31,7 @@ ROUND_TRIPS = 64
 
 
 @dataclass(frozen=True)
-class Example:
+class EncodedConversation:
     """A conversation as token ids, and for each whether it is supervised."""
 
     id: str
@@ -107,7 +107,7 @@ def mix(conversations: Sequence[Conversation], mixture: dict[str, float], *, see
 
 def encode(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_len: int
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[list[EncodedConversation], list[EncodedConversation]]:
     """Conversations as tokens: those that fit in ``max_len``, and those that do not. None is ever cut.
 
     Raises ``DataError`` naming a conversation that the chat template refuses, or if none fits.
@@ -123,9 +123,9 @@ def encode(
     return fitting, [example for example in examples if len(example.ids) > max_len]
 
 
-def _encode(tokenizer: Tokenizer, conversation: Conversation) -> Example:
+def _encode(tokenizer: Tokenizer, conversation: Conversation) -> EncodedConversation:
     try:
-        return Example(conversation.id, *render(tokenizer, conversation.messages), conversation.messages)
+        return EncodedConversation(conversation.id, *render(tokenizer, conversation.messages), conversation.messages)
     except DataError as error:
         raise DataError(f"conversation {conversation.id}: {error}") from error
 
@@ -133,12 +133,12 @@ def _encode(tokenizer: Tokenizer, conversation: Conversation) -> Example:
 # --- gates --------------------------------------------------------------------------------------------------------
 
 
-def check_masks(tokenizer: Tokenizer, examples: Sequence[Example], *, min_share: float = 0.0) -> float:
+def check_masks(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], *, min_ratio: float = 0.0) -> float:
     """The share of supervised tokens, once every mask is found right.
 
     Under our own template, what must be supervised is read off the ids again: all that follows an assistant's header,
     up to and with the end of that turn, and nothing else. Under another, each supervised run must end a turn. Raises
-    ``DataError`` naming the conversation, or for a share below ``min_share``.
+    ``DataError`` naming the conversation, or for a share below ``min_ratio``.
     """
     for example in examples:
         if tokenizer.has_turns:
@@ -146,15 +146,15 @@ def check_masks(tokenizer: Tokenizer, examples: Sequence[Example], *, min_share:
         else:
             _check_ends(tokenizer, example)
     share = sum(sum(example.mask) for example in examples) / sum(len(example.ids) for example in examples)
-    if share < min_share:
+    if share < min_ratio:
         raise DataError(
-            f"sft: {share:.2%} of the tokens are supervised, expected at least sft.min_supervised_share = "
-            f"{min_share:.2%}; look at report.html whether answers are cut short, or lower the setting"
+            f"sft: {share:.2%} of the tokens are supervised, expected at least sft.min_supervised_ratio = "
+            f"{min_ratio:.2%}; look at report.html whether answers are cut short, or lower the setting"
         )
     return share
 
 
-def _check_turns(tokenizer: Tokenizer, example: Example) -> None:
+def _check_turns(tokenizer: Tokenizer, example: EncodedConversation) -> None:
     expected = assistant_turns(tokenizer, example.ids)
     if not any(expected):
         raise DataError(f"conversation {example.id}: has no finished answer of the assistant; remove it")
@@ -168,7 +168,7 @@ def _check_turns(tokenizer: Tokenizer, example: Example) -> None:
         )
 
 
-def _check_ends(tokenizer: Tokenizer, example: Example) -> None:
+def _check_ends(tokenizer: Tokenizer, example: EncodedConversation) -> None:
     found = [tokenizer.decode(run[-1:]) for run in _supervised_runs(example)]
     if set(found) != {expected := tokenizer.decode([tokenizer.turn_end_id])}:
         raise DataError(
@@ -190,7 +190,7 @@ def assistant_turns(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
     return mask
 
 
-def check_answers(tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+def check_answers(tokenizer: Tokenizer, examples: Sequence[EncodedConversation]) -> None:
     """Hold what is learnt against what the assistant said, every answer whole and nothing beside it, and what stands
     before each answer against what others said.
 
@@ -210,7 +210,7 @@ def check_answers(tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
         _check_others(tokenizer, example, special)
 
 
-def _check_others(tokenizer: Tokenizer, example: Example, special: set[int]) -> None:
+def _check_others(tokenizer: Tokenizer, example: EncodedConversation, special: set[int]) -> None:
     """Some templates pass over roles that they do not know; JSON is how others write what tools say."""
     before = [""]  # each answer, and behind the last
     for supervised, run in groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1)):
@@ -232,7 +232,7 @@ def _check_others(tokenizer: Tokenizer, example: Example, special: set[int]) -> 
             )
 
 
-def check_export(tokenizer: Tokenizer, examples: Sequence[Example], directory: Path) -> None:
+def check_export(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], directory: Path) -> None:
     """Render the first conversations again with nothing but the tokenizer's files, as ``transformers`` will.
 
     Those that spell out a special token are passed over: a template in Jinja cannot keep it as text. Raises
@@ -255,7 +255,7 @@ def check_export(tokenizer: Tokenizer, examples: Sequence[Example], directory: P
             )
 
 
-def _supervised_runs(example: Example) -> list[list[int]]:
+def _supervised_runs(example: EncodedConversation) -> list[list[int]]:
     runs = groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1))
     return [[token for token, _ in run] for supervised, run in runs if supervised]
 
@@ -274,15 +274,15 @@ def _first_difference(learnt: Sequence[str], said: Sequence[str]) -> str:
 # --- report -------------------------------------------------------------------------------------------------------
 
 
-def quarantine(too_long: Sequence[Example], workspace: Workspace, *, max_len: int) -> None:
+def quarantine(too_long: Sequence[EncodedConversation], workspace: Workspace, *, max_len: int) -> None:
     """List the conversations that were left out, in ``report/too_long.jsonl``, and say so."""
     if too_long:
-        workspace.log(f"left out {len(too_long)} conversations of more than {max_len} tokens (report/too_long.jsonl)")
+        workspace.log(f"skipped {len(too_long)} conversations of more than {max_len} tokens (report/too_long.jsonl)")
         lines = [json.dumps({"id": example.id, "tokens": len(example.ids), "max": max_len}) for example in too_long]
         write_atomically(workspace.report / "too_long.jsonl", "\n".join(lines) + "\n")
 
 
-def show(tokenizer: Tokenizer, example: Example) -> str:
+def show(tokenizer: Tokenizer, example: EncodedConversation) -> str:
     """A conversation as HTML, the supervised tokens on a coloured ground."""
     parts = []
     for supervised, run in groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1)):

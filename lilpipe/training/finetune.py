@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe import distributed
-from lilpipe.config.layout_checks import check_micro_batches, check_model
+from lilpipe.config.parallel_checks import check_micro_batches, check_model
 from lilpipe.config.training import ParallelSection
 from lilpipe.errors import ConfigError
 from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
@@ -31,7 +31,7 @@ from lilpipe.model.weights import NamedTensors
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import activation_checkpointing, compilation, precision
-from lilpipe.training.replica import Loss, Replica, Trainee
+from lilpipe.training.replica import Loss, Replica, TrainerModule
 
 if TYPE_CHECKING:
     from lilpipe.parallel.mesh import Mesh
@@ -94,7 +94,7 @@ def build(
     stage: str,
     head: Head = None,
     prepare: Callable[[Transformer], None] | None = None,
-) -> Trainee:
+) -> TrainerModule:
     """The checkpoint of ``source`` as this worker holds it in training.
 
     ``prepare`` changes the model, or each pipeline stage of it that this worker holds, before it is trained, as LoRA
@@ -152,7 +152,7 @@ def _build_cut(
     stage: str,
     head: Head,
     prepare: Callable[[Transformer], None] | None,
-) -> Trainee:
+) -> TrainerModule:
     from lilpipe.training.build_sharded import parallelize
 
     config, vocab_size = read_model_config(source)
@@ -165,20 +165,20 @@ def _build_cut(
         raise ConfigError(
             f"{stage}.parallel.context: got {section.layout.context}, expected 1: an answer is kept whole"
         )
-    trainee = parallelize(
+    trainer_module = parallelize(
         section,
         config,
         vocab_size,
         batches=lambda step: _even(objective.batches(step), section),
         loss=objective.loss,
         mesh=mesh,
-        within_documents=True,
+        intra_document_masking=True,
         compiled=bool(section.compile),
         head=len(read_labels(source)) if head == "stored" else head,
         prepare=prepare,
     )
-    (load_head_weights if head == "stored" else load_weights)(trainee.tensors(), source)
-    return trainee
+    (load_head_weights if head == "stored" else load_weights)(trainer_module.tensors(), source)
+    return trainer_module
 
 
 def _even(batches: Sequence[TokenBatch], section: ParallelSection) -> list[TokenBatch]:
@@ -201,20 +201,20 @@ def _even(batches: Sequence[TokenBatch], section: ParallelSection) -> list[Token
     return result
 
 
-def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transformer:
-    """The model on every worker, to sample from or to measure; ``into`` is filled where the trainee's is cut.
+def whole_model(trainer_module: TrainerModule, into: Transformer | None = None) -> Transformer:
+    """The model on every worker, to sample from or to measure; ``into`` is filled where the trainer module's is cut.
 
     Where it is cut, all workers must call this together, and each has memory for the whole.
     """
-    if isinstance(trainee, Replica):
-        assert isinstance(trainee.model, Transformer)
-        return trainee.model
-    part = trainee.parts[0]
+    if isinstance(trainer_module, Replica):
+        assert isinstance(trainer_module.model, Transformer)
+        return trainer_module.model
+    part = trainer_module.parts[0]
     assert isinstance(part, Transformer)
     model = into or _whole_like(part).to(distributed.device())
     # Sharded tensors are no tensors of inference, and an evaluation is in that mode.
     with torch.inference_mode(mode=False), torch.no_grad():
-        found = dict(trainee.full_tensors())
+        found = dict(trainer_module.full_tensors())
         for name, tensor in model.state_dict().items():
             if distributed.is_main():
                 tensor.copy_(found[name])
@@ -222,9 +222,9 @@ def whole_model(trainee: Trainee, into: Transformer | None = None) -> Transforme
     return model.eval()
 
 
-def whole_head_model(trainee: Trainee, into: HeadModel | None = None) -> HeadModel:
+def whole_head_model(trainer_module: TrainerModule, into: HeadModel | None = None) -> HeadModel:
     """``whole_model`` of a model with a head."""
-    model = whole_model(trainee, into)
+    model = whole_model(trainer_module, into)
     assert isinstance(model, HeadModel)
     return model
 
@@ -236,7 +236,7 @@ def _whole_like(part: Transformer) -> Transformer:
 
 
 def export(
-    trainee: Trainee,
+    trainer_module: TrainerModule,
     tokenizer: Tokenizer,
     workspace: Workspace,
     *,
@@ -249,9 +249,9 @@ def export(
     ``labels`` are the names of a head's outputs, ``folder`` is where in the output the model goes. ``change`` makes
     the tensors that are written of those that were trained, on the first worker.
     """
-    part = trainee.parts[0]
+    part = trainer_module.parts[0]
     assert isinstance(part, Transformer)
-    tensors = trainee.full_tensors()
+    tensors = trainer_module.full_tensors()
     if distributed.is_main():
         tensors = change(tensors) if change else tensors
         save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)

@@ -23,13 +23,13 @@ class Gauges:
         self._waited = 0.0
 
     def __call__(self, num_tokens: int, seconds: float) -> Mapping[str, float]:
-        """`mfu`, `memory_gib` (the most of this process so far: of its GPU, or resident) and `data_wait_share`."""
+        """`mfu`, `memory_gib` (the most of this process so far: of its GPU, or resident) and `data_wait_ratio`."""
         waited = self._objective.waited - self._waited
         self._waited = self._objective.waited
         return {
             "mfu": self.mfu(num_tokens / seconds),
             "memory_gib": peak_memory() / GIBI,
-            "data_wait_share": waited / seconds,
+            "data_wait_ratio": waited / seconds,
         }
 
     def mfu(self, tokens_per_second: float) -> float:

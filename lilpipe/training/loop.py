@@ -27,7 +27,7 @@ from lilpipe.training.checkpoint import Checkpoints
 from lilpipe.training.goodput import Goodput
 from lilpipe.training.health import Finding, examine
 from lilpipe.training.optimizer import Optimizer
-from lilpipe.training.replica import Trainee
+from lilpipe.training.replica import TrainerModule
 from lilpipe.training.schedule import lr_scale
 
 Evaluation = Callable[[Any, int], Mapping[str, float]]
@@ -67,7 +67,7 @@ class TrainingResult:
 
 
 def train(
-    model: Trainee,
+    model: TrainerModule,
     *,
     num_steps: int,
     workspace: Workspace,
@@ -116,7 +116,7 @@ def train(
         while step < num_steps:
             started = time.perf_counter()
             distributed.heartbeat(step)
-            if step in run.left_out:
+            if step in run.undone_steps:
                 step += 1
                 continue
             run.seed_dropout(step)
@@ -173,7 +173,7 @@ class _Totals:
     metrics: dict[str, float]
 
 
-def _accumulate(model: Trainee, step: int) -> _Totals:
+def _accumulate(model: TrainerModule, step: int) -> _Totals:
     """Add up gradients over this worker's micro-batches, and the numbers beside them over all workers."""
     for part in model.parts:
         part.train()
@@ -205,7 +205,7 @@ def _lr_scale(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
         warmup_steps=optimizer.warmup_steps,
         shape=optimizer.schedule,
         min_ratio=optimizer.min_lr_ratio,
-        decay_share=optimizer.decay_share,
+        decay_ratio=optimizer.decay_ratio,
     )
 
 
@@ -214,7 +214,7 @@ class _Run:
 
     def __init__(
         self,
-        model: Trainee,
+        model: TrainerModule,
         workspace: Workspace,
         section: TrainingSection,
         optimizer: OptimizerConfig,
@@ -227,7 +227,7 @@ class _Run:
         self.optimizer = Optimizer(model.parts, optimizer, replicas=model.replicas)
         self.health = health or HealthConfig()
         self.result = TrainingResult()
-        self.left_out: set[int] = set()
+        self.undone_steps: set[int] = set()
         """Steps that a roll-back has decided to leave out."""
         self._learning_rate = optimizer.learning_rate
         self._seed = section.seed or 0
@@ -248,7 +248,7 @@ class _Run:
 
     def examine(self, step: int, loss: float, grad_norm: float) -> Finding | None:
         """Whether the step would spoil the weights. Loss and norm are global, so all workers decide alike."""
-        used = [done for done in range(max(0, step - 2 * self.health.window), step) if done not in self.left_out]
+        used = [done for done in range(max(0, step - 2 * self.health.window), step) if done not in self.undone_steps]
         finding = examine(
             loss,
             grad_norm,
@@ -266,18 +266,18 @@ class _Run:
     def note_bad_step(self, step: int, finding: Finding, describe: Callable[[int], str] | None) -> None:
         """Log it, with what its batch was made of."""
         self.result.skipped.append(step)
-        self.left_out.add(step)
+        self.undone_steps.add(step)
         made_of = f"; its batch: {describe(step)}" if describe else ""
         self._workspace.log(f"step {step + 1}: {finding.reason}; {finding.action}{made_of}")
 
     def roll_back(self, step: int) -> int:
         """Take up the last checkpoint; the batches from there to ``step`` are left out. Gives the step to go on at."""
-        skipped, left_out = list(self.result.skipped), set(self.left_out)
+        skipped, undone_steps = list(self.result.skipped), set(self.undone_steps)
         undone = float(torch.nansum(self._step_seconds[:step]))
         self.checkpoints.wait()
         done = self._load()
         self.goodput.undo(undone - float(torch.nansum(self._step_seconds[:done])))
-        self.left_out = left_out | set(range(done, step + 1))
+        self.undone_steps = undone_steps | set(range(done, step + 1))
         self.result.skipped = skipped
         return done
 
@@ -291,7 +291,7 @@ class _Run:
         """Note down one step."""
         self._losses[step], self._grad_norms[step], self._step_seconds[step] = totals.loss, grad_norm, seconds
         self.result.num_tokens += totals.num_tokens
-        self.goodput.step(step + 1, seconds, undone=step in self.left_out)
+        self.goodput.step(step + 1, seconds, undone=step in self.undone_steps)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -313,7 +313,7 @@ class _Run:
             record = {
                 "num_tokens": self.result.num_tokens,
                 "skipped": self.result.skipped,
-                "left_out": sorted(self.left_out),
+                "undone_steps": sorted(self.undone_steps),
             }
             self.checkpoints.save(done, self._tensors(), record)
 
@@ -335,7 +335,7 @@ class _Run:
             raise RuntimeError("workers found different checkpoints; they must share the workspace's folder")
         self.result.num_tokens = record.get("num_tokens", 0)
         self.result.skipped = list(record.get("skipped", []))
-        self.left_out = set(record.get("left_out", []))
+        self.undone_steps = set(record.get("undone_steps", []))
         for values in (self._losses, self._grad_norms, self._step_seconds):
             values[done:] = math.nan
         return done

@@ -215,7 +215,7 @@ class _Worker:
 
     def _mask(self, phase: Phase) -> float:
         """On a CPU a mask within documents is a tensor [rows, T, T], which attention turns into floats."""
-        if not self.on_cpu or not (self.config.within_documents or self.layout.context > 1):
+        if not self.on_cpu or not (self.config.intra_document_masking or self.layout.context > 1):
             return 0.0
         return FP32 * phase.seq_len
 
@@ -305,12 +305,12 @@ def _latent_attention_bytes(model: ModelConfig, mla: MLAConfig, c: int, *, conte
 def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> float:
     if model.architecture == "gpt2":
         return 2 * c * model.intermediate_size
-    if (moe := model.moe) is None or layer < moe.first_dense_layers:
+    if (moe := model.moe) is None or layer < moe.first_k_dense_replace:
         return 4 * c * model.intermediate_size
     # Of each routed copy of a token the input, SwiGLU, and the output, which its weight multiplies.
-    routed = moe.experts_per_token * (2 * model.hidden_size + 4 * moe.expert_size)
-    shared = 4 * moe.num_shared_experts * moe.expert_size
-    router = moe.num_experts + 8 * moe.experts_per_token + 1  # affinities, weights, and the order by expert in int64
+    routed = moe.num_experts_per_tok * (2 * model.hidden_size + 4 * moe.moe_intermediate_size)
+    shared = 4 * moe.n_shared_experts * moe.moe_intermediate_size
+    router = moe.num_experts + 8 * moe.num_experts_per_tok + 1  # affinities, weights, and the order by expert in int64
     return c * (routed + shared) + FP32 * router
 
 

@@ -67,7 +67,7 @@ class NextToken:
         """The loss of a micro-batch by a model of which this worker holds the whole."""
         batch = self.batches(step)[micro]
         options: dict[str, Tensor] = {"targets_BT": batch.targets}
-        if self._config.within_documents:
+        if self._config.intra_document_masking:
             options["documents_BT"] = batch.documents
         if self._config.model.dropout:
             first = micro * len(batch.inputs)

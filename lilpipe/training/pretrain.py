@@ -17,7 +17,7 @@ from lilpipe.model.hub import save_tensors
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokens.loader import PretrainLoader
-from lilpipe.tokens.plan import open_loader, plan_stretches
+from lilpipe.tokens.plan import open_loader, plan_data_phases
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import documents_of
 from lilpipe.training import activation_checkpointing, compilation, precision
@@ -27,7 +27,7 @@ from lilpipe.training.gauges import Gauges, peak_memory
 from lilpipe.training.loop import TrainingResult, train
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
 from lilpipe.training.next_token import NextToken
-from lilpipe.training.replica import Replica, Trainee
+from lilpipe.training.replica import Replica, TrainerModule
 from lilpipe.training.validation import Validation
 
 DOCUMENTS_SHOWN = 20
@@ -43,19 +43,19 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     shards = TokenShards.open(tokens.path)
     tokenizer = shards.tokenizer  # checked now and not after hours of training
     loader = open_loader(config, shards)
-    planned = plan_stretches(config, shards)
+    planned = plan_data_phases(config, shards)
     for line in unmet_shares(planned):
         workspace.log(line)
-    trainee, objective = build(config, shards.vocab_size, loader)
+    trainer_module, objective = build(config, shards.vocab_size, loader)
     identity = {"tokens": tokens.content_digest}
     if (source := inputs.get("model")) is not None:
         assert isinstance(source, Artifact)
-        start_from(trainee.tensors(), source.path, config=config.model, tokenizer=tokenizer)
+        start_from(trainer_module.tensors(), source.path, config=config.model, tokenizer=tokenizer)
         identity["model"] = source.content_digest
     plan = _plan(config, shards.vocab_size, workspace)
     gauges = Gauges(plan, objective)
     result = train(
-        trainee,
+        trainer_module,
         num_steps=config.num_steps,
         workspace=workspace,
         section=config,
@@ -65,7 +65,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         milestones=[phase.stop for phase in config.resolved_phases],
         identity=identity,
         health=config.health,
-        before_step=lambda step: _enter_phase(trainee, config, step),
+        before_step=lambda step: _enter_phase(trainer_module, config, step),
         describe=lambda step: _describe(loader, step),
         gauges=gauges,
     )
@@ -82,7 +82,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         **{f"seconds_{cause}": seconds for cause, seconds in result.time.items()},
         **measure_mixture(loader),
     }
-    _export(trainee, trained_config(config), shards, workspace)
+    _export(trainer_module, trained_config(config), shards, workspace)
     if distributed.is_main():
         write_report(
             workspace,
@@ -101,7 +101,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     return metrics
 
 
-def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tuple[Trainee, NextToken]:
+def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tuple[TrainerModule, NextToken]:
     """The fresh model as this worker holds it, and its objective."""
     assert config.seed is not None
     device = distributed.device()
@@ -119,7 +119,7 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
             batches=objective.batches,
             loss=objective.loss,
             mesh=mesh,
-            within_documents=config.within_documents,
+            intra_document_masking=config.intra_document_masking,
             compiled=compilation.is_wanted(config, vocab_size),
         )
         return model, objective
@@ -136,10 +136,10 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
     return Replica(model, objective.loss_of_replica, accumulation_steps=objective.accumulation_steps), objective
 
 
-def _enter_phase(trainee: Trainee, config: PretrainConfig, step: int) -> None:
+def _enter_phase(trainer_module: TrainerModule, config: PretrainConfig, step: int) -> None:
     """Give every part the rotary base of the step's phase; let dropout follow from the row, whoever holds it."""
     assert config.seed is not None
-    for part in trainee.parts:
+    for part in trainer_module.parts:
         assert isinstance(part, Transformer)
         part.set_rope(config.phase_of(step).rope_theta)
         part.set_dropout_seed(config.seed, step)
@@ -157,9 +157,9 @@ def _describe(loader: PretrainLoader, step: int) -> str:
     return ", ".join(documents[:DOCUMENTS_SHOWN]) + more
 
 
-def _export(trainee: Trainee, config: ModelConfig, shards: TokenShards, workspace: Workspace) -> None:
+def _export(trainer_module: TrainerModule, config: ModelConfig, shards: TokenShards, workspace: Workspace) -> None:
     """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole."""
-    tensors = trainee.full_tensors()
+    tensors = trainer_module.full_tensors()
     if distributed.is_main():
         save_tensors(config, shards.vocab_size, tensors, shards.tokenizer, workspace.output)
     else:

@@ -40,7 +40,7 @@ LossFunction = Callable[[nn.Module, int, int], Loss]
 """(model, step from 0, micro-batch from 0) to the loss of this worker's rows; a pure function of the three."""
 
 
-class Trainee(Protocol):
+class TrainerModule(Protocol):
     """A model in training, however it lies over the workers."""
 
     @property
@@ -86,7 +86,7 @@ class Trainee(Protocol):
         ...
 
 
-class Scorer(Trainee, Protocol):
+class Scorer(TrainerModule, Protocol):
     """A language model in training that can be asked how likely texts are."""
 
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
@@ -187,8 +187,8 @@ class FlatGradients:
             parameter.grad = view.view_as(parameter)
 
 
-def clip_sum(trainee: Trainee, *, count: float, max_norm: float) -> float:
-    """``Trainee.reduce`` by the two steps that it is made of."""
-    norm = trainee.sum_gradients() / count
-    trainee.scale_gradients(min(1.0, max_norm / (norm + CLIP_EPSILON)) / count)
+def clip_sum(trainer_module: TrainerModule, *, count: float, max_norm: float) -> float:
+    """``TrainerModule.reduce`` by the two steps that it is made of."""
+    norm = trainer_module.sum_gradients() / count
+    trainer_module.scale_gradients(min(1.0, max_norm / (norm + CLIP_EPSILON)) / count)
     return norm

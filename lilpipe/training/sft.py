@@ -29,7 +29,7 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.conversations import (
-    Example,
+    EncodedConversation,
     artifacts,
     check_answers,
     check_export,
@@ -42,7 +42,7 @@ from lilpipe.training.conversations import (
 )
 from lilpipe.training.curves import write_report
 from lilpipe.training.loop import train
-from lilpipe.training.replica import Trainee
+from lilpipe.training.replica import TrainerModule
 from lilpipe.training.supervised import SupervisedTokens
 
 SHOWN = 5
@@ -60,7 +60,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     shape, _, tokenizer = check_model(source.path)
     conversations = mix(conversations, config.mixture, seed=config.seed)
     examples, too_long = encode(tokenizer, conversations, max_len=shape.max_seq_len)
-    supervised_share = check_masks(tokenizer, examples, min_share=config.min_supervised_share)
+    supervised_ratio = check_masks(tokenizer, examples, min_ratio=config.min_supervised_ratio)
     check_answers(tokenizer, examples)
     if distributed.is_main():
         check_export(tokenizer, examples, workspace.scratch / "tokenizer")
@@ -72,9 +72,9 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         rows="conversations",
         remedy="add conversations",
     )
-    trainee = _build(config, source.path, shape, tokenizer, examples)
+    trainer_module = _build(config, source.path, shape, tokenizer, examples)
     result = train(
-        trainee,
+        trainer_module,
         num_steps=num_steps,
         workspace=workspace,
         section=config,
@@ -82,13 +82,13 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         identity={role: [item.content_digest for item in artifacts(inputs, role)] for role in sorted(inputs)},
         before_step=_seed_dropout(config),
     )
-    _export(config, trainee, tokenizer, workspace)
+    _export(config, trainer_module, tokenizer, workspace)
     metrics = {
         "train_loss": result.final_loss(),
         "conversations": float(len(examples)),
         **{f"origin/{name}": float(count) for name, count in Counter(c.origin for c in conversations).items()},
         "too_long": float(len(too_long)),
-        "supervised_share": supervised_share,
+        "supervised_ratio": supervised_ratio,
         "steps": float(num_steps),
         "tokens_per_second": result.tokens_per_second,
     }
@@ -110,15 +110,15 @@ def _build(
     source: Path,
     shape: ModelConfig,
     tokenizer: Tokenizer,
-    examples: list[Example],
-) -> Trainee:
+    examples: list[EncodedConversation],
+) -> TrainerModule:
     """The model as this worker trains it, with what it trains on."""
     assert config.seed is not None
     workers = finetune.Workers(config)
     noise = None
-    if config.neftune_alpha:
+    if config.neftune_noise_alpha:
         part = workers.mesh.coordinate.tensor if workers.mesh else 0
-        noise = EmbeddingNoise(alpha=config.neftune_alpha, seed=config.seed, part=part)
+        noise = EmbeddingNoise(alpha=config.neftune_noise_alpha, seed=config.seed, part=part)
     objective = SupervisedTokens(
         examples,
         batch_size=config.batch_size,
@@ -158,14 +158,14 @@ def _seed_dropout(config: SFTConfig) -> Callable[[int], None] | None:
     return lambda step: torch.manual_seed(derive_seed(seed, "lora dropout", step, rank)) and None
 
 
-def _export(config: SFTConfig, trainee: Trainee, tokenizer: Tokenizer, workspace: Workspace) -> None:
+def _export(config: SFTConfig, trainer_module: TrainerModule, tokenizer: Tokenizer, workspace: Workspace) -> None:
     """Write the model, the adapters added to its weights, and the adapters."""
     if config.lora is None:
-        finetune.export(trainee, tokenizer, workspace)
+        finetune.export(trainer_module, tokenizer, workspace)
         return
     adapters: dict[str, Tensor] = {}
     merged = partial(merge, config=config.lora, adapters=adapters)
-    finetune.export(trainee, tokenizer, workspace, change=merged)
+    finetune.export(trainer_module, tokenizer, workspace, change=merged)
     if distributed.is_main():
         save_adapters(adapters, config.lora, workspace.output / "adapter")
 

@@ -25,7 +25,7 @@ from lilpipe.parallel import gradients
 from lilpipe.parallel.collectives import gather
 from lilpipe.parallel.context import head_and_tail
 from lilpipe.parallel.mesh import Mesh
-from lilpipe.parallel.pipeline import MicroBatch, Pipeline
+from lilpipe.parallel.pipeline_parallel import MicroBatch, Pipeline
 from lilpipe.training.next_token import rows_of
 from lilpipe.training.replica import Loss, clip_sum
 
@@ -49,7 +49,7 @@ class ParallelModel:
         *,
         batches: Batches,
         loss: Objective,
-        within_documents: bool,
+        intra_document_masking: bool,
         dtype: torch.dtype,
     ) -> None:
         """Take the stages over; ``dtype`` is that of hidden states. Made by ``parallelize``."""
@@ -57,7 +57,7 @@ class ParallelModel:
         """For the optimizer and the checkpoints: their parameters have their names in the whole model."""
         self.mesh = mesh
         self._model = stages[0].config
-        self._within_documents = within_documents
+        self._within_documents = intra_document_masking
         self._names: list[str] | None = None
         self._stages = list(stages)
         self._batches = batches

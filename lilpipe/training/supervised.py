@@ -18,7 +18,7 @@ from lilpipe.model.neftune import Places
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.schemas.order import rows_of_step
 from lilpipe.tokens.packing import best_fit
-from lilpipe.training.conversations import Example
+from lilpipe.training.conversations import EncodedConversation
 from lilpipe.training.finetune import TokenBatch
 from lilpipe.training.replica import Loss
 
@@ -31,7 +31,7 @@ class SupervisedTokens:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[EncodedConversation],
         *,
         batch_size: int,
         seed: int,
@@ -98,7 +98,7 @@ Row = tuple[Tensor, Tensor]
 """A conversation's inputs and targets, int64 [T - 1] each."""
 
 
-def _shifted(example: Example) -> Row:
+def _shifted(example: EncodedConversation) -> Row:
     ids, mask = torch.tensor(example.ids), torch.tensor(example.mask)
     return ids[:-1], ids[1:].where(mask[1:], IGNORED)
 

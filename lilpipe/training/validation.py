@@ -78,7 +78,7 @@ class Validation:
     def _read_rows(self, seq_len: int) -> tuple[dict[str, float], dict[str, tuple[Tensor, Tensor, int]]]:
         shares = corpus_validation_shares(self._shards, seq_len=seq_len)
         names = [*shares, *(name for name in self._shards.streams if name == EXERCISES)]
-        num_rows = self._config.eval_rows
+        num_rows = self._config.validation_rows
         return shares, {name: validation_rows(self._shards, name, num_rows=num_rows, seq_len=seq_len) for name in names}
 
     def _make_texts(self, config: NeedleConfig, seq_len: int) -> needle.Texts:

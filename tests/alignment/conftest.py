@@ -99,7 +99,7 @@ def prompts(tmp_path_factory):
         num_documents=200,
         num_demonstrations=50,
         num_train=60,
-        num_dev=20,
+        num_validation=20,
         num_test=20,
     )
     prompts_module.run(config, {}, workspace)

@@ -11,8 +11,8 @@ from tests.alignment.preference.test_dpo import pair
 from tests.alignment.rl.test_grpo import CONFIG as GRPO
 
 ROW = {"prompt_id": "p", "family": "sort", "question": "Sort <3> 1.", "difficulty": 2, "num_words": 2, "ended": True}
-RIGHT = {**ROW, "response": "Answer: 1 3", "correct": True, "reward": 1.0}
-WRONG = {**ROW, "response": "<b>?</b>", "correct": False, "reward": 0.0}
+RIGHT = {**ROW, "completion": "Answer: 1 3", "correct": True, "reward": 1.0}
+WRONG = {**ROW, "completion": "<b>?</b>", "correct": False, "reward": 0.0}
 
 
 def test_rejection_samplings_report_shows_pass_rates_and_escapes_what_a_model_wrote():
@@ -26,7 +26,7 @@ def test_rejection_samplings_report_shows_pass_rates_and_escapes_what_a_model_wr
 
 
 def test_the_preferences_report_shows_pairs():
-    metrics = {"pairs": 1.0, "prompts_with_pair_share": 0.5, "chosen_words": 2.0, "rejected_words": 3.0}
+    metrics = {"pairs": 1.0, "prompts_with_pair_ratio": 0.5, "chosen_words": 2.0, "rejected_words": 3.0}
     html = preferences._report([(RIGHT, WRONG)], metrics)
     assert "50.0%" in html
     assert "Answer: 1 3" in html

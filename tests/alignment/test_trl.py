@@ -7,13 +7,13 @@ import datasets
 import pytest
 import torch
 
-from lilpipe.alignment.preference.data import Packer, PreferenceRow, PromptedAnswer, with_mismatched
-from lilpipe.alignment.preference.evaluation import score_answers
+from lilpipe.alignment.preference.data import Packer, PreferenceRow, PromptCompletion, with_mismatched
+from lilpipe.alignment.preference.evaluation import score_completions
 from lilpipe.alignment.preference.losses import sigmoid_loss
 from lilpipe.alignment.preference.objective import PreferenceObjective
 from lilpipe.alignment.rollout.completions import pad_completions
 from lilpipe.config.dpo import DPOConfig
-from lilpipe.schemas.pairs import JudgedExample
+from lilpipe.schemas.pairs import UnpairedExample
 from tests.alignment.twins import CONFIG, PADDING, our_model, their_model
 
 trl = pytest.importorskip("trl")
@@ -50,19 +50,21 @@ UNPAIRED_ANSWERS = [*KTO_ANSWERS[:2], ([15, 16, 17], [18, 1], True), ([2, 3], [1
 
 
 def pair_rows(pairs):
-    return [PreferenceRow("", PromptedAnswer(p, chosen), PromptedAnswer(p, rejected)) for p, chosen, rejected in pairs]
+    return [
+        PreferenceRow("", PromptCompletion(p, chosen), PromptCompletion(p, rejected)) for p, chosen, rejected in pairs
+    ]
 
 
 def our_loss(ours, reference, rows, *, packed=True, **options):
     """Our objective on one batch of all rows: the loss, after its backward pass, and its metrics."""
     config = DPOConfig(
-        **{"seed": 0, "batch_size": len(rows), "beta": BETA, "nll_coefficient": 0.0, "mask_formatting_tokens": False}
+        **{"seed": 0, "batch_size": len(rows), "beta": BETA, "rpo_alpha": 0.0, "mask_formatting_tokens": False}
         | options
     )
     packer = Packer(
         padding_id=PADDING, max_len=CONFIG.max_seq_len, packed=packed, mask_formatting=False, device=torch.device("cpu")
     )
-    columns = [score_answers(reference, [getattr(row, name) for row in rows], packer, config)[0] for name in SIDES]
+    columns = [score_completions(reference, [getattr(row, name) for row in rows], packer, config)[0] for name in SIDES]
     reference_R2 = torch.stack(columns, dim=1) if config.uses_reference else None
     objective = PreferenceObjective(rows, config, packer, reference_R2=reference_R2, rank=0, world_size=1)
     (batch,) = objective.batches(0)
@@ -88,11 +90,11 @@ def assert_same(model, loss, trainer, expected):
         ({"loss_type": "sigmoid"}, {"packed": False}),
         (
             {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
-            {"nll_coefficient": 0.2, "nll_normalisation": "token"},
+            {"rpo_alpha": 0.2, "nll_normalisation": "token"},
         ),
         ({"loss_type": "robust", "label_smoothing": 0.1}, {"smoothing": "robust", "label_smoothing": 0.1}),
         ({"loss_type": "sigmoid_norm"}, {"length_normalised": True}),
-        ({"loss_type": "ipo"}, {"loss": "ipo"}),
+        ({"loss_type": "ipo"}, {"loss_type": "ipo"}),
     ],
     ids=["sigmoid", "sigmoid, a row each", "sigmoid with likelihood", "robust", "normalised", "ipo"],
 )
@@ -153,11 +155,11 @@ def test_the_kto_loss_and_its_gradient_are_trls(tmp_path, word_tokenizer, seeds,
     )
     expected = trainer._compute_loss(trainer.model, batch, False)
     examples = [
-        (JudgedExample("", "train", [], "", desirable), PromptedAnswer(prompt, answer))
+        (UnpairedExample("", "train", [], "", desirable), PromptCompletion(prompt, answer))
         for prompt, answer, desirable in answers
     ]
     rows = with_mismatched(examples, max_len=CONFIG.max_seq_len)
-    options = {"loss": "kto", "kl_examples": 4, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+    options = {"loss_type": "kto", "kl_examples": 4, "desirable_weight": 1.2, "undesirable_weight": 0.7}
     loss, metrics = our_loss(model, reference, rows, **options)
     assert_same(model, loss, trainer, expected)
     names = {"kl": "kl", "reward_chosen": "rewards/chosen", "rejected_logprob": "logps/rejected"}
@@ -202,7 +204,7 @@ def test_the_simpo_loss_and_its_gradient_are_trls(tmp_path, word_tokenizer, labe
     theirs = {"loss_type": "simpo", "simpo_gamma": 0.7, "cpo_alpha": nll, "label_smoothing": label_smoothing}
     trainer = unreferenced_trainer("simpo", tmp_path, word_tokenizer, model, **theirs)
     expected, _ = trainer.get_batch_loss_metrics(trainer.model, unreferenced_batch(PAIRS))
-    ours = {"loss": "simpo", "gamma": 0.7, "label_smoothing": label_smoothing, "nll_coefficient": nll}
+    ours = {"loss_type": "simpo", "gamma": 0.7, "label_smoothing": label_smoothing, "rpo_alpha": nll}
     loss, _ = our_loss(model, model, pair_rows(PAIRS), nll_normalisation="token", **ours)
     assert_same(model, loss, trainer, expected)
 
@@ -213,7 +215,7 @@ def test_the_orpo_loss_and_its_gradient_are_trls(tmp_path, word_tokenizer):
     trainer = unreferenced_trainer("orpo", tmp_path, word_tokenizer, model)
     expected, _ = trainer.get_batch_loss_metrics(trainer.model, unreferenced_batch(ONE_TOKEN_PROMPTS))
     rows = pair_rows(ONE_TOKEN_PROMPTS)
-    loss, _ = our_loss(model, model, rows, loss="orpo", nll_coefficient=1.0, nll_normalisation="token")
+    loss, _ = our_loss(model, model, rows, loss_type="orpo", rpo_alpha=1.0, nll_normalisation="token")
     assert_same(model, loss, trainer, expected)
 
 
@@ -222,7 +224,7 @@ def test_the_odds_ratio_behind_longer_prompts_and_its_gradient_are_trls(tmp_path
     trainer = unreferenced_trainer("orpo", tmp_path, word_tokenizer, model)
     chosen, rejected, *_ = trainer.concatenated_forward(trainer.model, unreferenced_batch(PAIRS))
     expected = -trainer.odds_ratio_loss(chosen, rejected)[0].mean()
-    loss, _ = our_loss(model, model, pair_rows(PAIRS), loss="orpo")
+    loss, _ = our_loss(model, model, pair_rows(PAIRS), loss_type="orpo")
     assert_same(model, loss, trainer, expected)
 
 

@@ -19,7 +19,7 @@ from lilpipe.alignment.rl.policy_gradient import (
     surrogate_loss,
     token_rewards,
 )
-from lilpipe.alignment.rollout.rollouts import Answers, Rollout, at_targets
+from lilpipe.alignment.rollout.rollouts import CompletionBatch, Rollout, at_targets
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.model.scores import IGNORED, token_scores
@@ -95,7 +95,7 @@ class TwoPrompts:
     def ours(self, *, with_reference):
         drawn = torch.cat([torch.zeros(4, 2, dtype=torch.bool), self.mask], dim=1)
         wide = [torch.zeros(4, 8).masked_scatter(drawn, values[self.mask]) for values in (self.old, self.reference)]
-        return Answers(
+        return CompletionBatch(
             inputs=self.tokens[:, :-1],
             targets=self.tokens[:, 1:].where(drawn, IGNORED),
             counts=drawn,
@@ -123,30 +123,35 @@ def our_loss(tmp_path, model, answers, **settings):
     return loss.item()
 
 
-@pytest.mark.parametrize("kl_coefficient", [0.0, 0.04])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
         ({"loss_type": "dapo"}, {"aggregation": "token"}),
         ({"loss_type": "grpo"}, {"aggregation": "sequence"}),
         ({"loss_type": "dr_grpo"}, {"aggregation": "constant"}),
-        ({"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.3}, {"clip_low": 0.1, "clip_high": 0.3}),
+        ({"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.3}, {"epsilon_low": 0.1, "epsilon_high": 0.3}),
         (
             {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.05},
-            {"aggregation": "sequence", "ratio_level": "sequence", "clip_low": 0.02, "clip_high": 0.05},
+            {
+                "aggregation": "sequence",
+                "importance_sampling_level": "sequence",
+                "epsilon_low": 0.02,
+                "epsilon_high": 0.05,
+            },
         ),
     ],
     ids=["dapo", "grpo", "dr_grpo", "clip-higher", "gspo"],
 )
-def test_the_loss_of_the_family_and_its_gradient_are_trls(tmp_path, make_trainer, theirs, ours, kl_coefficient):
+def test_the_loss_of_the_family_and_its_gradient_are_trls(tmp_path, make_trainer, theirs, ours, beta):
     model, reference = our_model(0), our_model(1)
     trainer = make_trainer(their_model(model), max_completion_length=MAX_NEW_TOKENS, **theirs)
-    trainer.beta = kl_coefficient
+    trainer.beta = beta
     batch = TwoPrompts(model, reference)
     expected = trainer._compute_loss(trainer.model, batch.theirs())
     expected.backward()
-    answers = batch.ours(with_reference=kl_coefficient > 0)
-    got = our_loss(tmp_path, model, answers, kl_coefficient=kl_coefficient, **ours)
+    answers = batch.ours(with_reference=beta > 0)
+    got = our_loss(tmp_path, model, answers, beta=beta, **ours)
     assert got == pytest.approx(expected.item(), abs=1e-6)
     assert_same_gradients(model, trainer.model)
 
@@ -159,7 +164,7 @@ def test_answers_that_are_left_out_for_their_length_leave_trls_loss_and_gradient
     trainer = make_trainer(their_model(model), max_completion_length=MAX_NEW_TOKENS, loss_type=theirs)
     batch = TwoPrompts(model, model)
     answers = batch.ours(with_reference=False)
-    answers = answers._replace(counts=answers.drawn & torch.tensor([False, True, True, True])[:, None])
+    answers = answers._replace(counts=answers.completion_mask & torch.tensor([False, True, True, True])[:, None])
     batch.mask[0] = False  # as TRL's mask_truncated_completions does
     expected = trainer._compute_loss(trainer.model, batch.theirs())
     expected.backward()
@@ -219,17 +224,19 @@ def test_the_policy_loss_of_ppo_and_its_gradient_are_trls_with_an_advantage_of_e
     expected.backward()
 
     answers = batch.ours(with_reference=False)
-    wide = torch.zeros(4, 8).masked_scatter(answers.drawn, advantages[batch.mask])
+    wide = torch.zeros(4, 8).masked_scatter(answers.completion_mask, advantages[batch.mask])
     logprobs = model(answers.inputs, targets_BT=answers.targets).logprobs
-    got = surrogate_loss(logprobs, answers.old_logprobs, wide, answers.drawn, clip_low=0.15, clip_high=0.15)
-    got = got[answers.drawn].mean()
+    got = surrogate_loss(
+        logprobs, answers.old_logprobs, wide, answers.completion_mask, epsilon_low=0.15, epsilon_high=0.15
+    )
+    got = got[answers.completion_mask].mean()
     got.backward()
     assert got.item() == pytest.approx(expected.item(), abs=1e-6)
     assert_same_gradients(model, trainer.model)
 
 
 def test_the_reward_of_ppo_less_the_divergence_is_that_of_trls_rloo(tmp_path, word_tokenizer, monkeypatch):
-    model, reference, kl_coefficient = our_model(0), our_model(1), 0.3
+    model, reference, beta = our_model(0), our_model(1), 0.3
     scores = torch.tensor([1.0, 0.0, 0.3, 2.0])
     args = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 5, "beta": 0.0}
     trainer = trl.RLOOTrainer(
@@ -239,7 +246,7 @@ def test_the_reward_of_ppo_less_the_divergence_is_that_of_trls_rloo(tmp_path, wo
         train_dataset=datasets.Dataset.from_list([{"prompt": "w2"}]),
         processing_class=word_tokenizer,
     )
-    trainer.beta, trainer.ref_model = kl_coefficient, their_model(reference).eval()
+    trainer.beta, trainer.ref_model = beta, their_model(reference).eval()
     trl.trainer.rloo_trainer.add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature)
     monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: scores[:, None])
     theirs = trainer._generate_and_score_completions([{"prompt": word} for word in ("w2", "w2", "w3", "w3")])
@@ -248,9 +255,9 @@ def test_the_reward_of_ppo_less_the_divergence_is_that_of_trls_rloo(tmp_path, wo
     drawn = torch.cat([torch.zeros_like(theirs["prompt_ids"]), theirs["completion_mask"]], dim=1)[:, 1:].bool()
     with torch.no_grad():
         logprobs, first = token_logprobs(model, tokens), token_logprobs(reference, tokens)
-    rewards = token_rewards(scores, logprobs, first, drawn, kl_coefficient=kl_coefficient)
+    rewards = token_rewards(scores, logprobs, first, drawn, beta=beta)
     # Without values and discount the advantage of an answer's first token is the whole of its reward.
-    advantages = generalised_advantages(rewards, torch.zeros_like(rewards), drawn, discount=1.0, trace_decay=1.0)
+    advantages = generalised_advantages(rewards, torch.zeros_like(rewards), drawn, gamma=1.0, gae_lambda=1.0)
     whole = advantages.gather(1, drawn.int().argmax(dim=1, keepdim=True)).view(2, 2)
     expected = theirs["advantages"].view(2, 2)
     assert (whole - scores.view(2, 2)).abs().max() > 0.1

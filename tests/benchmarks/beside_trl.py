@@ -30,7 +30,7 @@ from lilpipe.launch.run import KEEP_MEMORY
 from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.bpe import train as train_tokenizer
+from lilpipe.tokenizer.bpe import train_tokenizer as train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune, loop
 from tests.benchmarks.tables import markdown, ratio, spread
@@ -115,7 +115,7 @@ class Watch:
 
 
 def train_ours(
-    trainee: finetune.Trainee,
+    trainer_module: finetune.TrainerModule,
     workspace: Workspace,
     config: TrainingSection,
     optimizer: OptimizerConfig,
@@ -135,7 +135,7 @@ def train_ours(
             reached.append(step)
 
     loop.train(
-        trainee,
+        trainer_module,
         num_steps=2 * steps_of_epoch + 1,
         workspace=workspace,
         section=config,

@@ -42,7 +42,7 @@ def everything_on(folder: Path, *, num_workers: int = 1) -> CorpusConfig:
             "classifier": {
                 "good": [source("rust-book", max_bytes=300_000)],
                 "bad": [source("python-peps", max_bytes=300_000)],
-                "keep_share": 0.9,
+                "keep_ratio": 0.9,
             },
             "pii": {"phone_numbers": True},
             "decontamination": {"sets": [source("gsm8k-test", columns={"text": "question"})]},

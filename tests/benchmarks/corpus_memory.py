@@ -94,7 +94,7 @@ def everything_on(folder: Path, num_workers: int) -> CorpusConfig:
             "language": {"min_score": 0.3},
             "quality": {"c4": True, "max_duplicate_ngram_coverage": 0.5, "max_dirty_words": 5, "max_kl_divergence": 9},
             "exact_dedup": {"paragraphs": True, "lines": True},
-            "classifier": {"good": [source("good")], "bad": [source("bad")], "keep_share": 0.9},
+            "classifier": {"good": [source("good")], "bad": [source("bad")], "keep_ratio": 0.9},
             "pii": {"phone_numbers": True},
             "decontamination": {"sets": [source("evaluation")]},
             "num_workers": num_workers,

@@ -69,7 +69,7 @@ def prepare(root: Path, size: str, num_pairs: int) -> None:
 
 def run_lilpipe(root: Path, batch_size: int) -> None:
     """The stage's own reference pass, objective and loop."""
-    config = DPOConfig(seed=0, num_epochs=2, batch_size=batch_size, optimizer=OPTIMIZER, nll_coefficient=0.0)
+    config = DPOConfig(seed=0, num_epochs=2, batch_size=batch_size, optimizer=OPTIMIZER, rpo_alpha=0.0)
     model, tokenizer = load_model(root)
     rows, _ = encode_pairs(tokenizer, read_pairs(root, "train"), max_len=model.config.max_seq_len)
     watch, workers = Watch(), finetune.Workers(config)
@@ -80,10 +80,10 @@ def run_lilpipe(root: Path, batch_size: int) -> None:
         _, reference_R2 = compute_reference(model, rows, packer, config, workspace)
         watch.reference = time.perf_counter() - begun
         objective = PreferenceObjective(rows, config, packer, reference_R2=reference_R2, rank=0, world_size=1)
-        trainee = finetune.build(config, root, objective, workers, stage="dpo")
+        trainer_module = finetune.build(config, root, objective, workers, stage="dpo")
         del model
         train_ours(
-            trainee,
+            trainer_module,
             workspace,
             config,
             config.optimizer,

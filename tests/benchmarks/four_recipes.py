@@ -86,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", default=list(ALIGNMENT_RECIPES), choices=list(ALIGNMENT_RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--split", default="test", choices=("test", "dev"), help="choose hyperparameters on dev")
+    parser.add_argument(
+        "--split", default="test", choices=("test", "validation"), help="choose hyperparameters on validation"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further settings of all recipes")
     arguments = parser.parse_args()
     given = {"evaluate.split": arguments.split, **dict(parse_override(text) for text in arguments.set)}

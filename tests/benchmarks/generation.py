@@ -71,7 +71,7 @@ def ours(model: Transformer, prompts: list[list[int]], num_rows: int) -> Callabl
     def sample(seed: int) -> int:
         engine = Engine(model, max_rows=num_rows)
         requests = [
-            engine.submit(prompt, sampling=sampling, stop_ids=(), seed=seed, num_samples=NUM_SAMPLES, index=index)
+            engine.submit(prompt, sampling=sampling, stop_ids=(), seed=seed, num_generations=NUM_SAMPLES, index=index)
             for index, prompt in enumerate(prompts)
         ]
         while engine.step():

@@ -46,7 +46,7 @@ from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Prompt, read_conversations, read_prompts
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.bpe import train as train_tokenizer
+from lilpipe.tokenizer.bpe import train_tokenizer as train_tokenizer
 from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.loop import train
@@ -63,7 +63,7 @@ PROMPTS = PromptsConfig(
     num_documents=0,
     num_demonstrations=3_000,
     num_train=2_000,
-    num_dev=100,
+    num_validation=100,
     num_test=200,
     max_filler_sentences=0,
 )
@@ -115,7 +115,7 @@ def run_lilpipe(root: Path, output: Path, *, steps: int) -> dict[str, float]:
         optimizer=OPTIMIZER,
         num_steps=steps,
         prompts_per_step=NUM_PROMPTS,
-        group_size=GROUP_SIZE,
+        num_generations=GROUP_SIZE,
         log_every=1,
         num_workers=distributed.world_size(),
         threads_per_worker=torch.get_num_threads(),
@@ -229,13 +229,15 @@ def measured(system: System, root: Path, *, steps: int) -> dict[str, float]:
 
 
 def held_out(root: Path, model_directory: Path) -> dict[str, float]:
-    """Mean reward on the test prompts: of the likeliest answer, and of 8 drawn at temperature 1, with its error."""
+    """Mean reward on the test prompts: of the greedy completion, and of 8 drawn at temperature 1, with its error."""
     model, tokenizer = load_model(model_directory)
     prompts = read_prompts(root / "prompts/output", "test")
     figures: dict[str, float] = {}
-    for name, temperature, num_samples in (("greedy", 0.0, 1), ("drawn", 1.0, 8)):
+    for name, temperature, num_generations in (("greedy", 0.0, 1), ("drawn", 1.0, 8)):
         sampling = SamplingConfig(max_new_tokens=MAX_NEW_TOKENS, temperature=temperature)
-        groups = complete(model, tokenizer, prompts, form="chat", sampling=sampling, seed=1, num_samples=num_samples)
+        groups = complete(
+            model, tokenizer, prompts, form="chat", sampling=sampling, seed=1, num_generations=num_generations
+        )
         values = [statistics.fmean(reward(answer.verdict) for answer in group) for group in groups]
         figures[name] = statistics.fmean(values)
         figures[f"{name}_error"] = statistics.stdev(values) / math.sqrt(len(values))

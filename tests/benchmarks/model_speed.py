@@ -50,13 +50,13 @@ def training_step(model: torch.nn.Module) -> int:
     return BATCH_SIZE * SEQ_LEN
 
 
-def sampling_run(model: torch.nn.Module, *, samples_per_prompt: int) -> int:
+def sampling_run(model: torch.nn.Module, *, num_generations: int) -> int:
     """Answers to prompts of 16 tokens; gives the number of new tokens."""
-    num_prompts = NUM_PROMPTS // samples_per_prompt
+    num_prompts = NUM_PROMPTS // num_generations
     prompts = torch.randint(0, VOCAB_SIZE, (num_prompts, 16), generator=torch.Generator().manual_seed(0))
     if isinstance(model, Transformer):
         sampling = SamplingConfig(max_new_tokens=NUM_NEW_TOKENS, batch_size=NUM_PROMPTS)
-        generate(model, prompts.tolist(), sampling=sampling, stop_ids=(), seed=0, num_samples=samples_per_prompt)
+        generate(model, prompts.tolist(), sampling=sampling, stop_ids=(), seed=0, num_generations=num_generations)
     else:
         model.generate(  # pyright: ignore[reportCallIssue]
             prompts,
@@ -65,7 +65,7 @@ def sampling_run(model: torch.nn.Module, *, samples_per_prompt: int) -> int:
             min_new_tokens=NUM_NEW_TOKENS,
             do_sample=True,
             top_k=0,
-            num_return_sequences=samples_per_prompt,
+            num_return_sequences=num_generations,
             pad_token_id=0,
         )
     return NUM_PROMPTS * NUM_NEW_TOKENS
@@ -93,7 +93,7 @@ def main() -> None:
     measure("forward and backward", training_step, repeats=8)
     for samples in (1, 8):
         title = f"sampling, {NUM_PROMPTS} sequences, {samples} of each prompt"
-        measure(title, lambda model, samples=samples: sampling_run(model, samples_per_prompt=samples), repeats=1)
+        measure(title, lambda model, samples=samples: sampling_run(model, num_generations=samples), repeats=1)
 
 
 if __name__ == "__main__":

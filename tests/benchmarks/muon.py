@@ -20,7 +20,7 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import OptimizerConfig
 from lilpipe.metrics.bits_per_byte import bits_per_byte
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.bpe import train as train_tokenizer
+from lilpipe.tokenizer.bpe import train_tokenizer as train_tokenizer
 from lilpipe.training.optimizer import Optimizer
 from lilpipe.training.replica import Loss, Replica
 from lilpipe.training.schedule import lr_scale
@@ -37,9 +37,9 @@ RATES = {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (0.01, 0.02, 0.04)}
 class Data:
     """Rows of tokens, drawn by seed and step, and held-out rows."""
 
-    def __init__(self, tokens: torch.Tensor, heldout: torch.Tensor, num_bytes: int) -> None:
+    def __init__(self, tokens: torch.Tensor, validation: torch.Tensor, num_bytes: int) -> None:
         self.tokens = tokens
-        rows = heldout[: len(heldout) // (SEQ_LEN + 1) * (SEQ_LEN + 1)].view(-1, SEQ_LEN + 1)
+        rows = validation[: len(validation) // (SEQ_LEN + 1) * (SEQ_LEN + 1)].view(-1, SEQ_LEN + 1)
         self.inputs, self.targets, self.num_bytes = rows[:, :-1], rows[:, 1:], num_bytes
 
     def rows(self, seed: int, step: int) -> torch.Tensor:
@@ -55,14 +55,14 @@ def load() -> tuple[Data, Data]:
     tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE)
     halves = []
     for half in (texts[0::2], texts[1::2]):
-        num_heldout = max(1, len(half) // 50)
-        heldout, training = half[:num_heldout], half[num_heldout:]
+        num_validation = max(1, len(half) // 50)
+        validation, training = half[:num_validation], half[num_validation:]
         encoded = [
-            torch.tensor([i for text in part for i in tokenizer.encode(text)[:8000]]) for part in (training, heldout)
+            torch.tensor([i for text in part for i in tokenizer.encode(text)[:8000]]) for part in (training, validation)
         ]
-        heldout_tokens = encoded[1][: 64 * (SEQ_LEN + 1)]
-        num_bytes = len(tokenizer.decode(heldout_tokens.tolist()).encode())
-        halves.append(Data(encoded[0], heldout_tokens, num_bytes))
+        validation_tokens = encoded[1][: 64 * (SEQ_LEN + 1)]
+        num_bytes = len(tokenizer.decode(validation_tokens.tolist()).encode())
+        halves.append(Data(encoded[0], validation_tokens, num_bytes))
     return halves[0], halves[1]
 
 

@@ -58,7 +58,7 @@ def config(*, compiled: bool, **settings: int) -> PretrainConfig:
         "optimizer": OPTIMIZER,
         "num_steps": 600,
         "batch_size": BATCH_SIZE,
-        "exercise_share": 0.0,
+        "exercise_ratio": 0.0,
         "checkpoint_every": 600,
         "compile": compiled,
         **settings,
@@ -72,9 +72,9 @@ def config(*, compiled: bool, **settings: int) -> PretrainConfig:
 def run_lilpipe(shards: TokenShards, root: Path, *, compiled: bool) -> None:
     """The stage's trainer in its own loop."""
     chosen = config(compiled=compiled)
-    trainee, _ = pretrain.build(chosen, shards.vocab_size, open_loader(chosen, shards))
+    trainer_module, _ = pretrain.build(chosen, shards.vocab_size, open_loader(chosen, shards))
     train(
-        trainee,
+        trainer_module,
         num_steps=chosen.num_steps,
         workspace=Workspace(root),
         section=chosen,
@@ -131,9 +131,9 @@ def measure_shares(shards: TokenShards, root: Path) -> dict[str, float]:
     """Seconds of a step that go into the loader, checkpoints at their default interval, and tracking."""
     chosen = config(compiled=False, num_steps=2 * SAVES, checkpoint_every=2, log_every=1)
     loader = open_loader(chosen, shards)
-    trainee, objective = pretrain.build(chosen, shards.vocab_size, loader)
+    trainer_module, objective = pretrain.build(chosen, shards.vocab_size, loader)
     workspace = Workspace(root)
-    result = train(trainee, num_steps=2 * SAVES, workspace=workspace, section=chosen, optimizer=chosen.optimizer)
+    result = train(trainer_module, num_steps=2 * SAVES, workspace=workspace, section=chosen, optimizer=chosen.optimizer)
     default = PretrainConfig(seed=0)
     return {
         "loader": _loader_seconds(loader),

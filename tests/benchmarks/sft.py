@@ -73,10 +73,10 @@ def run_lilpipe(settings: dict[str, Any], root: Path, batch_size: int) -> None:
     objective = SupervisedTokens(
         examples, batch_size=batch_size, seed=0, padding_id=tokenizer.padding_id, packing=config.packing
     )
-    trainee = finetune.build(config, root, objective, workers, stage="sft")
+    trainer_module = finetune.build(config, root, objective, workers, stage="sft")
     with tempfile.TemporaryDirectory() as work:
         train_ours(
-            trainee,
+            trainer_module,
             Workspace(Path(work)),
             config,
             config.optimizer,

@@ -71,7 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--split", default="test", choices=("test", "dev"), help="choose hyperparameters on dev")
+    parser.add_argument(
+        "--split", default="test", choices=("test", "validation"), help="choose hyperparameters on validation"
+    )
     arguments = parser.parse_args()
     runs = [run_seed(arguments.recipe, seed, {"evaluate.split": arguments.split}) for seed in arguments.seeds]
     console = Console(width=120)

@@ -135,7 +135,7 @@ def measure_extension(root: Path, base: str, pattern: str, num_bytes: int) -> No
     start = time.perf_counter()
     metrics = run_stage(root, config)
     print(f"  the whole stage: {num_bytes / (time.perf_counter() - start) / 1e6:.2f} MB/s")
-    names = ("bytes_per_token", "bytes_per_token_of_base", "share_never_used", "glitch_suspects")
+    names = ("bytes_per_token", "bytes_per_token_of_base", "unused_ratio", "glitch_suspects")
     print("  " + ", ".join(f"{name} {metrics[name]:,.3f}" for name in names))
 
 
@@ -162,7 +162,7 @@ def compare_ids(folder: Path, texts: list[str], root: Path) -> None:
     everything = all_texts(folder)
     print(f"Ids beside Hugging Face tokenizers' on {len(everything):,} texts")
     for preset in PATTERNS:
-        ours = bpe.train(texts[::20], vocab_size=2_048, pattern=preset)
+        ours = bpe.train_tokenizer(texts[::20], vocab_size=2_048, pattern=preset)
         ours.save(root / preset)
         peer = tokenizers.Tokenizer.from_file(str(root / preset / "tokenizer.json"))
         peer.encode_special_tokens = True  # pyright: ignore[reportAttributeAccessIssue]

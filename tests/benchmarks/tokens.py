@@ -22,13 +22,13 @@ import tiktoken
 from lilpipe.config.tokens import TokensConfig
 from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens import build
-from lilpipe.tokens.loader import PretrainLoader, StretchPlan
+from lilpipe.tokens.data_phase import Steps
+from lilpipe.tokens.loader import DataPhasePlan, PretrainLoader
 from lilpipe.tokens.report import write_report
 from lilpipe.tokens.shards import TokenShards, write_index
-from lilpipe.tokens.stretch import Steps
 from tests.benchmarks.english import english_documents
 
 NUM_THREADS = len(os.sched_getaffinity(0))
@@ -41,7 +41,7 @@ def main() -> None:
     _, rows = english_documents()
     texts = [row["text"] for row in rows]
     print(f"{len(texts)} documents, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB; {NUM_THREADS} threads\n")
-    tokenizer = train(texts, vocab_size=32_768)
+    tokenizer = train_tokenizer(texts, vocab_size=32_768)
     with tempfile.TemporaryDirectory() as root:
         corpus = pa.table({name: [row[name] for row in rows] for name in ("id", "source", "text")})
         write_table(Path(root, "corpus/documents/00000.arrow"), corpus)
@@ -114,7 +114,7 @@ def measure_loader(shards: TokenShards) -> None:
     anywhere = np.random.default_rng(0).integers(0, 1_000_000, size=ROUNDS_OF_LOADER).tolist()
     for packing in ("concat", "best_fit"):
         for batch_size, seq_len in ((16, 128), (16, 1024), (64, 1024), (64, 4096)):
-            plan = StretchPlan([Steps(0, 1_000_000, batch_size)], seq_len, {"corpus": 1.0})
+            plan = DataPhasePlan([Steps(0, 1_000_000, batch_size)], seq_len, {"corpus": 1.0})
             loader = PretrainLoader(shards, [plan], seed=0, packing=packing)
             in_turn = range(ROUNDS_OF_LOADER)
             order, following, any_step = (

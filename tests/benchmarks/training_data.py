@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 
 from lilpipe.artifact import Artifact
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from tests.training.conftest import write_tokens
 
 VALIDATION_EVERY = 20
@@ -25,7 +25,7 @@ def standard_library(max_bytes: int = 4_000_000) -> list[str]:
 
 def token_shards(directory: Path, texts: list[str], *, vocab_size: int) -> Artifact:
     """Shards of these texts with a vocabulary learnt from them; each twentieth is for validation."""
-    tokenizer = train(texts, vocab_size=vocab_size)
+    tokenizer = train_tokenizer(texts, vocab_size=vocab_size)
     held_out = texts[::VALIDATION_EVERY]
     rest = [text for index, text in enumerate(texts) if index % VALIDATION_EVERY]
     return write_tokens(directory, tokenizer, {"corpus": {"train": rest, "validation": held_out}})

@@ -35,7 +35,7 @@ CONFIG = PretrainConfig(
     seed=0,
     checkpoint_every=5,
     eval_every=7,
-    eval_rows=2,
+    validation_rows=2,
     log_every=1,
     compile=False,
 )

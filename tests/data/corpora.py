@@ -13,7 +13,7 @@ THRESHOLDS = {
     "line_dedup": {"removed_lines": Bounds(), "removed_chars": Bounds()},
     "c4": {"lorem_ipsum": Bounds(most=0), "curly_bracket": Bounds(most=0), "num_sentences": Bounds(least=5)},
     "pii": {"emails": Bounds()},
-    "decontamination": {"matched_ngrams": Bounds(most=0), "matched_share": Bounds()},
+    "decontamination": {"matched_ngrams": Bounds(most=0), "matched_ratio": Bounds()},
     "near_dedup": {"similarity": Bounds(most=0.4)},
 }
 SCORES = [f"{stage}.{name}" for stage, scores in THRESHOLDS.items() for name in scores]

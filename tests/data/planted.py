@@ -120,7 +120,7 @@ VICTIMS = {
     "town": ("ngram_coverage", "duplicate_ngram_coverage", ""),
     "dirty": ("dirty_words", "too_many_dirty_words", ""),
     "rare words": ("divergence", "outlier_words", ""),
-    "leak": ("decontamination", "evaluation_text", "prompts-dev/dev/0: "),
+    "leak": ("decontamination", "evaluation_text", "prompts-dev/validation/0: "),
     "named leak": ("decontamination", "evaluation_text", "quiz/q1: "),
     "spam": ("classifier", "low_quality", ""),
     "spam again": ("classifier", "low_quality", ""),
@@ -189,7 +189,10 @@ def write_sources(folder):
     write_jsonl(folder / "good.jsonl", [{"text": (german if n % 4 == 0 else prose)(n)} for n in range(1_000, 1_060)])
     write_jsonl(folder / "bad.jsonl", [{"text": spam(n)} for n in range(1_000, 1_060)])
     write_jsonl(folder / "quiz.jsonl", [{"id": "q1", "text": QUIZ}])
-    questions = [("dev/0", "dev", QUESTION), ("train/0", "train", " ".join(re.split(r"(?<=\.) ", prose(0))[:2]))]
+    questions = [
+        ("validation/0", "validation", QUESTION),
+        ("train/0", "train", " ".join(re.split(r"(?<=\.) ", prose(0))[:2])),
+    ]
     rows = [{"id": key, "split": split, "family": "f", "question": q, "answer": "7"} for key, split, q in questions]
     write_rows(folder / "prompts" / "prompts.arrow", rows, PROMPT_SCHEMA)
     return section(folder), artifact(folder / "prompts")
@@ -204,7 +207,7 @@ def section(folder):
     return {
         "sources": [web, jsonl("german", languages=["de"], label="german")],
         "min_chars": 100,
-        "max_malformed_share": 0.5,
+        "max_malformed_ratio": 0.5,
         "num_workers": 1,
         "language": {"min_score": 0.3, "min_scores": {"de": 0.5}},
         "url": {"blocked_domains": str(folder / "domains.txt"), "blocked_words": str(folder / "words.txt")},
@@ -222,7 +225,7 @@ def section(folder):
             "good": [jsonl("good")],
             "bad": [jsonl("bad")],
             "min_score": 0.5,
-            "held_out_share": 0.3,
+            "validation_ratio": 0.3,
             "num_epochs": 25,
             "learning_rate": 0.5,
             "dimension": 8,

@@ -41,7 +41,7 @@ def sources(tmp_path):
 
 
 def settings(tmp_path, **others):
-    others = {"num_workers": 1, "max_malformed_share": 0.5, "language": {"min_score": 0.3}, **FEW_BANDS, **others}
+    others = {"num_workers": 1, "max_malformed_ratio": 0.5, "language": {"min_score": 0.3}, **FEW_BANDS, **others}
     return CorpusConfig.model_validate({"sources": sources(tmp_path), **others})
 
 
@@ -169,9 +169,9 @@ def test_the_same_documents_in_other_files_give_the_same_kept_texts(built, small
 
 def test_too_many_unreadable_rows_fail_the_stage_with_examples(tmp_path):
     with pytest.raises(
-        DataError, match=r"source 'two': 2 of 7 rows.*28\.6%.*c\.jsonl:6 is no JSON.*max_malformed_share"
+        DataError, match=r"source 'two': 2 of 7 rows.*28\.6%.*c\.jsonl:6 is no JSON.*max_malformed_ratio"
     ):
-        build(settings(tmp_path, max_malformed_share=0.1), tmp_path / "work")
+        build(settings(tmp_path, max_malformed_ratio=0.1), tmp_path / "work")
 
 
 def test_a_file_that_breaks_off_counts_as_a_share_of_the_files(tmp_path):
@@ -268,7 +268,7 @@ def test_what_is_not_turned_on_is_not_digested(tmp_path):
     ("section", "message"),
     [
         ({"classifier": {"min_score": 0.5}}, "got one without examples, expected `good` and `bad`"),
-        ({"classifier": {"keep_share": 0.5}}, "got one without examples, expected `good` and `bad`"),
+        ({"classifier": {"keep_ratio": 0.5}}, "got one without examples, expected `good` and `bad`"),
         ({"classifier": {"good": ["a"], "bad": ["b"]}}, "got both or neither, expected one of them"),
         ({"classifier": {"good": ["a"], "min_score": 0.5}}, "got examples of one alone"),
         ({"classifier": {"good": ["a", "a"], "bad": ["a"], "min_score": 0.5}}, r"good: names must differ.*'a', 'a'"),
@@ -298,17 +298,17 @@ def test_where_and_by_how_many_the_work_is_done_is_no_part_of_the_identity(tmp_p
     assert settings(tmp_path, min_chars=7).identity() != identities[0]
 
 
-def test_max_bytes_does_not_make_bad_rows_a_larger_share(tmp_path):
+def test_max_bytes_does_not_make_bad_rows_a_larger_ratio(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"text": prose(i), "id": str(i)} for i in range(40)])
     with path.open("a") as file:
         file.write("{\n")
     source = Source(kind="jsonl", name="mine", path=str(path), max_bytes=2_000)
-    metrics, _ = build(CorpusConfig(sources=(source,), num_workers=1, max_malformed_share=0.05), tmp_path / "work")
+    metrics, _ = build(CorpusConfig(sources=(source,), num_workers=1, max_malformed_ratio=0.05), tmp_path / "work")
     assert 0 < metrics["bytes_read"] <= 2_000
     with pytest.raises(DataError, match="max_bytes = 10 is less than its first document"):
         build(
             CorpusConfig(
-                sources=(source.model_copy(update={"max_bytes": 10}),), num_workers=1, max_malformed_share=0.05
+                sources=(source.model_copy(update={"max_bytes": 10}),), num_workers=1, max_malformed_ratio=0.05
             ),
             tmp_path / "other work",
         )

@@ -178,7 +178,7 @@ def test_metrics_are_the_counts(built):
     assert metrics["documents_read"] == len(built.kept) + len(built.rejected)
     assert metrics["documents_kept"] == len(built.kept)
     assert metrics["bytes_kept"] == sum(row["num_bytes"] for row in built.kept.values())
-    assert metrics["kept_share"] == len(built.kept) / (len(built.kept) + len(built.rejected))
+    assert metrics["kept_ratio"] == len(built.kept) / (len(built.kept) + len(built.rejected))
     assert metrics["quarantined"] == 2
     reasons = Counter(row["reason"] for row in built.rejected.values())
     assert {reason: metrics[f"rejected_{reason}"] for reason in reasons} == reasons
@@ -201,7 +201,7 @@ def test_matches_of_evaluation_sets_are_a_table_of_the_artifact(built):
     matches = {(row["document"], row["set"], row["item"], row["overlap"]) for row in read_table(table).to_pylist()}
     # the last mark of a sentence is no word
     quiz = ("named leak", "quiz", "q1", QUIZ.removesuffix("?"))
-    assert matches == {("leak", "prompts-dev", "dev/0", planted.QUESTION.removesuffix("?")), quiz}
+    assert matches == {("leak", "prompts-dev", "validation/0", planted.QUESTION.removesuffix("?")), quiz}
 
 
 def test_a_trace_tells_what_became_of_any_document(built):
@@ -226,7 +226,7 @@ def test_a_share_to_keep_becomes_the_threshold_that_keeps_it(tmp_path, monkeypat
     rows = [{"id": f"good {n}", "text": prose(n)} for n in range(8)]
     rows += [{"id": f"spam {n}", "text": planted.spam(n)} for n in range(4)] + [{"id": "short", "text": "Too short."}]
     source = {"kind": "jsonl", "name": "mine", "path": str(write_jsonl(tmp_path / "mine.jsonl", rows))}
-    classifier = planted.section(tmp_path)["classifier"] | {"min_score": None, "keep_share": 0.5}
+    classifier = planted.section(tmp_path)["classifier"] | {"min_score": None, "keep_ratio": 0.5}
     built = Built(
         planted.settings(tmp_path, sources=[source], classifier=classifier, minhash={"enabled": False}),
         {},
@@ -248,7 +248,7 @@ def test_a_share_to_keep_becomes_the_threshold_that_keeps_it(tmp_path, monkeypat
 def test_without_prompts_or_sets_nothing_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "build_report", lambda *_, **__: "")
     folder = tmp_path / "prompts"
-    row = {"id": "dev/0", "split": "dev", "family": "f", "question": planted.QUESTION, "answer": "7"}
+    row = {"id": "validation/0", "split": "validation", "family": "f", "question": planted.QUESTION, "answer": "7"}
     write_rows(folder / "prompts.arrow", [row], PROMPT_SCHEMA)
     rows = [{"id": "leak", "text": TEXTS["leak"]}, {"id": "good", "text": prose(1)}]
     source = {"kind": "jsonl", "name": "mine", "path": str(write_jsonl(tmp_path / "mine.jsonl", rows))}

@@ -101,7 +101,7 @@ def test_what_is_found_of_evaluation_sets_lies_beside_the_documents(tmp_path, ac
     matches = read_table(matches_folder(folder) / "00000.arrow")
     (match,) = matches.to_pylist()
     assert matches.schema == MATCHES
-    assert (match["document"], match["set"], match["item"], match["item_share"]) == ("leak", "quiz", "7", 1)
+    assert (match["document"], match["set"], match["item"], match["item_ratio"]) == ("leak", "quiz", "7", 1)
     assert match["overlap"] in text
     assert ("leak" in rows_of(kept_file(folder, 0))) == (action == "report")
     assert ("leak" in rows_of(rejected_file(folder, 0))) == (action == "reject")

@@ -139,7 +139,7 @@ QUESTION = "What did the captain of the quiet boat ask the farmer who sold him b
 
 
 def test_the_pipelines_held_out_prompts_and_the_users_sets_are_looked_for(tmp_path):
-    prompts = prompts_artifact(tmp_path, {"train": [prose(1, 2)], "dev": [QUESTION], "test": [prose(2, 2)]})
+    prompts = prompts_artifact(tmp_path, {"train": [prose(1, 2)], "validation": [QUESTION], "test": [prose(2, 2)]})
     path = write_jsonl(tmp_path / "quiz.jsonl", [{"id": "1", "text": prose(3, 2)}])
     quiz = {"kind": "jsonl", "name": "quiz", "path": str(path)}
     rows = [{"text": prose(9)}]
@@ -158,13 +158,13 @@ def test_the_pipelines_held_out_prompts_and_the_users_sets_are_looked_for(tmp_pa
 
 @pytest.mark.parametrize(("enabled", "with_prompts"), [(False, True), (True, False)])
 def test_no_evaluation_set_is_looked_for_where_it_is_off_or_there_is_none(tmp_path, enabled, with_prompts):
-    prompts = prompts_artifact(tmp_path, {"dev": [QUESTION]}) if with_prompts else None
+    prompts = prompts_artifact(tmp_path, {"validation": [QUESTION]}) if with_prompts else None
     learnt, _ = learnt_of(tmp_path, [{"text": prose(1)}], prompts=prompts, decontamination={"enabled": enabled})
     assert learnt == Learnt()
 
 
 def test_evaluation_text_that_many_documents_hold_is_found_to_be_no_sign(tmp_path):
-    prompts = prompts_artifact(tmp_path, {"dev": [QUESTION, prose(1, 2)]})
+    prompts = prompts_artifact(tmp_path, {"validation": [QUESTION, prose(1, 2)]})
     rows = [{"text": f"{prose(10 + n)} {QUESTION}"} for n in range(4)] + [{"text": f"{prose(20)} {prose(1, 2)}"}]
     for most, common in ((3, True), (4, False)):
         decontamination = {"enabled": True, "max_ngram_documents": most}

@@ -18,7 +18,7 @@ GOOD = {
     "c4.num_sentences": 9,
     "pii.emails": 1,
     "decontamination.matched_ngrams": 0,
-    "decontamination.matched_share": 0,
+    "decontamination.matched_ratio": 0,
 }
 
 
@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
     kept = [document(f"kept/{number}", scores=GOOD) for number in range(8)]
     near = document("near", scores=GOOD | {"near_dedup.similarity": 0.5})
     bracket = document("bracket", scores=GOOD | {"c4.curly_bracket": 1, "c4.num_sentences": float("nan")})
-    for name in ("pii.emails", "decontamination.matched_ngrams", "decontamination.matched_share"):
+    for name in ("pii.emails", "decontamination.matched_ngrams", "decontamination.matched_ratio"):
         del bracket.scores[name]
     rejected = [
         (document("short", scores={"length.chars": 9}, language=None, language_score=None), "length", "short", ""),
@@ -56,7 +56,7 @@ def test_a_kept_document_has_passed_every_stage_and_shows_score_and_threshold_of
         Verdict("c4", "num_sentences", 9, Bounds(least=5), passed=True),
         Verdict("pii", "emails", 1, Bounds(), passed=True),
         Verdict("decontamination", "matched_ngrams", 0, Bounds(most=0), passed=True),
-        Verdict("decontamination", "matched_share", 0, Bounds(), passed=True),
+        Verdict("decontamination", "matched_ratio", 0, Bounds(), passed=True),
         Verdict("near_dedup", "similarity", None, Bounds(most=0.4), passed=True),
     ]
 

@@ -11,9 +11,9 @@ from lilpipe.config.prompts import RewardConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation import evaluate
-from lilpipe.evaluation.answers import as_candidate
+from lilpipe.evaluation.completions import as_candidate
 from lilpipe.evaluation.evaluate import flat_metrics, run
-from lilpipe.generation.engine import Sample
+from lilpipe.generation.engine import CompletionOutput
 from lilpipe.metrics.pass_at_k import Estimate
 from lilpipe.schemas.examples import read_prompts
 from lilpipe.stage import Workspace
@@ -23,7 +23,7 @@ from tests.alignment.conftest import as_artifact, digest_of
 from tests.evaluation.judges import judge_config, prefers_shorter, serving
 
 CONFIG = EvaluateConfig(
-    seed=0, samples_per_prompt=3, prompts_per_chunk=8, validation_rows=4, sampling=SamplingConfig(max_new_tokens=6)
+    seed=0, num_generations=3, prompts_per_chunk=8, validation_rows=4, sampling=SamplingConfig(max_new_tokens=6)
 )
 
 
@@ -92,11 +92,11 @@ def test_metrics_name_every_model_and_the_report_shows_it(tmp_path, inputs):
     assert len(lines) == 20
     assert lines[0]["models"].keys() == {"pretrain", "sft", "dpo"}
     assert lines[0]["models"]["sft"].keys() == {"greedy", "sampled"}
-    assert lines[0]["models"]["sft"]["sampled"].keys() == {"response", "correct", "rewards", "game"}
+    assert lines[0]["models"]["sft"]["sampled"].keys() == {"completion", "correct", "rewards", "game"}
     report = (workspace.report / "report.html").read_bytes().decode()
     assert "<svg" in report
     for prompt in lines:
-        assert all(html.escape(answer["sampled"]["response"]) in report for answer in prompt["models"].values())
+        assert all(html.escape(answer["sampled"]["completion"]) in report for answer in prompt["models"].values())
     assert all(model in report for model in ("pretrain", "sft", "dpo"))
 
 
@@ -105,8 +105,11 @@ def test_a_model_that_knows_the_answers_scores_one_in_every_measure(tmp_path, in
     tokenizer = Tokenizer.load(inputs["models"][0].path)
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
 
-    def generate(model, encoded, *, num_samples, **options):
-        return [[Sample(tokenizer.encode(f"Answer: {answers[q]}"), [], True)] * num_samples for (q,) in encoded]
+    def generate(model, encoded, *, num_generations, **options):
+        return [
+            [CompletionOutput(tokenizer.encode(f"Answer: {answers[q]}"), [], True)] * num_generations
+            for (q,) in encoded
+        ]
 
     monkeypatch.setattr(completions, "generate", generate)
     metrics = run(CONFIG, inputs, Workspace(tmp_path))
@@ -174,7 +177,7 @@ def test_a_reward_model_scores_all_answers_and_may_say_who_wins(tmp_path, inputs
     metrics = run(config, {**inputs, "reward_model": inputs["models"][1]}, Workspace(tmp_path / "scored"))
     for line in samples(tmp_path / "scored"):
         for answer in (*line["models"]["sft"].values(), *line["models"]["dpo"].values()):
-            assert answer["rewards"]["reward_model"] == len(answer["response"])
+            assert answer["rewards"]["reward_model"] == len(answer["completion"])
     assert metrics["reward_reward_model_stderr/sft"] > 0
     assert "reward_total/sft" not in metrics  # it is measured, and does not count in a sum
     assert 0 <= metrics["win_rate/dpo"] <= 1
@@ -214,7 +217,7 @@ def test_a_language_model_may_say_who_wins(tmp_path, inputs, monkeypatch):
         config = CONFIG.model_copy(update={"win_by": "judge", "judge": judge_config(address, num_prompts=6)})
         metrics = run(config, inputs, Workspace(tmp_path))
     assert 0 < len(asked.bodies) <= 2 * 2 * 6
-    assert (metrics["flip_rate/dpo"], metrics["unreadable_share/dpo"]) == (0, 0)
+    assert (metrics["flip_rate/dpo"], metrics["unreadable_ratio/dpo"]) == (0, 0)
     endings = [line["models"]["dpo"]["sampled"].get("game") for line in samples(tmp_path)]
     assert set(endings[:6]) <= {"won", "lost", "tie"}
     assert set(endings[6:]) == {None}

@@ -45,12 +45,12 @@ def test_the_higher_reward_wins_and_equal_ones_tie():
 
 def test_answers_may_be_set_against_those_that_come_with_prompts():
     known = [Prompt("0", "sort", "q", "a", reference="Answer: a b c"), Prompt("1", "sort", "q", "a")]
-    opponent = reference_answers(known, num_samples=2)
+    opponent = reference_answers(known, num_generations=2)
     assert [(row["prompt_id"], row["num_words"], row["well_formed"]) for row in opponent] == [("0", 4, True)] * 2
     outcomes = play({"model": set_against(games([[3, 5], [1, 1]]), opponent)}, by_brevity)["model"]
     assert {prompt: [o.win for o in group] for prompt, group in outcomes.items()} == {"0": [1, 0]}
     with pytest.raises(ConfigError, match=r"evaluate\.win_against: got 'answer', but no prompt"):
-        reference_answers(known[1:], num_samples=2)
+        reference_answers(known[1:], num_generations=2)
 
 
 def test_a_place_that_decides_is_a_tie_and_reported():
@@ -60,14 +60,14 @@ def test_a_place_that_decides_is_a_tie_and_reported():
         "win_rate": (pytest.approx(2 / 3), 3),
         "tie_rate": (pytest.approx(2 / 3), 3),
         "flip_rate": (pytest.approx(1 / 3), 3),
-        "unreadable_share": (0.25, 4),
+        "unreadable_ratio": (0.25, 4),
     }
 
 
 def test_a_judge_that_says_nothing_is_refused_though_most_answers_tie_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    mine, theirs = ([{**row, "question": "q", "response": "alike"} for row in games([[1]] * 5)] for _ in range(2))
-    mine[3]["response"] = "another"
+    mine, theirs = ([{**row, "question": "q", "completion": "alike"} for row in games([[1]] * 5)] for _ in range(2))
+    mine[3]["completion"] = "another"
     with serving(babbles) as (address, asked), pytest.raises(DataError, match="none of the 1 games got a verdict"):
         play_before_judge({"model": set_against(mine, theirs)}, judge_config(address), Workspace(tmp_path))
     assert len(asked.bodies) == 2

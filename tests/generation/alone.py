@@ -7,7 +7,7 @@ import torch
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.sampling import SamplingConfig
-from lilpipe.generation.engine import Sample
+from lilpipe.generation.engine import CompletionOutput
 from lilpipe.generation.sampling import choose, uniforms
 from lilpipe.model.transformer import Transformer
 
@@ -41,7 +41,7 @@ def naive(
     sampling: SamplingConfig,
     stop_ids: Sequence[int] = STOP,
     seed: int = 7,
-) -> Sample:
+) -> CompletionOutput:
     """One sequence, the whole of it through the model for each token."""
     draws = uniforms(seed, index, sample, sampling.max_new_tokens)
     tokens, logprobs = list(prompt), []
@@ -51,12 +51,12 @@ def naive(
         token = int(choose(logits, draw, temperature=sampling.temperature, top_p=sampling.top_p))
         logprobs.append(float(logits.log_softmax(-1)[0, token]))
         if token in stop_ids:
-            return Sample(tokens[len(prompt) :], logprobs, True)
+            return CompletionOutput(tokens[len(prompt) :], logprobs, True)
         tokens.append(token)
-    return Sample(tokens[len(prompt) :], logprobs, False)
+    return CompletionOutput(tokens[len(prompt) :], logprobs, False)
 
 
-def assert_same(got: Sample, expected: Sample) -> None:
+def assert_same(got: CompletionOutput, expected: CompletionOutput) -> None:
     assert got.tokens == expected.tokens
     assert got.finished == expected.finished
     assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-5)

@@ -22,7 +22,7 @@ def model() -> Transformer:
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_batched_samples_are_those_of_decoding_each_alone_without_a_cache(model, changes, batch_size):
     sampling = SAMPLING.model_copy(update={**changes, "batch_size": batch_size})
-    answers = generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=7, num_samples=3)
+    answers = generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=7, num_generations=3)
     assert [len(samples) for samples in answers] == [3] * len(PROMPTS)
     for index, (prompt, samples) in enumerate(zip(PROMPTS, answers, strict=True)):
         for number, sample in enumerate(samples):
@@ -31,7 +31,7 @@ def test_batched_samples_are_those_of_decoding_each_alone_without_a_cache(model,
 
 def test_some_answers_finish_and_some_do_not(model):
     """Guards the test above: both ways of ending must occur in it, and at different lengths."""
-    answers = generate(model, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=7, num_samples=3)
+    answers = generate(model, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=7, num_generations=3)
     samples = [sample for group in answers for sample in group]
     assert {sample.finished for sample in samples} == {True, False}
     assert len({len(sample.tokens) for sample in samples}) > 4
@@ -40,7 +40,7 @@ def test_some_answers_finish_and_some_do_not(model):
 def test_logprobs_are_those_of_the_full_forward_pass_at_temperature_one(model):
     sampling = SAMPLING.model_copy(update={"temperature": 0.5, "top_p": 0.9})
     for prompt, samples in zip(
-        PROMPTS, generate(model, PROMPTS, sampling=sampling, stop_ids=(), seed=1, num_samples=2), strict=True
+        PROMPTS, generate(model, PROMPTS, sampling=sampling, stop_ids=(), seed=1, num_generations=2), strict=True
     ):
         for sample in samples:
             whole = token_logprobs(model, torch.tensor([[*prompt, *sample.tokens]]))[0, len(prompt) - 1 :]
@@ -70,7 +70,7 @@ def test_each_prompt_is_read_once_however_many_samples(model, monkeypatch):
 
     monkeypatch.setattr(Engine, "_read_together", spy)
     sampling = SAMPLING.model_copy(update={"batch_size": 6})
-    generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=0, num_samples=4)
+    generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=0, num_generations=4)
     assert sorted(read) == sorted(PROMPTS)
 
 
@@ -80,14 +80,14 @@ def test_at_most_batch_size_rows_are_decoded_together(model, monkeypatch, batch_
     inputs = Rows.inputs
     monkeypatch.setattr(Rows, "inputs", lambda self: widths.append(len(self)) or inputs(self))
     sampling = SAMPLING.model_copy(update={"batch_size": batch_size})
-    generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=0, num_samples=4)
+    generate(model, PROMPTS, sampling=sampling, stop_ids=STOP, seed=0, num_generations=4)
     assert min(batch_size, 20) - 1 <= max(widths) <= min(batch_size, 20)  # one answer ends with its first token
     assert min(widths) < max(widths)  # the batch shrinks at the end
 
 
 def test_samples_differ_by_seed_prompt_index_and_sample_index(model):
     def tokens(seed: int) -> list[tuple[int, ...]]:
-        answers = generate(model, [[3], [3]], sampling=SAMPLING, stop_ids=(), seed=seed, num_samples=2)
+        answers = generate(model, [[3], [3]], sampling=SAMPLING, stop_ids=(), seed=seed, num_generations=2)
         return [tuple(sample.tokens) for samples in answers for sample in samples]
 
     assert len({*tokens(0), *tokens(1)}) == 8
@@ -149,7 +149,7 @@ def test_logprobs_are_the_trainers_for_every_kind_of_decoder(option):
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 70, (length,), generator=generator).tolist() for length in (1, 15, 16, 17, 40)]
     sampling = SamplingConfig(temperature=0.8, top_k=20, max_new_tokens=36, batch_size=7)
-    answers = generate(model, prompts, sampling=sampling, stop_ids=range(8), seed=0, num_samples=3)
+    answers = generate(model, prompts, sampling=sampling, stop_ids=range(8), seed=0, num_generations=3)
     assert len({len(sample.tokens) for samples in answers for sample in samples}) > 3
     for prompt, samples in zip(prompts, answers, strict=True):
         for sample in filter(lambda sample: sample.tokens, samples):

@@ -34,10 +34,10 @@ def test_with_few_pages_answers_wait_and_are_the_same(model, num_pages):
     sampling = SAMPLING.model_copy(update={"max_new_tokens": 25, "batch_size": 100})
     prompts = [*PROMPTS, [5] * 7, [6] * 20]
     prompts = [prompt[: 32 - 25] for prompt in prompts]
-    free = generate(model, prompts, sampling=sampling, stop_ids=STOP, seed=3, num_samples=3)
+    free = generate(model, prompts, sampling=sampling, stop_ids=STOP, seed=3, num_generations=3)
     engine = Engine(model, max_rows=100, num_pages=num_pages)
     requests = [
-        engine.submit(prompt, sampling=sampling, stop_ids=STOP, seed=3, num_samples=3, index=index)
+        engine.submit(prompt, sampling=sampling, stop_ids=STOP, seed=3, num_generations=3, index=index)
         for index, prompt in enumerate(prompts)
     ]
     most, most_rows = 0, 0
@@ -60,7 +60,7 @@ def test_a_request_that_pages_can_never_hold_is_refused_with_what_it_needs(model
 
 def test_samples_of_a_prompt_store_it_once(model):
     engine = Engine(model, max_rows=100)
-    engine.submit([3] * 20, sampling=SAMPLING, stop_ids=(), seed=0, num_samples=9)
+    engine.submit([3] * 20, sampling=SAMPLING, stop_ids=(), seed=0, num_generations=9)
     engine.step()
     assert engine.rows.prompts.num_used == 2
     assert engine.rows.answers.num_used == 9
@@ -69,7 +69,7 @@ def test_samples_of_a_prompt_store_it_once(model):
 def test_a_row_is_refilled_before_the_next_step(model):
     engine = Engine(model, max_rows=3)
     for index in range(8):
-        engine.submit([3, 5], sampling=SAMPLING, stop_ids=STOP, seed=0, num_samples=2, index=index)
+        engine.submit([3, 5], sampling=SAMPLING, stop_ids=STOP, seed=0, num_generations=2, index=index)
     widths = []
     inputs = engine.rows.inputs
     engine.rows.inputs = lambda: widths.append((len(engine.rows), len(engine.waiting))) or inputs()
@@ -83,7 +83,7 @@ def test_pages_are_moved_together_when_few_are_left(model, monkeypatch):
     monkeypatch.setattr(PagePool, "compact", lambda self: moved.append(compact(self)) or moved[-1])
     sampling = SAMPLING.model_copy(update={"batch_size": 100, "max_new_tokens": 30})
     prompts = [[3], [5], [6], [7], [2, 5]]
-    answers = generate(model, prompts, sampling=sampling, stop_ids=STOP, seed=1, num_samples=8)
+    answers = generate(model, prompts, sampling=sampling, stop_ids=STOP, seed=1, num_generations=8)
     assert any(moved)
     for index, (prompt, samples) in enumerate(zip(prompts, answers, strict=True)):
         for number, sample in enumerate(samples):
@@ -93,7 +93,7 @@ def test_pages_are_moved_together_when_few_are_left(model, monkeypatch):
 def test_cancelling_frees_rows_and_pages_and_leaves_others_as_they_are(model):
     def submit(engine: Engine) -> list:
         return [
-            engine.submit([3, 5, index], sampling=SAMPLING, stop_ids=(), seed=0, num_samples=3, index=index)
+            engine.submit([3, 5, index], sampling=SAMPLING, stop_ids=(), seed=0, num_generations=3, index=index)
             for index in range(3)
         ]
 
@@ -124,11 +124,11 @@ def test_a_layout_padded_to_few_sizes_gives_the_same_answers(model, max_rows):
     """What a captured step has; its shapes are few, and rows that hold nothing disturb none."""
     sampling = SAMPLING.model_copy(update={"max_new_tokens": 20})
     prompts = [prompt + [3] * 5 for prompt in PROMPTS]
-    expected = generate(model, prompts, sampling=sampling, stop_ids=STOP, seed=2, num_samples=4)
+    expected = generate(model, prompts, sampling=sampling, stop_ids=STOP, seed=2, num_generations=4)
     engine = Engine(model, max_rows=max_rows)
     engine.rows = Rows(model, padded=True)
     requests = [
-        engine.submit(prompt, sampling=sampling, stop_ids=STOP, seed=2, num_samples=4, index=index)
+        engine.submit(prompt, sampling=sampling, stop_ids=STOP, seed=2, num_generations=4, index=index)
         for index, prompt in enumerate(prompts)
     ]
     shapes, inputs = set(), engine.rows.inputs
@@ -161,13 +161,13 @@ def test_a_request_is_answered_alike_alone_and_beside_others_of_other_settings(m
     ]
     settings = [SAMPLING.model_copy(update=changes) for changes in kinds]
     alone = [
-        generate(model, [[3, 5, 9]], sampling=sampling, stop_ids=STOP, seed=number, num_samples=2)[0]
+        generate(model, [[3, 5, 9]], sampling=sampling, stop_ids=STOP, seed=number, num_generations=2)[0]
         for number, sampling in enumerate(settings)
     ]
     engine = Engine(model, max_rows=5)
     requests = []
     for number, sampling in enumerate(settings):
-        requests.append(engine.submit([3, 5, 9], sampling=sampling, stop_ids=STOP, seed=number, num_samples=2))
+        requests.append(engine.submit([3, 5, 9], sampling=sampling, stop_ids=STOP, seed=number, num_generations=2))
         engine.step()
     run(engine)
     for request, samples in zip(requests, alone, strict=True):
@@ -204,7 +204,7 @@ def test_a_stop_string_ends_an_answer_wherever_it_falls_among_tokens():
     def answers(stop):
         chosen = sampling.model_copy(update={"stop": stop})
         prompts = [[5, 9], [7]]
-        groups = generate(small, prompts, sampling=chosen, stop_ids=(), seed=0, num_samples=6, tokenizer=tokenizer)
+        groups = generate(small, prompts, sampling=chosen, stop_ids=(), seed=0, num_generations=6, tokenizer=tokenizer)
         return [sample for group in groups for sample in group]
 
     free = answers(())

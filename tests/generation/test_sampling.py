@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from lilpipe.generation.requests import Law
+from lilpipe.generation.requests import SamplingParams
 from lilpipe.generation.sampling import choose, draw, penalize, uniforms
 
-LAW = Law(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+LAW = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
 def logits(*probabilities):

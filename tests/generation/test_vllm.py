@@ -103,7 +103,9 @@ def stand_in(monkeypatch):
 
 def answers(model, engine, *, stop_ids=(), tokenizer=None, **changes):
     sampling = SAMPLING.model_copy(update={"engine": engine, **changes})
-    groups = generate(model, PROMPTS, sampling=sampling, stop_ids=stop_ids, seed=1, num_samples=2, tokenizer=tokenizer)
+    groups = generate(
+        model, PROMPTS, sampling=sampling, stop_ids=stop_ids, seed=1, num_generations=2, tokenizer=tokenizer
+    )
     return [sample for group in groups for sample in group]
 
 

@@ -12,7 +12,9 @@ SMALL = ModelConfig(
     hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48, max_seq_len=64, rope_theta=500.0
 )
 
-MOE = MoEConfig(num_experts=4, experts_per_token=2, num_shared_experts=1, expert_size=24, routed_scale=1.5)
+MOE = MoEConfig(
+    num_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=24, routed_scaling_factor=1.5
+)
 MLA = MLAConfig(q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 ARCHITECTURES = {
     "Llama with grouped heads, tied": {},

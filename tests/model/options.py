@@ -2,7 +2,9 @@
 
 from lilpipe.config.model import MLAConfig, MoEConfig
 
-SMALL_MOE = MoEConfig(num_experts=6, experts_per_token=2, num_shared_experts=2, expert_size=16, routed_scale=1.7)
+SMALL_MOE = MoEConfig(
+    num_experts=6, num_experts_per_tok=2, n_shared_experts=2, moe_intermediate_size=16, routed_scaling_factor=1.7
+)
 SMALL_MLA = MLAConfig(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 
 OPTIONS = {
@@ -15,6 +17,6 @@ OPTIONS = {
     "moe": {"moe": SMALL_MOE},
     "mla": {"mla": SMALL_MLA},
     "mla, wide values": {"mla": SMALL_MLA.model_copy(update={"q_lora_rank": None, "v_head_dim": 14})},
-    "mla, moe": {"mla": SMALL_MLA, "moe": SMALL_MOE.model_copy(update={"num_shared_experts": 0})},
+    "mla, moe": {"mla": SMALL_MLA, "moe": SMALL_MOE.model_copy(update={"n_shared_experts": 0})},
 }
 """Changes to ``SMALL`` that make each kind of decoder."""

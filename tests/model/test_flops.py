@@ -25,7 +25,9 @@ SMALL = ModelConfig(
     tie_embeddings=False,
 )
 GPT2 = SMALL.model_copy(update={"architecture": "gpt2", "num_kv_heads": 4, "tie_embeddings": True})
-MOE = MoEConfig(num_experts=4, experts_per_token=2, num_shared_experts=1, expert_size=20, first_dense_layers=1)
+MOE = MoEConfig(
+    num_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=20, first_k_dense_replace=1
+)
 MLA = MLAConfig(q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
 
 
@@ -63,11 +65,11 @@ def of_transformers(config):
     deepseek = transformers.DeepseekV3Config(
         **shape,
         **config.mla.model_dump(),
-        moe_intermediate_size=moe.expert_size,
-        n_shared_experts=moe.num_shared_experts,
+        moe_intermediate_size=moe.moe_intermediate_size,
+        n_shared_experts=moe.n_shared_experts,
         n_routed_experts=moe.num_experts,
-        num_experts_per_tok=moe.experts_per_token,
-        first_k_dense_replace=moe.first_dense_layers if config.moe else config.num_layers,
+        num_experts_per_tok=moe.num_experts_per_tok,
+        first_k_dense_replace=moe.first_k_dense_replace if config.moe else config.num_layers,
         n_group=1,
         topk_group=1,
     )
@@ -84,8 +86,8 @@ SHAPES = {
     "latent attention": changed(mla=MLA),
     "queries straight from the stream": changed(mla=MLA.model_copy(update={"q_lora_rank": None})),
     "experts and latent attention": changed(mla=MLA, moe=MOE),
-    "all layers with experts": changed(mla=MLA, moe=MOE.model_copy(update={"first_dense_layers": 0})),
-    "two shared experts": changed(mla=MLA, moe=MOE.model_copy(update={"num_shared_experts": 2})),
+    "all layers with experts": changed(mla=MLA, moe=MOE.model_copy(update={"first_k_dense_replace": 0})),
+    "two shared experts": changed(mla=MLA, moe=MOE.model_copy(update={"n_shared_experts": 2})),
 }
 
 

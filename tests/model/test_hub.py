@@ -18,7 +18,7 @@ from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.generation.engine import generate
 from lilpipe.model.hub import load_model, load_weights, model_files, read_model_config, save_model, save_tensors
-from lilpipe.model.transformer import Part, Transformer
+from lilpipe.model.transformer import ModelPart, Transformer
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
 from tests.model.checkpoints import ARCHITECTURES, MLA, MOE, SMALL, small_model, small_tokenizer
@@ -100,7 +100,7 @@ def test_a_model_comes_back_as_it_was(tmp_path, changes):
     [
         {"logit_softcap": 5.0},
         {"architecture": "gpt2", "num_kv_heads": 4, "logit_softcap": 5.0},
-        {"moe": MoEConfig(num_experts=4, num_shared_experts=0, expert_size=24)},
+        {"moe": MoEConfig(num_experts=4, n_shared_experts=0, moe_intermediate_size=24)},
         {"moe": MOE, "mla": MLA, "logit_softcap": 5.0},
     ],
     ids=["bent logits", "bent GPT-2", "no shared expert", "bent DeepSeek-V3"],
@@ -319,7 +319,7 @@ def test_shards_hold_what_one_file_holds_and_leave_nothing_else_behind(tmp_path,
 
 
 def test_a_pipeline_stage_takes_its_part(saved):
-    part = Transformer(SMALL, small_tokenizer().vocab_size, Part(range(1, 2), first=False, last=False))
+    part = Transformer(SMALL, small_tokenizer().vocab_size, ModelPart(range(1, 2), first=False, last=False))
     load_weights(part.state_dict(), saved)
     whole = small_model().state_dict()
     assert part.state_dict()

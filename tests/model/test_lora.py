@@ -8,7 +8,7 @@ from lilpipe.config.sft import LoRAConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.lora import LoRALinear, add_adapters, merge, save_adapters
-from lilpipe.model.transformer import Part, Transformer
+from lilpipe.model.transformer import ModelPart, Transformer
 from lilpipe.training.replica import FlatGradients
 from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
 
@@ -64,7 +64,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(tmp_path, name):
 
 def test_a_pipeline_stage_gets_the_adapters_that_its_layers_have_in_the_whole_model():
     model = small_model()
-    stage = Transformer(SMALL, model.vocab_size, Part(range(1, SMALL.num_layers), first=False, last=True))
+    stage = Transformer(SMALL, model.vocab_size, ModelPart(range(1, SMALL.num_layers), first=False, last=True))
     for part in (model, stage):
         add_adapters(part, CONFIG, seed=0)
     found, whole = dict(stage.named_parameters()), dict(model.named_parameters())

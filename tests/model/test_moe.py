@@ -50,9 +50,9 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens():
     x = random(2, 13, D).double().requires_grad_()
     weight = random(26, D, seed=1).double()
     ours, loads = layer(x)
-    theirs = written_out(layer, x.flatten(0, 1), SMALL_MOE.experts_per_token, SMALL_MOE.routed_scale)
+    theirs = written_out(layer, x.flatten(0, 1), SMALL_MOE.num_experts_per_tok, SMALL_MOE.routed_scaling_factor)
     torch.testing.assert_close(ours.flatten(0, 1), theirs, atol=1e-12, rtol=1e-12)
-    assert loads.sum() == 26 * SMALL_MOE.experts_per_token
+    assert loads.sum() == 26 * SMALL_MOE.num_experts_per_tok
     inputs = [x, *layer.parameters()]
     got = torch.autograd.grad((ours.flatten(0, 1) * weight).sum(), inputs)
     expected = torch.autograd.grad((theirs * weight).sum(), inputs)
@@ -64,11 +64,11 @@ def test_outputs_and_gradients_are_those_of_transformers():
     layer = small_layer()
     config = DeepseekV3Config(
         hidden_size=D,
-        moe_intermediate_size=SMALL_MOE.expert_size,
+        moe_intermediate_size=SMALL_MOE.moe_intermediate_size,
         n_routed_experts=SMALL_MOE.num_experts,
-        num_experts_per_tok=SMALL_MOE.experts_per_token,
-        n_shared_experts=SMALL_MOE.num_shared_experts,
-        routed_scaling_factor=SMALL_MOE.routed_scale,
+        num_experts_per_tok=SMALL_MOE.num_experts_per_tok,
+        n_shared_experts=SMALL_MOE.n_shared_experts,
+        routed_scaling_factor=SMALL_MOE.routed_scaling_factor,
         n_group=1,
         topk_group=1,
     )
@@ -140,7 +140,7 @@ def test_a_step_counts_each_token_once_also_where_blocks_are_recomputed():
     model.config = CONFIG.model_copy(update={"moe": bias_rate_zero})
     expected = loads(plain)
     assert set(expected) == {"1", "2"}
-    assert all(load.sum() == tokens.numel() * SMALL_MOE.experts_per_token for load in expected.values())
+    assert all(load.sum() == tokens.numel() * SMALL_MOE.num_experts_per_tok for load in expected.values())
     for block in model.model.layers.values():
         block.forward = lambda *args, inner=block.forward: checkpoint(inner, *args, use_reentrant=False)
     recomputed = loads(plain)

@@ -65,7 +65,7 @@ def source(tmp_path):
 def report(tmp_path):
     directory = tmp_path / "evaluated"
     directory.mkdir()
-    metrics = {"grpo": {"greedy": 0.875, "pass_at_8": 0.9}, "note": "dev", "sound": True}
+    metrics = {"grpo": {"greedy": 0.875, "pass_at_8": 0.9}, "note": "validation", "sound": True}
     (directory / "metrics.json").write_text(json.dumps(metrics))
     return artifact(directory, kind="Report", stage="evaluate")
 

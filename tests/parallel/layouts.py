@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from lilpipe.config.parallel import Layout
+from lilpipe.config.parallel import ParallelDims
 from tests.parallel import toy
 
-DOCUMENTS: dict[str, Any] = {"within_documents": True}
+DOCUMENTS: dict[str, Any] = {"intra_document_masking": True}
 INTERLEAVED: dict[str, Any] = {"schedule": "interleaved", "stages_per_worker": 2}
 ZERO_BUBBLE: dict[str, Any] = {"schedule": "zero_bubble", "stages_per_worker": 2}
 UNTIED: dict[str, Any] = {"tie_embeddings": False, "logit_softcap": 5.0}
@@ -17,7 +17,7 @@ GPT2: dict[str, Any] = {"architecture": "gpt2", "num_kv_heads": 8, "dropout": 0.
 MOE: dict[str, Any] = {
     "qk_norm": True,
     "dropout": 0.1,
-    "moe": {"num_experts": 4, "expert_size": 16, "bias_update_rate": 0.01},
+    "moe": {"num_experts": 4, "moe_intermediate_size": 16, "bias_update_rate": 0.01},
 }
 MLA: dict[str, Any] = {
     "mla": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
@@ -30,7 +30,7 @@ class Case:
     """One layout, and what is trained in it."""
 
     name: str
-    layout: Layout
+    layout: ParallelDims
     dtype: torch.dtype
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -47,7 +47,7 @@ class Case:
 
 
 def case(name, *, pipeline=1, replicate=1, shard=1, context=1, tensor=1, dtype=torch.float64, **settings):
-    return Case(name, Layout(pipeline, replicate, shard, context, tensor), dtype, settings)
+    return Case(name, ParallelDims(pipeline, replicate, shard, context, tensor), dtype, settings)
 
 
 CASES = [

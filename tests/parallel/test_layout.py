@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from lilpipe.config.layout_checks import check_vocabulary
 from lilpipe.config.parallel import ParallelConfig
+from lilpipe.config.parallel_checks import check_vocabulary
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.training import PretrainConfig
 

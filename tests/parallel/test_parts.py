@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lilpipe.model.transformer import Part
+from lilpipe.model.transformer import ModelPart
 from lilpipe.parallel.context import head_and_tail
-from lilpipe.parallel.pipeline import stages_of
+from lilpipe.parallel.pipeline_parallel import split_model
 
 
 def test_a_part_of_a_sequence_is_a_chunk_of_its_head_and_one_of_its_tail():
@@ -21,9 +21,9 @@ def test_parts_have_equally_many_pairs_of_tokens_to_attend_and_leave_none_out(nu
 
 
 def test_layers_are_shared_out_over_stages_and_the_last_one_has_no_more_than_the_others():
-    assert stages_of(5, 1) == [Part(range(5), first=True, last=True)]
-    assert stages_of(7, 3) == [
-        Part(range(3), first=True, last=False),
-        Part(range(3, 5), first=False, last=False),
-        Part(range(5, 7), first=False, last=True),
+    assert split_model(5, 1) == [ModelPart(range(5), first=True, last=True)]
+    assert split_model(7, 3) == [
+        ModelPart(range(3), first=True, last=False),
+        ModelPart(range(3, 5), first=False, last=False),
+        ModelPart(range(5, 7), first=False, last=True),
     ]

@@ -81,7 +81,7 @@ def plain_losses(config, dtype):
     for step in range(NUM_STEPS):
         rows = batch(step)
         model.set_dropout_seed(config.seed, step)
-        mean = _mean_loss(model, rows, within_documents=config.within_documents)
+        mean = _mean_loss(model, rows, intra_document_masking=config.intra_document_masking)
         model.zero_grad()
         mean.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
@@ -91,9 +91,9 @@ def plain_losses(config, dtype):
     return {"losses": losses, "norms": norms, "nats": nats(model), "weights": digest(model.state_dict().items())}
 
 
-def _mean_loss(model, rows, *, within_documents):
+def _mean_loss(model, rows, *, intra_document_masking):
     allowed = torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()[None]
-    if within_documents:
+    if intra_document_masking:
         allowed = allowed & (rows.documents[:, :, None] == rows.documents[:, None, :])
     logits = F.linear(model.model(rows.inputs, mask=allowed[:, None]), model.output_weight)
     if cap := model.config.logit_softcap:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lilpipe import distributed
-from lilpipe.config.parallel import Layout
+from lilpipe.config.parallel import ParallelDims
 from lilpipe.model import scores
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.transformer import Transformer
@@ -38,7 +38,7 @@ def train(case):
         batches=batches,
         loss=toy.loss,
         mesh=mesh,
-        within_documents=config.within_documents,
+        intra_document_masking=config.intra_document_masking,
         compiled=bool(config.compile),
         dtype=case.dtype,
     )
@@ -81,7 +81,9 @@ def memory():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apply, "initial_value", value)
-        config = toy.config(Layout(pipeline=2, replicate=1, shard=2, context=1, tensor=1), model={"num_layers": 8})
+        config = toy.config(
+            ParallelDims(pipeline=2, replicate=1, shard=2, context=1, tensor=1), model={"num_layers": 8}
+        )
         model = apply.parallelize(config, config.model, toy.VOCAB, batches=lambda step: [], loss=toy.loss)
     held = sum(gradients.local(tensor).numel() for tensor in model.tensors().values())
     whole = sum(parameter.numel() for parameter in Transformer(config.model, toy.VOCAB).parameters())

@@ -46,7 +46,7 @@ def test_tokens_are_twenty_a_parameter():
 
 
 def test_only_the_parameters_that_are_active_for_a_token_ask_for_tokens():
-    experts = {"num_experts": 16, "experts_per_token": 2, "expert_size": 64}
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     section = pretrain(depth=6, pretrain__model__moe=experts)
     tokens = section.num_steps * section.batch_size * section.model.max_seq_len
     assert tokens / num_active_parameters(section.model, 1024) == pytest.approx(20, rel=0.01)

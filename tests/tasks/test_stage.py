@@ -14,7 +14,7 @@ from tasks import stage
     [(Failed(data=StageFailure("killed by SIGKILL")), True), (Failed(message="sft.num_epochs: got 0"), False)],
 )
 def test_a_failure_that_was_raised_may_pass_and_one_that_was_returned_may_not(state: State, retried):
-    assert stage.may_pass(None, cast(Any, None), state) is retried
+    assert stage.is_retryable(None, cast(Any, None), state) is retried
 
 
 def test_what_prefect_will_not_show_costs_no_stage():

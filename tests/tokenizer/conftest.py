@@ -3,7 +3,7 @@ import pytest
 from hypothesis import strategies as st
 
 from lilpipe.schemas.tables import write_table
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokenizer.encoding import special_tokens
 from tests import artifacts
 
@@ -27,7 +27,7 @@ TEXT = st.lists(
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train(PROSE * 3, vocab_size=420)
+    return train_tokenizer(PROSE * 3, vocab_size=420)
 
 
 def corpus_of(path, rows):

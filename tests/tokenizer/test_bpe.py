@@ -8,7 +8,7 @@ import regex
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.bpe import DEFAULT_PATTERN, STAGE, train
+from lilpipe.tokenizer.bpe import DEFAULT_PATTERN, STAGE, train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.vocabulary import recover_merges
 from tests import artifacts
@@ -35,13 +35,13 @@ def naive_bpe(texts, num_merges):
 
 
 def test_merges_are_those_of_the_textbook_algorithm():
-    assert list(train(PROSE, vocab_size=256 + 60 + 8).ranks) == naive_bpe(PROSE, 60)
+    assert list(train_tokenizer(PROSE, vocab_size=256 + 60 + 8).ranks) == naive_bpe(PROSE, 60)
 
 
 def test_neither_order_nor_grouping_of_texts_matters():
     texts = PROSE * 3
     shuffled = random.Random(0).sample(texts, len(texts))
-    assert train(texts, vocab_size=400).digest == train(iter(shuffled), vocab_size=400).digest
+    assert train_tokenizer(texts, vocab_size=400).digest == train_tokenizer(iter(shuffled), vocab_size=400).digest
 
 
 def test_every_merge_of_a_trained_vocabulary_can_be_recovered(tokenizer):
@@ -50,16 +50,16 @@ def test_every_merge_of_a_trained_vocabulary_can_be_recovered(tokenizer):
 
 def test_too_little_text_says_how_large_a_vocabulary_it_allows():
     with pytest.raises(DataError, match=r"vocab_size: got 1000.*has only (\d+); .* at most (\d+)") as error:
-        train(["a few words, hardly more"], vocab_size=1000)
+        train_tokenizer(["a few words, hardly more"], vocab_size=1000)
     largest = int(str(error.value).rsplit(" ", 1)[1])
-    assert train(["a few words, hardly more"], vocab_size=largest).vocab_size == largest
+    assert train_tokenizer(["a few words, hardly more"], vocab_size=largest).vocab_size == largest
     with pytest.raises(DataError):
-        train(["a few words, hardly more"], vocab_size=largest + 1)
+        train_tokenizer(["a few words, hardly more"], vocab_size=largest + 1)
 
 
 def test_no_text_at_all_is_too_little():
     with pytest.raises(DataError, match="the text has only 0"):
-        train([], vocab_size=300)
+        train_tokenizer([], vocab_size=300)
 
 
 def run_stage(tmp_path, *, exercises=None, **settings):
@@ -75,7 +75,7 @@ def test_the_stage_trains_on_the_corpus(tmp_path):
     metrics, tokenizer, workspace = run_stage(tmp_path, vocab_size=400)
     num_bytes = sum(len(text.encode()) for text in PROSE)
     num_tokens = sum(len(tokenizer.encode(text)) for text in PROSE)
-    assert tokenizer.digest == train(PROSE * 4, vocab_size=400).digest
+    assert tokenizer.digest == train_tokenizer(PROSE * 4, vocab_size=400).digest
     assert metrics["training_bytes"] == 4 * num_bytes
     assert metrics["bytes_per_token"] == metrics["bytes_per_token_books"] == num_bytes / num_tokens
     assert metrics["vocab_size"] == 400
@@ -85,10 +85,10 @@ def test_the_stage_trains_on_the_corpus(tmp_path):
     assert Tokenizer.load_tiktoken(workspace.output / "tokenizer.tiktoken", DEFAULT_PATTERN).digest == tokenizer.digest
 
 
-def test_exercises_teach_their_words_within_their_share(tmp_path):
+def test_exercises_teach_their_words_within_their_ratio(tmp_path):
     exercises = ["Xylophone zebra!"] * 100
     _, without, _ = run_stage(tmp_path / "a", vocab_size=400)
-    metrics, tokenizer, _ = run_stage(tmp_path / "b", vocab_size=400, exercises=exercises, max_exercise_share=0.25)
+    metrics, tokenizer, _ = run_stage(tmp_path / "b", vocab_size=400, exercises=exercises, max_exercise_ratio=0.25)
     num_bytes = 4 * sum(len(text.encode()) for text in PROSE)
     assert b"Xylophone" not in without.ranks
     assert b"Xylophone" in tokenizer.ranks
@@ -97,8 +97,8 @@ def test_exercises_teach_their_words_within_their_share(tmp_path):
 
 
 def test_a_share_of_zero_leaves_exercises_out(tmp_path):
-    metrics, tokenizer, _ = run_stage(tmp_path, vocab_size=400, exercises=["Xylophone"] * 99, max_exercise_share=0)
-    assert tokenizer.digest == train(PROSE * 4, vocab_size=400).digest
+    metrics, tokenizer, _ = run_stage(tmp_path, vocab_size=400, exercises=["Xylophone"] * 99, max_exercise_ratio=0)
+    assert tokenizer.digest == train_tokenizer(PROSE * 4, vocab_size=400).digest
     assert "bytes_per_token_exercises" not in metrics
 
 

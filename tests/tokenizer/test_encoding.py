@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lilpipe.errors import ArtifactError
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
 from tests.tokenizer.conftest import TEXT
 
@@ -73,7 +73,7 @@ def test_transformers_finds_the_tokenizer_of_a_llama_checkpoint(tokenizer, saved
 
 
 def test_digits_are_tokens_of_their_own():
-    tokenizer = train(["2024 2024 2024 12 12 " * 50, "words and words again " * 20], vocab_size=278)
+    tokenizer = train_tokenizer(["2024 2024 2024 12 12 " * 50, "words and words again " * 20], vocab_size=278)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("2024 12")] == ["2", "0", "2", "4", " 1", "2"]
 
 

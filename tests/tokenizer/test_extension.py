@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.bpe import STAGE, external, train
+from lilpipe.tokenizer.bpe import STAGE, external, train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.extension import count_pieces, extend, learn_merges, unreachable_tokens
 from lilpipe.tokenizer.patterns import PATTERNS
@@ -27,7 +27,7 @@ OTHER = [
 
 @pytest.fixture(scope="module")
 def base():
-    return train(PROSE * 3, vocab_size=330, pattern="gpt4")
+    return train_tokenizer(PROSE * 3, vocab_size=330, pattern="gpt4")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,10 @@ def extended(base):
 
 
 def test_extending_the_bytes_is_training_from_nothing():
-    assert extend(PROSE * 3, BYTES, 150, pattern="gpt4") == train(PROSE * 3, vocab_size=414, pattern="gpt4").ranks
+    assert (
+        extend(PROSE * 3, BYTES, 150, pattern="gpt4")
+        == train_tokenizer(PROSE * 3, vocab_size=414, pattern="gpt4").ranks
+    )
 
 
 @given(st.lists(st.text("abc", max_size=12), max_size=8))
@@ -149,7 +152,7 @@ def test_too_little_text_says_how_large_an_extension_it_allows(tmp_path, base):
 
 
 def test_another_pattern_than_the_bases_is_refused_with_the_right_one(tmp_path):
-    digits = train(["2024 1999 2000 314 159 265 358 979 "] * 9, vocab_size=279, pattern="gpt4")
+    digits = train_tokenizer(["2024 1999 2000 314 159 265 358 979 "] * 9, vocab_size=279, pattern="gpt4")
     digits.save(tmp_path)
     with pytest.raises(ConfigError, match=r"got 'single_digits', under which \d+ of the 271 tokens .* set it") as error:
         run_stage(tmp_path, base=str(tmp_path), vocab_size=400)

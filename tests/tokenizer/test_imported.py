@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Peer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lilpipe.errors import ArtifactError, DataError
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.vocabulary import to_hugging_face
@@ -33,7 +33,7 @@ def gpt2(directory, *, normalizer=None):
 
 def llama3(directory):
     """As it was converted from tiktoken's file: every pair that makes a token is among the merges."""
-    ranks = train(SENTENCES, vocab_size=300, pattern="llama3").ranks
+    ranks = train_tokenizer(SENTENCES, vocab_size=300, pattern="llama3").ranks
     special = [(len(ranks) + index, name) for index, name in enumerate(LLAMA3_SPECIAL)]
     pairs = [
         (token[:cut], token[cut:])

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lilpipe.errors import DataError
 from lilpipe.schemas.messages import Message
-from lilpipe.tokenizer.chat_template import render, render_answer
+from lilpipe.tokenizer.chat_template import render, render_completion
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
 from tests.model.checkpoints import PATTERN, small_tokenizer
@@ -108,11 +108,11 @@ def test_answers_are_supervised_with_the_end_of_their_turn_and_nothing_else_is(s
 def test_an_answer_goes_from_behind_the_prompt_to_the_end_of_its_turn(source):
     ours, space = tokenizer(source), " " if source is INSTRUCTIONS else ""
     for talk in (TALK, TALK[:2]):
-        before, answer = render_answer(ours, talk)
+        before, answer = render_completion(ours, talk)
         assert before == render(ours, talk[:-1], add_generation_prompt=True)[0]
         assert answer == [*ours.encode(space + talk[-1]["content"]), ours.turn_end_id]
     with pytest.raises(DataError, match="gives no token of it to be learnt"):
-        render_answer(ours, TALK[:1])
+        render_completion(ours, TALK[:1])
 
 
 def test_our_own_template_is_rendered_the_same_both_ways():

@@ -8,7 +8,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lilpipe.config.tokens import PATTERN_NAMES, TokenizerConfig
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.patterns import PATTERNS, pattern_name
 from tests.tokenizer.conftest import PROSE, TEXT
@@ -30,7 +30,7 @@ def preset(request):
 
 @pytest.fixture(scope="module")
 def preset_tokenizer(preset):
-    return train(PROSE * 3, vocab_size=400, pattern=preset)
+    return train_tokenizer(PROSE * 3, vocab_size=400, pattern=preset)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,10 @@ def test_both_regular_expression_engines_cut_alike_around_every_code_point(prese
 
 def test_the_default_is_the_preset_of_single_digits():
     assert TokenizerConfig().pattern == "single_digits"
-    assert train(PROSE, vocab_size=300).digest == train(PROSE, vocab_size=300, pattern="single_digits").digest
+    assert (
+        train_tokenizer(PROSE, vocab_size=300).digest
+        == train_tokenizer(PROSE, vocab_size=300, pattern="single_digits").digest
+    )
 
 
 def test_a_regular_expression_has_the_name_of_its_preset():

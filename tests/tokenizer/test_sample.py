@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import DataError
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.bpe import STAGE, train
+from lilpipe.tokenizer.bpe import STAGE, train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.sample import Sample, Share, Text, share_out, take_bytes
+from lilpipe.tokenizer.sample import Sample, Text, TokenizerShare, share_out, take_bytes
 from tests.tokenizer.conftest import corpus_of
 
 
@@ -40,7 +40,7 @@ def test_nothing_is_read_once_all_limits_are_reached():
 
 def test_without_a_limit_the_scarcest_group_decides():
     shares = share_out({"a": 900, "b": 100, "c": 50}, {"a": 3, "b": 1}, None, "source")
-    assert shares == {"a": Share(0.75, 300, 900), "b": Share(0.25, 100, 100)}
+    assert shares == {"a": TokenizerShare(0.75, 300, 900), "b": TokenizerShare(0.25, 100, 100)}
 
 
 def test_with_a_limit_a_group_that_is_short_gives_what_it_has():
@@ -129,4 +129,4 @@ def test_what_has_no_weight_is_not_learnt(tmp_path):
     config = TokenizerConfig(vocab_size=270, weights={"code": 1})
     STAGE.run(config, {"corpus": corpus_of(tmp_path, ROWS)}, workspace)
     code = [row["text"] for row in ROWS if row["source"] == "code"]
-    assert Tokenizer.load(workspace.output).digest == train(code, vocab_size=270).digest
+    assert Tokenizer.load(workspace.output).digest == train_tokenizer(code, vocab_size=270).digest

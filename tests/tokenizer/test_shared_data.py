@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.extension import extend
 from lilpipe.tokenizer.patterns import PATTERNS
@@ -30,7 +30,7 @@ def texts():
 @pytest.mark.parametrize("preset", PATTERNS)
 def test_ids_are_those_of_transformers_and_come_back_as_the_text(texts, preset, tmp_path):
     chosen = texts[list(PATTERNS).index(preset) :: len(PATTERNS)]
-    tokenizer = train(texts[::10], vocab_size=1_000, pattern=preset)
+    tokenizer = train_tokenizer(texts[::10], vocab_size=1_000, pattern=preset)
     tokenizer.save(tmp_path)
     peer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     expected = peer(chosen, split_special_tokens=True).input_ids
@@ -40,7 +40,7 @@ def test_ids_are_those_of_transformers_and_come_back_as_the_text(texts, preset, 
 
 
 def test_ids_of_an_extension_are_those_of_its_base_with_new_tokens_in_place_of_runs(texts):
-    base = train(texts[::20], vocab_size=1_000, pattern="gpt4")
+    base = train_tokenizer(texts[::20], vocab_size=1_000, pattern="gpt4")
     ranks = extend(texts[::2], base.ranks, 1_000, pattern="gpt4")
     extended, tokens = Tokenizer(ranks, "gpt4"), list(ranks)
     num_new = 0

@@ -8,7 +8,7 @@ from lilpipe.config.tokens import OtherTokenizer, TokenizerConfig
 from lilpipe.errors import ConfigError
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer import bpe
-from lilpipe.tokenizer.bpe import STAGE, train
+from lilpipe.tokenizer.bpe import STAGE, train_tokenizer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.sample import Text
 from lilpipe.tokenizer.usage import HARDLY, NUM_NEIGHBOURS, find_suspects, measure_usage
@@ -69,7 +69,7 @@ def names(tokenizer, ids):
 
 def test_steps_towards_a_longer_token_are_suspects_that_never_occur():
     texts = [Text("", "s", None, "abcdefgh xyz " * 30)] * 4
-    tokenizer = train((text.text for text in texts), vocab_size=256 + 8 + 11)
+    tokenizer = train_tokenizer((text.text for text in texts), vocab_size=256 + 8 + 11)
     suspects = find_suspects(measure_usage(tokenizer, texts), 256)
     assert b"abcdefgh" in tokenizer.ranks
     assert names(tokenizer, suspects.never) == {token.decode() for token in tokenizer.ranks if len(token) > 1} - {
@@ -84,7 +84,7 @@ def test_a_word_that_one_document_repeats_is_a_suspect():
     ordinary = [Text("", "s", None, "the cat sat on the mat")] * 20
     odd = Text("", "s", None, "SolidGoldMagikarp " * 50)
     texts = [*ordinary, odd]
-    tokenizer = train((text.text for text in texts), vocab_size=256 + 8 + 26)
+    tokenizer = train_tokenizer((text.text for text in texts), vocab_size=256 + 8 + 26)
     suspects = find_suspects(measure_usage(tokenizer, texts), 256)
     assert " SolidGoldMagikarp" in names(tokenizer, suspects.one_document)
     assert not names(tokenizer, suspects.one_document) & {"the", " the", " cat"}
@@ -136,7 +136,7 @@ def test_metrics_name_sources_and_languages(tmp_path):
     metrics, page, _ = run_stage(tmp_path, vocab_size=380)
     assert {"bytes_per_token_s0", "bytes_per_token_s1", "bytes_per_token_language_de"} <= metrics.keys()
     assert metrics["tokens_per_word"] > 1
-    assert 0 < metrics["share_never_used"] < 1
+    assert 0 < metrics["unused_ratio"] < 1
     assert "Glitch-token suspects" in page
     assert "Training text by weight" not in page
     assert "nan" not in page.split("<svg")[0]

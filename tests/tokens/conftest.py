@@ -8,7 +8,7 @@ from lilpipe.artifact import Artifact
 from lilpipe.config.tokens import TokensConfig
 from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Metrics, Workspace
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokens.build import STAGE
 from lilpipe.tokens.shards import TokenShards
 from tests import artifacts
@@ -27,7 +27,7 @@ EXERCISES = documents(40, seed=2)
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train(CORPUS + EXERCISES, vocab_size=300)
+    return train_tokenizer(CORPUS + EXERCISES, vocab_size=300)
 
 
 @dataclass
@@ -58,7 +58,7 @@ def inputs(tokenizer, tmp_path_factory) -> dict[str, Artifact]:
 
 def build(root, inputs, **settings):
     workspace = Workspace(root)
-    config = TokensConfig(**{"shard_tokens": 300, "validation_share": 0.2, **settings})
+    config = TokensConfig(**{"shard_tokens": 300, "validation_ratio": 0.2, **settings})
     metrics = STAGE.run(config, inputs, workspace)
     return Built(workspace, metrics, TokenShards.open(workspace.output))
 

@@ -5,7 +5,7 @@ import pytest
 
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.tokens import build as module
-from lilpipe.tokens.build import is_held_out, stream_name
+from lilpipe.tokens.build import is_validation, stream_name
 from lilpipe.tokens.shards import SPLITS
 from tests import artifacts
 from tests.tokens.conftest import CORPUS, EXERCISES, SEVERAL, build, source_of
@@ -14,7 +14,7 @@ SOURCES = {"corpus": CORPUS, "exercises": EXERCISES}
 
 
 def members(source, split):
-    return [text for text in SOURCES[source] if is_held_out(text, 0.2) == (split == "validation")]
+    return [text for text in SOURCES[source] if is_validation(text, 0.2) == (split == "validation")]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -37,7 +37,7 @@ def test_a_shard_has_one_row_per_document(built, tokenizer):
         with pa.memory_map(str(path)) as file:
             rows += pa.ipc.open_file(file).read_all().to_pylist()
     assert [row["id"] for row in rows] == [
-        f"books/{index}" for index, text in enumerate(CORPUS) if not is_held_out(text, 0.2)
+        f"books/{index}" for index, text in enumerate(CORPUS) if not is_validation(text, 0.2)
     ]
     assert {row["source"] for row in rows} == {"books"}
     for row, text in zip(rows, members("corpus", "train"), strict=True):
@@ -55,11 +55,11 @@ def test_shards_close_once_they_hold_enough_tokens(built):
 
 def test_the_split_is_a_hash_of_the_text_alone():
     texts = [f"text {index}" for index in range(4000)]
-    held_out = [is_held_out(text, 0.1) for text in texts]
+    held_out = [is_validation(text, 0.1) for text in texts]
     assert 330 < sum(held_out) < 470
     first = hashlib.blake2b(texts[0].encode(), digest_size=8).digest()
     assert held_out[0] == (int.from_bytes(first, "big") / 2**64 < 0.1)
-    assert all(is_held_out(text, 0.2) for text, held in zip(texts, held_out, strict=True) if held)
+    assert all(is_validation(text, 0.2) for text, held in zip(texts, held_out, strict=True) if held)
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
@@ -108,12 +108,12 @@ def test_without_prompts_there_is_the_corpus_alone(inputs, tmp_path):
 
 @pytest.mark.parametrize("split", ["validation", "training"])
 def test_a_source_that_leaves_a_split_empty_is_an_error_with_numbers(inputs, tmp_path, split):
-    texts = [text for text in CORPUS if is_held_out(text, 0.2) == (split == "training")][:5]
+    texts = [text for text in CORPUS if is_validation(text, 0.2) == (split == "training")][:5]
     few = inputs | {"corpus": artifacts.corpus(tmp_path / "few", texts)}
     remedy = "raise" if split == "validation" else "lower"
     with pytest.raises(
         DataError,
-        match=rf"validation_share: got 0\.2, which leaves 0 of the 5 documents of 'corpus' for {split}.*{remedy}",
+        match=rf"validation_ratio: got 0\.2, which leaves 0 of the 5 documents of 'corpus' for {split}.*{remedy}",
     ):
         build(tmp_path / "work", few)
 
@@ -130,7 +130,7 @@ def test_a_stream_holds_the_documents_of_its_value_in_their_order(built_by_sourc
             expected = [
                 (f"doc/{index}", source, tokenizer.encode(text))
                 for index, text in enumerate(SEVERAL)
-                if source_of(index) == source and is_held_out(text, 0.2) == (split == "validation")
+                if source_of(index) == source and is_validation(text, 0.2) == (split == "validation")
             ]
             stream = shards.stream(name, split)
             got = [stream.document(number) for number in range(stream.num_documents)]

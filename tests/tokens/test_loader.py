@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.loader import IGNORED, PretrainLoader, StretchPlan, corpus_validation_shares, validation_rows
+from lilpipe.tokens.data_phase import Steps
+from lilpipe.tokens.loader import IGNORED, DataPhasePlan, PretrainLoader, corpus_validation_shares, validation_rows
 from lilpipe.tokens.shards import TokenShards
-from lilpipe.tokens.stretch import Steps
 
 SHARES = {"corpus": 0.6, "exercises": 0.4}
 
 
 def make(built, *, shares=SHARES, seq_len=16, batch_size=8, num_steps=40, seed=3, **options):
-    """A loader of a run that is one stretch."""
-    plan = StretchPlan([Steps(0, num_steps, batch_size)], seq_len, shares)
+    """A loader of a run that is one data phase."""
+    plan = DataPhasePlan([Steps(0, num_steps, batch_size)], seq_len, shares)
     return PretrainLoader(TokenShards.open(built.workspace.output), [plan], seed=seed, **options)
 
 
 def packing_of(loader, stream):
-    return loader.stretches[0].sources[stream].packing
+    return loader.data_phases[0].sources[stream].packing
 
 
 def whole(built, stream, split="train"):

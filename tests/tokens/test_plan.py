@@ -11,7 +11,7 @@ import torch
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.plan import open_loader, plan_stretches
+from lilpipe.tokens.plan import open_loader, plan_data_phases
 from lilpipe.tokens.trace import Sighting, documents_of, trace_document, trace_row
 
 MODEL = ModelConfig(hidden_size=8, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=8, max_seq_len=32)
@@ -19,7 +19,7 @@ RAMP = ({"from_step": 10, "batch_size": 8}, {"from_step": 25, "batch_size": 16})
 
 
 def config(*phases, **settings):
-    values = {"seed": 5, "model": MODEL, "seq_len": 16, "num_steps": 40, "batch_size": 4, "exercise_share": 0.3}
+    values = {"seed": 5, "model": MODEL, "seq_len": 16, "num_steps": 40, "batch_size": 4, "exercise_ratio": 0.3}
     return PretrainConfig.model_validate({**values, "phases": phases, **settings})
 
 
@@ -42,7 +42,7 @@ def rows(loader, *steps):
         ({}, "e0a6bec6fad773bb270686ae19c03b0dcab1f0633eca440f73c9bf215972eece"),
         ({"stride": 5}, "830c6923e1f604ca90588d2804f1b0a4380447d42da1d687316987a4e74ec8f0"),
         ({"packing": "best_fit"}, "4fe5a3b085fb8e2ba72cc677446b292aa56d0c37af19440803ac06ff203f10b3"),
-        ({"exercise_share": 0.0}, "0212ba42fe4c85fe0a2b6908c829bc4db264c8ac34b25e8dba070e2576f88a41"),
+        ({"exercise_ratio": 0.0}, "0212ba42fe4c85fe0a2b6908c829bc4db264c8ac34b25e8dba070e2576f88a41"),
     ],
     ids=str,
 )
@@ -54,8 +54,8 @@ def test_a_run_without_phases_has_the_batches_that_it_had_before_there_were_phas
         for values in chain(map(torch.Tensor.numpy, loader.batch(step)), loader.rows(step)):
             content.update(values.astype(np.int64).tobytes())
     assert content.hexdigest() == digest
-    (stretch,) = loader.stretches
-    assert stretch.seq_len == 16
+    (data_phase,) = loader.data_phases
+    assert data_phase.seq_len == 16
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
@@ -72,11 +72,11 @@ def test_a_batch_ramp_takes_the_rows_in_the_order_that_they_have_without_it(buil
 @pytest.mark.parametrize("settings", [{}, {"stride": 5}, {"packing": "best_fit"}], ids=str)
 def test_with_another_mixture_a_stream_goes_on_where_it_was_left(built_by_source, settings):
     """The oracle is the order of the stream's rows in a run of it alone."""
-    annealing = {"from_step": 25, "exercise_share": 0.1, "mixture": {"weights": {"songs": 3, "Big-books": 1}}}
+    annealing = {"from_step": 25, "exercise_ratio": 0.1, "mixture": {"weights": {"songs": 3, "Big-books": 1}}}
     loader = open_loader(config(RAMP[0], annealing, **settings), built_by_source.shards)
     read = rows(loader, *range(40))
     for name in ("songs", "Big-books"):
-        alone = config(num_steps=400, exercise_share=0.0, mixture={"weights": {name: 1}}, **settings)
+        alone = config(num_steps=400, exercise_ratio=0.0, mixture={"weights": {name: 1}}, **settings)
         expected = rows(open_loader(alone, built_by_source.shards), *range(400))
         got = [row for row in read if row[0] == name]
         assert got == expected[: len(got)]
@@ -114,8 +114,8 @@ def test_batches_across_phases_do_not_depend_on_what_was_read_before_nor_on_the_
 def test_a_limit_of_epochs_holds_over_all_phases(built_by_source):
     """Songs are asked for all the way, and their two epochs are used up in the second phase of two lengths."""
     mixture = {"weights": {"songs": 1, "Big-books": 1}, "max_epochs": 9, "max_epochs_of": {"songs": 2.0}}
-    run = config({"from_step": 20, "seq_len": 32}, num_steps=80, exercise_share=0.0, batch_size=8, mixture=mixture)
-    first, second = plan_stretches(run, built_by_source.shards)
+    run = config({"from_step": 20, "seq_len": 32}, num_steps=80, exercise_ratio=0.0, batch_size=8, mixture=mixture)
+    first, second = plan_data_phases(run, built_by_source.shards)
     songs = built_by_source.shards.stream("songs", "train").num_tokens
     assert (first.parts["songs"].reached, first.parts["songs"].reason) == (0.5, "")
     assert first.parts["songs"].epochs == pytest.approx(0.5 * 20 * 8 * 16 / songs)
@@ -123,7 +123,7 @@ def test_a_limit_of_epochs_holds_over_all_phases(built_by_source):
     assert (second.parts["songs"].epochs, second.parts["songs"].reason) == (2.0, "at its limit of epochs")
     loader = open_loader(run, built_by_source.shards)
     assert loader.epochs("songs") == pytest.approx(2.0, abs=0.03)
-    both = sum(stretch.num_targets("songs") for stretch in loader.stretches)
+    both = sum(data_phase.num_targets("songs") for data_phase in loader.data_phases)
     assert loader.num_targets("songs") == both
 
 
@@ -132,7 +132,7 @@ def test_a_stream_that_comes_with_a_later_phase_is_read_from_its_beginning(built
     loader = open_loader(config({"from_step": 20, "mixture": {}}, mixture=books), built_by_source.shards)
     assert {name for name, _, _ in rows(loader, *range(20))} == {"Big-books", "exercises"}
     songs = [row for row in rows(loader, *range(20, 40)) if row[0] == "songs"]
-    alone = open_loader(config(exercise_share=0.0, mixture={"weights": {"songs": 1}}), built_by_source.shards)
+    alone = open_loader(config(exercise_ratio=0.0, mixture={"weights": {"songs": 1}}), built_by_source.shards)
     assert songs == rows(alone, *range(40))[: len(songs)] != []
 
 
@@ -141,7 +141,7 @@ def test_a_stream_that_comes_with_a_later_phase_is_read_from_its_beginning(built
 PHASES = (
     {"from_step": 8, "batch_size": 8},
     {"from_step": 14, "seq_len": 32},
-    {"from_step": 26, "exercise_share": 0.6, "mixture": {"weights": {"songs": 1}}},
+    {"from_step": 26, "exercise_ratio": 0.6, "mixture": {"weights": {"songs": 1}}},
 )
 
 

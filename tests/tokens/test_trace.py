@@ -16,7 +16,7 @@ VARIANTS = [{}, {"stride": 5}, {"packing": "best_fit"}]
 
 def config(**settings):
     return PretrainConfig.model_validate(
-        {"seed": 5, "model": MODEL, "num_steps": 70, "batch_size": 8, "exercise_share": 0.3, **settings}
+        {"seed": 5, "model": MODEL, "num_steps": 70, "batch_size": 8, "exercise_ratio": 0.3, **settings}
     )
 
 
@@ -74,11 +74,11 @@ def test_every_document_was_seen_as_often_as_its_stream_was_passed(built_by_sour
     shards = built_by_source.shards
     run = config(num_steps=300, **settings)
     loader = open_loader(run, shards)
-    (stretch,) = loader.stretches
-    for name, source in stretch.sources.items():
-        packing, stream, count = source.packing, shards.stream(name, "train"), stretch.count(name)
+    (data_phase,) = loader.data_phases
+    for name, source in data_phase.sources.items():
+        packing, stream, count = source.packing, shards.stream(name, "train"), data_phase.count(name)
         for number in range(0, stream.num_documents, 7):
-            times = len(stretch.sightings(name, packing.rows_of(number))[0])
+            times = len(data_phase.sightings(name, packing.rows_of(number))[0])
             rows = len(packing.rows_of(number))
             assert rows * (count // packing.num_rows) <= times <= rows * -(-count // packing.num_rows)
 

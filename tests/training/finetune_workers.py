@@ -29,7 +29,11 @@ COMMON = {
 STAGES = {
     "sft": (sft, SFTConfig, {"batch_size": 8, "num_epochs": 1}),
     "dpo": (dpo, DPOConfig, {"batch_size": 4}),
-    "reward_model": (reward_model, RewardModelConfig, {"batch_size": 4, "margin": 0.1, "centering_coefficient": 0.01}),
+    "reward_model": (
+        reward_model,
+        RewardModelConfig,
+        {"batch_size": 4, "margin": 0.1, "center_rewards_coefficient": 0.01},
+    ),
     "classify": (classify, ClassifyConfig, {"batch_size": 8, "num_epochs": 1}),
     "frozen": (
         classify,
@@ -42,12 +46,12 @@ STAGES = {
         {
             # Rounding may make another word of a draw, which then makes other weights: one rollout is compared.
             "num_steps": 1,
-            "epochs_per_rollout": 2,
+            "num_iterations": 2,
             "prompts_per_step": 4,
-            "group_size": 4,
+            "num_generations": 4,
             "sampling": {"max_new_tokens": 8},
             "rewards": [{"kind": "file", "path": __file__, "function": "letters"}],
-            "kl_coefficient": 0.05,
+            "beta": 0.05,
         },
     ),
     "ppo": (
@@ -55,7 +59,7 @@ STAGES = {
         PPOConfig,
         {
             "num_steps": 1,
-            "epochs_per_rollout": 2,
+            "num_iterations": 2,
             "prompts_per_step": 8,
             "sampling": {"max_new_tokens": 8},
             "rewards": [{"kind": "file", "path": __file__, "function": "letters"}],
@@ -69,9 +73,9 @@ CASES = [(stage, name) for stage in STAGES for name in LAYOUTS if (stage, name) 
 RESUMED = ("reward_model", "frozen")
 
 
-def letters(prompt, response):
+def letters(prompt, completion):
     """A reward that fresh models' answers differ in."""
-    return len(response.text) % 4
+    return len(completion.text) % 4
 
 
 def run(stage, root, name, parallel, *, num_workers):

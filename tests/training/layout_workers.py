@@ -28,15 +28,15 @@ BASE = {
     "accumulation_steps": 2,
     "seed": 0,
     "eval_every": 5,
-    "eval_rows": 6,
+    "validation_rows": 6,
     "checkpoint_every": 4,
-    "within_documents": True,
+    "intra_document_masking": True,
     "compile": False,
     "log_every": 1,
 }
 PHASED = {
     **BASE,
-    "model": {**BASE["model"], "dropout": 0.1, "moe": {"num_experts": 4, "expert_size": 16}},
+    "model": {**BASE["model"], "dropout": 0.1, "moe": {"num_experts": 4, "moe_intermediate_size": 16}},
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5},
     "num_steps": 20,
     "seq_len": 16,

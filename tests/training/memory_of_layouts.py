@@ -73,7 +73,7 @@ def measure(name, path):
         return Loss(-scores.logprobs.sum(), batch.targets.numel(), batch.targets.numel())
 
     model = parallelize(
-        section, section.model, VOCAB, batches=batches, loss=loss, within_documents=section.within_documents
+        section, section.model, VOCAB, batches=batches, loss=loss, intra_document_masking=section.intra_document_masking
     )
 
     def step():

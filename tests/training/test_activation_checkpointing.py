@@ -41,7 +41,9 @@ def trained_step(mode, **options):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2}, {"moe": {"num_experts": 4, "expert_size": 16}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout": 0.2}, {"moe": {"num_experts": 4, "moe_intermediate_size": 16}}], ids=str
+)
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_the_same_bits_with_less_memory(mode, options):
     loss, gradients, kept = trained_step("none", **options)

@@ -21,7 +21,7 @@ from lilpipe.training.classify import (
     LabelledText,
     confusion_metrics,
     external,
-    is_held_out,
+    is_validation,
     precision_recall_f1,
     read_texts,
     run,
@@ -73,10 +73,10 @@ def config(path, **settings):
 def test_spam_is_told_from_ham_in_texts_held_out_and_the_report_shows_how(tmp_path, checkpoint, write):
     settings = config(write(messages(160)))
     metrics = run(settings, {"model": checkpoint}, Workspace(tmp_path))
-    assert metrics["heldout_accuracy"] > 0.9
-    assert metrics["heldout_macro_f1"] > 0.9
-    assert 0.4 < metrics["largest_class_share"] < 0.7
-    assert metrics["texts"] + metrics["heldout_texts"] == 160
+    assert metrics["validation_accuracy"] > 0.9
+    assert metrics["validation_macro_f1"] > 0.9
+    assert 0.4 < metrics["largest_class_ratio"] < 0.7
+    assert metrics["texts"] + metrics["validation_texts"] == 160
     loaded, tokenizer = load_head_model(tmp_path / "output")
     assert read_labels(tmp_path / "output") == ["ham", "spam"]
     with torch.no_grad():
@@ -137,8 +137,8 @@ def test_the_metrics_are_those_of_scikit_learn():
     predicted = [j for row in matrix for j, count in enumerate(row) for _ in range(count)]
     assert metrics.confusion_matrix(true, predicted).tolist() == matrix
     got = confusion_metrics(matrix)
-    assert got["heldout_accuracy"] == pytest.approx(metrics.accuracy_score(true, predicted))
-    assert got["heldout_macro_f1"] == pytest.approx(metrics.f1_score(true, predicted, average="macro"))
+    assert got["validation_accuracy"] == pytest.approx(metrics.accuracy_score(true, predicted))
+    assert got["validation_macro_f1"] == pytest.approx(metrics.f1_score(true, predicted, average="macro"))
     expected = metrics.precision_recall_fscore_support(true, predicted, zero_division=0)
     for label in range(3):
         assert precision_recall_f1(matrix, label) == pytest.approx([column[label] for column in expected[:3]])
@@ -147,16 +147,16 @@ def test_the_metrics_are_those_of_scikit_learn():
 def test_macro_f1_is_worked_out_by_hand():
     assert precision_recall_f1([[3, 1], [2, 4]], 0) == pytest.approx((3 / 5, 3 / 4, 2 / 3))
     got = confusion_metrics([[3, 1], [2, 4]])
-    assert got["heldout_accuracy"] == pytest.approx(0.7)
-    assert got["heldout_accuracy_stderr"] == pytest.approx((0.7 * 0.3 / 10) ** 0.5)
-    assert got["heldout_macro_f1"] == pytest.approx((2 / 3 + 8 / 11) / 2)
+    assert got["validation_accuracy"] == pytest.approx(0.7)
+    assert got["validation_accuracy_stderr"] == pytest.approx((0.7 * 0.3 / 10) ** 0.5)
+    assert got["validation_macro_f1"] == pytest.approx((2 / 3 + 8 / 11) / 2)
 
 
 def test_a_text_is_held_out_by_what_it_says():
     texts = [f"text {i}" for i in range(2_000)]
-    held = [text for text in texts if is_held_out(text, 0.2)]
+    held = [text for text in texts if is_validation(text, 0.2)]
     assert 330 < len(held) < 470
-    assert all(is_held_out(text.upper().replace(" ", "  "), 0.2) for text in held)
+    assert all(is_validation(text.upper().replace(" ", "  "), 0.2) for text in held)
 
 
 # --- gates --------------------------------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ def test_texts_that_are_too_long_are_left_out_whole_and_counted(tmp_path, model,
     workspace = Workspace(tmp_path)
     rows = [*messages(), {"text": "long " * 20, "label": "ham"}]
     metrics = run(config(write(rows), num_epochs=1), {"model": model}, workspace)
-    assert metrics["texts"] + metrics["heldout_texts"] == 60
-    assert "left out 1 of 61 texts of more than 48 tokens" in workspace.events.read_text()
+    assert metrics["texts"] + metrics["validation_texts"] == 60
+    assert "skipped 1 of 61 texts of more than 48 tokens" in workspace.events.read_text()
 
 
 def test_more_frozen_layers_than_there_are_is_refused(tmp_path, model, write):

@@ -78,7 +78,7 @@ def test_the_gates_pass_what_the_template_renders(tokenizer, tmp_path):
     called = replace(many, messages=[*many.messages[:3], tool, *many.messages[3:]])
     forging = talk(21, "a <|end_of_turn|> b", "<|assistant|>")
     examples = examples_of(tokenizer, [many, called, forging, *TALKS])
-    assert 0.4 < check_masks(tokenizer, examples, min_share=0.4) < 1
+    assert 0.4 < check_masks(tokenizer, examples, min_ratio=0.4) < 1
     check_answers(tokenizer, examples)
     check_export(tokenizer, examples, tmp_path)
 
@@ -130,7 +130,7 @@ def test_the_masks_gate_refuses(tokenizer, fault):
 def test_a_share_of_supervised_tokens_below_the_floor_is_refused(tokenizer):
     examples = examples_of(tokenizer, [talk(0, "q" * 95, "a")])
     with pytest.raises(DataError, match=r"2.00% of the tokens are supervised, expected at least .* = 5.00%"):
-        check_masks(tokenizer, examples, min_share=0.05)
+        check_masks(tokenizer, examples, min_ratio=0.05)
 
 
 # --- answers and the exported tokenizer ---------------------------------------------------------------------------

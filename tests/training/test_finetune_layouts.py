@@ -41,7 +41,7 @@ def root(prompts, tmp_path_factory):
     save_head_model(with_head(model, 1, seed=1), tokenizer, root / "rewards", labels=["reward"])
     pairs = [
         Pair(f"{split}/{i}", split, [{"role": "user", "content": f"Copy {i}."}], f"Answer: {i}", f"Sure. Answer: {i}")
-        for split, first, count in (("train", 0, 12), ("heldout", 50, 3))
+        for split, first, count in (("train", 0, 12), ("validation", 50, 3))
         for i in range(first, first + count)
     ]
     texts = [{"text": f"Win ${i}00 now! {i * 37}", "label": "spam"} for i in range(20)]

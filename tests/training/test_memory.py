@@ -22,7 +22,13 @@ from tests.training.memory_of_layouts import peak_bytes
 VOCAB = 200
 NUM_TOKENS = 2 * 64
 SMALL = ModelConfig(hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=176, max_seq_len=64)
-MOE = {"num_experts": 4, "experts_per_token": 2, "num_shared_experts": 1, "expert_size": 48, "first_dense_layers": 1}
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+}
 MLA = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 12}
 
 
@@ -70,7 +76,7 @@ SHAPES = {
     "dropout": changed(dropout=0.1),
     "gpt2": changed(architecture="gpt2", num_kv_heads=4),
     "experts": changed(moe=MOE),
-    "experts, none shared": changed(moe={**MOE, "num_shared_experts": 0, "experts_per_token": 3}),
+    "experts, none shared": changed(moe={**MOE, "n_shared_experts": 0, "num_experts_per_tok": 3}),
     "latent attention": changed(mla=MLA),
     "queries straight from the stream": changed(mla={**MLA, "q_lora_rank": None, "v_head_dim": 20}),
 }
@@ -89,7 +95,7 @@ def test_on_a_cpu_each_block_keeps_the_mask_of_documents_as_floats():
     documents_BT = torch.zeros(2, 64, dtype=torch.int64)
     deeper = filled(SMALL.model_copy(update={"num_layers": 5}))
     block = saved_bytes(deeper, documents_BT=documents_BT) - saved_bytes(filled(SMALL), documents_BT=documents_BT)
-    config = PretrainConfig(model=SMALL, batch_size=2, within_documents=True)
+    config = PretrainConfig(model=SMALL, batch_size=2, intra_document_masking=True)
     planned = {term.name: term.bytes for term in peak_memory(config, VOCAB, on_cpu=True)}
     assert block == pytest.approx(planned["activations"] / SMALL.num_layers, rel=0.05)
 

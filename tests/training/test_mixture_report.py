@@ -4,7 +4,7 @@ import pytest
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import PretrainConfig
-from lilpipe.tokens.plan import open_loader, plan_stretches
+from lilpipe.tokens.plan import open_loader, plan_data_phases
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
 from tests.training.conftest import write_tokens
@@ -31,12 +31,12 @@ def test_each_phase_has_a_table_of_what_was_asked_reached_and_read_so_far(shards
             "seq_len": 16,
             "num_steps": 30,
             "batch_size": 2,
-            "exercise_share": 0.0,
+            "exercise_ratio": 0.0,
             "mixture": {"weights": {"prose": 9, "verse": 1}},
             "phases": [{"from_step": 10, "batch_size": 4}, annealing],
         }
     )
-    planned, loader = plan_stretches(config, shards), open_loader(config, shards)
+    planned, loader = plan_data_phases(config, shards), open_loader(config, shards)
     page = mixture_section(planned, loader)
     assert re.findall(r"Steps \d+ to \d+, sequences of \d+ tokens", page) == [
         "Steps 0 to 19, sequences of 16 tokens",

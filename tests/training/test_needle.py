@@ -12,7 +12,7 @@ from lilpipe.config.training import NeedleConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.bpe import train
+from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training.needle import Needle, Texts, by_depth, make_texts, metrics, needle, read_filler
 from tests.training.conftest import write_tokens
@@ -25,7 +25,7 @@ HAY = "Call me Ishmael. Some years ago, never mind how long precisely, I went to
 @pytest.fixture(scope="module")
 def words():
     """A tokenizer with merges, in which numbers differ in their number of tokens."""
-    return train([HAY, "10 11 12 19 1999 2000 2024 42 7777"] * 4, vocab_size=330, pattern="gpt2")
+    return train_tokenizer([HAY, "10 11 12 19 1999 2000 2024 42 7777"] * 4, vocab_size=330, pattern="gpt2")
 
 
 @pytest.fixture(scope="module")

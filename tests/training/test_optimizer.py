@@ -34,7 +34,7 @@ def test_embeddings_norms_biases_and_the_output_layer_are_told_from_matrices_of_
 
 
 def test_experts_are_matrices_of_the_blocks_and_their_router_is_not():
-    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_size=8, first_dense_layers=0)
+    moe = MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=0)
     config = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, moe=moe, tie_embeddings=False)
     blocks, matrices, rest = names_of(Transformer(config, vocab_size=11))
     assert {name for name in blocks if ".experts." in name} == {

@@ -25,7 +25,7 @@ def test_a_phase_has_what_it_names_and_the_rest_from_pretraining_whatever_the_ph
     run = config(
         {"from_step": 30, "batch_size": 32, "accumulation_steps": 2},
         {"from_step": 60, "seq_len": 512, "rope_theta": 5e5, "batch_size": 8},
-        {"from_step": 90, "mixture": ANNEALING, "exercise_share": 0.0},
+        {"from_step": 90, "mixture": ANNEALING, "exercise_ratio": 0.0},
     )
     assert run.resolved_phases == (
         Phase(0, 0, 30, 16, 1, 256, 10_000, 0.5, MixtureConfig()),
@@ -59,7 +59,7 @@ def test_phases_that_cannot_be_are_refused_by_the_name_of_the_setting(phases, se
 
 
 def test_warmup_and_decay_that_overlap_are_refused():
-    with pytest.raises(ValueError, match=r"warmup_steps 81 \+ decay_share 0\.2 x num_steps 100 must be at most 100"):
-        config(optimizer=OptimizerConfig(schedule="wsd", warmup_steps=81, decay_share=0.2))
-    config(optimizer=OptimizerConfig(schedule="wsd", warmup_steps=80, decay_share=0.2))
-    config(optimizer=OptimizerConfig(schedule="cosine", warmup_steps=81, decay_share=0.2))
+    with pytest.raises(ValueError, match=r"warmup_steps 81 \+ decay_ratio 0\.2 x num_steps 100 must be at most 100"):
+        config(optimizer=OptimizerConfig(schedule="wsd", warmup_steps=81, decay_ratio=0.2))
+    config(optimizer=OptimizerConfig(schedule="wsd", warmup_steps=80, decay_ratio=0.2))
+    config(optimizer=OptimizerConfig(schedule="cosine", warmup_steps=81, decay_ratio=0.2))

@@ -32,7 +32,7 @@ def config(**settings):
         "num_steps": 40,
         "batch_size": 4,
         "eval_every": 20,
-        "eval_rows": 5,
+        "validation_rows": 5,
         "checkpoint_every": 10,
     }
     return PretrainConfig.model_validate({**values, **settings})
@@ -122,7 +122,7 @@ def test_settings_that_cannot_change_the_model_do_not(trained, tokens, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"seed": 4}, {"exercise_share": 0.25}, {"packing": "best_fit"}, {"stride": 7}], ids=str
+    "settings", [{"seed": 4}, {"exercise_ratio": 0.25}, {"packing": "best_fit"}, {"stride": 7}], ids=str
 )
 def test_seed_shares_and_packing_change_the_model(trained, tokens, tmp_path, settings):
     workspace = Workspace(tmp_path)
@@ -169,7 +169,7 @@ def test_the_loss_is_the_mean_over_targets_that_count(tokens):
 
 
 def test_the_z_loss_is_the_square_of_the_normaliser_and_attention_stays_inside_documents(tokens):
-    run = config(z_loss=0.01, within_documents=True, batch_size=2)
+    run = config(z_loss=0.01, intra_document_masking=True, batch_size=2)
     loader = open_loader(run, TokenShards.open(tokens.path))
     model = Transformer(MODEL, 264)
     model.init_weights(0)
@@ -194,7 +194,7 @@ def test_the_z_loss_is_the_square_of_the_normaliser_and_attention_stays_inside_d
 def test_a_run_of_phases_grows_its_batch_and_its_context_and_is_killed_without_a_trace(tokens, tmp_path, monkeypatch):
     phases = [
         {"from_step": 10, "batch_size": 8, "accumulation_steps": 2},
-        {"from_step": 20, "seq_len": 24, "rope_theta": 50_000.0, "exercise_share": 0.0},
+        {"from_step": 20, "seq_len": 24, "rope_theta": 50_000.0, "exercise_ratio": 0.0},
     ]
     run = config(num_steps=30, seq_len=12, phases=phases, needle={"num_samples": 1, "depths": [0.5]})
     assert run.phase_of(25).rope_theta == 50_000.0
@@ -224,7 +224,7 @@ def test_what_is_seen_while_it_runs(trained):
     workspace, _ = trained
     events = [json.loads(line) for line in workspace.events.read_text().splitlines()]
     step = next(event["metrics"] for event in events if "loss" in event.get("metrics", {}))
-    seen = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gib", "data_wait_share", "goodput"}
+    seen = {"loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory_gib", "data_wait_ratio", "goodput"}
     assert set(step) == seen
     assert 0 < step["mfu"] < 1
     texts = [event for event in events if "text" in event]
@@ -235,7 +235,9 @@ def test_what_is_seen_while_it_runs(trained):
     assert "Where the time went" in page
 
 
-@pytest.mark.parametrize("options", [{"moe": {"num_experts": 4, "expert_size": 8}}, {"mla": {}}, {"dropout": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"moe": {"num_experts": 4, "moe_intermediate_size": 8}}, {"mla": {}}, {"dropout": 0.1}]
+)
 def test_options_of_the_decoder_train_and_are_killed_without_a_trace(tokens, tmp_path, options, monkeypatch):
     run = config(num_steps=12, checkpoint_every=5, model={**MODEL.model_dump(), "num_layers": 2, **options})
     pretrain.run(run, {"tokens": tokens}, Workspace(tmp_path / "whole"))
@@ -272,7 +274,7 @@ def several(tokenizer, tmp_path_factory):
 def test_streams_give_the_shares_asked_for_up_to_their_limits_and_the_report_says_why_not(several, tmp_path):
     workspace = Workspace(tmp_path)
     mixture = {"weights": {"code": 3, "prose": 1}, "max_epochs": 10, "max_epochs_of": {"code": 1.0}}
-    metrics = pretrain.run(config(exercise_share=0.25, mixture=mixture), {"tokens": several}, workspace)
+    metrics = pretrain.run(config(exercise_ratio=0.25, mixture=mixture), {"tokens": several}, workspace)
     # Of 40 x 4 x 24 tokens the corpus gives 2880, of which 2160 are asked of the 1440 tokens of code.
     assert metrics["epochs_code"] == pytest.approx(1.0, abs=0.02)
     assert metrics["share_code"] == pytest.approx(1440 / 3840, abs=0.01)
@@ -311,9 +313,9 @@ def test_weights_of_streams_that_are_not_there_are_an_error(several, tmp_path):
 def test_exercises_asked_for_and_not_there_are_an_error_that_names_the_setting(tokenizer, tmp_path):
     texts = {"corpus": {"train": ["some text here"] * 40, "validation": ["other text here"] * 4}}
     tokens = write_tokens(tmp_path / "tokens", tokenizer, texts)
-    with pytest.raises(ConfigError, match=r"pretrain.exercise_share: got 0.5.*hold corpus alone; set it to 0"):
+    with pytest.raises(ConfigError, match=r"pretrain.exercise_ratio: got 0.5.*hold corpus alone; set it to 0"):
         pretrain.run(config(), {"tokens": tokens}, Workspace(tmp_path / "a"))
-    metrics = pretrain.run(config(exercise_share=0.0, num_steps=1), {"tokens": tokens}, Workspace(tmp_path / "b"))
+    metrics = pretrain.run(config(exercise_ratio=0.0, num_steps=1), {"tokens": tokens}, Workspace(tmp_path / "b"))
     assert "validation_bits_per_byte_corpus" in metrics
     assert "validation_bits_per_byte_exercises" not in metrics
 
@@ -322,7 +324,7 @@ def test_a_corpus_too_small_for_one_batch_is_an_error(tokenizer, tmp_path):
     texts = {"corpus": {"train": ["some text here"] * 3, "validation": ["other text here"] * 4}}
     tokens = write_tokens(tmp_path / "tokens", tokenizer, texts)
     with pytest.raises(DataError, match="one batch"):
-        pretrain.run(config(exercise_share=0.0), {"tokens": tokens}, Workspace(tmp_path / "a"))
+        pretrain.run(config(exercise_ratio=0.0), {"tokens": tokens}, Workspace(tmp_path / "a"))
 
 
 def test_shards_of_another_tokenizer_are_an_error(tokenizer, tmp_path):
@@ -331,7 +333,7 @@ def test_shards_of_another_tokenizer_are_an_error(tokenizer, tmp_path):
     index = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**index, "tokenizer_digest": "0" * 64}))
     with pytest.raises(ArtifactError, match="tokenizer"):
-        pretrain.run(config(exercise_share=0.0), {"tokens": tokens}, Workspace(tmp_path / "work"))
+        pretrain.run(config(exercise_ratio=0.0), {"tokens": tokens}, Workspace(tmp_path / "work"))
 
 
 def test_a_stride_that_would_be_ignored_or_would_skip_tokens_is_refused():

@@ -59,7 +59,7 @@ def conversations(tmp_path):
 def prompts(tmp_path_factory):
     workspace = Workspace(tmp_path_factory.mktemp("prompts"))
     config = PromptsConfig(
-        num_documents=0, num_demonstrations=12, num_train=6, num_dev=6, num_test=6, max_filler_sentences=0
+        num_documents=0, num_demonstrations=12, num_train=6, num_validation=6, num_test=6, max_filler_sentences=0
     )
     get_stage("prompts").run(config, {}, workspace)
     return as_artifact(workspace.output, kind="Prompts")
@@ -95,7 +95,7 @@ def test_fine_tuning_learns_the_answers_and_says_how_it_went(base, conversations
     assert metrics["steps"] == 60
     assert metrics["conversations"] == 20
     # Each conversation: 2 headers, "say N", an end; then "Answer: N" and its end, which are learnt.
-    assert metrics["supervised_share"] == pytest.approx(10 / 18)
+    assert metrics["supervised_ratio"] == pytest.approx(10 / 18)
     load_model(workspace.output)
     page = (workspace.report / "report.html").read_text()
     assert '<mark style="background:#d5e8d4">Answer: 0&lt;|end_of_turn|&gt;</mark>' in page
@@ -177,7 +177,7 @@ def test_noise_on_embeddings_changes_training_and_is_the_same_each_time(base, co
     digests = []
     for number, alpha in enumerate([0.0, 5.0, 5.0]):
         workspace = Workspace(tmp_path / f"work{number}")
-        sft.run(config(num_epochs=1, batch_size=10, neftune_alpha=alpha), inputs, workspace)
+        sft.run(config(num_epochs=1, batch_size=10, neftune_noise_alpha=alpha), inputs, workspace)
         digests.append(digest_of_weights(workspace))
     assert digests[0] != digests[1] == digests[2]
 
@@ -201,7 +201,7 @@ def test_a_run_with_adapters_and_dropout_killed_between_steps_ends_in_the_same_b
     base, conversations, tmp_path, monkeypatch, no_report
 ):
     inputs = {"model": base, "conversations": conversations(TALKS)}
-    settings = config(num_epochs=2, lora=LoRAConfig(rank=2, dropout=0.3), neftune_alpha=5.0)
+    settings = config(num_epochs=2, lora=LoRAConfig(rank=2, dropout=0.3), neftune_noise_alpha=5.0)
     whole, cut = Workspace(tmp_path / "whole"), Workspace(tmp_path / "cut")
     sft.run(settings, inputs, whole)
     die_in_call(monkeypatch, 5)
@@ -290,7 +290,7 @@ def test_answers_that_are_a_small_share_of_the_tokens_are_an_error(base, convers
     source = conversations([talk(number, "q" * 50, "a") for number in range(8)])
     with pytest.raises(DataError, match=r"3.64% of the tokens are supervised, expected at least .* = 10.00%"):
         sft.run(
-            config(min_supervised_share=0.1), {"model": base, "conversations": source}, Workspace(tmp_path / "work")
+            config(min_supervised_ratio=0.1), {"model": base, "conversations": source}, Workspace(tmp_path / "work")
         )
 
 
@@ -310,7 +310,7 @@ def test_rendering_that_would_teach_rubbish_stops_the_stage(base, conversations,
         sft.run(config(), {"model": base, "conversations": conversations(TALKS)}, Workspace(tmp_path / "work"))
 
 
-@pytest.mark.parametrize("split", ["test", "dev"])
+@pytest.mark.parametrize("split", ["test", "validation"])
 def test_a_held_out_question_is_refused(base, prompts, conversations, tmp_path, split):
     question = read_prompts(prompts.path, split)[0].question
     inputs = {"model": base, "prompts": prompts, "conversations": conversations([*TALKS, talk(50, question, "b")])}

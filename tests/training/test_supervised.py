@@ -8,7 +8,7 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.model.hub import save_model
 from lilpipe.model.neftune import EmbeddingNoise
 from lilpipe.model.transformer import Transformer
-from lilpipe.training.conversations import Example
+from lilpipe.training.conversations import EncodedConversation
 from lilpipe.training.supervised import SupervisedTokens, collate
 from tests.model.checkpoints import small_model, small_tokenizer
 
@@ -21,7 +21,7 @@ LENGTHS = [(3, 4), (9, 2), (2, 12), (5, 5), (14, 3), (2, 2), (4, 9), (7, 6)]
 def examples(lengths=LENGTHS):
     generator = torch.Generator().manual_seed(1)
     return [
-        Example(
+        EncodedConversation(
             str(number),
             torch.randint(VOCAB_SIZE, (prompt + answer,), generator=generator).tolist(),
             [False] * prompt + [True] * answer,
@@ -117,7 +117,7 @@ def test_rows_hold_whole_conversations_padded_on_the_right_with_targets_shifted(
 
 
 def test_each_epoch_shows_each_conversation_once_in_an_order_of_its_own():
-    items = [Example(str(number), [number, 100 + number, 7], [False, True, True]) for number in range(20)]
+    items = [EncodedConversation(str(number), [number, 100 + number, 7], [False, True, True]) for number in range(20)]
     source = objective(items, batch_size=5, packing=False)
     seen = [source.batches(step)[0].inputs[:, 0].tolist() for step in range(8)]
     epochs = [[number for numbers in part for number in numbers] for part in (seen[:4], seen[4:])]
@@ -127,7 +127,7 @@ def test_each_epoch_shows_each_conversation_once_in_an_order_of_its_own():
 
 
 def test_nothing_but_what_is_supervised_counts():
-    item = Example("a", [1, 2, 3, 4, 5], [False, True, False, True, True])
+    item = EncodedConversation("a", [1, 2, 3, 4, 5], [False, True, False, True, True])
     (batch,) = objective([item]).batches(0)
     assert batch.inputs.tolist() == [[1, 2, 3, 4]]
     assert batch.targets.tolist() == [[2, -100, 4, 5]]

@@ -1,9 +1,9 @@
 """Stage ``dpo``: direct preference optimisation (Rafailov et al. 2023) and its family, with Llama 3's two changes.
 
-They are a negative log-likelihood term on the chosen answers (after Pang et al. 2024) and formatting tokens left out
-of the log-probabilities that are compared (Grattafiori et al. 2024, section 4.1.4). The turn's header belongs to the
-prompt and never counts. The turn's end is left out of the ratios, where it would be pushed up in one answer and down
-in the other at once; it stays in the likelihood term, so that the model goes on ending its answers.
+They are a negative log-likelihood term on the chosen completions (after Pang et al. 2024) and formatting tokens left
+out of the log-probabilities that are compared (Grattafiori et al. 2024, section 4.1.4). The turn's header belongs to
+the prompt and never counts. The turn's end is left out of the ratios, where it would be pushed up in one completion and
+down in the other at once; it stays in the likelihood term, so that the model goes on ending its completions.
 
 The losses are in ``preference_losses``, their batches in ``preference_objective``. Log-probabilities under the
 reference are computed once, before training, and end in the output as ``reference.arrow``.
@@ -25,16 +25,21 @@ from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.alignment.preference.data import (
-    LeftOut,
     Packer,
     PreferenceRow,
+    Skipped,
     as_examples,
     encode_examples,
     encode_pairs,
     in_rounds,
     with_mismatched,
 )
-from lilpipe.alignment.preference.evaluation import HeldOut, HeldOutScores, check_fall, score_answers
+from lilpipe.alignment.preference.evaluation import (
+    PreferenceValidation,
+    ValidationScores,
+    check_fall,
+    score_completions,
+)
 from lilpipe.alignment.preference.objective import PreferenceObjective
 from lilpipe.artifact import Artifact, Inputs, write_atomically
 from lilpipe.config.dpo import DPOConfig
@@ -54,8 +59,8 @@ from lilpipe.training.loop import train
 
 ROWS_AT_ONCE = 32
 EVALUATIONS = 8
-"""Of the held-out answers, over the run."""
-LEFT_OUT_FILE = "left_out.jsonl"
+"""Of the held-out completions, over the run."""
+SKIPPED_FILE = "skipped.jsonl"
 REFERENCE_FILE = "reference.arrow"
 
 
@@ -64,8 +69,8 @@ class _Data:
     """What is trained on and measured, as tokens."""
 
     train: list[PreferenceRow]
-    heldout: HeldOut
-    left_out: LeftOut
+    validation: PreferenceValidation
+    skipped: Skipped
     questions: list[str]
     """Of the prompts that are trained on."""
 
@@ -73,8 +78,8 @@ class _Data:
 def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train on the preferences.
 
-    Raises ``DataError`` if they are fewer than one batch, hold the same answer on both sides, or prompts that are held
-    out; and if the chosen answers become more unlikely than ``max_chosen_fall`` allows.
+    Raises ``DataError`` if they are fewer than one batch, hold the same completion on both sides, or prompts that are
+    held out; and if the chosen completions become more unlikely than ``max_chosen_fall`` allows.
     """
     source, preferences = inputs["model"], inputs["preferences"]
     assert isinstance(source, Artifact)
@@ -82,12 +87,12 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     model, tokenizer = load_model(source.path)
     data = _read(config, inputs, tokenizer, max_len=model.config.max_seq_len)
     if distributed.is_main():
-        _write_left_out(data, workspace)
+        _write_skipped(data, workspace)
     workers = Workers(config)
     num_steps = _num_steps(config, len(data.train), num_parts=config.layout.data * config.accumulation_steps)
     model = model.to(distributed.device())
     packer = make_packer(model, tokenizer, config)
-    before = data.heldout.score(model, packer, config)
+    before = data.validation.score(model, packer, config)
     table, reference_R2 = [], None
     if config.uses_reference:
         table, reference_R2 = compute_reference(model, data.train, packer, config, workspace)
@@ -99,21 +104,21 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         rank=workers.data_rank,
         world_size=workers.num_data_ranks,
     )
-    trainee = build(config, source.path, objective, workers, stage="dpo")
+    trainer_module = build(config, source.path, objective, workers, stage="dpo")
     whole = model if workers.mesh is not None else None
     del model
     latest = before
 
     def evaluate(_: object, done: int) -> Mapping[str, float]:
         nonlocal latest
-        latest = data.heldout.score(whole_model(trainee, whole), packer, config)
-        metrics = data.heldout.metrics(latest, before, config)
+        latest = data.validation.score(whole_model(trainer_module, whole), packer, config)
+        metrics = data.validation.metrics(latest, before, config)
         if warning := check_fall(metrics, config):
             workspace.log(f"step {done}: {warning}")
         return metrics
 
     result = train(
-        trainee,
+        trainer_module,
         num_steps=num_steps,
         workspace=workspace,
         section=config,
@@ -126,11 +131,11 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         "loss": result.final_loss(),
         "steps": float(num_steps),
         **_counts(data, config),
-        **{f"{name}_before": value for name, value in data.heldout.metrics(before, before, config).items()},
+        **{f"{name}_before": value for name, value in data.validation.metrics(before, before, config).items()},
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
-    export(trainee, tokenizer, workspace)
+    export(trainer_module, tokenizer, workspace)
     if distributed.is_main():
         if table:
             write_rows(workspace.output / REFERENCE_FILE, table, _reference_schema(config))
@@ -145,57 +150,57 @@ def _read(config: DPOConfig, inputs: Inputs, tokenizer: Tokenizer, *, max_len: i
     """The preferences, once they have passed the gates."""
     preferences, prompts = inputs["preferences"], inputs.get("prompts")
     assert isinstance(preferences, Artifact)
-    single = config.loss == "kto" and (preferences.path / EXAMPLES_FILE).exists()
+    single = config.loss_type == "kto" and (preferences.path / EXAMPLES_FILE).exists()
     data = (_read_single if single else _read_paired)(config, preferences.path, tokenizer, max_len=max_len)
     if isinstance(prompts, Artifact):
         assert_not_held_out(data.questions, prompts.path)
-    if config.max_chosen_fall is not None and not data.heldout.chosen:
+    if config.max_chosen_fall is not None and not data.validation.chosen:
         raise DataError(
-            "dpo.max_chosen_fall: the preferences hold no held-out answers to measure a fall on; raise "
-            "preferences.num_heldout, or leave max_chosen_fall out"
+            "dpo.max_chosen_fall: the preferences hold no held-out completions to measure a fall on; raise "
+            "preferences.num_validation, or leave max_chosen_fall out"
         )
     return data
 
 
 def _read_paired(config: DPOConfig, directory: Path, tokenizer: Tokenizer, *, max_len: int) -> _Data:
-    train, heldout = read_pairs(directory, "train"), read_pairs(directory, "heldout")
-    check_pairs(train, heldout)
-    if config.loss == "kto":
-        examples, left_out = encode_examples(tokenizer, as_examples(train), max_len=max_len)
+    train, validation = read_pairs(directory, "train"), read_pairs(directory, "validation")
+    check_pairs(train, validation)
+    if config.loss_type == "kto":
+        examples, skipped = encode_examples(tokenizer, as_examples(train), max_len=max_len)
         rows = with_mismatched(examples, max_len=max_len)
     else:
-        rows, left_out = encode_pairs(tokenizer, train, max_len=max_len)
-    measured, held_left_out = encode_pairs(tokenizer, heldout, max_len=max_len)
+        rows, skipped = encode_pairs(tokenizer, train, max_len=max_len)
+    measured, validation_skipped = encode_pairs(tokenizer, validation, max_len=max_len)
     return _Data(
         rows,
-        HeldOut([row.first for row in measured], [row.second for row in measured], paired=True),
-        _join(left_out, held_left_out),
+        PreferenceValidation([row.first for row in measured], [row.second for row in measured], paired=True),
+        _join(skipped, validation_skipped),
         [text for item in train for text in item.questions],
     )
 
 
 def _read_single(_: DPOConfig, directory: Path, tokenizer: Tokenizer, *, max_len: int) -> _Data:
-    train, heldout = read_examples(directory, "train"), read_examples(directory, "heldout")
-    check_examples(train, heldout)
-    examples, left_out = encode_examples(tokenizer, in_rounds(train), max_len=max_len)
-    measured, held_left_out = encode_examples(tokenizer, heldout, max_len=max_len)
-    sides = ([encoded for example, encoded in measured if example.desirable is side] for side in (True, False))
+    train, validation = read_examples(directory, "train"), read_examples(directory, "validation")
+    check_examples(train, validation)
+    examples, skipped = encode_examples(tokenizer, in_rounds(train), max_len=max_len)
+    measured, validation_skipped = encode_examples(tokenizer, validation, max_len=max_len)
+    sides = ([encoded for example, encoded in measured if example.label is side] for side in (True, False))
     return _Data(
         with_mismatched(examples, max_len=max_len),
-        HeldOut(*sides, paired=False),
-        _join(left_out, held_left_out),
+        PreferenceValidation(*sides, paired=False),
+        _join(skipped, validation_skipped),
         [text for item in train for text in item.questions],
     )
 
 
-def _join(first: LeftOut, second: LeftOut) -> LeftOut:
+def _join(first: Skipped, second: Skipped) -> Skipped:
     return {reason: first.get(reason, []) + second.get(reason, []) for reason in first | second}
 
 
 def _num_steps(config: DPOConfig, num_rows: int, *, num_parts: int) -> int:
-    unit, what = (config.kl_examples, "answers") if config.loss == "kto" else (1, "pairs")
+    unit, what = (config.kl_examples, "completions") if config.loss_type == "kto" else (1, "pairs")
     if config.batch_size % (num_parts * unit):
-        together = f" x kl_examples {unit}" if config.loss == "kto" else ""
+        together = f" x kl_examples {unit}" if config.loss_type == "kto" else ""
         raise ConfigError(
             f"dpo.batch_size: got {config.batch_size}, expected a multiple of {num_parts * unit}: workers x "
             f"accumulation_steps {num_parts}{together}"
@@ -206,45 +211,45 @@ def _num_steps(config: DPOConfig, num_rows: int, *, num_parts: int) -> int:
         batch_size=config.batch_size,
         stage="dpo",
         rows=what,
-        remedy=f"raise preferences.num_prompts; what was left out is in report/{LEFT_OUT_FILE}",
+        remedy=f"raise preferences.num_prompts; what was left out is in report/{SKIPPED_FILE}",
     )
 
 
 def _counts(data: _Data, config: DPOConfig) -> Metrics:
-    what = "answers" if config.loss == "kto" else "pairs"
+    what = "completions" if config.loss_type == "kto" else "pairs"
     return {
         what: float(len(data.train)),
-        **_heldout_count(data.heldout),
-        "too_long": float(len(data.left_out.get("too_long", []))),
-        "empty_answers": float(len(data.left_out.get("empty_answer", []))),
+        **_validation_count(data.validation),
+        "too_long": float(len(data.skipped.get("too_long", []))),
+        "empty_completions": float(len(data.skipped.get("empty_completion", []))),
     }
 
 
-def _heldout_count(heldout: HeldOut) -> Metrics:
-    if heldout.paired:
-        return {"heldout_pairs": float(len(heldout.chosen))}
-    return {"heldout_answers": float(len(heldout.chosen) + len(heldout.rejected))}
+def _validation_count(validation: PreferenceValidation) -> Metrics:
+    if validation.paired:
+        return {"validation_pairs": float(len(validation.chosen))}
+    return {"validation_completions": float(len(validation.chosen) + len(validation.rejected))}
 
 
-def _write_left_out(data: _Data, workspace: Workspace) -> None:
+def _write_skipped(data: _Data, workspace: Workspace) -> None:
     """List what was left out, and say so."""
-    lines = [json.dumps({"prompt_id": name, "reason": reason}) for reason, ids in data.left_out.items() for name in ids]
+    lines = [json.dumps({"prompt_id": name, "reason": reason}) for reason, ids in data.skipped.items() for name in ids]
     if lines:
-        reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in data.left_out.items())
-        workspace.log(f"left out {len(lines)} of the preferences: {reasons} (report/{LEFT_OUT_FILE})")
-        write_atomically(workspace.report / LEFT_OUT_FILE, "\n".join(lines) + "\n")
+        reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in data.skipped.items())
+        workspace.log(f"skipped {len(lines)} of the preferences: {reasons} (report/{SKIPPED_FILE})")
+        write_atomically(workspace.report / SKIPPED_FILE, "\n".join(lines) + "\n")
 
 
 # --- reference ----------------------------------------------------------------------------------------------------
 
 
 def _reference_schema(config: DPOConfig) -> pa.Schema:
-    names = ("answer", "mismatched_answer") if config.loss == "kto" else ("chosen", "rejected")
+    names = ("completion", "mismatched_completion") if config.loss_type == "kto" else ("chosen", "rejected")
     return pa.schema([("prompt_id", pa.string()), *((name, pa.float32()) for name in names)])
 
 
 def make_packer(model: Transformer, tokenizer: Tokenizer, config: DPOConfig) -> Packer:
-    """How answers lie in the batches of a model."""
+    """How completions lie in the batches of a model."""
     return Packer(
         padding_id=tokenizer.padding_id,
         max_len=model.config.max_seq_len,
@@ -265,7 +270,7 @@ def compute_reference(
 
     def work(index: int) -> list[dict[str, Any]]:
         part = rows[index * ROWS_AT_ONCE : (index + 1) * ROWS_AT_ONCE]
-        sums, _ = score_answers(model, [row.first for row in part] + [row.second for row in part], packer, config)
+        sums, _ = score_completions(model, [row.first for row in part] + [row.second for row in part], packer, config)
         columns = ([row.prompt_id for row in part], *(half.tolist() for half in sums.chunk(2)))
         return [dict(zip(schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -282,18 +287,18 @@ def _write_report(
     workspace: Workspace,
     data: _Data,
     tokenizer: Tokenizer,
-    scores: tuple[HeldOutScores, HeldOutScores],
+    scores: tuple[ValidationScores, ValidationScores],
     *,
     losses: list[float],
     metrics: Metrics,
 ) -> None:
     before, after = scores
-    sections = data.heldout.sections(tokenizer, read_curves(workspace), before=before, after=after, config=config)
-    shown = ("loss", "steps", "pairs", "answers", "heldout_preference_accuracy", "heldout_margin")
-    shown += ("heldout_chosen_change", "chosen_fall_alarm", "too_long", "empty_answers")
+    sections = data.validation.sections(tokenizer, read_curves(workspace), before=before, after=after, config=config)
+    shown = ("loss", "steps", "pairs", "completions", "validation_preference_accuracy", "validation_margin")
+    shown += ("validation_chosen_change", "chosen_fall_alarm", "too_long", "empty_completions")
     write_report(
         workspace,
-        title=f"Preference optimisation: {config.loss}",
+        title=f"Preference optimisation: {config.loss_type}",
         losses=losses,
         config=config,
         key_figures={name.replace("_", " "): metrics[name] for name in shown if name in metrics},
@@ -309,5 +314,5 @@ STAGE = Stage(
     inputs={"model": "Checkpoint", "preferences": "Preferences"},
     optional_inputs={"prompts": "Prompts"},
     distributed=True,
-    main_metric="heldout_preference_accuracy",
+    main_metric="validation_preference_accuracy",
 )

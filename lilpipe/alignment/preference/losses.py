@@ -1,9 +1,9 @@
-"""Losses of direct preference optimisation and its family, as functions of log-probabilities of answers.
+"""Losses of direct preference optimisation and its family, as functions of log-probabilities of completions.
 
-Log-probabilities of answers are sums over their tokens or, where they are normalised by length, means. A log-ratio is
-that of the policy to the reference; a margin is the chosen answer's log-ratio less the rejected one's, in nats.
+Log-probabilities of completions are sums over their tokens or, where they are normalised by length, means. A log-ratio
+is that of the policy to the reference; a margin is the chosen completion's log-ratio less the rejected one's, in nats.
 
-Dimensions: N pairs, in ``kto_loss`` answers; G groups of them.
+Dimensions: N pairs, in ``kto_loss`` completions; G groups of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CERTAIN = -1e-6
-"""Log-probability above which the odds of an answer are as good as infinite: float32 rounds what it is short of 0."""
+"""Log-probability above which the odds of a completion are as good as infinite: float32 rounds what it is short of
+0."""
 
 
 def sigmoid_loss(margin_N: Tensor, *, beta: float, label_smoothing: float = 0.0, robust: bool = False) -> Tensor:
@@ -52,7 +53,7 @@ def simpo_loss(
 def orpo_loss(chosen_N: Tensor, rejected_N: Tensor, *, beta: float) -> Tensor:
     """Minus log sigmoid of the log odds ratio, times ``beta`` [N] (Hong et al. 2024, equation 7; beta is lambda there).
 
-    The odds of an answer are p / (1 - p), where log p is normalised by length.
+    The odds of a completion are p / (1 - p), where log p is normalised by length.
     """
     return -beta * F.logsigmoid(log_odds(chosen_N) - log_odds(rejected_N))
 
@@ -79,9 +80,9 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """Loss of each answer [N] (Ethayarajh et al. 2024, equation 8, where weights are called lambda).
+    """Loss of each completion [N] (Ethayarajh et al. 2024, equation 8, where weights are called lambda).
 
-    weight * (1 - sigmoid(beta * (ratio - baseline))), with the signs of both turned round for undesirable answers.
+    weight * (1 - sigmoid(beta * (ratio - baseline))), with the signs of both turned round for undesirable completions.
     ``ratio_N`` is the log-ratio of policy to reference, ``desirable_N`` boolean.
     """
     signs_N = desirable_N.to(ratio_N.dtype) * 2 - 1
@@ -90,9 +91,10 @@ def kto_loss(
 
 
 def kto_baseline(mismatched_ratio_N: Tensor, *, num_examples: int) -> Tensor:
-    """The reference point [N] of the answers: an estimate of the KL divergence, at least 0 and without a gradient.
+    """The reference point [N] of the completions: an estimate of the KL divergence, at least 0 and without a gradient.
 
-    It is the mean log-ratio of answers to other prompts than their own, over ``num_examples`` answers at a time.
+    It is the mean log-ratio of completions to other prompts than their own, over ``num_examples`` completions at a
+    time.
     """
     means_G1 = mismatched_ratio_N.detach().view(-1, num_examples).mean(dim=1, keepdim=True).clamp(min=0)
     return means_G1.expand(-1, num_examples).flatten()

@@ -1,7 +1,7 @@
 """The objective of direct preference optimisation and its family: batches of rows, their loss and its metrics.
 
-Dimensions: N rows of a micro-batch, each of a first and a second answer; S = 2N answers, the first ones in front;
-A tokens of the longest answer.
+Dimensions: N rows of a micro-batch, each of a first and a second completion; S = 2N completions, the first ones in
+front; A tokens of the longest completion.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Extra(NamedTuple):
 
     places: Places
     reference_S: Tensor
-    """Log-probabilities of the answers under the reference, sums; zeros where there is none."""
+    """Log-probabilities of the completions under the reference, sums; zeros where there is none."""
     desirable_N: Tensor
     nll_weights_N: Tensor
-    """Of the likelihood of each first answer; they make its mean over the step's batch."""
+    """Of the likelihood of each first completion; they make its mean over the step's batch."""
     num_tokens: int
 
 
@@ -49,7 +49,7 @@ class PreferenceObjective:
         rank: int,
         world_size: int,
     ) -> None:
-        """``reference_R2`` are log-probabilities of each row's answers, for the losses that use a reference."""
+        """``reference_R2`` are log-probabilities of each row's completions, for the losses that use a reference."""
         assert config.seed is not None
         self._rows = rows
         self._config = config
@@ -68,7 +68,7 @@ class PreferenceObjective:
         """
         config = self._config
         rows = rows_of_step(step, num_rows=len(self._rows), batch_size=config.batch_size, seed=self._seed)
-        size = config.kl_examples if config.loss == "kto" else 1
+        size = config.kl_examples if config.loss_type == "kto" else 1
         units = [rows[start : start + size] for start in range(0, len(rows), size)]
         units.sort(key=lambda unit: sum(self._num_tokens(row) for row in unit))
         parts = config.accumulation_steps * self._world_size
@@ -93,11 +93,11 @@ class PreferenceObjective:
 
     def _nll_weights(self, rows: Sequence[int]) -> dict[int, float]:
         """Weight of each row's NLL, a sum over tokens, in the sum of the step's losses."""
-        by_answer = self._config.nll_normalisation == "answer"
-        learnt = {row: len(self._rows[row].first.answer) for row in rows if self._rows[row].desirable}
-        total = len(learnt) if by_answer else sum(learnt.values())
+        by_sequence = self._config.nll_normalisation == "sequence"
+        learnt = {row: len(self._rows[row].first.completion) for row in rows if self._rows[row].desirable}
+        total = len(learnt) if by_sequence else sum(learnt.values())
         scale = len(rows) / max(total, 1)
-        return dict.fromkeys(rows, 0.0) | {row: scale / n if by_answer else scale for row, n in learnt.items()}
+        return dict.fromkeys(rows, 0.0) | {row: scale / n if by_sequence else scale for row, n in learnt.items()}
 
     def _num_tokens(self, row: int) -> int:
         return self._rows[row].first.num_tokens + self._rows[row].second.num_tokens
@@ -113,9 +113,9 @@ class PreferenceObjective:
         ratios_S = log_ratios(logprobs_S, extra.reference_S, extra.places, config)
         nll_N = -logprobs_SA.chunk(2)[0].sum(dim=1)
         loss_N = config.preference_coefficient * preference_loss(ratios_S, extra.desirable_N, config)
-        loss_N = loss_N + config.nll_coefficient * extra.nll_weights_N * nll_N
+        loss_N = loss_N + config.rpo_alpha * extra.nll_weights_N * nll_N
         lengths_N = extra.places.present_SA.chunk(2)[0].sum(dim=1)
-        measure = answer_metrics if config.loss == "kto" else pair_metrics
+        measure = completion_metrics if config.loss_type == "kto" else pair_metrics
         metrics = measure(logprobs_S.detach(), ratios_S.detach(), extra, config)
         likelihoods = (nll_N.detach() / lengths_N)[extra.desirable_N]
         metrics["chosen_nll"] = (likelihoods.sum(), float(len(likelihoods)))
@@ -129,9 +129,9 @@ def log_ratios(logprobs_S: Tensor, reference_S: Tensor, places: Places, config: 
 
 
 def preference_loss(ratios_S: Tensor, desirable_N: Tensor, config: DPOConfig) -> Tensor:
-    """The loss of each row [N] by ``config.loss``."""
+    """The loss of each row [N] by ``config.loss_type``."""
     first_N, second_N = ratios_S.chunk(2)
-    match config.loss:
+    match config.loss_type:
         case "sigmoid":
             robust = config.smoothing == "robust"
             return sigmoid_loss(
@@ -156,7 +156,7 @@ def preference_loss(ratios_S: Tensor, desirable_N: Tensor, config: DPOConfig) ->
             )
 
 
-def share_positive(values_N: Tensor) -> float:
+def positive_ratio(values_N: Tensor) -> float:
     """Share of positive values; a tie counts half."""
     wins = (values_N > TIE_NATS).sum() + 0.5 * (values_N.abs() <= TIE_NATS).sum()
     return wins.item() / len(values_N)
@@ -181,12 +181,12 @@ def pair_metrics(logprobs_S: Tensor, ratios_S: Tensor, extra: Extra, config: DPO
         sums[f"reward_{side}"] = config.beta * ratio_N.sum()
     if config.uses_reference:
         sums["chosen_change"] = (chosen_N - extra.reference_S.chunk(2)[0]).sum()
-    accuracy = share_positive(margin_N) * count
+    accuracy = positive_ratio(margin_N) * count
     return {"preference_accuracy": (accuracy, count), **{name: (total, count) for name, total in sums.items()}}
 
 
-def answer_metrics(logprobs_S: Tensor, ratios_S: Tensor, extra: Extra, config: DPOConfig) -> Metrics:
-    """Metrics of the single answers of ``kto``; `kl` is its reference point."""
+def completion_metrics(logprobs_S: Tensor, ratios_S: Tensor, extra: Extra, config: DPOConfig) -> Metrics:
+    """Metrics of the unpaired completions of ``kto``; `kl` is its reference point."""
     answer_N, ratio_N = logprobs_S.chunk(2)[0], ratios_S.chunk(2)[0]
     baseline_N = kto_baseline(ratios_S.chunk(2)[1], num_examples=config.kl_examples)
     metrics: Metrics = {"kl": (baseline_N.sum(), float(len(baseline_N)))}

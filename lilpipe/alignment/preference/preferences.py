@@ -26,9 +26,9 @@ from lilpipe.schemas.pairs import (
     EXAMPLES_FILE,
     PAIR_SCHEMA,
     PAIRS_FILE,
-    JudgedExample,
     Pair,
     PairSplit,
+    UnpairedExample,
     check_examples,
     check_pairs,
     read_examples,
@@ -53,7 +53,7 @@ def brevity_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[
     take = _widest if config.contrast == "widest" else _nearest
     for verdict in VERDICTS[:1] if config.only_correct else VERDICTS:
         alike = {
-            row["response"]: row
+            row["completion"]: row
             for row in reversed(rows)
             if row["ended"] and (row["well_formed"], row["correct"]) == verdict
         }
@@ -102,8 +102,8 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
     """The answers that ended and say something, each text once, in the order sampled."""
     found: dict[str, Row] = {}
     for row in rows:
-        if row["ended"] and row["response"]:
-            found.setdefault(" ".join(row["response"].split()), row)
+        if row["ended"] and row["completion"]:
+            found.setdefault(" ".join(row["completion"].split()), row)
     return list(found.values())
 
 
@@ -142,13 +142,13 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
             "or take the rule 'data'"
         )
     train = _take(read_prompts(source.path, "train")[::-1], config.num_prompts, "num_prompts", "train")
-    heldout = _take(read_prompts(source.path, "dev"), config.num_heldout, "num_heldout", "dev")
+    validation = _take(read_prompts(source.path, "validation"), config.num_validation, "num_validation", "validation")
     assert_not_held_out((prompt.question for prompt in train), source.path)
     rewards = load_rewards(config.rewards, inputs)
     rewards.log_sandbox(train, workspace)
     rows = sample_in_chunks(
         model,
-        [*train, *heldout],
+        [*train, *validation],
         config,
         form="chat",
         purpose="preferences",
@@ -161,20 +161,22 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
     if config.unpaired:
         return _write_examples(
             judged_examples(groups[: len(train)], train, config, split="train"),
-            judged_examples(groups[len(train) :], heldout, config, split="heldout"),
+            judged_examples(groups[len(train) :], validation, config, split="validation"),
             workspace,
         ) | reward_metrics(groups, rewards)
     rule = RULES[config.rule]
     pairs: dict[str, list[tuple[Row, Row]]] = {
         split: [pair for group in part for pair in rule(group, config)]
-        for split, part in (("train", groups[: len(train)]), ("heldout", groups[len(train) :]))
+        for split, part in (("train", groups[: len(train)]), ("validation", groups[len(train) :]))
     }
     if not pairs["train"]:
         raise DataError(
             f"preferences: none of {len(train)} prompts gave two answers with {NO_PAIR[config.rule]}; sample more "
-            f"answers (preferences.samples_per_prompt), train the model further, or {REMEDY[config.rule]}"
+            f"answers (preferences.num_generations), train the model further, or {REMEDY[config.rule]}"
         )
-    metrics = _metrics(rows, pairs, num_train=len(train), num_heldout=len(heldout)) | reward_metrics(groups, rewards)
+    metrics = _metrics(rows, pairs, num_train=len(train), num_validation=len(validation)) | reward_metrics(
+        groups, rewards
+    )
     if distributed.is_main():
         table = [_row(split, *pair) for split, part in pairs.items() for pair in part]
         write_rows(workspace.output / PAIRS_FILE, table, PAIR_SCHEMA)
@@ -189,23 +191,23 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
             f"preferences.rule: 'data' reads {PAIRS_FILE} of the input `prompts`, which has none ({source.uri}); make "
             "the prompts from a preference set, or take a rule that samples"
         )
-    train, heldout = read_pairs(source.path, "train"), read_pairs(source.path, "heldout")
+    train, validation = read_pairs(source.path, "train"), read_pairs(source.path, "validation")
     if not train:
         raise DataError(
             f"preferences: {source.uri} holds no pairs of the train split; raise the share of training, or take "
-            "preferences.unpaired where the set holds single answers"
+            "preferences.unpaired where the set holds unpaired completions"
         )
-    check_pairs(train, heldout)
+    check_pairs(train, validation)
     assert_not_held_out((text for pair in train for text in pair.questions), source.path)
     metrics: Metrics = {
         "pairs": len(train),
-        "heldout_pairs": len(heldout),
-        "edited_share": sum(pair.edited is not None for pair in train) / len(train),
+        "validation_pairs": len(validation),
+        "edited_ratio": sum(pair.edited is not None for pair in train) / len(train),
         "chosen_words": sum(len(pair.chosen.split()) for pair in train) / len(train),
         "rejected_words": sum(len(pair.rejected.split()) for pair in train) / len(train),
     }
     if distributed.is_main():
-        write_rows(workspace.output / PAIRS_FILE, [vars(pair) for pair in (*train, *heldout)], PAIR_SCHEMA)
+        write_rows(workspace.output / PAIRS_FILE, [vars(pair) for pair in (*train, *validation)], PAIR_SCHEMA)
         examples: list[dict[str, report.Cell]] = [
             {"question": pair.prompt[-1]["content"], "chosen": pair.ranking[0], "rejected": pair.rejected}
             for pair in train[:30]
@@ -215,22 +217,23 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
     return metrics
 
 
-# --- single answers -----------------------------------------------------------------------------------------------
+# --- unpaired completions
+# -----------------------------------------------------------------------------------------------
 
 
 def judged_examples(
     groups: Sequence[Sequence[Row]], prompts: Sequence[Prompt], config: PreferencesConfig, *, split: PairSplit
-) -> list[JudgedExample]:
+) -> list[UnpairedExample]:
     """Every distinct answer that ended, desirable or not, of the groups of answers to each prompt.
 
     Where correctness decides, prompts that no verifier can judge are left out: all their answers would be wrong.
     """
     return [
-        JudgedExample(
+        UnpairedExample(
             prompt.id,
             split,
             [_user(prompt.question)],
-            row["response"],
+            row["completion"],
             row["correct"] if config.threshold is None else row["reward"] >= config.threshold,
         )
         for prompt, group in zip(prompts, groups, strict=True)
@@ -240,7 +243,7 @@ def judged_examples(
 
 
 def _examples_of_data(source: Artifact, workspace: Workspace) -> Metrics:
-    """The single answers that people judged."""
+    """The unpaired completions that people judged."""
     if not (source.path / EXAMPLES_FILE).exists():
         raise DataError(
             f"preferences.unpaired: rule 'data' reads {EXAMPLES_FILE} of the input `prompts`, which has none "
@@ -249,28 +252,30 @@ def _examples_of_data(source: Artifact, workspace: Workspace) -> Metrics:
         )
     train = read_examples(source.path, "train")
     assert_not_held_out((text for example in train for text in example.questions), source.path)
-    return _write_examples(train, read_examples(source.path, "heldout"), workspace)
+    return _write_examples(train, read_examples(source.path, "validation"), workspace)
 
 
-def _write_examples(train: Sequence[JudgedExample], heldout: Sequence[JudgedExample], workspace: Workspace) -> Metrics:
-    """Write single answers that are fit for training. Raises ``DataError`` where they are not."""
-    check_examples(train, heldout)
-    num_desirable = sum(example.desirable for example in train)
+def _write_examples(
+    train: Sequence[UnpairedExample], validation: Sequence[UnpairedExample], workspace: Workspace
+) -> Metrics:
+    """Write unpaired completions that are fit for training. Raises ``DataError`` where they are not."""
+    check_examples(train, validation)
+    num_desirable = sum(example.label for example in train)
     if num_desirable in (0, len(train)):
         raise DataError(
             f"preferences: {num_desirable} of {len(train)} answers are desirable, expected some of each kind; sample "
-            "more (preferences.samples_per_prompt), set another preferences.threshold, or take another rule"
+            "more (preferences.num_generations), set another preferences.threshold, or take another rule"
         )
     metrics: Metrics = {
-        "single_answers": len(train),
-        "heldout_single_answers": len(heldout),
-        "desirable_share": num_desirable / len(train),
-        "prompts_with_answer": len({str(example.prompt) for example in train}),
+        "unpaired_examples": len(train),
+        "validation_unpaired_examples": len(validation),
+        "desirable_ratio": num_desirable / len(train),
+        "prompts_with_completion": len({str(example.prompt) for example in train}),
     }
     if distributed.is_main():
-        write_rows(workspace.output / EXAMPLES_FILE, [vars(item) for item in (*train, *heldout)], EXAMPLE_SCHEMA)
+        write_rows(workspace.output / EXAMPLES_FILE, [vars(item) for item in (*train, *validation)], EXAMPLE_SCHEMA)
         shown: list[dict[str, report.Cell]] = [
-            {"question": item.prompt[-1]["content"], "answer": item.answer, "desirable": str(item.desirable)}
+            {"question": item.prompt[-1]["content"], "completion": item.completion, "label": str(item.label)}
             for item in train[:30]
         ]
         page = report.page("Preferences", {"The first answers": report.table(shown)}, key_figures=dict(metrics))
@@ -299,36 +304,36 @@ def _row(split: str, chosen: Row, rejected: Row) -> Row:
         "prompt_id": chosen["prompt_id"],
         "split": split,
         "prompt": [_user(chosen["question"])],
-        "chosen": chosen["response"],
-        "rejected": rejected["response"],
+        "chosen": chosen["completion"],
+        "rejected": rejected["completion"],
         "edited": None,
     }
 
 
 def _metrics(
-    rows: Sequence[Row], pairs: dict[str, list[tuple[Row, Row]]], *, num_train: int, num_heldout: int
+    rows: Sequence[Row], pairs: dict[str, list[tuple[Row, Row]]], *, num_train: int, num_validation: int
 ) -> Metrics:
-    train, heldout = pairs["train"], pairs["heldout"]
+    train, validation = pairs["train"], pairs["validation"]
     return {
         "pairs": len(train),
-        "heldout_pairs": len(heldout),
-        "prompts_with_pair_share": len({chosen["prompt_id"] for chosen, _ in train}) / num_train,
-        "heldout_prompts_with_pair_share": len({chosen["prompt_id"] for chosen, _ in heldout}) / num_heldout,
+        "validation_pairs": len(validation),
+        "prompts_with_pair_ratio": len({chosen["prompt_id"] for chosen, _ in train}) / num_train,
+        "validation_prompts_with_pair_ratio": len({chosen["prompt_id"] for chosen, _ in validation}) / num_validation,
         "chosen_words": sum(chosen["num_words"] for chosen, _ in train) / len(train),
         "rejected_words": sum(rejected["num_words"] for _, rejected in train) / len(train),
-        "correct_share": sum(row["correct"] for row in rows) / len(rows),
+        "correct_ratio": sum(row["correct"] for row in rows) / len(rows),
         "mean_words": sum(row["num_words"] for row in rows) / len(rows),
     }
 
 
 def _report(pairs: Sequence[tuple[Row, Row]], metrics: Metrics) -> str:
     examples: list[dict[str, Any]] = [
-        {"question": chosen["question"], "chosen": chosen["response"], "rejected": rejected["response"]}
+        {"question": chosen["question"], "chosen": chosen["completion"], "rejected": rejected["completion"]}
         for chosen, rejected in pairs[:30]
     ]
     figures = {
         "pairs": metrics["pairs"],
-        "of the prompts gave a pair": f"{metrics['prompts_with_pair_share']:.1%}",
+        "of the prompts gave a pair": f"{metrics['prompts_with_pair_ratio']:.1%}",
         "words chosen": metrics["chosen_words"],
         "words rejected": metrics["rejected_words"],
     }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lilpipe.alignment.verify.answers import stated_number
+from lilpipe.alignment.verify.verifiers import stated_number
 from lilpipe.config.prompts import PromptColumns
 from lilpipe.schemas.messages import Message
 
@@ -29,7 +29,7 @@ class Malformed(Exception):
 
 
 @dataclass(frozen=True)
-class Example:
+class ParsedRow:
     """A row of a data set, whatever its form."""
 
     prompt: list[Message]
@@ -43,7 +43,7 @@ class Example:
     rejected: str | None = None
     edited: str | None = None
     desirable: bool | None = None
-    """Whether the answer is; None where it is no single answer of a preference set."""
+    """Whether the answer is; None where it is no unpaired completion of a preference set."""
 
     @property
     def question(self) -> str:
@@ -66,7 +66,7 @@ class Example:
         return len(self.prompt) == 1
 
 
-def parse(kind: str, values: Any, columns: PromptColumns) -> Example:
+def parse(kind: str, values: Any, columns: PromptColumns) -> ParsedRow:
     """A row's values as an example. Raises ``Malformed``."""
     if not isinstance(values, Mapping):
         raise Malformed(f"is of type {type(values).__name__}, expected an object")
@@ -76,7 +76,7 @@ def parse(kind: str, values: Any, columns: PromptColumns) -> Example:
 # --- forms --------------------------------------------------------------------------------------------------------
 
 
-def _gsm8k(values: Mapping[str, Any], columns: PromptColumns) -> Example:
+def _gsm8k(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     question = _text(values, columns.question)
     steps, marker, end = _CALCULATION.sub("", _text(values, columns.answer)).rpartition("####")
     number = stated_number(end) if marker else None
@@ -85,42 +85,42 @@ def _gsm8k(values: Mapping[str, Any], columns: PromptColumns) -> Example:
     lines = [line.strip() for line in steps.strip().splitlines() if line.strip()]
     answer = f"{number}"
     reference = "\n".join([*lines, f"Answer: {answer}"])
-    return Example(_asked(question), reference, answer, "numeric", difficulty=len(lines))
+    return ParsedRow(_asked(question), reference, answer, "numeric", difficulty=len(lines))
 
 
-def _instruction(values: Mapping[str, Any], columns: PromptColumns) -> Example:
+def _instruction(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     if columns.messages in values:
         prompt, answer = _conversation(values[columns.messages], columns.messages)
-        return Example(prompt, answer)
+        return ParsedRow(prompt, answer)
     if columns.instruction in values:
-        return Example(_asked(_instruction_text(values, columns)), _text(values, columns.output))
-    return Example(_prompt(values, columns), _text(values, columns.response))
+        return ParsedRow(_asked(_instruction_text(values, columns)), _text(values, columns.output))
+    return ParsedRow(_prompt(values, columns), _text(values, columns.response))
 
 
-def _program(values: Mapping[str, Any], columns: PromptColumns) -> Example:
+def _program(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     reference = _text(values, columns.response) if values.get(columns.response) else ""
-    return Example(_prompt(values, columns), reference, _text(values, columns.tests), "program")
+    return ParsedRow(_prompt(values, columns), reference, _text(values, columns.tests), "program")
 
 
-def _preference(values: Mapping[str, Any], columns: PromptColumns) -> Example:
+def _preference(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     is_single = columns.label in values and columns.chosen not in values
     return (_single if is_single else _pair)(values, columns)
 
 
-def _single(values: Mapping[str, Any], columns: PromptColumns) -> Example:
+def _single(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     label = values[columns.label]
     if label not in (True, False):
         raise Malformed(f"{columns.label!r} is {label!r}, expected true or false")
     prompt, (answer,) = _prompt_and_answers(values, [columns.completion], columns)
-    return Example(prompt, answer, desirable=bool(label))
+    return ParsedRow(prompt, answer, desirable=bool(label))
 
 
-def _pair(values: Mapping[str, Any], columns: PromptColumns) -> Example:
+def _pair(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     names = [columns.chosen, columns.rejected, *([columns.edited] if values.get(columns.edited) else [])]
     prompt, answers = _prompt_and_answers(values, names, columns)
     if len({answer.strip() for answer in answers}) < len(answers):
         raise Malformed(f"two of {', '.join(names)} are the same")
-    return Example(prompt, answers[0], rejected=answers[1], edited=answers[2] if len(answers) > 2 else None)
+    return ParsedRow(prompt, answers[0], rejected=answers[1], edited=answers[2] if len(answers) > 2 else None)
 
 
 def _prompt_and_answers(
@@ -141,7 +141,7 @@ def _prompt_and_answers(
     return prompt, answers
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any], PromptColumns], Example]] = {
+_KINDS: dict[str, Callable[[Mapping[str, Any], PromptColumns], ParsedRow]] = {
     "gsm8k": _gsm8k,
     "instructions": _instruction,
     "programs": _program,

@@ -2,10 +2,10 @@
 
 The artifact holds exercises in plain text for pretraining (``documents.arrow``), conversations with a written
 answer for supervised fine-tuning (``demonstrations.arrow``), and questions for sampling and evaluation
-(``prompts.arrow``, with splits train, dev and test). Which of the five a task may enter is decided by a hash of its
-family and canonical arguments alone: it depends neither on the seed nor on the counts, so that no test question can
-have been seen by any model of this pipeline. Data sets (``sources.py``) are split by the hash of the question; they
-may add preferences (``pairs.arrow``, ``examples.arrow``). Rows that cannot be read are in ``quarantine.jsonl``.
+(``prompts.arrow``, with splits train, validation and test). Which of the five a task may enter is decided by a hash of
+its family and canonical arguments alone: it depends neither on the seed nor on the counts, so that no test question can
+have been seen by any model of this pipeline. Data sets (``sources.py``) are split by the hash of the question; they may
+add preferences (``pairs.arrow``, ``examples.arrow``). Rows that cannot be read are in ``quarantine.jsonl``.
 
 The written answer of a generated task is ``Answer: X`` after zero or more sentences of courtesy. The courtesy is noise
 as far as the verifier is concerned; it is what a preference for brevity can act on.
@@ -23,7 +23,7 @@ from typing import Any
 from lilpipe.alignment.questions.families import FAMILIES, Difficulty, Task
 from lilpipe.alignment.questions.prompts_report import build_report
 from lilpipe.alignment.questions.sources import Gathered, external, gather
-from lilpipe.alignment.verify.answers import as_text
+from lilpipe.alignment.verify.verifiers import as_text
 from lilpipe.artifact import Inputs, write_atomically
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.errors import ConfigError
@@ -41,7 +41,7 @@ from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, EXAMPLES_FILE, PAIR_SCHEMA, PA
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
 
-SPLIT_SHARES = {"test": 0.1, "dev": 0.1, "demonstrations": 0.15, "train": 0.35, "exercises": 0.3}
+SPLIT_SHARES = {"test": 0.1, "validation": 0.1, "demonstrations": 0.15, "train": 0.35, "exercises": 0.3}
 """Share of each family's tasks that may enter a split."""
 
 FILLERS = (
@@ -104,9 +104,9 @@ def draw_tasks(family: str, split: str, count: int, *, seed: int, difficulty: Di
 
 
 def write_answer(task: Task, random: Random, *, config: PromptsConfig) -> str:
-    """A written response: some courtesy, then ``Answer: X``."""
+    """A written completion: some courtesy, then ``Answer: X``."""
     count = 0
-    if config.max_filler_sentences and random.random() < config.filler_share:
+    if config.max_filler_sentences and random.random() < config.filler_ratio:
         count = random.randint(1, config.max_filler_sentences)
     return " ".join([*random.sample(FILLERS, count), f"Answer: {task.answer}"])
 
@@ -156,7 +156,7 @@ def _generate(config: PromptsConfig) -> Generated:
             raise ConfigError(
                 f"prompts.difficulty.{family}: starts at {least} {known.unit}, expected {known.least} or more"
             )
-    counts = {"train": config.num_train, "dev": config.num_dev, "test": config.num_test}
+    counts = {"train": config.num_train, "validation": config.num_validation, "test": config.num_test}
     return Generated(
         {split: _all_tasks(split, count, config=config) for split, count in counts.items()},
         _all_tasks("exercises", config.num_documents, config=config),
@@ -165,9 +165,13 @@ def _generate(config: PromptsConfig) -> Generated:
 
 
 def _refuse_leaks(generated: Generated, gathered: Gathered) -> None:
-    """Raise ``DataError`` if a question of the dev or test split stands in anything that is learnt from."""
-    held_out = {normalise_question(task.question) for split in ("dev", "test") for _, task in generated.prompts[split]}
-    held_out |= {normalise_question(prompt.question) for split in ("dev", "test") for prompt in gathered.prompts[split]}
+    """Raise ``DataError`` if a question of the validation or test split stands in anything that is learnt from."""
+    held_out = {
+        normalise_question(task.question) for split in ("validation", "test") for _, task in generated.prompts[split]
+    }
+    held_out |= {
+        normalise_question(prompt.question) for split in ("validation", "test") for prompt in gathered.prompts[split]
+    }
     tasks = (*generated.exercises, *generated.demonstrations, *generated.prompts["train"])
     refuse_held_out((task.question for _, task in tasks), held_out, where="prompts")
     for name, questions in gathered.learnt_questions.items():
@@ -229,12 +233,12 @@ def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
     lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
     for entry in gathered.quarantine[:MAX_TOLD]:
-        workspace.log(f"left out {entry['source']} {entry['file']}:{entry['row']}, which {entry['error']}")
+        workspace.log(f"skipped {entry['source']} {entry['file']}:{entry['row']}, which {entry['error']}")
     if gathered.num_repeated:
         workspace.log(f"{gathered.num_repeated} rows ask what another row asked: one prompt is kept of each")
     return {
         "pairs": len(gathered.pairs),
-        **({"single_answers": len(gathered.examples)} if gathered.examples else {}),
+        **({"unpaired_examples": len(gathered.examples)} if gathered.examples else {}),
         "quarantined": len(gathered.quarantine),
         "repeated": gathered.num_repeated,
     }

@@ -42,6 +42,6 @@ def _family(family: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     difficulties = [row["difficulty"] for row in mine]
     return {
         "family": family,
-        **{split: sizes[split] for split in ("train", "dev", "test")},
+        **{split: sizes[split] for split in ("train", "validation", "test")},
         "difficulty": f"{min(difficulties)} to {max(difficulties)}",
     }

@@ -1,8 +1,8 @@
 """Data sets of questions and answers: read from files or the hub, and divided among splits.
 
 The hash of a question, in normal form, decides its split, whatever source it comes from: two sources that hold the same
-question hold it on the same side, as long as their shares for `test` and `dev` are the same. Rows that are none are
-quarantined with their file, line and reason.
+question hold it on the same side, as long as their shares for `test` and `validation` are the same. Rows that are none
+are quarantined with their file, line and reason.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lilpipe.alignment.questions.formats import Example, Malformed, parse
-from lilpipe.alignment.verify.answers import as_text
+from lilpipe.alignment.questions.formats import Malformed, ParsedRow, parse
+from lilpipe.alignment.verify.verifiers import as_text
 from lilpipe.artifact import digest_json
 from lilpipe.config.corpus import Source
 from lilpipe.config.prompts import PromptsConfig, PromptSource
@@ -26,7 +26,7 @@ from lilpipe.data.sources.rows import EXCERPT_CHARS
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import Conversation, Prompt, normalise_question
 from lilpipe.schemas.messages import Message
-from lilpipe.schemas.pairs import JudgedExample, Pair, PairSplit
+from lilpipe.schemas.pairs import Pair, PairSplit, UnpairedExample
 
 Located = tuple[str, int, Any]
 """File, line or row counted from 1, and the row's values; ``Malformed`` where they cannot be read."""
@@ -36,11 +36,11 @@ Located = tuple[str, int, Any]
 class Gathered:
     """What the sources gave."""
 
-    prompts: dict[str, list[Prompt]] = field(default_factory=lambda: {"train": [], "dev": [], "test": []})
+    prompts: dict[str, list[Prompt]] = field(default_factory=lambda: {"train": [], "validation": [], "test": []})
     documents: list[dict[str, str]] = field(default_factory=list)
     demonstrations: list[Conversation] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
-    examples: list[JudgedExample] = field(default_factory=list)
+    examples: list[UnpairedExample] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     """Rows that were left out, with source, file, row, error and excerpt."""
     learnt_questions: dict[str, list[str]] = field(default_factory=dict)
@@ -49,11 +49,11 @@ class Gathered:
     """Rows whose question was there before: they give no second prompt."""
     _ids: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def set_aside(self, source: PromptSource, file: str, row: int, error: str, excerpt: str) -> None:
+    def add_to_quarantine(self, source: PromptSource, file: str, row: int, error: str, excerpt: str) -> None:
         """Leave a row out, and say why."""
         self.quarantine.append({"source": source.name, "file": file, "row": row, "error": error, "excerpt": excerpt})
 
-    def ask(self, example: Example, split: str, name: str) -> str:
+    def ask(self, example: ParsedRow, split: str, name: str) -> str:
         """Add the example's question to a split, if it can be asked and is not there yet; its prompt's id."""
         question = normalise_question(example.question)
         identity = f"{split}/{name}/{len(self.prompts[split]):06d}"
@@ -75,13 +75,13 @@ class Gathered:
         )
         return identity
 
-    def prefer(self, example: Example, identity: str, side: PairSplit) -> None:
+    def prefer(self, example: ParsedRow, identity: str, side: PairSplit) -> None:
         """Add what the example says is preferred, if it does."""
         if example.rejected is not None:
             pair = Pair(identity, side, example.prompt, example.reference, example.rejected, example.edited)
             self.pairs.append(pair)
         if example.desirable is not None:
-            judged = JudgedExample(identity, side, example.prompt, example.reference, example.desirable)
+            judged = UnpairedExample(identity, side, example.prompt, example.reference, example.desirable)
             self.examples.append(judged)
 
 
@@ -176,7 +176,7 @@ def position(question: str) -> float:
 
 
 def split_of_question(question: str, source: PromptSource) -> str:
-    """`test`, `dev`, `documents`, `demonstrations` or `train`."""
+    """`test`, `validation`, `documents`, `demonstrations` or `train`."""
     place = position(question)
     for split, share in source.shares.items():
         place -= share
@@ -202,11 +202,11 @@ def gather(config: PromptsConfig) -> Gathered:
 def _check_rows(source: PromptSource, num_rows: int, num_malformed: int, gathered: Gathered) -> None:
     if not num_rows:
         raise DataError(f"source {source.name!r}: {source.path or source.hub} has no rows; correct the path")
-    if num_malformed > source.max_malformed_share * num_rows:
+    if num_malformed > source.max_malformed_ratio * num_rows:
         last = gathered.quarantine[-1]
         raise DataError(
             f"source {source.name!r}: {num_malformed} of {num_rows} rows are no {source.kind}, expected at most "
-            f"{source.max_malformed_share:.1%}; the last is {last['file']}:{last['row']}, which {last['error']}. Mend "
+            f"{source.max_malformed_ratio:.1%}; the last is {last['file']}:{last['row']}, which {last['error']}. Mend "
             "the file, or name its keys in `columns`"
         )
 
@@ -220,24 +220,24 @@ def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_te
         example = parse(source.kind, values, source.columns)
     except Malformed as error:
         excerpt = error.excerpt or json.dumps(values, default=str)[:EXCERPT_CHARS]
-        gathered.set_aside(source, file, number, str(error), excerpt)
+        gathered.add_to_quarantine(source, file, number, str(error), excerpt)
         return False
     split = "test" if official_test else split_of_question(example.question, source)
-    is_heldout = split == "dev" and example.is_preference
-    if split in ("dev", "test") and not example.is_single_question and not is_heldout:
+    is_validation = split == "validation" and example.is_preference
+    if split in ("validation", "test") and not example.is_single_question and not is_validation:
         reason = f"is a conversation whose first question falls to {split!r}, where questions stand by themselves"
-        gathered.set_aside(source, file, number, reason, example.question[:EXCERPT_CHARS])
+        gathered.add_to_quarantine(source, file, number, reason, example.question[:EXCERPT_CHARS])
         return True
     _place(example, split, source.name, gathered)
     return True
 
 
-def _place(example: Example, split: str, name: str, gathered: Gathered) -> None:
+def _place(example: ParsedRow, split: str, name: str, gathered: Gathered) -> None:
     if split in ("documents", "demonstrations") and not example.best_answer:
         split = "train"  # tests alone, or a bad answer, show nothing
     if split == "train" and not example.is_single_question and not example.is_preference:
         split = "demonstrations"  # a conversation can be shown, but not asked
-    if split not in ("dev", "test"):
+    if split not in ("validation", "test"):
         questions = [turn["content"] for turn in example.prompt if turn["role"] == "user"]
         gathered.learnt_questions.setdefault(name, []).extend(questions)
     if split == "documents" and example.is_single_question:
@@ -250,4 +250,4 @@ def _place(example: Example, split: str, name: str, gathered: Gathered) -> None:
     else:
         identity = gathered.ask(example, split, name)
         if split != "test":
-            gathered.prefer(example, identity, "train" if split == "train" else "heldout")
+            gathered.prefer(example, identity, "train" if split == "train" else "validation")

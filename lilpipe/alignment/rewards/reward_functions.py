@@ -1,7 +1,7 @@
-"""What a response is worth: weighted sums of small rewards, each logged apart; the verifier's verdict, and the
+"""What a completion is worth: weighted sums of small rewards, each logged apart; the verifier's verdict, and the
 preference that pairs and win rates are made from.
 
-A kind of reward is a function from its settings to a function of prompts and responses; ``KINDS`` names them.
+A kind of reward is a function from its settings to a function of prompts and completions; ``KINDS`` names them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from lilpipe.alignment.verify.answers import has_form, is_thinking, is_well_formed, stated_number, verify
 from lilpipe.alignment.verify.sandbox import Limits, find_program, isolation, protection, run_programs
+from lilpipe.alignment.verify.verifiers import has_form, is_thinking, is_well_formed, stated_number, verify
 from lilpipe.artifact import digest_file
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.data.filters.fasttext_model import codes, load
@@ -38,7 +38,7 @@ class RewardModel(Protocol):
 
 
 @dataclass(frozen=True)
-class Response:
+class CompletionText:
     """What a model answered."""
 
     text: str
@@ -49,7 +49,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a response is worth."""
+    """What a completion is worth."""
 
     total: float
     """Sum of the parts, each by its weight."""
@@ -59,9 +59,9 @@ class Scored:
     """Why, by the reward's name, where the reward says so: how a program ended."""
 
 
-Part = tuple[float, str]
+RewardPart = tuple[float, str]
 """A reward and its reason; an empty one where the number says all."""
-Score = Callable[[Sequence[Prompt], Sequence[Response]], list[Part]]
+Score = Callable[[Sequence[Prompt], Sequence[CompletionText]], list[RewardPart]]
 
 
 class Rewards:
@@ -77,9 +77,9 @@ class Rewards:
         self.names = [config.label for config in configs]
         self._scores = [KINDS[config.kind](config, reward_model) for config in configs]
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Scored]:
-        """The worth of each response to the prompt at the same place."""
-        columns = [score(prompts, responses) for score in self._scores]
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[CompletionText]) -> list[Scored]:
+        """The worth of each completion to the prompt at the same place."""
+        columns = [score(prompts, completions) for score in self._scores]
         return [self._sum(parts) for parts in zip(*columns, strict=True)]
 
     def log_sandbox(self, prompts: Sequence[Prompt], workspace: Workspace) -> None:
@@ -87,7 +87,7 @@ class Rewards:
         if any(config.kind == "program" for config in self.configs) or any(p.verifier == "program" for p in prompts):
             workspace.log(protection())
 
-    def _sum(self, parts: Sequence[Part]) -> Scored:
+    def _sum(self, parts: Sequence[RewardPart]) -> Scored:
         return Scored(
             sum(config.weight * value for config, (value, _) in zip(self.configs, parts, strict=True)),
             {name: value for name, (value, _) in zip(self.names, parts, strict=True)},
@@ -119,13 +119,13 @@ def _digest(config: RewardConfig, path: Path) -> str:
 # --- kinds --------------------------------------------------------------------------------------------------------
 
 
-def _each(function: Callable[[Prompt, Response], float]) -> Score:
-    return lambda prompts, responses: [(function(*pair), "") for pair in zip(prompts, responses, strict=True)]
+def _each(function: Callable[[Prompt, CompletionText], float]) -> Score:
+    return lambda prompts, completions: [(function(*pair), "") for pair in zip(prompts, completions, strict=True)]
 
 
 def _of_ended(accepts: Callable[[Prompt, str], bool]) -> Score:
-    """1 for a response that ended and is accepted."""
-    return _each(lambda prompt, response: float(response.ended and accepts(prompt, response.text)))
+    """1 for a completion that ended and is accepted."""
+    return _each(lambda prompt, completion: float(completion.ended and accepts(prompt, completion.text)))
 
 
 def _answer(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001 (the form of a kind)
@@ -135,8 +135,8 @@ def _answer(config: RewardConfig, reward_model: RewardModel | None) -> Score:  #
 def _numeric(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
     tolerance = Decimal(str(config.tolerance or 0))
 
-    def accepts(prompt: Prompt, response: str) -> bool:
-        right, stated = stated_number(prompt.answer), stated_number(response, config.marker)
+    def accepts(prompt: Prompt, completion: str) -> bool:
+        right, stated = stated_number(prompt.answer), stated_number(completion, config.marker)
         return right is not None and stated is not None and abs(right - stated) <= tolerance
 
     return _of_ended(accepts)
@@ -144,12 +144,12 @@ def _numeric(config: RewardConfig, reward_model: RewardModel | None) -> Score:  
 
 def _format(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
     has_template = is_thinking if config.template == "think" else is_well_formed
-    return _of_ended(lambda _, response: has_template(response))
+    return _of_ended(lambda _, completion: has_template(completion))
 
 
 def _regex(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
     pattern = re.compile(config.pattern or "", re.DOTALL)
-    return _of_ended(lambda _, response: pattern.search(response) is not None)
+    return _of_ended(lambda _, completion: pattern.search(completion) is not None)
 
 
 def length_reward(num_tokens: int, target: int) -> float:
@@ -164,10 +164,10 @@ def overlong_penalty(num_tokens: int, *, limit: int, buffer: int) -> float:
 
 def _length(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
     if config.target_tokens is not None:
-        return _each(lambda _, response, target=config.target_tokens: length_reward(response.num_tokens, target))
+        return _each(lambda _, completion, target=config.target_tokens: length_reward(completion.num_tokens, target))
     limit = config.limit_tokens or 1
     buffer = config.buffer_tokens or max(1, limit // 5)
-    return _each(lambda _, response: overlong_penalty(response.num_tokens, limit=limit, buffer=buffer))
+    return _each(lambda _, completion: overlong_penalty(completion.num_tokens, limit=limit, buffer=buffer))
 
 
 def _language(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
@@ -179,16 +179,16 @@ def _language(config: RewardConfig, reward_model: RewardModel | None) -> Score: 
             f"{' '.join(sorted(known))}"
         )
 
-    def probability(_: Prompt, response: Response) -> float:
-        language, score = identify(response.text)
+    def probability(_: Prompt, completion: CompletionText) -> float:
+        language, score = identify(completion.text)
         return min(1.0, score) if language == wanted else 0.0
 
     return _each(probability)
 
 
-def as_messages(prompt: Prompt, response: Response) -> list[Message]:
-    """Question and response as a conversation."""
-    return [{"role": "user", "content": prompt.question}, {"role": "assistant", "content": response.text}]
+def as_messages(prompt: Prompt, completion: CompletionText) -> list[Message]:
+    """Question and completion as a conversation."""
+    return [{"role": "user", "content": prompt.question}, {"role": "assistant", "content": completion.text}]
 
 
 def _reward_model(config: RewardConfig, reward_model: RewardModel | None) -> Score:
@@ -198,8 +198,8 @@ def _reward_model(config: RewardConfig, reward_model: RewardModel | None) -> Sco
             "`reward_model`, or take the reward out"
         )
 
-    def score(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Part]:
-        values = reward_model.score([as_messages(*pair) for pair in zip(prompts, responses, strict=True)])
+    def score(prompts: Sequence[Prompt], completions: Sequence[CompletionText]) -> list[RewardPart]:
+        values = reward_model.score([as_messages(*pair) for pair in zip(prompts, completions, strict=True)])
         if not all(map(math.isfinite, values)):
             raise DataError(f"reward {config.label!r}: the reward model's score is not finite: train it again")
         return [(value, "") for value in values]
@@ -212,8 +212,8 @@ def _program(config: RewardConfig, reward_model: RewardModel | None) -> Score:  
     isolation()  # is told of before the first program runs
     limits = Limits(cpu_seconds=config.timeout_seconds or Limits.cpu_seconds, memory_bytes=memory_bytes)
 
-    def score(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Part]:
-        programs = [find_program(response.text) if response.ended else None for response in responses]
+    def score(prompts: Sequence[Prompt], completions: Sequence[CompletionText]) -> list[RewardPart]:
+        programs = [find_program(completion.text) if completion.ended else None for completion in completions]
         jobs = [(program, prompt.answer) for program, prompt in zip(programs, prompts, strict=True) if program]
         outcomes = iter(run_programs(jobs, limits))
         parts = []
@@ -230,7 +230,7 @@ def _file(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # n
     return _each(partial(_call, _load_function(config), where))
 
 
-def _load_function(config: RewardConfig) -> Callable[[Prompt, Response], Any]:
+def _load_function(config: RewardConfig) -> Callable[[Prompt, CompletionText], Any]:
     path = Path(str(config.path))
     spec = importlib.util.spec_from_file_location(f"reward_file_{_digest(config, path)[:16]}", path)
     if spec is None or spec.loader is None:
@@ -250,9 +250,11 @@ def _load_function(config: RewardConfig) -> Callable[[Prompt, Response], Any]:
     return function
 
 
-def _call(function: Callable[[Prompt, Response], Any], where: str, prompt: Prompt, response: Response) -> float:
+def _call(
+    function: Callable[[Prompt, CompletionText], Any], where: str, prompt: Prompt, completion: CompletionText
+) -> float:
     try:
-        value = float(function(prompt, response))
+        value = float(function(prompt, completion))
     except Exception as error:  # whatever a user's function raises
         raise DataError(f"{where} fails on prompt {prompt.id!r}: {type(error).__name__}: {error}") from error
     if not math.isfinite(value):
@@ -279,7 +281,7 @@ KINDS: dict[str, Callable[[RewardConfig, RewardModel | None], Score]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a program can say about a response."""
+    """What a program can say about a completion."""
 
     ended: bool
     """Whether the model ended it; one that was cut off is neither well-formed nor correct."""
@@ -288,25 +290,25 @@ class Verdict:
     num_words: int
 
 
-def judge(prompt: Prompt, response: str, *, ended: bool) -> Verdict:
-    """The verdict on a response."""
+def judge(prompt: Prompt, completion: str, *, ended: bool) -> Verdict:
+    """The verdict on a completion."""
     return Verdict(
         ended=ended,
-        well_formed=ended and has_form(prompt, response),
-        correct=ended and verify(prompt, response),
-        num_words=len(response.split()),
+        well_formed=ended and has_form(prompt, completion),
+        correct=ended and verify(prompt, completion),
+        num_words=len(completion.split()),
     )
 
 
 def reward(verdict: Verdict) -> float:
-    """1 for a response that is correct and ended, 0 for any other."""
+    """1 for a completion that is correct and ended, 0 for any other."""
     return float(verdict.correct)
 
 
 def brevity_win(well_formed: tuple[bool, bool], num_words: tuple[int, int]) -> float:
-    """1 if the first of two responses wins, 0 if the second does, 0.5 for a tie.
+    """1 if the first of two completions wins, 0 if the second does, 0.5 for a tie.
 
-    A response that is not well-formed loses against one that is; otherwise the one with fewer words wins.
+    A completion that is not well-formed loses against one that is; otherwise the one with fewer words wins.
     """
     if well_formed[0] != well_formed[1]:
         return float(well_formed[0])

@@ -36,14 +36,14 @@ from lilpipe.schemas.messages import Message
 from lilpipe.schemas.order import count_steps, rows_by_micro_batch
 from lilpipe.schemas.pairs import PAIRS_FILE, Pair, PairSplit, check_pairs, read_pairs
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.chat_template import render_answer
+from lilpipe.tokenizer.chat_template import render_completion
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.conversations import artifacts
 from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
-from lilpipe.training.replica import Loss, Trainee
+from lilpipe.training.replica import Loss, TrainerModule
 
 __all__ = ["STAGE", "RewardModel", "bradley_terry_loss", "load_reward_model", "run"]
 
@@ -103,7 +103,7 @@ def encode_ranking(tokenizer: Tokenizer, pair: Pair) -> EncodedRanking:
     """The prompt with each of the answers."""
     answers = []
     for text in pair.ranking:
-        before, answer = render_answer(tokenizer, [*pair.prompt, Message(role="assistant", content=text)])
+        before, answer = render_completion(tokenizer, [*pair.prompt, Message(role="assistant", content=text)])
         answers.append([*before, *answer])
     return EncodedRanking(pair.prompt_id, answers)
 
@@ -115,7 +115,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
     """
     sources = artifacts(inputs, "preferences") or artifacts(inputs, "prompts")
     sources = tuple(source for source in sources if (source.path / PAIRS_FILE).exists())
-    pairs: dict[PairSplit, list[Pair]] = {"train": [], "heldout": []}
+    pairs: dict[PairSplit, list[Pair]] = {"train": [], "validation": []}
     for split, found in pairs.items():
         found += [pair for source in sources for pair in read_pairs(source.path, split)]
     if not pairs["train"]:
@@ -123,7 +123,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
             "reward_model: got no pairs, expected at least one batch; give the step an input `preferences`, or "
             "`prompts` made from a preference set"
         )
-    check_pairs(pairs["train"], pairs["heldout"])
+    check_pairs(pairs["train"], pairs["validation"])
     for source in artifacts(inputs, "prompts"):
         assert_not_held_out((text for pair in pairs["train"] for text in pair.questions), source.path)
     return pairs
@@ -142,7 +142,7 @@ def encode_rankings(
         rows = [{"prompt_id": item.prompt_id, "tokens": list(map(len, item.answers))} for item in too_long]
         write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows))
         workspace.log(
-            f"left out {len(too_long)} of {len(pairs)} rankings with an answer of more than {max_len} tokens "
+            f"skipped {len(too_long)} of {len(pairs)} rankings with an answer of more than {max_len} tokens "
             f"(report/{path.name})"
         )
     return fitting
@@ -162,25 +162,25 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
     assert config.seed is not None
     pairs = gather_pairs(inputs)
     shape, _, tokenizer = check_model(source.path)
-    rankings, heldout = (
+    rankings, validation = (
         encode_rankings(tokenizer, pairs[split], workspace, split=split, max_len=shape.max_seq_len)
-        for split in ("train", "heldout")
+        for split in ("train", "validation")
     )
     num_steps = _num_steps(config, len(rankings))
-    if not heldout:
+    if not validation:
         workspace.log("no pairs are held out: accuracy and calibration are not measured")
     workers = finetune.Workers(config)
     objective = RankingObjective(rankings, config, padding_id=tokenizer.padding_id, workers=workers)
-    trainee = finetune.build(config, source.path, objective, workers, stage="reward_model", head=1)
+    trainer_module = finetune.build(config, source.path, objective, workers, stage="reward_model", head=1)
 
     def margins() -> list[list[float]]:
-        return margins_of_rankings(finetune.whole_head_model(trainee), heldout, tokenizer)
+        return margins_of_rankings(finetune.whole_head_model(trainer_module), validation, tokenizer)
 
-    def evaluate(trainee: Trainee, done: int) -> Mapping[str, float]:  # noqa: ARG001
-        return heldout_metrics(margins())
+    def evaluate(trainer_module: TrainerModule, done: int) -> Mapping[str, float]:  # noqa: ARG001
+        return validation_metrics(margins())
 
     result = train(
-        trainee,
+        trainer_module,
         num_steps=num_steps,
         workspace=workspace,
         section=config,
@@ -193,12 +193,12 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
         "loss": result.final_loss(),
         "steps": float(num_steps),
         "rankings": float(len(rankings)),
-        "heldout_rankings": float(len(heldout)),
+        "validation_rankings": float(len(validation)),
         **result.metrics,
-        **length_baseline(heldout),
+        **length_baseline(validation),
         "tokens_per_second": result.tokens_per_second,
     }
-    finetune.export(trainee, tokenizer, workspace, labels=["reward"])
+    finetune.export(trainer_module, tokenizer, workspace, labels=["reward"])
     found = [margin for group in margins() for margin in group]
     if distributed.is_main():
         write_report(
@@ -269,7 +269,7 @@ def ranking_loss(outputs_ATO: Tensor, batch: TokenBatch, config: RewardModelConf
     scores_A = last_outputs(outputs_ATO, lengths_A)[:, 0]
     chosen_P, rejected_P = scores_A[pairs.better_P], scores_A[pairs.worse_P]
     loss_P = bradley_terry_loss(
-        chosen_P, rejected_P, margin_P=config.margin * pairs.apart_P, centering=config.centering_coefficient
+        chosen_P, rejected_P, margin_P=config.margin * pairs.apart_P, centering=config.center_rewards_coefficient
     )
     count = float(num_rankings)
     difference_P = (chosen_P - rejected_P).detach()
@@ -295,7 +295,7 @@ def margins_of_rankings(
     return [[better - worse for better, worse in combinations(group, 2)] for group in groups]
 
 
-def heldout_metrics(margins: Sequence[Sequence[float]]) -> dict[str, float]:
+def validation_metrics(margins: Sequence[Sequence[float]]) -> dict[str, float]:
     """Accuracy with its standard error over rankings, the mean margin, and how far probabilities can be trusted."""
     if not margins:
         return {}
@@ -304,11 +304,11 @@ def heldout_metrics(margins: Sequence[Sequence[float]]) -> dict[str, float]:
     pairs = [margin for group in margins for margin in group]
     found = calibration(pairs)
     return {
-        "heldout_accuracy": accuracy.value,
-        "heldout_accuracy_stderr": accuracy.stderr,
-        "heldout_margin": sum(pairs) / len(pairs),
-        "heldout_brier": found.brier,
-        "heldout_calibration_error": found.error,
+        "validation_accuracy": accuracy.value,
+        "validation_accuracy_stderr": accuracy.stderr,
+        "validation_margin": sum(pairs) / len(pairs),
+        "validation_brier": found.brier,
+        "validation_calibration_error": found.error,
     }
 
 
@@ -325,7 +325,7 @@ def length_baseline(rankings: Sequence[EncodedRanking]) -> dict[str, float]:
         for pairs in (list(combinations(group, 2)) for group in lengths)
     ]
     share = sum(longer) / len(longer)
-    return {"heldout_length_accuracy": max(share, 1 - share)}
+    return {"validation_length_accuracy": max(share, 1 - share)}
 
 
 STAGE = Stage(
@@ -336,5 +336,5 @@ STAGE = Stage(
     inputs={"model": "Checkpoint"},
     optional_inputs={"preferences": "Preferences", "prompts": "Prompts"},
     distributed=True,
-    main_metric="heldout_accuracy",
+    main_metric="validation_accuracy",
 )

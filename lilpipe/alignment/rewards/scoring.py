@@ -10,7 +10,7 @@ import torch
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.model.heads import HeadModel, load_head_model, outputs_of_rows
 from lilpipe.schemas.messages import Message
-from lilpipe.tokenizer.chat_template import render_answer
+from lilpipe.tokenizer.chat_template import render_completion
 from lilpipe.tokenizer.encoding import Tokenizer
 
 
@@ -31,7 +31,7 @@ class RewardModel:
 
     def _encode(self, conversation: Sequence[Message]) -> list[int]:
         max_len = self.model.config.max_seq_len
-        before, answer = render_answer(self.tokenizer, conversation)
+        before, answer = render_completion(self.tokenizer, conversation)
         if len(answer) > max_len:
             raise DataError(
                 f"reward model: got an answer of {len(answer)} tokens, expected at most its {max_len}; lower "

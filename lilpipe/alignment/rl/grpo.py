@@ -1,11 +1,11 @@
 """Stage ``grpo``: group relative policy optimisation (Shao et al. 2024) and its family.
 
-Each rollout samples a group of answers to each of a few prompts, rewards them, and raises the probability of what did
-better than its group. By default there is one update for each rollout, and the loss is averaged over all its tokens
-(DAPO, Yu et al. 2025), so that a long answer does not weigh less per token. The ratio is to the sampler's own
+Each rollout samples a group of completions to each of a few prompts, rewards them, and raises the probability of what
+did better than its group. By default there is one update for each rollout, and the loss is averaged over all its tokens
+(DAPO, Yu et al. 2025), so that a long completion does not weigh less per token. The ratio is to the sampler's own
 probabilities, which agree with the trainer's but for rounding: no second pass is needed for them.
 
-Dimensions: P prompts, G answers to a prompt, N = P x G answers, T tokens.
+Dimensions: P prompts, G completions to a prompt, N = P x G completions, T tokens.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from lilpipe.alignment.rl.reinforcement import (
     score_targets_alone,
     training_prompts,
 )
-from lilpipe.alignment.rollout.collapse_monitor import Watch
+from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
 from lilpipe.alignment.rollout.rollouts import (
-    Answers,
+    CompletionBatch,
     Group,
     Rollout,
     Rollouts,
     Sampler,
     Sums,
-    answer_logprobs,
-    as_answers,
+    as_completion_batch,
     at_temperature,
-    check_gap,
+    completion_logprobs,
     group_metrics,
     means,
+    measure_logprob_mismatch,
     micro_batches,
     num_parts,
 )
@@ -66,28 +66,28 @@ from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss
 
 FEWEST_TOKENS = 1e-6
-"""Count of a micro-batch in which every answer is masked: it is divided by, and adds nothing."""
+"""Count of a micro-batch in which every completion is masked: it is divided by, and adds nothing."""
 
 
 class _Part(NamedTuple):
     """What the loss of a micro-batch needs beside its scores."""
 
-    answers: Answers
+    completions: CompletionBatch
     rollout_metrics: Sums
     """Those of the whole rollout, with its first micro-batch alone."""
     rollout: int
     is_fresh: bool
-    """Whether the weights are still those that drew the answers."""
+    """Whether the weights are still those that drew the completions."""
     places: Tensor | None
-    """Where the scores of the answers are, in rows that share prompts; see ``SharedRows``."""
+    """Where the scores of the completions are, in rows that share prompts; see ``SharedRows``."""
 
 
 class GRPO:
     """The objective of one data rank; see ``lilpipe.training.finetune.Objective``.
 
-    ``policy`` gives the model of the moment, whole, to sample from. ``shared_len``: answers to one prompt are trained
-    on in rows of up to so many inputs that hold it once; none trains each by itself. ``sum_floats`` adds numbers up
-    over all workers.
+    ``policy`` gives the model of the moment, whole, to sample from. ``shared_len``: completions to one prompt are
+    trained on in rows of up to so many inputs that hold it once; none trains each by itself. ``sum_floats`` adds
+    numbers up over all workers.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class GRPO:
         self._sampler, self._policy, self._sum_floats = sampler, policy, sum_floats
         self._rank = workers.data_rank
         self._shared_len = shared_len
-        self.watch = Watch(
-            config.watch,
+        self.collapse_monitor = CollapseMonitor(
+            config.collapse_monitor,
             workspace.scratch / "rollouts.jsonl",
             writes=distributed.is_main(),
             log=workspace.log,
@@ -120,64 +120,71 @@ class GRPO:
             num_data_ranks=workers.num_data_ranks,
             device=distributed.device(),
         )
-        self._sampler_gap = (0.0, 0.0)
+        self._logprob_mismatch = (0.0, 0.0)
 
     def batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of an update; the first of a rollout draws its answers."""
+        """The micro-batches of an update; the first of a rollout draws its completions."""
         rollout, number, update = self._rollouts.at(step)
         seed = derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank)
-        parts = micro_batches(rollout.answers, update, self.config, seed=seed)
+        parts = micro_batches(rollout.completions, update, self.config, seed=seed)
         return [
             self._batch(part, {} if index else rollout.metrics, number, is_fresh=update == 0)
             for index, part in enumerate(parts)
         ]
 
-    def _batch(self, answers: Answers, metrics: Sums, rollout: int, *, is_fresh: bool) -> TokenBatch:
+    def _batch(self, completions: CompletionBatch, metrics: Sums, rollout: int, *, is_fresh: bool) -> TokenBatch:
         if self._shared_len is None:
-            extra = _Part(answers, metrics, rollout, is_fresh=is_fresh, places=None)
-            return TokenBatch(answers.inputs, answers.targets, extra=extra)
-        rows = share_prompts(answers, max_len=self._shared_len)
-        extra = _Part(answers, metrics, rollout, is_fresh=is_fresh, places=rows.places)
+            extra = _Part(completions, metrics, rollout, is_fresh=is_fresh, places=None)
+            return TokenBatch(completions.inputs, completions.targets, extra=extra)
+        rows = share_prompts(completions, max_len=self._shared_len)
+        extra = _Part(completions, metrics, rollout, is_fresh=is_fresh, places=rows.places)
         return TokenBatch(rows.inputs, rows.targets, positions=rows.positions, mask=rows.mask, extra=extra)
 
     def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
         """The loss of a micro-batch, summed."""
         part: _Part = batch.extra
-        answers, config = part.answers, self.config
+        completions, config = part.completions, self.config
         if part.places is None:
-            num_rows, num_tokens = answers.inputs.shape
+            num_rows, num_tokens = completions.inputs.shape
             logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
         else:
-            logprobs_NT = scores.logprobs.flatten()[part.places].where(answers.drawn, 0.0)
+            logprobs_NT = scores.logprobs.flatten()[part.places].where(completions.completion_mask, 0.0)
         loss_NT = surrogate_loss(
             logprobs_NT,
-            answers.old_logprobs,
-            answers.advantages,
-            answers.counts,
-            clip_low=config.clip_low or config.clip_range,
-            clip_high=config.clip_high or config.clip_range,
-            ratio_level=config.ratio_level,
+            completions.old_logprobs,
+            completions.advantages,
+            completions.counts,
+            epsilon_low=config.epsilon_low or config.epsilon,
+            epsilon_high=config.epsilon_high or config.epsilon,
+            importance_sampling_level=config.importance_sampling_level,
         )
-        if answers.reference_logprobs is not None:
-            loss_NT = loss_NT + config.kl_coefficient * k3(logprobs_NT, answers.reference_logprobs)
+        if completions.reference_logprobs is not None:
+            loss_NT = loss_NT + config.beta * k3(logprobs_NT, completions.reference_logprobs)
         total, count = aggregate(
-            loss_NT, answers.counts, over=config.aggregation, max_tokens=config.sampling.max_new_tokens
+            loss_NT, completions.counts, over=config.aggregation, max_tokens=config.sampling.max_new_tokens
         )
         metrics = part.rollout_metrics | self._metrics(part, logprobs_NT.detach())
-        num_tokens = int((answers.lengths + 1).sum())
+        num_tokens = int((completions.lengths + 1).sum())
         return Loss(total, max(count, FEWEST_TOKENS), num_tokens=num_tokens, metrics=metrics)
 
     def _metrics(self, part: _Part, logprobs_NT: Tensor) -> Sums:
-        answers, config = part.answers, self.config
-        drawn_NT, num_drawn = answers.drawn, float(answers.drawn.sum())
+        completions, config = part.completions, self.config
+        completion_mask_NT, num_completion_tokens = (
+            completions.completion_mask,
+            float(completions.completion_mask.sum()),
+        )
         if part.is_fresh:
-            self._sampler_gap = check_gap(logprobs_NT, answers, config.watch, rollout=part.rollout)
-        ratio_NT = policy_ratio(logprobs_NT, answers.old_logprobs, drawn_NT, level=config.ratio_level)
-        low, high = config.clip_low or config.clip_range, config.clip_high or config.clip_range
+            self._logprob_mismatch = measure_logprob_mismatch(
+                logprobs_NT, completions, config.collapse_monitor, rollout=part.rollout
+            )
+        ratio_NT = policy_ratio(
+            logprobs_NT, completions.old_logprobs, completion_mask_NT, level=config.importance_sampling_level
+        )
+        low, high = config.epsilon_low or config.epsilon, config.epsilon_high or config.epsilon
         clipped_NT = (ratio_NT < 1 - low) | (ratio_NT > 1 + high)
         return {
-            "clipped": (clipped_NT[drawn_NT].sum().item(), num_drawn),
-            "sampler_gap": self._sampler_gap,  # in the rollout's first update; should be about 1e-6
+            "clip_ratio": (clipped_NT[completion_mask_NT].sum().item(), num_completion_tokens),
+            "logprob_mismatch": self._logprob_mismatch,  # in the rollout's first update; should be about 1e-6
         }
 
     # --- rollouts -------------------------------------------------------------------------------------------------
@@ -186,44 +193,49 @@ class GRPO:
         model = self._policy()
         was_training = model.training
         model.eval()
-        groups, num_replaced = self._sampler.draw(model, number, resample_rounds=self.config.resample_rounds)
+        groups, num_replaced = self._sampler.draw(
+            model, number, dynamic_sampling_rounds=self.config.dynamic_sampling_rounds
+        )
         rollout = self._as_rollout(model, groups, group_metrics(groups, num_replaced), number)
         model.train(was_training)
-        self.watch.note(number, means(rollout.metrics, self._sum_floats))
+        self.collapse_monitor.note(number, means(rollout.metrics, self._sum_floats))
         return rollout
 
     def _as_rollout(self, model: Transformer, groups: Sequence[Group], metrics: Sums, number: int) -> Rollout:
         config = self.config
-        answers = as_answers(
-            groups, self._sampler.tokenizer, mask_truncated=config.mask_truncated, device=distributed.device()
+        completions = as_completion_batch(
+            groups,
+            self._sampler.tokenizer,
+            mask_truncated_completions=config.mask_truncated_completions,
+            device=distributed.device(),
         )
         if config.sampling.temperature != 1:
-            answers = at_temperature(model, answers, config, rollout=number)
+            completions = at_temperature(model, completions, config, rollout=number)
         advantages_PG = self._advantages(torch.tensor([[answer.total for answer in group.scored] for group in groups]))
-        advantages_N1 = advantages_PG.flatten()[:, None].to(answers.inputs.device)
-        answers = answers._replace(advantages=advantages_N1.expand_as(answers.old_logprobs))
+        advantages_N1 = advantages_PG.flatten()[:, None].to(completions.inputs.device)
+        completions = completions._replace(advantages=advantages_N1.expand_as(completions.old_logprobs))
         if self.reference is not None:
-            reference_NT = answer_logprobs(
+            reference_NT = completion_logprobs(
                 self.reference,
-                answers,
+                completions,
                 parts=num_parts(config),
                 temperature=config.sampling.temperature,
             )
-            answers = answers._replace(reference_logprobs=reference_NT)
-            divergence = k3(answers.old_logprobs, reference_NT)[answers.drawn].sum().item()
+            completions = completions._replace(reference_logprobs=reference_NT)
+            divergence = k3(completions.old_logprobs, reference_NT)[completions.completion_mask].sum().item()
             metrics = metrics | {"kl": (divergence, metrics["length"][0])}
-        return Rollout(answers, metrics)
+        return Rollout(completions, metrics)
 
     def _advantages(self, rewards_PG: Tensor) -> Tensor:
         """Advantages of this worker's groups; the deviation over the batch is that over all workers'."""
-        if not self.config.normalize_std:
+        if self.config.scale_rewards == "none":
             return group_advantages(rewards_PG, std=None)
-        if self.config.std_over == "group":
+        if self.config.scale_rewards == "group":
             return group_advantages(rewards_PG, std=group_std(rewards_PG))
         totals = [float(rewards_PG.numel()), rewards_PG.sum().item(), rewards_PG.double().square().sum().item()]
         count, total, squares = self._sum_floats(totals)
-        num_answers = self.config.prompts_per_step * self.config.group_size
-        variance = max(squares / count - (total / count) ** 2, 0.0) * num_answers / (num_answers - 1)
+        num_completions = self.config.prompts_per_step * self.config.num_generations
+        variance = max(squares / count - (total / count) ** 2, 0.0) * num_completions / (num_completions - 1)
         return group_advantages(rewards_PG, std=variance**0.5)
 
 
@@ -236,7 +248,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     assert isinstance(source, Artifact)
     assert isinstance(prompts_artifact, Artifact)
     model, tokenizer = load_model(source.path)
-    prompts, dev = training_prompts(
+    prompts, validation = training_prompts(
         prompts_artifact,
         tokenizer,
         form=config.prompt_form,
@@ -245,7 +257,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     )
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     rewards.log_sandbox(prompts, workspace)
-    before = greedy_metrics(model.to(distributed.device()), tokenizer, dev, rewards, config)
+    before = greedy_metrics(model.to(distributed.device()), tokenizer, validation, rewards, config)
     workers = Workers(config)
     whole = None if workers.mesh is None else model  # filled from the others where the policy is cut
     sampler = Sampler(
@@ -254,7 +266,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         rewards,
         config,
         stage="grpo",
-        group_size=config.group_size,
+        num_generations=config.num_generations,
         data_rank=workers.data_rank,
         num_data_ranks=workers.num_data_ranks,
     )
@@ -262,19 +274,19 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         config,
         sampler,
         workspace,
-        policy=lambda: finetune.whole_model(trainee, into=whole),
-        reference=load_model(source.path)[0].to(distributed.device()) if config.kl_coefficient else None,
+        policy=lambda: finetune.whole_model(trainer_module, into=whole),
+        reference=load_model(source.path)[0].to(distributed.device()) if config.beta else None,
         workers=workers,
         shared_len=_shared_len(model, workers),
     )
-    trainee = finetune.build(config, source.path, objective, workers, stage="grpo")
-    score_targets_alone(trainee, config, workers)
+    trainer_module = finetune.build(config, source.path, objective, workers, stage="grpo")
+    score_targets_alone(trainer_module, config, workers)
 
     def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
-        return greedy_metrics(finetune.whole_model(trainee, into=whole), tokenizer, dev, rewards, config)
+        return greedy_metrics(finetune.whole_model(trainer_module, into=whole), tokenizer, validation, rewards, config)
 
     result = train(
-        trainee,
+        trainer_module,
         num_steps=config.num_steps * config.updates_per_rollout,
         workspace=workspace,
         section=checkpoints_between_rollouts(config),
@@ -282,7 +294,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         evaluate=evaluate,
         identity=identity_of(inputs),
     )
-    finetune.export(trainee, tokenizer, workspace)
+    finetune.export(trainer_module, tokenizer, workspace)
     return conclude("Group relative policy optimisation", config, before, result, workspace)
 
 
@@ -303,5 +315,5 @@ STAGE = Stage(
     optional_inputs={"reward_model": "Checkpoint"},
     external=external,
     distributed=True,
-    main_metric="dev_accuracy",
+    main_metric="validation_accuracy",
 )

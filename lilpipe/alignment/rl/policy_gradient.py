@@ -1,11 +1,12 @@
 """The mathematics of policy gradients: advantages, clipped surrogates and their aggregation, as pure functions.
 
-GRPO (Shao et al. 2024) is the group-normalised advantage with the mean over each answer; DAPO (Yu et al. 2025) takes
-the mean over all tokens and clips higher above than below; Dr.GRPO (Liu et al. 2025) leaves out the deviation and
-divides by a constant; GSPO (Zheng et al. 2025) takes the ratio of whole answers. PPO (Schulman et al. 2017) has a
+GRPO (Shao et al. 2024) is the group-normalised advantage with the mean over each completion; DAPO (Yu et al. 2025)
+takes the mean over all tokens and clips higher above than below; Dr.GRPO (Liu et al. 2025) leaves out the deviation and
+divides by a constant; GSPO (Zheng et al. 2025) takes the ratio of whole completions. PPO (Schulman et al. 2017) has a
 value of each token, and generalised advantage estimation (Schulman et al. 2016).
 
-Dimensions: P prompts, G answers to a prompt, N answers, T tokens. Masks are True at tokens that the policy drew.
+Dimensions: P prompts, G completions to a prompt, N completions, T tokens. Masks are True at tokens that the policy
+drew.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 RatioLevel = Literal["token", "sequence"]
 Aggregation = Literal["token", "sequence", "constant"]
 
-STD_EPSILON = 1e-4
+REWARD_STD_EPSILON = 1e-4
 """Added to the standard deviation of rewards, as in TRL: a group of equal rewards has no advantage, not an infinite
 one."""
 WHITENING_EPSILON = 1e-8
@@ -33,7 +34,7 @@ WHITENING_EPSILON = 1e-8
 def group_advantages(rewards_PG: Tensor, *, std: Tensor | float | None) -> Tensor:
     """Reward above the group's mean ``[P, G]``, over ``std`` where one is given: ``group_std``, or one of all."""
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    return centred_PG if std is None else centred_PG / (std + STD_EPSILON)
+    return centred_PG if std is None else centred_PG / (std + REWARD_STD_EPSILON)
 
 
 def group_std(rewards_PG: Tensor) -> Tensor:
@@ -42,30 +43,30 @@ def group_std(rewards_PG: Tensor) -> Tensor:
 
 
 def generalised_advantages(
-    rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor, *, discount: float, trace_decay: float
+    rewards_NT: Tensor, values_NT: Tensor, mask_NT: Tensor, *, gamma: float, gae_lambda: float
 ) -> Tensor:
     """Generalised advantage estimates ``[N, T]`` (their equation 16), 0 outside the mask.
 
-    ``values_NT`` are those before each token is drawn; after an answer's last token the value is 0. The tokens of an
-    answer lie side by side. ``discount`` is gamma, ``trace_decay`` lambda.
+    ``values_NT`` are those before each token is drawn; after an completion's last token the value is 0. The tokens of
+    an completion lie side by side. ``gamma`` is the discount, ``gae_lambda`` lambda.
     """
     advantages_NT = torch.zeros_like(rewards_NT)
     advantage_N = next_value_N = torch.zeros_like(rewards_NT[:, 0])
     for t in reversed(range(rewards_NT.shape[1])):
-        delta_N = rewards_NT[:, t] + discount * next_value_N - values_NT[:, t]
-        advantage_N = (delta_N + discount * trace_decay * advantage_N).where(mask_NT[:, t], 0.0)
+        delta_N = rewards_NT[:, t] + gamma * next_value_N - values_NT[:, t]
+        advantage_N = (delta_N + gamma * gae_lambda * advantage_N).where(mask_NT[:, t], 0.0)
         advantages_NT[:, t] = advantage_N
         next_value_N = values_NT[:, t].where(mask_NT[:, t], 0.0)
     return advantages_NT
 
 
 def token_rewards(
-    scores_N: Tensor, logprobs_NT: Tensor, reference_logprobs_NT: Tensor, mask_NT: Tensor, *, kl_coefficient: float
+    scores_N: Tensor, logprobs_NT: Tensor, reference_logprobs_NT: Tensor, mask_NT: Tensor, *, beta: float
 ) -> Tensor:
     """Reward of each token ``[N, T]``: less what it adds to the KL divergence from the reference, and at the last one
-    the answer's score (Ouyang et al. 2022, equation 2).
+    the completion's score (Ouyang et al. 2022, equation 2).
     """
-    rewards_NT = (-kl_coefficient * (logprobs_NT - reference_logprobs_NT)).where(mask_NT, 0.0)
+    rewards_NT = (-beta * (logprobs_NT - reference_logprobs_NT)).where(mask_NT, 0.0)
     positions_T = torch.arange(mask_NT.shape[1], device=mask_NT.device)
     last_N1 = (positions_T * mask_NT).amax(dim=1, keepdim=True)
     return rewards_NT.scatter_add(1, last_N1, scores_N[:, None])
@@ -91,17 +92,17 @@ def surrogate_loss(
     advantages: Tensor,
     mask_NT: Tensor,
     *,
-    clip_low: float,
-    clip_high: float,
-    ratio_level: RatioLevel = "token",
+    epsilon_low: float,
+    epsilon_high: float,
+    importance_sampling_level: RatioLevel = "token",
 ) -> Tensor:
     """The clipped surrogate of each token ``[N, T]``.
 
-    ``advantages`` are ``[N, T]``, or ``[N, 1]`` of whole answers. At ``ratio_level`` sequence every token has the
-    ratio of its answer, the geometric mean of those of its tokens.
+    ``advantages`` are ``[N, T]``, or ``[N, 1]`` of whole completions. At ``importance_sampling_level`` sequence every
+    token has the ratio of its completion, the geometric mean of those of its tokens.
     """
-    ratio_NT = policy_ratio(logprobs_NT, old_logprobs_NT, mask_NT, level=ratio_level)
-    clipped_NT = ratio_NT.clamp(1 - clip_low, 1 + clip_high)
+    ratio_NT = policy_ratio(logprobs_NT, old_logprobs_NT, mask_NT, level=importance_sampling_level)
+    clipped_NT = ratio_NT.clamp(1 - epsilon_low, 1 + epsilon_high)
     return -torch.minimum(ratio_NT * advantages, clipped_NT * advantages)
 
 
@@ -129,8 +130,8 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
 def aggregate(loss_NT: Tensor, mask_NT: Tensor, *, over: Aggregation, max_tokens: int) -> tuple[Tensor, float]:
     """The sum of the loss, and the count that it is to be divided by once both are added up over the whole batch.
 
-    ``token``: each token weighs the same. ``sequence``: each answer does, by the mean over its tokens. ``constant``:
-    each answer is divided by ``max_tokens``, so that neither its length nor that of others matters.
+    ``token``: each token weighs the same. ``sequence``: each completion does, by the mean over its tokens.
+    ``constant``: each completion is divided by ``max_tokens``, so that neither its length nor that of others matters.
     """
     if over == "token":
         return loss_NT[mask_NT].sum(), float(mask_NT.sum())
@@ -142,7 +143,7 @@ def aggregate(loss_NT: Tensor, mask_NT: Tensor, *, over: Aggregation, max_tokens
 # --- coefficients -------------------------------------------------------------------------------------------------
 
 
-def adapted_kl_coefficient(coefficient: float, kl: float, *, target: float, rate: float) -> float:
+def adapted_beta(coefficient: float, kl: float, *, target: float, rate: float) -> float:
     """The KL coefficient after a rollout with divergence ``kl``: up where it is above the target, down where it is
     below, by at most a fifth of ``rate`` (Ziegler et al. 2019, equation 4).
     """

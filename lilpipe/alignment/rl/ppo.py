@@ -1,12 +1,12 @@
 """Stage ``ppo``: proximal policy optimisation (Schulman et al. 2017) against a reward model, as InstructGPT has it
 (Ouyang et al. 2022).
 
-The reward of an answer comes with its last token; each token costs what it adds to the KL divergence from the first
+The reward of a completion comes with its last token; each token costs what it adds to the KL divergence from the first
 policy. A value model tells how much of the reward each token is to be credited with. It starts as the reward model
 and has a trunk of its own, as InstructGPT's: sharing the policy's would let errors of the value, large at first, bend
 the policy, and the policy's checkpoint could not be exported as it stands.
 
-Dimensions: N answers, T tokens of prompt and answer but the last.
+Dimensions: N completions, T tokens of prompt and completion but the last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import Rewards, external
 from lilpipe.alignment.rl.policy_gradient import (
-    adapted_kl_coefficient,
+    adapted_beta,
     clipped_value_loss,
     generalised_advantages,
     k3,
@@ -39,21 +39,21 @@ from lilpipe.alignment.rl.reinforcement import (
     score_targets_alone,
     training_prompts,
 )
-from lilpipe.alignment.rollout.collapse_monitor import Watch
+from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
 from lilpipe.alignment.rollout.rollouts import (
-    Answers,
+    CompletionBatch,
     Group,
     Rollout,
     Rollouts,
     Sampler,
     Sums,
-    answer_logprobs,
-    as_answers,
+    as_completion_batch,
     at_temperature,
-    check_gap,
+    completion_logprobs,
     group_metrics,
     in_parts,
     means,
+    measure_logprob_mismatch,
     micro_batches,
     num_parts,
 )
@@ -70,20 +70,20 @@ from lilpipe.tokenizer.vocabulary import TOKENIZER_FILE
 from lilpipe.training import finetune
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
+from lilpipe.training.module_group import ModuleGroup
 from lilpipe.training.replica import Loss
-from lilpipe.training.together import Together
 
 VALUE_DIRECTORY = "value"
 """Of the value model, in the output."""
 
 
 class _Part(NamedTuple):
-    answers: Answers
+    completions: CompletionBatch
     rollout_metrics: Sums
     """Those of the whole rollout, with its first micro-batch alone."""
     rollout: int
     is_fresh: bool
-    """Whether the weights are still those that drew the answers."""
+    """Whether the weights are still those that drew the completions."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ class PPO:
         self._policy, self._value = policy, value
         self._sampler, self._sum_floats, self._rank = sampler, sum_floats, workers.data_rank
         path = workspace.scratch / "rollouts.jsonl"
-        self.watch = Watch(config.watch, path, writes=distributed.is_main(), log=workspace.log)
+        self.collapse_monitor = CollapseMonitor(
+            config.collapse_monitor, path, writes=distributed.is_main(), log=workspace.log
+        )
         self._rollouts = Rollouts(
             self._make,
             workspace.scratch / "rollouts",
@@ -128,77 +130,77 @@ class PPO:
             num_data_ranks=workers.num_data_ranks,
             device=distributed.device(),
         )
-        self._sampler_gap = (0.0, 0.0)
+        self._logprob_mismatch = (0.0, 0.0)
         self._current: tuple[int, list[TokenBatch]] = (-1, [])
 
     def _batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of an update; the first of a rollout draws its answers."""
+        """The micro-batches of an update; the first of a rollout draws its completions."""
         if self._current[0] != step:
             rollout, number, update = self._rollouts.at(step)
             seed = derive_seed(self._sampler.seed, "ppo/minibatches", number, self._rank)
-            parts = micro_batches(rollout.answers, update, self.config, seed=seed)
+            parts = micro_batches(rollout.completions, update, self.config, seed=seed)
             metrics: list[Sums] = [rollout.metrics, *({} for _ in parts[1:])]
             extras = [_Part(part, sums, number, update == 0) for part, sums in zip(parts, metrics, strict=True)]
             self._current = (
                 step,
-                [TokenBatch(extra.answers.inputs, extra.answers.targets, extra=extra) for extra in extras],
+                [TokenBatch(extra.completions.inputs, extra.completions.targets, extra=extra) for extra in extras],
             )
         return self._current[1]
 
     def _policy_loss(self, scores: Scores, batch: TokenBatch) -> Loss:
         """The policy's part of the loss, summed over the tokens of a micro-batch."""
         part: _Part = batch.extra
-        answers, config, drawn_NT = part.answers, self.config, part.answers.drawn
-        num_rows, num_tokens = drawn_NT.shape
+        completions, config, completion_mask_NT = part.completions, self.config, part.completions.completion_mask
+        num_rows, num_tokens = completion_mask_NT.shape
         logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
         loss_NT = surrogate_loss(
             logprobs_NT,
-            answers.old_logprobs,
-            answers.advantages,
-            drawn_NT,
-            clip_low=config.clip_range,
-            clip_high=config.clip_range,
+            completions.old_logprobs,
+            completions.advantages,
+            completion_mask_NT,
+            epsilon_low=config.epsilon,
+            epsilon_high=config.epsilon,
         )
-        count = float(drawn_NT.sum())
+        count = float(completion_mask_NT.sum())
         if part.is_fresh:
-            self._sampler_gap = check_gap(logprobs_NT.detach(), answers, config.watch, rollout=part.rollout)
-        ratio = (logprobs_NT.detach() - answers.old_logprobs)[drawn_NT].exp()
-        total = loss_NT[drawn_NT].sum()
+            self._logprob_mismatch = measure_logprob_mismatch(
+                logprobs_NT.detach(), completions, config.collapse_monitor, rollout=part.rollout
+            )
+        ratio = (logprobs_NT.detach() - completions.old_logprobs)[completion_mask_NT].exp()
+        total = loss_NT[completion_mask_NT].sum()
         metrics = part.rollout_metrics | {
             "policy_loss": (total.item(), count),
-            "clipped": (((ratio - 1).abs() > config.clip_range).sum().item(), count),
-            "sampler_gap": self._sampler_gap,
+            "clip_ratio": (((ratio - 1).abs() > config.epsilon).sum().item(), count),
+            "logprob_mismatch": self._logprob_mismatch,
         }
-        return Loss(total, count, num_tokens=int((answers.lengths + 1).sum()), metrics=metrics)
+        return Loss(total, count, num_tokens=int((completions.lengths + 1).sum()), metrics=metrics)
 
     def _value_loss(self, outputs_NTO: Tensor, batch: TokenBatch) -> Loss:
         """The value model's part, by its coefficient."""
         part: _Part = batch.extra
-        answers, config, drawn_NT = part.answers, self.config, part.answers.drawn
-        assert answers.old_values is not None
-        assert answers.returns is not None
-        num_rows, num_tokens = drawn_NT.shape
+        completions, config, completion_mask_NT = part.completions, self.config, part.completions.completion_mask
+        assert completions.old_values is not None
+        assert completions.returns is not None
+        num_rows, num_tokens = completion_mask_NT.shape
         loss_NT = clipped_value_loss(
             outputs_NTO[:num_rows, :num_tokens, 0],
-            answers.old_values,
-            answers.returns,
-            clip_range=config.value_clip_range,
+            completions.old_values,
+            completions.returns,
+            clip_range=config.cliprange_value,
         )
-        count, total = float(drawn_NT.sum()), loss_NT[drawn_NT].sum()
-        return Loss(
-            config.value_coefficient * total, count, num_tokens=0, metrics={"value_loss": (total.item(), count)}
-        )
+        count, total = float(completion_mask_NT.sum()), loss_NT[completion_mask_NT].sum()
+        return Loss(config.vf_coef * total, count, num_tokens=0, metrics={"value_loss": (total.item(), count)})
 
     # --- rollouts -------------------------------------------------------------------------------------------------
 
-    def kl_coefficient(self, rollout: int) -> float:
+    def beta(self, rollout: int) -> float:
         """The coefficient of a rollout: fixed, or adapted to the divergence of those before it."""
-        coefficient, config = self.config.kl_coefficient, self.config
+        coefficient, config = self.config.beta, self.config
         if config.kl_target is None:
             return coefficient
-        for values in self.watch.before(rollout):
-            coefficient = adapted_kl_coefficient(
-                coefficient, values["kl_per_answer"], target=config.kl_target, rate=config.kl_rate
+        for values in self.collapse_monitor.before(rollout):
+            coefficient = adapted_beta(
+                coefficient, values["kl_per_completion"], target=config.kl_target, rate=config.kl_rate
             )
         return coefficient
 
@@ -211,49 +213,51 @@ class PPO:
         rollout = self._as_rollout(policy, value, groups, number)
         policy.train(was_training)
         value.train(was_training)
-        self.watch.note(number, means(rollout.metrics, self._sum_floats))
+        self.collapse_monitor.note(number, means(rollout.metrics, self._sum_floats))
         return rollout
 
     def _as_rollout(self, policy: Transformer, value: HeadModel, groups: Sequence[Group], number: int) -> Rollout:
         config, parts, temperature = self.config, num_parts(self.config), self.config.sampling.temperature
-        device, coefficient = distributed.device(), self.kl_coefficient(number)
-        answers = as_answers(groups, self._sampler.tokenizer, mask_truncated=False, device=device)
+        device, coefficient = distributed.device(), self.beta(number)
+        completions = as_completion_batch(
+            groups, self._sampler.tokenizer, mask_truncated_completions=False, device=device
+        )
         if temperature != 1:
-            answers = at_temperature(policy, answers, config, rollout=number)
-        reference_NT = answer_logprobs(self.reference, answers, parts=parts, temperature=temperature)
-        values_NT = in_parts(lambda part: value(part.inputs)[..., 0], answers, parts)
+            completions = at_temperature(policy, completions, config, rollout=number)
+        reference_NT = completion_logprobs(self.reference, completions, parts=parts, temperature=temperature)
+        values_NT = in_parts(lambda part: value(part.inputs)[..., 0], completions, parts)
         rewards_NT = token_rewards(
             self._scores(groups).to(device),
-            answers.old_logprobs,
+            completions.old_logprobs,
             reference_NT,
-            answers.drawn,
-            kl_coefficient=coefficient,
+            completions.completion_mask,
+            beta=coefficient,
         )
         advantages_NT = generalised_advantages(
-            rewards_NT, values_NT, answers.drawn, discount=config.discount, trace_decay=config.trace_decay
+            rewards_NT, values_NT, completions.completion_mask, gamma=config.gamma, gae_lambda=config.gae_lambda
         )
-        answers = answers._replace(
-            advantages=whiten(advantages_NT, answers.drawn, self._sum_floats),
+        completions = completions._replace(
+            advantages=whiten(advantages_NT, completions.completion_mask, self._sum_floats),
             old_values=values_NT,
             returns=advantages_NT + values_NT,
         )
         metrics = group_metrics(groups, 0)
-        del metrics["flat_groups"], metrics["replaced_groups"]  # of groups of one
-        return Rollout(answers, metrics | self._divergence(answers, reference_NT, coefficient))
+        del metrics["frac_reward_zero_std"], metrics["replaced_groups"]  # of groups of one
+        return Rollout(completions, metrics | self._divergence(completions, reference_NT, coefficient))
 
     def _scores(self, groups: Sequence[Group]) -> Tensor:
-        """What each answer is worth, less the penalty of one without an end ``[N]``."""
-        penalty = self.config.missing_end_penalty
+        """What each completion is worth, less the penalty of one without an end ``[N]``."""
+        penalty = self.config.missing_eos_penalty
         return torch.tensor([g.scored[0].total - penalty * (not g.completions[0].verdict.ended) for g in groups])
 
-    def _divergence(self, answers: Answers, reference_NT: Tensor, coefficient: float) -> Sums:
-        drawn_NT, num_answers = answers.drawn, float(len(answers.inputs))
-        kl = k3(answers.old_logprobs, reference_NT)[drawn_NT].sum().item()
-        plain = (answers.old_logprobs - reference_NT)[drawn_NT].sum().item()
+    def _divergence(self, completions: CompletionBatch, reference_NT: Tensor, coefficient: float) -> Sums:
+        completion_mask_NT, num_completions = completions.completion_mask, float(len(completions.inputs))
+        kl = k3(completions.old_logprobs, reference_NT)[completion_mask_NT].sum().item()
+        plain = (completions.old_logprobs - reference_NT)[completion_mask_NT].sum().item()
         return {
-            "kl": (kl, float(drawn_NT.sum())),  # per token, by the estimator that is never negative
-            "kl_per_answer": (plain, num_answers),
-            "kl_coefficient": (coefficient * num_answers, num_answers),
+            "kl": (kl, float(completion_mask_NT.sum())),  # per token, by the estimator that is never negative
+            "kl_per_completion": (plain, num_completions),
+            "beta": (coefficient * num_completions, num_completions),
         }
 
 
@@ -272,7 +276,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     assert isinstance(judge, Artifact)
     _check_same_tokens(source.path, judge.path)
     policy, tokenizer = load_model(source.path)
-    prompts, dev = training_prompts(
+    prompts, validation = training_prompts(
         prompts_artifact,
         tokenizer,
         form=config.prompt_form,
@@ -281,7 +285,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     )
     policy = policy.to(distributed.device())
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
-    before = greedy_metrics(policy, tokenizer, dev, rewards, config)
+    before = greedy_metrics(policy, tokenizer, validation, rewards, config)
     workers = Workers(config)
     sampler = Sampler(
         tokenizer,
@@ -289,7 +293,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         rewards,
         config,
         stage="ppo",
-        group_size=1,
+        num_generations=1,
         data_rank=workers.data_rank,
         num_data_ranks=workers.num_data_ranks,
     )
@@ -312,10 +316,12 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     score_targets_alone(members["policy"], config, workers)
 
     def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
-        return greedy_metrics(finetune.whole_model(members["policy"], into=whole), tokenizer, dev, rewards, config)
+        return greedy_metrics(
+            finetune.whole_model(members["policy"], into=whole), tokenizer, validation, rewards, config
+        )
 
     result = train(
-        Together(members),
+        ModuleGroup(members),
         num_steps=config.num_steps * config.updates_per_rollout,
         workspace=workspace,
         section=checkpoints_between_rollouts(config),
@@ -346,5 +352,5 @@ STAGE = Stage(
     inputs={"model": "Checkpoint", "prompts": "Prompts", "reward_model": "Checkpoint"},
     external=external,
     distributed=True,
-    main_metric="dev_reward",
+    main_metric="validation_reward",
 )

@@ -19,36 +19,36 @@ from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.curves import write_report
 from lilpipe.training.finetune import Workers
 from lilpipe.training.loop import TrainingResult
-from lilpipe.training.replica import Trainee
+from lilpipe.training.replica import TrainerModule
 
 Section = TypeVar("Section", GRPOConfig, PPOConfig)
 
-NUM_DEV_PROMPTS = 200
-"""Prompts of the dev split behind the accuracy before and after."""
+NUM_VALIDATION_PROMPTS = 200
+"""Prompts of the validation split behind the accuracy before and after."""
 
 
 def training_prompts(
     artifact: Artifact, tokenizer: Tokenizer, *, form: PromptForm, max_seq_len: int, workspace: Workspace
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, none of them held out, and some of the dev split.
+    """The prompts to train on, none of them held out, and some of the validation split.
 
-    Prompts that leave the model no room for an answer are left out and logged. Raises ``DataError`` if none is left.
+    Prompts that leave the model no room for a completion are left out and logged. Raises ``DataError`` if none is left.
     """
-    train, dev = read_prompts(artifact.path, "train"), read_prompts(artifact.path, "dev")
+    train, validation = read_prompts(artifact.path, "train"), read_prompts(artifact.path, "validation")
     assert_not_held_out((prompt.question for prompt in train), artifact.path)
     # A text has no more tokens than bytes, so most need not be encoded to know that they fit.
     fits_surely = max_seq_len - len(encode_question(tokenizer, "?", form))
     found: list[list[Prompt]] = []
-    for split, prompts in (("train", train), ("dev", dev)):
+    for split, prompts in (("train", train), ("validation", validation)):
         kept = [
             prompt
             for prompt in prompts
             if len(prompt.question.encode()) < fits_surely
             or len(encode_question(tokenizer, prompt.question, form)) < max_seq_len
         ]
-        if left_out := len(prompts) - len(kept):
+        if skipped := len(prompts) - len(kept):
             workspace.log(
-                f"left out {left_out} of {len(prompts)} {split} prompts: with the model's {max_seq_len} tokens they "
+                f"skipped {skipped} of {len(prompts)} {split} prompts: with the model's {max_seq_len} tokens they "
                 "leave no room for an answer"
             )
         if not kept:
@@ -57,7 +57,7 @@ def training_prompts(
                 "some; take shorter prompts or a model of longer context"
             )
         found.append(kept)
-    return found[0], found[1][:NUM_DEV_PROMPTS]
+    return found[0], found[1][:NUM_VALIDATION_PROMPTS]
 
 
 def reward_model_of(inputs: Inputs) -> RewardModel | None:
@@ -82,8 +82,8 @@ def checkpoints_between_rollouts(config: Section) -> Section:
     return config.model_copy(update={"checkpoint_every": -(-config.checkpoint_every // updates) * updates})
 
 
-def score_targets_alone(policy: Trainee, config: GRPOConfig | PPOConfig, workers: Workers) -> None:
-    """Let the output layer see the answers' tokens alone; a model that is cut needs its rows in shape."""
+def score_targets_alone(policy: TrainerModule, config: GRPOConfig | PPOConfig, workers: Workers) -> None:
+    """Let the output layer see the completions' tokens alone; a model that is cut needs its rows in shape."""
     if workers.mesh is None or config.sampling.temperature != 1:
         for part in policy.parts:
             assert isinstance(part, Transformer)
@@ -97,14 +97,14 @@ def greedy_metrics(
     rewards: Rewards,
     config: GRPOConfig | PPOConfig,
 ) -> dict[str, float]:
-    """Share of the prompts that the model's likeliest answer solves, and its mean reward."""
+    """Share of the prompts that the model's greedy completion solves, and its mean reward."""
     sampling = config.sampling.model_copy(update={"temperature": 0.0})
     groups = complete(model, tokenizer, prompts, form=config.prompt_form, sampling=sampling, seed=0)
     answers = [group[0] for group in groups]
-    scored = rewards(prompts, [answer.as_response for answer in answers])
+    scored = rewards(prompts, [answer.as_completion_text for answer in answers])
     return {
-        "dev_accuracy": sum(reward(answer.verdict) for answer in answers) / len(answers),
-        "dev_reward": sum(answer.total for answer in scored) / len(answers),
+        "validation_accuracy": sum(reward(answer.verdict) for answer in answers) / len(answers),
+        "validation_reward": sum(answer.total for answer in scored) / len(answers),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lilpipe.artifact import write_atomically
-from lilpipe.config.reinforcement import WatchConfig
+from lilpipe.config.reinforcement import CollapseMonitorConfig
 from lilpipe.errors import ArtifactError, DataError
 
 
@@ -31,31 +31,31 @@ class Limit(NamedTuple):
         return not (value <= self.value if self.is_ceiling else value >= self.value)
 
 
-def limits(config: WatchConfig) -> list[Limit]:
+def limits(config: CollapseMonitorConfig) -> list[Limit]:
     """The bounds that a section states."""
     slower = "lower optimizer.learning_rate"
     return [
         Limit(
-            "flat_groups",
-            "max_flat_share",
-            config.max_flat_share,
+            "frac_reward_zero_std",
+            "max_frac_reward_zero_std",
+            config.max_frac_reward_zero_std,
             is_ceiling=True,
             remedy="answers to a prompt are all right or all wrong: take prompts of another difficulty, a larger "
-            "group_size, a reward with degrees, or resample_rounds",
+            "num_generations, a reward with degrees, or dynamic_sampling_rounds",
         ),
         Limit(
             "entropy",
             "min_entropy",
             config.min_entropy,
             is_ceiling=False,
-            remedy=f"the policy has stopped exploring: {slower}, or raise clip_high or sampling.temperature",
+            remedy=f"the policy has stopped exploring: {slower}, or raise epsilon_high or sampling.temperature",
         ),
         Limit(
             "kl",
             "max_kl",
             config.max_kl,
             is_ceiling=True,
-            remedy=f"the policy has left its reference behind: {slower}, or raise kl_coefficient",
+            remedy=f"the policy has left its reference behind: {slower}, or raise beta",
         ),
         Limit(
             "length",
@@ -66,8 +66,8 @@ def limits(config: WatchConfig) -> list[Limit]:
         ),
         Limit(
             "truncated",
-            "max_truncated_share",
-            config.max_truncated_share,
+            "max_truncated_ratio",
+            config.max_truncated_ratio,
             is_ceiling=True,
             remedy="answers do not end: raise sampling.max_new_tokens, add a reward of kind 'length', or start from a "
             "model that ends its answers",
@@ -75,13 +75,13 @@ def limits(config: WatchConfig) -> list[Limit]:
     ]
 
 
-class Watch:
+class CollapseMonitor:
     """What each rollout was like so far, and whether to go on.
 
     ``path`` keeps it, a line for each rollout; only the worker that ``writes`` writes there. ``log`` takes alarms.
     """
 
-    def __init__(self, config: WatchConfig, path: Path, *, writes: bool, log: Callable[[str], None]) -> None:
+    def __init__(self, config: CollapseMonitorConfig, path: Path, *, writes: bool, log: Callable[[str], None]) -> None:
         self.config = config
         self.history = _read(path) if path.exists() else []
         self._path, self._writes, self._log = path, writes, log
@@ -125,7 +125,9 @@ class Watch:
                 break
             times += 1
         got = f"{limit.quantity} {self.history[-1][limit.quantity]:.4g}"
-        bound = f"expected at {'most' if limit.is_ceiling else 'least'} watch.{limit.setting} {limit.value:g}"
+        bound = (
+            f"expected at {'most' if limit.is_ceiling else 'least'} collapse_monitor.{limit.setting} {limit.value:g}"
+        )
         said = f"rollout {len(self.history)}: {got} for {times} rollouts in a row, {bound}; {limit.remedy}"
         if times >= self.config.patience:
             raise DataError(said)
@@ -143,8 +145,8 @@ class Watch:
         if not best - now <= self.config.max_reward_drop:
             raise DataError(
                 f"rollout {len(rewards)}: the mean reward of the last {patience} rollouts is {now:.4g}, expected at "
-                f"most watch.max_reward_drop {self.config.max_reward_drop:g} below the best, {best:.4g}: the policy "
-                "has collapsed; lower optimizer.learning_rate, or raise kl_coefficient"
+                f"most collapse_monitor.max_reward_drop {self.config.max_reward_drop:g} below the best, {best:.4g}: "
+                "the policy has collapsed; lower optimizer.learning_rate, or raise beta"
             )
 
 
@@ -153,11 +155,12 @@ def _read(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
-def check_sampler_gap(gap: float, config: WatchConfig, *, rollout: int) -> None:
+def check_logprob_mismatch(gap: float, config: CollapseMonitorConfig, *, rollout: int) -> None:
     """Raise ``DataError`` if sampler and trainer do not see the same model."""
-    if not gap <= config.max_sampler_gap:
+    if not gap <= config.max_logprob_mismatch:
         raise DataError(
             f"rollout {rollout + 1}: the sampler's log-probabilities differ from the trainer's by {gap:.3g} nats a "
-            f"token on average, expected at most watch.max_sampler_gap {config.max_sampler_gap:g}: what was sampled is "
-            "not the model that is trained; look for dropout, reduced precision, or weights that were not handed over"
+            "token on average, expected at most collapse_monitor.max_logprob_mismatch "
+            f"{config.max_logprob_mismatch:g}: what was sampled is not the model that is trained; look for dropout, "
+            "reduced precision, or weights that were not handed over"
         )

@@ -1,7 +1,8 @@
-"""Answers drawn from a model to verifiable prompts, and their form as padded batches.
+"""Completions drawn from a model to verifiable prompts, and their form as padded batches.
 
-A base model meets a question in the plain text of its pretraining and its answer runs to the first blank line or the
-document's end (form ``text``); a chat model meets it as a user's turn and answers to the turn's end (form ``chat``).
+A base model meets a question in the plain text of its pretraining and its completion runs to the first blank line or
+the document's end (form ``text``); a chat model meets it as a user's turn and completions to the turn's end (form
+``chat``).
 
 Dimensions: N completions, T tokens of the longest prompt and completion together.
 """
@@ -16,11 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lilpipe.alignment.rewards.reward_functions import Response, Verdict, judge
-from lilpipe.alignment.verify.answers import as_text, first_paragraph
+from lilpipe.alignment.rewards.reward_functions import CompletionText, Verdict, judge
+from lilpipe.alignment.verify.verifiers import as_text, first_paragraph
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
-from lilpipe.generation.engine import Sample, generate
+from lilpipe.generation.engine import CompletionOutput, generate
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Prompt
 from lilpipe.schemas.messages import Message
@@ -32,32 +33,32 @@ PromptForm = Literal["text", "chat"]
 
 @dataclass(frozen=True)
 class Completion:
-    """One response to a prompt, with the verifier's verdict."""
+    """One completion to a prompt, with the verifier's verdict."""
 
     prompt: Prompt
     prompt_ids: list[int]
-    sample: Sample
-    drawn: list[int]
-    """The tokens that the model drew for the response, its end included; ``sample.logprobs`` begin with theirs."""
-    response: str
+    sample: CompletionOutput
+    completion_ids: list[int]
+    """The tokens that the model drew for the completion, its end included; ``sample.logprobs`` begin with theirs."""
+    text: str
     verdict: Verdict
 
     @property
-    def as_response(self) -> Response:
+    def as_completion_text(self) -> CompletionText:
         """What a reward is given."""
-        has_stop = len(self.drawn) > len(self.sample.tokens)
-        return Response(self.response, ended=self.verdict.ended, num_tokens=len(self.drawn) - has_stop)
+        has_stop = len(self.completion_ids) > len(self.sample.tokens)
+        return CompletionText(self.text, ended=self.verdict.ended, num_tokens=len(self.completion_ids) - has_stop)
 
 
 def encode_question(tokenizer: Tokenizer, question: str, form: PromptForm) -> list[int]:
-    """The tokens after which the answer begins."""
+    """The tokens after which the completion begins."""
     if form == "text":
         return tokenizer.encode(as_text(question))
     return render(tokenizer, [Message(role="user", content=question)], add_generation_prompt=True)[0]
 
 
 def stop_id(tokenizer: Tokenizer, form: PromptForm) -> int:
-    """The token that ends an answer."""
+    """The token that ends a completion."""
     return tokenizer.document_end_id if form == "text" else tokenizer.turn_end_id
 
 
@@ -69,12 +70,12 @@ def complete(
     form: PromptForm,
     sampling: SamplingConfig,
     seed: int,
-    num_samples: int = 1,
+    num_generations: int = 1,
     numbers: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
-    """``num_samples`` answers to each prompt; a pure function of its arguments. ``numbers``: see ``generate``.
+    """``num_generations`` completions to each prompt; a pure function of its arguments. ``numbers``: see ``generate``.
 
-    Raises ``DataError`` naming a prompt that leaves no room for an answer.
+    Raises ``DataError`` naming a prompt that leaves no room for a completion.
     """
     encoded = [encode_question(tokenizer, prompt.question, form) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
@@ -85,7 +86,7 @@ def complete(
                 "model with a larger model.max_seq_len"
             )
     shown = partial(_completion, tokenizer, sampling=sampling, form=form)
-    if form == "text":  # what a base model goes on to write is not of the response
+    if form == "text":  # what a base model goes on to write is not of the completion
         sampling = sampling.model_copy(update={"stop": (*sampling.stop, "\n\n")})
     groups = generate(
         model,
@@ -93,7 +94,7 @@ def complete(
         sampling=sampling,
         stop_ids=[stop_id(tokenizer, form)],
         seed=seed,
-        num_samples=num_samples,
+        num_generations=num_generations,
         numbers=numbers,
         tokenizer=tokenizer,
     )
@@ -107,19 +108,19 @@ def _completion(
     tokenizer: Tokenizer,
     prompt: Prompt,
     prompt_ids: list[int],
-    sample: Sample,
+    sample: CompletionOutput,
     *,
     sampling: SamplingConfig,
     form: PromptForm,
 ) -> Completion:
     text = up_to_stop(tokenizer.decode(sample.tokens), sampling.stop, keep=sampling.keep_stop)
     ended = sample.finished or (form == "text" and "\n\n" in text.lstrip())
-    response = first_paragraph(text) if form == "text" else text.strip()
+    completion = first_paragraph(text) if form == "text" else text.strip()
     has_stop = sample.finished and sample.stop_reason != "stop_string"
-    drawn = sample.tokens + [stop_id(tokenizer, form)] * has_stop
+    completion_ids = sample.tokens + [stop_id(tokenizer, form)] * has_stop
     if form == "text":
-        drawn = _through_first_paragraph(tokenizer, drawn)
-    return Completion(prompt, prompt_ids, sample, drawn, response, judge(prompt, response, ended=ended))
+        completion_ids = _through_first_paragraph(tokenizer, completion_ids)
+    return Completion(prompt, prompt_ids, sample, completion_ids, completion, judge(prompt, completion, ended=ended))
 
 
 def up_to_stop(text: str, stop: Sequence[str], *, keep: bool) -> str:
@@ -132,7 +133,7 @@ def up_to_stop(text: str, stop: Sequence[str], *, keep: bool) -> str:
 
 
 def _through_first_paragraph(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """The fewest first tokens that end a paragraph, or all: what follows a blank line is not of the response."""
+    """The fewest first tokens that end a paragraph, or all: what follows a blank line is not of the completion."""
     if "\n\n" not in tokenizer.decode(tokens).lstrip():
         return tokens
     return next(

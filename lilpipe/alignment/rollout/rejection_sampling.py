@@ -1,8 +1,9 @@
-"""Stage ``rejection_sampling``: sample K answers to each prompt and keep the good ones.
+"""Stage ``rejection_sampling``: sample K completions to each prompt and keep the good ones.
 
 Llama 3 (Grattafiori et al. 2024, section 4.2.2) keeps what its reward model likes best; where a program knows the
-answer, it may decide. Every sample is kept with its verdict and its rewards in ``samples.arrow``;
-``conversations.arrow`` holds the distinct answers that were kept, and ``pass_rates.arrow`` how hard each prompt was.
+completion, it may decide. Every sample is kept with its verdict and its rewards in ``samples.arrow``;
+``conversations.arrow`` holds the distinct completions that were kept, and ``pass_rates.arrow`` how hard each prompt
+was.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PASS_RATE_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
         ("family", pa.string()),
-        ("num_samples", pa.int32()),
+        ("num_generations", pa.int32()),
         ("num_correct", pa.int32()),
         ("difficulty", pa.int32()),
         ("pass_rate", pa.float64()),
@@ -41,30 +42,30 @@ PASS_RATE_SCHEMA = pa.schema(
 
 
 def select(rows: Sequence[Row], config: RejectionSamplingConfig) -> list[Row]:
-    """The responses of one prompt that are kept: they ended, say something, and differ by more than white space."""
+    """The completions of one prompt that are kept: they ended, say something, and differ by more than white space."""
     if config.keep == "all_correct":
         accepted = [row for row in rows if row["correct"]]
     else:
         least = -math.inf if config.threshold is None else config.threshold
-        accepted = [row for row in rows if row["ended"] and row["response"] and row["reward"] >= least]
+        accepted = [row for row in rows if row["ended"] and row["completion"] and row["reward"] >= least]
         accepted.sort(key=lambda row: -row["reward"])
     kept: dict[str, Row] = {}
     for row in accepted:
-        kept.setdefault(" ".join(row["response"].split()), row)
+        kept.setdefault(" ".join(row["completion"].split()), row)
     return list(kept.values())[: config.max_kept_per_prompt]
 
 
 def as_conversation(row: Row) -> Conversation:
-    """The prompt and a kept response as a conversation."""
+    """The prompt and a kept completion as a conversation."""
     messages: list[Message] = [
         {"role": "user", "content": row["question"]},
-        {"role": "assistant", "content": row["response"]},
+        {"role": "assistant", "content": row["completion"]},
     ]
     return Conversation(f"{row['prompt_id']}/{row['sample']}", row["prompt_id"], "rejection_sampling", messages)
 
 
 def run(config: RejectionSamplingConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Sample, judge, keep. Raises ``ConfigError`` if more prompts are asked for than there are."""
+    """CompletionOutput, judge, keep. Raises ``ConfigError`` if more prompts are asked for than there are."""
     source = inputs["prompts"]
     assert isinstance(source, Artifact)
     prompts = read_prompts(source.path, "train")
@@ -77,7 +78,7 @@ def run(config: RejectionSamplingConfig, inputs: Inputs, workspace: Workspace) -
     assert_not_held_out((prompt.question for prompt in prompts), source.path)
     rewards = load_rewards(config.rewards, inputs)
     rewards.log_sandbox(prompts, workspace)
-    model = choose_policy(config, inputs, read_prompts(source.path, "dev"), rewards, workspace)
+    model = choose_policy(config, inputs, read_prompts(source.path, "validation"), rewards, workspace)
     rows = sample_in_chunks(
         model,
         prompts,
@@ -115,28 +116,30 @@ def _nothing_kept(config: RejectionSamplingConfig, rows: Sequence[Row]) -> str:
 def choose_policy(
     config: RejectionSamplingConfig,
     inputs: Inputs,
-    dev: Sequence[Prompt],
+    validation: Sequence[Prompt],
     rewards: Rewards,
     workspace: Workspace,
 ) -> Artifact:
-    """The checkpoint that samples: the only one, the last, or the one whose answers to dev prompts are worth most.
+    """The checkpoint that samples: the only one, the last, or the one whose completions to validation prompts are worth
+    most.
 
-    Of several that are worth the same the last is taken. Raises ``DataError`` if there are no dev prompts to ask.
+    Of several that are worth the same the last is taken. Raises ``DataError`` if there are no validation prompts to
+    ask.
     """
     given = inputs["model"]
     candidates = (given,) if isinstance(given, Artifact) else given
     if len(candidates) == 1 or config.policy == "latest":
         return candidates[-1]
-    if not dev:
+    if not validation:
         raise DataError(
-            "rejection_sampling.policy: 'best' is found by prompts of the dev split, of which there are none; take "
-            "'latest' or raise prompts.num_dev"
+            "rejection_sampling.policy: 'best' is found by prompts of the validation split, of which there are none; "
+            "take 'latest' or raise prompts.num_validation"
         )
     estimates = []
     for index, candidate in enumerate(candidates):
         rows = sample_in_chunks(
             candidate,
-            dev[: config.policy_prompts],
+            validation[: config.policy_prompts],
             config,
             form=config.prompt_form,
             purpose="policy",
@@ -154,7 +157,7 @@ def choose_policy(
 
 
 def summarise(groups: Sequence[Sequence[Row]], *, num_kept: int) -> Metrics:
-    """pass@1 and pass@K with standard errors over prompts, and how the answers look."""
+    """pass@1 and pass@K with standard errors over prompts, and how the completions look."""
     rows = [row for group in groups for row in group]
     k = len(groups[0])
     first = mean_estimate([pass_at_k(k, _num_correct(group), 1) for group in groups])
@@ -166,7 +169,7 @@ def summarise(groups: Sequence[Sequence[Row]], *, num_kept: int) -> Metrics:
         f"pass_at_{k}_stderr": last.stderr,
         "kept": num_kept,
         "prompts": len(groups),
-        "ended_share": sum(row["ended"] for row in rows) / len(rows),
+        "ended_ratio": sum(row["ended"] for row in rows) / len(rows),
         "mean_words": sum(row["num_words"] for row in rows) / len(rows),
     }
 
@@ -180,7 +183,7 @@ def _pass_rate(group: Sequence[Row], *, num_kept: int) -> Row:
     return {
         "prompt_id": row["prompt_id"],
         "family": row["family"],
-        "num_samples": len(group),
+        "num_generations": len(group),
         "num_correct": _num_correct(group),
         "difficulty": row["difficulty"],
         "pass_rate": _num_correct(group) / len(group),
@@ -201,7 +204,7 @@ def _report(groups: Sequence[Sequence[Row]], kept: Sequence[Row], metrics: Metri
     axes.set(xlabel=f"correct answers of {k}", ylabel="prompts")
     examples = [
         report.text_block(
-            "\n".join(f"[{_verdict(row)}] {row['response']}" for row in group),
+            "\n".join(f"[{_verdict(row)}] {row['completion']}" for row in group),
             title=group[0]["question"],
             detail=f"{_num_correct(group)} of {k}",
         )

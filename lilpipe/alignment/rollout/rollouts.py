@@ -1,10 +1,10 @@
-"""Rollouts: answers drawn from a policy, what they are worth, and how updates take them in parts.
+"""Rollouts: completions drawn from a policy, what they are worth, and how updates take them in parts.
 
 A rollout is a pure function of weights, seed and number: a killed run continues from its last checkpoint
 to the same bytes. Where a rollout is learned from in several updates it also lies beside the checkpoints, because the
 weights that drew it are gone after the first.
 
-Dimensions: P prompts, G answers to a prompt, N = P x G answers, T tokens of prompt and answer but the last.
+Dimensions: P prompts, G completions to a prompt, N = P x G completions, T tokens of prompt and completion but the last.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lilpipe.alignment.rewards.reward_functions import Rewards, Scored
-from lilpipe.alignment.rollout.collapse_monitor import check_sampler_gap
+from lilpipe.alignment.rollout.collapse_monitor import check_logprob_mismatch
 from lilpipe.alignment.rollout.completions import Completion, complete, pad_completions
-from lilpipe.config.reinforcement import GRPOConfig, PPOConfig, WatchConfig
+from lilpipe.config.reinforcement import CollapseMonitorConfig, GRPOConfig, PPOConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.scores import IGNORED, Scores, token_scores
 from lilpipe.model.transformer import Transformer
@@ -37,8 +37,8 @@ Sums = dict[str, tuple[float, float]]
 """Metrics as (sum, count)."""
 
 
-class Answers(NamedTuple):
-    """What updates need of answers, [N, T] each; row n, column t is about the token that follows input t."""
+class CompletionBatch(NamedTuple):
+    """What updates need of completions, [N, T] each; row n, column t is about the token that follows input t."""
 
     inputs: Tensor
     targets: Tensor
@@ -54,16 +54,18 @@ class Answers(NamedTuple):
     returns: Tensor | None = None
 
     @property
-    def drawn(self) -> Tensor:
+    def completion_mask(self) -> Tensor:
         """True at tokens that the policy drew."""
         return self.targets >= 0
 
     @property
     def lengths(self) -> Tensor:
         """Inputs of each row up to its last target ``[N]``."""
-        return ((torch.arange(self.targets.shape[1], device=self.targets.device) + 1) * self.drawn).amax(dim=1)
+        return ((torch.arange(self.targets.shape[1], device=self.targets.device) + 1) * self.completion_mask).amax(
+            dim=1
+        )
 
-    def take(self, rows: Tensor) -> Answers:
+    def take(self, rows: Tensor) -> CompletionBatch:
         """Some rows, no longer than the longest of them."""
         longest = int(self.lengths[rows].max())
         tensors = {name: t[rows, :longest] for name, t in self._asdict().items() if t is not None}
@@ -72,26 +74,26 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollout:
-    """The answers of one rollout on one worker."""
+    """The completions of one rollout on one worker."""
 
-    answers: Answers
+    completions: CompletionBatch
     metrics: Sums = field(default_factory=dict)
 
 
 class Group(NamedTuple):
-    """The answers to one prompt, and what they are worth."""
+    """The completions to one prompt, and what they are worth."""
 
     completions: list[Completion]
     scored: list[Scored]
 
     @property
-    def is_flat(self) -> bool:
+    def has_zero_std(self) -> bool:
         """Whether all are worth the same."""
         return all(answer.total == self.scored[0].total for answer in self.scored)
 
 
 class Sampler:
-    """Draws the answers of rollouts on one data rank."""
+    """Draws the completions of rollouts on one data rank."""
 
     def __init__(
         self,
@@ -101,24 +103,24 @@ class Sampler:
         config: GRPOConfig | PPOConfig,
         *,
         stage: str,
-        group_size: int,
+        num_generations: int,
         data_rank: int,
         num_data_ranks: int,
     ) -> None:
         assert config.seed is not None
         self.tokenizer, self.prompts, self.rewards, self.config = tokenizer, prompts, rewards, config
-        self._stage, self._group_size, self.seed = stage, group_size, config.seed
+        self._stage, self._num_generations, self.seed = stage, num_generations, config.seed
         self._rank, self._num_ranks = data_rank, num_data_ranks
 
-    def draw(self, model: Transformer, rollout: int, *, resample_rounds: int = 0) -> tuple[list[Group], int]:
+    def draw(self, model: Transformer, rollout: int, *, dynamic_sampling_rounds: int = 0) -> tuple[list[Group], int]:
         """The groups of a rollout, and how many were replaced because they had no spread."""
         num_rows, seed = len(self.prompts), derive_seed(self.seed, self._stage)
         rows = rows_of_step(rollout, num_rows=num_rows, batch_size=self.config.prompts_per_step, seed=seed)
         rows = rows[self._rank :: self._num_ranks]
         groups = self._sample(model, rows, rollout)
         seen, num_replaced = set(rows), 0
-        for number in range(1, resample_rounds + 1):
-            flat = [place for place, group in enumerate(groups) if group.is_flat]
+        for number in range(1, dynamic_sampling_rounds + 1):
+            flat = [place for place, group in enumerate(groups) if group.has_zero_std]
             further = self._further(rollout, number, seen)[: len(flat)]
             if not further:
                 break
@@ -144,47 +146,56 @@ class Sampler:
             form=self.config.prompt_form,
             sampling=self.config.sampling,
             seed=seed,
-            num_samples=self._group_size,
+            num_generations=self._num_generations,
             numbers=rows,
         )
         flat = [completion for group in groups for completion in group]
-        scored = iter(self.rewards([c.prompt for c in flat], [c.as_response for c in flat]))
+        scored = iter(self.rewards([c.prompt for c in flat], [c.as_completion_text for c in flat]))
         return [Group(group, [next(scored) for _ in group]) for group in groups]
 
 
-def as_answers(groups: Sequence[Group], tokenizer: Tokenizer, *, mask_truncated: bool, device: torch.device) -> Answers:
+def as_completion_batch(
+    groups: Sequence[Group], tokenizer: Tokenizer, *, mask_truncated_completions: bool, device: torch.device
+) -> CompletionBatch:
     """Groups as padded tensors, without advantages yet."""
     flat = [completion for group in groups for completion in group.completions]
-    drawn = [completion.drawn for completion in flat]
-    tokens, drawn_NT = pad_completions([c.prompt_ids for c in flat], drawn, padding_id=tokenizer.padding_id)
-    old_NT = torch.zeros(drawn_NT.shape)
-    old_NT[drawn_NT] = torch.tensor([logprob for c in flat for logprob in c.sample.logprobs[: len(c.drawn)]])
-    counts_NT = drawn_NT
-    if mask_truncated:
-        counts_NT = drawn_NT & torch.tensor([c.verdict.ended for c in flat])[:, None]
-    targets_NT = tokens[:, 1:].where(drawn_NT, IGNORED)
+    completion_ids = [completion.completion_ids for completion in flat]
+    tokens, completion_mask_NT = pad_completions(
+        [c.prompt_ids for c in flat], completion_ids, padding_id=tokenizer.padding_id
+    )
+    old_NT = torch.zeros(completion_mask_NT.shape)
+    old_NT[completion_mask_NT] = torch.tensor(
+        [logprob for c in flat for logprob in c.sample.logprobs[: len(c.completion_ids)]]
+    )
+    counts_NT = completion_mask_NT
+    if mask_truncated_completions:
+        counts_NT = completion_mask_NT & torch.tensor([c.verdict.ended for c in flat])[:, None]
+    targets_NT = tokens[:, 1:].where(completion_mask_NT, IGNORED)
     tensors = (tokens[:, :-1], targets_NT, counts_NT, old_NT, torch.zeros(len(flat), 1).expand_as(old_NT))
-    return Answers(*(tensor.to(device) for tensor in tensors))
+    return CompletionBatch(*(tensor.to(device) for tensor in tensors))
 
 
 def group_metrics(groups: Sequence[Group], num_replaced: int) -> Sums:
     """What a rollout was like."""
     completions = [completion for group in groups for completion in group.completions]
     scored = [answer for group in groups for answer in group.scored]
-    num_answers, num_tokens = float(len(completions)), float(sum(len(c.drawn) for c in completions))
+    num_completions, num_tokens = float(len(completions)), float(sum(len(c.completion_ids) for c in completions))
     ended = float(sum(completion.verdict.ended for completion in completions))
-    logprob = sum(sum(c.sample.logprobs[: len(c.drawn)]) for c in completions)
+    logprob = sum(sum(c.sample.logprobs[: len(c.completion_ids)]) for c in completions)
     parts = {f"reward/{name}": sum(answer.parts[name] for answer in scored) for name in scored[0].parts}
     return {
-        "reward": (sum(answer.total for answer in scored), num_answers),
-        **{name: (total, num_answers) for name, total in parts.items()},
-        "flat_groups": (float(sum(group.is_flat for group in groups)), float(len(groups))),  # they teach nothing
+        "reward": (sum(answer.total for answer in scored), num_completions),
+        **{name: (total, num_completions) for name, total in parts.items()},
+        "frac_reward_zero_std": (
+            float(sum(group.has_zero_std for group in groups)),
+            float(len(groups)),
+        ),  # they teach nothing
         "replaced_groups": (float(num_replaced), float(len(groups))),
         "entropy": (-logprob, num_tokens),  # its estimate from the drawn tokens, in nats
-        "length": (num_tokens, num_answers),
-        "words": (float(sum(c.verdict.num_words for c in completions)), num_answers),
-        "ended": (ended, num_answers),
-        "truncated": (num_answers - ended, num_answers),
+        "length": (num_tokens, num_completions),
+        "words": (float(sum(c.verdict.num_words for c in completions)), num_completions),
+        "ended": (ended, num_completions),
+        "truncated": (num_completions - ended, num_completions),
     }
 
 
@@ -198,66 +209,79 @@ def means(metrics: Sums, sum_floats: Callable[[list[float]], list[float]]) -> di
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def micro_batches(answers: Answers, update: int, config: GRPOConfig | PPOConfig, *, seed: int) -> list[Answers]:
-    """What one update learns from: each epoch goes through all answers in an order of its own."""
-    rows = torch.arange(len(answers.inputs))
-    if config.minibatches_per_rollout > 1:
-        epoch, part = divmod(update, config.minibatches_per_rollout)
+def micro_batches(
+    completions: CompletionBatch, update: int, config: GRPOConfig | PPOConfig, *, seed: int
+) -> list[CompletionBatch]:
+    """What one update learns from: each epoch goes through all completions in an order of its own."""
+    rows = torch.arange(len(completions.inputs))
+    if config.num_mini_batches > 1:
+        epoch, part = divmod(update, config.num_mini_batches)
         generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
-        rows = torch.randperm(len(rows), generator=generator).chunk(config.minibatches_per_rollout)[part]
-    chosen = answers.take(rows)
+        rows = torch.randperm(len(rows), generator=generator).chunk(config.num_mini_batches)[part]
+    chosen = completions.take(rows)
     return [chosen.take(part) for part in by_length(chosen, config.accumulation_steps)]
 
 
-def by_length(answers: Answers, parts: int) -> list[Tensor]:
-    """Rows in parts of answers of about the same length, so that little is padding."""
-    return list(answers.lengths.argsort(stable=True).tensor_split(parts))
+def by_length(completions: CompletionBatch, parts: int) -> list[Tensor]:
+    """Rows in parts of completions of about the same length, so that little is padding."""
+    return list(completions.lengths.argsort(stable=True).tensor_split(parts))
 
 
 def num_parts(config: GRPOConfig | PPOConfig) -> int:
     """Parts of a rollout that are as large as a micro-batch."""
-    return config.minibatches_per_rollout * config.accumulation_steps
+    return config.num_mini_batches * config.accumulation_steps
 
 
-def in_parts(function: Callable[[Answers], Tensor], answers: Answers, parts: int) -> Tensor:
+def in_parts(function: Callable[[CompletionBatch], Tensor], completions: CompletionBatch, parts: int) -> Tensor:
     """What a function gives of each part ``[N, T]``, 0 in padding; without a gradient."""
-    result_NT = torch.zeros_like(answers.old_logprobs)
+    result_NT = torch.zeros_like(completions.old_logprobs)
     with torch.no_grad():
-        for rows in by_length(answers, parts):
-            part = answers.take(rows)
+        for rows in by_length(completions, parts):
+            part = completions.take(rows)
             result_NT[rows, : part.inputs.shape[1]] = function(part)
     return result_NT
 
 
-def answer_logprobs(model: Transformer, answers: Answers, *, parts: int, temperature: float = 1.0) -> Tensor:
+def completion_logprobs(
+    model: Transformer, completions: CompletionBatch, *, parts: int, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of the drawn tokens ``[N, T]``, 0 elsewhere; without a gradient."""
 
-    def logprobs(part: Answers) -> Tensor:
+    def logprobs(part: CompletionBatch) -> Tensor:
         scores = at_targets(token_scores, temperature)
         softcap = model.config.logit_softcap
         return scores(model.model(part.inputs), model.output_weight, part.targets, softcap=softcap).logprobs
 
-    return in_parts(logprobs, answers, parts)
+    return in_parts(logprobs, completions, parts)
 
 
-def at_temperature(model: Transformer, answers: Answers, config: GRPOConfig | PPOConfig, *, rollout: int) -> Answers:
-    """The answers with log-probabilities at the sampling temperature: the sampler gives those at temperature 1.
+def at_temperature(
+    model: Transformer, completions: CompletionBatch, config: GRPOConfig | PPOConfig, *, rollout: int
+) -> CompletionBatch:
+    """The completions with log-probabilities at the sampling temperature: the sampler gives those at temperature 1.
 
     Raises ``DataError`` if the sampler's differ from the trainer's.
     """
-    check_gap(answer_logprobs(model, answers, parts=num_parts(config)), answers, config.watch, rollout=rollout)
+    measure_logprob_mismatch(
+        completion_logprobs(model, completions, parts=num_parts(config)),
+        completions,
+        config.collapse_monitor,
+        rollout=rollout,
+    )
     temperature = config.sampling.temperature
-    old_NT = answer_logprobs(model, answers, parts=num_parts(config), temperature=temperature)
-    return answers._replace(old_logprobs=old_NT)
+    old_NT = completion_logprobs(model, completions, parts=num_parts(config), temperature=temperature)
+    return completions._replace(old_logprobs=old_NT)
 
 
-def check_gap(logprobs_NT: Tensor, answers: Answers, config: WatchConfig, *, rollout: int) -> tuple[float, float]:
+def measure_logprob_mismatch(
+    logprobs_NT: Tensor, completions: CompletionBatch, config: CollapseMonitorConfig, *, rollout: int
+) -> tuple[float, float]:
     """Sum and count of the differences between the trainer's log-probabilities of drawn tokens and the sampler's.
 
     Raises ``DataError`` if they are too large.
     """
-    gap_N = (logprobs_NT - answers.old_logprobs)[answers.drawn].abs()
-    check_sampler_gap(gap_N.mean().item(), config, rollout=rollout)
+    gap_N = (logprobs_NT - completions.old_logprobs)[completions.completion_mask].abs()
+    check_logprob_mismatch(gap_N.mean().item(), config, rollout=rollout)
     return gap_N.sum().item(), float(len(gap_N))
 
 
@@ -324,16 +348,16 @@ class Rollouts:
         path = self._path(number)
         if not path.exists():
             raise ArtifactError(
-                f"{path}: is not there, expected the answers that the next update learns from: the run stopped between "
-                f"two updates of rollout {number + 1}; go on with as many workers as it had, or delete its last "
-                "checkpoint"
+                f"{path}: is not there, expected the completions that the next update learns from: the run stopped "
+                f"between two updates of rollout {number + 1}; go on with as many workers as it had, or delete its "
+                "last checkpoint"
             )
         return read_rollout(path, self._device)
 
 
 def write_rollout(path: Path, rollout: Rollout) -> None:
     """Write it atomically."""
-    tensors = {name: t.contiguous() for name, t in rollout.answers._asdict().items() if t is not None}
+    tensors = {name: t.contiguous() for name, t in rollout.completions._asdict().items() if t is not None}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # workers of one data rank write the same
     save_file(tensors, temporary, metadata={"metrics": json.dumps(rollout.metrics)})
     with temporary.open("rb+") as file:
@@ -346,4 +370,4 @@ def read_rollout(path: Path, device: torch.device) -> Rollout:
     with safe_open(path, framework="pt") as file:
         tensors: Mapping[str, Tensor] = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (no mapping)
         metrics = {name: (total, count) for name, (total, count) in json.loads(file.metadata()["metrics"]).items()}
-    return Rollout(Answers(**tensors), metrics)
+    return Rollout(CompletionBatch(**tensors), metrics)

@@ -1,4 +1,4 @@
-"""Answers to many prompts as rows of a table: what rejection sampling, preferences and evaluation start from."""
+"""Completions to many prompts as rows of a table: what rejection sampling, preferences and evaluation start from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from lilpipe import distributed
-from lilpipe.alignment.rewards.reward_functions import Response, Rewards
+from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
 from lilpipe.alignment.rewards.scoring import load_reward_model
 from lilpipe.alignment.rollout.completions import Completion, PromptForm, complete
 from lilpipe.artifact import Artifact, Inputs
@@ -32,7 +32,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("question", pa.string()),
         ("answer", pa.string()),
         ("sample", pa.int32()),
-        ("response", pa.string()),
+        ("completion", pa.string()),
         ("num_tokens", pa.int32()),
         ("num_words", pa.int32()),
         ("ended", pa.bool_()),
@@ -40,7 +40,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("correct", pa.bool_()),
     ]
 )
-"""One row for each sampled response."""
+"""One row for each sampled completion."""
 
 
 def sample_rows(groups: Sequence[Sequence[Completion]]) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def sample_rows(groups: Sequence[Sequence[Completion]]) -> list[dict[str, Any]]:
             "question": completion.prompt.question,
             "answer": completion.prompt.answer,
             "sample": index,
-            "response": completion.response,
+            "completion": completion.text,
             "num_tokens": len(completion.sample.tokens),
             **vars(completion.verdict),
         }
@@ -62,7 +62,7 @@ def sample_rows(groups: Sequence[Sequence[Completion]]) -> list[dict[str, Any]]:
 
 
 def scored_schema(rewards: Rewards) -> pa.Schema:
-    """``SAMPLE_SCHEMA``, the prompt's difficulty, and what the response is worth, in all and by each reward."""
+    """``SAMPLE_SCHEMA``, the prompt's difficulty, and what the completion is worth, in all and by each reward."""
     columns = [pa.field("difficulty", pa.int32()), pa.field("reward", pa.float64())]
     return pa.schema([*SAMPLE_SCHEMA, *columns, *(pa.field(_column(name), pa.float64()) for name in rewards.names)])
 
@@ -70,8 +70,8 @@ def scored_schema(rewards: Rewards) -> pa.Schema:
 def scored_rows(groups: Sequence[Sequence[Completion]], rewards: Rewards) -> list[Row]:
     """A row of ``scored_schema`` for each completion."""
     completions = [completion for group in groups for completion in group]
-    responses = [Response(item.response, item.verdict.ended, len(item.sample.tokens)) for item in completions]
-    scored = rewards([item.prompt for item in completions], responses)
+    texts = [CompletionText(item.text, item.verdict.ended, len(item.sample.tokens)) for item in completions]
+    scored = rewards([item.prompt for item in completions], texts)
     return [
         {
             **row,
@@ -116,7 +116,7 @@ def sample_in_chunks(
     workspace: Workspace,
     name: str = "samples",
 ) -> list[Row]:
-    """``config.samples_per_prompt`` answers to each prompt, as rows of ``scored_schema``.
+    """``config.num_generations`` completions to each prompt, as rows of ``scored_schema``.
 
     They are shared among processes. A killed run goes on with the first prompt that is not in a chunk's file: what a
     chunk holds depends on its prompts and its number alone, so the rows are the same however often that happens.
@@ -138,7 +138,7 @@ def sample_in_chunks(
             form=form,
             sampling=config.sampling,
             seed=derive_seed(seed, purpose, index),
-            num_samples=config.samples_per_prompt,
+            num_generations=config.num_generations,
         )
         return scored_rows(groups, rewards)
 

@@ -1,11 +1,12 @@
-"""Answers to one prompt behind it in one row, so that training reads the prompt once and not once for each answer.
+"""Completions to one prompt behind it in one row, so that training reads the prompt once and not once for each
+completion.
 
-In a row stands the prompt but its last token, then of each answer the prompt's last token and the answer but its last;
-behind them may stand another prompt with its answers. A token sees its prompt and what came before it in its own
-answer, at the place that it would have alone, so its score is the same up to rounding (prefix sharing, as "tree
-attention" in speculative decoding).
+In a row stands the prompt but its last token, then of each completion the prompt's last token and the completion but
+its last; behind them may stand another prompt with its completions. A token sees its prompt and what came before it in
+its own completion, at the place that it would have alone, so its score is the same up to rounding (prefix sharing, as
+"tree attention" in speculative decoding).
 
-Dimensions: N answers, T inputs of the longest; B rows, S inputs of the longest row.
+Dimensions: N completions, T inputs of the longest; B rows, S inputs of the longest row.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lilpipe.alignment.rollout.rollouts import Answers
+from lilpipe.alignment.rollout.rollouts import CompletionBatch
 from lilpipe.model.scores import IGNORED
 
 ROW_LEN = 128
-"""Inputs of a row, unless an answer alone needs more: attention grows with the square of a row."""
+"""Inputs of a row, unless a completion alone needs more: attention grows with the square of a row."""
 
 
 class SharedRows(NamedTuple):
-    """Rows as the model takes them, and where the answers' targets are in them."""
+    """Rows as the model takes them, and where the completions' targets are in them."""
 
     inputs: Tensor
     targets: Tensor
@@ -36,18 +37,18 @@ class SharedRows(NamedTuple):
     """[N, T], the place in the flattened targets of each drawn token; 0 elsewhere."""
 
 
-def share_prompts(answers: Answers, *, max_len: int) -> SharedRows:
-    """The answers in rows of at most ``max_len`` inputs, which is no less than the longest alone."""
-    inputs_NT, drawn_NT = answers.inputs.cpu().numpy(), answers.drawn.cpu().numpy()
-    targets_NT = answers.targets.cpu().numpy()
-    firsts = drawn_NT.argmax(axis=1)
-    ends = drawn_NT.shape[1] - drawn_NT[:, ::-1].argmax(axis=1)
+def share_prompts(completions: CompletionBatch, *, max_len: int) -> SharedRows:
+    """The completions in rows of at most ``max_len`` inputs, which is no less than the longest alone."""
+    inputs_NT, completion_mask_NT = completions.inputs.cpu().numpy(), completions.completion_mask.cpu().numpy()
+    targets_NT = completions.targets.cpu().numpy()
+    firsts = completion_mask_NT.argmax(axis=1)
+    ends = completion_mask_NT.shape[1] - completion_mask_NT[:, ::-1].argmax(axis=1)
     row_len = min(max_len, max(ROW_LEN, int(ends.max())))
     rows = _rows(_branches(inputs_NT, firsts, ends, row_len), row_len)
     width = max(sum(branch.size for branch in row) for row in rows)
     inputs_BS, positions_BS = np.zeros((2, len(rows), width), dtype=np.int64)
     targets_BS = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    # Which prompt or answer a token is of, and which prompt it sees; numbers are of a row.
+    # Which prompt or completion a token is of, and which prompt it sees; numbers are of a row.
     owner_BS, prompt_BS = np.full((2, len(rows), width), -1, dtype=np.int64)
     places_NT = np.zeros(inputs_NT.shape, dtype=np.int64)
     for b, row in enumerate(rows):
@@ -64,7 +65,7 @@ def share_prompts(answers: Answers, *, max_len: int) -> SharedRows:
                 owner_BS[b, at:stop], positions_BS[b, at:stop] = owner, np.arange(first, ends[n])
                 places_NT[n, own] = b * width + np.arange(at, stop)
                 at, owner = stop, owner + 1
-    device = answers.inputs.device
+    device = completions.inputs.device
     owner, prompt = torch.from_numpy(owner_BS).to(device), torch.from_numpy(prompt_BS).to(device)
     earlier_SS = torch.ones(width, width, dtype=torch.bool, device=device).tril()
     seen = (owner[:, None, :] == owner[:, :, None]) | (owner[:, None, :] == prompt[:, :, None])
@@ -75,7 +76,7 @@ def share_prompts(answers: Answers, *, max_len: int) -> SharedRows:
 
 
 class _Branch(NamedTuple):
-    """Answers to one prompt that stand together behind it."""
+    """Completions to one prompt that stand together behind it."""
 
     members: list[int]
     size: int
@@ -83,7 +84,7 @@ class _Branch(NamedTuple):
 
 
 def _branches(inputs_NT: np.ndarray, firsts: np.ndarray, ends: np.ndarray, row_len: int) -> list[_Branch]:
-    """All answers, as many of a prompt together as a row holds."""
+    """All completions, as many of a prompt together as a row holds."""
     by_prompt: dict[bytes, list[int]] = defaultdict(list)
     for n, first in enumerate(firsts):
         by_prompt[inputs_NT[n, : first + 1].tobytes()].append(n)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lilpipe.alignment.verify import sandbox_child as confined
+from lilpipe.alignment.verify import sandbox_child
 
 NAMESPACES = ("--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child=KILL")
 CLOCK_FACTOR = 10
@@ -50,7 +50,7 @@ class Limits:
     memory_bytes: int = 256 * 2**20
     """Address space."""
     file_bytes: int = 2**20
-    """Size of one file; it may write `confined.MAX_WRITTEN_FILES`."""
+    """Size of one file; it may write `sandbox_child.MAX_WRITTEN_FILES`."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Outcome:
     ``file_access``, ``native_code``, ``limits``; ``no_program``; or ``crashed N``, by signal N."""
 
 
-def find_program(response: str) -> str | None:
-    """The last fenced block of Python, or of no language, in a response."""
-    blocks = _CODE_BLOCK.findall(response)
+def find_program(completion: str) -> str | None:
+    """The last fenced block of Python, or of no language, in a completion."""
+    blocks = _CODE_BLOCK.findall(completion)
     return blocks[-1] if blocks else None
 
 
@@ -151,7 +151,7 @@ def _readable() -> list[str]:
 
 def _run(source: IO[bytes], report: IO[bytes], folder: Path, *, seconds: float) -> int | None:
     """The exit status, negative for a signal; None if the clock ran out. Nothing of it is left alive."""
-    command = [sys.executable, "-S", "-s", "-P", "-B", str(confined.__file__)]
+    command = [sys.executable, "-S", "-s", "-P", "-B", str(sandbox_child.__file__)]
     if isolation() == "namespaces":
         command = ["unshare", *NAMESPACES, *command]
     process = subprocess.Popen(

@@ -33,7 +33,7 @@ FIELD = "corpus.classifier"
 MODEL_FILE = "classifier.bin"
 GOOD, BAD = "good", "bad"
 
-MIN_TRAINED, MIN_HELD_OUT = 20, 5
+MIN_TRAINED, MIN_VALIDATION_EXAMPLES = 20, 5
 """Fewest examples of a class to learn from, and to measure on."""
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
@@ -68,7 +68,7 @@ class ClassifierReport:
     """Texts that were given as good and as bad, and so left out."""
     num_trained: int
     """Of each class, like the next."""
-    num_held_out: int
+    num_validation: int
     auc: float
     """How often a held-out good example scores above a bad one; ties count half."""
     at_thresholds: tuple[AtThreshold, ...]
@@ -88,12 +88,12 @@ class ClassifierFilter:
         document.scores["classifier.score"] = probability(load(self.model_path, FIELD), document.text)
 
 
-def keep_threshold(scores: np.ndarray, keep_share: float, *, counts: np.ndarray | None = None) -> float:
-    """The greatest score such that at least ``keep_share`` of the documents have it or more; 0 for no documents.
+def keep_threshold(scores: np.ndarray, keep_ratio: float, *, counts: np.ndarray | None = None) -> float:
+    """The greatest score such that at least ``keep_ratio`` of the documents have it or more; 0 for no documents.
 
     Args:
         scores: float [n].
-        keep_share: Above 0, at most 1.
+        keep_ratio: Above 0, at most 1.
         counts: How many documents have each of the scores; one each if not given. So a histogram may be handed over
             as the lower edges of its bins and their counts.
     """
@@ -102,11 +102,13 @@ def keep_threshold(scores: np.ndarray, keep_share: float, *, counts: np.ndarray 
     num_kept = np.cumsum(counts[descending])
     if not len(scores) or num_kept[-1] == 0:
         return 0.0
-    wanted = math.ceil(keep_share * int(num_kept[-1]) - 1e-9)  # 0.1 * 30 is a little above 3
+    wanted = math.ceil(keep_ratio * int(num_kept[-1]) - 1e-9)  # 0.1 * 30 is a little above 3
     return float(scores[descending[np.searchsorted(num_kept, wanted)]])
 
 
-def train(good: Iterable[str], bad: Iterable[str], config: ClassifierConfig, folder: Path) -> ClassifierReport:
+def train_classifier(
+    good: Iterable[str], bad: Iterable[str], config: ClassifierConfig, folder: Path
+) -> ClassifierReport:
     """Train on examples and measure on those held out; leaves ``MODEL_FILE`` in the folder.
 
     Raises:
@@ -115,7 +117,7 @@ def train(good: Iterable[str], bad: Iterable[str], config: ClassifierConfig, fol
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
-        examples = _Examples(scratch, good, bad, config.held_out_share)
+        examples = _Examples(scratch, good, bad, config.validation_ratio)
         lines = scratch / "train.txt"
         num_words = examples.write(lines, examples.trained)
         try:
@@ -194,21 +196,21 @@ class _Example(NamedTuple):
 class _Examples:
     """Examples on disk, a line each, balanced and split; memory holds their places alone."""
 
-    def __init__(self, folder: Path, good: Iterable[str], bad: Iterable[str], held_out_share: float) -> None:
+    def __init__(self, folder: Path, good: Iterable[str], bad: Iterable[str], validation_ratio: float) -> None:
         self.folder = folder
-        found = {GOOD: self._store(GOOD, good, held_out_share), BAD: self._store(BAD, bad, held_out_share)}
+        found = {GOOD: self._store(GOOD, good, validation_ratio), BAD: self._store(BAD, bad, validation_ratio)}
         in_both = found[GOOD].keys() & found[BAD].keys()
         sides: dict[bool, dict[str, list[_Example]]] = {side: {GOOD: [], BAD: []} for side in (False, True)}
         for label, by_text in found.items():
             for text_hash in by_text.keys() - in_both:
-                example, is_held_out = by_text[text_hash]
-                sides[is_held_out][label].append(example)
+                example, is_validation = by_text[text_hash]
+                sides[is_validation][label].append(example)
         self.num_in_both = len(in_both)
         self.num_good, self.num_bad = (len(found[label]) - len(in_both) for label in (GOOD, BAD))
         self.trained = _balance(sides[False], MIN_TRAINED, "to learn from")
-        self.held_out = _balance(sides[True], MIN_HELD_OUT, f"held out (a share of {held_out_share})")
+        self.held_out = _balance(sides[True], MIN_VALIDATION_EXAMPLES, f"held out (a share of {validation_ratio})")
 
-    def _store(self, label: str, texts: Iterable[str], held_out_share: float) -> dict[int, tuple[_Example, bool]]:
+    def _store(self, label: str, texts: Iterable[str], validation_ratio: float) -> dict[int, tuple[_Example, bool]]:
         """Write down the distinct texts of a class; gives them by their hash, and whether they are held out."""
         found: dict[int, tuple[_Example, bool]] = {}
         with (self.folder / label).open("wb") as file:
@@ -216,9 +218,9 @@ class _Examples:
                 line = features(text).encode()
                 text_hash = xxhash.xxh3_64_intdigest(line)
                 if line and text_hash not in found:
-                    is_held_out = xxhash.xxh3_64_intdigest(line, _SPLIT_SEED) < held_out_share * 2**64
+                    is_validation = xxhash.xxh3_64_intdigest(line, _SPLIT_SEED) < validation_ratio * 2**64
                     order = xxhash.xxh3_64_intdigest(line, _ORDER_SEED)
-                    found[text_hash] = _Example(order, label, file.tell(), len(line)), is_held_out
+                    found[text_hash] = _Example(order, label, file.tell(), len(line)), is_validation
                     file.write(line)
         return found
 
@@ -247,7 +249,7 @@ def _balance(classes: dict[str, list[_Example]], least: int, purpose: str) -> li
         got = " and ".join(f"{len(examples)} {label}" for label, examples in classes.items())
         raise DataError(
             f"{FIELD}: got {got} examples {purpose}, expected at least {least} of each; name more, or set another "
-            "held_out_share (examples count once, and not if they are both good and bad)"
+            "validation_ratio (examples count once, and not if they are both good and bad)"
         )
     return sorted(example for examples in classes.values() for example in sorted(examples)[:num_each])
 
@@ -263,7 +265,7 @@ def _measure(model: _FastText, examples: _Examples, config: ClassifierConfig) ->
         num_bad=examples.num_bad,
         num_in_both=examples.num_in_both,
         num_trained=len(examples.trained) // 2,
-        num_held_out=len(good),
+        num_validation=len(good),
         auc=area_under_curve(good, bad),
         at_thresholds=tuple(at_threshold(good, bad, each) for each in sorted(thresholds)),
     )

@@ -153,7 +153,7 @@ MATCHES = pa.schema(
     [
         *((name, pa.string()) for name in ("document", "source", "set", "item")),
         ("matched_ngrams", pa.int64()),  # distinct, of the item
-        ("item_share", pa.float64()),  # of the item's n-grams
+        ("item_ratio", pa.float64()),  # of the item's n-grams
         *((name, pa.string()) for name in ("before", "overlap", "after")),  # the longest overlap, as in the document
     ]
 )
@@ -168,7 +168,7 @@ class Match:
     set: str
     item: str
     matched_ngrams: int
-    item_share: float
+    item_ratio: float
     before: str
     overlap: str
     after: str
@@ -177,7 +177,7 @@ class Match:
 class DecontaminationFilter:
     """Rejects, or reports, documents that hold an n-gram of an evaluation item.
 
-    ``matched_share`` is the share of the document's words that lie in such n-grams.
+    ``matched_ratio`` is the share of the document's words that lie in such n-grams.
     """
 
     stage = "decontamination"
@@ -188,7 +188,7 @@ class DecontaminationFilter:
         self.index = index
         self.frequent_ngrams = frequent_ngrams
         most = 0 if config.action == "reject" else None
-        self.bounds = {"matched_ngrams": Bounds(most=most), "matched_share": Bounds()}
+        self.bounds = {"matched_ngrams": Bounds(most=most), "matched_ratio": Bounds()}
         self._matches: list[Match] = []
         self._loaded: tuple[EvaluationIndex, np.ndarray] | None = None
 
@@ -203,7 +203,7 @@ class DecontaminationFilter:
             sign = ~contains(frequent, keys)
             places, lengths, keys = places[sign], lengths[sign], keys[sign]
         document.scores["decontamination.matched_ngrams"] = len(keys)
-        document.scores["decontamination.matched_share"] = _covered(places, lengths) / len(hashes) if len(keys) else 0.0
+        document.scores["decontamination.matched_ratio"] = _covered(places, lengths) / len(hashes) if len(keys) else 0.0
         if not len(keys):
             return None
         matches = list(self._describe(document, index, places, lengths, keys))
@@ -241,7 +241,7 @@ class DecontaminationFilter:
                 set=row["set"],
                 item=row["item"],
                 matched_ngrams=distinct,
-                item_share=distinct / row["num_ngrams"],
+                item_ratio=distinct / row["num_ngrams"],
                 before=document.text[max(0, start - CONTEXT_CHARS) : start],
                 overlap=_shortened(document.text[start:end], MAX_OVERLAP_CHARS),
                 after=document.text[end : end + CONTEXT_CHARS],

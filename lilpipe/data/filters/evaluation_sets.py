@@ -14,11 +14,11 @@ from lilpipe.schemas.examples import read_prompts
 
 
 def prompt_sets(directory: Path, *, min_item_words: int) -> list[EvaluationSet]:
-    """The splits dev and test of a Prompts artifact: the questions, and where they are too short to be looked for,
-    the answer behind them.
+    """The splits validation and test of a Prompts artifact: the questions, and where they are too short to be looked
+    for, the answer behind them.
     """
     sets = []
-    for split in ("dev", "test"):
+    for split in ("validation", "test"):
         items = []
         for prompt in read_prompts(directory, split):
             short = len(Words(prompt.question).hashes) < min_item_words

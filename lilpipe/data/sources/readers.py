@@ -1,6 +1,6 @@
 """Raw sources as rows, whatever their kind.
 
-A source is divided into ``Part``s, the units in which reading is spread over processes and resumed. The division
+A source is divided into ``SourcePart``s, the units in which reading is spread over processes and resumed. The division
 depends on the source alone, and what a row is called does not depend on the division.
 """
 
@@ -17,14 +17,14 @@ from lilpipe.data.sources import huggingface, installed_docs, jsonl, parquet, wa
 from lilpipe.data.sources.files import BrokenStream, File, Span, digest_files, find_files, open_file
 from lilpipe.data.sources.rows import MAX_DOCUMENT_BYTES, RawDocument, Row, Unreadable, to_row
 
-__all__ = ["FirstBytes", "Part", "RawDocument", "Unreadable", "digest_source", "find_parts", "read_part"]
+__all__ = ["FirstBytes", "RawDocument", "SourcePart", "Unreadable", "digest_source", "find_parts", "read_part"]
 
 PART_BYTES = 32 * 2**20
 INSTALLED_DOCS_PARTS = 8
 
 
 @dataclass(frozen=True)
-class Part:
+class SourcePart:
     """What one reading task reads: some files, a span of one, or one of ``count`` equal shares of the source."""
 
     source: Source
@@ -35,13 +35,13 @@ class Part:
     count: int = 1
 
 
-def find_parts(source: Source) -> list[Part]:
+def find_parts(source: Source) -> list[SourcePart]:
     """The parts of a source. Raises ``DataError`` if its path does not exist or holds nothing of its kind."""
     if source.kind == "installed-docs":
-        return [Part(source, index=index, count=INSTALLED_DOCS_PARTS) for index in range(INSTALLED_DOCS_PARTS)]
+        return [SourcePart(source, index=index, count=INSTALLED_DOCS_PARTS) for index in range(INSTALLED_DOCS_PARTS)]
     if source.kind == "huggingface":
         count = huggingface.num_parts(source)
-        return [Part(source, index=index, count=count) for index in range(count)]
+        return [SourcePart(source, index=index, count=count) for index in range(count)]
     return [part for files in _grouped(find_files(source)) for part in _divided(source, files)]
 
 
@@ -58,13 +58,13 @@ def _grouped(files: Iterable[File]) -> Iterator[tuple[File, ...]]:
     yield tuple(group)
 
 
-def _divided(source: Source, files: tuple[File, ...]) -> list[Part]:
+def _divided(source: Source, files: tuple[File, ...]) -> list[SourcePart]:
     """A part for a group of files, or several for a large one that can be read from the middle."""
     spans: list[Span] = []
     if files[0].size > PART_BYTES and source.kind in ("jsonl", "parquet"):
         divide = jsonl.divide if source.kind == "jsonl" else parquet.divide
         spans = divide(files[0], PART_BYTES)
-    return [Part(source, files, span) for span in spans] or [Part(source, files)]
+    return [SourcePart(source, files, span) for span in spans] or [SourcePart(source, files)]
 
 
 def digest_source(source: Source) -> str:
@@ -76,7 +76,7 @@ def digest_source(source: Source) -> str:
     return digest_files(find_files(source))
 
 
-def read_part(part: Part, skipped: Counter[str] | None = None) -> Iterator[Row]:
+def read_part(part: SourcePart, skipped: Counter[str] | None = None) -> Iterator[Row]:
     """All rows of a part; of the installed documentation no more than `max_bytes` needs.
 
     What is left out as no document at all, such as a picture in a WARC, is counted in ``skipped`` by its kind.
@@ -152,7 +152,7 @@ def _encoding(content: bytes) -> str:
 # --- installed-docs -----------------------------------------------------------------------------------------------
 
 
-def _read_installed_docs(part: Part) -> Iterator[Row]:
+def _read_installed_docs(part: SourcePart) -> Iterator[Row]:
     """Every ``count``-th document in order, up to an equal share of `max_bytes`, without reading the others."""
     left = None if part.source.max_bytes is None else part.source.max_bytes // part.count
     for item in installed_docs.items()[part.index :: part.count]:

@@ -38,7 +38,7 @@ def retried(call: Callable[[], T], what: str) -> T:
         try:
             return _within(STALL_SECONDS, call)
         except Exception as error:
-            if not _may_pass(error):
+            if not _is_retryable(error):
                 raise
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             if not left:
@@ -70,7 +70,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     return results[0]
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_retryable(error: BaseException) -> bool:
     """Whether another try can help; fsspec's HTTP file system hides the cause in a ``FileNotFoundError``."""
     while True:
         status = getattr(error, "status", None)

@@ -14,7 +14,7 @@ from lilpipe.alignment.preference.data import (
     with_mismatched,
 )
 from lilpipe.alignment.preference.dpo import run
-from lilpipe.alignment.preference.evaluation import score_answers
+from lilpipe.alignment.preference.evaluation import score_completions
 from lilpipe.alignment.preference.objective import PreferenceObjective
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.training import OptimizerConfig
@@ -22,7 +22,7 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.hub import load_model
 from lilpipe.schemas.examples import read_prompts
 from lilpipe.schemas.messages import Message
-from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, JudgedExample, Pair
+from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, Pair, UnpairedExample
 from lilpipe.schemas.tables import read_rows, write_rows
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import TINY, as_artifact, digest_of
@@ -59,9 +59,9 @@ def no_report(monkeypatch):
 
 @pytest.fixture(scope="module")
 def make_preferences(tmp_path_factory):
-    def make(*extra, count=12, heldout=6):
+    def make(*extra, count=12, validation=6):
         directory = tmp_path_factory.mktemp("preferences")
-        pairs = [*(pair(i) for i in range(count)), *extra, *(pair(i, "heldout") for i in range(20, 20 + heldout))]
+        pairs = [*(pair(i) for i in range(count)), *extra, *(pair(i, "validation") for i in range(20, 20 + validation))]
         write_rows(directory / "pairs.arrow", [vars(item) for item in pairs], PAIR_SCHEMA)
         return as_artifact(directory, kind="Preferences")
 
@@ -77,12 +77,14 @@ def preferences(make_preferences):
 def answers(tmp_path_factory):
     """Single answers, with no rejected one for most prompts."""
     directory = tmp_path_factory.mktemp("answers")
-    train = [JudgedExample(f"{i}", "train", question(f"Copy {i}."), f"Answer: {i}", True) for i in range(8)]
+    train = [UnpairedExample(f"{i}", "train", question(f"Copy {i}."), f"Answer: {i}", True) for i in range(8)]
     train += [
-        JudgedExample(f"{i}", "train", question(f"Copy {i}."), f"Sure. Answer: {i}", False) for i in range(10, 14)
+        UnpairedExample(f"{i}", "train", question(f"Copy {i}."), f"Sure. Answer: {i}", False) for i in range(10, 14)
     ]
-    heldout = [JudgedExample(f"h{i}", "heldout", question(f"Copy {i}."), f"Answer: {i}", i < 24) for i in range(20, 26)]
-    write_rows(directory / "examples.arrow", [vars(item) for item in train + heldout], EXAMPLE_SCHEMA)
+    validation = [
+        UnpairedExample(f"h{i}", "validation", question(f"Copy {i}."), f"Answer: {i}", i < 24) for i in range(20, 26)
+    ]
+    write_rows(directory / "examples.arrow", [vars(item) for item in train + validation], EXAMPLE_SCHEMA)
     return as_artifact(directory, kind="Preferences")
 
 
@@ -125,14 +127,14 @@ def test_log_probabilities_cover_the_answer_alone(tokenizer, checkpoint, mask_fo
     rows, _ = encode_pairs(tokenizer, [pair(1), pair(234), pair(5)], max_len=TINY.max_seq_len)
     answers = [answer for row in rows for answer in (row.first, row.second)]
     packer = make_packer(tokenizer, packed=packed, mask_formatting=mask_formatting)
-    sums, lengths = score_answers(model, answers, packer, CONFIG)
+    sums, lengths = score_completions(model, answers, packer, CONFIG)
     for answer, total, length in zip(answers, sums.tolist(), lengths.tolist(), strict=True):
-        assert answer.answer[-1] == tokenizer.turn_end_id
+        assert answer.completion[-1] == tokenizer.turn_end_id
         assert answer.prompt[-1] == tokenizer.assistant_id
         # One sequence at a time, without padding.
         with torch.no_grad():
-            logprobs = F.log_softmax(model(torch.tensor([answer.prompt + answer.answer]))[0], dim=-1)
-        terms = [logprobs[len(answer.prompt) + k - 1, token].item() for k, token in enumerate(answer.answer)]
+            logprobs = F.log_softmax(model(torch.tensor([answer.prompt + answer.completion]))[0], dim=-1)
+        terms = [logprobs[len(answer.prompt) + k - 1, token].item() for k, token in enumerate(answer.completion)]
         assert total == pytest.approx(sum(terms[:-1]) if mask_formatting else sum(terms), rel=1e-5)
         assert length == len(terms) - mask_formatting
 
@@ -143,10 +145,10 @@ def test_packed_rows_hold_what_fits_and_score_answers_alone(tokenizer):
     batch, places = make_packer(tokenizer)(answers)
     assert len(batch.inputs) < len(answers)
     assert batch.inputs.shape[1] <= TINY.max_seq_len
-    assert (batch.targets >= 0).sum() == sum(len(answer.answer) for answer in answers) == places.present_SA.sum()
+    assert (batch.targets >= 0).sum() == sum(len(answer.completion) for answer in answers) == places.present_SA.sum()
     for index, answer in enumerate(answers):
         targets = batch.targets[places.rows_S1[index], places.columns_SA[index]][places.present_SA[index]]
-        assert targets.tolist() == answer.answer
+        assert targets.tolist() == answer.completion
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -195,18 +197,18 @@ def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer
 def test_mismatched_answers_are_those_of_other_prompts_each_used_once(tokenizer):
     rows = answer_rows(tokenizer, as_examples([pair(i) for i in range(5)]))
     assert all(row.second.prompt == row.first.prompt for row in rows)
-    owners = {tuple(row.first.answer): row.first.prompt for row in rows}
-    assert all(owners[tuple(row.second.answer)] != row.first.prompt for row in rows)
-    assert {tuple(row.second.answer) for row in rows} == {tuple(row.first.answer) for row in rows}
+    owners = {tuple(row.first.completion): row.first.prompt for row in rows}
+    assert all(owners[tuple(row.second.completion)] != row.first.prompt for row in rows)
+    assert {tuple(row.second.completion) for row in rows} == {tuple(row.first.completion) for row in rows}
 
 
 def test_answers_to_one_prompt_in_a_row_are_mismatched_with_different_ones(tokenizer):
     listed = [
-        JudgedExample(f"{i}", "train", question(f"Copy {i}."), f"Answer {k}: {i}", k == 0)
+        UnpairedExample(f"{i}", "train", question(f"Copy {i}."), f"Answer {k}: {i}", k == 0)
         for i in range(3)
         for k in (0, 1)
     ]
-    assert [(item.prompt_id, item.answer[7]) for item in in_rounds(listed)] == [
+    assert [(item.prompt_id, item.completion[7]) for item in in_rounds(listed)] == [
         ("0", "0"),
         ("1", "0"),
         ("2", "0"),
@@ -215,8 +217,8 @@ def test_answers_to_one_prompt_in_a_row_are_mismatched_with_different_ones(token
         ("2", "1"),
     ]
     rows = answer_rows(tokenizer, in_rounds(listed))
-    assert len({tuple(row.second.answer) for row in rows}) == len(rows)
-    assert len({tuple(row.second.answer) for row in answer_rows(tokenizer, listed)}) < len(rows)
+    assert len({tuple(row.second.completion) for row in rows}) == len(rows)
+    assert len({tuple(row.second.completion) for row in answer_rows(tokenizer, listed)}) < len(rows)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -227,23 +229,23 @@ def test_every_loss_widens_the_margin_on_held_out_pairs(train, loss):
     beta = {"simpo": 2.0, "orpo": 1.0}.get(loss, 0.1)
     metrics = train(loss=loss, beta=beta, batch_size=8 if loss == "kto" else 4, num_epochs=4, **FAST)
     assert metrics["steps"] == 12
-    assert metrics["heldout_margin"] > metrics["heldout_margin_before"] + 0.05
-    assert metrics["heldout_preference_accuracy"] == 1
+    assert metrics["validation_margin"] > metrics["validation_margin_before"] + 0.05
+    assert metrics["validation_preference_accuracy"] == 1
     if loss in ("sigmoid", "ipo", "kto"):
-        assert metrics["heldout_preference_accuracy_before"] == 0.5
-        assert metrics["heldout_margin_before"] == 0
+        assert metrics["validation_preference_accuracy_before"] == 0.5
+        assert metrics["validation_margin_before"] == 0
 
 
 def test_kto_learns_from_answers_without_pairs(train, answers):
-    metrics = train(answers, loss="kto", num_epochs=4, undesirable_weight=2.0, **FAST)
-    assert (metrics["answers"], metrics["heldout_answers"]) == (12, 6)
-    assert metrics["heldout_reward_chosen"] > 0
-    assert metrics["heldout_preference_accuracy_before"] == 0.5
+    metrics = train(answers, loss_type="kto", num_epochs=4, undesirable_weight=2.0, **FAST)
+    assert (metrics["completions"], metrics["validation_completions"]) == (12, 6)
+    assert metrics["validation_reward_chosen"] > 0
+    assert metrics["validation_preference_accuracy_before"] == 0.5
 
 
 def test_without_the_preference_loss_the_likelihood_term_alone_is_learnt(train):
-    metrics = train(preference_coefficient=0.0, nll_coefficient=1.0)
-    assert metrics["heldout_chosen_change"] > 0
+    metrics = train(preference_coefficient=0.0, rpo_alpha=1.0)
+    assert metrics["validation_chosen_change"] > 0
     assert metrics["chosen_fall_alarm"] == 0
 
 
@@ -257,8 +259,8 @@ def test_the_reference_is_computed_once_and_stored(tmp_path, train, tokenizer, c
     if loss == "kto":
         rows = answer_rows(tokenizer, as_examples(pairs))
     model, _ = load_model(checkpoint.path)
-    expected, _ = score_answers(model, [row.second for row in rows], make_packer(tokenizer), CONFIG)
-    column = "mismatched_answer" if loss == "kto" else "rejected"
+    expected, _ = score_completions(model, [row.second for row in rows], make_packer(tokenizer), CONFIG)
+    column = "mismatched_completion" if loss == "kto" else "rejected"
     assert [row["prompt_id"] for row in table] == [row.prompt_id for row in rows]
     assert [row[column] for row in table] == pytest.approx(expected.tolist(), rel=1e-5)
 
@@ -303,7 +305,7 @@ def test_the_report_shows_curves_and_answers_before_and_after(tmp_path, train, m
 # --- gates: planted faults ----------------------------------------------------------------------------------------
 
 UNLEARNING = {
-    "nll_coefficient": 0.0,
+    "rpo_alpha": 0.0,
     "beta": 1.0,
     "optimizer": OptimizerConfig(learning_rate=3e-2, warmup_steps=0, weight_decay=0.0),
 }
@@ -312,10 +314,10 @@ UNLEARNING = {
 def test_a_falling_likelihood_of_chosen_answers_raises_the_alarm(tmp_path, train):
     workspace = Workspace(tmp_path)
     metrics = train(workspace=workspace, **UNLEARNING)
-    assert metrics["heldout_chosen_change"] < -1
+    assert metrics["validation_chosen_change"] < -1
     assert metrics["chosen_fall_alarm"] == 1
     assert metrics["chosen_fall_alarm_before"] == 0
-    assert "the log-probability of held-out chosen answers fell by" in workspace.events.read_text()
+    assert "the log-probability of held-out chosen completions fell by" in workspace.events.read_text()
 
 
 def test_a_fall_beyond_the_limit_ends_the_stage_and_says_what_to_do(tmp_path, train):
@@ -326,41 +328,42 @@ def test_a_fall_beyond_the_limit_ends_the_stage_and_says_what_to_do(tmp_path, tr
 
 
 def test_a_limit_that_nothing_is_measured_against_is_refused(train, make_preferences):
-    with pytest.raises(DataError, match="no held-out answers to measure a fall on"):
-        train(make_preferences(heldout=0), max_chosen_fall=2.0)
+    with pytest.raises(DataError, match="no held-out completions to measure a fall on"):
+        train(make_preferences(validation=0), max_chosen_fall=2.0)
 
 
 def test_pairs_of_the_same_answer_are_refused_with_their_number(train, make_preferences):
     faults = [pair(90, rejected="Answer: 90 "), pair(91, rejected="Answer: 91")]
-    with pytest.raises(DataError, match=r"2 of 20 pairs hold the same answer twice.*train/90"):
+    with pytest.raises(DataError, match=r"2 of 20 pairs hold the same completion twice.*train/90"):
         train(make_preferences(*faults))
 
 
 def test_held_out_prompts_are_refused_in_training(train, make_preferences, prompts):
     held_out = read_prompts(prompts.path, "test")[0].question
-    with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
+    with pytest.raises(DataError, match="1 training questions occur in the validation or test split"):
         train(make_preferences(pair(90, prompt=question(held_out))), prompts=prompts)
 
 
 def test_prompts_of_both_splits_are_refused(train, make_preferences):
-    with pytest.raises(DataError, match=r"1 of 6 held-out pairs have a prompt that is trained on.*heldout/20"):
+    with pytest.raises(DataError, match=r"1 of 6 held-out pairs have a prompt that is trained on.*validation/20"):
         train(make_preferences(pair(20)))
 
 
 def test_an_answer_that_is_both_desirable_and_undesirable_is_refused(tmp_path, train):
-    examples = [JudgedExample("1", "train", question("Copy 1."), "Answer: 1", verdict) for verdict in (True, False)]
+    examples = [UnpairedExample("1", "train", question("Copy 1."), "Answer: 1", verdict) for verdict in (True, False)]
     write_rows(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
-    with pytest.raises(DataError, match="1 of 1 answers are both desirable and undesirable"):
-        train(as_artifact(tmp_path, kind="Preferences"), loss="kto")
+    with pytest.raises(DataError, match="1 of 1 completions are both desirable and undesirable"):
+        train(as_artifact(tmp_path, kind="Preferences"), loss_type="kto")
 
 
-def test_a_prompt_of_both_splits_is_refused_among_single_answers(tmp_path, train):
+def test_a_prompt_of_both_splits_is_refused_among_unpaired_examples(tmp_path, train):
     examples = [
-        JudgedExample(split, split, question("Copy 1."), f"Answer: {split}", True) for split in ("train", "heldout")
+        UnpairedExample(split, split, question("Copy 1."), f"Answer: {split}", True)
+        for split in ("train", "validation")
     ]
     write_rows(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
-    with pytest.raises(DataError, match="1 of 1 held-out answers have a prompt that is trained on"):
-        train(as_artifact(tmp_path, kind="Preferences"), loss="kto")
+    with pytest.raises(DataError, match="1 of 1 held-out completions have a prompt that is trained on"):
+        train(as_artifact(tmp_path, kind="Preferences"), loss_type="kto")
 
 
 def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_counted(
@@ -369,17 +372,17 @@ def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_c
     faults = [pair(90, rejected="word " * 40), pair(91, chosen=" ")]
     workspace = Workspace(tmp_path)
     metrics = train(make_preferences(*faults), workspace=workspace, num_epochs=1)
-    assert (metrics["pairs"], metrics["too_long"], metrics["empty_answers"]) == (12, 1, 1)
-    lines = [json.loads(line) for line in (workspace.report / "left_out.jsonl").read_text().splitlines()]
+    assert (metrics["pairs"], metrics["too_long"], metrics["empty_completions"]) == (12, 1, 1)
+    lines = [json.loads(line) for line in (workspace.report / "skipped.jsonl").read_text().splitlines()]
     assert lines == [
         {"prompt_id": "train/90", "reason": "too_long"},
-        {"prompt_id": "train/91", "reason": "empty_answer"},
+        {"prompt_id": "train/91", "reason": "empty_completion"},
     ]
 
 
 def test_answers_to_a_single_prompt_are_refused_by_kto(tokenizer):
-    examples = [JudgedExample("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
-    with pytest.raises(DataError, match="no answer to another prompt fits behind prompt 1"):
+    examples = [UnpairedExample("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
+    with pytest.raises(DataError, match="no completion to another prompt fits behind prompt 1"):
         answer_rows(tokenizer, examples)
 
 
@@ -388,7 +391,7 @@ def test_too_few_pairs_for_a_batch_are_refused_with_numbers_and_a_list_of_those_
 ):
     with pytest.raises(DataError, match="got 12 pairs, expected at least one batch of 16"):
         train(make_preferences(pair(90, rejected="word " * 40)), workspace=Workspace(tmp_path), batch_size=16)
-    assert "train/90" in (Workspace(tmp_path).report / "left_out.jsonl").read_text()
+    assert "train/90" in (Workspace(tmp_path).report / "skipped.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
@@ -396,7 +399,7 @@ def test_too_few_pairs_for_a_batch_are_refused_with_numbers_and_a_list_of_those_
     [
         ({"num_workers": 3}, r"got 4, expected a multiple of 3: workers x accumulation_steps 3"),
         ({"accumulation_steps": 3}, r"got 4, expected a multiple of 3"),
-        ({"loss": "kto", "batch_size": 6}, r"got 6, expected a multiple of 4: .* x kl_examples 4"),
+        ({"loss_type": "kto", "batch_size": 6}, r"got 6, expected a multiple of 4: .* x kl_examples 4"),
     ],
 )
 def test_a_batch_that_cannot_be_divided_is_refused(train, changes, message):
@@ -406,7 +409,11 @@ def test_a_batch_that_cannot_be_divided_is_refused(train, changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"loss": "ipo", "label_smoothing": 0.1}, {"smoothing": "robust"}, {"loss": "simpo", "smoothing": "robust"}],
+    [
+        {"loss_type": "ipo", "label_smoothing": 0.1},
+        {"smoothing": "robust"},
+        {"loss_type": "simpo", "smoothing": "robust"},
+    ],
 )
 def test_smoothing_that_would_be_ignored_is_refused(changes):
     with pytest.raises(ValueError, match="would be ignored"):

@@ -16,22 +16,22 @@ from lilpipe.config.prompts import RewardConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.config.training import OptimizerConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.generation.engine import Sample
+from lilpipe.generation.engine import CompletionOutput
 from lilpipe.schemas.examples import Prompt, read_prompts
 from lilpipe.schemas.messages import Message
-from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, JudgedExample, Pair, read_examples
+from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, Pair, UnpairedExample, read_examples
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import as_artifact
 
 CONFIG = PreferencesConfig(
-    seed=0, num_prompts=10, num_heldout=5, samples_per_prompt=4, sampling=SamplingConfig(max_new_tokens=8)
+    seed=0, num_prompts=10, num_validation=5, num_generations=4, sampling=SamplingConfig(max_new_tokens=8)
 )
 
 
 def row(words, *, correct=True, well_formed=True, ended=True, sample=0):
     return {
-        "response": " ".join(["w"] * words + [f"{correct} {sample}"]),
+        "completion": " ".join(["w"] * words + [f"{correct} {sample}"]),
         "num_words": words,
         "correct": correct and well_formed,
         "well_formed": well_formed,
@@ -117,8 +117,8 @@ def test_answers_that_are_worth_nearly_the_same_are_no_pair():
 
 def test_answers_that_were_cut_off_or_are_empty_or_the_same_text_are_no_pair():
     assert reward_pairs(rewarded(2.0, 1.0, ended=False), config()) == []
-    assert reward_pairs(rewarded(2.0, 1.0, response="same"), config()) == []
-    assert reward_pairs([*rewarded(2.0), *rewarded(1.0, response="")], config()) == []
+    assert reward_pairs(rewarded(2.0, 1.0, completion="same"), config()) == []
+    assert reward_pairs([*rewarded(2.0), *rewarded(1.0, completion="")], config()) == []
 
 
 def test_a_right_answer_is_chosen_against_a_wrong_one_in_the_order_sampled():
@@ -137,13 +137,16 @@ def inputs(make_checkpoint, prompts):
 @pytest.fixture
 def wordy(monkeypatch, prompts, tokenizer):
     """A sampler that is always right, in one word more each time."""
-    everything = [prompt for split in ("train", "dev") for prompt in read_prompts(prompts.path, split)]
+    everything = [prompt for split in ("train", "validation") for prompt in read_prompts(prompts.path, split)]
     answers = {prompt.question: prompt.answer for prompt in everything}
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
 
-    def generate(model, encoded, *, num_samples, **options):
+    def generate(model, encoded, *, num_generations, **options):
         return [
-            [Sample(tokenizer.encode("so " * k + f"Answer: {answers[q]}"), [], True) for k in range(num_samples)]
+            [
+                CompletionOutput(tokenizer.encode("so " * k + f"Answer: {answers[q]}"), [], True)
+                for k in range(num_generations)
+            ]
             for (q,) in encoded
         ]
 
@@ -152,24 +155,24 @@ def wordy(monkeypatch, prompts, tokenizer):
 
 def test_pairs_come_from_the_end_of_train_and_held_out_ones_from_dev(tmp_path, inputs, wordy):
     metrics = run(CONFIG, inputs, Workspace(tmp_path))
-    train, heldout = read_pairs(tmp_path / "output", "train"), read_pairs(tmp_path / "output", "heldout")
-    assert metrics["prompts_with_pair_share"] == metrics["heldout_prompts_with_pair_share"] == 1
+    train, validation = read_pairs(tmp_path / "output", "train"), read_pairs(tmp_path / "output", "validation")
+    assert metrics["prompts_with_pair_ratio"] == metrics["validation_prompts_with_pair_ratio"] == 1
     source = inputs["prompts"].path
     assert [pair.prompt_id for pair in train] == [p.id for p in read_prompts(source, "train")[::-1][:10]]
-    assert [pair.prompt_id for pair in heldout] == [p.id for p in read_prompts(source, "dev")[:5]]
-    for pair in [*train, *heldout]:
+    assert [pair.prompt_id for pair in validation] == [p.id for p in read_prompts(source, "validation")[:5]]
+    for pair in [*train, *validation]:
         assert pair.rejected == "so so so " + pair.chosen
         assert pair.prompt[0]["role"] == "user"
 
 
 def test_a_model_that_gives_no_pair_stops_the_stage_with_remedies(tmp_path, inputs):
-    with pytest.raises(DataError, match=r"none of 10 prompts gave two answers.*samples_per_prompt"):
+    with pytest.raises(DataError, match=r"none of 10 prompts gave two answers.*num_generations"):
         run(CONFIG, inputs, Workspace(tmp_path))
 
 
 def test_more_prompts_than_there_are_is_refused_with_numbers(tmp_path, inputs):
-    with pytest.raises(ConfigError, match="num_heldout: got 99, the dev split holds 20"):
-        run(CONFIG.model_copy(update={"num_heldout": 99}), inputs, Workspace(tmp_path))
+    with pytest.raises(ConfigError, match="num_validation: got 99, the validation split holds 20"):
+        run(CONFIG.model_copy(update={"num_validation": 99}), inputs, Workspace(tmp_path))
 
 
 def test_pairs_by_reward_prefer_what_the_rewards_say(tmp_path, inputs, wordy):
@@ -214,12 +217,12 @@ def preference_set(tmp_path, prompts):
 
 
 def test_pairs_of_a_preference_set_pass_with_their_edits(tmp_path, preference_set):
-    pairs = [given(1), given(2, edited="Better 2"), given(3, "heldout")]
+    pairs = [given(1), given(2, edited="Better 2"), given(3, "validation")]
     metrics = run(DATA, preference_set(*pairs), Workspace(tmp_path))
     assert read_pairs(tmp_path / "output", "train") == pairs[:2]
-    assert read_pairs(tmp_path / "output", "heldout") == pairs[2:]
+    assert read_pairs(tmp_path / "output", "validation") == pairs[2:]
     assert read_pairs(tmp_path / "output", "train")[1].ranking == ["Better 2", "Good 2", "Bad 2"]
-    assert (metrics["pairs"], metrics["heldout_pairs"], metrics["edited_share"]) == (2, 1, 0.5)
+    assert (metrics["pairs"], metrics["validation_pairs"], metrics["edited_ratio"]) == (2, 1, 0.5)
 
 
 def test_prompts_without_pairs_are_refused(tmp_path, prompts):
@@ -228,18 +231,19 @@ def test_prompts_without_pairs_are_refused(tmp_path, prompts):
 
 
 def test_an_answer_preferred_to_itself_is_refused(tmp_path, preference_set):
-    with pytest.raises(DataError, match="1 of 2 pairs hold the same answer twice"):
+    with pytest.raises(DataError, match="1 of 2 pairs hold the same completion twice"):
         run(DATA, preference_set(given(1), given(2, rejected="Good 2")), Workspace(tmp_path))
 
 
 def test_held_out_questions_in_the_pairs_are_refused(tmp_path, preference_set, prompts):
     question = read_prompts(prompts.path, "test")[0].question
     planted = Pair("x", "train", [{"role": "user", "content": question}], "a", "b")
-    with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
+    with pytest.raises(DataError, match="1 training questions occur in the validation or test split"):
         run(DATA, preference_set(given(1), planted), Workspace(tmp_path))
 
 
-# --- single answers -----------------------------------------------------------------------------------------------
+# --- unpaired completions
+# -----------------------------------------------------------------------------------------------
 
 
 def unpaired(**settings):
@@ -249,14 +253,17 @@ def unpaired(**settings):
 @pytest.fixture
 def half_right(monkeypatch, prompts, tokenizer):
     """A sampler of four answers: right, right again in the same words, wrong, and cut off."""
-    everything = [prompt for split in ("train", "dev") for prompt in read_prompts(prompts.path, split)]
+    everything = [prompt for split in ("train", "validation") for prompt in read_prompts(prompts.path, split)]
     answers = {prompt.question: prompt.answer for prompt in everything}
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
 
-    def generate(model, encoded, *, num_samples, **options):
+    def generate(model, encoded, *, num_generations, **options):
         texts = ("Answer: {}", "Answer:  {}", "Sure. Answer: {} 0", "Answer: {}, which")
         return [
-            [Sample(tokenizer.encode(text.format(answers[q])), [], text != texts[-1]) for text in texts[:num_samples]]
+            [
+                CompletionOutput(tokenizer.encode(text.format(answers[q])), [], text != texts[-1])
+                for text in texts[:num_generations]
+            ]
             for (q,) in encoded
         ]
 
@@ -265,13 +272,17 @@ def half_right(monkeypatch, prompts, tokenizer):
 
 def test_each_answer_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, half_right):
     metrics = run(unpaired(), inputs, Workspace(tmp_path))
-    train, heldout = read_examples(tmp_path / "output", "train"), read_examples(tmp_path / "output", "heldout")
-    assert (metrics["single_answers"], metrics["heldout_single_answers"], metrics["desirable_share"]) == (20, 10, 0.5)
+    train, validation = read_examples(tmp_path / "output", "train"), read_examples(tmp_path / "output", "validation")
+    assert (metrics["unpaired_examples"], metrics["validation_unpaired_examples"], metrics["desirable_ratio"]) == (
+        20,
+        10,
+        0.5,
+    )
     assert not (tmp_path / "output" / "pairs.arrow").exists()
     source = inputs["prompts"].path
     assert [item.prompt_id for item in train[::2]] == [p.id for p in read_prompts(source, "train")[::-1][:10]]
-    assert [item.prompt_id for item in heldout[::2]] == [p.id for p in read_prompts(source, "dev")[:5]]
-    assert [item.answer.startswith("Answer:") for item in train] == [item.desirable for item in train]
+    assert [item.prompt_id for item in validation[::2]] == [p.id for p in read_prompts(source, "validation")[:5]]
+    assert [item.completion.startswith("Answer:") for item in train] == [item.label for item in train]
 
 
 def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_right):
@@ -279,7 +290,7 @@ def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_righ
     config = unpaired(rule="reward", threshold=0.5, rewards=rewards)
     metrics = run(config, inputs, Workspace(tmp_path))
     assert metrics["reward/regex"] == 0.25
-    assert all(e.answer.startswith("Sure") == e.desirable for e in read_examples(tmp_path / "output", "train"))
+    assert all(e.completion.startswith("Sure") == e.label for e in read_examples(tmp_path / "output", "train"))
     with pytest.raises(DataError, match=r"0 of 20 answers are desirable, expected some of each.*preferences.threshold"):
         run(unpaired(rule="reward", threshold=0.6, rewards=rewards), inputs, Workspace(tmp_path / "higher"))
 
@@ -289,9 +300,9 @@ def test_answers_that_no_verifier_can_judge_are_no_bad_examples():
     asked = [Prompt("a", "f", "A?", "1"), Prompt("b", "f", "B?", "", verifier="none")]
     groups = [rows, rows]
     by_verifier = judged_examples(groups, asked, unpaired(), split="train")
-    assert [(item.prompt_id, item.desirable) for item in by_verifier] == [("a", True), ("a", False)]
+    assert [(item.prompt_id, item.label) for item in by_verifier] == [("a", True), ("a", False)]
     by_reward = judged_examples(groups, asked, unpaired(rule="reward", threshold=1.0), split="train")
-    assert [(item.prompt_id, item.desirable) for item in by_reward] == [("a", True)] * 2 + [("b", True)] * 2
+    assert [(item.prompt_id, item.label) for item in by_reward] == [("a", True)] * 2 + [("b", True)] * 2
 
 
 def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse(
@@ -301,30 +312,36 @@ def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse
     run(unpaired(), inputs, Workspace(tmp_path / "preferences"))
     preferences = as_artifact(tmp_path / "preferences" / "output", kind="Preferences")
     settings = DPOConfig(
-        seed=0, loss="kto", num_epochs=2, batch_size=4, optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0)
+        seed=0,
+        loss_type="kto",
+        num_epochs=2,
+        batch_size=4,
+        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0),
     )
     metrics = dpo.run(settings, inputs | {"preferences": preferences}, Workspace(tmp_path / "dpo"))
-    assert (metrics["answers"], metrics["heldout_answers"], metrics["steps"]) == (20, 10, 10)
-    assert metrics["heldout_margin_before"] == 0
-    assert metrics["heldout_margin"] > 0.5
-    assert metrics["heldout_preference_accuracy"] > 0.9
-    sigmoid = settings.model_copy(update={"loss": "sigmoid"})
-    with pytest.raises(DataError, match=r"single answers \(examples.arrow\) and no pairs; only dpo.loss = 'kto'"):
+    assert (metrics["completions"], metrics["validation_completions"], metrics["steps"]) == (20, 10, 10)
+    assert metrics["validation_margin_before"] == 0
+    assert metrics["validation_margin"] > 0.5
+    assert metrics["validation_preference_accuracy"] > 0.9
+    sigmoid = settings.model_copy(update={"loss_type": "sigmoid"})
+    with pytest.raises(
+        DataError, match=r"unpaired completions \(examples.arrow\) and no pairs; only dpo.loss_type = 'kto'"
+    ):
         dpo.run(sigmoid, inputs | {"preferences": preferences}, Workspace(tmp_path / "sigmoid"))
 
 
 def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference_set):
     def judged(index, desirable, split="train"):
         asked: list[Message] = [{"role": "user", "content": f"Say {index}."}]
-        return JudgedExample(f"{split}/{index}", split, asked, f"{desirable} {index}", desirable)
+        return UnpairedExample(f"{split}/{index}", split, asked, f"{desirable} {index}", desirable)
 
-    examples = [judged(1, True), judged(2, False), judged(1, False), judged(3, True, "heldout")]
+    examples = [judged(1, True), judged(2, False), judged(1, False), judged(3, True, "validation")]
     inputs = preference_set()
     write_rows(inputs["prompts"].path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
     metrics = run(unpaired(rule="data"), inputs, Workspace(tmp_path))
     assert read_examples(tmp_path / "output", "train") == examples[:3]
-    assert read_examples(tmp_path / "output", "heldout") == examples[3:]
-    assert (metrics["single_answers"], metrics["prompts_with_answer"]) == (3, 2)
+    assert read_examples(tmp_path / "output", "validation") == examples[3:]
+    assert (metrics["unpaired_examples"], metrics["prompts_with_completion"]) == (3, 2)
     with pytest.raises(DataError, match=r"holds no pairs of the train split.*preferences\.unpaired"):
         run(DATA, inputs, Workspace(tmp_path / "pairs"))
 
@@ -332,12 +349,12 @@ def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference
 def test_held_out_questions_among_single_answers_are_refused(tmp_path, preference_set, prompts):
     question = read_prompts(prompts.path, "test")[0].question
     planted = [
-        JudgedExample("x", "train", [{"role": "user", "content": text}], "a", good)
+        UnpairedExample("x", "train", [{"role": "user", "content": text}], "a", good)
         for text, good in ((question, True), ("New?", False))
     ]
     inputs = preference_set()
     write_rows(inputs["prompts"].path / "examples.arrow", [vars(item) for item in planted], EXAMPLE_SCHEMA)
-    with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
+    with pytest.raises(DataError, match="1 training questions occur in the validation or test split"):
         run(unpaired(rule="data"), inputs, Workspace(tmp_path))
 
 

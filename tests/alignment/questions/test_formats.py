@@ -1,6 +1,6 @@
 import pytest
 
-from lilpipe.alignment.questions.formats import Example, Malformed, parse
+from lilpipe.alignment.questions.formats import Malformed, ParsedRow, parse
 from lilpipe.config.prompts import PromptColumns
 from lilpipe.schemas.messages import Message
 
@@ -29,7 +29,7 @@ TOOL = {"role": "tool", "content": "12"}
 )
 def test_gsm8k_is_read_without_the_calculators_notes(answer, number, reference, steps):
     example = parse("gsm8k", {"question": "How many?", "answer": answer}, COLUMNS)
-    expected = Example([user("How many?")], f"{reference}\nAnswer: {number}", number, "numeric", difficulty=steps)
+    expected = ParsedRow([user("How many?")], f"{reference}\nAnswer: {number}", number, "numeric", difficulty=steps)
     assert example == expected
 
 
@@ -60,13 +60,13 @@ def test_gsm8k_is_read_without_the_calculators_notes(answer, number, reference, 
 )
 def test_instructions_are_read_in_each_form(values, prompt):
     example = parse("instructions", values, COLUMNS)
-    assert example == Example(prompt, "Oak")
+    assert example == ParsedRow(prompt, "Oak")
     assert example.is_single_question == (len(prompt) == 1)
 
 
 def test_a_program_has_tests_and_maybe_an_answer():
     values = {"prompt": "Double it.", "tests": "assert double(2) == 4"}
-    assert parse("programs", values, COLUMNS) == Example([user("Double it.")], "", "assert double(2) == 4", "program")
+    assert parse("programs", values, COLUMNS) == ParsedRow([user("Double it.")], "", "assert double(2) == 4", "program")
     assert parse("programs", values | {"response": "```\n```"}, COLUMNS).reference == "```\n```"
 
 
@@ -92,7 +92,7 @@ def test_a_program_has_tests_and_maybe_an_answer():
     ],
 )
 def test_preferences_are_read_in_each_form(values):
-    assert parse("preferences", values, COLUMNS) == Example([user("Tree?")], "Oak.", rejected="Oak, idiot.")
+    assert parse("preferences", values, COLUMNS) == ParsedRow([user("Tree?")], "Oak.", rejected="Oak, idiot.")
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -106,7 +106,7 @@ def test_preferences_are_read_in_each_form(values):
 )
 def test_trls_unpaired_preferences_are_single_answers_with_a_verdict(values, label):
     example = parse("preferences", values | {"label": label}, COLUMNS)
-    assert example == Example([user("Tree?")], "Oak.", desirable=label)
+    assert example == ParsedRow([user("Tree?")], "Oak.", desirable=label)
     assert example.best_answer == ("Oak." if label else "")
 
 
@@ -120,7 +120,7 @@ def test_an_edited_answer_is_the_best():
 def test_columns_may_have_other_names():
     columns = PromptColumns(prompt="query", chosen="good", rejected="bad")
     example = parse("preferences", {"query": "Tree?", "good": "Oak.", "bad": "No."}, columns)
-    assert example == Example([user("Tree?")], "Oak.", rejected="No.")
+    assert example == ParsedRow([user("Tree?")], "Oak.", rejected="No.")
 
 
 @pytest.mark.parametrize(

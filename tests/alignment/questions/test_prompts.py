@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from lilpipe.alignment.questions import prompts as module
 from lilpipe.alignment.questions.families import FAMILIES, Difficulty
 from lilpipe.alignment.questions.prompts import SPLIT_SHARES, draw_tasks, split_of
-from lilpipe.alignment.verify.answers import as_text, first_paragraph, is_well_formed, verify
+from lilpipe.alignment.verify.verifiers import as_text, first_paragraph, is_well_formed, verify
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_conversations, read_exercises, read_prompts
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
     "num_documents": 300,
     "num_demonstrations": 100,
     "num_train": 200,
-    "num_dev": 60,
+    "num_validation": 60,
     "num_test": 60,
 }
 
@@ -64,7 +64,7 @@ def test_a_base_models_answer_ends_at_the_first_blank_line():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_task_is_in_two_splits_and_none_twice_in_one(family):
-    counts = {"test": 50, "dev": 50, "train": 200, "demonstrations": 80, "exercises": 200}
+    counts = {"test": 50, "validation": 50, "train": 200, "demonstrations": 80, "exercises": 200}
     keys = {split: [task.key for task in draw_tasks(family, split, n, seed=0)] for split, n in counts.items()}
     for split, mine in keys.items():
         assert len(mine) == counts[split]
@@ -77,7 +77,7 @@ def test_no_task_is_in_two_splits_and_none_twice_in_one(family):
 def test_a_permutation_of_a_held_out_list_is_in_no_other_split(prompts):
     held_out = {
         tuple(sorted(re.findall(r"\d+", prompt.question)))
-        for split in ("dev", "test")
+        for split in ("validation", "test")
         for prompt in read_prompts(prompts.path, split)
         if prompt.family == "sort"
     }
@@ -159,7 +159,7 @@ def test_equal_settings_give_equal_bytes_and_another_seed_others(tmp_path):
 
 def test_every_count_is_met_with_the_families_in_equal_parts(tmp_path):
     metrics = module.run(PromptsConfig(**SMALL), {}, Workspace(tmp_path))
-    assert metrics == {"documents": 300, "demonstrations": 100, "train": 200, "dev": 60, "test": 60}
+    assert metrics == {"documents": 300, "demonstrations": 100, "train": 200, "validation": 60, "test": 60}
     families = [prompt.family for prompt in read_prompts(tmp_path / "output", "test")]
     assert {family: families.count(family) for family in families} == {"copy": 20, "reverse": 20, "sort": 20}
 
@@ -186,10 +186,10 @@ def test_courtesy_has_zero_to_the_most_sentences(tmp_path):
 
     assert counts() == {0, 1, 2, 3}
     assert counts(max_filler_sentences=0) == {0}
-    assert counts(filler_share=1.0, max_filler_sentences=1) == {1}
+    assert counts(filler_ratio=1.0, max_filler_sentences=1) == {1}
 
 
-@pytest.mark.parametrize("split", ["dev", "test"])
+@pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_held_out_question_in_training_is_refused_and_named(prompts, split):
     planted = read_prompts(prompts.path, split)[3].question
     train = [prompt.question for prompt in read_prompts(prompts.path, "train")]
@@ -203,7 +203,7 @@ def test_a_split_that_leaks_stops_the_stage(tmp_path, monkeypatch):
         return draw_tasks(family, "test" if split == "train" else split, count, **settings)
 
     monkeypatch.setattr(module, "draw_tasks", leaky)
-    with pytest.raises(DataError, match="occur in the dev or test split"):
+    with pytest.raises(DataError, match="occur in the validation or test split"):
         module.run(PromptsConfig(**SMALL), {}, Workspace(tmp_path))
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from lilpipe.alignment.questions import prompts as module
 from lilpipe.alignment.questions.prompts import external
 from lilpipe.alignment.questions.sources import position
-from lilpipe.alignment.rewards.reward_functions import Response, Rewards
+from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
 from lilpipe.config.prompts import ANSWER_REWARD, PromptsConfig, PromptSource
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import (
@@ -58,19 +58,21 @@ def gather(folder, *sources, **settings):
 
 
 def questions_by_split(output):
-    found = {split: {prompt.question for prompt in read_prompts(output, split)} for split in ("train", "dev", "test")}
+    found = {
+        split: {prompt.question for prompt in read_prompts(output, split)} for split in ("train", "validation", "test")
+    }
     found["demonstrations"] = {item.messages[0]["content"] for item in read_conversations(output)}
     found["documents"] = {text.removeprefix("Exercise: ").split("\n")[0] for _, text in read_exercises(output)}
     return found
 
 
-def test_each_row_falls_to_one_split_and_by_about_its_share(tmp_path):
+def test_each_row_falls_to_one_split_and_by_about_its_ratio(tmp_path):
     path = write_lines(tmp_path / "train.jsonl", problems(500))
-    source = PromptSource(kind="gsm8k", name="gsm8k", path=path, documents_share=0.2, demonstrations_share=0.3)
+    source = PromptSource(kind="gsm8k", name="gsm8k", path=path, documents_ratio=0.2, demonstrations_ratio=0.3)
     workspace, metrics = gather(tmp_path, source)
     found = questions_by_split(workspace.output)
     assert sum(map(len, found.values())) == 500 == len(set().union(*found.values()))
-    expected = {"test": 50, "dev": 50, "documents": 100, "demonstrations": 150, "train": 150}
+    expected = {"test": 50, "validation": 50, "documents": 100, "demonstrations": 150, "train": 150}
     for split, count in expected.items():
         assert abs(metrics[split] - count) < 4 * count**0.5
     assert metrics["quarantined"] == metrics["pairs"] == 0
@@ -101,11 +103,13 @@ def test_a_test_question_that_occurs_in_training_is_refused_however_it_is_dresse
     dressed = {**learnt, "question": "  " + learnt["question"].upper().replace(".", " !").replace(" PENS", ',  "PENS"')}
     path, test_path = write_lines(tmp_path / "a.jsonl", train), write_lines(tmp_path / "b.jsonl", [dressed])
     for share in (0.0, 0.9):  # as a prompt and as a demonstration
-        source = PromptSource(kind="gsm8k", name="leaky", path=path, test_path=test_path, demonstrations_share=share)
-        with pytest.raises(DataError, match=r"sources: 'leaky': 1 training questions occur in the dev or test split"):
+        source = PromptSource(kind="gsm8k", name="leaky", path=path, test_path=test_path, demonstrations_ratio=share)
+        with pytest.raises(
+            DataError, match=r"sources: 'leaky': 1 training questions occur in the validation or test split"
+        ):
             gather(tmp_path, source)
     as_text = PromptSource(
-        kind="gsm8k", name="leaky", path=path, test_path=test_path, demonstrations_share=0, documents_share=0.9
+        kind="gsm8k", name="leaky", path=path, test_path=test_path, demonstrations_ratio=0, documents_ratio=0.9
     )
     with pytest.raises(DataError, match="1 training questions"):
         gather(tmp_path, as_text)
@@ -167,34 +171,38 @@ def test_a_planted_near_duplicate_is_seen_by_the_gate_of_every_stage(tmp_path):
 def test_preferences_become_pairs_of_which_those_of_dev_are_held_out(tmp_path):
     rows = [*preferences(200), {"prompt": "Best?", "chosen": "b", "rejected": "c", "edited": "a"}]
     path = write_lines(tmp_path / "pairs.jsonl", rows)
-    source = PromptSource(kind="preferences", name="tone", path=path, demonstrations_share=0)
+    source = PromptSource(kind="preferences", name="tone", path=path, demonstrations_ratio=0)
     workspace, metrics = gather(tmp_path, source)
-    train, heldout = (read_pairs(workspace.output, split) for split in ("train", "heldout"))
-    prompts = {split: {p.id: p for p in read_prompts(workspace.output, split)} for split in ("train", "dev", "test")}
-    assert len(train) + len(heldout) == metrics["pairs"]
+    train, validation = (read_pairs(workspace.output, split) for split in ("train", "validation"))
+    prompts = {
+        split: {p.id: p for p in read_prompts(workspace.output, split)} for split in ("train", "validation", "test")
+    }
+    assert len(train) + len(validation) == metrics["pairs"]
     assert {pair.prompt_id for pair in train} == set(prompts["train"])
-    assert {pair.prompt_id for pair in heldout} == set(prompts["dev"])
+    assert {pair.prompt_id for pair in validation} == set(prompts["validation"])
     assert len(prompts["test"]) + metrics["pairs"] == 201
     for pair in train:
         prompt = prompts["train"][pair.prompt_id]
         assert pair.prompt == [{"role": "user", "content": prompt.question}]
         assert prompt.reference == pair.ranking[0]
         assert prompt.verifier == "none"
-    assert [pair.ranking for pair in (*train, *heldout) if pair.edited] in ([["a", "b", "c"]], [])
+    assert [pair.ranking for pair in (*train, *validation) if pair.edited] in ([["a", "b", "c"]], [])
 
 
 def test_single_answers_keep_their_verdicts_and_a_bad_one_is_never_shown_or_a_reference(tmp_path):
     rows = [{"prompt": f"Say {n // 2}.", "completion": f"It is {n}.", "label": n % 2 == 0} for n in range(400)]
     path = write_lines(tmp_path / "answers.jsonl", rows)
     workspace, metrics = gather(tmp_path, PromptSource(kind="preferences", name="tone", path=path))
-    train, heldout = (read_examples(workspace.output, split) for split in ("train", "heldout"))
-    assert len(train) + len(heldout) == metrics["single_answers"]
+    train, validation = (read_examples(workspace.output, split) for split in ("train", "validation"))
+    assert len(train) + len(validation) == metrics["unpaired_examples"]
     assert metrics["pairs"] == 0
-    prompts = {split: {p.id: p for p in read_prompts(workspace.output, split)} for split in ("train", "dev", "test")}
+    prompts = {
+        split: {p.id: p for p in read_prompts(workspace.output, split)} for split in ("train", "validation", "test")
+    }
     assert {item.prompt_id for item in train} == set(prompts["train"])
-    assert {item.prompt_id for item in heldout} == set(prompts["dev"])
-    for item in (*train, *heldout):
-        assert item.desirable == (int(item.answer.removeprefix("It is ").removesuffix(".")) % 2 == 0)
+    assert {item.prompt_id for item in validation} == set(prompts["validation"])
+    for item in (*train, *validation):
+        assert item.label == (int(item.completion.removeprefix("It is ").removesuffix(".")) % 2 == 0)
     good = {row["completion"] for row in rows if row["label"]}
     shown = {item.messages[-1]["content"] for item in read_conversations(workspace.output)}
     assert shown
@@ -207,20 +215,20 @@ def test_single_answers_keep_their_verdicts_and_a_bad_one_is_never_shown_or_a_re
 def test_two_sources_that_ask_the_same_agree_on_its_split_and_ask_once(tmp_path):
     shown = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(200)]
     one = PromptSource(
-        kind="instructions", name="shown", path=write_lines(tmp_path / "a.jsonl", shown), demonstrations_share=0.8
+        kind="instructions", name="shown", path=write_lines(tmp_path / "a.jsonl", shown), demonstrations_ratio=0.8
     )
     other = PromptSource(
         kind="preferences",
         name="tone",
         path=write_lines(tmp_path / "b.jsonl", preferences(200)),
-        demonstrations_share=0,
+        demonstrations_ratio=0,
     )
     workspace, metrics = gather(tmp_path, one, other)
-    questions = [p.question for split in ("train", "dev", "test") for p in read_prompts(workspace.output, split)]
+    questions = [p.question for split in ("train", "validation", "test") for p in read_prompts(workspace.output, split)]
     assert len(questions) == len(set(questions)) == 200
-    assert metrics["repeated"] == metrics["dev"] + metrics["test"]
-    ids = {prompt.id for split in ("train", "dev") for prompt in read_prompts(workspace.output, split)}
-    assert {pair.prompt_id for split in ("train", "heldout") for pair in read_pairs(workspace.output, split)} <= ids
+    assert metrics["repeated"] == metrics["validation"] + metrics["test"]
+    ids = {prompt.id for split in ("train", "validation") for prompt in read_prompts(workspace.output, split)}
+    assert {pair.prompt_id for split in ("train", "validation") for pair in read_pairs(workspace.output, split)} <= ids
 
 
 def test_a_conversation_is_shown_but_not_asked(tmp_path):
@@ -232,24 +240,24 @@ def test_a_conversation_is_shown_but_not_asked(tmp_path):
         kind="instructions",
         name="talks",
         path=write_lines(tmp_path / "a.jsonl", [talk(n) for n in range(50)]),
-        max_malformed_share=0,
+        max_malformed_ratio=0,
     )
     workspace, metrics = gather(tmp_path, source)
     assert metrics["demonstrations"] + metrics["quarantined"] == 50
     assert metrics["demonstrations"] > 25
     assert read_conversations(workspace.output)[0].messages[0] == {"role": "system", "content": "Be kind."}
-    left_out = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
-    assert all("first question falls to" in entry["error"] for entry in left_out)
+    skipped = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
+    assert all("first question falls to" in entry["error"] for entry in skipped)
 
 
 def test_programs_are_asked_with_their_tests(tmp_path):
     rows = [{"prompt": f"Write f that adds {n}.", "tests": f"assert f(1) == {n + 1}"} for n in range(30)]
     source = PromptSource(kind="programs", name="adders", path=write_lines(tmp_path / "a.jsonl", rows))
     workspace, metrics = gather(tmp_path, source)
-    assert metrics["train"] + metrics["dev"] + metrics["test"] == 30
+    assert metrics["train"] + metrics["validation"] + metrics["test"] == 30
     prompt = read_prompts(workspace.output, "train")[0]
     number = prompt.question.removeprefix("Write f that adds ").removesuffix(".")
-    program = Response(f"```python\ndef f(x): return x + {number}\n```", True, 9)
+    program = CompletionText(f"```python\ndef f(x): return x + {number}\n```", True, 9)
     assert Rewards(ANSWER_REWARD)([prompt], [program])[0].total == 1
 
 
@@ -269,7 +277,7 @@ def test_bad_lines_are_set_aside_with_file_line_and_reason(tmp_path):
     assert entries[0]["excerpt"] == lines[3]
     assert "has no 'answer'" in entries[1]["error"]
     assert metrics["quarantined"] == 2
-    assert "left out g a.jsonl:4, which is no JSON" in workspace.events.read_text()
+    assert "quarantined g a.jsonl:4, which is no JSON" in workspace.events.read_text()
 
 
 def test_a_source_of_another_form_is_refused_with_numbers(tmp_path):
@@ -348,8 +356,8 @@ def test_a_commit_of_the_hub_is_its_own_digest():
         ({"hub": "a", "revision": "main"}, "revision 'main' is no commit"),
         ({"path": "a", "split": "b"}, "split means nothing with `path`"),
         ({"hub": "a", "test_path": "b"}, "test_path means nothing with `hub`"),
-        ({"path": "a", "test_path": "b", "test_share": 0.2}, "official test split; remove test_share"),
-        ({"path": "a", "dev_share": 0.5, "demonstrations_share": 0.5}, r"add up to 1\.1, expected at most 1"),
+        ({"path": "a", "test_path": "b", "test_ratio": 0.2}, "official test split; remove test_ratio"),
+        ({"path": "a", "validation_ratio": 0.5, "demonstrations_ratio": 0.5}, r"add up to 1\.1, expected at most 1"),
     ],
 )
 def test_sources_that_contradict_themselves_are_refused(settings, message):
@@ -364,7 +372,7 @@ def test_equal_sources_give_equal_bytes_beside_generated_tasks(tmp_path):
         num_documents=30,
         num_demonstrations=10,
         num_train=20,
-        num_dev=5,
+        num_validation=5,
         num_test=5,
         sources=(PromptSource(kind="gsm8k", name="g", path=path),),
     )
@@ -386,9 +394,9 @@ def test_gsm8ks_own_answers_are_right_and_its_test_split_is_new(tmp_path):
     train, test = (str(SHARED / f"gsm8k-{split}.jsonl.gz") for split in ("train", "test"))
     workspace, metrics = gather(tmp_path, PromptSource(kind="gsm8k", name="gsm8k", path=train, test_path=test))
     assert metrics["test"] == 660
-    assert metrics["train"] + metrics["dev"] + metrics["demonstrations"] + metrics["quarantined"] > 7_400
-    prompts = [prompt for split in ("train", "dev", "test") for prompt in read_prompts(workspace.output, split)]
-    scored = Rewards(ANSWER_REWARD)(prompts, [Response(prompt.reference, True, 1) for prompt in prompts])
+    assert metrics["train"] + metrics["validation"] + metrics["demonstrations"] + metrics["quarantined"] > 7_400
+    prompts = [prompt for split in ("train", "validation", "test") for prompt in read_prompts(workspace.output, split)]
+    scored = Rewards(ANSWER_REWARD)(prompts, [CompletionText(prompt.reference, True, 1) for prompt in prompts])
     assert all(one.total == 1 for one in scored)
 
 
@@ -399,7 +407,7 @@ def test_shared_instructions_and_preferences_agree_on_every_split(tmp_path):
         kind="preferences",
         name="tone",
         path=str(SHARED / "instruction-data-with-preference.json"),
-        demonstrations_share=0,
+        demonstrations_ratio=0,
     )
     workspace, metrics = gather(tmp_path, shown, tone)
     assert metrics["quarantined"] == 6  # answers that are the same

@@ -5,7 +5,15 @@ import pytest
 from pydantic import ValidationError
 
 from lilpipe.alignment.rewards import reward_functions as module
-from lilpipe.alignment.rewards.reward_functions import Response, Rewards, Scored, brevity_win, external, judge, reward
+from lilpipe.alignment.rewards.reward_functions import (
+    CompletionText,
+    Rewards,
+    Scored,
+    brevity_win,
+    external,
+    judge,
+    reward,
+)
 from lilpipe.config.prompts import ANSWER_REWARD, RewardConfig, RewardConfigs, RewardKind
 from lilpipe.config.section import Section
 from lilpipe.errors import ConfigError, DataError
@@ -22,22 +30,22 @@ class SectionWithRewards(Section):
 
 
 def worth(text, *, prompt=PROMPT, ended=True, num_tokens=10, **settings):
-    """What one reward gives for one response."""
-    scored = Rewards([RewardConfig(**settings)])([prompt], [Response(text, ended, num_tokens)])
+    """What one reward gives for one completion."""
+    scored = Rewards([RewardConfig(**settings)])([prompt], [CompletionText(text, ended, num_tokens)])
     return scored[0].total
 
 
 @pytest.mark.parametrize(
-    ("response", "ended", "expected"),
+    ("completion", "ended", "expected"),
     [("Answer: 1 3", True, 1.0), ("Answer: 1 3", False, 0.0), ("Answer: 3 1", True, 0.0), ("1 3", True, 0.0)],
 )
-def test_only_what_is_right_and_ended_is_rewarded(response, ended, expected):
-    assert reward(judge(PROMPT, response, ended=ended)) == expected
-    assert worth(response, ended=ended, kind="answer") == expected
+def test_only_what_is_right_and_ended_is_rewarded(completion, ended, expected):
+    assert reward(judge(PROMPT, completion, ended=ended)) == expected
+    assert worth(completion, ended=ended, kind="answer") == expected
 
 
 @pytest.mark.parametrize(
-    ("response", "settings", "expected"),
+    ("completion", "settings", "expected"),
     [
         ("It makes $1250.00", {}, 1.0),
         ("1250 and then 7", {}, 0.0),
@@ -49,9 +57,9 @@ def test_only_what_is_right_and_ended_is_rewarded(response, ended, expected):
         ("no number", {}, 0.0),
     ],
 )
-def test_a_number_is_rewarded_however_it_is_written(response, settings, expected):
-    assert worth(response, prompt=NUMBER, kind="numeric", **settings) == expected
-    assert worth(response, prompt=NUMBER, ended=False, kind="numeric", **settings) == 0
+def test_a_number_is_rewarded_however_it_is_written(completion, settings, expected):
+    assert worth(completion, prompt=NUMBER, kind="numeric", **settings) == expected
+    assert worth(completion, prompt=NUMBER, ended=False, kind="numeric", **settings) == 0
 
 
 def test_a_form_is_rewarded_whatever_the_answer():
@@ -96,7 +104,7 @@ def test_a_program_is_rewarded_for_passing_and_its_end_has_a_name():
         "```python\nimport socket\nsocket.socket()\n```": (0.0, "network"),
     }
     rewards = Rewards([RewardConfig(kind="program", timeout_seconds=1)])
-    scored = rewards([PROGRAM] * len(texts), [Response(text, True, 10) for text in texts])
+    scored = rewards([PROGRAM] * len(texts), [CompletionText(text, True, 10) for text in texts])
     assert [(one.total, one.reasons["program"]) for one in scored] == list(texts.values())
 
 
@@ -115,7 +123,7 @@ def test_rewards_are_added_by_weight_and_each_is_told_apart():
         RewardConfig(kind="length", limit_tokens=20, buffer_tokens=10),
     ]
     rewards = Rewards(configs, reward_model=CountingModel())
-    scored = rewards([PROMPT, PROMPT], [Response("Answer: 1 3", True, 15), Response("No", True, 5)])
+    scored = rewards([PROMPT, PROMPT], [CompletionText("Answer: 1 3", True, 15), CompletionText("No", True, 5)])
     assert rewards.names == ["answer", "words", "length"]
     assert scored == [
         Scored(0.0, {"answer": 1.0, "words": 3.0, "length": -0.5}),
@@ -135,7 +143,7 @@ def test_a_reward_model_that_has_diverged_rewards_nothing():
 
     rewards = Rewards([RewardConfig(kind="reward_model")], reward_model=DivergedModel())
     with pytest.raises(DataError, match="score is not finite"):
-        rewards([PROMPT], [Response("x", True, 1)])
+        rewards([PROMPT], [CompletionText("x", True, 1)])
 
 
 def test_every_kind_that_can_be_named_is_there():
@@ -175,7 +183,9 @@ def test_a_section_with_rewards_survives_being_written_out():
 
 # --- a file of the user's own -------------------------------------------------------------------------------------
 
-VOWELS = "def score(prompt, response):\n    return sum(c in 'aeiou' for c in response.text) + len(prompt.answer) / 10\n"
+VOWELS = (
+    "def score(prompt, completion):\n    return sum(c in 'aeiou' for c in completion.text) + len(prompt.answer) / 10\n"
+)
 
 
 def of_file(path, source, function="score"):
@@ -185,15 +195,15 @@ def of_file(path, source, function="score"):
 
 def test_a_function_of_the_users_own_is_a_reward_like_any_other(tmp_path):
     rewards = Rewards([of_file(tmp_path / "mine.py", VOWELS)])
-    assert rewards([PROMPT], [Response("banana", True, 3)]) == [Scored(3.3, {"mine": 3.3})]
+    assert rewards([PROMPT], [CompletionText("banana", True, 3)]) == [Scored(3.3, {"mine": 3.3})]
 
 
 def test_the_users_file_may_define_what_looks_its_own_module_up(tmp_path):
     source = (
         "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Bonus:\n"
-        "    size: float = 2.0\n\ndef score(prompt, response):\n    return Bonus().size\n"
+        "    size: float = 2.0\n\ndef score(prompt, completion):\n    return Bonus().size\n"
     )
-    assert Rewards([of_file(tmp_path / "mine.py", source)])([PROMPT], [Response("x", True, 1)])[0].total == 2.0
+    assert Rewards([of_file(tmp_path / "mine.py", source)])([PROMPT], [CompletionText("x", True, 1)])[0].total == 2.0
 
 
 def test_a_change_of_the_users_file_is_another_identity(tmp_path):
@@ -221,19 +231,19 @@ def test_the_model_of_languages_is_part_of_the_identity_and_a_plain_reward_adds_
         ("import nothing_of_this_name", "score", DataError, "fails on import: ModuleNotFoundError"),
         ("raise SystemExit(3)", "score", DataError, "fails on import: SystemExit: 3"),
         (
-            "def score(prompt, response): return 1 / 0",
+            "def score(prompt, completion): return 1 / 0",
             "score",
             DataError,
             "fails on prompt 'p': ZeroDivisionError",
         ),
-        ("def score(prompt, response): return float('nan')", "score", DataError, "gave nan for prompt 'p'"),
-        ("def score(prompt, response): return 'high'", "score", DataError, "fails on prompt 'p': ValueError"),
+        ("def score(prompt, completion): return float('nan')", "score", DataError, "gave nan for prompt 'p'"),
+        ("def score(prompt, completion): return 'high'", "score", DataError, "fails on prompt 'p': ValueError"),
     ],
 )
 def test_what_is_wrong_with_the_users_file_is_told(tmp_path, source, function, error, message):
     config = of_file(tmp_path / "mine.py", source, function)
     with pytest.raises(error, match=message):
-        Rewards([config])([PROMPT], [Response("x", True, 1)])
+        Rewards([config])([PROMPT], [CompletionText("x", True, 1)])
 
 
 # --- preference for brevity ---------------------------------------------------------------------------------------

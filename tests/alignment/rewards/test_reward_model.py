@@ -67,7 +67,7 @@ def preferences(tmp_path):
 
 @pytest.fixture
 def plain(preferences):
-    return preferences(*(pair(i) for i in range(12)), *(pair(i, "heldout") for i in range(20, 26)))
+    return preferences(*(pair(i) for i in range(12)), *(pair(i, "validation") for i in range(20, 26)))
 
 
 # --- mathematics --------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def loss_of(model, rankings, config):
 
 def test_the_loss_of_rankings_is_that_of_their_pairs_one_by_one():
     rankings = [EncodedRanking("a", [[5, 6, 7], [8, 9], [10]]), EncodedRanking("b", [[11, 12], [13, 14, 15, 16]])]
-    config = CONFIG.model_copy(update={"margin": 0.3, "centering_coefficient": 0.02})
+    config = CONFIG.model_copy(update={"margin": 0.3, "center_rewards_coefficient": 0.02})
     model = small_model()
     got = loss_of(model, rankings, config)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_the_loss_and_its_gradient_are_trls(tmp_path, margin, centering):
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(examples))
     expected.backward()
 
-    config = CONFIG.model_copy(update={"margin": margin, "centering_coefficient": centering})
+    config = CONFIG.model_copy(update={"margin": margin, "center_rewards_coefficient": centering})
     loss = loss_of(ours, rankings, config)
     (loss.total / loss.count).backward()
     assert loss.total.item() / loss.count == pytest.approx(expected.item(), abs=1e-5)
@@ -220,9 +220,9 @@ def test_what_length_alone_would_say_is_worked_out_by_hand():
         return EncodedRanking("p", [[1] * length for length in lengths])
 
     shorter = length_baseline([ranking(3, 5), ranking(2, 9), ranking(7, 4)])
-    assert shorter == {"heldout_length_accuracy": pytest.approx(2 / 3)}
+    assert shorter == {"validation_length_accuracy": pytest.approx(2 / 3)}
     longer = length_baseline([ranking(5, 3), ranking(6, 4, 5), ranking(2, 2)])
-    assert longer == {"heldout_length_accuracy": pytest.approx((1 + 2 / 3 + 1 / 2) / 3)}
+    assert longer == {"validation_length_accuracy": pytest.approx((1 + 2 / 3 + 1 / 2) / 3)}
     assert length_baseline([]) == {}
 
 
@@ -309,21 +309,23 @@ def test_a_preference_is_learnt_and_found_again_in_prompts_held_out(tmp_path, ma
     config = CONFIG.model_copy(update={"num_epochs": 6})
     metrics = run(config, {"model": make_checkpoint(), "preferences": plain}, Workspace(tmp_path))
     assert metrics["steps"] == 18
-    assert metrics["heldout_accuracy"] == 1
-    assert metrics["heldout_accuracy_stderr"] == 0
-    assert metrics["heldout_margin"] > 0.1
-    assert metrics["heldout_length_accuracy"] == 1  # the preference of these pairs is for brevity
-    assert metrics["heldout_brier"] < 0.25
+    assert metrics["validation_accuracy"] == 1
+    assert metrics["validation_accuracy_stderr"] == 0
+    assert metrics["validation_margin"] > 0.1
+    assert metrics["validation_length_accuracy"] == 1  # the preference of these pairs is for brevity
+    assert metrics["validation_brier"] < 0.25
     scorer = load_reward_model(tmp_path / "output", torch.device("cpu"))
     short, long = scorer.score([conversation("Copy 99.", f"{start}Answer: 99") for start in ("", "Sure, I can. ")])
     assert short > long
 
 
 def test_an_edited_answer_stands_above_the_chosen_one(tmp_path, make_checkpoint, preferences):
-    rankings = [pair(i, edited=f"<{i}>") for i in range(12)] + [pair(i, "heldout", edited=f"<{i}>") for i in (20, 21)]
+    rankings = [pair(i, edited=f"<{i}>") for i in range(12)] + [
+        pair(i, "validation", edited=f"<{i}>") for i in (20, 21)
+    ]
     config = CONFIG.model_copy(update={"num_epochs": 10})
     metrics = run(config, {"model": make_checkpoint(), "preferences": preferences(*rankings)}, Workspace(tmp_path))
-    assert metrics["heldout_accuracy"] == 1
+    assert metrics["validation_accuracy"] == 1
     scorer = load_reward_model(tmp_path / "output", torch.device("cpu"))
     edited, chosen = scorer.score([conversation("Copy 9.", "<9>"), conversation("Copy 9.", "Answer: 9")])
     assert edited > chosen
@@ -365,17 +367,17 @@ def refused(make_checkpoint, tmp_path, match, config=CONFIG, **inputs):
 
 def test_an_answer_preferred_to_itself_is_refused_with_the_number_of_such(tmp_path, make_checkpoint, preferences):
     planted = preferences(*(pair(i) for i in range(9)), pair(9, chosen="same", rejected="same "))
-    match = "1 of 10 pairs hold the same answer twice, expected none; the first is train/9"
+    match = "1 of 10 pairs hold the same completion twice, expected none; the first is train/9"
     refused(make_checkpoint, tmp_path, match, preferences=planted)
 
 
 def test_an_edit_that_changed_nothing_is_refused(tmp_path, make_checkpoint, preferences):
     planted = preferences(*(pair(i) for i in range(9)), pair(9, edited="Answer: 9"))
-    refused(make_checkpoint, tmp_path, "1 of 10 pairs hold the same answer twice", preferences=planted)
+    refused(make_checkpoint, tmp_path, "1 of 10 pairs hold the same completion twice", preferences=planted)
 
 
 def test_a_held_out_prompt_among_those_learnt_is_refused(tmp_path, make_checkpoint, preferences):
-    planted = preferences(*(pair(i) for i in range(9)), pair(3, "heldout"), pair(20, "heldout"))
+    planted = preferences(*(pair(i) for i in range(9)), pair(3, "validation"), pair(20, "validation"))
     refused(make_checkpoint, tmp_path, "1 of 2 held-out pairs have a prompt that is trained on", preferences=planted)
 
 
@@ -400,13 +402,13 @@ def test_rankings_that_are_too_long_are_left_out_whole_and_counted(tmp_path, mak
     workspace = Workspace(tmp_path)
     metrics = run(CONFIG, {"model": make_checkpoint(), "preferences": planted}, workspace)
     assert metrics["rankings"] == 9
-    assert "left out 1 of 10 rankings with an answer of more than 160 tokens" in workspace.events.read_text()
-    assert "heldout_accuracy" not in metrics
+    assert "skipped 1 of 10 rankings with an answer of more than 160 tokens" in workspace.events.read_text()
+    assert "validation_accuracy" not in metrics
 
 
 def test_held_out_questions_in_the_pairs_are_refused(tmp_path, make_checkpoint, preferences, prompts):
     question = read_prompts(prompts.path, "test")[0].question
     planted = Pair("x", "train", [{"role": "user", "content": question}], "a", "b")
-    match = "1 training questions occur in the dev or test split"
+    match = "1 training questions occur in the validation or test split"
     pairs = preferences(*(pair(i) for i in range(9)), planted)
     refused(make_checkpoint, tmp_path, match, preferences=pairs, prompts=prompts)

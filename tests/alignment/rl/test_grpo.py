@@ -8,7 +8,7 @@ from lilpipe.alignment.rl import grpo
 from lilpipe.alignment.rl.grpo import run
 from lilpipe.alignment.rollout import rollouts
 from lilpipe.config.prompts import RewardConfig
-from lilpipe.config.reinforcement import GRPOConfig, WatchConfig
+from lilpipe.config.reinforcement import CollapseMonitorConfig, GRPOConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.distributed import Preempted
 from lilpipe.errors import ArtifactError, DataError
@@ -22,7 +22,7 @@ CONFIG = GRPOConfig(
     seed=0,
     num_steps=6,
     prompts_per_step=4,
-    group_size=4,
+    num_generations=4,
     checkpoint_every=2,
     log_every=1,
     sampling=SamplingConfig(max_new_tokens=6),
@@ -49,7 +49,7 @@ def even_words(monkeypatch):
     """A reward that a model of random weights meets now and then."""
 
     def even(config, reward_model):
-        return lambda prompts, responses: [(float(len(r.text.split()) % 2 == 0), "") for r in responses]
+        return lambda prompts, completions: [(float(len(r.text.split()) % 2 == 0), "") for r in completions]
 
     monkeypatch.setitem(rewards.KINDS, "answer", even)
 
@@ -64,7 +64,7 @@ def test_the_sampler_and_the_trainer_agree_on_probabilities(tmp_path, inputs, ev
     run(CONFIG, inputs, workspace)
     steps = steps_of(workspace)
     assert len(steps) == 6
-    assert all(step["sampler_gap"] < 1e-5 and step["clipped"] == 0 for step in steps)
+    assert all(step["logprob_mismatch"] < 1e-5 and step["clip_ratio"] == 0 for step in steps)
     assert any(0 < step["reward"] < 1 for step in steps)
 
 
@@ -73,7 +73,7 @@ def test_answers_that_stop_strings_end_are_learnt_as_drawn(tmp_path, inputs, eve
     letters = tuple("abcdefghijklmnopqrstuvwxyz")
     run(changed(num_steps=2, sampling=SamplingConfig(max_new_tokens=6, stop=letters)), inputs, workspace)
     steps = steps_of(workspace)
-    assert all(step["sampler_gap"] < 1e-5 for step in steps)
+    assert all(step["logprob_mismatch"] < 1e-5 for step in steps)
     assert all(0 < step["ended"] < 1 for step in steps)
 
 
@@ -81,7 +81,7 @@ def test_answers_that_stop_strings_end_are_learnt_as_drawn(tmp_path, inputs, eve
 def test_the_reward_rises(tmp_path, inputs, even_words):
     workspace = Workspace(tmp_path)
     optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 1e-2})
-    run(changed(num_steps=25, group_size=8, optimizer=optimizer), inputs, workspace)
+    run(changed(num_steps=25, num_generations=8, optimizer=optimizer), inputs, workspace)
     rewards = [step["reward"] for step in steps_of(workspace)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
 
@@ -89,7 +89,7 @@ def test_the_reward_rises(tmp_path, inputs, even_words):
 def test_groups_without_spread_teach_nothing_and_are_counted(tmp_path, inputs):
     workspace = Workspace(tmp_path)
     run(CONFIG, inputs, workspace)  # random weights solve nothing
-    assert [step["flat_groups"] for step in steps_of(workspace)] == [1] * 6
+    assert [step["frac_reward_zero_std"] for step in steps_of(workspace)] == [1] * 6
     before = load_model(inputs["model"].path)[0].state_dict()
     after = load_model(workspace.output)[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -117,7 +117,7 @@ def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path, inputs
 
 def test_the_kl_to_the_first_policy_starts_at_zero_and_is_logged(tmp_path, inputs, even_words):
     workspace = Workspace(tmp_path)
-    run(changed(kl_coefficient=0.05), inputs, workspace)
+    run(changed(beta=0.05), inputs, workspace)
     divergences = [step["kl"] for step in steps_of(workspace)]
     assert divergences[0] == pytest.approx(0, abs=1e-6)
     assert divergences[-1] > 0
@@ -127,10 +127,9 @@ def test_the_kl_to_the_first_policy_starts_at_zero_and_is_logged(tmp_path, input
     ("settings", "message"),
     [
         ({"num_workers": 3}, "prompts_per_step 4 must be a multiple of the 3 workers"),
-        ({"minibatches_per_rollout": 3}, "minibatches_per_rollout 3 must divide the 16 answers"),
+        ({"num_mini_batches": 3}, "num_mini_batches 3 must divide the 16 answers"),
         ({"sampling": SamplingConfig(temperature=0)}, "sampling.temperature must be above 0"),
         ({"sampling": SamplingConfig(top_p=0.9)}, "sampling.top_p 0.9 must be 1"),
-        ({"normalize_std": False, "std_over": "batch"}, "std_over 'batch' would be ignored"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
@@ -140,18 +139,18 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 
 # --- several updates of a rollout ---------------------------------------------------------------------------------
 
-SEVERAL = {"num_steps": 3, "epochs_per_rollout": 2, "minibatches_per_rollout": 2, "checkpoint_every": 1}
+SEVERAL = {"num_steps": 3, "num_iterations": 2, "num_mini_batches": 2, "checkpoint_every": 1}
 """Twelve updates: four of each rollout."""
 
 
 def test_a_rollout_is_learned_from_several_times_and_clipped(tmp_path, inputs, even_words):
     workspace = Workspace(tmp_path)
     optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 1e-2})
-    run(changed(**SEVERAL, optimizer=optimizer, clip_range=1e-3), inputs, workspace)
+    run(changed(**SEVERAL, optimizer=optimizer, epsilon=1e-3), inputs, workspace)
     steps = steps_of(workspace)
     assert len(steps) == 12
-    assert all(step["sampler_gap"] < 1e-5 for step in steps)
-    clipped = [step["clipped"] for step in steps]
+    assert all(step["logprob_mismatch"] < 1e-5 for step in steps)
+    clipped = [step["clip_ratio"] for step in steps]
     assert clipped[0::4] == [0, 0, 0]
     assert max(clipped[1::4]) > 0.5
     rewards = [step["reward"] for step in steps]
@@ -162,7 +161,7 @@ def test_a_rollout_is_learned_from_several_times_and_clipped(tmp_path, inputs, e
 def test_a_run_stopped_between_two_updates_of_a_rollout_goes_on_with_its_answers(
     tmp_path, inputs, even_words, monkeypatch, stopped_at
 ):
-    config = changed(**SEVERAL, resample_rounds=1, kl_coefficient=0.01)
+    config = changed(**SEVERAL, dynamic_sampling_rounds=1, beta=0.01)
     run(config, inputs, Workspace(tmp_path / "whole"))
     updates = iter(range(1, 100))
     monkeypatch.setattr("lilpipe.distributed.stop_requested", lambda: next(updates) == stopped_at)
@@ -220,19 +219,19 @@ def first_steps(tmp_path, inputs, **settings):
 
 
 def test_groups_without_spread_are_replaced_by_those_of_further_prompts(tmp_path, inputs, even_words):
-    plain = first_steps(tmp_path / "plain", inputs, group_size=2)
-    resampled = first_steps(tmp_path / "resampled", inputs, group_size=2, resample_rounds=20)
-    assert plain[0]["flat_groups"] > 0
+    plain = first_steps(tmp_path / "plain", inputs, num_generations=2)
+    resampled = first_steps(tmp_path / "resampled", inputs, num_generations=2, dynamic_sampling_rounds=20)
+    assert plain[0]["frac_reward_zero_std"] > 0
     assert plain[0]["replaced_groups"] == 0
-    assert resampled[0]["flat_groups"] == 0
-    assert resampled[0]["replaced_groups"] >= plain[0]["flat_groups"]
+    assert resampled[0]["frac_reward_zero_std"] == 0
+    assert resampled[0]["replaced_groups"] >= plain[0]["frac_reward_zero_std"]
 
 
 def test_a_run_whose_answers_are_all_too_long_and_masked_learns_nothing(tmp_path, inputs, even_words, monkeypatch):
     before = load_model(inputs["model"].path)[0].state_dict()
     workspace = Workspace(tmp_path)
     sampling = SamplingConfig(max_new_tokens=1)
-    run(changed(num_steps=2, mask_truncated=True, sampling=sampling), inputs, workspace)
+    run(changed(num_steps=2, mask_truncated_completions=True, sampling=sampling), inputs, workspace)
     steps = steps_of(workspace)
     assert steps[0]["truncated"] > 0.9
     after = load_model(workspace.output)[0].state_dict()
@@ -242,9 +241,9 @@ def test_a_run_whose_answers_are_all_too_long_and_masked_learns_nothing(tmp_path
 
 def test_at_another_temperature_the_first_update_is_not_clipped(tmp_path, inputs, even_words):
     sampling = SamplingConfig(max_new_tokens=6, temperature=0.7)
-    steps = first_steps(tmp_path, inputs, sampling=sampling, epochs_per_rollout=2, kl_coefficient=0.1)
-    assert steps[0]["clipped"] == 0
-    assert steps[0]["sampler_gap"] < 1e-5
+    steps = first_steps(tmp_path, inputs, sampling=sampling, num_iterations=2, beta=0.1)
+    assert steps[0]["clip_ratio"] == 0
+    assert steps[0]["logprob_mismatch"] < 1e-5
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -268,7 +267,7 @@ class Liking:
 
 def test_a_base_model_is_trained_on_text_up_to_the_end_of_a_paragraph(tmp_path, inputs, even_words):
     steps = first_steps(tmp_path, inputs, prompt_form="text")
-    assert all(step["sampler_gap"] < 1e-5 for step in steps)
+    assert all(step["logprob_mismatch"] < 1e-5 for step in steps)
 
 
 # --- gates --------------------------------------------------------------------------------------------------------
@@ -283,62 +282,70 @@ def test_a_sampler_that_sees_another_model_than_the_trainer_stops_the_run(tmp_pa
         return complete(other, *args, **options)
 
     monkeypatch.setattr(rollouts, "complete", stale)
-    with pytest.raises(DataError, match=r"rollout 1: the sampler's log-probabilities differ .*max_sampler_gap 0.01"):
+    with pytest.raises(
+        DataError, match=r"rollout 1: the sampler's log-probabilities differ .*max_logprob_mismatch 0.01"
+    ):
         run(CONFIG, inputs, Workspace(tmp_path))
 
 
 def test_a_run_whose_groups_all_lack_spread_raises_an_alarm_and_stops(tmp_path, inputs):
     workspace = Workspace(tmp_path)
-    with pytest.raises(DataError, match="rollout 4: flat_groups 1 for 4 rollouts in a row, expected at most"):
-        run(changed(watch=WatchConfig(patience=4)), inputs, workspace)  # random weights solve nothing
-    assert "alarm: rollout 2: flat_groups" in workspace.events.read_text()
+    with pytest.raises(DataError, match="rollout 4: frac_reward_zero_std 1 for 4 rollouts in a row, expected at most"):
+        run(
+            changed(collapse_monitor=CollapseMonitorConfig(patience=4)), inputs, workspace
+        )  # random weights solve nothing
+    assert "alarm: rollout 2: frac_reward_zero_std" in workspace.events.read_text()
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         ({"sampling": SamplingConfig(max_new_tokens=1)}, "length 1 for 2 rollouts in a row, .*min_length"),
-        ({"sampling": SamplingConfig(max_new_tokens=2)}, "truncated .* for 2 rollouts in a row, .*max_truncated_share"),
+        ({"sampling": SamplingConfig(max_new_tokens=2)}, "truncated .* for 2 rollouts in a row, .*max_truncated_ratio"),
         (
-            {"optimizer": CONFIG.optimizer.model_copy(update={"learning_rate": 0.3}), "kl_coefficient": 1e-6},
+            {"optimizer": CONFIG.optimizer.model_copy(update={"learning_rate": 0.3}), "beta": 1e-6},
             "kl .* for 2 rollouts in a row, .*max_kl",
         ),
     ],
 )
 def test_a_run_that_collapses_stops_and_says_how(tmp_path, inputs, even_words, fault, message):
-    watch = WatchConfig(patience=2, max_flat_share=1, max_kl=0.5, max_truncated_share=0.9 if "sampling" in fault else 1)
+    collapse_monitor = CollapseMonitorConfig(
+        patience=2, max_frac_reward_zero_std=1, max_kl=0.5, max_truncated_ratio=0.9 if "sampling" in fault else 1
+    )
     with pytest.raises(DataError, match=message):
-        run(changed(watch=watch, **fault), inputs, Workspace(tmp_path))
+        run(changed(collapse_monitor=collapse_monitor, **fault), inputs, Workspace(tmp_path))
 
 
 def test_a_policy_that_has_stopped_exploring_stops_the_run(tmp_path, inputs, even_words):
     model, tokenizer = load_model(inputs["model"].path)
     model.output_weight.data.mul_(1e4)
     save_model(model, tokenizer, inputs["model"].path)
-    watch = WatchConfig(patience=2, max_flat_share=1, max_truncated_share=1, max_sampler_gap=100)
+    collapse_monitor = CollapseMonitorConfig(
+        patience=2, max_frac_reward_zero_std=1, max_truncated_ratio=1, max_logprob_mismatch=100
+    )
     with pytest.raises(DataError, match=r"entropy .* for 2 rollouts in a row, .*min_entropy"):
-        run(changed(watch=watch), inputs, Workspace(tmp_path))
+        run(changed(collapse_monitor=collapse_monitor), inputs, Workspace(tmp_path))
 
 
 def test_a_reward_that_is_lost_stops_the_run(tmp_path, inputs, monkeypatch):
-    worths = [*[1.0] * 3, *[0.0] * 9]  # of all answers to the dev prompts, then of each rollout
+    worths = [*[1.0] * 3, *[0.0] * 9]  # of all answers to the validation prompts, then of each rollout
 
     def falling(config, reward_model):
         worth = iter(worths)
-        return lambda prompts, responses: [(value, "") for value in [next(worth)] * len(responses)]
+        return lambda prompts, completions: [(value, "") for value in [next(worth)] * len(completions)]
 
     monkeypatch.setitem(rewards.KINDS, "answer", falling)
-    watch = WatchConfig(patience=2, max_flat_share=1, max_truncated_share=1)
+    collapse_monitor = CollapseMonitorConfig(patience=2, max_frac_reward_zero_std=1, max_truncated_ratio=1)
     with pytest.raises(DataError, match=r"rollout 3: the mean reward of the last 2 rollouts is 0.5, .*max_reward_drop"):
-        run(changed(watch=watch), inputs, Workspace(tmp_path))
+        run(changed(collapse_monitor=collapse_monitor), inputs, Workspace(tmp_path))
 
 
-@pytest.mark.parametrize("split", ["dev", "test"])
+@pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_held_out_question_among_those_to_train_on_is_refused(tmp_path, inputs, split):
     rows = read_rows(inputs["prompts"].path / "prompts.arrow")
     held_out = next(row for row in rows if row["split"] == split)
     leaked = {**held_out, "id": "train/leaked", "split": "train", "question": held_out["question"].upper()}
     write_rows(tmp_path / "prompts.arrow", [*rows, leaked], PROMPT_SCHEMA)
     leaking = as_artifact(tmp_path, kind="Prompts", stage="prompts")
-    with pytest.raises(DataError, match="1 training questions occur in the dev or test split"):
+    with pytest.raises(DataError, match="1 training questions occur in the validation or test split"):
         run(CONFIG, {**inputs, "prompts": leaking}, Workspace(tmp_path / "run"))

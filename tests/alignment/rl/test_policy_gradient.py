@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lilpipe.alignment.rl.policy_gradient import (
-    adapted_kl_coefficient,
+    adapted_beta,
     aggregate,
     clipped_value_loss,
     generalised_advantages,
@@ -34,9 +34,9 @@ def test_the_ratio_is_clipped_only_where_that_lowers_the_gain():
     ratio = torch.tensor([[1.5, 0.5], [1.5, 0.5]])
     advantages = torch.tensor([[1.0], [-1.0]])
     everywhere = torch.ones(2, 2, dtype=torch.bool)
-    loss = surrogate_loss(ratio.log(), torch.zeros(2, 2), advantages, everywhere, clip_low=0.2, clip_high=0.2)
+    loss = surrogate_loss(ratio.log(), torch.zeros(2, 2), advantages, everywhere, epsilon_low=0.2, epsilon_high=0.2)
     assert loss.flatten().tolist() == pytest.approx([-1.2, -0.5, 1.5, 0.8])
-    higher = surrogate_loss(ratio.log(), torch.zeros(2, 2), advantages, everywhere, clip_low=0.2, clip_high=0.4)
+    higher = surrogate_loss(ratio.log(), torch.zeros(2, 2), advantages, everywhere, epsilon_low=0.2, epsilon_high=0.4)
     assert higher.flatten().tolist() == pytest.approx([-1.4, -0.5, 1.5, 0.8])
 
 
@@ -73,37 +73,35 @@ def test_an_answer_that_is_masked_adds_nothing_to_any_loss():
         assert aggregate(loss, nothing, over=over, max_tokens=5)[0].item() == 0
 
 
-def naive_advantages(rewards, values, discount, trace_decay):
+def naive_advantages(rewards, values, gamma, gae_lambda):
     """The definition: the sum over all later steps of (gamma lambda)^k delta_{t+k}."""
     values = [*values, 0.0]
-    deltas = [reward + discount * values[t + 1] - values[t] for t, reward in enumerate(rewards)]
-    return [
-        sum((discount * trace_decay) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(rewards))
-    ]
+    deltas = [reward + gamma * values[t + 1] - values[t] for t, reward in enumerate(rewards)]
+    return [sum((gamma * gae_lambda) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(rewards))]
 
 
-@pytest.mark.parametrize(("discount", "trace_decay"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0)])
-def test_generalised_advantages_are_their_definition(discount, trace_decay):
+@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0)])
+def test_generalised_advantages_are_their_definition(gamma, gae_lambda):
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 2, 4, generator=generator, dtype=torch.float64)
-    got = generalised_advantages(rewards, values, MASK, discount=discount, trace_decay=trace_decay)
+    got = generalised_advantages(rewards, values, MASK, gamma=gamma, gae_lambda=gae_lambda)
     for row in range(2):
         mask = MASK[row]
-        expected = naive_advantages(rewards[row][mask].tolist(), values[row][mask].tolist(), discount, trace_decay)
+        expected = naive_advantages(rewards[row][mask].tolist(), values[row][mask].tolist(), gamma, gae_lambda)
         assert got[row][mask].tolist() == pytest.approx(expected, abs=1e-12)
         assert got[row][~mask].eq(0).all()
 
 
 def test_without_discount_or_decay_advantage_and_value_are_what_is_still_to_come():
     rewards, values = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(1))
-    got = generalised_advantages(rewards, values, MASK, discount=1.0, trace_decay=1.0)
+    got = generalised_advantages(rewards, values, MASK, gamma=1.0, gae_lambda=1.0)
     to_come = (rewards * MASK).flip(1).cumsum(1).flip(1)
     assert torch.allclose((got + values)[MASK], to_come[MASK], atol=1e-6)
 
 
 def test_the_score_comes_with_the_last_token_and_the_divergence_with_each():
     logprobs, reference = torch.zeros(2, 4), torch.full((2, 4), -0.5)
-    rewards = token_rewards(torch.tensor([3.0, -1.0]), logprobs, reference, MASK, kl_coefficient=0.2)
+    rewards = token_rewards(torch.tensor([3.0, -1.0]), logprobs, reference, MASK, beta=0.2)
     assert rewards.tolist() == [pytest.approx([0, -0.1, -0.1, 2.9]), pytest.approx([-0.1, -1.1, 0, 0])]
 
 
@@ -127,5 +125,5 @@ def test_whitened_advantages_have_mean_zero_and_deviation_one():
 
 
 def test_the_kl_coefficient_follows_the_divergence_by_at_most_a_fifth_of_the_rate():
-    adapted = [adapted_kl_coefficient(0.5, kl, target=2.0, rate=0.1) for kl in (2.0, 2.2, 9.0, 0.0)]
+    adapted = [adapted_beta(0.5, kl, target=2.0, rate=0.1) for kl in (2.0, 2.2, 9.0, 0.0)]
     assert adapted == pytest.approx([0.5, 0.505, 0.51, 0.49])

@@ -14,7 +14,7 @@ from lilpipe.alignment.rl import ppo
 from lilpipe.alignment.rl.ppo import PPO, run
 from lilpipe.alignment.rollout.rollouts import Sampler, at_targets
 from lilpipe.config.prompts import RewardConfig
-from lilpipe.config.reinforcement import PPOConfig, WatchConfig
+from lilpipe.config.reinforcement import CollapseMonitorConfig, PPOConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.distributed import Preempted
@@ -31,8 +31,8 @@ CONFIG = PPOConfig(
     seed=0,
     num_steps=3,
     prompts_per_step=8,
-    epochs_per_rollout=2,
-    minibatches_per_rollout=2,
+    num_iterations=2,
+    num_mini_batches=2,
     accumulation_steps=2,
     checkpoint_every=1,
     log_every=1,
@@ -55,7 +55,7 @@ def even_words(monkeypatch):
     """A reward that a model of random weights meets now and then."""
 
     def even(config, reward_model):
-        return lambda prompts, responses: [(float(len(r.text.split()) % 2 == 0), "") for r in responses]
+        return lambda prompts, completions: [(float(len(r.text.split()) % 2 == 0), "") for r in completions]
 
     monkeypatch.setitem(rewards.KINDS, "answer", even)
 
@@ -107,7 +107,7 @@ def make_objective(tmp_path, inputs):
             Rewards(config.rewards),
             config,
             stage="ppo",
-            group_size=1,
+            num_generations=1,
             data_rank=0,
             num_data_ranks=1,
         )
@@ -145,20 +145,20 @@ def naive_rollout(objective, models, groups):
     config, answers = objective.config, []
     for group in groups:
         completion, scored = group.completions[0], group.scored[0]
-        tokens, start = [*completion.prompt_ids, *completion.drawn], len(completion.prompt_ids) - 1
+        tokens, start = [*completion.prompt_ids, *completion.completion_mask], len(completion.prompt_ids) - 1
         with torch.no_grad():
             old = [x.item() for x in logprobs_of(models.policy, tokens, config.sampling.temperature)][start:]
             first = [x.item() for x in logprobs_of(objective.reference, tokens, config.sampling.temperature)][start:]
             values = models.value(torch.tensor([tokens[:-1]]))[0, start:, 0].tolist()
-        gains = [-config.kl_coefficient * (a - b) for a, b in zip(old, first, strict=True)]
-        gains[-1] += scored.total - config.missing_end_penalty * (not completion.verdict.ended)
+        gains = [-config.beta * (a - b) for a, b in zip(old, first, strict=True)]
+        gains[-1] += scored.total - config.missing_eos_penalty * (not completion.verdict.ended)
         advantages = []
         for t in range(len(gains)):
             total, factor = 0.0, 1.0
             for later in range(t, len(gains)):
                 after = values[later + 1] if later + 1 < len(gains) else 0.0
-                total += factor * (gains[later] + config.discount * after - values[later])
-                factor *= config.discount * config.trace_decay
+                total += factor * (gains[later] + config.gamma * after - values[later])
+                factor *= config.gamma * config.gae_lambda
             advantages.append(total)
         returns = [advantage + value for advantage, value in zip(advantages, values, strict=True)]
         answers.append((tokens, start, advantages, returns, values, old))
@@ -177,10 +177,10 @@ def naive_loss(objective, answers, models):
         values = models.value(torch.tensor([tokens[:-1]]))[0, start:, 0]
         for t, advantage in enumerate(advantages):
             white, ratio = (advantage - mean) / deviation, (new[t] - old[t]).exp()
-            gain = torch.min(ratio * white, ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * white)
-            low, high = old_values[t] - config.value_clip_range, old_values[t] + config.value_clip_range
+            gain = torch.min(ratio * white, ratio.clamp(1 - config.epsilon, 1 + config.epsilon) * white)
+            low, high = old_values[t] - config.cliprange_value, old_values[t] + config.cliprange_value
             error = torch.max((values[t] - returns[t]) ** 2, (values[t].clamp(low, high) - returns[t]) ** 2)
-            losses.append(-gain + config.value_coefficient * 0.5 * error)
+            losses.append(-gain + config.vf_coef * 0.5 * error)
     return torch.stack(losses).mean()
 
 
@@ -188,12 +188,12 @@ def naive_loss(objective, answers, models):
     "settings",
     [
         {},
-        {"discount": 0.9, "trace_decay": 0.5, "value_coefficient": 1.0, "missing_end_penalty": 0.0},
+        {"discount": 0.9, "gae_lambda": 0.5, "vf_coef": 1.0, "missing_eos_penalty": 0.0},
         {"sampling": SamplingConfig(max_new_tokens=6, temperature=0.8)},
     ],
 )
 def test_the_loss_and_its_gradient_are_those_of_the_definitions(make_objective, monkeypatch, settings):
-    config = changed(minibatches_per_rollout=1, prompts_per_step=4, **settings)
+    config = changed(num_mini_batches=1, prompts_per_step=4, **settings)
     objective, models = make_objective(config)
     groups, _ = objective._sampler.draw(models.policy, 0)
     monkeypatch.setattr(objective._sampler, "draw", lambda *_: (groups, 0))
@@ -209,14 +209,14 @@ def test_the_loss_and_its_gradient_are_those_of_the_definitions(make_objective, 
     parts = [models.loss(objective, 1, micro) for micro in range(2)]
     loss = torch.stack([part.total for part in parts]).sum() / sum(part.count for part in parts)
     got = torch.autograd.grad(loss, list(models.parameters()), allow_unused=True)
-    assert parts[0].metrics["clipped"][0] > 0
+    assert parts[0].metrics["clip_ratio"][0] > 0
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     for ours, theirs in zip(got, wanted, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_an_answer_without_end_is_worth_less_by_the_penalty(make_objective):
-    objective, models = make_objective(changed(missing_end_penalty=3.0))
+    objective, models = make_objective(changed(missing_eos_penalty=3.0))
     groups, _ = objective._sampler.draw(models.policy, 0)
     for score, group in zip(objective._scores(groups).tolist(), groups, strict=True):
         assert score == group.scored[0].total - 3.0 * (not group.completions[0].verdict.ended)
@@ -225,10 +225,14 @@ def test_an_answer_without_end_is_worth_less_by_the_penalty(make_objective):
 def test_the_kl_coefficient_is_fixed_or_follows_the_rollouts_before(make_objective):
     (fixed, _), (adapted, _) = make_objective(CONFIG), make_objective(changed(kl_target=1.0, kl_rate=0.5))
     for objective in (fixed, adapted):
-        objective.watch.history = [{"kl_per_answer": 9.0}, {"kl_per_answer": 1.0}, {"kl_per_answer": 0.0}]
-    assert [fixed.kl_coefficient(rollout) for rollout in range(4)] == [0.05] * 4
+        objective.collapse_monitor.history = [
+            {"kl_per_completion": 9.0},
+            {"kl_per_completion": 1.0},
+            {"kl_per_completion": 0.0},
+        ]
+    assert [fixed.beta(rollout) for rollout in range(4)] == [0.05] * 4
     expected = [0.05, 0.05 * 1.1, 0.05 * 1.1, 0.05 * 1.1 * 0.9]
-    assert [adapted.kl_coefficient(rollout) for rollout in range(4)] == pytest.approx(expected)
+    assert [adapted.beta(rollout) for rollout in range(4)] == pytest.approx(expected)
 
 
 # --- the stage ----------------------------------------------------------------------------------------------------
@@ -239,9 +243,9 @@ def test_policy_and_value_are_trained_and_saved_apart(tmp_path, inputs):
     metrics = run(CONFIG, inputs, workspace)
     steps = steps_of(workspace)
     assert len(steps) == 12
-    assert all(step["sampler_gap"] < 1e-5 for step in steps)
+    assert all(step["logprob_mismatch"] < 1e-5 for step in steps)
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert {"dev_reward", "dev_reward_before", "dev_accuracy"} < metrics.keys()
+    assert {"validation_reward", "validation_reward_before", "validation_accuracy"} < metrics.keys()
     policy, value = load_model(workspace.output)[0], load_head_model(workspace.output / "value")[0]
     for model, first in (
         (policy, load_model(inputs["model"].path)),
@@ -262,8 +266,8 @@ def test_the_reward_model_judges_by_default(tmp_path, inputs):
 def test_the_reward_rises(tmp_path, inputs):
     workspace = Workspace(tmp_path)
     optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 1e-2})
-    settings = {"num_steps": 30, "prompts_per_step": 32, "epochs_per_rollout": 2, "minibatches_per_rollout": 1}
-    run(changed(**settings, optimizer=optimizer, kl_coefficient=0.0), inputs, workspace)
+    settings = {"num_steps": 30, "prompts_per_step": 32, "num_iterations": 2, "num_mini_batches": 1}
+    run(changed(**settings, optimizer=optimizer, beta=0.0), inputs, workspace)
     rewards = [step["reward"] for step in steps_of(workspace)]
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.15
 
@@ -285,9 +289,11 @@ def test_a_run_stopped_between_two_updates_of_a_rollout_ends_in_the_bytes_of_an_
 
 def test_a_policy_that_leaves_its_reference_stops_the_run(tmp_path, inputs):
     optimizer = CONFIG.optimizer.model_copy(update={"learning_rate": 0.1})
-    watch = WatchConfig(patience=2, max_kl=0.05, max_truncated_share=1)
-    with pytest.raises(DataError, match=r"kl .* for 2 rollouts in a row, expected at most watch.max_kl 0.05"):
-        run(changed(num_steps=6, optimizer=optimizer, watch=watch), inputs, Workspace(tmp_path))
+    collapse_monitor = CollapseMonitorConfig(patience=2, max_kl=0.05, max_truncated_ratio=1)
+    with pytest.raises(
+        DataError, match=r"kl .* for 2 rollouts in a row, expected at most collapse_monitor.max_kl 0.05"
+    ):
+        run(changed(num_steps=6, optimizer=optimizer, collapse_monitor=collapse_monitor), inputs, Workspace(tmp_path))
 
 
 def test_a_reward_model_of_other_tokens_is_refused(tmp_path, inputs, make_reward_model):
@@ -299,6 +305,6 @@ def test_a_reward_model_of_other_tokens_is_refused(tmp_path, inputs, make_reward
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="minibatches_per_rollout 3 must divide the 8 answers of a worker"):
-        changed(minibatches_per_rollout=3)
+    with pytest.raises(ValueError, match="num_mini_batches 3 must divide the 8 answers of a worker"):
+        changed(num_mini_batches=3)
     assert ppo.STAGE.inputs.keys() == {"model", "prompts", "reward_model"}

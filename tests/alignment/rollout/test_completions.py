@@ -3,10 +3,10 @@ import torch
 
 from lilpipe.alignment.rollout import completions
 from lilpipe.alignment.rollout.completions import complete, encode_question, pad_completions, up_to_stop
-from lilpipe.alignment.verify.answers import as_text
+from lilpipe.alignment.verify.verifiers import as_text
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
-from lilpipe.generation.engine import Sample
+from lilpipe.generation.engine import CompletionOutput
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import token_logprobs
 from lilpipe.schemas.examples import Prompt
@@ -49,7 +49,7 @@ def test_a_text_question_is_a_prefix_of_its_exercise_in_tokens(tokenizer):
 def test_an_answer_counts_only_once_it_has_ended(
     tokenizer, make_checkpoint, monkeypatch, form, text, finished, ended, correct
 ):
-    sample = Sample(tokenizer.encode(text), [], finished)
+    sample = CompletionOutput(tokenizer.encode(text), [], finished)
     monkeypatch.setattr(completions, "generate", lambda *args, **options: [[sample]])
     model, _ = load_model(make_checkpoint().path)
     verdict = complete(model, tokenizer, [PROMPT], form=form, sampling=SamplingConfig(), seed=0)[0][0].verdict
@@ -72,7 +72,7 @@ def test_a_text_ends_before_the_first_stop_string_or_with_it(text, cut, kept):
 
 @pytest.mark.parametrize("form", ["chat", "text"])
 def test_what_begins_with_a_stop_string_is_not_judged(tokenizer, make_checkpoint, monkeypatch, form):
-    sample = Sample(tokenizer.encode("Answer: 1 3 User:"), [], finished=True, stop_reason="stop_string")
+    sample = CompletionOutput(tokenizer.encode("Answer: 1 3 User:"), [], finished=True, stop_reason="stop_string")
     monkeypatch.setattr(completions, "generate", lambda *args, **options: [[sample]])
     model, _ = load_model(make_checkpoint().path)
 
@@ -80,9 +80,9 @@ def test_what_begins_with_a_stop_string_is_not_judged(tokenizer, make_checkpoint
         sampling = SamplingConfig(stop=("User:",), **settings)
         return complete(model, tokenizer, [PROMPT], form=form, sampling=sampling, seed=0)[0][0]
 
-    assert (answer().response, answer().verdict.correct) == ("Answer: 1 3", True)
-    assert (answer(keep_stop=True).response, answer(keep_stop=True).verdict.correct) == ("Answer: 1 3 User:", False)
-    assert answer().drawn == answer(keep_stop=True).drawn == sample.tokens
+    assert (answer().text, answer().verdict.correct) == ("Answer: 1 3", True)
+    assert (answer(keep_stop=True).text, answer(keep_stop=True).verdict.correct) == ("Answer: 1 3 User:", False)
+    assert answer().completion_ids == answer(keep_stop=True).completion_ids == sample.tokens
 
 
 @pytest.mark.parametrize("form", ["chat", "text"])
@@ -93,24 +93,24 @@ def test_an_answer_that_a_stop_string_of_several_tokens_ends_is_learnt_as_it_was
 
     def draw(*stop):
         sampling = SamplingConfig(max_new_tokens=24, stop=stop)
-        return complete(model, tokenizer, [PROMPT], form=form, sampling=sampling, seed=3, num_samples=8)[0]
+        return complete(model, tokenizer, [PROMPT], form=form, sampling=sampling, seed=3, num_generations=8)[0]
 
     def is_ascii(tokens):
         return max(tokens) < 128
 
     at_length = [one for one in draw() if one.sample.stop_reason == "length"]
-    plain, place = next((one, k) for one in at_length for k in range(4, 20) if is_ascii(one.drawn[k : k + 2]))
-    stop = tokenizer.decode(plain.drawn[place : place + 2])
-    (ended,) = [one for one in draw(stop) if stop in tokenizer.decode(one.drawn)]
+    plain, place = next((one, k) for one in at_length for k in range(4, 20) if is_ascii(one.completion_ids[k : k + 2]))
+    stop = tokenizer.decode(plain.completion_ids[place : place + 2])
+    (ended,) = [one for one in draw(stop) if stop in tokenizer.decode(one.completion_ids)]
     assert ended.sample.stop_reason == "stop_string"
-    text = tokenizer.decode(plain.drawn)
+    text = tokenizer.decode(plain.completion_ids)
     assert ended.verdict.ended
-    assert ended.response == text[: text.index(stop)].strip()
-    assert ended.drawn == plain.drawn[: len(ended.drawn)]
-    assert tokenizer.decode(ended.drawn).endswith(stop)
-    assert tokenizer.turn_end_id not in ended.drawn
-    assert ended.as_response.num_tokens == len(ended.drawn) == len(ended.sample.logprobs)
-    tokens, mask = pad_completions([ended.prompt_ids], [ended.drawn], padding_id=0)
+    assert ended.text == text[: text.index(stop)].strip()
+    assert ended.completion_ids == plain.completion_ids[: len(ended.completion_ids)]
+    assert tokenizer.decode(ended.completion_ids).endswith(stop)
+    assert tokenizer.turn_end_id not in ended.completion_ids
+    assert ended.as_completion_text.num_tokens == len(ended.completion_ids) == len(ended.sample.logprobs)
+    tokens, mask = pad_completions([ended.prompt_ids], [ended.completion_ids], padding_id=0)
     trained = token_logprobs(model, tokens)[mask]
     assert trained.tolist() == pytest.approx(ended.sample.logprobs, abs=1e-5)
 
@@ -125,7 +125,7 @@ def test_the_same_seed_draws_the_same_answers_and_another_others(tokenizer, make
     sampling = SamplingConfig(max_new_tokens=8)
 
     def draw(seed):
-        groups = complete(model, tokenizer, [PROMPT], form="chat", sampling=sampling, seed=seed, num_samples=3)
+        groups = complete(model, tokenizer, [PROMPT], form="chat", sampling=sampling, seed=seed, num_generations=3)
         return [completion.sample.tokens for completion in groups[0]]
 
     assert draw(1) == draw(1) != draw(2)

@@ -2,19 +2,19 @@ import pytest
 
 from lilpipe.alignment.rollout import completions, rejection_sampling, sampling
 from lilpipe.alignment.rollout.rejection_sampling import run, select
-from lilpipe.alignment.verify.answers import verify
+from lilpipe.alignment.verify.verifiers import verify
 from lilpipe.config.preferences import RejectionSamplingConfig
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.generation.engine import Sample
+from lilpipe.generation.engine import CompletionOutput
 from lilpipe.schemas.examples import read_conversations, read_prompts
 from lilpipe.schemas.tables import read_rows
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import digest_of
 
 CONFIG = RejectionSamplingConfig(
-    seed=0, num_prompts=12, samples_per_prompt=4, prompts_per_chunk=5, sampling=SamplingConfig(max_new_tokens=8)
+    seed=0, num_prompts=12, num_generations=4, prompts_per_chunk=5, sampling=SamplingConfig(max_new_tokens=8)
 )
 
 
@@ -24,11 +24,11 @@ def no_report(monkeypatch):
     monkeypatch.setattr(rejection_sampling, "_report", lambda *args: "")
 
 
-def row(response, *, correct=False, sample=0, reward=0.0, ended=True):
+def row(completion, *, correct=False, sample=0, reward=0.0, ended=True):
     return {
         "prompt_id": "p",
         "sample": sample,
-        "response": response,
+        "completion": completion,
         "correct": correct,
         "reward": reward,
         "ended": ended,
@@ -46,16 +46,16 @@ def oracle(monkeypatch, prompts, tokenizer):
     train = read_prompts(prompts.path, "train")
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
 
-    def generate(model, encoded, *, num_samples, **options):
+    def generate(model, encoded, *, num_generations, **options):
         answers = {prompt.question: (index % 5, prompt.answer) for index, prompt in enumerate(train)}
         return [
             [
-                Sample(
+                CompletionOutput(
                     tokenizer.encode(f"Sure. Answer: {answers[question][1]}" if k < answers[question][0] else "?"),
                     [],
                     True,
                 )
-                for k in range(num_samples)
+                for k in range(num_generations)
             ]
             for (question,) in encoded
         ]
@@ -139,7 +139,7 @@ def test_every_sample_is_kept_with_its_verdict(tmp_path, inputs, oracle):
     run(CONFIG, inputs, Workspace(tmp_path))
     samples = read_rows(tmp_path / "output" / "samples.arrow")
     assert len(samples) == 48
-    assert {(sample["response"] == "?") for sample in samples if sample["correct"]} == {False}
+    assert {(sample["completion"] == "?") for sample in samples if sample["correct"]} == {False}
 
 
 @pytest.mark.parametrize("killed_in", [2, 3])
@@ -187,7 +187,7 @@ def test_a_model_that_solves_nothing_gives_no_conversations_and_says_so(tmp_path
 
 
 def test_held_out_questions_stop_the_stage(tmp_path, inputs, monkeypatch):
-    monkeypatch.setattr(rejection_sampling, "read_prompts", lambda path, split: read_prompts(path, "dev"))
+    monkeypatch.setattr(rejection_sampling, "read_prompts", lambda path, split: read_prompts(path, "validation"))
     with pytest.raises(DataError, match="12 training questions occur"):
         run(CONFIG, inputs, Workspace(tmp_path))
 
@@ -203,13 +203,13 @@ def test_each_reward_is_kept_and_logged_apart_and_the_sum_decides(tmp_path, inpu
     samples = read_rows(tmp_path / "output" / "samples.arrow")
     for sample in samples:
         assert sample["reward/answer"] == float(sample["correct"])
-        assert sample["reward/doubt"] == float(sample["response"] == "?")
+        assert sample["reward/doubt"] == float(sample["completion"] == "?")
         assert sample["reward"] == 2 * sample["reward/answer"] + sample["reward/doubt"]
     assert metrics["reward/answer"] == pytest.approx(metrics["pass_at_1"])
     assert metrics["reward_stderr/answer"] == pytest.approx(metrics["pass_at_1_stderr"])
     assert metrics["reward"] == pytest.approx(2 * metrics["reward/answer"] + metrics["reward/doubt"])
     kept = [item.messages[1]["content"] for item in read_conversations(tmp_path / "output")]
-    assert len(kept) == len({(s["prompt_id"], s["response"]) for s in samples})  # "?" is worth 1, a right answer 2
+    assert len(kept) == len({(s["prompt_id"], s["completion"]) for s in samples})  # "?" is worth 1, a right answer 2
 
 
 def test_how_hard_each_prompt_was_is_kept(tmp_path, make_checkpoint, prompts, oracle):
@@ -237,8 +237,8 @@ def test_a_reward_model_can_decide(tmp_path, inputs, oracle, monkeypatch, make_c
     assert metrics["kept"] == 12  # also where nothing is right, the best of the wrong
     longest = {}
     for sample in read_rows(tmp_path / "output" / "samples.arrow"):
-        longest[sample["prompt_id"]] = max(longest.get(sample["prompt_id"], 0), len(sample["response"]))
-        assert sample["reward"] == len(sample["response"])
+        longest[sample["prompt_id"]] = max(longest.get(sample["prompt_id"], 0), len(sample["completion"]))
+        assert sample["reward"] == len(sample["completion"])
     for item in read_conversations(tmp_path / "output"):
         assert len(item.messages[1]["content"]) == longest[item.prompt_id]
 
@@ -257,7 +257,7 @@ def rounds(make_checkpoint, monkeypatch, prompts, tokenizer, no_report):
     """Three checkpoints of which the second alone is always right, and the list of those that were asked to sample."""
     artifacts = tuple(make_checkpoint(seed, step=f"dpo_{seed}") for seed in range(3))
     asked = []
-    everything = [prompt for split in ("train", "dev") for prompt in read_prompts(prompts.path, split)]
+    everything = [prompt for split in ("train", "validation") for prompt in read_prompts(prompts.path, split)]
     answers = {prompt.question: prompt.answer for prompt in everything}
     load = sampling.load_model
 
@@ -265,10 +265,10 @@ def rounds(make_checkpoint, monkeypatch, prompts, tokenizer, no_report):
         asked.append(next(artifact.manifest.step for artifact in artifacts if artifact.path == path))
         return load(path)
 
-    def generate(model, encoded, *, num_samples, **options):
+    def generate(model, encoded, *, num_generations, **options):
         right = asked[-1] == "dpo_1"
         text = {q: f"Answer: {answers[q]}" if right else "?" for (q,) in encoded}
-        return [[Sample(tokenizer.encode(text[q]), [], True)] * num_samples for (q,) in encoded]
+        return [[CompletionOutput(tokenizer.encode(text[q]), [], True)] * num_generations for (q,) in encoded]
 
     monkeypatch.setattr(sampling, "load_model", remembering)
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])

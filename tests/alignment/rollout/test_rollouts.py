@@ -4,14 +4,14 @@ import torch
 from lilpipe.alignment.rewards.reward_functions import Scored, judge
 from lilpipe.alignment.rollout.completions import Completion
 from lilpipe.alignment.rollout.rollouts import (
-    Answers,
+    CompletionBatch,
     Group,
     Rollout,
     Rollouts,
-    answer_logprobs,
-    as_answers,
+    as_completion_batch,
     at_targets,
     by_length,
+    completion_logprobs,
     group_metrics,
     means,
     micro_batches,
@@ -21,7 +21,7 @@ from lilpipe.alignment.rollout.rollouts import (
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.errors import ArtifactError, ConfigError
-from lilpipe.generation.engine import Sample
+from lilpipe.generation.engine import CompletionOutput
 from lilpipe.model.scores import IGNORED, token_scores
 from lilpipe.model.transformer import Transformer, token_logprobs
 from lilpipe.schemas.examples import Prompt
@@ -33,7 +33,7 @@ CONFIG = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, 
 
 def completion(prompt_ids, drawn, text="Answer: 1 3", *, ended=True):
     logprobs = [-0.5 * (place + 1) for place in range(len(drawn) + 2)]  # the sampler may go on past the answer
-    sample = Sample(drawn, logprobs, finished=False)
+    sample = CompletionOutput(drawn, logprobs, finished=False)
     return Completion(PROMPT, prompt_ids, sample, drawn, text, judge(PROMPT, text, ended=ended))
 
 
@@ -56,7 +56,7 @@ def some_answers(num_rows=6, width=8, seed=0):
     drawn = (torch.arange(width) >= 1) & (torch.arange(width) < lengths[:, None])
     targets = tokens[:, 1:].where(drawn, IGNORED)
     old = torch.randn(num_rows, width, generator=generator).where(drawn, 0.0)
-    return Answers(tokens[:, :-1], targets, drawn, old, old + 1)
+    return CompletionBatch(tokens[:, :-1], targets, drawn, old, old + 1)
 
 
 @pytest.fixture
@@ -69,26 +69,26 @@ def model():
 
 
 def test_answers_are_targets_and_log_probabilities_where_the_policy_drew(tokenizer, groups):
-    answers = as_answers(groups, tokenizer, mask_truncated=False, device=CPU)
+    answers = as_completion_batch(groups, tokenizer, mask_truncated_completions=False, device=CPU)
     nothing, padding = IGNORED, tokenizer.padding_id
     assert answers.inputs.tolist() == [[1, 2, 3], [1, 2, 5], [6, 7, 8], [6, 10, padding]]
     assert answers.targets.tolist() == [[nothing, 3, 4], [nothing, 5, nothing], [7, 8, 9], [10, nothing, nothing]]
     assert answers.old_logprobs.tolist() == [[0, -0.5, -1], [0, -0.5, 0], [-0.5, -1, -1.5], [-0.5, 0, 0]]
     assert answers.lengths.tolist() == [3, 2, 3, 1]
-    assert torch.equal(answers.counts, answers.drawn)
+    assert torch.equal(answers.counts, answers.completion_mask)
 
 
 def test_answers_that_are_too_long_can_be_left_out_of_the_loss(tokenizer, groups):
-    answers = as_answers(groups, tokenizer, mask_truncated=True, device=CPU)
+    answers = as_completion_batch(groups, tokenizer, mask_truncated_completions=True, device=CPU)
     assert answers.counts.any(dim=1).tolist() == [True, True, False, True]
-    assert answers.drawn.any(dim=1).all()
+    assert answers.completion_mask.any(dim=1).all()
 
 
 def test_what_a_rollout_was_like_is_summed_over_workers(groups):
     metrics = group_metrics(groups, num_replaced=1)
     assert metrics["reward"] == (2.0, 4.0)
     assert metrics["reward/answer"] == (2.0, 4.0)
-    assert metrics["flat_groups"] == (1.0, 2.0)
+    assert metrics["frac_reward_zero_std"] == (1.0, 2.0)
     assert metrics["length"] == (7.0, 4.0)
     assert metrics["truncated"] == (1.0, 4.0)
     assert metrics["entropy"] == (0.5 + 1 + 0.5 + 0.5 + 1 + 1.5 + 0.5, 7.0)
@@ -99,7 +99,7 @@ def test_what_a_rollout_was_like_is_summed_over_workers(groups):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_an_epoch_goes_through_every_answer_once_and_short_ones_are_not_padded_much(minibatches, epoch):
     answers = some_answers()
-    config = GRPOConfig(seed=0, minibatches_per_rollout=minibatches, accumulation_steps=2, prompts_per_step=3)
+    config = GRPOConfig(seed=0, num_mini_batches=minibatches, accumulation_steps=2, prompts_per_step=3)
     updates = [micro_batches(answers, epoch * minibatches + part, config, seed=1) for part in range(minibatches)]
     assert all(len(parts) == 2 for parts in updates)
     parts = [part for update in updates for part in update]
@@ -112,7 +112,7 @@ def test_an_epoch_goes_through_every_answer_once_and_short_ones_are_not_padded_m
 
 def test_each_epoch_has_an_order_of_its_own():
     answers = some_answers()
-    config = GRPOConfig(seed=0, minibatches_per_rollout=3, prompts_per_step=3)
+    config = GRPOConfig(seed=0, num_mini_batches=3, prompts_per_step=3)
     first, second, again = (micro_batches(answers, update, config, seed=1)[0] for update in (0, 3, 0))
     assert not torch.equal(first.inputs, second.inputs)
     assert torch.equal(first.inputs, again.inputs)
@@ -128,7 +128,7 @@ def test_scores_of_targets_alone_are_those_of_all_with_their_gradients(model):
         found = model(answers.inputs, targets_BT=answers.targets)
         (found.logprobs * weights + 0.1 * found.normaliser).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        assert found.logprobs[~answers.drawn].eq(0).all()
+        assert found.logprobs[~answers.completion_mask].eq(0).all()
     for whole, alone in zip(*gradients, strict=True):
         assert torch.allclose(whole, alone, atol=1e-5)
 
@@ -144,12 +144,12 @@ def test_scores_of_no_target_at_all_are_zeros_with_a_gradient(model):
 def test_log_probabilities_in_parts_are_those_of_the_whole(model):
     answers = some_answers()
     tokens = torch.cat([answers.inputs, answers.targets[:, -1:].clamp(min=0)], dim=1)
-    expected = token_logprobs(model, tokens).where(answers.drawn, 0.0)
+    expected = token_logprobs(model, tokens).where(answers.completion_mask, 0.0)
     for parts in (1, 4):
-        assert torch.allclose(answer_logprobs(model, answers, parts=parts), expected, atol=1e-5)
+        assert torch.allclose(completion_logprobs(model, answers, parts=parts), expected, atol=1e-5)
     hot = model(answers.inputs).div(1.7).log_softmax(-1).gather(-1, answers.targets.clamp(min=0)[..., None])[..., 0]
-    got = answer_logprobs(model, answers, parts=2, temperature=1.7)
-    assert torch.allclose(got, hot.where(answers.drawn, 0.0), atol=1e-5)
+    got = completion_logprobs(model, answers, parts=2, temperature=1.7)
+    assert torch.allclose(got, hot.where(answers.completion_mask, 0.0), atol=1e-5)
 
 
 def test_another_temperature_is_refused_for_logits_that_are_capped():
@@ -178,7 +178,7 @@ def test_a_rollout_is_drawn_once_and_kept_for_its_updates(tmp_path):
     again = rollouts(tmp_path, drawn=drawn).at(5)[0]
     assert drawn == [0, 1, 2]
     assert again.metrics == {"reward": (2.0, 1.0)}
-    for kept, expected in zip(again.answers, got[5][0].answers, strict=True):
+    for kept, expected in zip(again.completions, got[5][0].completions, strict=True):
         assert kept is expected or torch.equal(torch.as_tensor(kept), torch.as_tensor(expected))
 
 

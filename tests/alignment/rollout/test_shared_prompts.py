@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lilpipe.alignment.rollout.rollouts import Answers
+from lilpipe.alignment.rollout.rollouts import CompletionBatch
 from lilpipe.alignment.rollout.shared_prompts import ROW_LEN, share_prompts
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
@@ -27,7 +27,7 @@ def answers_of(lengths_by_prompt):
         drawn[row, len(prompt) : len(prompt) + len(answer)] = True
     targets = tokens[:, 1:].where(drawn[:, 1:], IGNORED)
     zeros = torch.zeros(targets.shape)
-    return Answers(tokens[:, :-1], targets, drawn[:, 1:], zeros, zeros)
+    return CompletionBatch(tokens[:, :-1], targets, drawn[:, 1:], zeros, zeros)
 
 
 def model_of(**changes):
@@ -46,7 +46,7 @@ def alone(model, answers):
 def shared(model, answers, max_len):
     rows = share_prompts(answers, max_len=max_len)
     scores = model(rows.inputs, targets_BT=rows.targets, positions_BT=rows.positions, mask=rows.mask)
-    return scores.logprobs.flatten()[rows.places].where(answers.drawn, 0.0), rows
+    return scores.logprobs.flatten()[rows.places].where(answers.completion_mask, 0.0), rows
 
 
 @pytest.mark.parametrize("changes", [{}, {"architecture": "gpt2", "num_kv_heads": 2}], ids=["llama", "gpt2"])
@@ -65,10 +65,10 @@ def test_scores_and_gradients_are_those_of_answers_alone(changes, max_len):
 
 
 def test_rows_hold_a_prompt_once_for_all_answers_that_they_have_room_for():
-    shared_len, num_answers = len(PROMPTS[0]) - 1, 9
-    answers = answers_of([[3] * num_answers])
+    shared_len, num_completions = len(PROMPTS[0]) - 1, 9
+    answers = answers_of([[3] * num_completions])
     rows = share_prompts(answers, max_len=160)
-    assert rows.inputs.shape == (1, shared_len + 3 * num_answers)
+    assert rows.inputs.shape == (1, shared_len + 3 * num_completions)
     assert (rows.inputs[:, :shared_len] == torch.tensor(PROMPTS[0][:-1])).all()
     room_for_two = shared_len + 2 * 3
     rows = share_prompts(answers, max_len=room_for_two)
@@ -92,5 +92,5 @@ def test_an_answer_that_saw_its_neighbour_would_be_found_out():
     model, answers = model_of(), answers_of([[3, 9, 1, 4]])
     rows = share_prompts(answers, max_len=160)
     scores = model(rows.inputs, targets_BT=rows.targets, positions_BT=rows.positions)  # plainly causal
-    leaky = scores.logprobs.flatten()[rows.places].where(answers.drawn, 0.0)
+    leaky = scores.logprobs.flatten()[rows.places].where(answers.completion_mask, 0.0)
     assert (leaky - alone(model, answers)).abs().max() > 1e-3

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lilpipe.alignment.verify import sandbox
-from lilpipe.alignment.verify import sandbox_child as confined
+from lilpipe.alignment.verify import sandbox, sandbox_child
 from lilpipe.alignment.verify.sandbox import Limits, find_program, isolation, run_program, run_programs
 
 LIMITS = Limits(cpu_seconds=1)
@@ -142,7 +141,7 @@ def test_what_protects_is_found_by_running_an_empty_program(monkeypatch):
 def in_a_process(code, *, namespaces=False):
     prefix = ["unshare", *sandbox.NAMESPACES] if namespaces else []
     command = [*prefix, sys.executable, "-S", "-c", code]
-    folder = Path(confined.__file__).parent
+    folder = Path(sandbox_child.__file__).parent
     return subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout.strip()
 
 
@@ -167,7 +166,7 @@ def test_landlock_alone_closes_files_outside_and_leaves_those_inside(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("response", "program"),
+    ("completion", "program"),
     [
         ("```python\nx = 1\n```", "x = 1\n"),
         ("First:\n```\nx = 1\n```\nbetter:\n```py\nx = 2\n```", "x = 2\n"),
@@ -176,5 +175,5 @@ def test_landlock_alone_closes_files_outside_and_leaves_those_inside(tmp_path):
         ("```rust\nlet x;\n```", None),
     ],
 )
-def test_the_program_is_the_last_block_of_python(response, program):
-    assert find_program(response) == program
+def test_the_program_is_the_last_block_of_python(completion, program):
+    assert find_program(completion) == program

@@ -23,7 +23,7 @@ from lilpipe.data.filters.classifier import (
     features,
     keep_threshold,
     probability,
-    train,
+    train_classifier,
 )
 from lilpipe.data.filters.fasttext_model import load
 from lilpipe.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ EXAMPLES = (Source(kind="text", name="any", path="."),)
 
 
 def config(**settings):
-    chosen = {"min_score": 0.5, "held_out_share": 0.3, "dimension": 8, "learning_rate": 0.5} | settings
+    chosen = {"min_score": 0.5, "validation_ratio": 0.3, "dimension": 8, "learning_rate": 0.5} | settings
     return ClassifierConfig(good=EXAMPLES, bad=EXAMPLES, **chosen)
 
 
@@ -51,7 +51,7 @@ GOOD, BAD = [prose(seed) for seed in range(120)], [advert(seed) for seed in rang
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    return folder, train(iter(GOOD), iter(BAD), config(), folder)
+    return folder, train_classifier(iter(GOOD), iter(BAD), config(), folder)
 
 
 def score(folder, text):
@@ -71,7 +71,7 @@ def test_the_report_says_what_was_learnt_from_and_how_well(trained):
     _, report = trained
     assert (report.num_good, report.num_bad, report.num_in_both) == (120, 90, 0)
     assert 50 <= report.num_trained <= 75
-    assert 15 <= report.num_held_out <= 40
+    assert 15 <= report.num_validation <= 40
     assert report.auc > 0.99
     by_threshold = {each.min_score: each for each in report.at_thresholds}
     assert by_threshold[0.5] == (0.5, 1, 1, 1)
@@ -83,13 +83,13 @@ def test_the_report_says_what_was_learnt_from_and_how_well(trained):
 
 
 def test_the_user_s_threshold_is_among_those_measured(tmp_path):
-    report = train(GOOD, BAD, config(min_score=0.123), tmp_path)
+    report = train_classifier(GOOD, BAD, config(min_score=0.123), tmp_path)
     assert 0.123 in [each.min_score for each in report.at_thresholds]
 
 
 def test_labels_that_mean_nothing_are_not_learnt(tmp_path):
     texts = [prose(seed) for seed in range(300)]
-    report = train(texts[::2], texts[1::2], config(), tmp_path)
+    report = train_classifier(texts[::2], texts[1::2], config(), tmp_path)
     assert abs(report.auc - 0.5) < 0.2
 
 
@@ -101,7 +101,7 @@ def test_nothing_but_the_model_is_left(trained):
 def test_order_and_repetition_of_the_examples_change_no_byte(tmp_path, trained):
     folder, report = trained
     shuffled = random.Random(1).sample(GOOD * 2, 240)
-    assert train(shuffled, BAD[::-1] + BAD[:5], config(), tmp_path) == report
+    assert train_classifier(shuffled, BAD[::-1] + BAD[:5], config(), tmp_path) == report
     assert (tmp_path / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
 
 
@@ -109,7 +109,7 @@ def test_what_lies_in_freed_memory_does_not_reach_the_model(tmp_path, trained):
     folder, _ = trained
     freed = [np.full(size, np.nan, np.float32) for size in (1_000, 5_000, 8_000, 20_000, 34_000) * 5]
     del freed
-    train(GOOD, BAD, config(), tmp_path)
+    train_classifier(GOOD, BAD, config(), tmp_path)
     assert (tmp_path / MODEL_FILE).read_bytes() == (folder / MODEL_FILE).read_bytes()
 
 
@@ -128,40 +128,40 @@ def test_held_out_examples_are_not_learnt_from(tmp_path):
     """Words that occur in one example each must be unknown to the model for just those held out."""
     good = [f"unique{i} river lantern meadow" for i in range(100)]
     bad = [f"special{i} casino bonus click" for i in range(100)]
-    report = train(good, bad, config(), tmp_path)
+    report = train_classifier(good, bad, config(), tmp_path)
     words = set(load(tmp_path / MODEL_FILE, "x").get_words())
     learnt = [sum(f"{name}{i}" in words for i in range(100)) for name in ("unique", "special")]
     assert learnt == [report.num_trained] * 2
-    assert report.num_held_out <= 100 - report.num_trained
+    assert report.num_validation <= 100 - report.num_trained
 
 
 def test_classes_are_balanced_in_training_and_in_measuring(tmp_path):
-    report = train(
+    report = train_classifier(
         [f"good number {i}" for i in range(1_000)], [f"bad number {i}" for i in range(60)], config(), tmp_path
     )
-    assert report.num_trained + report.num_held_out == 60
+    assert report.num_trained + report.num_validation == 60
     labels = load(tmp_path / MODEL_FILE, "x").get_labels(include_freq=True)
     assert set(labels[1].tolist()) == {report.num_trained}
 
 
 def test_texts_in_both_classes_and_empty_ones_are_left_out(tmp_path):
-    report = train([*GOOD, BAD[0], "", " \n"], [*BAD, GOOD[0].upper(), "\t"], config(), tmp_path)
+    report = train_classifier([*GOOD, BAD[0], "", " \n"], [*BAD, GOOD[0].upper(), "\t"], config(), tmp_path)
     assert (report.num_good, report.num_bad, report.num_in_both) == (119, 89, 2)
 
 
 def test_too_few_examples_are_told_with_how_many_are_needed(tmp_path):
     with pytest.raises(DataError, match=r"got \d\d good and [0-7] bad examples to learn from, expected at least 20"):
-        train(GOOD, BAD[:7], config(), tmp_path)
+        train_classifier(GOOD, BAD[:7], config(), tmp_path)
     with pytest.raises(DataError, match=r"got 0 good and 0 bad examples to learn from"):
-        train([], [], config(), tmp_path)
+        train_classifier([], [], config(), tmp_path)
     with pytest.raises(DataError, match=r"examples held out \(a share of 0.001\), expected at least 5 of each"):
-        train(GOOD, BAD, config(held_out_share=0.001), tmp_path)
+        train_classifier(GOOD, BAD, config(validation_ratio=0.001), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_learning_rate_that_diverges_names_the_setting(tmp_path):
     with pytest.raises(ConfigError, match=r"corpus.classifier.learning_rate: got 1e\+30.*; lower it"):
-        train(GOOD, BAD, config(learning_rate=1e30), tmp_path)
+        train_classifier(GOOD, BAD, config(learning_rate=1e30), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\0", "__label__bad", "\ud800", "</s>", "x" * 100_000])
@@ -171,7 +171,7 @@ def test_any_text_gets_a_probability(trained, text):
 
 def test_labels_in_a_text_do_not_decide_its_class(tmp_path):
     good = [f"__label__bad {text} __label__bad" for text in GOOD]
-    assert train(good, BAD, config(), tmp_path).auc > 0.99
+    assert train_classifier(good, BAD, config(), tmp_path).auc > 0.99
     assert set(load(tmp_path / MODEL_FILE, "x").get_labels()) == {"__label__good", "__label__bad"}
 
 

@@ -78,7 +78,7 @@ def test_a_planted_question_rejects_the_document_and_is_named(tmp_path, copy):
     assert set(words_of(found)) <= set(words_of(QUESTION))
     assert each.scores["decontamination.matched_ngrams"] == len(words_of(copy)) - 12
     share = len(words_of(copy)) / len(words_of(each.text))
-    assert each.scores["decontamination.matched_share"] == pytest.approx(share)
+    assert each.scores["decontamination.matched_ratio"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_what_shares_fewer_words_in_a_row_passes(tmp_path, other):
     each = document(f"{prose(1)} {other} {prose(2)}")
     check = decontamination(tmp_path, questions(QUESTION))
     assert check(each) is None
-    assert each.scores == {"decontamination.matched_ngrams": 0, "decontamination.matched_share": 0}
+    assert each.scores == {"decontamination.matched_ngrams": 0, "decontamination.matched_ratio": 0}
     assert check.drain() == []
 
 
@@ -193,7 +193,7 @@ def test_matches_tell_each_item_with_its_share_and_the_text_around_it(tmp_path):
         assert row["before"].endswith("(" if row["item"] == "q0" and row["set"] == "quiz" else "Quiz:\n")
     ngrams = len(words_of(half)) - 12
     assert [row["matched_ngrams"] for row in rows] == [1, ngrams, ngrams]
-    assert [row["item_share"] for row in rows] == [1.0, *[ngrams / (len(words_of(QUESTION)) - 12)] * 2]
+    assert [row["item_ratio"] for row in rows] == [1.0, *[ngrams / (len(words_of(QUESTION)) - 12)] * 2]
     assert pa.Table.from_pylist(rows, schema=MATCHES).to_pylist() == rows
 
 
@@ -210,7 +210,7 @@ def test_an_item_that_a_document_holds_twice_is_covered_once(tmp_path):
     check = decontamination(tmp_path, questions(QUESTION))
     check(document(f"{QUESTION} {prose(1)} {QUESTION}"))
     (row,) = check.drain()
-    assert row["item_share"] == 1
+    assert row["item_ratio"] == 1
     assert row["matched_ngrams"] == len(words_of(QUESTION)) - 12
 
 

@@ -11,11 +11,15 @@ LONG = "Emma has 7 shells and finds 4 more. How many does she have?"
 
 
 def test_the_held_out_splits_of_the_pipelines_prompts_are_sets_and_short_questions_come_with_their_answer(tmp_path):
-    rows = [("train/1", "train", "Seen in training."), ("dev/1", "dev", LONG), ("test/1", "test", "Sort the list 2 1.")]
+    rows = [
+        ("train/1", "train", "Seen in training."),
+        ("validation/1", "validation", LONG),
+        ("test/1", "test", "Sort the list 2 1."),
+    ]
     columns = [{"id": key, "split": split, "family": "f", "question": q, "answer": "1 2"} for key, split, q in rows]
     write_rows(tmp_path / "prompts.arrow", columns, PROMPT_SCHEMA)
     dev, test = prompt_sets(tmp_path, min_item_words=8)
-    assert (dev.name, dev.items) == ("prompts-dev", [("dev/1", LONG)])
+    assert (dev.name, dev.items) == ("prompts-dev", [("validation/1", LONG)])
     assert (test.name, test.items) == ("prompts-test", [("test/1", "Sort the list 2 1. 1 2")])
 
 

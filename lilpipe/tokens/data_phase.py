@@ -1,7 +1,7 @@
-"""A stretch of a run: consecutive steps that take their rows from the same packings in the same shares.
+"""A data phase of a run: consecutive steps that take their rows from the same packings in the same shares.
 
 A run without phases is one, and a batch ramp is too: its rows come in the order that they would have without the
-ramp, each step a longer piece of it. A stretch says which row stands at which place, and where any row stands;
+ramp, each step a longer piece of it. A data phase says which row stands at which place, and where any row stands;
 both are pure functions.
 
 Shapes: R rows of a step, N places.
@@ -38,13 +38,13 @@ class Rows(NamedTuple):
     streams: np.ndarray
     """Number of the stream in ``PretrainLoader.streams``."""
     epochs: np.ndarray
-    """How many passes over the stream come before, in the stretch's packing."""
+    """How many passes over the stream come before, in the data phase's packing."""
     rows: np.ndarray
     """Number of the row in the stream's packing."""
 
 
 class Source(NamedTuple):
-    """A stream as a stretch reads it."""
+    """A stream as a data phase reads it."""
 
     number: int
     """Of the stream in ``PretrainLoader.streams``."""
@@ -52,10 +52,10 @@ class Source(NamedTuple):
     key: int
     """64-bit key of the order of its rows."""
     begin: int
-    """Rows of this order that earlier stretches took."""
+    """Rows of this order that earlier data phases took."""
 
 
-class Stretch:
+class DataPhase:
     """Rows from sources in given shares, step by step."""
 
     def __init__(

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lilpipe.training.replica import Loss, Trainee, clip_sum
+from lilpipe.training.replica import Loss, TrainerModule, clip_sum
 
 
-class Together:
-    """A trainee of trainees, whose tensors have the names of the members in front; see ``Trainee``."""
+class ModuleGroup:
+    """A trainer module of trainer modules, whose tensors have the names of the members in front; see
+    ``TrainerModule``.
+    """
 
-    def __init__(self, members: Mapping[str, Trainee]) -> None:
+    def __init__(self, members: Mapping[str, TrainerModule]) -> None:
         """All members must have the same layout, and as many micro-batches in a step; they count alike."""
         self.members = dict(members)
         self.parts: list[nn.Module] = [

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lilpipe.config.model import ModelConfig
-from lilpipe.config.parallel import Layout, ParallelConfig
+from lilpipe.config.parallel import ParallelConfig, ParallelDims
 from lilpipe.config.phases import Phase
 
 
-def check_phases(parallel: ParallelConfig, layout: Layout, phases: Sequence[Phase]) -> None:
+def check_phases(parallel: ParallelConfig, layout: ParallelDims, phases: Sequence[Phase]) -> None:
     """Raise ``ValueError`` if the sequences or batches of a phase cannot be divided."""
     for problem in _phase_problems(parallel, layout, phases):
         raise ValueError(problem)
 
 
-def check_vocabulary(layout: Layout, vocab_size: int) -> None:
+def check_vocabulary(layout: ParallelDims, vocab_size: int) -> None:
     """Raise ``ValueError`` for a vocabulary that tensor parallelism cannot divide."""
     if vocab_size % layout.tensor:
         raise ValueError(
@@ -25,7 +25,9 @@ def check_vocabulary(layout: Layout, vocab_size: int) -> None:
         )
 
 
-def check_model(parallel: ParallelConfig, layout: Layout, model: ModelConfig, *, activation_checkpointing: str) -> None:
+def check_model(
+    parallel: ParallelConfig, layout: ParallelDims, model: ModelConfig, *, activation_checkpointing: str
+) -> None:
     """Raise ``ValueError`` if the model cannot be divided."""
     for problem in _model_problems(parallel, layout, model, activation_checkpointing):
         raise ValueError(problem)
@@ -38,7 +40,7 @@ def check_micro_batches(parallel: ParallelConfig, accumulation_steps: int) -> No
 
 
 def _model_problems(
-    parallel: ParallelConfig, layout: Layout, model: ModelConfig, activation_checkpointing: str
+    parallel: ParallelConfig, layout: ParallelDims, model: ModelConfig, activation_checkpointing: str
 ) -> Iterator[str]:
     if parallel.schedule == "zero_bubble" and activation_checkpointing == "selective":
         yield (
@@ -51,7 +53,7 @@ def _model_problems(
             yield f"parallel.tensor {layout.tensor} must divide model.{name} {size}"
 
 
-def _phase_problems(parallel: ParallelConfig, layout: Layout, phases: Sequence[Phase]) -> Iterator[str]:
+def _phase_problems(parallel: ParallelConfig, layout: ParallelDims, phases: Sequence[Phase]) -> Iterator[str]:
     for phase in phases:
         if phase.seq_len % layout.seq_len_multiple:
             yield (
@@ -99,6 +101,6 @@ def _divided_by_tensor(model: ModelConfig) -> dict[str, int]:
     sizes = {"num_heads": model.num_heads}
     if model.mla is None:
         sizes["num_kv_heads"] = model.num_kv_heads
-    if model.moe is None or model.moe.first_dense_layers > 0:
+    if model.moe is None or model.moe.first_k_dense_replace > 0:
         sizes["intermediate_size"] = model.intermediate_size
     return sizes

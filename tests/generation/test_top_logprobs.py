@@ -5,7 +5,7 @@ import torch
 
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import Engine, generate
-from lilpipe.generation.pyfunc import Answers
+from lilpipe.generation.pyfunc import ServedModel
 from lilpipe.model.hub import save_model
 from tests.model.checkpoints import SMALL, small_model, small_tokenizer
 
@@ -17,7 +17,7 @@ SAMPLING = SamplingConfig(max_new_tokens=8)
 def answers(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     save_model(small_model(SMALL), small_tokenizer(), directory)
-    return Answers(directory)
+    return ServedModel(directory)
 
 
 def likeliest(model, tokens, count):
@@ -32,7 +32,7 @@ def test_the_likeliest_tokens_are_noted_for_who_asks_and_change_no_answer(answer
     model = answers.model
     engine = Engine(model, max_rows=3)
     requests = [
-        engine.submit(PROMPT, sampling=SAMPLING, stop_ids=(), seed=7, index=index, num_likeliest=count)
+        engine.submit(PROMPT, sampling=SAMPLING, stop_ids=(), seed=7, index=index, num_top_logprobs=count)
         for index, count in enumerate((5, 0, 1, 10**6))
     ]
     while engine.step():
@@ -42,10 +42,10 @@ def test_the_likeliest_tokens_are_noted_for_who_asks_and_change_no_answer(answer
         (sample,) = request.samples
         assert sample.tokens == alone.tokens
         if count == 0:
-            assert sample.likeliest == []
+            assert sample.top_logprobs == []
             continue
         ids, values = likeliest(model, sample.tokens, count)
-        for place, expected_ids, expected in zip(sample.likeliest, ids, values, strict=True):
+        for place, expected_ids, expected in zip(sample.top_logprobs, ids, values, strict=True):
             assert [token for token, _ in place] == expected_ids
             assert [value for _, value in place] == pytest.approx(expected, abs=1e-5)
 

@@ -1,4 +1,4 @@
-"""A Llama's blocks for one token of each row, folded into few operations.
+"""A Llama's blocks for one token of each row, fused into few operations.
 
 On a CPU a step of decoding is many small operations, whose calls cost as much as their arithmetic. Here the matrices of
 queries, keys and values are one, as are gate and up, the norms' weights are multiplied into them, and residuals are
@@ -31,7 +31,7 @@ class _Weights(NamedTuple):
     down: Tensor
 
 
-def foldable(model: Transformer) -> bool:
+def is_fusable(model: Transformer) -> bool:
     """Whether the model is a plain Llama on a CPU: no experts, latents, norms of queries, biases or adapters."""
     config = model.config
     plain = config.architecture == "llama" and config.moe is None and config.mla is None and not config.qk_norm
@@ -43,14 +43,14 @@ def foldable(model: Transformer) -> bool:
     return all(type(module) is Linear for module in linear)
 
 
-class FoldedDecoder:
+class FusedDecoder:
     """Decodes with the weights that the model has when this is made."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
         blocks = [block for block in model.model.layers.values() if isinstance(block, Block)]
         with torch.no_grad():
-            self.weights = [_fold(block) for block in blocks]
+            self.weights = [_fuse(block) for block in blocks]
 
     def __call__(self, tokens_B1: Tensor, positions_B1: Tensor, view: DecodeView) -> Tensor:
         """Logits ``[B, V]`` of what follows."""
@@ -77,7 +77,7 @@ def _scale(x_BD: Tensor, eps: float) -> Tensor:
     return x_BD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-def _fold(block: Block) -> _Weights:
+def _fuse(block: Block) -> _Weights:
     attention, mlp = block.self_attn, block.mlp
     assert isinstance(attention, Attention)
     assert isinstance(mlp, SwiGLU)

@@ -3,7 +3,7 @@ from decimal import Decimal
 import pytest
 
 from lilpipe.alignment.rewards.reward_functions import judge
-from lilpipe.alignment.verify.answers import has_form, is_thinking, numbers, stated_number, verify
+from lilpipe.alignment.verify.verifiers import has_form, is_thinking, numbers, stated_number, verify
 from lilpipe.schemas.examples import Prompt
 
 EIGHTEEN = Prompt("p", "gsm8k", "How much?", "18", verifier="numeric")
@@ -38,7 +38,7 @@ def test_a_stated_number_is_the_first_behind_the_last_marker_or_the_last_of_all(
 
 
 @pytest.mark.parametrize(
-    ("response", "correct"),
+    ("completion", "correct"),
     [
         ("9 * 2 = 18.\nAnswer: 18", True),
         ("Answer: $18.00", True),
@@ -49,22 +49,22 @@ def test_a_stated_number_is_the_first_behind_the_last_marker_or_the_last_of_all(
         ("Answer: 17\nAnswer: 18", False),
     ],
 )
-def test_a_numeric_answer_is_compared_as_a_number_where_it_is_stated(response, correct):
-    assert verify(EIGHTEEN, response) is correct
-    verdict = judge(EIGHTEEN, response, ended=True)
+def test_a_numeric_answer_is_compared_as_a_number_where_it_is_stated(completion, correct):
+    assert verify(EIGHTEEN, completion) is correct
+    verdict = judge(EIGHTEEN, completion, ended=True)
     assert verdict.correct <= verdict.well_formed
 
 
 @pytest.mark.parametrize(
-    ("response", "well_formed", "correct"),
+    ("completion", "well_formed", "correct"),
     [
         ("```python\ndef double(x): return 2 * x\n```", True, True),
         ("```python\ndef double(x): return x\n```", True, False),
         ("def double(x): return 2 * x", False, False),
     ],
 )
-def test_a_program_is_correct_if_it_passes_the_prompts_tests(response, well_formed, correct):
-    verdict = judge(DOUBLE, response, ended=True)
+def test_a_program_is_correct_if_it_passes_the_prompts_tests(completion, well_formed, correct):
+    verdict = judge(DOUBLE, completion, ended=True)
     assert (verdict.well_formed, verdict.correct) == (well_formed, correct)
 
 
@@ -75,7 +75,7 @@ def test_without_a_verifier_any_words_have_the_form_and_none_are_correct():
 
 
 @pytest.mark.parametrize(
-    ("response", "expected"),
+    ("completion", "expected"),
     [
         ("<think>2 + 2</think><answer>4</answer>", True),
         (" <think>a\nb</think>\n<answer>4</answer>\n", True),
@@ -88,5 +88,5 @@ def test_without_a_verifier_any_words_have_the_form_and_none_are_correct():
         ("<answer>4</answer><think>a</think>", False),
     ],
 )
-def test_a_thinking_response_has_each_part_once_and_nothing_around(response, expected):
-    assert is_thinking(response) is expected
+def test_a_thinking_response_has_each_part_once_and_nothing_around(completion, expected):
+    assert is_thinking(completion) is expected

@@ -1,7 +1,7 @@
 """How Hugging Face's architectures write our decoder down: their settings, and their names of tensors.
 
-Each ``Layout`` stands for a class of ``transformers`` that computes what our decoder computes under some settings.
-What no class computes, such as bent logits, has a layout of our own that this package alone reads.
+Each ``StateDictAdapter`` stands for a class of ``transformers`` that computes what our decoder computes under some
+settings. What no class computes, such as bent logits, has a layout of our own that this package alone reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 """Tensors of one layer, or of what stands outside the layers."""
 
 
-class Layout:
+class StateDictAdapter:
     """One class of ``transformers``: which of our models it computes, and how it says so."""
 
     model_type: ClassVar[str]
@@ -54,16 +54,16 @@ class Layout:
             raise ValueError(f"{missing[0]}: missing")
         return {ours: stated[theirs] for ours, theirs in keys.items()}
 
-    def to_ours(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
+    def from_hf(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
         """Tensors by the names in the files to tensors by the decoder's names."""
         return tensors
 
-    def to_theirs(self, tensors: Tensors) -> Tensors:
+    def to_hf(self, tensors: Tensors) -> Tensors:
         """The other way."""
         return tensors
 
 
-class Llama(Layout):
+class Llama(StateDictAdapter):
     """Touvron et al. 2023, Grattafiori et al. 2024; files of the first two Llamas leave some settings out."""
 
     model_type = "llama"
@@ -133,7 +133,7 @@ class Qwen3(Llama):
         return {**super().read(stated), "qk_norm": True}
 
 
-class GPT2(Layout):
+class GPT2(StateDictAdapter):
     """Radford et al. 2019."""
 
     model_type = "gpt2"
@@ -170,11 +170,11 @@ class GPT2(Layout):
         inner = stated.get("n_inner") or 4 * stated.get("n_embd", 0)
         return {**super().read({**stated, "n_inner": inner}), "architecture": "gpt2"}
 
-    def to_ours(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
+    def from_hf(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
         """One matrix becomes queries, keys and values."""
         return gpt2.from_huggingface(tensors)
 
-    def to_theirs(self, tensors: Tensors) -> Tensors:
+    def to_hf(self, tensors: Tensors) -> Tensors:
         """The inverse."""
         return gpt2.to_huggingface(tensors)
 
@@ -195,11 +195,11 @@ class Glm4Moe(Llama):
     defaults: ClassVar = {**Llama.defaults, "head_dim": 128, "partial_rotary_factor": 0.5}
     moe_keys: ClassVar[Mapping[str, str]] = {
         "num_experts": "n_routed_experts",
-        "experts_per_token": "num_experts_per_tok",
-        "num_shared_experts": "n_shared_experts",
-        "expert_size": "moe_intermediate_size",
-        "first_dense_layers": "first_k_dense_replace",
-        "routed_scale": "routed_scaling_factor",
+        "num_experts_per_tok": "num_experts_per_tok",
+        "n_shared_experts": "n_shared_experts",
+        "moe_intermediate_size": "moe_intermediate_size",
+        "first_k_dense_replace": "first_k_dense_replace",
+        "routed_scaling_factor": "routed_scaling_factor",
     }
 
     def computes(self, config: ModelConfig) -> bool:
@@ -208,7 +208,7 @@ class Glm4Moe(Llama):
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Without a mixture, which multi-head latent attention may do, all blocks count as dense ones at the bottom."""
-        experts = config.moe or MoEConfig(first_dense_layers=config.num_layers)
+        experts = config.moe or MoEConfig(first_k_dense_replace=config.num_layers)
         stated = super().write(config) | {theirs: getattr(experts, ours) for ours, theirs in self.moe_keys.items()}
         stated["rope_parameters"]["partial_rotary_factor"] = 1.0
         if config.moe is not None:
@@ -221,14 +221,14 @@ class Glm4Moe(Llama):
         experts = self.values(stated, self.moe_keys)
         if "bias_update_rate" in stated:
             experts["bias_update_rate"] = stated["bias_update_rate"]
-        mixes = experts["first_dense_layers"] < values["num_layers"]
+        mixes = experts["first_k_dense_replace"] < values["num_layers"]
         return {**values, "moe": experts if mixes else None, "qk_norm": stated.get("use_qk_norm", False)}
 
-    def to_ours(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
+    def from_hf(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
         """The experts' matrices become one tensor of each kind."""
         return moe.from_huggingface(tensors)
 
-    def to_theirs(self, tensors: Tensors) -> Tensors:
+    def to_hf(self, tensors: Tensors) -> Tensors:
         """The inverse."""
         return moe.to_huggingface(tensors)
 
@@ -267,13 +267,13 @@ class DeepseekV3(Glm4Moe):
     def check_heads(self, stated: Stated, values: Mapping[str, Any]) -> None:
         """The parts of a head say their own widths."""
 
-    def to_ours(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:
+    def from_hf(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:
         """Rotated rows change places where the files pair neighbours."""
-        tensors = super().to_ours(tensors, config, stated)
+        tensors = super().from_hf(tensors, config, stated)
         return mla.from_interleaved(tensors, config) if stated.get("rope_interleave", True) else tensors
 
 
-class Lilpipe(Layout):
+class Lilpipe(StateDictAdapter):
     """What no class of ``transformers`` computes, under the decoder's own names."""
 
     model_type = "lilpipe"
@@ -294,11 +294,11 @@ class Lilpipe(Layout):
         return stated["model"]
 
 
-LAYOUTS: tuple[Layout, ...] = (Llama(), Qwen3(), GPT2(), DeepseekV3(), Glm4Moe(), Lilpipe())
+LAYOUTS: tuple[StateDictAdapter, ...] = (Llama(), Qwen3(), GPT2(), DeepseekV3(), Glm4Moe(), Lilpipe())
 """In the order in which they are asked whether they compute a model."""
 
 
-def layout_for(config: ModelConfig) -> Layout:
+def adapter_for(config: ModelConfig) -> StateDictAdapter:
     """The layout in which a model of this configuration is written."""
     return next(layout for layout in LAYOUTS if layout.computes(config))
 
@@ -312,5 +312,5 @@ def _is_dense(config: ModelConfig) -> bool:
 def _is_plain_moe(config: ModelConfig) -> bool:
     """Whether the mixture, if there is one, is one that transformers has: experts to choose from and a shared one."""
     experts = config.moe
-    counted = experts is None or (experts.num_experts > 1 and experts.num_shared_experts > 0)
+    counted = experts is None or (experts.num_experts > 1 and experts.n_shared_experts > 0)
     return config.logit_softcap is None and counted

@@ -7,8 +7,8 @@ from torch import nn
 from lilpipe.config.sft import SFTConfig
 from lilpipe.stage import Workspace
 from lilpipe.training.loop import train
+from lilpipe.training.module_group import ModuleGroup
 from lilpipe.training.replica import Replica
-from lilpipe.training.together import Together
 from tests.training import toy
 
 
@@ -41,15 +41,15 @@ def as_one(first, second):
     return Replica(nn.ModuleDict({"first": first, "second": second}), loss, accumulation_steps=lambda _: 1)
 
 
-def run(trainee, root, **options):
+def run(trainer_module, root, **options):
     config = toy.optimizer(max_grad_norm=0.1)  # lower than the gradients', so that clipping is at work
     section = SFTConfig(seed=0, optimizer=config, checkpoint_every=4, log_every=1)
-    return train(trainee, num_steps=8, workspace=Workspace(root), section=section, optimizer=config, **options)
+    return train(trainer_module, num_steps=8, workspace=Workspace(root), section=section, optimizer=config, **options)
 
 
 def test_two_models_together_learn_what_one_model_made_of_both_learns(tmp_path):
     models, wanted = pair(), pair()
-    result = run(Together(members(*models)), tmp_path / "together")
+    result = run(ModuleGroup(members(*models)), tmp_path / "together")
     expected = run(as_one(*wanted), tmp_path / "one")
     assert result.losses == pytest.approx(expected.losses, rel=1e-5)
     for model, other in zip(models, wanted, strict=True):
@@ -57,7 +57,7 @@ def test_two_models_together_learn_what_one_model_made_of_both_learns(tmp_path):
 
 
 def test_gradients_are_clipped_by_the_norm_of_both():
-    together = Together(members(*pair()))
+    together = ModuleGroup(members(*pair()))
     together.zero_grad()
     losses = together.forward_backward(0)
     parameters = [parameter for part in together.parts for parameter in part.parameters()]
@@ -71,15 +71,15 @@ def test_gradients_are_clipped_by_the_norm_of_both():
 
 def test_a_killed_run_of_two_models_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path):
     whole, killed = pair(), pair()
-    run(Together(members(*whole)), tmp_path / "whole")
+    run(ModuleGroup(members(*whole)), tmp_path / "whole")
 
     def dying(step):
         if step == 6:  # the last checkpoint is that of step 4
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(Together(members(*killed)), tmp_path / "killed", before_step=dying)
+        run(ModuleGroup(members(*killed)), tmp_path / "killed", before_step=dying)
     again = pair()
-    run(Together(members(*again)), tmp_path / "killed")
+    run(ModuleGroup(members(*again)), tmp_path / "killed")
     for model, other in zip(again, whole, strict=True):
         assert torch.equal(toy.weights(model), toy.weights(other))

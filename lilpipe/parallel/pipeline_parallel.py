@@ -27,19 +27,19 @@ from torch.distributed.pipelining import (
 from lilpipe.config.parallel import ParallelConfig
 from lilpipe.model.heads import HeadModel
 from lilpipe.model.scores import Scores
-from lilpipe.model.transformer import Part, Transformer
+from lilpipe.model.transformer import ModelPart, Transformer
 from lilpipe.parallel.mesh import Mesh
 
 _INTERLEAVED = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
 
 
-def stages_of(num_layers: int, num_stages: int) -> list[Part]:
+def split_model(num_layers: int, num_stages: int) -> list[ModelPart]:
     """Layers as evenly as may be over stages; earlier stages, which lack the output layer, take what is left over."""
     each, left_over = divmod(num_layers, num_stages)
     stops = [each * (stage + 1) + min(stage + 1, left_over) for stage in range(num_stages)]
     starts = [0, *stops[:-1]]
     return [
-        Part(range(start, stop), first=start == 0, last=stop == num_layers)
+        ModelPart(range(start, stop), first=start == 0, last=stop == num_layers)
         for start, stop in zip(starts, stops, strict=True)
     ]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from lilpipe import distributed
-from lilpipe.alignment.rewards.reward_functions import Response, Rewards
+from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
 from lilpipe.alignment.rollout.completions import PromptForm, complete
 from lilpipe.alignment.rollout.sampling import SAMPLE_SCHEMA, sample_rows
 from lilpipe.artifact import Artifact
@@ -70,7 +70,7 @@ def _load(directory: Path) -> tuple[Transformer, Tokenizer]:
 def sample_all(
     candidates: Sequence[Candidate], prompts: Sequence[Prompt], config: EvaluateConfig, workspace: Workspace
 ) -> dict[str, list[Row]]:
-    """By model: for each prompt the greedy answer and ``samples_per_prompt`` drawn ones, as rows."""
+    """By model: for each prompt the greedy answer and ``num_generations`` drawn ones, as rows."""
     assert config.seed is not None
     seed, size = config.seed, config.prompts_per_chunk
     num_parts = -(-len(prompts) // size)
@@ -80,7 +80,7 @@ def sample_all(
         which, part = divmod(index, num_parts)
         model, tokenizer = _load(candidates[which].artifact.path)
         rows = []
-        for sampling, num_samples in ((greedy, 1), (config.sampling, config.samples_per_prompt)):
+        for sampling, num_generations in ((greedy, 1), (config.sampling, config.num_generations)):
             groups = complete(
                 model,
                 tokenizer,
@@ -88,7 +88,7 @@ def sample_all(
                 form=candidates[which].form,
                 sampling=sampling,
                 seed=derive_seed(seed, "evaluate", part),
-                num_samples=num_samples,
+                num_generations=num_generations,
             )
             rows += [{**row, "greedy": sampling is greedy} for row in sample_rows(groups)]
         return rows
@@ -110,8 +110,8 @@ def add_rewards(
 
     def work(index: int) -> list[Row]:
         part = flat[index * ANSWERS_PER_CHUNK : (index + 1) * ANSWERS_PER_CHUNK]
-        responses = [Response(row["response"], row["ended"], row["num_tokens"]) for row in part]
-        scored = rewards([by_id[row["prompt_id"]] for row in part], responses)
+        texts = [CompletionText(row["completion"], row["ended"], row["num_tokens"]) for row in part]
+        scored = rewards([by_id[row["prompt_id"]] for row in part], texts)
         return [{"total": item.total, "parts": [item.parts[name] for name in rewards.names]} for item in scored]
 
     num_chunks = -(-len(flat) // ANSWERS_PER_CHUNK)
