@@ -22,7 +22,7 @@ class CompletionOutput:
     """One completion, while it grows and afterwards.
 
     ``tokens`` leaves a stop token out but holds those of a stop string. ``logprobs`` are the model's own, at
-    temperature 1, before the penalty and before any filter, of ``tokens`` and of the stop token if one was drawn. An
+    temperature 1, before the penalty and before any filter, of ``tokens`` and of the stop token if one was drawn. A
     completion that is not ``finished`` met ``max_new_tokens`` or ``max_seq_len``, or was cancelled.
     """
 

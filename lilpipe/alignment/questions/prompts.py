@@ -233,7 +233,7 @@ def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
     lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
     for entry in gathered.quarantine[:MAX_TOLD]:
-        workspace.log(f"skipped {entry['source']} {entry['file']}:{entry['row']}, which {entry['error']}")
+        workspace.log(f"quarantined {entry['source']} {entry['file']}:{entry['row']}, which {entry['error']}")
     if gathered.num_repeated:
         workspace.log(f"{gathered.num_repeated} rows ask what another row asked: one prompt is kept of each")
     return {

@@ -47,8 +47,8 @@ def generalised_advantages(
 ) -> Tensor:
     """Generalised advantage estimates ``[N, T]`` (their equation 16), 0 outside the mask.
 
-    ``values_NT`` are those before each token is drawn; after an completion's last token the value is 0. The tokens of
-    an completion lie side by side. ``gamma`` is the discount, ``gae_lambda`` lambda.
+    ``values_NT`` are those before each token is drawn; after a completion's last token the value is 0. The tokens of
+    a completion lie side by side. ``gamma`` is the discount, ``gae_lambda`` lambda.
     """
     advantages_NT = torch.zeros_like(rewards_NT)
     advantage_N = next_value_N = torch.zeros_like(rewards_NT[:, 0])

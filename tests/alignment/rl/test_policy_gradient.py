@@ -80,7 +80,7 @@ def naive_advantages(rewards, values, gamma, gae_lambda):
     return [sum((gamma * gae_lambda) ** k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(rewards))]
 
 
-@pytest.mark.parametrize(("discount", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0)])
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.9, 0.0)])
 def test_generalised_advantages_are_their_definition(gamma, gae_lambda):
     generator = torch.Generator().manual_seed(0)
     rewards, values = torch.randn(2, 2, 4, generator=generator, dtype=torch.float64)

@@ -188,7 +188,7 @@ def naive_loss(objective, answers, models):
     "settings",
     [
         {},
-        {"discount": 0.9, "gae_lambda": 0.5, "vf_coef": 1.0, "missing_eos_penalty": 0.0},
+        {"gamma": 0.9, "gae_lambda": 0.5, "vf_coef": 1.0, "missing_eos_penalty": 0.0},
         {"sampling": SamplingConfig(max_new_tokens=6, temperature=0.8)},
     ],
 )
