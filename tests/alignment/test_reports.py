@@ -39,5 +39,5 @@ def test_training_stages_report_their_curves(tmp_path, make_checkpoint, prompts)
     dpo.run(DPOConfig(seed=0, batch_size=4), {"model": model, "preferences": pairs}, Workspace(tmp_path / "dpo"))
     config = GRPOConfig.model_validate({**GRPO.model_dump(), "num_steps": 1})
     grpo.run(config, {"model": model, "prompts": prompts}, Workspace(tmp_path / "grpo"))
-    for stage, curve in (("dpo", "preference accuracy"), ("grpo", "flat groups")):
+    for stage, curve in (("dpo", "preference accuracy"), ("grpo", "frac reward zero std")):
         assert curve in (tmp_path / stage / "output" / "report" / "report.html").read_text()
