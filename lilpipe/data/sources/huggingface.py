@@ -8,8 +8,7 @@ from typing import Any
 
 from lilpipe.config.corpus import Source
 from lilpipe.data.sources.files import File, digest_files, printable_name
-from lilpipe.data.sources.parquet import rows_of
-from lilpipe.data.sources.rows import Row, Unreadable, to_row, unreadable
+from lilpipe.data.sources.rows import Row, Unreadable, rows_of, to_row, unreadable
 from lilpipe.errors import DataError
 
 ROWS_PER_PART = 50_000
