@@ -8,10 +8,12 @@ from typing import Any
 
 from lilpipe.config.corpus import Source
 from lilpipe.data.sources.files import File, digest_files, printable_name
-from lilpipe.data.sources.rows import Row, Unreadable, to_row
+from lilpipe.data.sources.rows import Row, Unreadable, rows_of, to_row, unreadable
 from lilpipe.errors import DataError
 
 ROWS_PER_PART = 50_000
+ROWS_PER_BATCH = 16
+"""In memory at a time, with all their columns."""
 
 
 def num_parts(source: Source) -> int:
@@ -45,8 +47,13 @@ def read(source: Source, index: int, count: int) -> Iterator[Row]:
         dataset = dataset.shard(num_shards=count, index=index)
     number = first - 1
     try:
-        for number, values in enumerate(dataset, first):
-            yield to_row(values, source, name, number)
+        for table in dataset.with_format("arrow").iter(ROWS_PER_BATCH):
+            for values in (values for batch in table.to_batches() for values in rows_of(batch)):
+                number += 1
+                if isinstance(values, ValueError):
+                    yield unreadable(name, number, str(values), "")
+                else:
+                    yield to_row(values, source, name, number)
     except Exception as error:  # each of the library's file formats has its own for a damaged file
         if not Path(str(source.path)).exists() or (isinstance(error, OSError) and error.errno is not None):
             raise  # the network's or the disk's

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lilpipe.config.corpus import Source
 from lilpipe.data.sources.files import BrokenStream, Expansion, File, Span, open_file
-from lilpipe.data.sources.rows import RawDocument, Row, Unreadable, to_row, unreadable
+from lilpipe.data.sources.rows import RawDocument, Row, Unreadable, rows_of, to_row, unreadable
 
 ROWS_PER_BATCH = 256
 BATCH_BYTES = 128 * 2**20
@@ -106,29 +106,3 @@ def _missing(table: pq.ParquetFile, column: str) -> str | None:
     if any(path == column or path.startswith(f"{column}.") for path in paths):
         return None
     return f"has no {column!r}; it has {', '.join(paths)}"
-
-
-def rows_of(batch: pa.RecordBatch) -> Iterator[Mapping[str, Any] | ValueError]:
-    """The rows of a batch, or why one cannot be read. A value that is no UTF-8 comes as bytes."""
-    try:
-        rows = batch.to_pylist()
-    except Exception:  # what Python cannot represent: no UTF-8, a year after 9999, an unknown time zone
-        rows = (_row(batch, index) for index in range(len(batch)))
-    yield from rows
-
-
-def _row(batch: pa.RecordBatch, index: int) -> Mapping[str, Any] | ValueError:
-    values: dict[str, Any] = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            values[name] = _value(column[index])
-        except Exception as error:
-            return ValueError(f"{name!r} cannot be read as {column.type}: {type(error).__name__}: {error}")
-    return values
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b""

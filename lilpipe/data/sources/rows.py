@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,3 +149,29 @@ def _type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     names |= {int: "a number", float: "a number"}
     return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def rows_of(batch: Any) -> Iterator[Mapping[str, Any] | ValueError]:
+    """The rows of an Arrow record batch, or why one cannot be read. A value that is no UTF-8 comes as bytes."""
+    try:
+        rows = batch.to_pylist()
+    except Exception:  # what Python cannot represent: no UTF-8, a year after 9999, an unknown time zone
+        rows = (_arrow_row(batch, index) for index in range(len(batch)))
+    yield from rows
+
+
+def _arrow_row(batch: Any, index: int) -> Mapping[str, Any] | ValueError:
+    values: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            values[name] = _arrow_value(column[index])
+        except Exception as error:
+            return ValueError(f"{name!r} cannot be read as {column.type}: {type(error).__name__}: {error}")
+    return values
+
+
+def _arrow_value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes() if hasattr(scalar, "as_buffer") else b""
