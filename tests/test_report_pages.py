@@ -16,7 +16,7 @@ from lilpipe.evaluation.scores import Evaluation, score
 from lilpipe.schemas.examples import Conversation, Prompt
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import train_tokenizer
-from lilpipe.tokenizer.sample import Share, Text
+from lilpipe.tokenizer.sample import TokenizerShare, Text
 from lilpipe.tokenizer.tokenizer_report import build_report as tokenizer_report
 from lilpipe.tokenizer.usage import find_suspects, measure_usage
 from lilpipe.training.training_report import write_report
@@ -57,7 +57,7 @@ def test_training(tmp_path):
 def test_tokenizer():
     tokenizer = train_tokenizer([f"{EVIL} <script> " * 50], vocab_size=278)
     usage = measure_usage(tokenizer, [Text("", EVIL, EVIL, EVIL), Text("", f"{EVIL}2", None, "a b")])
-    shares = {EVIL: Share(0.5, 10, 20)}
+    shares = {EVIL: TokenizerShare(0.5, 10, 20)}
     suspects = find_suspects(usage, 256)
     html = tokenizer_report(tokenizer, usage, suspects, shares, {EVIL: 5}, others=[EVIL], num_base=256)
     assert_shown_as_text(html, 8)

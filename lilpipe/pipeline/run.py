@@ -50,7 +50,7 @@ def run_step(
         # Another process may have run it while this one waited for the lock.
         lookup = store.find(planned.stage.name, planned.cache_key.fingerprint)
         if lookup.problems:
-            store.set_aside(planned.stage.name, planned.cache_key.fingerprint)
+            store.quarantine(planned.stage.name, planned.cache_key.fingerprint)
         cached = lookup.artifact is not None
         artifact = lookup.artifact or _run(planned, store, listeners)
     store.set_ref(pipeline_run, step, artifact)
