@@ -16,7 +16,7 @@ from lilpipe.evaluation.scores import Evaluation, score
 from lilpipe.schemas.examples import Conversation, Prompt
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import train_tokenizer
-from lilpipe.tokenizer.sample import TokenizerShare, Text
+from lilpipe.tokenizer.sample import Text, TokenizerShare
 from lilpipe.tokenizer.tokenizer_report import build_report as tokenizer_report
 from lilpipe.tokenizer.usage import find_suspects, measure_usage
 from lilpipe.training.training_report import write_report
