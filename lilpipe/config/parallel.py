@@ -95,7 +95,8 @@ class LaunchConfig(Section):
     """How the processes of a training stage are started; nothing here can change an output."""
 
     launcher: Literal["torchrun", "srun", "kubernetes"] = "torchrun"
-    """`torchrun` on this host, `srun` under Slurm, or the Kubernetes training operator."""
+    """`torchrun` on this host, `srun` under Slurm, or `kubernetes`, the training operator. The last is experimental: it
+    has been tested with a stand-in for `kubectl` only."""
     num_nodes: PositiveInt = 1
     """Hosts; num_workers is divided among them."""
     max_restarts: NonNegativeInt = 3
