@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import LilpipeError
-from lilpipe.recipes import load
+from lilpipe.extensions import installed
+from lilpipe.recipes import RECIPES, load
 
-Recipe = Literal["tiny", "llama3", "r1", "instruct-gpt", "lillm"]
-"""The names in ``lilpipe.recipes.RECIPES``, spelled out so that Prefect's form offers them."""
+if TYPE_CHECKING:
+    Recipe = str
+else:
+    Recipe = Literal[(*RECIPES, *installed("recipe"))]
+"""The names of the built-in recipes and of those of installed packages; Prefect's form offers them."""
 
 
 def configure(recipe: str, config: str | None, overrides: dict[str, Any], seed: int | None) -> PipelineConfig:

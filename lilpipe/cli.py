@@ -21,7 +21,7 @@ from lilpipe.pipeline.plan import WaitingStep, changes, plan
 from lilpipe.pipeline.run import Listener, run_step
 from lilpipe.pipeline.runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.pipeline.wiring import check_wiring
-from lilpipe.recipes import load
+from lilpipe.recipes import load, resolve
 from lilpipe.store import Store
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -42,10 +42,12 @@ def _load(
     *,
     changes: dict[str, Any] | None = None,
 ) -> PipelineConfig:
+    return load(recipe, file=file, overrides=_values(overrides, seed, changes))
+
+
+def _values(overrides: list[str] | None, seed: int | None, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     values = dict(parse_override(text) for text in overrides or []) | (changes or {})
-    if seed is not None:
-        values["seed"] = seed
-    return load(recipe, file=file, overrides=values)
+    return values if seed is None else {**values, "seed": seed}
 
 
 @app.command()
@@ -132,6 +134,27 @@ def why(
         return
     for line in changes(store, stage, planned.cache_key) or [planned.reason]:
         console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+@app.command("config")
+def show_settings(
+    step: Annotated[str | None, typer.Argument(help="Step whose settings to show; all settings by default.")] = None,
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    word: Annotated[str | None, typer.Option("--search", help="Word in the name or description of settings.")] = None,
+) -> None:
+    """Show the resolved settings as TOML for --config, each with its type, default, unit and source; or find some."""
+    from lilpipe.settings import search, show_config, show_found
+
+    resolved = resolve(recipe, file=config, overrides=_values(overrides, seed))
+    if word is None:
+        typer.echo(show_config(resolved, step), nl=False)
+    elif found := search(word, type(resolved.config)):
+        typer.echo("\n".join(show_found(found, resolved)))
+    else:
+        raise ConfigError(f"--search {word!r}: no setting has this word; try a shorter one")
 
 
 @app.command()

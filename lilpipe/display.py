@@ -102,13 +102,13 @@ class Display:
             table.add_column(header, justify=justify)  # type: ignore[arg-type]
         for step, (artifact, cached, seconds) in self.outcomes.items():
             manifest = artifact.manifest
-            name = get_stage(manifest.stage).main_metric
+            name = get_stage(manifest.stage, config.steps[step].file).main_metric
             metric = f"{name} {_number(manifest.metrics[name])}" if name in manifest.metrics else ""
             state = "[dim]cached[/]" if cached else "[green]run[/]"
             table.add_row(step, state, f"{seconds:.1f} s", metric)
         self.console.print(table)
         for artifact, _, _ in self.outcomes.values():
-            if artifact.manifest.kind == "Report":
+            if artifact.manifest.stage == "evaluate":
                 self.console.print(quality_table(artifact.manifest.metrics))
 
 

@@ -12,12 +12,15 @@ import functools
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lilpipe.artifact import digest_json
+from lilpipe.artifact import digest_file, digest_json
+from lilpipe.errors import ConfigError
+from lilpipe.extensions import Extension, add_folder, check_beside, entry_point, read_file
 from lilpipe.stage import STAGES
 
 _REPORT = "writes below report/, which is not part of the content digest"
@@ -33,6 +36,7 @@ NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe.digests": "computes SHA-256, which is the same in every version",
     "lilpipe.errors": "exceptions: a stage that raises one has no output",
     "lilpipe.evaluation.evaluation_report": _REPORT,
+    "lilpipe.extensions": "loads the user's code, which is digested itself",
     "lilpipe.heartbeat": _RUNS,
     "lilpipe.launch": _RUNS,
     "lilpipe.model.devices": _PLAN,
@@ -81,22 +85,81 @@ class CacheKey:
         return digest_json(asdict(self))
 
 
-def code_and_packages(stage: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Digest of each module of lilpipe, and version of each package, that can change the stage's output."""
+def code_and_packages(stage: str, extensions: Iterable[Extension] = ()) -> tuple[dict[str, str], dict[str, str]]:
+    """Digest of each module, and version of each package, that can change the stage's output.
+
+    The modules are those of lilpipe, and those of ``extensions``: the user's parts that the stage's settings name, and
+    the stage itself if it is the user's. The file of an extension stands under its kind and name.
+    """
     code: dict[str, str] = {}
     packages: set[str] = set()
-    pending = [STAGES[stage]]
+    if stage in STAGES:
+        packages |= _follow([STAGES[stage]], code)
+    files: dict[str, str | None] = {}
+    theirs: set[str] = set()
+    for extension in extensions:
+        if (other := files.setdefault(str(extension), extension.file)) != extension.file:
+            raise ConfigError(
+                f"{extension}: got two files, {other} and {extension.file}, expected one; rename one part"
+            )
+        if extension.file is None:
+            theirs |= _follow([entry_point(extension).module], code)
+            continue
+        code[str(extension)], imports = digest_source(read_file(extension), follows=is_own)
+        add_folder(Path(extension.file))
+        check_beside(extension, {name.split(".")[0] for name in imports})
+        theirs |= _follow([name for name in imports if is_own(name)], code)
+        theirs |= {name.split(".")[0] for name in imports if not is_own(name)}
+    packages |= {_distribution(name) for name in theirs - set(sys.stdlib_module_names)}
+    packages |= {extra for name in packages for extra in IMPLIED_PACKAGES.get(name, ())}
+    return dict(sorted(code.items())), _versions(packages - NEUTRAL_PACKAGES - set(sys.stdlib_module_names))
+
+
+def _follow(modules: Iterable[str], code: dict[str, str]) -> set[str]:
+    """Add to ``code`` the digest of each module and of those that it imports; returns the packages that they import.
+
+    Imports are followed inside lilpipe, inside the modules' own packages, and to modules that no package manager
+    installed.
+    """
+    pending, packages = list(modules), set[str]()
+    own = {name.split(".")[0] for name in pending}
+
+    def follows(name: str) -> bool:
+        return name.split(".")[0] in own or is_own(name)
+
     while pending:
         module = pending.pop()
         if module in code or is_neutral(module):
             continue
-        digest, imports = _read_module(module)
+        if _is_lilpipe(module):  # which imports nothing of the user's
+            digest, imports = _read_module(module)
+            followed = {name for name in imports if _is_lilpipe(name)}
+        else:
+            digest, imports = _read_own_module(module, follows=follows)
+            followed = {name for name in imports if follows(name)}
         code[module] = digest
-        pending += [name for name in imports if name.split(".")[0] == "lilpipe"]
+        pending += followed
         pending += [module.rpartition(".")[0]] * ("." in module)  # importing a module runs its package
-        packages |= {name.split(".")[0] for name in imports} - {"lilpipe"}
-    packages |= {extra for name in packages for extra in IMPLIED_PACKAGES.get(name, ())}
-    return dict(sorted(code.items())), _versions(packages - NEUTRAL_PACKAGES - set(sys.stdlib_module_names))
+        packages |= {name.split(".")[0] for name in imports - followed}
+    return packages
+
+
+def is_own(module: str) -> bool:
+    """Whether a module's content counts, not a version: it is lilpipe's, or no package manager installed it."""
+    top = module.split(".")[0]
+    return top == "lilpipe" or (top not in sys.stdlib_module_names and not _is_installed(top, tuple(sys.path)))
+
+
+@functools.cache
+def _is_installed(top: str, _search_path: tuple[str, ...]) -> bool:
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return True
+    if spec is None:
+        return True
+    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    return any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places)
 
 
 def is_neutral(module: str) -> bool:
@@ -122,6 +185,38 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
+def _distribution(package: str) -> str:
+    """The distribution that a package is imported from, where its name is not the package's own."""
+    if package in DISTRIBUTIONS or _version(package) != "not installed":
+        return package
+    return _providers().get(package, [package])[0]
+
+
+@functools.cache
+def _providers() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
+
+
+def _read_own_module(module: str, *, follows: Callable[[str], bool]) -> tuple[str, frozenset[str]]:
+    """``digest_source`` of a user's module; read anew each time. Of compiled code, the digest of its bytes."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (Exception, SystemExit) as error:  # the module's package is imported, which is the user's code
+        raise ConfigError(
+            f"module {module!r} of an extension fails on import: {type(error).__name__}: {error}; correct the package"
+        ) from error
+    if spec is None or spec.origin is None:  # a namespace package, or an optional import that is absent
+        return "", frozenset()
+    path = Path(spec.origin)
+    if path.suffix != ".py":
+        return digest_file(path), frozenset()
+    package = module if spec.submodule_search_locations else module.rpartition(".")[0]
+    try:
+        return digest_source(path.read_text(encoding="utf-8"), package=package, follows=follows)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"module {module!r} of an extension: {path}: {error}; correct the file") from error
+
+
 @functools.cache
 def _read_module(module: str) -> tuple[str, frozenset[str]]:
     """``digest_source`` of a module."""
@@ -131,15 +226,24 @@ def _read_module(module: str) -> tuple[str, frozenset[str]]:
     return digest_source(Path(spec.origin).read_text(encoding="utf-8"))
 
 
-def digest_source(source: str) -> tuple[str, frozenset[str]]:
-    """Digest of Python source but for comments, layout and docstrings, and the full names of all that it imports."""
+def _is_lilpipe(module: str) -> bool:
+    return module.split(".")[0] == "lilpipe"
+
+
+def digest_source(
+    source: str, *, package: str = "", follows: Callable[[str], bool] = _is_lilpipe
+) -> tuple[str, frozenset[str]]:
+    """Digest of Python source but for comments, layout and docstrings, and the full names of all that it imports.
+
+    ``package`` resolves relative imports. What is imported from a package that ``follows`` accepts may be its module.
+    """
     tree = ast.parse(source)
-    imports = frozenset(_imports(tree))
+    imports = frozenset(_imports(tree, package, follows))
     _drop_docstrings(tree)
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
 
 
-def _imports(tree: ast.Module) -> set[str]:
+def _imports(tree: ast.Module, package: str, follows: Callable[[str], bool]) -> set[str]:
     """Modules that are imported anywhere in the tree, inside functions too, but not for type checking alone."""
     names: set[str] = set()
     skipped = {
@@ -154,11 +258,19 @@ def _imports(tree: ast.Module) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module)
-            if node.module.split(".")[0] == "lilpipe":
-                names |= {f"{node.module}.{alias.name}" for alias in node.names if _is_module(node.module, alias.name)}
+        elif isinstance(node, ast.ImportFrom) and (module := _source_of(node, package)):
+            names.add(module)
+            if follows(module):
+                names |= {f"{module}.{alias.name}" for alias in node.names if _is_module(module, alias.name)}
     return names
+
+
+def _source_of(node: ast.ImportFrom, package: str) -> str:
+    """The full name of the module that names are imported from."""
+    if node.level == 0:
+        return node.module or ""
+    parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*parents, *([node.module] if node.module else [])])
 
 
 def _is_module(package: str, name: str) -> bool:

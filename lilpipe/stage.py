@@ -11,13 +11,14 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lilpipe.artifact import Inputs, Kind
 from lilpipe.config.section import Section
 from lilpipe.errors import ConfigError
+from lilpipe.extensions import Extension, find, load
 
 Metrics = dict[str, float]
 
@@ -103,10 +104,21 @@ class Stage:
     """Whether ``config.num_workers`` processes run it together under torchrun."""
     main_metric: str = ""
     """The metric that stands for the stage in the summary."""
+    extension: Extension | None = None
+    """Where the stage was found, if it is the user's own; ``get_stage`` sets it."""
 
 
-def get_stage(name: str) -> Stage:
-    """The stage of that name; imports its module."""
-    if name not in STAGES:
-        raise ConfigError(f"stage {name!r}: there is no such stage; known: {', '.join(STAGES)}")
-    return importlib.import_module(STAGES[name]).STAGE
+def get_stage(name: str, file: str | None = None) -> Stage:
+    """The stage of that name, built-in or the user's own; imports its module.
+
+    Raises ``ConfigError`` if there is none, or if ``file`` is given for a stage that is found without it.
+    """
+    extension = find("stage", name, file=file, built_in=STAGES)
+    if file is not None and (extension is None or extension.file is None):
+        raise ConfigError(f"stage {name!r}: file {file} would be ignored, as the name is taken; rename your stage")
+    if extension is None:
+        return importlib.import_module(STAGES[name]).STAGE
+    stage: Stage = load(extension, Stage)
+    if stage.name != name:
+        raise ConfigError(f"{extension}: got Stage(name={stage.name!r}), expected {name!r}; give both one name")
+    return replace(stage, extension=extension)

@@ -24,7 +24,7 @@ from lilpipe.launch.failure import RAISED, forget, report
 from lilpipe.launch.processes import be_killed_with_parent
 from lilpipe.launch.srun import rank_environment
 from lilpipe.launch.workers import HEARTBEATS, METRICS
-from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.stage import Metrics, Stage, Workspace, get_stage
 from lilpipe.store import explain_os_error
 
 EX_TEMPFAIL = 75
@@ -60,7 +60,8 @@ def _for_users(error: Exception, work: Path) -> Exception:
 
 def run(job: dict, work: Path, *, rank: int) -> Metrics:
     """Run the stage that the job describes, in this process."""
-    stage: Stage = importlib.import_module(job["module"]).STAGE
+    own = job.get("extension")
+    stage: Stage = get_stage(**own) if own else importlib.import_module(job["module"]).STAGE
     config = stage.config.model_validate(job["config"])
     workspace = Workspace(work, rank=rank)
     if rank == 0:  # it alone writes there; a kill in the middle of a write leaves its temporary file

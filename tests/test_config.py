@@ -42,7 +42,7 @@ def test_tables_of_a_file_merge_over_the_recipe_and_overrides_go_over_both(tmp_p
         ("[pretrain]\nbatch_size = 15\nnum_workers = 2\n", "batch_size 15 must be a multiple of replicate x shard"),
         ('[[corpus.sources]]\nkind = "jsonl"\nname = "x"\n', "needs `path`"),
         ("[corpus\n", "is not valid TOML"),
-        ('recipe = "huge"\n', "there is no such recipe; known: tiny"),
+        ('recipe = "huge"\n', "there is no recipe 'huge'; known: tiny"),
         ('[steps.sft]\nstage = "sft"\ninputs = {model = "grpo"}\n', "expected one of the steps before it"),
     ],
 )

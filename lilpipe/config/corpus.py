@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lilpipe.config.section import NumWorkers, Operational, Ratio, Section
-
-# --- sources ------------------------------------------------------------------------------------------------------
+from lilpipe.config.section import BuiltIn, NumWorkers, Operational, Ratio, Section, WithOptions
 
 
 class Columns(Section):
@@ -24,13 +22,17 @@ class Columns(Section):
     label: str = "label"
 
 
-class Source(Section):
+SourceKind = Literal["installed-docs", "jsonl", "parquet", "text", "warc", "huggingface"]
+
+
+class Source(WithOptions):
     """One origin of raw documents."""
 
-    kind: Literal["installed-docs", "jsonl", "parquet", "text", "warc", "huggingface"]
+    kind: Annotated[str, BuiltIn("source", get_args(SourceKind))]
     """`installed-docs`: docstrings, topics and READMEs of this Python environment. `jsonl`, `parquet`, `text`
     (plain text, Markdown, reStructuredText: a document for each file) and `warc` (Common Crawl: a document for each
-    HTML response): files, plain or compressed (.gz, .zst, .bz2, .xz). `huggingface`: a hub name or a local folder."""
+    HTML response): files, plain or compressed (.gz, .zst, .bz2, .xz). `huggingface`: a hub name or a local folder.
+    Or a source of your own."""
     name: str
     """The name that documents of this source carry in reports and shards."""
     path: str | None = None
@@ -56,11 +58,11 @@ class Source(Section):
     def _path_matches_kind(self) -> Source:
         if self.kind == "installed-docs" and self.path is not None:
             raise ValueError(f"source {self.name!r}: kind 'installed-docs' reads this environment; remove `path`")
-        if self.kind != "installed-docs" and self.path is None:
+        if self.kind in get_args(SourceKind) and self.kind != "installed-docs" and self.path is None:
             raise ValueError(f"source {self.name!r}: kind {self.kind!r} needs `path`")
         if self.kind != "huggingface" and (self.subset is not None or self.split != "train"):
             raise ValueError(f"source {self.name!r}: `subset` and `split` are for kind 'huggingface'; remove them")
-        if self.kind not in ("jsonl", "parquet", "huggingface") and self.columns != Columns():
+        if self.kind in ("installed-docs", "text", "warc") and self.columns != Columns():
             raise ValueError(f"source {self.name!r}: kind {self.kind!r} has no columns; remove `columns`")
         return self
 
@@ -69,9 +71,6 @@ def _check_names(field: str, sources: tuple[Source, ...]) -> None:
     names = [source.name for source in sources]
     if len(set(names)) != len(names):
         raise ValueError(f"{field}: names must differ, got {names}")
-
-
-# --- filters ------------------------------------------------------------------------------------------------------
 
 
 class UrlConfig(Section):
@@ -266,7 +265,11 @@ class DecontaminationConfig(Section):
         return self
 
 
-# --- where the work is done ---------------------------------------------------------------------------------------
+class FilterConfig(WithOptions):
+    """A filter of your own. Filters run in their order, after the built-in filters of quality."""
+
+    kind: Annotated[str, BuiltIn("filter", ())]
+    """Name of the filter."""
 
 
 class SlurmConfig(Section):
@@ -292,9 +295,6 @@ class RayConfig(Section):
     memory_per_cpu_gb: PositiveFloat = 2
 
 
-# --- the section --------------------------------------------------------------------------------------------------
-
-
 class CorpusConfig(Section):
     """Raw sources to clean, deduplicated documents."""
 
@@ -316,6 +316,8 @@ class CorpusConfig(Section):
     """Near-duplicate removal."""
     classifier: ClassifierConfig = ClassifierConfig()
     """Quality classifier."""
+    filters: tuple[FilterConfig, ...] = ()
+    """Filters of your own."""
     pii: PIIConfig = PIIConfig()
     """Personal data."""
     decontamination: DecontaminationConfig = DecontaminationConfig()

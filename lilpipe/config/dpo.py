@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from lilpipe.config.section import BuiltIn, WithOptions
 from lilpipe.config.training import OptimizerConfig, ParallelSection
 
 REFERENCE_FREE = ("orpo", "simpo")
 
 
-class DPOConfig(ParallelSection):
+LossKind = Literal["sigmoid", "ipo", "orpo", "simpo", "kto"]
+
+
+class DPOConfig(ParallelSection, WithOptions):
     """Direct preference optimisation (Rafailov et al. 2023) and its family, with Llama 3's NLL term on chosen
     completions.
 
@@ -19,9 +23,10 @@ class DPOConfig(ParallelSection):
     """
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0)
-    loss_type: Literal["sigmoid", "ipo", "orpo", "simpo", "kto"] = "sigmoid"
+    loss: Annotated[str, BuiltIn("loss", get_args(LossKind))] = "sigmoid"
     """`sigmoid`: DPO. `ipo`: Azar et al. 2023. `orpo` (Hong et al. 2024) and `simpo` (Meng et al. 2024) do without a
-    reference. `kto` (Ethayarajh et al. 2024) takes unpaired completions, desirable or not; a pair gives one of each."""
+    reference. `kto` (Ethayarajh et al. 2024) takes unpaired completions, desirable or not; a pair gives one of each. Or
+    a loss of your own."""
     beta: PositiveFloat = 0.1
     """Strength of the tie to the reference model (Llama 3: 0.1); tau of IPO, scale of SimPO's log-probabilities (2 to
     10 there), lambda of ORPO, by which its odds-ratio loss is weighted."""

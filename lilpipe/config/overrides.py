@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from lilpipe.config.section import CODE_FILE
 from lilpipe.errors import ConfigError
 
 
@@ -52,6 +54,32 @@ def merge(
             merge(values[key], change, model=section, where=where, prefix=f"{prefix}{key}.")
         else:
             values[key] = change
+
+
+def resolve_files(values: Any, annotation: Any, folder: Path) -> Any:
+    """Settings with each path of a user's Python file (``section.CodeFile``) taken from ``folder``."""
+    model = _section_in(annotation)
+    if isinstance(values, list | tuple):
+        return [resolve_files(item, annotation, folder) for item in values]
+    if not isinstance(values, dict):
+        return values
+    if model is None or get_origin(annotation) is dict:  # a table whose keys are the user's
+        return {key: resolve_files(item, model, folder) if model else item for key, item in values.items()}
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    resolved = {}
+    for key, value in values.items():
+        field = fields.get(key)
+        if field is not None and isinstance(value, str) and CODE_FILE in field.metadata:
+            value = str(folder / value)
+        resolved[key] = value if field is None else resolve_files(value, field.annotation, folder)
+    return resolved
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation names: alone, beside None, or inside a list or a table."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
 def set_dotted(values: dict[str, Any], key: str, value: Any, *, model: type[BaseModel], where: str) -> None:

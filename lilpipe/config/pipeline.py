@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
 from lilpipe.config.model import ImportModelConfig
-from lilpipe.config.overrides import set_dotted
+from lilpipe.config.overrides import explain, set_dotted
 from lilpipe.config.parallel_checks import check_vocabulary
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
-from lilpipe.config.section import Section
+from lilpipe.config.section import CodeFile, Section
 from lilpipe.config.sft import SFTConfig
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
 from lilpipe.config.training import PretrainConfig
+from lilpipe.errors import ConfigError
 
 
 class Step(Section):
     """One node of the pipeline: a stage, what it reads, and what differs from the stage's section."""
 
     stage: str
-    """Stage to run; `lilpipe.stage.STAGES` lists them."""
+    """Stage to run: one of `lilpipe.stage.STAGES`, or your own."""
+    file: CodeFile = None
+    """Python file that defines the stage, by its path from the configuration file's folder."""
     inputs: dict[str, str | tuple[str, ...]] = {}
     """Input role of the stage to the step (or steps) whose artifact fills it."""
     settings: dict[str, Any] = {}
@@ -68,7 +82,7 @@ class OrchestrationConfig(Section):
     """Another timeout for single steps."""
 
 
-_NO_STAGES = {"recipe", "seed", "depth", "params", "steps", "orchestration", "register_"}
+_NO_STAGES = {"recipe", "file", "seed", "depth", "params", "steps", "orchestration", "register_"}
 """Fields of the whole that are no stage's section."""
 
 
@@ -77,6 +91,8 @@ class PipelineConfig(Section):
 
     recipe: str
     """Recipe from which this configuration started."""
+    file: CodeFile = None
+    """Python file that defines the recipe, by its path from the configuration file's folder."""
     seed: int = 0
     """Seed of every training stage that names none of its own."""
     depth: PositiveInt | None = None
@@ -106,13 +122,30 @@ class PipelineConfig(Section):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
+    @classmethod
+    def with_sections(cls, **sections: type[Section]) -> type[PipelineConfig]:
+        """The class with a section for each stage of the user's, by the stage's name.
+
+        Raises ``ConfigError`` if a section has a setting without a default.
+        """
+        return _with_sections(cls, tuple(sections.items())) if sections else cls
+
     @model_validator(mode="after")
     def _steps_are_in_order(self) -> PipelineConfig:
         sections = set(type(self).model_fields) | {"register"}
         known: list[str] = []
+        files: dict[str, str | None] = {}
         for name, node in self.steps.items():
             if node.stage not in sections - _NO_STAGES:
-                raise ValueError(f"steps.{name}.stage: there is no stage {node.stage!r}")
+                raise ValueError(
+                    f"steps.{name}.stage: there is no stage {node.stage!r}; correct the name, or name the `file` that "
+                    "defines it"
+                )
+            if files.setdefault(node.stage, node.file) != node.file:
+                raise ValueError(
+                    f"steps.{name}.file: got {node.file} for stage {node.stage!r}, which comes from "
+                    f"{files[node.stage]} in a step before; expected one file for one stage"
+                )
             for role, upstream in node.inputs.items():
                 for source in (upstream,) if isinstance(upstream, str) else upstream:
                     if source not in known:
@@ -153,3 +186,19 @@ class PipelineConfig(Section):
             values["streams_by"] = "source"
         elif stage == "pretrain" and by_source:
             values["mixture"]["weights"] = values["mixture"]["weights"] or weights
+
+
+@functools.cache
+def _with_sections(base: type[PipelineConfig], sections: tuple[tuple[str, type[Section]], ...]) -> type[PipelineConfig]:
+    fields: dict[str, Any] = {}
+    for name, section in sections:
+        if name in _NO_STAGES or not name.isidentifier() or name.startswith("_") or hasattr(base, name):
+            raise ConfigError(f"stage {name!r}: expected letters, digits and _, and no other setting's name; rename it")
+        try:
+            fields[name] = (section, section())
+        except ValidationError as error:
+            raise ConfigError(
+                f"stage {name!r}: its section {section.__name__} cannot be made from defaults ({explain(error)}); give "
+                "each setting a default, and check the value in the stage"
+            ) from error
+    return create_model(base.__name__, __base__=base, __module__=base.__module__, **fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from lilpipe.config.section import Ratio, Section
+from lilpipe.config.section import BuiltIn, Extensible, Ratio, Section, WithOptions
 
 
 class PromptColumns(Section):
@@ -134,15 +134,21 @@ class PromptSource(Section):
         }
 
 
-class PromptsConfig(Section):
+FAMILY_NAMES = (
+    "copy", "reverse", "sort", "largest", "first_word", "last_word", "count", "addition", "subtraction", "compare",
+    "multiplication", "remainder", "base", "expression",
+)  # fmt: skip
+
+
+class PromptsConfig(Extensible):
     """Questions and answers: generated families of tasks that a program can verify, and data sets; split once for the
     whole pipeline.
     """
 
     seed: int = 0
     """Seed of the generator."""
-    families: tuple[str, ...] = ("copy", "reverse", "sort")
-    """Task families; `lilpipe.alignment.questions.prompts.FAMILIES` lists them."""
+    families: Annotated[tuple[str, ...], BuiltIn("question family", FAMILY_NAMES)] = ("copy", "reverse", "sort")
+    """Task families: those of `lilpipe.alignment.questions.families`, or your own."""
     difficulty: dict[str, tuple[PositiveInt, PositiveInt]] = {}
     """Least and most difficulty of a family, in its unit (items, digits, operations); its default where none is given.
     Pretraining's exercises leave out the hardest."""
@@ -182,7 +188,7 @@ class PromptsConfig(Section):
         return self
 
 
-RewardKind = Literal["answer", "numeric", "format", "regex", "length", "language", "reward_model", "program", "file"]
+RewardKind = Literal["answer", "numeric", "format", "regex", "length", "language", "reward_model", "program"]
 
 _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "answer": (),
@@ -193,22 +199,21 @@ _OPTIONS: Mapping[str, tuple[str, ...]] = {
     "language": ("language",),
     "reward_model": (),
     "program": ("timeout_seconds", "memory_mib"),
-    "file": ("path", "function"),
 }
 """The options of each kind; one given to another kind is refused, as it would be ignored."""
 
-_NEEDED: Mapping[str, tuple[str, ...]] = {"regex": ("pattern",), "file": ("path", "function")}
+_NEEDED: Mapping[str, tuple[str, ...]] = {"regex": ("pattern",)}
 
 
-class RewardConfig(Section):
+class RewardConfig(WithOptions):
     """One reward of a completion; a stage adds up those that it names, each by its weight."""
 
-    kind: RewardKind
+    kind: Annotated[str, BuiltIn("reward", get_args(RewardKind))]
     """`answer`: 1 if the prompt's own verifier accepts the completion. `numeric`: 1 if it states the number of the
     prompt's answer. `format`: 1 if it has the form of `template`. `regex`: 1 if `pattern` is found in it. `length`:
     near `target_tokens`, or a penalty beyond `limit_tokens`. `language`: the probability of `language`. `reward_model`:
-    the score of the stage's input `reward_model`. `program`: 1 if its code passes the prompt's tests. `file`: a
-    function of the user's own."""
+    the score of the stage's input `reward_model`. `program`: 1 if its code passes the prompt's tests. Or a
+    reward of your own."""
     weight: float = 1.0
     """Factor of this reward in the sum; negative for a penalty."""
     name: str | None = None
@@ -234,17 +239,14 @@ class RewardConfig(Section):
     """Time of a program (`program`), by the clock and of the processor; 5 where none is given."""
     memory_mib: PositiveInt | None = None
     """Address space of a program (`program`); 256 where none is given."""
-    path: str | None = None
-    """Python file with the function (`file`); its content is part of the stage's identity."""
-    function: str | None = None
-    """Name of the function in it: `score(prompt: Prompt, completion: CompletionText) -> float`."""
 
     @model_validator(mode="after")
     def _options_match_kind(self) -> RewardConfig:
-        allowed = {"kind", "weight", "name", *_OPTIONS[self.kind]}
+        options = _OPTIONS.get(self.kind, ())
+        allowed = {"kind", "weight", "name", "file", "options", *options}
         given = {name for name in type(self).model_fields if getattr(self, name) is not None}
         if unused := sorted(given - allowed):
-            expected = ", ".join(_OPTIONS[self.kind]) or "none"
+            expected = ", ".join(options) or "none"
             raise ValueError(
                 f"reward of kind {self.kind!r}: got options {', '.join(unused)}, expected of {expected}; remove them"
             )

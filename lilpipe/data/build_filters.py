@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lilpipe.config.corpus import CorpusConfig, PIIConfig
+from lilpipe.config.corpus import CorpusConfig, FilterConfig, PIIConfig
 from lilpipe.data.filters.chain import Bounds, Document, Filter, Rejection
 from lilpipe.data.filters.classifier import ClassifierFilter
 from lilpipe.data.filters.decontamination import DecontaminationFilter
@@ -20,6 +20,8 @@ from lilpipe.data.filters.repeated import LineFilter, ParagraphFilter
 from lilpipe.data.filters.url import UrlFilter
 from lilpipe.data.learn import Learnt
 from lilpipe.data.survey import dropped_pages, merged_files
+from lilpipe.errors import ConfigError
+from lilpipe.extensions import load
 
 
 def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filter]:
@@ -39,6 +41,7 @@ def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filt
     if config.exact_dedup.paragraphs:
         filters.append(ParagraphFilter())
     filters += heuristic_filters(config.quality, learnt.unigrams())
+    filters += [_own(each) for each in config.filters]
     if config.pii != OFF:
         filters.append(PIIFilter(config.pii))
     if learnt.evaluation is not None:
@@ -47,6 +50,19 @@ def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filt
     if learnt.classifier is not None:
         filters.append(ClassifierFilter(learnt.classifier))
     return filters
+
+
+def _own(config: FilterConfig) -> Filter:
+    """A filter of the user's: what its class, or function, makes of its options."""
+    extension = config.extension()
+    assert extension is not None
+    made = load(extension)(**config.options)
+    if missing := [name for name in ("stage", "bounds", "__call__") if not hasattr(made, name)]:
+        raise ConfigError(
+            f"{extension}: it makes a {type(made).__name__} without {', '.join(missing)}; expected a filter, as "
+            "lilpipe.data.filters.chain.Filter"
+        )
+    return made
 
 
 OFF = PIIConfig(emails=False, ip_addresses=False, phone_numbers=False, secrets=False)

@@ -10,9 +10,10 @@ from typing import Any, Literal
 from lilpipe.artifact import Artifact, Inputs, Manifest, all_inputs
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.section import Section
+from lilpipe.extensions import load
 from lilpipe.fingerprint import CacheKey, code_and_packages, difference
-from lilpipe.pipeline.wiring import check_wiring, fill_roles, sources
-from lilpipe.stage import Stage, get_stage
+from lilpipe.pipeline.wiring import check_wiring, fill_roles, sources, stage_of
+from lilpipe.stage import Stage
 from lilpipe.store import Store
 
 CACHE_KEY = "cache_key.json"
@@ -76,8 +77,10 @@ def plan_step(
 ) -> PlannedStep | WaitingStep:
     """The state of one step; ``made`` has the artifacts of the steps before it, by name."""
     check_wiring(config, name)
-    stage = get_stage(config.steps[name].stage)
+    stage = stage_of(config, name)
     section = config.section(name)
+    for extension in section.extensions():
+        load(extension, object)  # reports one that cannot be imported before anything runs
     missing = [source for source in sources(config, name) if source not in made]
     if missing:
         stage.external(section)  # reports a path that does not exist before anything runs
@@ -132,5 +135,6 @@ def _cache_key(stage: Stage, section: Section, inputs: Inputs) -> CacheKey:
     if stage.names_inputs:
         for role in inputs:
             external |= {f"name of {role}.{n}": each.manifest.step for n, each in enumerate(all_inputs(inputs, role))}
-    code, packages = code_and_packages(stage.name)
+    extensions = [*section.extensions(), *([stage.extension] if stage.extension else [])]
+    code, packages = code_and_packages(stage.name, extensions)
     return CacheKey(stage.name, section.identity(), digests, external, code, packages)

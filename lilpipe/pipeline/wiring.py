@@ -8,7 +8,12 @@ from dataclasses import replace
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
-from lilpipe.stage import get_stage
+from lilpipe.stage import Stage, get_stage
+
+
+def stage_of(config: PipelineConfig, step: str) -> Stage:
+    """The stage that a step runs, built-in or the user's own."""
+    return get_stage(config.steps[step].stage, config.steps[step].file)
 
 
 def sources(config: PipelineConfig, step: str) -> list[str]:
@@ -21,7 +26,7 @@ def sources(config: PipelineConfig, step: str) -> list[str]:
 
 def check_wiring(config: PipelineConfig, step: str) -> None:
     """Raise ``ConfigError`` if a step's inputs are not what its stage takes."""
-    stage = get_stage(config.steps[step].stage)
+    stage = stage_of(config, step)
     roles = config.steps[step].inputs
     known = {**stage.inputs, **stage.optional_inputs}
     if unknown := roles.keys() - known.keys():
@@ -35,7 +40,7 @@ def check_wiring(config: PipelineConfig, step: str) -> None:
         if len(names) != 1 and role not in stage.several:
             raise ConfigError(f"steps.{step}.inputs.{role}: got {len(names)} steps, expected one: {', '.join(names)}")
         for name in names:
-            kind = get_stage(config.steps[name].stage).output
+            kind = stage_of(config, name).output
             if kind != known[role]:
                 raise ConfigError(f"steps.{step}.inputs.{role}: step {name} makes a {kind}, expected a {known[role]}")
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from lilpipe.alignment.preference.data import Packer, Places, PreferenceRow
 from lilpipe.alignment.preference.losses import ipo_loss, kto_baseline, kto_loss, orpo_loss, sigmoid_loss, simpo_loss
 from lilpipe.config.dpo import DPOConfig
+from lilpipe.errors import DataError
+from lilpipe.extensions import load
 from lilpipe.model.scores import Scores
 from lilpipe.schemas.order import rows_of_step
 from lilpipe.training.finetune import TokenBatch
@@ -154,6 +156,21 @@ def preference_loss(ratios_S: Tensor, desirable_N: Tensor, config: DPOConfig) ->
                 desirable_weight=config.desirable_weight,
                 undesirable_weight=config.undesirable_weight,
             )
+        case _:
+            return _own_loss(first_N, second_N, config)
+
+
+def _own_loss(chosen_N: Tensor, rejected_N: Tensor, config: DPOConfig) -> Tensor:
+    """The loss of a user's function. Raises ``DataError`` if it is not one value for each pair."""
+    extension = config.extension()
+    assert extension is not None
+    loss_N = load(extension)(chosen_N, rejected_N, beta=config.beta, **config.options)
+    if not isinstance(loss_N, Tensor) or loss_N.shape != chosen_N.shape:
+        got = list(loss_N.shape) if isinstance(loss_N, Tensor) else type(loss_N).__name__
+        raise DataError(
+            f"dpo.loss_type {config.loss_type!r}: got {got}, expected a tensor of shape {list(chosen_N.shape)}"
+        )
+    return loss_N
 
 
 def positive_ratio(values_N: Tensor) -> float:

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
+from lilpipe.config.prompts import PromptsConfig
+from lilpipe.extensions import load
+
 LARGEST_NUMBER = 19
 """Numbers in lists are 0 to this."""
 
@@ -288,3 +291,9 @@ FAMILIES: dict[str, Family] = {
 }
 """Every family by name. Sums and comparisons of people hold names and objects in their key, so that the tables of sums
 are there to be learned while the problem itself is new."""
+
+
+def find_families(config: PromptsConfig) -> dict[str, Family]:
+    """The families that the section names, built-in and the user's own."""
+    own = {extension.name: load(extension, Family) for extension in config.extensions()}
+    return {name: own[name] if name in own else FAMILIES[name] for name in config.families}

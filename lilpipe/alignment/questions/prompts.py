@@ -16,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from lilpipe.alignment.questions.families import FAMILIES, Difficulty, Task
+from lilpipe.alignment.questions.families import FAMILIES, Difficulty, Family, Task, find_families
 from lilpipe.alignment.questions.prompts_report import build_report
 from lilpipe.alignment.questions.sources import Gathered, external, gather
 from lilpipe.alignment.verify.verifiers import as_text
@@ -75,14 +76,22 @@ def split_of(family: str, key: str) -> str:
     return "exercises"  # the shares add up to 1 but for rounding
 
 
-def draw_tasks(family: str, split: str, count: int, *, seed: int, difficulty: Difficulty | None = None) -> list[Task]:
+def draw_tasks(
+    family: str,
+    split: str,
+    count: int,
+    *,
+    seed: int,
+    difficulty: Difficulty | None = None,
+    families: Mapping[str, Family] = FAMILIES,
+) -> list[Task]:
     """``count`` tasks of a family that belong to a split.
 
     Keys are distinct but for exercises, which may repeat as text does. Raises ``ConfigError`` if the family has too
     few distinct tasks.
     """
     random = Random(f"prompts/{seed}/{family}/{split}")
-    difficulty = difficulty or FAMILIES[family].default
+    difficulty = difficulty or families[family].default
     difficulty = difficulty.easy if split == "exercises" else difficulty
     tasks: list[Task] = []
     keys: set[str] = set()
@@ -90,7 +99,7 @@ def draw_tasks(family: str, split: str, count: int, *, seed: int, difficulty: Di
     for _ in range(max_tries):
         if len(tasks) == count:
             break
-        task = FAMILIES[family].draw(random, difficulty)
+        task = families[family].draw(random, difficulty)
         if split_of(family, task.key) == split and (split == "exercises" or task.key not in keys):
             tasks.append(task)
             keys.add(task.key)
@@ -111,13 +120,15 @@ def write_answer(task: Task, random: Random, *, config: PromptsConfig) -> str:
     return " ".join([*random.sample(FILLERS, count), f"Answer: {task.answer}"])
 
 
-def _all_tasks(split: str, count: int, *, config: PromptsConfig) -> list[tuple[str, Task]]:
+def _all_tasks(
+    split: str, count: int, *, config: PromptsConfig, families: Mapping[str, Family]
+) -> list[tuple[str, Task]]:
     """Family and task, families in equal parts, in a shuffled order."""
     pairs = []
     for index, family in enumerate(config.families):
         part = count // len(config.families) + (index < count % len(config.families))
-        range_ = Difficulty(*config.difficulty.get(family, FAMILIES[family].default))
-        tasks = draw_tasks(family, split, part, seed=config.seed, difficulty=range_)
+        range_ = Difficulty(*config.difficulty.get(family, families[family].default))
+        tasks = draw_tasks(family, split, part, seed=config.seed, difficulty=range_, families=families)
         pairs += [(family, task) for task in tasks]
     Random(f"prompts/{config.seed}/order/{split}").shuffle(pairs)
     return pairs
@@ -148,19 +159,18 @@ class Generated:
 
 
 def _generate(config: PromptsConfig) -> Generated:
-    for family in config.families:
-        if family not in FAMILIES:
-            raise ConfigError(f"prompts.families: there is no family {family!r}; known: {', '.join(FAMILIES)}")
-        least, known = config.difficulty.get(family, FAMILIES[family].default)[0], FAMILIES[family]
+    families = find_families(config)
+    for family, known in families.items():
+        least = config.difficulty.get(family, known.default)[0]
         if least < known.least:
             raise ConfigError(
                 f"prompts.difficulty.{family}: starts at {least} {known.unit}, expected {known.least} or more"
             )
     counts = {"train": config.num_train, "validation": config.num_validation, "test": config.num_test}
     return Generated(
-        {split: _all_tasks(split, count, config=config) for split, count in counts.items()},
-        _all_tasks("exercises", config.num_documents, config=config),
-        _all_tasks("demonstrations", config.num_demonstrations, config=config),
+        {split: _all_tasks(split, count, config=config, families=families) for split, count in counts.items()},
+        _all_tasks("exercises", config.num_documents, config=config, families=families),
+        _all_tasks("demonstrations", config.num_demonstrations, config=config, families=families),
     )
 
 
@@ -191,7 +201,7 @@ def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Generate and gather every split.
 
     Raises:
-        ConfigError: A family is unknown or too small.
+        ConfigError: A family cannot be imported, or is too small.
         DataError: A source cannot be read, or a held-out question stands in what is learnt from.
     """
     generated, gathered = _generate(config), gather(config)

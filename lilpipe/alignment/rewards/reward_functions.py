@@ -6,15 +6,12 @@ A kind of reward is a function from its settings to a function of prompts and co
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from lilpipe.alignment.verify.sandbox import Limits, find_program, isolation, protection, run_programs
@@ -24,6 +21,7 @@ from lilpipe.data.filters.fasttext_model import codes, load
 from lilpipe.data.filters.language import bundled_model_path, identify
 from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.extensions import load as load_extension
 from lilpipe.schemas.examples import Prompt
 from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace
@@ -68,14 +66,14 @@ class Rewards:
     """The rewards of a stage.
 
     Raises:
-        ConfigError: A reward needs a reward model and there is none, or its language or function is not known.
-        DataError: The file of a user's function cannot be read.
+        ConfigError: A reward needs a reward model and there is none, its language is not known, or the user's own
+            cannot be imported.
     """
 
     def __init__(self, configs: Sequence[RewardConfig], *, reward_model: RewardModel | None = None) -> None:
         self.configs = tuple(configs)
         self.names = [config.label for config in configs]
-        self._scores = [KINDS[config.kind](config, reward_model) for config in configs]
+        self._scores = [KINDS.get(config.kind, _own)(config, reward_model) for config in configs]
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[CompletionText]) -> list[Scored]:
         """The worth of each completion to the prompt at the same place."""
@@ -96,24 +94,12 @@ class Rewards:
 
 
 def external(section: Any) -> dict[str, str]:
-    """Digests of the files that the rewards of a stage's section read: a `Stage.external`.
-
-    Raises ``DataError`` if one is missing.
-    """
+    """Digests of the files that the rewards of a stage's section read: a `Stage.external`."""
     digests = {}
     for config in section.rewards:
-        if config.kind == "file":
-            digests[f"reward {config.label}"] = _digest(config, Path(config.path))
         if config.kind == "language":
-            digests[f"reward {config.label}"] = _digest(config, bundled_model_path())
+            digests[f"reward {config.label}"] = digest_file(bundled_model_path())
     return digests
-
-
-def _digest(config: RewardConfig, path: Path) -> str:
-    try:
-        return digest_file(path)
-    except OSError as error:
-        raise DataError(f"reward {config.label!r}: {path} cannot be read ({error.strerror}); correct `path`") from error
 
 
 # --- kinds --------------------------------------------------------------------------------------------------------
@@ -225,29 +211,12 @@ def _program(config: RewardConfig, reward_model: RewardModel | None) -> Score:  
     return score
 
 
-def _file(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
-    where = f"reward {config.label!r}: {config.path}:{config.function}"
-    return _each(partial(_call, _load_function(config), where))
-
-
-def _load_function(config: RewardConfig) -> Callable[[Prompt, CompletionText], Any]:
-    path = Path(str(config.path))
-    spec = importlib.util.spec_from_file_location(f"reward_file_{_digest(config, path)[:16]}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"reward {config.label!r}: {path} is no Python file; expected a name that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickles look for what a module defines
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever a user's file raises
-        raise DataError(f"reward {config.label!r}: {path} fails on import: {type(error).__name__}: {error}") from error
-    function = getattr(module, str(config.function), None)
-    if not callable(function):
-        raise ConfigError(
-            f"reward {config.label!r}: {path} has no function {config.function!r}; it has "
-            f"{', '.join(name for name, value in vars(module).items() if callable(value)) or 'none'}"
-        )
-    return function
+def _own(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
+    """A function of the user's: ``(prompt, completion, **options)`` to a number."""
+    extension = config.extension()
+    assert extension is not None
+    function = partial(load_extension(extension), **config.options)
+    return _each(partial(_call, function, f"reward {config.label!r}"))
 
 
 def _call(
@@ -271,9 +240,8 @@ KINDS: dict[str, Callable[[RewardConfig, RewardModel | None], Score]] = {
     "language": _language,
     "reward_model": _reward_model,
     "program": _program,
-    "file": _file,
 }
-"""Every kind of reward: its settings and the stage's reward model, if it has one, to the reward."""
+"""Every built-in kind of reward: its settings and the stage's reward model, if it has one, to the reward."""
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------

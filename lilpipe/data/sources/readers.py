@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lilpipe.config.corpus import Source
-from lilpipe.data.sources import huggingface, installed_docs, jsonl, parquet, warc
+from lilpipe.data.sources import huggingface, installed_docs, jsonl, own, parquet, warc
 from lilpipe.data.sources.files import BrokenStream, File, Span, digest_files, find_files, open_file
 from lilpipe.data.sources.rows import MAX_DOCUMENT_BYTES, RawDocument, Row, Unreadable, to_row
 
@@ -42,6 +42,8 @@ def find_parts(source: Source) -> list[SourcePart]:
     if source.kind == "huggingface":
         count = huggingface.num_parts(source)
         return [SourcePart(source, index=index, count=count) for index in range(count)]
+    if source.extension() is not None:
+        return [SourcePart(source)]
     return [part for files in _grouped(find_files(source)) for part in _divided(source, files)]
 
 
@@ -73,6 +75,8 @@ def digest_source(source: Source) -> str:
         return installed_docs.digest()
     if source.kind == "huggingface":
         return huggingface.digest(source)
+    if source.extension() is not None:
+        return own.digest(source)
     return digest_files(find_files(source))
 
 
@@ -90,6 +94,8 @@ def read_part(part: SourcePart, skipped: Counter[str] | None = None) -> Iterator
         yield from _read_installed_docs(part)
     elif source.kind == "huggingface":
         yield from huggingface.read(source, part.index, part.count)
+    elif source.extension() is not None:
+        yield from own.read(source)
     elif source.kind == "warc":
         yield from warc.read(files, source, Counter() if skipped is None else skipped)
     else:

@@ -144,7 +144,7 @@ def test_a_difficulty_that_a_family_cannot_have_is_refused(tmp_path):
 
 
 def test_an_unknown_family_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no family 'sortt'; known: copy"):
+    with pytest.raises(ValidationError, match="no question family 'sortt'; known: copy"):
         module.run(PromptsConfig(families=("sortt",)), {}, Workspace(tmp_path))
 
 
