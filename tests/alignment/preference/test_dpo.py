@@ -317,18 +317,18 @@ def test_a_falling_likelihood_of_chosen_answers_raises_the_alarm(tmp_path, train
     assert metrics["validation_chosen_change"] < -1
     assert metrics["chosen_fall_alarm"] == 1
     assert metrics["chosen_fall_alarm_before"] == 0
-    assert "the log-probability of held-out chosen completions fell by" in workspace.events.read_text()
+    assert "the log-probability of chosen validation completions fell by" in workspace.events.read_text()
 
 
 def test_a_fall_beyond_the_limit_ends_the_stage_and_says_what_to_do(tmp_path, train):
     workspace = Workspace(tmp_path)
-    with pytest.raises(DataError, match=r"fell by .*, expected at most dpo.max_chosen_fall = 0.5: .*raise dpo.nll"):
+    with pytest.raises(DataError, match=r"fell by .*, expected at most dpo.max_chosen_fall = 0.5: .*raise dpo.rpo_alpha"):
         train(workspace=workspace, max_chosen_fall=0.5, **UNLEARNING)
     assert not (workspace.output / "config.json").exists()
 
 
 def test_a_limit_that_nothing_is_measured_against_is_refused(train, make_preferences):
-    with pytest.raises(DataError, match="no held-out completions to measure a fall on"):
+    with pytest.raises(DataError, match="no validation completions to measure it on"):
         train(make_preferences(validation=0), max_chosen_fall=2.0)
 
 
