@@ -322,7 +322,7 @@ def test_a_falling_likelihood_of_chosen_answers_raises_the_alarm(tmp_path, train
 
 def test_a_fall_beyond_the_limit_ends_the_stage_and_says_what_to_do(tmp_path, train):
     workspace = Workspace(tmp_path)
-    with pytest.raises(DataError, match=r"fell by .*, expected at most dpo.max_chosen_fall = 0.5: .*raise dpo.rpo_alpha"):
+    with pytest.raises(DataError, match=r"fell by .*, expected at most dpo.max_chosen_fall = 0.5: .*dpo.rpo_alpha"):
         train(workspace=workspace, max_chosen_fall=0.5, **UNLEARNING)
     assert not (workspace.output / "config.json").exists()
 
