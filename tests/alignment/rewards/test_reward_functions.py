@@ -274,4 +274,4 @@ def test_a_stage_that_runs_programs_logs_what_protects_from_them(tmp_path, kind,
     workspace.log("begun")
     prompts = [Prompt("p", "f", "Double it.", "assert True", verifier=verifier)]
     Rewards([RewardConfig(kind=kind)]).log_sandbox(prompts, workspace)
-    assert ("programs of answers run with the network closed" in workspace.events.read_text()) == is_told
+    assert ("programs in completions run with the network blocked" in workspace.events.read_text()) == is_told
