@@ -143,7 +143,7 @@ def with_mismatched(
         mismatched = next((other for other in others if other.num_tokens <= max_len), None)
         if mismatched is None:
             raise DataError(
-                f"dpo: no completion to another prompt fits behind prompt {example.prompt_id} in {max_len} tokens; kto "
+                f"dpo: no completion to another prompt fits after prompt {example.prompt_id} in {max_len} tokens; kto "
                 "estimates the KL divergence from such completions: add prompts, or use a model with a longer context"
             )
         rows.append(PreferenceRow(example.prompt_id, encoded, mismatched, example.label))

@@ -295,7 +295,7 @@ def _write_report(
     shown += ("validation_chosen_change", "chosen_fall_alarm", "too_long", "empty_completions")
     write_report(
         workspace,
-        title=f"Preference optimisation: {config.loss_type}",
+        title=f"Preference optimization: {config.loss_type}",
         losses=losses,
         config=config,
         key_figures={name.replace("_", " "): metrics[name] for name in shown if name in metrics},

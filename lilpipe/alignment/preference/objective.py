@@ -64,7 +64,8 @@ class PreferenceObjective:
         """Return the micro-batches of an optimizer step.
 
         Rows are distributed by length, so that workers have similar amounts of work. For ``kto``, rows that share an
-        estimate of the KL divergence stay together: the loss does not depend on the number of workers.
+        estimate of the KL divergence stay together: the loss does not depend on the number of workers or
+        micro-batches.
         """
         config = self._config
         rows = rows_of_step(step, num_rows=len(self._rows), batch_size=config.batch_size, seed=self._seed)

@@ -1,8 +1,8 @@
 """Task families with verifiable answers, from list skills to word problems.
 
 A family generates a ``Task`` from a random generator. A task's key is its arguments in canonical form: tasks that ask
-the same in other words (sorting the same numbers in another order, ``7 + 5`` and ``5 + 7``) share a key. Tasks are split
-by the hash of the key, so that no test question has an equivalent in training.
+the same in other words (sorting the same numbers in another order, ``7 + 5`` and ``5 + 7``) share a key. Tasks are
+split by the hash of the key, so that no test question has an equivalent in training.
 
 Difficulty is an integer in a unit of the family: items of a list, digits of a number, operations of an expression. A
 model of 0.4 M parameters learns the list skills and small sums in a few minutes on two cores; comparisons and counting

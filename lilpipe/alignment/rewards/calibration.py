@@ -85,9 +85,9 @@ def preference_sections(margins: Sequence[float]) -> page.Sections:
     ]
     scores = page.note(f"Brier score {found.brier:.3f}, expected calibration error {found.error:.3f}.")
     return {
-        "Calibration on held-out pairs": [scores, page.table(rows), _reliability(found.bins)],
-        "Margins of held-out pairs": [
-            page.note("Pairs by score of the chosen answer minus score of the rejected one."),
+        "Calibration on validation pairs": [scores, page.table(rows), _reliability(found.bins)],
+        "Margins of validation pairs": [
+            page.note("Pairs by score of the chosen minus score of the rejected completion."),
             _histogram(margins),
         ],
     }

@@ -24,8 +24,8 @@ class RewardModel:
     def score(self, conversations: Sequence[list[Message]]) -> list[float]:
         """Return the score of each conversation's last completion.
 
-        A conversation longer than the model's context loses its beginning. Raises ``DataError`` if a completion alone
-        does not fit: one truncated at the context length has no room for its end-of-turn token.
+        A conversation longer than the model's context is truncated on the left. Raises ``DataError`` if a completion
+        alone does not fit: one truncated at the context length has no room for its end-of-turn token.
         """
         return score_rows(self.model, [self._encode(conversation) for conversation in conversations], self.tokenizer)
 

@@ -146,7 +146,7 @@ def aggregate(loss_NT: Tensor, mask_NT: Tensor, *, over: Aggregation, max_tokens
 def adapted_beta(coefficient: float, kl: float, *, target: float, rate: float) -> float:
     """Return the KL coefficient after a rollout with KL divergence ``kl``: raised above the target, lowered below.
 
-    It changes by at most a fifth of ``rate`` (Ziegler et al. 2019, equation 4).
+    The relative change is at most 0.2 * ``rate`` (Ziegler et al. 2019, equation 4).
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + rate * error)

@@ -1,4 +1,4 @@
-"""Samples completions to prompts as table rows, for rejection sampling, preferences and evaluation."""
+"""Sampling of completions as table rows, for rejection sampling, preferences and evaluation."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def first_paragraph(text: str) -> str:
 
 
 def is_well_formed(completion: str) -> bool:
-    """Return whether ``Answer:`` occurs once and the last line ends with text after it."""
+    """Return whether ``Answer:`` occurs exactly once, on the last line, followed by text."""
     return completion.count("Answer:") == 1 and _stated_answer(completion) is not None
 
 

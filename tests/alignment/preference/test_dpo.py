@@ -382,7 +382,7 @@ def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_c
 
 def test_answers_to_a_single_prompt_are_refused_by_kto(tokenizer):
     examples = [UnpairedExample("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
-    with pytest.raises(DataError, match="no completion to another prompt fits behind prompt 1"):
+    with pytest.raises(DataError, match="no completion to another prompt fits after prompt 1"):
         answer_rows(tokenizer, examples)
 
 
