@@ -8,7 +8,7 @@ from lilpipe.alignment.rewards.reward_functions import Rewards
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.errors import ConfigError
 from lilpipe.fingerprint import code_and_packages
-from lilpipe.pipeline import plan
+from lilpipe.pipeline.plan import plan
 from lilpipe.recipes import load
 
 

@@ -23,7 +23,7 @@ class DPOConfig(ParallelSection, WithOptions):
     """
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0)
-    loss: Annotated[str, BuiltIn("loss", get_args(LossKind))] = "sigmoid"
+    loss_type: Annotated[str, BuiltIn("loss", get_args(LossKind))] = "sigmoid"
     """`sigmoid`: DPO. `ipo`: Azar et al. 2023. `orpo` (Hong et al. 2024) and `simpo` (Meng et al. 2024) do without a
     reference. `kto` (Ethayarajh et al. 2024) takes unpaired completions, desirable or not; a pair gives one of each. Or
     a loss of your own."""

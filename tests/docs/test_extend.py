@@ -9,13 +9,15 @@ import torch
 
 from lilpipe.alignment.preference.objective import preference_loss
 from lilpipe.alignment.questions import prompts
-from lilpipe.alignment.rewards.reward_functions import Response, Rewards
+from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.data.sources.readers import RawDocument, Unreadable, digest_source, find_parts, read_part
 from lilpipe.errors import DataError
 from lilpipe.extensions import GROUPS, ExtensionKind
 from lilpipe.fingerprint import code_and_packages
-from lilpipe.pipeline import check_wiring, plan, run_step
+from lilpipe.pipeline.plan import plan
+from lilpipe.pipeline.run import run_step
+from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.recipes import load
 from lilpipe.schemas.documents import read_documents, read_rejected
 from lilpipe.schemas.examples import Prompt, read_prompts
@@ -165,7 +167,7 @@ def test_a_source_is_read_and_its_rows_are_digested(tmp_path):
 def test_a_reward_counts_for_the_stages_that_use_it(tmp_path):
     config = load("tiny", file=write_example("reward", tmp_path))
     rewards = Rewards(config.grpo.rewards)
-    answers = [Response(text, True, 9) for text in ("Answer: 5", "Well, as I see it, the Answer: 5", "Answer: 6")]
+    answers = [CompletionText(text, True, 9) for text in ("Answer: 5", "Well, as I see it, the Answer: 5", "Answer: 6")]
     scored = rewards([Prompt("p", "addition", "2 + 3?", "5")] * 3, answers)
     assert [each.parts["brevity"] for each in scored] == [1.0, 0.5, 0.0]
     assert scored[0].total == 1.5
@@ -266,7 +268,7 @@ def test_each_part_of_a_package_is_found_by_its_name(package, tmp_path):
     config = load("tiny", overrides={**overrides, "steps": steps, "common_words.num_words": 5})
     assert config.section("words").num_words == 5
     check_wiring(config, "words")
-    scores = Rewards(config.grpo.rewards)([Prompt("p", "f", "?", "5")], [Response("Answer: 5", True, 2)])
+    scores = Rewards(config.grpo.rewards)([Prompt("p", "f", "?", "5")], [CompletionText("Answer: 5", True, 2)])
     assert scores[0].total == 1.0
 
 

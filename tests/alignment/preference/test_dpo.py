@@ -164,7 +164,7 @@ def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer
     def gradient(world_size, accumulation_steps):
         model, _ = load_model(checkpoint.path)
         config = config_of(
-            loss=loss,
+            loss_type=loss,
             batch_size=8,
             kl_examples=2,
             accumulation_steps=accumulation_steps,
@@ -227,7 +227,7 @@ def test_answers_to_one_prompt_in_a_row_are_mismatched_with_different_ones(token
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_widens_the_margin_on_held_out_pairs(train, loss):
     beta = {"simpo": 2.0, "orpo": 1.0}.get(loss, 0.1)
-    metrics = train(loss=loss, beta=beta, batch_size=8 if loss == "kto" else 4, num_epochs=4, **FAST)
+    metrics = train(loss_type=loss, beta=beta, batch_size=8 if loss == "kto" else 4, num_epochs=4, **FAST)
     assert metrics["steps"] == 12
     assert metrics["validation_margin"] > metrics["validation_margin_before"] + 0.05
     assert metrics["validation_preference_accuracy"] == 1
@@ -252,7 +252,7 @@ def test_without_the_preference_loss_the_likelihood_term_alone_is_learnt(train):
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
 def test_the_reference_is_computed_once_and_stored(tmp_path, train, tokenizer, checkpoint, monkeypatch, loss):
     workspace = Workspace(tmp_path)
-    train(loss=loss, num_epochs=1, workspace=workspace)
+    train(loss_type=loss, num_epochs=1, workspace=workspace)
     table = read_rows(workspace.output / "reference.arrow")
     pairs = [pair(i) for i in range(12)]
     rows, _ = encode_pairs(tokenizer, pairs, max_len=TINY.max_seq_len)
@@ -269,13 +269,18 @@ def test_the_reference_is_computed_once_and_stored(tmp_path, train, tokenizer, c
 def test_losses_without_a_reference_compute_none(tmp_path, train, monkeypatch, loss):
     monkeypatch.setattr(dpo, "compute_reference", None)
     workspace = Workspace(tmp_path)
-    train(loss=loss, num_epochs=1, workspace=workspace)
+    train(loss_type=loss, num_epochs=1, workspace=workspace)
     assert not (workspace.output / "reference.arrow").exists()
 
 
 @pytest.mark.parametrize(("loss", "killed_at"), [("sigmoid", 3), ("kto", 3)])
 def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path, train, monkeypatch, loss, killed_at):
-    settings = {"loss": loss, "num_epochs": 2, "checkpoint_every": 2, "accumulation_steps": 1 if loss == "kto" else 2}
+    settings = {
+        "loss_type": loss,
+        "num_epochs": 2,
+        "checkpoint_every": 2,
+        "accumulation_steps": 1 if loss == "kto" else 2,
+    }
     train(workspace=Workspace(tmp_path / "whole"), **settings)
     killed = Workspace(tmp_path / "killed")
     progress = killed.progress
@@ -317,18 +322,18 @@ def test_a_falling_likelihood_of_chosen_answers_raises_the_alarm(tmp_path, train
     assert metrics["validation_chosen_change"] < -1
     assert metrics["chosen_fall_alarm"] == 1
     assert metrics["chosen_fall_alarm_before"] == 0
-    assert "the log-probability of held-out chosen completions fell by" in workspace.events.read_text()
+    assert "the log-probability of chosen validation completions fell by" in workspace.events.read_text()
 
 
 def test_a_fall_beyond_the_limit_ends_the_stage_and_says_what_to_do(tmp_path, train):
     workspace = Workspace(tmp_path)
-    with pytest.raises(DataError, match=r"fell by .*, expected at most dpo.max_chosen_fall = 0.5: .*raise dpo.nll"):
+    with pytest.raises(DataError, match=r"fell by .*, expected at most dpo.max_chosen_fall = 0.5: .*dpo.rpo_alpha"):
         train(workspace=workspace, max_chosen_fall=0.5, **UNLEARNING)
     assert not (workspace.output / "config.json").exists()
 
 
 def test_a_limit_that_nothing_is_measured_against_is_refused(train, make_preferences):
-    with pytest.raises(DataError, match="no held-out completions to measure a fall on"):
+    with pytest.raises(DataError, match="no validation completions to measure it on"):
         train(make_preferences(validation=0), max_chosen_fall=2.0)
 
 
@@ -382,7 +387,7 @@ def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_c
 
 def test_answers_to_a_single_prompt_are_refused_by_kto(tokenizer):
     examples = [UnpairedExample("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
-    with pytest.raises(DataError, match="no completion to another prompt fits behind prompt 1"):
+    with pytest.raises(DataError, match="no completion to another prompt fits after prompt 1"):
         answer_rows(tokenizer, examples)
 
 

@@ -219,4 +219,4 @@ def test_the_report_shows_families_questions_and_conversations(tmp_path):
     prompt = read_prompts(tmp_path / "output", "train")[0]
     for expected in ("expression", "2 to 5", prompt.question, read_conversations(tmp_path / "output")[0].id):
         assert expected in page
-    assert "left out, all of them" not in page
+    assert "Quarantined rows" not in page

@@ -247,7 +247,7 @@ def test_a_conversation_is_shown_but_not_asked(tmp_path):
     assert metrics["demonstrations"] > 25
     assert read_conversations(workspace.output)[0].messages[0] == {"role": "system", "content": "Be kind."}
     skipped = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
-    assert all("first question falls to" in entry["error"] for entry in skipped)
+    assert all("first question is in the" in entry["error"] for entry in skipped)
 
 
 def test_programs_are_asked_with_their_tests(tmp_path):
@@ -273,16 +273,16 @@ def test_bad_lines_are_set_aside_with_file_line_and_reason(tmp_path):
     workspace, metrics = gather(tmp_path, PromptSource(kind="gsm8k", name="g", path=str(tmp_path / "a.jsonl")))
     entries = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["row"]) for entry in entries] == [("a.jsonl", 4), ("a.jsonl", 10)]
-    assert "is no JSON: Unterminated string" in entries[0]["error"]
+    assert "invalid JSON: Unterminated string" in entries[0]["error"]
     assert entries[0]["excerpt"] == lines[3]
-    assert "has no 'answer'" in entries[1]["error"]
+    assert "missing 'answer'" in entries[1]["error"]
     assert metrics["quarantined"] == 2
-    assert "quarantined g a.jsonl:4, which is no JSON" in workspace.events.read_text()
+    assert "quarantined g a.jsonl:4: invalid JSON" in workspace.events.read_text()
 
 
 def test_a_source_of_another_form_is_refused_with_numbers(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", preferences(20))
-    with pytest.raises(DataError, match=r"20 of 20 rows are no gsm8k.*a\.jsonl:20, which has no 'question'"):
+    with pytest.raises(DataError, match=r"20 of 20 rows are not valid gsm8k.*a\.jsonl:20: missing 'question'"):
         gather(tmp_path, PromptSource(kind="gsm8k", name="g", path=path))
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match=r"source 'g': .*empty\.jsonl has no rows"):
@@ -308,7 +308,7 @@ def test_a_file_that_breaks_off_is_told_and_what_came_before_is_kept(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(data[:-200])
     workspace, metrics = gather(tmp_path, PromptSource(kind="gsm8k", name="g", path=str(tmp_path / "a.jsonl.gz")))
     entries = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
-    assert any("breaks off" in entry["error"] for entry in entries)
+    assert any("file is truncated" in entry["error"] for entry in entries)
     assert metrics["train"] > 500
 
 

@@ -91,7 +91,7 @@ def test_a_language_is_told_from_another():
     assert worth(english, kind="language") > 0.8 > 0.1 > worth(german, kind="language")
     assert worth(german, kind="language", language="de") > 0.8
     assert worth("", kind="language") < 0.5
-    with pytest.raises(ConfigError, match="language 'klingon' is not known; expected a code among"):
+    with pytest.raises(ConfigError, match="language 'klingon' is unknown; expected one of the codes"):
         Rewards([RewardConfig(kind="language", language="klingon")])
 
 
@@ -231,7 +231,7 @@ def test_the_model_of_languages_is_part_of_the_identity_and_a_plain_reward_adds_
             DataError,
             "fails on prompt 'p': ZeroDivisionError",
         ),
-        ("def score(prompt, completion): return float('nan')", "score", DataError, "gave nan for prompt 'p'"),
+        ("def score(prompt, completion): return float('nan')", "score", DataError, "returned nan for prompt 'p'"),
         ("def score(prompt, completion): return 'high'", "score", DataError, "fails on prompt 'p': ValueError"),
     ],
 )
@@ -269,4 +269,4 @@ def test_a_stage_that_runs_programs_logs_what_protects_from_them(tmp_path, kind,
     workspace.log("begun")
     prompts = [Prompt("p", "f", "Double it.", "assert True", verifier=verifier)]
     Rewards([RewardConfig(kind=kind)]).log_sandbox(prompts, workspace)
-    assert ("programs of answers run with the network closed" in workspace.events.read_text()) == is_told
+    assert ("programs in completions run with the network blocked" in workspace.events.read_text()) == is_told

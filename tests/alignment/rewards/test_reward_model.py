@@ -291,7 +291,7 @@ def test_a_conversation_that_is_too_long_loses_its_beginning_and_an_answer_that_
     with torch.no_grad():
         expected = scorer.model(torch.tensor([ids[-160:]]))[0, -1, 0].item()
     assert scorer.score([conversation_]) == pytest.approx([expected], abs=1e-5)
-    with pytest.raises(DataError, match="got an answer of 200 tokens, expected at most its 160"):
+    with pytest.raises(DataError, match="got a completion of 200 tokens, expected at most its 160"):
         scorer.score([conversation("Q", "A" * 199)])
 
 
@@ -402,7 +402,7 @@ def test_rankings_that_are_too_long_are_left_out_whole_and_counted(tmp_path, mak
     workspace = Workspace(tmp_path)
     metrics = run(CONFIG, {"model": make_checkpoint(), "preferences": planted}, workspace)
     assert metrics["rankings"] == 9
-    assert "skipped 1 of 10 rankings with an answer of more than 160 tokens" in workspace.events.read_text()
+    assert "skipped 1 of 10 rankings with a conversation of more than 160 tokens" in workspace.events.read_text()
     assert "validation_accuracy" not in metrics
 
 

@@ -205,7 +205,7 @@ def test_without_the_answers_that_the_next_update_needs_a_run_does_not_go_on(tmp
         run(config, inputs, Workspace(tmp_path))
     for path in (tmp_path / "scratch/rollouts").iterdir():
         path.unlink()
-    with pytest.raises(ArtifactError, match="between two updates of rollout 1; go on with as many workers"):
+    with pytest.raises(ArtifactError, match="between two updates of rollout 1; resume with the same number of workers"):
         run(config, inputs, Workspace(tmp_path))
 
 
