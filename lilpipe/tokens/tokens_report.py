@@ -1,4 +1,4 @@
-"""The report of the tokens stage: how many tokens there are, of what, and how long the documents are."""
+"""Report of stage ``tokens``: tokens by stream and source, and lengths of documents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lilpipe.tokens.shards import SPLITS, TokenShards, TokenStream
 
 
 def write_report(shards: TokenShards, path: Path) -> None:
-    """Write the page that people read."""
+    """Write the report as an HTML page."""
     streams = {(name, split): shards.stream(name, split) for name in shards.streams for split in SPLITS}
     total = sum(stream.num_tokens for stream in streams.values())
     rows: list[dict[str, page.Cell]] = [
@@ -51,7 +51,7 @@ def write_report(shards: TokenShards, path: Path) -> None:
 
 
 def _tokens_by_source(stream: TokenStream) -> Counter[str]:
-    """Tokens by the source that the corpus names."""
+    """Return the number of tokens of each source named in the corpus."""
     counts: Counter[str] = Counter()
     for index in range(stream.num_shards):
         shard = stream.shard(index)
