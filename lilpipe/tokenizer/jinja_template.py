@@ -161,9 +161,9 @@ class JinjaTemplate:
                 answered = self.text(messages[: position + 1])
                 if not (text.startswith(answered) and answered.startswith(prompt)):
                     raise DataError(
-                        f"chat template: up to message {position} a conversation renders to {answered[-60:]!r} alone, to "
-                        f"other text after the prompt {prompt[-60:]!r} or in the whole conversation; expected "
-                        "each to start the next. Mark answers in the template with {% generation %} and {% endgeneration %}"
+                        f"chat template: up to message {position} a conversation renders to {answered[-60:]!r} alone, "
+                        f"to other text after the prompt {prompt[-60:]!r} or within the conversation; expected each to "
+                        "start the next. Mark answers in the template with {% generation %} and {% endgeneration %}"
                     )
                 spans.append((len(prompt), len(answered)))
         return spans

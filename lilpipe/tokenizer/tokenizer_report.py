@@ -155,7 +155,7 @@ def _occurrences(usage: Usage, suspects: Suspects) -> page.Fragment:
     """Return a log-log chart of occurrences by id; tokens that never occur are drawn at 0.5."""
     drawn = {
         "tokens": np.arange(0, len(usage.token_counts), max(1, len(usage.token_counts) // MAX_POINTS)),
-        "never or hardly": np.array([*suspects.never, *suspects.hardly], dtype=int),
+        "never or rarely": np.array([*suspects.never, *suspects.hardly], dtype=int),
         "in one document": np.array(suspects.one_document, dtype=int),
     }
     dots = [
@@ -169,7 +169,7 @@ def _suspects(suspects: Suspects, tokens: _Tokens, usage: Usage) -> list[page.Fr
     """Return an explanation of the suspects, and the first tokens of each kind."""
     kinds = {
         "Never": (suspects.never, "learnt, but not in the measured text"),
-        "Hardly": (
+        "Rarely": (
             suspects.hardly,
             f"less than {HARDLY:.0%} of the median count of the {NUM_NEIGHBOURS} tokens nearest in rank: most "
             "are intermediate merges of a longer token",
