@@ -36,7 +36,7 @@ REWARD_SCHEMA = pa.schema([("total", pa.float64()), ("parts", pa.list_(pa.float6
 BITS_SCHEMA = pa.schema([("bits_per_byte", pa.float64())])
 BASE_STAGE = "pretrain"
 ANSWERS_PER_CHUNK = 512
-"""Completions scored between two checkpoints from which a killed run resumes."""
+"""Completions scored per chunk; a killed run resumes after its finished chunks."""
 
 
 @dataclass(frozen=True)

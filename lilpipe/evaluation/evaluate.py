@@ -70,7 +70,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
 def _count_without_reference(prompts: Sequence[Prompt], workspace: Workspace) -> Metrics:
     count = sum(not prompt.reference for prompt in prompts)
     if count:
-        workspace.log(f"{count} of {len(prompts)} prompts have no reference answer and take no part in the win rate")
+        workspace.log(f"{count} of {len(prompts)} prompts have no reference answer and are left out of the win rate")
     return {"prompts_without_reference": count}
 
 

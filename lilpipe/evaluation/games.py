@@ -25,7 +25,7 @@ from lilpipe.stage import Workspace
 
 OUTCOME_SCHEMA = pa.schema([("win", pa.float64()), ("flipped", pa.bool_())])
 GAMES_PER_CHUNK = 16
-"""Games that a language model judges between two progress reports."""
+"""Games that a language model judges per chunk; progress is reported and saved after each chunk."""
 UNREADABLE_ALARM = 0.1
 """Share of games without a verdict above which the run logs a warning."""
 

@@ -118,7 +118,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        """Yield windows as (context, targets), such that each token of the text is a target once."""
+        """Yield windows as (inputs, targets), such that each token of the text is a target once."""
         ids = self.tok_encode(text)
         return get_rolling_token_windows(
             ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1

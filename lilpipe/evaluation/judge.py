@@ -193,6 +193,6 @@ def _read_key(variable: str | None) -> str | None:
         return None
     if not (key := os.environ.get(variable)):
         raise ConfigError(
-            f"evaluate.judge.api_key_variable: the environment has no {variable}, expected the API key in this variable; set it"
+            f"evaluate.judge.api_key_variable: the environment has no {variable}, expected the API key; set it"
         )
     return key

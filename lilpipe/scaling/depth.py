@@ -62,7 +62,7 @@ def derive(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
         values: The whole configuration as plain values, the user's settings merged into the recipe's.
         given: Dotted names of the user's own settings. They are not changed, and others are derived from them.
 
-    Raises ``ConfigError``.
+    Raises ``ConfigError`` for invalid values, or if both are set.
     """
     depth, params = values.get("depth"), values.get("params")
     if depth is None and params is None:

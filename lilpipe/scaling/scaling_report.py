@@ -97,7 +97,7 @@ def draw(study: Study) -> Figure:
     for colour, ratio in zip(charts.COLOURS, tokens_per_parameter(study.runs), strict=False):
         alike = [run for run in study.runs if ratio <= run.ratio <= 1.1 * ratio]
         losses = [run.loss for run in alike if run.loss is not None]
-        drawn.append(charts.Line(f"{ratio:.0f} tokens a parameter", [r.flops for r in alike], losses, "o", colour))
+        drawn.append(charts.Line(f"{ratio:.0f} tokens per parameter", [r.flops for r in alike], losses, "o", colour))
         drawn += _law_line(study, alike, colour, "-")
         if study.target is not None and ratio <= study.target.run.ratio <= 1.1 * ratio:
             drawn += _law_line(study, [alike[-1], study.target.run], colour, "--")

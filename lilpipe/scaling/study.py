@@ -149,7 +149,7 @@ def stored_runs(store: Store, *, metric: str) -> list[Run]:
     """
     manifests = store.manifests("pretrain")
     if not manifests:
-        raise DataError(f"scaling: {store.root} holds no finished pretraining; train some, with --depths 2,3,4,6")
+        raise DataError(f"scaling: {store.root} contains no finished pretraining run; train some with --depths 2,3,4,6")
     tokens = [entry.content_digest for entry in manifests[-1].inputs["tokens"]]
     alike = [m for m in manifests if [entry.content_digest for entry in m.inputs["tokens"]] == tokens]
     found = [finished_run(manifest, metric) for manifest in alike]

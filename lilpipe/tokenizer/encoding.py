@@ -193,7 +193,7 @@ class Tokenizer:
             raise ArtifactError(f"{path}: missing; expected a directory that contains a tokenizer") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
             raise ArtifactError(
-                f"{path}: got something that is no byte-level BPE of this package ({error!r}); expected the file that "
+                f"{path}: got something other than byte-level BPE ({error!r}); expected the file that "
                 "stage `tokenizer` writes, or an imported one that tiktoken supports; run that stage again"
             ) from error
 

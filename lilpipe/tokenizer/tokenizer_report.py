@@ -47,11 +47,11 @@ def build_report(
         "By source": page.table(_compression("source", usage.by_source, others)),
         "By language": page.table(_compression("language", usage.by_language, others)),
         "Training text by weight": _shares(shares, taken),
-        "How often each token occurs": _occurrences(usage, suspects),
+        "Token frequencies": _occurrences(usage, suspects),
         "Glitch-token suspects": _suspects(suspects, tokens, usage),
         "Longest tokens": page.table(tokens.rows(longest)),
         "Most frequent tokens": page.table(tokens.rows(frequent)),
-        "Never used in the text measured": _unused(usage, tokens, num_base),
+        "Unused tokens": _unused(usage, tokens, num_base),
     }
     if not shares:
         del sections["Training text by weight"]

@@ -43,12 +43,12 @@ class Totals:
 
     @property
     def bytes_per_token(self) -> float:
-        """Compression."""
+        """Compression: bytes per token."""
         return self.num_bytes / max(1, self.num_tokens)
 
     @property
     def tokens_per_word(self) -> float:
-        """Fertility."""
+        """Fertility: tokens per word."""
         return self.num_tokens / max(1, self.num_words)
 
     def bytes_per_token_of(self, other: str) -> float:

@@ -61,7 +61,7 @@ class DataPhase:
     def __init__(
         self, steps: Sequence[Steps], sources: Mapping[str, Source], *, shares: Mapping[str, float], seq_len: int
     ) -> None:
-        """Map rows to steps.
+        """Create the order of rows.
 
         Args:
             steps: Consecutive groups of steps.

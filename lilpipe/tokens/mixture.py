@@ -107,7 +107,7 @@ def _reason(asked: float, reached: float, most: float, *, is_empty: bool) -> str
         return "all streams together hold too few tokens: each exceeds its limit by the same factor"
     if is_empty:
         return "holds too few tokens for a row"
-    return "at its limit of epochs" if reached >= most - 1e-9 else "takes the tokens that other streams cannot provide"
+    return "at its limit of epochs" if reached >= most - 1e-9 else "takes tokens that other streams cannot provide"
 
 
 def largest_total(weights: Mapping[str, float], tokens: Mapping[str, int], max_epochs: Mapping[str, float]) -> int:

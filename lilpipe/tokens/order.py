@@ -48,7 +48,7 @@ class Interleaving:
         self.names = tuple(self.parts)
 
     def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the stream number and the count of earlier positions of that stream of each position; int64 [N]."""
+        """Return for each position its stream number and the count of that stream's earlier positions; int64 [N]."""
         streams = np.full(len(places), len(self.names) - 1)
         before = np.empty_like(streams)
         undecided, left = np.arange(len(places)), PARTS
@@ -70,7 +70,7 @@ class Interleaving:
         if number < len(parts) - 1:  # the first x with _ratio_of(x) > before, minus one
             places = -(-lefts[number] * (2 * before + 1) // (2 * parts[number])) - 1
         for part, left in reversed(list(zip(parts[:number], lefts[:number], strict=True))):
-            places = left * (2 * places + 1) // (2 * (left - part))  # positions before this stream was separated
+            places = left * (2 * places + 1) // (2 * (left - part))  # from the positions that this stream leaves over
         return places
 
     def count(self, name: str, num_places: int) -> int:

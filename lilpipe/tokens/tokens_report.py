@@ -25,7 +25,7 @@ def write_report(shards: TokenShards, path: Path) -> None:
             "% of tokens": 100 * stream.num_tokens / total,
             "bytes": stream.num_bytes,
             "bytes per token": stream.num_bytes / stream.num_tokens,
-            "median tokens of a document": float(np.median(np.diff(stream.offsets))),
+            "median tokens per document": float(np.median(np.diff(stream.offsets))),
             "shards": stream.num_shards,
         }
         for (name, split), stream in streams.items()
@@ -38,9 +38,9 @@ def write_report(shards: TokenShards, path: Path) -> None:
         "Tokens",
         {
             "Streams": page.table(rows),
-            "Tokens by origin": page.bar_table(dict(origins.most_common()), total=total),
+            "Tokens by source": page.bar_table(dict(origins.most_common()), total=total),
             "Lengths of documents": [
-                page.note("Documents of the training split by tokens."),
+                page.note("Number of documents of the training split by length in tokens."),
                 _length_chart(shards),
             ],
         },
