@@ -152,7 +152,7 @@ def test_packed_rows_hold_what_fits_and_score_answers_alone(tokenizer):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("nll_normalisation", ["answer", "token"])
+@pytest.mark.parametrize("nll_normalisation", ["sequence", "token"])
 def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer, checkpoint, loss, nll_normalisation):
     pairs = [pair(i, chosen="Answer: " + str(i) * (i + 1)) for i in range(4)]
     if loss == "kto":
@@ -301,7 +301,7 @@ def test_the_report_shows_curves_and_answers_before_and_after(tmp_path, train, m
     sections = {}
     monkeypatch.setattr(dpo, "write_report", lambda *_, **options: sections.update(options["sections"]))
     train(num_epochs=1)
-    curves, examples = sections.values()
+    curves, examples = ("".join(fragments) for fragments in sections.values())
     assert "<svg" in curves
     assert "Copy 20." in examples
     assert "Sure, I can. Answer: 20" in examples
