@@ -1,4 +1,4 @@
-"""Which checkpoint is meant: a directory, a step of the pipeline, or a registered model."""
+"""Find a checkpoint by directory, step of the pipeline, or registered model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REGISTERED = "models:/"
 
 
 def locate(model: str | None, config: PipelineConfig, store: Store) -> tuple[str, Path]:
-    """A name for the model and the directory that holds it; the last step that made one if none is given.
+    """Return a name for the model and the directory that contains it; by default the last step with a checkpoint.
 
     Raises ``ConfigError`` if there is no such model.
     """

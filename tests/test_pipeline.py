@@ -358,7 +358,7 @@ def test_a_lone_step_needs_those_before_it(store, faults):
 def test_wrong_wiring_is_refused_before_anything_runs(store, faults):
     for inputs, message in [
         ({}, "prompts missing"),
-        ({"prompts": "first", "models": "first"}, "got models; stage tokenizer takes prompts"),
+        ({"prompts": "first", "models": "first"}, "got models; stage tokenizer accepts prompts"),
         ({"prompts": ["first", "first"]}, "inputs.prompts: got 2 steps, expected one: first, first"),
         ({"prompts": []}, "inputs.prompts: got 0 steps, expected one"),
     ]:

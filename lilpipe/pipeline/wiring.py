@@ -1,4 +1,4 @@
-"""Which steps a step reads, and the artifacts that fill its roles."""
+"""Inputs of a step: the steps that it reads, and the artifacts of its input roles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lilpipe.stage import get_stage
 
 
 def sources(config: PipelineConfig, step: str) -> list[str]:
-    """The steps that a step reads, each once."""
+    """Return the steps that a step reads, without duplicates."""
     names: list[str] = []
     for value in config.steps[step].inputs.values():
         names += [value] if isinstance(value, str) else value
@@ -20,16 +20,16 @@ def sources(config: PipelineConfig, step: str) -> list[str]:
 
 
 def check_wiring(config: PipelineConfig, step: str) -> None:
-    """Raise ``ConfigError`` if a step's inputs are not what its stage takes."""
+    """Raise ``ConfigError`` if a step's inputs do not match its stage."""
     stage = get_stage(config.steps[step].stage)
     roles = config.steps[step].inputs
     known = {**stage.inputs, **stage.optional_inputs}
     if unknown := roles.keys() - known.keys():
         raise ConfigError(
-            f"steps.{step}.inputs: got {', '.join(sorted(unknown))}; stage {stage.name} takes {', '.join(known)}"
+            f"steps.{step}.inputs: got {', '.join(sorted(unknown))}; stage {stage.name} accepts {', '.join(known)}"
         )
     if absent := stage.inputs.keys() - roles.keys():
-        raise ConfigError(f"steps.{step}.inputs: {', '.join(sorted(absent))} missing; name the step that makes it")
+        raise ConfigError(f"steps.{step}.inputs: {', '.join(sorted(absent))} missing; set it to the step that makes it")
     for role, value in roles.items():
         names = (value,) if isinstance(value, str) else value
         if len(names) != 1 and role not in stage.several:
@@ -41,9 +41,9 @@ def check_wiring(config: PipelineConfig, step: str) -> None:
 
 
 def fill_roles(config: PipelineConfig, step: str, made: Mapping[str, Artifact]) -> Inputs:
-    """The inputs of a step. Each artifact has the name of its step in this pipeline.
+    """Return the inputs of a step. Each artifact has the name of its step in this pipeline.
 
-    It may come from another pipeline, or from a step of another name with the same fingerprint.
+    The artifact may have been made by another pipeline, or by a step of another name with the same fingerprint.
     """
 
     def named(source: str) -> Artifact:

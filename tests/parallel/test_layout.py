@@ -34,11 +34,11 @@ def config(num_workers, *, model=None, batch_size=8, accumulation_steps=1, seq_l
         (lambda: config(3, tensor=3), "parallel.tensor 3 must divide model.intermediate_size 64"),
         (
             lambda: config(2, context=2, seq_len=50),
-            r"seq_len 50 must be a multiple of 4, .* 2 x parallel.context 2 chunks",
+            r"seq_len 50 must be a multiple of 4: .* 2 x parallel.context 2 chunks",
         ),
         (
             lambda: config(12, context=4, tensor=3, seq_len=40, model={"intermediate_size": 66}),
-            r"seq_len 40 must be a multiple of 24, .* over parallel.tensor 3",
+            r"seq_len 40 must be a multiple of 24: .* over parallel.tensor 3",
         ),
         (
             lambda: config(2, pipeline=2, stages_per_worker=4, schedule="interleaved", accumulation_steps=2),

@@ -154,13 +154,16 @@ def test_every_kind_that_can_be_named_is_there():
     ("settings", "message"),
     [
         ({"kind": "tallest"}, "Input should be 'answer'"),
-        ({"kind": "answer", "pattern": "x"}, "'answer': got options pattern, expected of none"),
+        (
+            {"kind": "answer", "pattern": "x"},
+            "'answer': got options pattern, which it does not use (its options: none)",
+        ),
         ({"kind": "regex"}, "'regex': needs pattern"),
-        ({"kind": "regex", "pattern": "("}, "is no regular expression"),
+        ({"kind": "regex", "pattern": "("}, "is not a valid regular expression"),
         ({"kind": "file", "path": "x.py"}, "'file': needs function"),
         ({"kind": "length"}, "one of target_tokens and limit_tokens"),
         ({"kind": "length", "target_tokens": 3, "limit_tokens": 4}, "one of target_tokens and limit_tokens"),
-        ({"kind": "length", "limit_tokens": 4, "buffer_tokens": 5}, "buffer_tokens 5 is more than limit_tokens 4"),
+        ({"kind": "length", "limit_tokens": 4, "buffer_tokens": 5}, "buffer_tokens 5 must be at most limit_tokens 4"),
         ({"kind": "answer", "strength": 3}, "Extra inputs are not permitted"),
     ],
 )
@@ -170,7 +173,7 @@ def test_settings_that_are_unknown_or_would_be_ignored_are_refused(settings, mes
 
 
 def test_two_rewards_of_one_name_are_refused_and_so_are_none():
-    with pytest.raises(ValidationError, match=r"names must differ, got \['answer', 'answer'\]"):
+    with pytest.raises(ValidationError, match=r"names must be unique, got \['answer', 'answer'\]"):
         SectionWithRewards(rewards=(*ANSWER_REWARD, *ANSWER_REWARD))
     with pytest.raises(ValidationError, match="at least 1 item"):
         SectionWithRewards(rewards=())
