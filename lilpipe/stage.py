@@ -42,7 +42,10 @@ STAGES: dict[str, str] = {
 
 
 class Workspace:
-    """Directory of a stage: ``output/`` becomes the artifact; ``scratch/`` survives a kill and is deleted on success."""
+    """Directory of a stage: ``output/`` becomes the artifact; ``scratch/`` survives a kill, and is deleted at the end.
+
+    All ranks share it; only rank 0 records events.
+    """
 
     def __init__(self, root: Path, *, rank: int = 0) -> None:
         self.root = root

@@ -156,7 +156,7 @@ def test_every_kind_that_can_be_named_is_there():
         ({"kind": "tallest"}, "Input should be 'answer'"),
         (
             {"kind": "answer", "pattern": "x"},
-            "'answer': got options pattern, which it does not use (its options: none)",
+            r"'answer': got options pattern, which it does not use \(its options: none\)",
         ),
         ({"kind": "regex"}, "'regex': needs pattern"),
         ({"kind": "regex", "pattern": "("}, "is not a valid regular expression"),
