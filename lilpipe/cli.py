@@ -190,7 +190,7 @@ def _numbers(text: str, option: str) -> list[float]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) <= 0:
-        raise ConfigError(f"{option}: got {text!r}, expected numbers above 0 between commas, such as 2,3,4,6")
+        raise ConfigError(f"{option}: got {text!r}, expected comma-separated numbers above 0, such as 2,3,4,6")
     return numbers
 
 

@@ -30,7 +30,7 @@ def locate(model: str | None, config: PipelineConfig, store: Store) -> tuple[str
     if model is not None and model not in made:
         raise ConfigError(
             f"model {model!r}: there is no such checkpoint; expected a directory, {REGISTERED}NAME@ALIAS, or a step "
-            f"that has made one: {', '.join(made) or 'none of this configuration has; run the pipeline first'}"
+            f"with a checkpoint: {', '.join(made) or 'none in this configuration yet; run the pipeline first'}"
         )
     if not made:
         raise ConfigError("model: no checkpoint of this configuration is in the store; run the pipeline first")

@@ -216,8 +216,11 @@ class ClassifierConfig(Section):
     word_ngrams: PositiveInt = 2
     """Maximum n of the word n-gram features."""
     num_epochs: PositiveInt = 5
+    """Number of epochs."""
     learning_rate: PositiveFloat = 0.1
+    """fastText learning rate."""
     dimension: PositiveInt = 64
+    """Size of the word vectors."""
 
     @property
     def enabled(self) -> bool:
@@ -241,6 +244,7 @@ class PIIConfig(Section):
     """Personal data to replace with a placeholder and count."""
 
     emails: bool = True
+    """Email addresses."""
     ip_addresses: bool = True
     """Public addresses; private, loopback and documentation ranges are kept."""
     phone_numbers: bool = False
@@ -281,7 +285,9 @@ class SlurmConfig(Section):
     time: str = "24:00:00"
     """Time limit of a job, which runs several tasks one after the other."""
     cpus_per_task: PositiveInt = 1
+    """CPUs per job."""
     memory_per_cpu_gb: PositiveInt = 4
+    """Memory per CPU."""
     sbatch: dict[str, str] = {}
     """Further options of `sbatch`, such as `account`."""
     poll_seconds: PositiveFloat = 5.0
@@ -294,7 +300,9 @@ class RayConfig(Section):
     address: str | None = None
     """Address of a running cluster; if None, start one on this host."""
     cpus_per_task: PositiveInt = 1
+    """CPUs per task."""
     memory_per_cpu_gb: PositiveFloat = 2
+    """Memory per CPU."""
 
 
 # --- the section --------------------------------------------------------------------------------------------------
@@ -310,21 +318,13 @@ class CorpusConfig(Section):
     languages: tuple[str, ...] = ("en",)
     """Languages to keep, as codes of fastText's lid.176 model; if empty, all."""
     url: UrlConfig = UrlConfig()
-    """URL filters."""
     language: LanguageConfig = LanguageConfig()
-    """Language identification."""
     quality: QualityConfig = QualityConfig()
-    """Heuristic quality filters."""
     exact_dedup: ExactDedupConfig = ExactDedupConfig()
-    """Exact deduplication."""
     minhash: MinhashConfig = MinhashConfig()
-    """Near-duplicate removal."""
     classifier: ClassifierConfig = ClassifierConfig()
-    """Quality classifier."""
     pii: PIIConfig = PIIConfig()
-    """Personal data."""
     decontamination: DecontaminationConfig = DecontaminationConfig()
-    """Decontamination."""
     max_malformed_ratio: Ratio = 0.01
     """Maximum fraction of malformed rows of a source, or of its files that are truncated or corrupt. Such rows are
     quarantined and counted; above this fraction, the stage fails."""
@@ -333,9 +333,7 @@ class CorpusConfig(Section):
     executor: Annotated[Literal["local", "slurm", "ray"], Operational] = "local"
     """Executor of the tasks: datatrove's local executor, Slurm or Ray."""
     slurm: Annotated[SlurmConfig, Operational] = SlurmConfig()
-    """Slurm options."""
     ray: Annotated[RayConfig, Operational] = RayConfig()
-    """Ray options."""
 
     @model_validator(mode="after")
     def _sources_are_named_apart(self) -> CorpusConfig:

@@ -76,10 +76,13 @@ class SlurmLaunchConfig(Section):
     """Options of `srun` for training stages. The store must be on a file system shared by all nodes."""
 
     partition: str | None = None
+    """Partition; if None, the cluster's default."""
     time: str = "24:00:00"
     """Time limit of the job."""
     cpus_per_task: PositiveInt = 1
+    """CPUs per worker."""
     gpus_per_node: NonNegativeInt = 0
+    """GPUs per node."""
     options: dict[str, str] = {}
     """Further options of `srun`, such as `account`."""
 
@@ -88,8 +91,11 @@ class KubernetesLaunchConfig(Section):
     """A PyTorchJob of the Kubernetes training operator. The store must be on a volume mounted by all pods."""
 
     image: str = "lilpipe:latest"
+    """Container image."""
     namespace: str = "default"
+    """Namespace of the job."""
     gpus_per_pod: NonNegativeInt = 0
+    """GPUs per pod."""
     volume_claim: str = "lilpipe"
     """Persistent volume claim of the store."""
     mount_path: str = "/store"

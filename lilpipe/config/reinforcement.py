@@ -16,7 +16,7 @@ class CollapseMonitorConfig(Section):
     """Limits that stop a collapsed reinforcement learning run: see `alignment/rollout/collapse_monitor.py`."""
 
     patience: PositiveInt = 30
-    """Number of consecutive rollouts beyond a limit after which the run stops; half as many log a warning."""
+    """Number of consecutive rollouts beyond a limit after which the run stops; half as many log an alarm."""
     max_logprob_mismatch: PositiveFloat = 1e-2
     """Maximum mean difference, in nats per token, between the log-probabilities of sampler and trainer. A larger one
     stops the run at once: probability ratios and clipping would reflect the mismatch and not the update."""

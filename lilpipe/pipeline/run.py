@@ -74,7 +74,7 @@ def _plan(config: PipelineConfig, step: str, store: Store, pipeline_run: str) ->
         if isinstance(planned, WaitingStep):
             missing = [f"{name} ({steps[name].reason})" for name in sources(config, step) if not steps[name].artifact]
             raise ArtifactError(
-                f"step {step}: its inputs are still to be run: {', '.join(missing)}; run them first, or the full "
+                f"step {step}: its inputs are not built yet: {', '.join(missing)}; run these steps first, or the full "
                 "pipeline"
             )
     return planned
