@@ -244,8 +244,8 @@ def test_an_id_that_nothing_knows_is_an_error_with_ids_like_it(trace, store):
     [
         (("--doc", "x"), "nothing", "no corpus of this configuration is in the store"),
         (("--step", "0"), "corpus", "no pretraining of this configuration is in the store"),
-        (("--step", "0", "--doc", "x"), "everything", "got both of --doc and --step or neither"),
-        ((), "everything", "got both of --doc and --step or neither"),
+        (("--step", "0", "--doc", "x"), "everything", "got both --doc and --step or neither"),
+        ((), "everything", "got both --doc and --step or neither"),
         (("--step", "60"), "everything", "step: got 60, expected 0 to 59"),
         (("--step", "0", "--row", "4"), "everything", "row: got 4, expected 0 to 3"),
     ],
