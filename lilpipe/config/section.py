@@ -1,4 +1,4 @@
-"""What all sections of the configuration build on."""
+"""Base class and field markers of all configuration sections."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Operational = _Operational()
 
 
 class _Rounding:
-    """Marks a field that changes how sums are rounded and nothing else.
+    """Marks a field that changes only the rounding of sums.
 
-    It is part of the fingerprint, but work in progress may go on under another value of it.
+    It is part of the fingerprint, but a run in progress may resume with another value.
     """
 
 
@@ -47,14 +47,14 @@ CodeFile = Annotated[str | None, Operational, CODE_FILE]
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration that refuses what it does not know, and what is no finite number."""
+    """Frozen part of the configuration. Rejects unknown fields and numbers that are not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def identity(self, *, rounding: bool = True) -> dict[str, Any]:
-        """The values that can change a stage's output, as plain JSON values, with defaults spelled out.
+        """Return the values that can change a stage's output, as plain JSON values including defaults.
 
-        Without ``rounding``, those that can change more than how sums are rounded.
+        With ``rounding=False``, omit fields that change only the rounding of sums.
         """
         ignored = (Operational,) if rounding else (Operational, Rounding)
         return {
@@ -70,7 +70,7 @@ class Section(BaseModel):
 
     @classmethod
     def rounding_fields(cls) -> frozenset[str]:
-        """Names of the fields that change how sums are rounded and nothing else."""
+        """Return the names of the fields that change only the rounding of sums."""
         return frozenset(
             name for name, field in cls.model_fields.items() if any(mark is Rounding for mark in field.metadata)
         )

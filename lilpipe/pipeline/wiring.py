@@ -1,4 +1,4 @@
-"""Which steps a step reads, and the artifacts that fill its roles."""
+"""Inputs of a step: the steps that it reads, and the artifacts of its input roles."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def stage_of(config: PipelineConfig, step: str) -> Stage:
 
 
 def sources(config: PipelineConfig, step: str) -> list[str]:
-    """The steps that a step reads, each once."""
+    """Return the steps that a step reads, without duplicates."""
     names: list[str] = []
     for value in config.steps[step].inputs.values():
         names += [value] if isinstance(value, str) else value
@@ -31,10 +31,10 @@ def check_wiring(config: PipelineConfig, step: str) -> None:
     known = {**stage.inputs, **stage.optional_inputs}
     if unknown := roles.keys() - known.keys():
         raise ConfigError(
-            f"steps.{step}.inputs: got {', '.join(sorted(unknown))}; stage {stage.name} takes {', '.join(known)}"
+            f"steps.{step}.inputs: got {', '.join(sorted(unknown))}; stage {stage.name} accepts {', '.join(known)}"
         )
     if absent := stage.inputs.keys() - roles.keys():
-        raise ConfigError(f"steps.{step}.inputs: {', '.join(sorted(absent))} missing; name the step that makes it")
+        raise ConfigError(f"steps.{step}.inputs: {', '.join(sorted(absent))} missing; set it to the step that makes it")
     for role, value in roles.items():
         names = (value,) if isinstance(value, str) else value
         if len(names) != 1 and role not in stage.several:
@@ -46,9 +46,9 @@ def check_wiring(config: PipelineConfig, step: str) -> None:
 
 
 def fill_roles(config: PipelineConfig, step: str, made: Mapping[str, Artifact]) -> Inputs:
-    """The inputs of a step. Each artifact has the name of its step in this pipeline.
+    """Return the inputs of a step. Each artifact has the name of its step in this pipeline.
 
-    It may come from another pipeline, or from a step of another name with the same fingerprint.
+    The artifact may have been made by another pipeline, or by a step of another name with the same fingerprint.
     """
 
     def named(source: str) -> Artifact:

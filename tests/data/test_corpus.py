@@ -267,14 +267,14 @@ def test_what_is_not_turned_on_is_not_digested(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"classifier": {"min_score": 0.5}}, "got one without examples, expected `good` and `bad`"),
-        ({"classifier": {"keep_ratio": 0.5}}, "got one without examples, expected `good` and `bad`"),
-        ({"classifier": {"good": ["a"], "bad": ["b"]}}, "got both or neither, expected one of them"),
-        ({"classifier": {"good": ["a"], "min_score": 0.5}}, "got examples of one alone"),
-        ({"classifier": {"good": ["a", "a"], "bad": ["a"], "min_score": 0.5}}, r"good: names must differ.*'a', 'a'"),
-        ({"classifier": {"good": ["a"], "bad": ["b", "b"], "min_score": 0.5}}, r"bad: names must differ.*'b', 'b'"),
-        ({"decontamination": {"sets": ["quiz", "quiz"]}}, r"sets: names must differ.*'quiz', 'quiz'"),
-        ({"sources": ["a", "a"]}, r"sources: names must differ.*'a', 'a'"),
+        ({"classifier": {"min_score": 0.5}}, "got one without examples; set `good` and `bad`"),
+        ({"classifier": {"keep_ratio": 0.5}}, "got one without examples; set `good` and `bad`"),
+        ({"classifier": {"good": ["a"], "bad": ["b"]}}, "got both or neither, expected exactly one"),
+        ({"classifier": {"good": ["a"], "min_score": 0.5}}, "only one of them has examples"),
+        ({"classifier": {"good": ["a", "a"], "bad": ["a"], "min_score": 0.5}}, r"good: names must be unique.*'a', 'a'"),
+        ({"classifier": {"good": ["a"], "bad": ["b", "b"], "min_score": 0.5}}, r"bad: names must be unique.*'b', 'b'"),
+        ({"decontamination": {"sets": ["quiz", "quiz"]}}, r"sets: names must be unique.*'quiz', 'quiz'"),
+        ({"sources": ["a", "a"]}, r"sources: names must be unique.*'a', 'a'"),
         ({"sources": []}, "sources: got none, expected at least one"),
     ],
 )

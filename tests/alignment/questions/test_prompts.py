@@ -126,10 +126,10 @@ def test_difficulty_is_chosen_by_family_and_kept_with_each_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"difficulty": {"sort": (3, 2)}}, "difficulty.sort: got 3 to 2, expected the least first"),
-        ({"difficulty": {"largest": (3, 4)}}, "difficulty: 'largest' is none of prompts.families"),
-        ({"families": ()}, "neither families nor sources"),
-        ({"families": ("copy", "copy")}, "must differ"),
+        ({"difficulty": {"sort": (3, 2)}}, r"difficulty.sort: got \(3, 2\), expected \(min, max\)"),
+        ({"difficulty": {"largest": (3, 4)}}, "difficulty: 'largest' is not one of prompts.families"),
+        ({"families": ()}, "families and sources are both empty"),
+        ({"families": ("copy", "copy")}, "must be unique"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):

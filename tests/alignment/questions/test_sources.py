@@ -350,14 +350,17 @@ def test_a_commit_of_the_hub_is_its_own_digest():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "give one of path and hub"),
-        ({"path": "a", "hub": "b"}, "give one of path and hub"),
-        ({"path": "a", "revision": "b"}, "revision means nothing with `path`"),
-        ({"hub": "a", "revision": "main"}, "revision 'main' is no commit"),
-        ({"path": "a", "split": "b"}, "split means nothing with `path`"),
-        ({"hub": "a", "test_path": "b"}, "test_path means nothing with `hub`"),
-        ({"path": "a", "test_path": "b", "test_ratio": 0.2}, "official test split; remove test_ratio"),
-        ({"path": "a", "validation_ratio": 0.5, "demonstrations_ratio": 0.5}, r"add up to 1\.1, expected at most 1"),
+        ({}, "set exactly one of path and hub"),
+        ({"path": "a", "hub": "b"}, "set exactly one of path and hub"),
+        ({"path": "a", "revision": "b"}, "revision is not used with `path`"),
+        ({"hub": "a", "revision": "main"}, "revision 'main' is not a commit"),
+        ({"path": "a", "split": "b"}, "split is not used with `path`"),
+        ({"hub": "a", "test_path": "b"}, "test_path is not used with `hub`"),
+        ({"path": "a", "test_path": "b", "test_ratio": 0.2}, "test_ratio is not used with an official test split"),
+        (
+            {"path": "a", "validation_ratio": 0.5, "demonstrations_ratio": 0.5},
+            r"ratios sum to 1\.1, expected",
+        ),
     ],
 )
 def test_sources_that_contradict_themselves_are_refused(settings, message):

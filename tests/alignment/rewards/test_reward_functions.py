@@ -162,7 +162,7 @@ def test_every_kind_that_can_be_named_is_there():
         ({"kind": "mine", "file": "x.py", "pattern": "x"}, "'mine': got options pattern, expected of none"),
         ({"kind": "length"}, "one of target_tokens and limit_tokens"),
         ({"kind": "length", "target_tokens": 3, "limit_tokens": 4}, "one of target_tokens and limit_tokens"),
-        ({"kind": "length", "limit_tokens": 4, "buffer_tokens": 5}, "buffer_tokens 5 is more than limit_tokens 4"),
+        ({"kind": "length", "limit_tokens": 4, "buffer_tokens": 5}, "buffer_tokens 5 must be at most limit_tokens 4"),
         ({"kind": "answer", "strength": 3}, "Extra inputs are not permitted"),
     ],
 )
@@ -172,7 +172,7 @@ def test_settings_that_are_unknown_or_would_be_ignored_are_refused(settings, mes
 
 
 def test_two_rewards_of_one_name_are_refused_and_so_are_none():
-    with pytest.raises(ValidationError, match=r"names must differ, got \['answer', 'answer'\]"):
+    with pytest.raises(ValidationError, match=r"names must be unique, got \['answer', 'answer'\]"):
         SectionWithRewards(rewards=(*ANSWER_REWARD, *ANSWER_REWARD))
     with pytest.raises(ValidationError, match="at least 1 item"):
         SectionWithRewards(rewards=())

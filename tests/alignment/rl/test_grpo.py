@@ -126,8 +126,8 @@ def test_the_kl_to_the_first_policy_starts_at_zero_and_is_logged(tmp_path, input
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_workers": 3}, "prompts_per_step 4 must be a multiple of the 3 workers"),
-        ({"num_mini_batches": 3}, "num_mini_batches 3 must divide the 16 answers"),
+        ({"num_workers": 3}, "prompts_per_step 4 must be a multiple of the 3 data-parallel workers"),
+        ({"num_mini_batches": 3}, "num_mini_batches 3 must divide the 16 completions"),
         ({"sampling": SamplingConfig(temperature=0)}, "sampling.temperature must be above 0"),
         ({"sampling": SamplingConfig(top_p=0.9)}, "sampling.top_p 0.9 must be 1"),
     ],

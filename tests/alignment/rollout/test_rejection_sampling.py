@@ -106,9 +106,9 @@ def test_answers_above_a_threshold_are_kept_the_highest_first():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": "threshold"}, "threshold is not given"),
+        ({"keep": "threshold"}, "threshold is not set"),
         ({"threshold": 0.5}, "does not use threshold"),
-        ({"keep": "best", "max_kept_per_prompt": None}, "best' of how many"),
+        ({"keep": "best", "max_kept_per_prompt": None}, "best', but max_kept_per_prompt is None"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
