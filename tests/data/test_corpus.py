@@ -196,7 +196,7 @@ def test_a_missing_source_fails_before_any_work_and_already_when_planning(tmp_pa
 def test_a_source_without_documents_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n\n")
     config = CorpusConfig(sources=(Source(kind="jsonl", name="blank", path=str(tmp_path / "x.jsonl")),), num_workers=1)
-    with pytest.raises(DataError, match=r"source 'blank': path .*x\.jsonl holds no documents"):
+    with pytest.raises(DataError, match=r"source 'blank': got no documents in path .*x\.jsonl"):
         build(config, tmp_path / "work")
 
 
@@ -305,7 +305,7 @@ def test_max_bytes_does_not_make_bad_rows_a_larger_ratio(tmp_path):
     source = Source(kind="jsonl", name="mine", path=str(path), max_bytes=2_000)
     metrics, _ = build(CorpusConfig(sources=(source,), num_workers=1, max_malformed_ratio=0.05), tmp_path / "work")
     assert 0 < metrics["bytes_read"] <= 2_000
-    with pytest.raises(DataError, match="max_bytes = 10 is less than its first document"):
+    with pytest.raises(DataError, match="max_bytes = 10 is smaller than its first document"):
         build(
             CorpusConfig(
                 sources=(source.model_copy(update={"max_bytes": 10}),), num_workers=1, max_malformed_ratio=0.05
