@@ -345,7 +345,9 @@ def test_held_out_prompts_are_refused_in_training(train, make_preferences, promp
 
 
 def test_prompts_of_both_splits_are_refused(train, make_preferences):
-    with pytest.raises(DataError, match=r"1 of 6 validation pairs have a prompt that is in the training split.*validation/20"):
+    with pytest.raises(
+        DataError, match=r"1 of 6 validation pairs have a prompt that is in the training split.*validation/20"
+    ):
         train(make_preferences(pair(20)))
 
 

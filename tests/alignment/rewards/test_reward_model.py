@@ -378,7 +378,12 @@ def test_an_edit_that_changed_nothing_is_refused(tmp_path, make_checkpoint, pref
 
 def test_a_held_out_prompt_among_those_learnt_is_refused(tmp_path, make_checkpoint, preferences):
     planted = preferences(*(pair(i) for i in range(9)), pair(3, "validation"), pair(20, "validation"))
-    refused(make_checkpoint, tmp_path, "1 of 2 validation pairs have a prompt that is in the training split", preferences=planted)
+    refused(
+        make_checkpoint,
+        tmp_path,
+        "1 of 2 validation pairs have a prompt that is in the training split",
+        preferences=planted,
+    )
 
 
 def test_no_pairs_are_refused(tmp_path, make_checkpoint, prompts):
