@@ -206,7 +206,7 @@ def _kinds(tallies: Mapping[str, Tally], name: str) -> list[page.Fragment]:
     ]
     numbers = [] if len(rows) <= 1 else [page.heading("In numbers"), page.table(rows)]
     return [
-        page.note("MB of kept text, size before filtering."),
+        page.note("MB of original text of the kept documents."),
         page.bar_table(shown, total=sum(shown.values())),
         *numbers,
     ]

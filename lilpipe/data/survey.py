@@ -281,7 +281,7 @@ class MergePages(PipelineStep):
         self.tasks = tasks
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
-        """Write the pages to drop, by shard and row."""
+        """Write the replaced pages, sorted by shard and row."""
         slices = list(self.tasks[rank].slices())
         table = pa.concat_tables([PAGES.empty_table(), *(rows for _, rows in slices)])  # zero-copy
         key, date, row = (table[name].to_numpy() for name in ("key", "date", "row"))
