@@ -235,7 +235,7 @@ def test_before_pretraining_a_document_has_its_verdicts_alone(trace):
 
 @pytest.mark.parametrize("store", ["corpus", "everything"])
 def test_an_id_that_nothing_knows_is_an_error_with_ids_like_it(trace, store):
-    with pytest.raises(DataError, match=r"'racket': .*ids that hold it: bracket, copy of a bracket"):
+    with pytest.raises(DataError, match=r"'racket': .*ids that contain it: bracket, copy of a bracket"):
         trace("--doc", "racket", store=store)
 
 

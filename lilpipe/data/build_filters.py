@@ -1,6 +1,6 @@
-"""The chain of filters, in the order in which documents pass them, and the simplest of them.
+"""The chain of filters in the order of application, and the simplest filters.
 
-Cheap filters come first, then those that change the text, so that all behind them judge the text that may stay.
+Cheap filters come first, then filters that change the text, so that all later filters judge the final text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lilpipe.extensions import load
 
 
 def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filter]:
-    """The filters of a shard that the section asks for."""
+    """Return the filters that the config enables, for one shard."""
     filters: list[Filter] = []
     if config.url.blocked_domains or config.url.blocked_words:
         filters.append(UrlFilter(config.url))
@@ -69,23 +69,23 @@ OFF = PIIConfig(emails=False, ip_addresses=False, phone_numbers=False, secrets=F
 
 
 class UrlDuplicateFilter:
-    """Drops the pages that another one of the same address replaces; the survey has found them."""
+    """Rejects pages that another page with the same URL replaces; the survey has found them."""
 
     stage = "url_dedup"
     bounds: Mapping[str, Bounds] = MappingProxyType({})
 
     def __init__(self, dropped: Mapping[int, str]) -> None:
-        """``dropped`` has the places of the shard's pages that go, and the id of the page that stays."""
+        """``dropped`` maps the position of each duplicate page in the shard to the id of the kept page."""
         self.dropped = dropped
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Keep the document or name the page that replaces it."""
+        """Return None, or a rejection with the id of the page that replaces this one."""
         kept = self.dropped.get(document.place)
         return None if kept is None else Rejection("duplicate_url", kept)
 
 
 class LengthFilter:
-    """Drops short documents, and those without a single letter or digit, on which the ratios have no meaning."""
+    """Rejects short documents, and documents without any letter or digit, for which ratios are undefined."""
 
     stage = "length"
 
@@ -94,7 +94,7 @@ class LengthFilter:
         self.bounds = {"chars": Bounds(least=min_chars)}
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Keep the document or say why not."""
+        """Return None or the reason for rejection."""
         chars = len(document.text.strip())
         document.scores["length.chars"] = chars
         if chars < self.min_chars:
@@ -103,9 +103,9 @@ class LengthFilter:
 
 
 class ExactDuplicateFilter:
-    """Keeps the first of documents with the same normalised text, which must come one after the other.
+    """Keeps the first document of each normalised text. Duplicates must be adjacent.
 
-    They do: documents are sorted by the hash of that text, and a hash has one task.
+    They are: documents are sorted by the hash of the normalised text, and all documents of one hash are in one task.
     """
 
     stage = "exact_dedup"
@@ -116,8 +116,8 @@ class ExactDuplicateFilter:
         self._kept: list[tuple[str, str]] = []
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Keep the document or say that it has been there, with the id of the one that was kept."""
-        if document.key != self._key:  # as nearly always: no text is normalised then
+        """Return None, or a rejection with the id of the kept document."""
+        if document.key != self._key:  # nearly always; then no text is normalised
             self._key, self._kept = document.key, []
         for text, kept_id in self._kept:
             if normalise(text) == normalise(document.text):

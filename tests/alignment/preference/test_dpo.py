@@ -339,7 +339,7 @@ def test_a_limit_that_nothing_is_measured_against_is_refused(train, make_prefere
 
 def test_pairs_of_the_same_answer_are_refused_with_their_number(train, make_preferences):
     faults = [pair(90, rejected="Answer: 90 "), pair(91, rejected="Answer: 91")]
-    with pytest.raises(DataError, match=r"2 of 20 pairs hold the same completion twice.*train/90"):
+    with pytest.raises(DataError, match=r"2 of 20 pairs have identical completions.*train/90"):
         train(make_preferences(*faults))
 
 
@@ -350,14 +350,16 @@ def test_held_out_prompts_are_refused_in_training(train, make_preferences, promp
 
 
 def test_prompts_of_both_splits_are_refused(train, make_preferences):
-    with pytest.raises(DataError, match=r"1 of 6 held-out pairs have a prompt that is trained on.*validation/20"):
+    with pytest.raises(
+        DataError, match=r"1 of 6 validation pairs have a prompt that is in the training split.*validation/20"
+    ):
         train(make_preferences(pair(20)))
 
 
 def test_an_answer_that_is_both_desirable_and_undesirable_is_refused(tmp_path, train):
     examples = [UnpairedExample("1", "train", question("Copy 1."), "Answer: 1", verdict) for verdict in (True, False)]
     write_rows(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
-    with pytest.raises(DataError, match="1 of 1 completions are both desirable and undesirable"):
+    with pytest.raises(DataError, match="1 of 1 completions are labelled both desirable and undesirable"):
         train(as_artifact(tmp_path, kind="Preferences"), loss_type="kto")
 
 
@@ -367,7 +369,7 @@ def test_a_prompt_of_both_splits_is_refused_among_unpaired_examples(tmp_path, tr
         for split in ("train", "validation")
     ]
     write_rows(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
-    with pytest.raises(DataError, match="1 of 1 held-out completions have a prompt that is trained on"):
+    with pytest.raises(DataError, match="1 of 1 validation completions have a prompt that is in the training split"):
         train(as_artifact(tmp_path, kind="Preferences"), loss_type="kto")
 
 

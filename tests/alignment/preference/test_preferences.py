@@ -231,7 +231,7 @@ def test_prompts_without_pairs_are_refused(tmp_path, prompts):
 
 
 def test_an_answer_preferred_to_itself_is_refused(tmp_path, preference_set):
-    with pytest.raises(DataError, match="1 of 2 pairs hold the same completion twice"):
+    with pytest.raises(DataError, match="1 of 2 pairs have identical completions"):
         run(DATA, preference_set(given(1), given(2, rejected="Good 2")), Workspace(tmp_path))
 
 
@@ -325,7 +325,7 @@ def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse
     assert metrics["validation_preference_accuracy"] > 0.9
     sigmoid = settings.model_copy(update={"loss_type": "sigmoid"})
     with pytest.raises(
-        DataError, match=r"unpaired completions \(examples.arrow\) and no pairs; only dpo.loss_type = 'kto'"
+        DataError, match=r"unpaired completions \(examples.arrow\), expected pairs; only dpo.loss_type = 'kto'"
     ):
         dpo.run(sigmoid, inputs | {"preferences": preferences}, Workspace(tmp_path / "sigmoid"))
 
