@@ -167,10 +167,10 @@ def test_a_text_is_held_out_by_what_it_says():
     [
         (
             [*messages(), {"text": "SEE you at 1 o'clock, 91", "label": "spam"}],
-            "1 of 61 texts occur under another label",
+            "1 of 61 texts occur with two labels",
         ),
         ([{"text": f"a{i}", "label": "ham"} for i in range(30)], r"got the labels \['ham'\] in 30 texts"),
-        ([*messages(), {"text": "once", "label": "rare"}], "none has the label 'rare'"),
+        ([*messages(), {"text": "once", "label": "rare"}], "texts has the label 'rare'"),
         (messages(20), "expected at least one batch of 32"),
         ([*messages(), {"text": "no label"}], r"texts.jsonl:61: got .*expected a JSON object with 'text' and 'label'"),
         ([*messages(), {"text": " ", "label": "ham"}], "texts.jsonl:61: got text ' '"),

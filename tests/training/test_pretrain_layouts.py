@@ -87,7 +87,7 @@ def test_a_run_killed_in_one_layout_and_taken_up_in_another_ends_as_one_process_
     assert_weights(root / "changed" / "output", workspace.output, atol=1e-4)
     messages = [json.loads(line).get("message", "") for line in (root / "changed" / "events.jsonl").open()]
     assert any("parallel" in message for message in messages)
-    assert "going on from the checkpoint after step 10" in messages
+    assert "resuming from the checkpoint after step 10" in messages
 
 
 def test_a_sharded_run_that_was_interrupted_ends_in_the_same_bytes(root):
@@ -103,7 +103,7 @@ def test_another_number_of_workers_goes_on_with_the_same_losses_and_another_batc
     folder = root / "sharded" / "scratch" / "checkpoints"
     (folder / "LATEST").write_text("step-00000008\n")
     changed = config({}, num_workers=1).model_copy(update={"batch_size": 16})
-    with pytest.raises(ArtifactError, match="batch_size was 8 and is 16"):
+    with pytest.raises(ArtifactError, match="batch_size was 8 and is now 16"):
         pretrain.run(changed, {"tokens": tokens}, Workspace(root / "sharded"))
     pretrain.run(config({}, num_workers=1), {"tokens": tokens}, Workspace(root / "sharded"))
     assert losses(root / "sharded") == pytest.approx(losses(alone[0].root), abs=2e-6)
