@@ -119,7 +119,7 @@ def this_cpu(*, num_threads: int = 1, num_processes: int = 1) -> Device:
     """Return the CPU share of one of ``num_processes``: its part of the memory, and its measured peak."""
     peaks = {"fp32": measure_peak(torch.float32, num_threads=num_threads)}
     peaks["bf16"] = measure_peak(torch.bfloat16, num_threads=num_threads)
-    source = f"measured here: matrix products on {num_threads} thread{'s' if num_threads > 1 else ''}"
+    source = f"measured: matrix products on {num_threads} thread{'s' if num_threads > 1 else ''}"
     return Device("cpu", peaks, psutil.virtual_memory().total // num_processes, source)
 
 

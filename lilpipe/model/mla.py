@@ -101,7 +101,7 @@ class LatentAttention(nn.Module):
         The key projection is absorbed into the query and the value projection into the output: multi-query attention
         with H queries and one head of keys.
         """
-        assert mask is None or isinstance(mask, Tensor), "a cache comes with a boolean mask"
+        assert mask is None or isinstance(mask, Tensor), "attention to a cache requires a boolean mask"
         weight_HER = self.kv_b_proj.weight.unflatten(0, (-1, self.nope_size + self.value_size))
         to_key_HNR, to_value_HVR = weight_HER.split([self.nope_size, self.value_size], dim=1)
         q_B1HR = torch.einsum("bthn,hnr->bthr", q_B1HN, to_key_HNR)

@@ -86,8 +86,8 @@ class Budget:
         if self.peak_memory_bytes <= free:
             return []
         return [
-            f"peak memory {_gib(self.peak_memory_bytes)} is more than the {_gib(free)} that {self.device.name} has for "
-            f"one worker ({_gib(self.device.memory_bytes)} less {SPARE_MEMORY:.0%}): {'; or '.join(self.remedies)}"
+            f"peak memory {_gib(self.peak_memory_bytes)} exceeds the {_gib(free)} that {self.device.name} has for "
+            f"one worker ({_gib(self.device.memory_bytes)} minus {SPARE_MEMORY:.0%}): {'; or '.join(self.remedies)}"
         ]
 
     def lines(self) -> list[tuple[str, str, str]]:
@@ -96,11 +96,11 @@ class Budget:
         per_token = self.flops / self.tokens
         again = self.executed_flops / self.flops - 1
         rate = f"{self.num_devices} x {self.device.name} x {self.peak:.3g} FLOP/s x MFU {self.mfu:.2g}"
-        recomputed = f"; {again:.0%} more computed again" if again else ""
+        recomputed = f"; {again:.0%} more with recomputation" if again else ""
         return [
-            ("parameters", f"{self.num_parameters:,}", f"{active:,} of them for one token"),
-            ("tokens", f"{self.tokens:,}", f"{self.tokens / active:.3g} a parameter"),
-            ("steps", f"{self.num_steps:,}", f"{self.tokens / self.num_steps:,.0f} tokens a step"),
+            ("parameters", f"{self.num_parameters:,}", f"{active:,} active per token"),
+            ("tokens", f"{self.tokens:,}", f"{self.tokens / active:.3g} per parameter"),
+            ("steps", f"{self.num_steps:,}", f"{self.tokens / self.num_steps:,.0f} tokens per step"),
             ("FLOPs", f"{self.flops:.3g}", f"{per_token:.3g} x {self.tokens:,} tokens{recomputed}"),
             ("time", _duration(self.seconds), f"{self.flops:.3g} / ({rate})"),
             ("tokens/s", f"{self.tokens_per_second:,.0f}", self.device.source),
@@ -160,16 +160,18 @@ def _remedies(config: PretrainConfig, memory: tuple[Term, ...]) -> list[str]:
     sizes = {term.name: term.bytes for term in memory}
     rows = max(p.batch_size // (config.layout.data * p.accumulation_steps) for p in config.resolved_phases)
     standing = math.fsum(sizes[name] for name in STANDING)
-    options = {f"raise parallel.shard from {config.layout.shard}, with more workers": standing}
+    options = {f"increase parallel.shard from {config.layout.shard}, with more workers": standing}
     activations = sizes.get("activations", 0.0)
     if config.activation_checkpointing != "full":
         options["set activation_checkpointing to 'selective' or 'full'"] = activations
     if rows > 1:
-        options[f"raise accumulation_steps: a micro-batch has {rows} rows"] = activations
+        options[f"increase accumulation_steps: a micro-batch has {rows} rows"] = activations
     else:
-        options["raise parallel.context or parallel.tensor: a micro-batch is one row already"] = activations
+        options["increase parallel.context or parallel.tensor: a micro-batch is already one row"] = activations
     if "gathered gradients" in sizes:
-        options["lower accumulation_steps to 1, as FSDP keeps gradients whole in between"] = sizes["gathered gradients"]
+        options["reduce accumulation_steps to 1: in between, FSDP keeps unsharded gradients"] = sizes[
+            "gathered gradients"
+        ]
     return sorted(options, key=lambda option: -options[option])
 
 

@@ -322,9 +322,9 @@ def _sections(
         "Classes": page.table(class_table(labels, training, matrix)),
         "Confusion matrix": [
             page.table(confusion_table(labels, matrix)),
-            charts.svg(charts.matrix(labels, matrix, rows="class", columns="taken for")),
+            charts.svg(charts.matrix(labels, matrix, rows="class", columns="predicted")),
         ],
-        "Taken for another class": page.table(_mistakes(model, labels, validation, padding_id=padding_id)),
+        "Misclassified texts": page.table(_mistakes(model, labels, validation, padding_id=padding_id)),
     }
 
 
@@ -339,9 +339,9 @@ def class_table(
         rows.append(
             {
                 "class": label,
-                "trained on": counts[index],
+                "training texts": counts[index],
                 "share": f"{counts[index] / len(training):.1%}",
-                "held out": sum(matrix[index]),
+                "validation texts": sum(matrix[index]),
                 "precision": precision,
                 "recall": recall,
                 "F1": f1,
@@ -356,7 +356,7 @@ def _mistakes(
     found = zip(validation, predictions(model, validation, padding_id=padding_id), strict=True)
     wrong = [(example, label) for example, label in found if example.label != label]
     return [
-        {"text": example.text[:200], "class": labels[example.label], "taken for": labels[label]}
+        {"text": example.text[:200], "class": labels[example.label], "predicted": labels[label]}
         for example, label in wrong[:SHOWN]
     ]
 

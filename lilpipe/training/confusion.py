@@ -32,6 +32,6 @@ def confusion_metrics(matrix: Confusion) -> dict[str, float]:
 def confusion_table(labels: Sequence[str], matrix: Confusion) -> list[dict[str, page.Cell]]:
     """Return a row per true class with a column per predicted class."""
     return [
-        {"class": label, **{f"taken for {other}": count for other, count in zip(labels, row, strict=True)}}
+        {"class": label, **{f"predicted {other}": count for other, count in zip(labels, row, strict=True)}}
         for label, row in zip(labels, matrix, strict=True)
     ]

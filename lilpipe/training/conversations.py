@@ -82,7 +82,7 @@ def mix(conversations: Sequence[Conversation], mixture: dict[str, float], *, see
         by_origin.setdefault(item.origin, []).append(item)
     if unknown := mixture.keys() - by_origin.keys():
         raise ConfigError(
-            f"sft.mixture: got the origin {min(unknown)!r}, expected one of the conversations': "
+            f"sft.mixture: got the origin {min(unknown)!r}, expected an origin of the conversations: "
             f"{', '.join(sorted(by_origin))}"
         )
     chosen: list[Conversation] = []

@@ -156,7 +156,7 @@ class _Worker:
         if not self.gathers or phase.accumulation_steps == 1:
             return Term("gathered gradients", 0, "")
         weights = self._parameters() / self.layout.tensor
-        how = f"4 B x {_millions(weights)}, whole until the last of {phase.accumulation_steps} micro-batches"
+        how = f"4 B x {_millions(weights)}, unsharded until the last of {phase.accumulation_steps} micro-batches"
         return Term("gathered gradients", FP32 * weights, how)
 
     def _kept(self, phase: Phase, num_tokens: int) -> Term:
@@ -228,13 +228,13 @@ class _Worker:
         vocab = self.vocab_size // self.layout.tensor
         if self.layout.tensor > 1:
             at_once = min(num_tokens, max(1, LOGITS_AT_ONCE // vocab))
-            how = f"{LOGIT_COPIES} x 4 B x {at_once:,} tokens at once x {vocab:,} words of this worker"
+            how = f"{LOGIT_COPIES} x 4 B x {at_once:,} tokens at once x {vocab:,} vocabulary entries of this worker"
             return (Term("logits", LOGIT_COPIES * FP32 * at_once * vocab, how),)
         at_once = min(num_tokens, tokens_at_once(vocab, torch.device("cpu" if self.on_cpu else "cuda")))
         kept = num_tokens if num_tokens * vocab <= LOGITS_AT_ONCE else at_once
         gradient = FP32 if self.element_bytes == FP32 else FP32 + self.element_bytes
         matrix, width = FP32 * vocab * self.model.hidden_size, self.model.hidden_size
-        how = f"(4 B x {kept:,} tokens + {gradient} B x {at_once:,} at once + 4 B x {width:,}) x {vocab:,} words"
+        how = f"(4 B x {kept:,} tokens + {gradient} B x {at_once:,} at once + 4 B x {width:,}) x vocabulary {vocab:,}"
         return (Term("logits", vocab * (FP32 * kept + gradient * at_once) + matrix, how),)
 
     def _one_block(self, phase: Phase, num_tokens: int) -> tuple[Term, ...]:
@@ -244,7 +244,7 @@ class _Worker:
         widest, width = max(matrix.outputs for matrix in block_matrices(self.model, 0)), self.model.hidden_size
         working = c * num_tokens * 2 * (widest + width) / self.layout.tensor
         return (
-            Term("one block again", again * num_tokens * checkpoints, f"{again:,.0f} B x {num_tokens:,} tokens"),
+            Term("recomputed block", again * num_tokens * checkpoints, f"{again:,.0f} B x {num_tokens:,} tokens"),
             Term("working tensors", working, f"{c} B x {num_tokens:,} tokens x 2 x (widest {widest:,} + {width:,})"),
         )
 

@@ -60,11 +60,11 @@ def _rows(
         {
             "stream": name,
             "tokens": loader.shards.stream(name, "train").num_tokens,
-            "% asked": 100 * (parts[name].asked * corpus if name in parts else plan.exercise_ratio),
+            "% requested": 100 * (parts[name].asked * corpus if name in parts else plan.exercise_ratio),
             "% reached": 100 * targets.get(name, 0.0) / sum(targets.values()),
             "epochs": epochs.get(name, 0.0),
-            "most epochs": parts[name].max_epochs if name in parts else "",
-            "why": parts[name].reason if name in parts else "",
+            "max epochs": parts[name].max_epochs if name in parts else "",
+            "reason": parts[name].reason if name in parts else "",
         }
         for name in loader.shards.streams
         if name in parts or targets.get(name)
@@ -76,4 +76,4 @@ def _reach(plan: PlannedDataPhase) -> str:
     limits = {name: part.max_epochs for name, part in plan.parts.items()}
     tokens = {name: part.tokens for name, part in plan.parts.items()}
     most = largest_total(weights, tokens, limits) / (1 - plan.exercise_ratio)
-    return f"These weights can be kept, within the limits on epochs, up to {most:,.0f} training tokens."
+    return f"Within the epoch limits, these weights are possible up to {most:,.0f} training tokens."

@@ -89,7 +89,7 @@ def read_filler(shards: TokenShards, *, num_tokens: int) -> np.ndarray:
     streams = [shards.stream(name, "validation") for name in shards.corpus_streams or shards.streams]
     largest = max(streams, key=lambda stream: stream.num_tokens)
     if largest.num_tokens == 0:
-        raise DataError("needle: got no held-out text, expected some; raise tokens.validation_ratio")
+        raise DataError("needle: got no validation text; raise tokens.validation_ratio")
     tokens = largest.read(0, min(num_tokens, largest.num_tokens)).astype(np.int64)
     return tokens[tokens != shards.tokenizer.document_end_id]
 
@@ -104,7 +104,7 @@ def make_texts(tokenizer: Tokenizer, filler: np.ndarray, *, seq_len: int, config
     is too short for a fact and its question, ``DataError`` without filler.
     """
     if len(filler) == 0:
-        raise DataError("needle: got no held-out text, expected some; raise tokens.validation_ratio")
+        raise DataError("needle: got no validation text; raise tokens.validation_ratio")
     draw = np.random.default_rng(derive_seed(seed, "needle", seq_len))
     numbers = _numbers(tokenizer)
     contexts, answers = [], []
@@ -116,7 +116,7 @@ def make_texts(tokenizer: Tokenizer, filler: np.ndarray, *, seq_len: int, config
         if room < 0:
             raise ConfigError(
                 f"needle: got seq_len {seq_len}, expected at least {seq_len - room} for a fact and its question; "
-                "leave pretrain.needle out"
+                "remove pretrain.needle"
             )
         hay = filler.take(draw.integers(len(filler)) + np.arange(room), mode="wrap").tolist()
         for before in (round(depth * room) for depth in config.depths):

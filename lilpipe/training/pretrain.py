@@ -94,7 +94,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
             },
             sections={
                 "Planned and actual": plan_section(plan, metrics, result),
-                "Where the time went": time_section(result),
+                "Wall time by cause": time_section(result),
                 "Mixture": mixture_section(planned, loader),
             },
         )

@@ -100,7 +100,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
             losses=result.losses,
             config=config,
             key_figures=metrics,
-            sections={"What is learnt from": [show(tokenizer, example) for example in examples[:SHOWN]]},
+            sections={"Training conversations": [show(tokenizer, example) for example in examples[:SHOWN]]},
         )
     return metrics
 

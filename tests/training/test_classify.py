@@ -83,7 +83,7 @@ def test_spam_is_told_from_ham_in_texts_held_out_and_the_report_shows_how(tmp_pa
         outputs = loaded(torch.tensor([tokenizer.encode("Win $999 now!!! Call 5")]))[0, -1]
     assert outputs.argmax() == 1
     html = (tmp_path / "output" / "report" / "report.html").read_text()
-    for part in ("Confusion matrix", "taken for spam", "precision", "Classes"):
+    for part in ("Confusion matrix", "predicted spam", "precision", "Classes"):
         assert part in html
 
 

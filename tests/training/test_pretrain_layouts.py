@@ -75,7 +75,7 @@ def test_every_layout_trains_validates_and_exports_the_model_of_one_process(root
     metrics = json.loads((root / name / "metrics.json").read_text())
     assert_metrics(metrics, expected)
     assert_weights(root / name / "output", workspace.output, atol=2e-4)
-    assert "Where the time went" in (root / name / "output" / "report" / "report.html").read_text()
+    assert "Wall time by cause" in (root / name / "output" / "report" / "report.html").read_text()
 
 
 def test_a_run_killed_in_one_layout_and_taken_up_in_another_ends_as_one_process_does(root, tokens, tmp_path):
