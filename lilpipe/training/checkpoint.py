@@ -164,9 +164,7 @@ class Checkpoints:
             path.unlink()
         latest = self._latest()
         for path in self._directory.glob("step-*"):
-            if latest is not None and path.name > _name(
-                latest
-            ):  # renamed but not committed, or after the checkpoint of a rollback
+            if latest is not None and path.name > _name(latest):  # not committed, or undone by a rollback
                 files.discard(path)
         check_space(self._directory, num_bytes, 1)
         temporary.mkdir()
