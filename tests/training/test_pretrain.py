@@ -232,7 +232,7 @@ def test_what_is_seen_while_it_runs(trained):
     assert texts[0]["text"].startswith("The ")
     page = (workspace.report / "report.html").read_text()
     assert "Planned and actual" in page
-    assert "Where the time went" in page
+    assert "Wall time by cause" in page
 
 
 @pytest.mark.parametrize(
