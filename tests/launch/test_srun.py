@@ -156,7 +156,7 @@ def test_a_job_that_a_person_cancels_is_not_tried_again(slurm, tmp_path):
     def cancel(event):
         subprocess.run(["scancel", f"--user={os.getuid()}"], check=True)
 
-    with pytest.raises(ClusterError, match="was cancelled; run again to go on"):
+    with pytest.raises(ClusterError, match="was cancelled; run again to resume"):
         launch_toy(tmp_path, fault="slow", on_event=cancel)
 
 
