@@ -134,7 +134,7 @@ def test_when_a_task_is_killed_all_start_again_and_go_on_from_what_was_saved(slu
     assert launch_toy(tmp_path, fault="kill") == {"total": toy.expected(), "first": 5.0}
     (restart,) = toy.messages(tmp_path)
     assert re.fullmatch(
-        r"task 1 on \S+: Killed \(restart 1 of 3\); all workers start again from the last checkpoint", restart
+        r"task 1 on \S+: Killed \(restart 1 of 3\); all workers restart from the last checkpoint", restart
     )
 
 
