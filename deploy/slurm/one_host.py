@@ -1,11 +1,11 @@
-"""A Slurm cluster of this host alone: munged, slurmctld and slurmd on loopback, with all they write in one folder.
+"""A Slurm cluster on one host: munged, slurmctld and slurmd on loopback, with all their files in one folder.
 
-For trying and testing ``corpus.executor = "slurm"`` and ``launch.launcher = "srun"`` without a cluster, as any user,
-with Debian's `slurm-wlm`:
+For tests of ``corpus.executor = "slurm"`` and ``launch.launcher = "srun"`` without a cluster. Runs as any user;
+requires Debian's `slurm-wlm`:
 
-    python deploy/slurm/one_host.py /tmp/slurm      # prints the setting to export; Ctrl-C stops it
+    python deploy/slurm/one_host.py /tmp/slurm      # prints the variable to export; Ctrl-C stops it
 
-No accounting, no cgroups, no system service: the daemons are children of this process and end with it.
+No accounting, no cgroups, no system service: the daemons are child processes and end with this process.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _PR_SET_PDEATHSIG = 1
 
 
 def find_missing() -> list[str]:
-    """What of Slurm and munge is not installed on this host."""
+    """Return the programs of Slurm and munge that are not installed on this host."""
     return [name for name in (*DAEMONS, *COMMANDS) if _find(name) is None]
 
 
 @contextlib.contextmanager
 def one_host(folder: Path, *, num_cpus: int = 2) -> Iterator[dict[str, str]]:
-    """Start the daemons, and stop them in the end. Yields the environment in which `sbatch` finds them.
+    """Start the daemons, stop them at the end, and yield the environment variables for `sbatch`.
 
-    Raises ``RuntimeError`` with the end of the logs if the node is not up in ``START_SECONDS``.
+    Raises ``RuntimeError`` with the end of the logs if the node is not up after ``START_SECONDS``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     conf = _write_conf(folder, num_cpus)
@@ -142,7 +142,7 @@ def _daemon(command: list[str], folder: Path, env: dict[str, str]) -> Iterator[N
 
 
 def _end_with_parent() -> None:
-    """A killed test leaves no daemon behind (Linux)."""
+    """End the daemon when its parent is killed (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -152,7 +152,7 @@ def _wait_for(condition: Callable[[], bool], what: str, folder: Path) -> None:
         if time.monotonic() > deadline:
             logs = [*folder.glob("*.log"), *folder.glob("*.out")]
             ends = "\n".join(f"== {log.name}\n{log.read_text(errors='replace')[-1_500:]}" for log in sorted(logs))
-            raise RuntimeError(f"{what} is not there after {START_SECONDS} s; look at {folder}:\n{ends}")
+            raise RuntimeError(f"{what} is not ready after {START_SECONDS} s; see the logs in {folder}:\n{ends}")
         time.sleep(0.1)
 
 
@@ -178,9 +178,9 @@ def _free_ports(number: int) -> list[int]:
 
 def main() -> int:
     """Run the cluster until Ctrl-C."""
-    parser = argparse.ArgumentParser(description="A Slurm cluster of this host alone, until Ctrl-C.")
-    parser.add_argument("folder", type=Path, help="where configuration, state and logs go")
-    parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1, help="CPUs that the node offers")
+    parser = argparse.ArgumentParser(description="Run a Slurm cluster on this host until Ctrl-C.")
+    parser.add_argument("folder", type=Path, help="folder for configuration, state and logs")
+    parser.add_argument("--cpus", type=int, default=os.cpu_count() or 1, help="number of CPUs of the node")
     args = parser.parse_args()
     with one_host(args.folder.resolve(), num_cpus=args.cpus) as env:
         print(f"up: partition {PARTITION!r}; in your shell: export SLURM_CONF={env['SLURM_CONF']}", flush=True)

@@ -1,1 +1,1 @@
-"""Drawing text from a model."""
+"""Text generation."""

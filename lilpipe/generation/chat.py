@@ -1,4 +1,4 @@
-"""Talking to a checkpoint in the terminal."""
+"""Chat with a checkpoint in the terminal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 
-HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C cuts an answer short."
+HELP = "/reset starts a new conversation, /quit or Ctrl-D exits, Ctrl-C stops a completion."
 
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=256, batch_size=1)
 
 
 def chat(directory: Path, *, sampling: SamplingConfig = GREEDY, system: str | None = None, seed: int = 0) -> None:
-    """Read questions from standard input until its end, and print each completion as it is drawn.
+    """Read messages from standard input and print each completion as it is generated.
 
-    The whole conversation is the prompt; its oldest turns are forgotten once it no longer fits the model, but not what
-    the model was told as its ``system``. Raises ``ArtifactError`` if the directory holds no checkpoint.
+    The prompt is the whole conversation. When it no longer fits the context, the oldest turns are dropped, but not the
+    ``system`` message. Raises ``ArtifactError`` if the directory contains no checkpoint.
     """
     model, tokenizer = load_model(directory)
     stop_ids = (tokenizer.turn_end_id, tokenizer.document_end_id)
@@ -38,16 +38,17 @@ def chat(directory: Path, *, sampling: SamplingConfig = GREEDY, system: str | No
         prompt = fit(tokenizer, messages, max_tokens=model.config.max_seq_len - 1)
         if prompt is None:
             messages.pop()
-            print(f"(too long: the model takes {model.config.max_seq_len} tokens, question and answer together)")
+            print(f"(too long: the context length is {model.config.max_seq_len} tokens for prompt and completion)")
             continue
         tokens = stream(model, prompt, sampling=sampling, stop_ids=stop_ids, seed=seed + turn)
         messages.append({"role": "assistant", "content": _say(text_pieces(tokenizer, tokens))})
 
 
 def fit(tokenizer: Tokenizer, messages: list[Message], *, max_tokens: int) -> list[int] | None:
-    """Token ids of the conversation, its oldest exchanges removed in place until it fits; None if nothing does.
+    """Return the conversation's token ids, after removing the oldest exchanges in place until it fits; None if it
+    cannot.
 
-    A system message at the beginning stays.
+    A leading system message is kept.
     """
     first = 1 if messages[0]["role"] == "system" else 0
     while len(prompt := render(tokenizer, messages, add_generation_prompt=True)[0]) > max_tokens:
@@ -58,7 +59,7 @@ def fit(tokenizer: Tokenizer, messages: list[Message], *, max_tokens: int) -> li
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of the tokens, piece by piece; a character is held back until its last byte has come."""
+    """Yield the text of the tokens. Incomplete UTF-8 characters are held back until their last byte."""
     text = TextStream(token_bytes(tokenizer))
     for token in tokens:
         yield text.push([token])
@@ -66,7 +67,7 @@ def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def _questions() -> Iterator[str]:
-    """Lines that are not empty, until /quit or the end of input."""
+    """Yield non-empty lines until /quit or the end of input."""
     while True:
         try:
             line = input("> ").strip()
@@ -80,7 +81,7 @@ def _questions() -> Iterator[str]:
 
 
 def _say(pieces: Iterator[str]) -> str:
-    """Print the pieces as they come and give them all; Ctrl-C ends them."""
+    """Print the pieces as they arrive and return the whole text; Ctrl-C stops it."""
     said = []
     try:
         for piece in pieces:

@@ -1,11 +1,11 @@
-"""Batched decoding with a paged cache of keys and values.
+"""Continuous batching with a paged KV cache.
 
-A prompt is read once, and its pages are shared by all of its samples: a sample's own tokens go to pages of its own, so
-that nothing is ever copied. Up to ``max_rows`` sequences advance together by a token a step; one that ends gives back
-its pages, and its row goes to the next one waiting before the next step (continuous batching, Yu et al. 2022, "Orca").
-Where the number of pages is limited, a sequence waits until there are pages for its longest possible completion. Each
-sequence draws from a random stream of its own, so a sample does not depend on which others share the batch, up to the
-rounding of matrix products of another size.
+A prompt is prefilled once and its pages are shared by all its completions. Tokens of a completion go to its own pages,
+so nothing is copied. Up to ``max_rows`` sequences are decoded together, one token per step. When a sequence ends, its
+pages are freed and the next waiting sequence takes its row before the next step (continuous batching, Yu et al. 2022,
+"Orca"). If the number of pages is limited, a sequence waits until there are pages for its longest possible completion.
+Each sequence has its own random numbers, so a completion does not depend on the rest of the batch, except for the
+rounding of matrix products of different sizes.
 
 Dimensions: P prompts, T tokens, D width, V vocabulary, B rows.
 """
@@ -34,7 +34,7 @@ from lilpipe.tokenizer.encoding import Tokenizer
 __all__ = ["CompletionOutput", "Engine", "Request", "generate", "stream"]
 
 TOKENS_AT_ONCE = 8192
-"""Tokens of prompts, padding included, that are read in one forward pass."""
+"""Maximum number of prompt tokens, padding included, per prefill forward pass."""
 
 
 def generate(
@@ -49,12 +49,12 @@ def generate(
     tokenizer: Tokenizer | None = None,
     num_pages: int | None = None,
 ) -> list[list[CompletionOutput]]:
-    """``num_generations`` completions to each prompt, in order.
+    """Generate ``num_generations`` completions for each prompt, in order.
 
-    Random numbers depend on ``seed``, the prompt's number and the sample's index alone; ``numbers`` are those of the
-    prompts among those of all workers, 0 and up where none are given. ``tokenizer`` is needed for stop strings. With
-    ``sampling.engine`` "vllm" the completions are vLLM's, see ``vllm``. Raises ``DataError`` for a prompt that is empty
-    or leaves no room for a completion, and for a model that gives NaN.
+    Random numbers depend only on ``seed``, the prompt's number and the index of the completion. ``numbers`` are the
+    prompts' numbers across all workers (default: 0, 1, ...). Stop strings require ``tokenizer``. If ``sampling.engine``
+    is "vllm", vLLM generates the completions (see ``vllm``). Raises ``DataError`` for a prompt that is empty or leaves
+    no room for a completion, and if the model's logits are NaN.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     if sampling.engine == "vllm":
@@ -107,7 +107,7 @@ def stream(
 
 
 class Engine:
-    """Requests that are decoded together; ``step`` until it says that nothing is left.
+    """Decodes requests together; call ``step`` until it returns False.
 
     ``num_pages`` limits the pages of ``PAGE_SIZE`` tokens that are in use at once. ``cuda_graphs`` (experimental)
     replays the decode step of a dense model on a GPU.
@@ -137,13 +137,14 @@ class Engine:
         index: int = 0,
         num_top_logprobs: int = 0,
     ) -> Request:
-        """Ask for completions to a prompt; ``index`` is the prompt's part in its random numbers, beside ``seed``.
-        Of each place so many of the likeliest tokens are noted too.
+        """Add a request for completions of a prompt.
 
-        Raises ``DataError`` for a prompt that cannot be answered, and for stop strings without a tokenizer.
+        ``seed`` and ``index`` determine its random numbers. ``num_top_logprobs`` is the number of most likely tokens to
+        return at each position. Raises ``DataError`` if the prompt and completion cannot fit, and for stop strings
+        without a tokenizer.
         """
         if sampling.stop and tokenizer is None:
-            raise DataError(f"sampling.stop: got {sampling.stop} and no tokenizer to read the answers with; give one")
+            raise DataError(f"sampling.stop: got {sampling.stop} without a tokenizer; pass tokenizer")
         request = Request(
             prompt=list(prompt_ids),
             sampling=sampling,
@@ -162,7 +163,7 @@ class Engine:
 
     @torch.inference_mode()
     def cancel(self, request: Request) -> None:
-        """Draw nothing more for a request; its completions end as they are."""
+        """Stop generating for a request; its completions stay as they are."""
         if request in self.waiting:
             self.waiting.remove(request)
         request.num_ended += len(request.samples) - request.num_started
@@ -173,7 +174,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Give free rows to waiting completions and draw a token in every row. False if nothing is left to do."""
+        """Fill free rows with waiting completions and sample a token in every row. Returns False if nothing is left to
+        do.
+        """
         while self._enter():
             pass
         if self.rows:
@@ -187,11 +190,11 @@ class Engine:
             self.rows.draw(logits_BV[: len(self.rows)])
         return bool(self.rows or self.waiting)
 
-    # --- entering -------------------------------------------------------------------------------------------------
+    # --- admission ------------------------------------------------------------------------------------------------
 
     def _enter(self) -> bool:
-        """Let in completions that wait, reading their prompts, and draw their first tokens. False if none could
-        enter.
+        """Admit waiting completions: prefill their prompts and sample their first tokens. Returns False if none was
+        admitted.
         """
         entering: list[Row] = []
         while self.waiting and len(self.rows) + len(entering) < self.max_rows:
@@ -216,7 +219,7 @@ class Engine:
         return True
 
     def _has_pages(self, request: Request, entering: Sequence[Row]) -> bool:
-        """Whether there are pages for one more completion as long as it may get, beside all those under way."""
+        """Whether the page limit allows one more completion of maximum length, given those admitted."""
         if self.num_pages is None:
             return True
         promised = sum(row.request.pages_per_completion for row in [*self.rows.rows, *entering])
@@ -224,7 +227,7 @@ class Engine:
         return self.rows.prompts.num_used + promised + prompt + request.pages_per_completion <= self.num_pages
 
     def _read(self, requests: Sequence[Request]) -> None:
-        """Read prompts, those of like length together."""
+        """Prefill prompts, batched by similar length."""
         ordered = sorted(requests, key=lambda request: len(request.prompt))
         while ordered:
             count = 1
@@ -236,7 +239,7 @@ class Engine:
     def _read_together(self, requests: Sequence[Request]) -> None:
         lengths_P = np.array([len(request.prompt) for request in requests])
         max_len, device = int(lengths_P.max()), self.model.device
-        # Padding stands on the right, where no token of the prompt can see it.
+        # Right padding: with causal attention, no prompt token attends to it.
         tokens_PT = torch.tensor([request.prompt + [0] * (max_len - len(request.prompt)) for request in requests])
         view = PromptView(self.rows.prompts, table([request.pages for request in requests]), lengths_P)
         hidden_PTD = self.model.model(tokens_PT.to(device), cache=view)
@@ -249,17 +252,17 @@ class Engine:
         needed = pages_for(len(request.prompt)) + request.pages_per_completion
         if self.num_pages is not None and needed > self.num_pages:
             raise DataError(
-                f"prompt {request.index}: {len(request.prompt)} tokens and an answer of up to {request.room} need "
-                f"{needed} pages of {PAGE_SIZE} tokens, and num_pages is {self.num_pages}; shorten them or give more"
+                f"prompt {request.index}: {len(request.prompt)} tokens and a completion of up to {request.room} need "
+                f"{needed} pages of {PAGE_SIZE} tokens, but num_pages is {self.num_pages}; shorten them or increase it"
             )
 
 
 def _room(model: Transformer, index: int, prompt: Sequence[int], sampling: SamplingConfig) -> int:
-    """Most tokens that a completion to the prompt can have."""
+    """Return the maximum number of tokens of a completion of the prompt."""
     max_seq_len = model.config.max_seq_len
     if not 0 < len(prompt) < max_seq_len:
         raise DataError(
-            f"prompt {index}: got {len(prompt)} tokens, expected 1 to {max_seq_len - 1}, so that prompt and answer fit "
-            f"in max_seq_len = {max_seq_len}; shorten the prompt or train a model with a larger model.max_seq_len"
+            f"prompt {index}: got {len(prompt)} tokens, expected 1 to {max_seq_len - 1}: prompt and completion must "
+            f"fit in max_seq_len = {max_seq_len}; shorten the prompt or train a model with a larger model.max_seq_len"
         )
     return min(sampling.max_new_tokens, max_seq_len - len(prompt))

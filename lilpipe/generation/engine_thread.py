@@ -1,7 +1,7 @@
-"""One thread that owns the engine, so that requests of many clients are decoded together.
+"""The engine's thread, which decodes the requests of all clients together.
 
-Nobody else touches the engine: others leave commands, which the thread takes between two steps, and are told what has
-come for them after each step, in that thread.
+Only this thread uses the engine. Other threads queue commands, which it runs between two steps. After each step it
+calls each client's ``notify``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lilpipe.tokenizer.encoding import Tokenizer
 logger = logging.getLogger(__name__)
 
 Notify = Callable[[Sequence[Piece] | Exception], object]
-"""Told the parts that came with a step, or why there will be no more."""
+"""Called with the new parts after a step, or with the error that ends the request."""
 
 
 class Ticket:
-    """A client's claim on one request."""
+    """A client's request."""
 
     def __init__(self, ask: Ask, notify: Notify) -> None:
         self.ask = ask
@@ -33,30 +33,30 @@ class Ticket:
 
 
 class EngineThread:
-    """Runs the engine while there is work, and sleeps while there is none."""
+    """Runs the engine while there are requests; otherwise sleeps."""
 
     def __init__(self, make_engine: Callable[[], Engine], tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = token_bytes(tokenizer)
         self.tickets: list[Ticket] = []
-        """Requests under way."""
+        """Requests in progress."""
         self._make_engine = make_engine
         self._engine = make_engine()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ended: Exception | None = None
-        """Why the thread has ended, if it failed; set before it empties the queue, so that no command is left there."""
+        """The error that ended the thread, if any. It is set before the queue is emptied, so no command stays there."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    # --- for any thread -------------------------------------------------------------------------------------------
+    # --- called from any thread -----------------------------------------------------------------------------------
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def submit(self, ask: Ask, notify: Notify) -> Ticket:
-        """Ask for completions; ``notify`` is called in the engine's thread until all have been given."""
+        """Add a request. The engine's thread calls ``notify`` until all completions have ended."""
         ticket = Ticket(ask, notify)
         self._commands.put(lambda: self._admit(ticket))
         if self._ended is not None:
@@ -64,11 +64,11 @@ class EngineThread:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Want nothing more of a request, finished or not."""
+        """Cancel a request; does nothing if it has ended."""
         self._commands.put(lambda: self._drop(ticket))
 
     def close(self) -> None:
-        """End the thread after the step under way."""
+        """Stop the thread after the current step."""
         self._commands.put(None)
         self._thread.join()
 
@@ -78,13 +78,13 @@ class EngineThread:
         try:
             while self._advance():
                 pass
-        except Exception as error:  # no other engine could be made
+        except Exception as error:  # a new engine could not be created
             self._ended = error
             self._refuse_waiting()
             raise
 
     def _refuse_waiting(self) -> None:
-        """Take what waits for a thread that has ended: those who ask are told so."""
+        """Run the commands queued for a thread that has ended: their clients get its error."""
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -94,7 +94,7 @@ class EngineThread:
                 command()
 
     def _advance(self) -> bool:
-        """Take the commands that wait, then a step, and report. False if told to end."""
+        """Run queued commands, run one step, and notify clients. Returns False if told to stop."""
         try:
             while self._commands.qsize() or not self.tickets:
                 if (command := self._commands.get()) is None:
@@ -102,7 +102,7 @@ class EngineThread:
                 command()
             self._engine.step()
             self._report()
-        except Exception as error:  # whatever it is, those who wait must hear of it
+        except Exception as error:  # clients must be notified of any error
             self._fail(error)
         return True
 
@@ -133,8 +133,8 @@ class EngineThread:
                 ticket.notify(pieces)
 
     def _fail(self, error: Exception) -> None:
-        """Tell all who wait, and go on with an engine of which nothing is left over."""
-        logger.exception("the engine failed; the requests under way are given up")
+        """Notify all clients of the error and continue with a new engine."""
+        logger.exception("the engine failed; requests in progress are aborted")
         failed, self.tickets = self.tickets, []
         for ticket in failed:
             ticket.notify(error)

@@ -1,10 +1,10 @@
-"""A Llama's blocks for one token of each row, fused into few operations.
+"""Decode step of a Llama on a CPU, fused into few operations.
 
-On a CPU a step of decoding is many small operations, whose calls cost as much as their arithmetic. Here the matrices of
-queries, keys and values are one, as are gate and up, the norms' weights are multiplied into them, and residuals are
-added by the products themselves. Other models and devices decode by the model's own path.
+On a CPU the call overhead of a decode step's many small operations is as large as their arithmetic. Here the query, key
+and value projections are one matrix, and so are gate and up. The norms' weights are folded into them, and the matrix
+products add the residuals. Other models and devices use the model's forward pass.
 
-Dimensions: B rows, D width, H query heads, K heads of keys, E size of a head, I width of the feed-forward layer.
+Dimensions: B rows, D width, H query heads, K key/value heads, E size of a head, I width of the feed-forward layer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lilpipe.model.transformer import Block, Transformer
 
 
 class _Weights(NamedTuple):
-    """One block's, transposed: inputs first."""
+    """Weights of one block, transposed: ``[in, out]``."""
 
     qkv: Tensor
     out: Tensor
@@ -32,7 +32,7 @@ class _Weights(NamedTuple):
 
 
 def is_fusable(model: Transformer) -> bool:
-    """Whether the model is a plain Llama on a CPU: no experts, latents, norms of queries, biases or adapters."""
+    """Whether the model is a plain Llama on a CPU: no experts, latent attention, query norms, biases or adapters."""
     config = model.config
     plain = config.architecture == "llama" and config.moe is None and config.mla is None and not config.qk_norm
     if not plain or model.device.type != "cpu":
@@ -44,7 +44,7 @@ def is_fusable(model: Transformer) -> bool:
 
 
 class FusedDecoder:
-    """Decodes with the weights that the model has when this is made."""
+    """Decodes with a copy of the model's weights, taken at construction."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -53,7 +53,7 @@ class FusedDecoder:
             self.weights = [_fuse(block) for block in blocks]
 
     def __call__(self, tokens_B1: Tensor, positions_B1: Tensor, view: DecodeView) -> Tensor:
-        """Logits ``[B, V]`` of what follows."""
+        """Return the logits ``[B, V]`` of the next token."""
         config, decoder = self.model.config, self.model.model
         H, K, E, eps = config.num_heads, config.num_kv_heads, config.head_size, config.norm_eps
         assert decoder.embed_tokens is not None
@@ -73,7 +73,7 @@ class FusedDecoder:
 
 
 def _scale(x_BD: Tensor, eps: float) -> Tensor:
-    """One over the root mean square of each row; it commutes with the product that follows."""
+    """Return 1 / RMS of each row. It commutes with the matrix product that follows."""
     return x_BD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 

@@ -1,11 +1,10 @@
-"""The decode step as CUDA graphs: on a GPU a small model's step is bound by launching its few hundred kernels.
+"""CUDA graphs of the decode step. On a GPU a small model's step is bound by launching its few hundred kernels.
 
-A graph has fixed shapes, so rows, pages and what is merged are padded up to sizes of which there are few, and one
-graph is captured for each combination that occurs. The padding is what ``Rows`` lays out; here it is captured and
-replayed. A mixture of experts (whose groups of tokens have no fixed size) and latent attention (which gathers) run
-without.
+A CUDA graph has fixed shapes. ``Rows`` therefore pads rows, pages and partial results to a few sizes, and one graph is
+captured for each combination that occurs. Mixture-of-experts models (whose groups of tokens vary in size) and latent
+attention (which gathers) run without graphs.
 
-The padded layout is tested on a CPU. Capture and replay themselves have not been run: no GPU was at hand.
+The padded layout is tested on a CPU. Capture and replay have not been tested: no GPU was available.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from lilpipe.generation.paged_attention import DecodeView, Scratch
 from lilpipe.model.transformer import Transformer
 
 WARMUP_STEPS = 2
-"""Steps before a capture, as torch asks for: libraries allocate on their first call."""
+"""Steps before a capture, which PyTorch requires: libraries allocate memory in their first call."""
 
 
 def fits(model: Transformer) -> bool:
-    """Whether the model's decode step can be a graph."""
+    """Whether CUDA graphs support the model's decode step."""
     return model.device.type == "cuda" and model.config.moe is None and model.config.mla is None
 
 
@@ -35,7 +34,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captures each shape of step once, and replays it."""
+    """Captures a graph once per shape, then replays it."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -43,9 +42,9 @@ class DecodeGraphs:
         self._pools: tuple[int, ...] = ()
 
     def __call__(self, tokens_B1: Tensor, positions_B1: Tensor, view: DecodeView) -> Tensor:
-        """Logits ``[B, V]``, to be read before the next call."""
+        """Return the logits ``[B, V]``; the next call overwrites them."""
         pools = tuple(pool.keys_LNKES.data_ptr() for pool in (view.answers, view.prompts))
-        if pools != self._pools:  # a pool has grown: graphs write where it was
+        if pools != self._pools:  # a pool has grown: old graphs write to its former memory
             self._captured.clear()
             self._pools = pools
         inputs = [tokens_B1, positions_B1, view.page_B, view.place_B, view.layout.blocks_C, view.layout.partials_QM]

@@ -1,12 +1,13 @@
-"""Attention over pages, each read once however many sequences share it.
+"""Paged attention that reads each page once, however many sequences share it.
 
-Queries go to pages rather than pages to queries: one batched product gives the scores of every page in use with the
-queries of the rows that see it, so nothing is gathered or padded. The prompt's pages meet the queries of all samples
-of the prompt in one product (Juravsky et al. 2024, "Hydragen"). A row then merges what its pages gave by their
-largest scores and sums, as FlashDecoding does (Dao et al. 2023).
+Queries are gathered per page, not pages per query: one batched product computes the scores of every page in use with
+the queries of its rows, so no keys are gathered or padded. A prompt's pages are multiplied with the queries of all its
+completions at once (Juravsky et al. 2024, "Hydragen"). The partial results of a row's pages are merged by their maximum
+scores and sums, as in FlashDecoding (Dao et al. 2023).
 
-Dimensions: B rows, T tokens, P prompts, N pages, S places of a page, H query heads, K key/value heads, G query heads
-of a key/value head (H = K x G), E size of a head, R rows that share a prompt, C blocks of G queries, M pages of a row.
+Dimensions: B rows, T tokens, P prompts, N pages, S slots of a page, H query heads, K key/value heads, G query heads of
+a key/value head (H = K x G), E size of a head, R rows that share a prompt, C blocks of G queries, M pages of a row, Q
+rows and heads (B x H).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from lilpipe.model.attention import AttendingView
 
 
 class Scratch:
-    """Memory that is used again from step to step: fresh memory of this size costs more than what is done in it."""
+    """Buffers reused by every step: allocating memory of this size costs more than the operations on it."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of that shape, with anything in it."""
+        """Return an uninitialized tensor of that shape."""
         size = math.prod(shape)
         held = self._held.get(name)
         if held is None or held.numel() < size or held.dtype != dtype:
@@ -42,7 +43,7 @@ class Scratch:
 
 @dataclass
 class BatchLayout:
-    """Which rows see which pages. It stays while no row enters, leaves or begins a page."""
+    """Which rows attend to which pages. It is valid while no row enters, leaves or starts a page."""
 
     num_rows: int
     num_answer_pages: int
@@ -50,13 +51,15 @@ class BatchLayout:
     sharing: int
     """R."""
     blocks_C: Tensor
-    """Of each block of queries, completions' first, its number among the rows' [B x K]."""
+    """For each block of queries (completions' pages first), its index among the rows' [B x K] blocks."""
     partials_QM: Tensor
-    """Of each row and head [Q = B x H], the results [C x G] that it merges; the number after the last is of none."""
+    """For each row and head [Q = B x H], the indices of the partial results [C x G] that it merges. The index after the
+    last one is an empty result.
+    """
     tables_BM: tuple[Tensor, Tensor]
-    """Pages of each row, of completions and of prompts; 0 where there are fewer."""
+    """Pages of each row, of completions and of prompts; 0 where a row has fewer."""
     seen_BM: tuple[Tensor, Tensor]
-    """Where the tables hold a page."""
+    """Where the tables contain a page."""
 
 
 def layout(
@@ -66,8 +69,9 @@ def layout(
     device: torch.device,
     round_up: Callable[[int], int] = int,
 ) -> BatchLayout:
-    """The layout of rows with these pages; -1 stands where a row has fewer. Counts are rounded as ``round_up`` says,
-    and there must be as many pages.
+    """Return the layout of rows with these pages; the tables contain -1 where a row has fewer.
+
+    ``round_up`` rounds the counts; the pools must have that many pages.
     """
     num_rows, heads = len(answers_BM), config.num_heads
     kv_heads = 1 if config.mla is not None else config.num_kv_heads
@@ -118,7 +122,7 @@ def layout(
 
 
 def _members(prompt_B: np.ndarray) -> tuple[np.ndarray, int]:
-    """Each row's number among those of its prompt, and the most rows that one prompt has."""
+    """Return each row's number among the rows of its prompt, and the maximum number of rows per prompt."""
     order = np.argsort(prompt_B, kind="stable")
     ordered = prompt_B[order]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -130,29 +134,29 @@ def _members(prompt_B: np.ndarray) -> tuple[np.ndarray, int]:
 
 @dataclass
 class _Pages:
-    """Pages of one kind, completions' or prompts', and the parts of a step's tensors that are theirs."""
+    """Pages of one kind (completions' or prompts') and their parts of a step's tensors."""
 
     pool: PagePool
     count: int
     keys: list[Tensor]
-    """Of each layer ``[N x K, E, S]``."""
+    """Keys of each layer ``[N x K, E, S]``."""
     values: list[Tensor]
     queries: Tensor
-    """``[N x K, R x G, E]``; of completions R is 1."""
+    """``[N x K, R x G, E]``; for completions R is 1."""
     scores: Tensor
     results: Tensor
     closed: Tensor
-    """What is added to the scores, in their shape."""
+    """Attention mask, in the shape of the scores."""
 
     def see(self) -> None:
-        """Take over which places hold something."""
+        """Update the attention mask from the pool."""
         per_head = self.pool.closed_NS[: self.count, None, None]
         kv_heads = len(self.scores) // self.count
         self.closed = per_head.expand(-1, kv_heads, self.scores.shape[1], -1).reshape(self.scores.shape)
 
 
 class _Work:
-    """The tensors of a step of decoding, cut up once for all steps and layers of a layout."""
+    """Views of a decode step's tensors, made once for all steps and layers of a layout."""
 
     def __init__(self, view: DecodeView, rows: Tensor, kv_heads: int, group: int) -> None:
         layout, take = view.layout, view.scratch.take
@@ -160,7 +164,7 @@ class _Work:
         exact = score_dtype(rows.dtype)
         self.queries = take("queries", (num_blocks, group * size), rows, rows.dtype)
         self.scores = take("scores", (num_blocks * group, PAGE_SIZE), rows, exact)
-        # The number after the last is that of pages which a row does not have.
+        # The entry after the last is for pages that a row does not have.
         self.all_largest = take("largest", (num_blocks * group + 1,), rows, exact)
         self.all_sums = take("sums", (num_blocks * group + 1,), rows, exact)
         self.all_results = take("results", (num_blocks * group + 1, size), rows, exact)
@@ -193,9 +197,9 @@ class _Work:
 
 
 class DecodeView(AttendingView):
-    """Steps of decoding in one layout: each row's newest token is written to its page and attends to the row's pages.
+    """Decode steps in one layout: writes the newest token of each row to its page and attends to the row's pages.
 
-    ``advance`` goes on to the next place of each row's page.
+    ``advance`` moves to the next slot of each row's page.
     """
 
     def __init__(
@@ -216,14 +220,14 @@ class DecodeView(AttendingView):
         self._open()
 
     def advance(self) -> None:
-        """Let the next tokens be written one place further."""
+        """Move each row to the next slot of its page."""
         self.place_B += 1
         for slots in self._slots or ():
             slots += 1
         self._open()
 
     def refresh(self) -> None:
-        """Follow ``page_B`` and ``place_B``, which others have changed."""
+        """Update after a change of ``page_B`` and ``place_B`` from outside."""
         self._slots = None
         self._see()
 
@@ -237,11 +241,11 @@ class DecodeView(AttendingView):
             pages.see()
 
     def view(self, num_tokens: int, positions_BT: Tensor | None) -> DecodeView:  # noqa: ARG002 (made for these tokens)
-        """Itself: a view is made for forward passes of one token."""
+        """Return itself: it is made for forward passes of one token."""
         return self
 
     def attend(self, layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
-        """Write one token of each row and attend: ``[B, 1, H, E]``."""
+        """Cache one token of each row and attend; returns ``[B, 1, H, E]``."""
         self._write(layer, k_BTKE, v_BTKE)
         B, _, H, E = q_BTHE.shape
         kv_heads = k_BTKE.shape[2]
@@ -261,7 +265,7 @@ class DecodeView(AttendingView):
         return self._merge(work).view(B, 1, H, E).to(q_BTHE.dtype)
 
     def _merge(self, work: _Work) -> Tensor:
-        """Results of pages to results of rows and heads ``[Q, E]``."""
+        """Merge the results of pages to results of rows and heads ``[Q, E]``."""
         partials_QM = self.layout.partials_QM
         weight_QM = work.all_largest.index_select(0, work.partials).view(partials_QM.shape)
         _exp(weight_QM.sub_(weight_QM.amax(-1, keepdim=True)))
@@ -270,7 +274,9 @@ class DecodeView(AttendingView):
         return F.embedding_bag(partials_QM, work.all_results, mode="sum", per_sample_weights=weight_QM)
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token of each row, and gather all that the rows may attend to: two tensors ``[B, S, K, E]``."""
+        """Cache one token of each row and gather the keys and values that rows may attend to: two tensors ``[B, S, K,
+        E]``.
+        """
         self._write(layer, keys_BTKE, values_BTKE)
         if self.mask_B1TS is None:
             self.mask_B1TS = torch.cat(
@@ -297,7 +303,9 @@ class DecodeView(AttendingView):
             self.answers.values_LNKSF[layer].view(-1, width).index_copy_(0, values, v_BTKE.reshape(-1, width))
 
     def _places_to_write(self, kv_heads: int) -> tuple[Tensor, Tensor]:
-        """Where the elements of the rows' keys lie in a layer's keys, and the rows' values among a layer's."""
+        """Return the indices of the rows' key elements in a layer's keys, and of the rows' values in a layer's
+        values.
+        """
         device = self.page_B.device
         heads_BK = self.page_B[:, None] * kv_heads + torch.arange(kv_heads, device=device)
         width = self.answers.keys_LNKES.shape[3]
@@ -307,7 +315,7 @@ class DecodeView(AttendingView):
 
 
 class PromptView:
-    """Reading prompts, padded on the right: keys and values go to the prompts' pages, and attention is causal."""
+    """Prefill of right-padded prompts: caches keys and values in the prompts' pages; attention is causal."""
 
     def __init__(self, pool: PagePool, pages_PM: np.ndarray, lengths_P: np.ndarray) -> None:
         self.pool = pool
@@ -322,31 +330,31 @@ class PromptView:
         self._width = pages_PM.shape[1] * PAGE_SIZE
 
     def view(self, num_tokens: int, positions_BT: Tensor | None) -> PromptView:  # noqa: ARG002 (made for these tokens)
-        """Itself: a view is made for one forward pass."""
+        """Return itself: it is made for one forward pass."""
         return self
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the prompts, and give back what came."""
+        """Cache the prompts' keys and values, and return them unchanged."""
         self.pool.keys_LNKES[layer][self._pages_N] = self._paged(keys_BTKE).permute(0, 2, 3, 1)
         self.pool.values_LNKSF[layer][self._pages_N] = self._paged(values_BTKE).transpose(1, 2)
         return keys_BTKE, values_BTKE
 
     def _paged(self, x_PTKE: Tensor) -> Tensor:
-        """Pages ``[N, S, K, E]`` of the prompts."""
+        """Split the prompts into pages ``[N, S, K, E]``."""
         padded = F.pad(x_PTKE, (0, 0, 0, 0, 0, self._width - x_PTKE.shape[1]))
         return padded.unflatten(1, (-1, PAGE_SIZE)).flatten(0, 1)[self._slots_N]
 
 
 def _exp(scores: Tensor) -> None:
-    """Exponentials, in place, of scores less the largest.
+    """Replace scores (minus their maximum) by their exponentials, in place.
 
-    What would vanish beside it becomes 1e-35 in place of 0: a CPU takes thirty times as long where results underflow.
+    Results that would underflow become 1e-35 instead of 0: a CPU takes thirty times as long where results underflow.
     """
     scores.clamp_(min=-80.0).exp_()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, added: Tensor | None = None) -> None:
-    """``a @ b + added`` into ``out``, which may be of a wider type."""
+    """Write ``a @ b + added`` to ``out``, which may have a wider dtype."""
     if a.dtype == out.dtype and added is not None:
         torch.baddbmm(added, a, b, out=out)
     elif a.dtype == out.dtype:

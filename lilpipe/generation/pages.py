@@ -1,9 +1,9 @@
-"""Keys and values in pages of a few tokens (Kwon et al. 2023, "PagedAttention").
+"""Paged KV cache (Kwon et al. 2023, "PagedAttention").
 
-A sequence takes a page when it needs one and gives it back when it ends, so that memory follows the tokens that are
-there and not the longest that might come.
+A sequence allocates a page when it needs one and frees its pages when it ends, so memory use depends on the number of
+cached tokens, not on the maximum sequence length.
 
-Dimensions: L layers, N pages, S places of a page, K key/value heads, E width of a key, F width of a value.
+Dimensions: L layers, N pages, S slots of a page, K key/value heads, E width of a key, F width of a value.
 """
 
 from __future__ import annotations
@@ -18,66 +18,65 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.model.transformer import Transformer
 
 PAGE_SIZE = 16
-"""Tokens of a page."""
+"""Number of tokens per page."""
 CLOSED = -1e30
-"""Added to the score of a place that holds nothing: finite, so that a page without any gives no NaN."""
+"""Added to the attention score of an empty slot. Finite, so that a page with only empty slots gives no NaN."""
 GROWTH = 1.5
-"""Pages are added to a pool by this factor, each time with a copy of all."""
+"""Growth factor of a pool. Growing copies all pages."""
 
 
 def cache_widths(config: ModelConfig) -> tuple[int, int, int]:
-    """Heads, width of a key and width of a value that one layer's cache holds of a token."""
+    """Return the number of heads, key width and value width that one layer caches per token."""
     if config.mla is not None:
         return 1, config.mla.kv_lora_rank + config.mla.qk_rope_head_dim, 0
     return config.num_kv_heads, config.head_size, config.head_size
 
 
 def pages_for(num_tokens: int) -> int:
-    """Pages that hold so many tokens."""
+    """Return the number of pages for ``num_tokens`` tokens."""
     return -(-num_tokens // PAGE_SIZE)
 
 
 class PagePool:
-    """Pages of one kind, as many as were ever needed at once.
+    """Pages of one kind (prompts' or completions'); the pool grows and never shrinks.
 
-    Those in use lie close to the front: attention goes over the first ``extent`` pages, whether they are in use or
-    not.
+    Used pages are kept close to the front, because attention runs over the first ``extent`` pages, used or free.
     """
 
     def __init__(self, model: Transformer) -> None:
         weight = next(model.parameters())
         heads, key_width, value_width = cache_widths(model.config)
         num_layers = model.config.num_layers
-        # Keys lie turned: products with queries took 0.7 of the time, and writing a token costs less than that gain.
+        # Keys are stored transposed: products with queries take 0.7 of the time, which saves more than writing costs.
         self.keys_LNKES = weight.new_zeros(num_layers, 0, heads, key_width, PAGE_SIZE)
         self.values_LNKSF = weight.new_zeros(num_layers, 0, heads, PAGE_SIZE, value_width)
         self.closed_NS = torch.zeros(0, PAGE_SIZE, dtype=score_dtype(weight.dtype), device=weight.device)
-        """What is added to scores: 0 where a place holds a token, else ``CLOSED``."""
+        """Attention mask that is added to scores: 0 for a slot with a token, ``CLOSED`` for an empty slot."""
         self._free: list[int] = []
         self._used: set[int] = set()
 
     @property
     def num_used(self) -> int:
-        """Pages in use."""
+        """Number of pages in use."""
         return len(self._used)
 
     @property
     def extent(self) -> int:
-        """Pages from the first to the last in use."""
+        """Number of pages up to the last one in use."""
         return max(self._used, default=-1) + 1
 
     @property
     def capacity(self) -> int:
-        """Pages that there is memory for."""
+        """Number of allocated pages, used or free."""
         return self.closed_NS.shape[0]
 
     def reserve(self, capacity: int) -> None:
-        """Have memory for so many pages."""
+        """Allocate memory for at least ``capacity`` pages."""
         if capacity > self.capacity:
             self._grow(capacity)
 
     def take(self, count: int) -> list[int]:
-        """Numbers of ``count`` pages, the lowest that are free; their places are closed."""
+        """Allocate ``count`` empty pages and return their numbers, the lowest free ones."""
         if count > len(self._free):
             self.reserve(max(self.num_used + count, int(GROWTH * self.capacity)))
         pages = [heapq.heappop(self._free) for _ in range(count)]
@@ -85,7 +84,7 @@ class PagePool:
         return pages
 
     def give(self, pages: Collection[int]) -> None:
-        """Take pages back."""
+        """Free pages."""
         if not pages:
             return
         self._used.difference_update(pages)
@@ -94,7 +93,7 @@ class PagePool:
         self.closed_NS[torch.tensor(list(pages), device=self.closed_NS.device)] = CLOSED
 
     def compact(self) -> dict[int, int]:
-        """Move the last pages into free ones in front; gives the new number of each that was moved."""
+        """Move the last pages to free ones in front; returns old number → new number."""
         sources = [page for page in self._used if page >= self.num_used]
         targets = sorted(page for page in self._free if page < self.num_used)
         if not sources:
@@ -122,12 +121,12 @@ class PagePool:
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What scores and sums are computed in: float32, or what is wider."""
+    """Return the dtype of attention scores and sums: float32, or ``dtype`` if wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _longer(tensor: Tensor, dim: int, added: int) -> Tensor:
-    """The tensor with zeros behind it."""
+    """Return the tensor with ``added`` zeros appended along ``dim``."""
     shape = list(tensor.shape)
     shape[dim] = added
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)

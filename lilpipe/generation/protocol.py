@@ -1,8 +1,8 @@
-"""OpenAI's chat and text completions as data: what is asked, and how the answer is put.
+"""OpenAI's chat completions and text completions: request validation and response format.
 
-Nothing here knows of HTTP: `lilpipe serve` and the model that MLflow serves take and give the same. What a request may
-say beyond OpenAI's names (``top_k``, ``min_p``, ``repetition_penalty``) has vLLM's. A setting that would be ignored is
-refused, unless it cannot change an answer.
+Independent of HTTP: `lilpipe serve` and the MLflow model share it. Parameters beyond OpenAI's (``top_k``, ``min_p``,
+``repetition_penalty``) have vLLM's names. A parameter that would be ignored is an error, unless it cannot change the
+completion.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 
 MAX_CHOICES = 128
-"""Most answers to one request, OpenAI's bound of ``n``."""
+"""Maximum number of completions per request: OpenAI's limit for ``n``."""
 
 WITHOUT_EFFECT = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"),
 )
-"""Settings that say nothing about the answer: taken, and left alone."""
+"""Parameters that do not affect the completion: accepted and ignored."""
 
 NEUTRAL: Mapping[str, Any] = {
     "frequency_penalty": 0,
@@ -44,11 +44,11 @@ NEUTRAL: Mapping[str, Any] = {
     "echo": False,
     "suffix": "",
 }
-"""Settings that only have the one value that changes nothing."""
+"""Unsupported parameters, accepted only with the value that has no effect."""
 
 
 class RequestError(DataError):
-    """A request that cannot be answered, in OpenAI's terms."""
+    """An invalid request, with OpenAI's error body."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -57,18 +57,18 @@ class RequestError(DataError):
 
 
 def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """Return an error body in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def can_chat(tokenizer: Tokenizer) -> bool:
-    """Whether there are tokens for conversations, ours or those of a template from elsewhere."""
+    """Whether the tokenizer has turn tokens or an imported chat template."""
     return tokenizer.has_turns or tokenizer.template is not None
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A request in the engine's terms: ``num_generations`` answers to each of the prompts."""
+    """A tokenized request: ``num_generations`` completions for each prompt."""
 
     prompts: list[list[int]]
     sampling: SamplingConfig
@@ -77,23 +77,23 @@ class Ask:
     seed: int
     num_generations: int
     num_top_logprobs: int = 0
-    """How many of the likeliest tokens are noted at each place."""
+    """Number of most likely tokens to return at each position."""
 
 
 @dataclass
 class Piece:
-    """A part of one choice, or the whole of it. ``finish_reason`` is None before the last part."""
+    """A streamed part of one choice, or all of it. ``finish_reason`` is None except in the last part."""
 
     index: int
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    """Beside each of the tokens, where they were asked for."""
+    """For each token, if requested."""
     finish_reason: str | None = None
 
     def extend(self, other: Piece) -> None:
-        """Add the part that follows."""
+        """Append the next part."""
         self.text += other.text
         self.tokens += other.tokens
         self.logprobs += other.logprobs
@@ -101,26 +101,26 @@ class Piece:
         self.finish_reason = other.finish_reason
 
 
-# --- what is asked ------------------------------------------------------------------------------------------------
+# --- requests -----------------------------------------------------------------------------------------------------
 
 
 class StreamOptions(BaseModel):
-    """What a stream holds beside the answer."""
+    """OpenAI's ``stream_options``."""
 
     include_usage: bool = False
-    """A last chunk with the counts of tokens."""
+    """Send a last chunk with token counts."""
 
 
 class BaseRequest(BaseModel):
-    """What both kinds of request have in common."""
+    """Parameters of both request types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     whole: ClassVar[str]
-    """Name of an answer that comes at once."""
+    """Object type of a non-streamed response."""
     chunk: ClassVar[str]
-    """Name of a part of a stream."""
+    """Object type of a streamed chunk."""
     prefix: ClassVar[str]
-    """Beginning of an answer's id."""
+    """Prefix of the response id."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -137,13 +137,13 @@ class BaseRequest(BaseModel):
 
     @classmethod
     def parse(cls, values: Any) -> Self:
-        """Check a JSON body. Raises ``RequestError`` naming the first setting that is wrong."""
+        """Validate a JSON body. Raises ``RequestError`` naming the first invalid parameter."""
         if not isinstance(values, dict):
             raise RequestError(f"the body: got a JSON {type(values).__name__}, expected an object")
         given = {key: value for key, value in values.items() if value is not None and key not in WITHOUT_EFFECT}
         for name in NEUTRAL.keys() & given.keys():
             if (value := given.pop(name)) != NEUTRAL[name]:
-                message = f"{name}: got {_show(value)}, expected {json.dumps(NEUTRAL[name])} or nothing; not supported"
+                message = f"{name}: got {_show(value)}; only {json.dumps(NEUTRAL[name])} is supported; leave it out"
                 raise RequestError(message, param=name, code="unsupported_parameter")
         try:
             return cls.model_validate(given)
@@ -151,7 +151,7 @@ class BaseRequest(BaseModel):
             raise _refusal(error) from error
 
     def opening(self) -> list[dict[str, Any]]:
-        """What a stream has for each choice before the first text."""
+        """Return the first chunk of each choice, sent before any text."""
         return []
 
     def _ask(
@@ -168,13 +168,13 @@ class BaseRequest(BaseModel):
         if longest >= max_seq_len:
             message = (
                 f"{param}: got {longest} tokens, expected at most {max_seq_len - 1}: this model's context length is "
-                f"{max_seq_len} tokens, prompt and answer together; shorten the prompt"
+                f"{max_seq_len} tokens for prompt and completion; shorten the prompt"
             )
             raise RequestError(message, param=param, code="context_length_exceeded")
         stop = tuple([self.stop] if isinstance(self.stop, str) else self.stop)
         if "" in stop:
-            raise RequestError("stop: got an empty string, expected text to stop at", param="stop")
-        # Beyond the context no answer can go: a larger limit would only reserve random numbers.
+            raise RequestError("stop: got an empty string, expected a non-empty stop string", param="stop")
+        # A limit beyond the context length would only reserve random numbers.
         room = max_seq_len - min(map(len, prompts))
         settings = {"temperature": self.temperature, "top_p": self.top_p, "max_new_tokens": min(limit, room)}
         extra = {"top_k": self.top_k, "min_p": self.min_p, "repetition_penalty": self.repetition_penalty}
@@ -186,7 +186,7 @@ class BaseRequest(BaseModel):
             raise _refusal(error) from error
         try:
             ends = (tokenizer.document_end_id, *([tokenizer.turn_end_id] if can_chat(tokenizer) else []))
-        except DataError as error:  # a template from elsewhere that ends no turn
+        except DataError as error:  # an imported template without an end-of-turn token
             raise RequestError(str(error), param=param) from error
         seed = secrets.randbits(48) if self.seed is None else self.seed
         return Ask(
@@ -201,20 +201,20 @@ class BaseRequest(BaseModel):
 
 
 class TextPart(BaseModel):
-    """One part of a message's content; there are others, with images and sound, that this model cannot read."""
+    """A text part of a message's content. Image and audio parts are not supported."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(BaseModel):
-    """One turn of the conversation; what an earlier answer held beside role and content is left alone."""
+    """One message of the conversation. Other fields of an earlier response are ignored."""
 
     role: str
     content: str | list[TextPart]
 
     def message(self) -> Message:
-        """The turn as the chat template takes it; OpenAI's newer name of the system's role is the older one."""
+        """Return the message for the chat template. OpenAI's role "developer" becomes "system"."""
         role = "system" if self.role == "developer" else self.role
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": role, "content": text}
@@ -233,9 +233,9 @@ class ChatRequest(BaseRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
 
     def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
-        """The request in the engine's terms. Raises ``RequestError``."""
+        """Tokenize and validate the request. Raises ``RequestError``."""
         if not can_chat(tokenizer):
-            message = "messages: this model has no tokens for conversations; ask for /v1/completions with a prompt"
+            message = "messages: this model has no chat template; send a prompt to /v1/completions"
             raise RequestError(message, param="messages")
         try:
             prompt, _ = render(tokenizer, [turn.message() for turn in self.messages], add_generation_prompt=True)
@@ -253,7 +253,7 @@ class ChatRequest(BaseRequest):
         return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for index in range(self.n)]
 
     def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:
-        """One choice of the answer, or a part of it."""
+        """Return one choice of the response, or a streamed part of it."""
         said = {"delta": {"content": piece.text}} if streamed else {"message": _said(piece.text)}
         logprobs = None
         if self.logprobs:
@@ -271,15 +271,15 @@ class CompletionRequest(BaseRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: PositiveInt | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    """Those of the tokens drawn, and of so many of the likeliest beside each."""
+    """Return the log-probabilities of the sampled tokens and of this many most likely tokens at each position."""
 
     def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
-        """The request in the engine's terms. Raises ``RequestError``."""
+        """Tokenize and validate the request. Raises ``RequestError``."""
         prompts = [_ids(prompt, tokenizer) for prompt in self._prompts()]
         if not prompts or not all(prompts):
-            raise RequestError("prompt: got no tokens, expected a text or token ids", param="prompt")
+            raise RequestError("prompt: got no tokens, expected a non-empty text or list of token ids", param="prompt")
         if len(prompts) * self.n > MAX_CHOICES:
-            message = f"prompt: got {len(prompts)} prompts x n = {self.n}, expected at most {MAX_CHOICES} answers"
+            message = f"prompt: got {len(prompts)} prompts x n = {self.n}, expected at most {MAX_CHOICES} completions"
             raise RequestError(message, param="prompt")
         settings = {"max_seq_len": max_seq_len, "limit": self.max_tokens or 16, "num_top_logprobs": self.logprobs or 0}
         return self._ask(prompts, tokenizer, param="prompt", **settings)
@@ -292,7 +292,7 @@ class CompletionRequest(BaseRequest):
         return [part for part in self.prompt if not isinstance(part, int)]
 
     def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        """One choice of the answer, or a part of it."""
+        """Return one choice of the response, or a streamed part of it."""
         logprobs = None
         if self.logprobs is not None:
             logprobs = {
@@ -308,7 +308,7 @@ Request = ChatRequest | CompletionRequest
 
 
 def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
-    """A text's tokens, after the end of a document as texts begin in training; token ids as they are."""
+    """Return the token ids of a prompt. A text gets the end-of-document token in front, as in training."""
     if isinstance(prompt, str):
         return [tokenizer.document_end_id, *tokenizer.encode(prompt)]
     if prompt and not 0 <= min(prompt) <= max(prompt) < tokenizer.vocab_size:
@@ -318,15 +318,15 @@ def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _refusal(error: ValidationError) -> RequestError:
-    """The first thing that is wrong, by the name that it has in the request."""
+    """Convert the first validation error to a ``RequestError`` with the parameter's name in the request."""
     first = error.errors()[0]
     name, *place = map(str, first["loc"][:3] if first["loc"][:1] == ("messages",) else first["loc"][:1])
     param = name + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place)
     if first["type"] == "extra_forbidden":
-        message = f"{param}: got a setting that is not known, expected none of this name; leave it out"
+        message = f"{param}: unknown parameter; leave it out"
         return RequestError(message, param=param, code="unknown_parameter")
     if first["type"] == "missing":
-        return RequestError(f"{param}: got nothing, expected a value", param=param, code="missing_required_parameter")
+        return RequestError(f"{param}: missing, expected a value", param=param, code="missing_required_parameter")
     wanted = first["msg"][0].lower() + first["msg"][1:]
     return RequestError(f"{param}: got {_show(first['input'])}: {wanted}", param=param, code="invalid_value")
 
@@ -336,11 +336,11 @@ def _show(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-# --- how the answer is put ----------------------------------------------------------------------------------------
+# --- responses ----------------------------------------------------------------------------------------------------
 
 
 class Envelope:
-    """What all parts of the answer to one request have in common."""
+    """Builds the response to one request; all its chunks share an id, a time and a model name."""
 
     def __init__(self, request: Request, *, model: str, vocabulary: Sequence[bytes]) -> None:
         self.request = request
@@ -348,22 +348,22 @@ class Envelope:
         self.common = {"id": f"{request.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, pieces: Sequence[Piece], ask: Ask) -> dict[str, Any]:
-        """The answer at once."""
+        """Return a non-streamed response."""
         choices = [self.request.choice(piece, self.vocabulary) for piece in pieces]
         usage = self.usage(ask, sum(len(piece.tokens) for piece in pieces))
         return {**self.common, "object": self.request.whole, "choices": choices, "usage": usage}
 
     def chunk(self, *choices: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """A part of a stream."""
+        """Return a streamed chunk."""
         return {**self.common, "object": self.request.chunk, "choices": list(choices), **more}
 
     def part(self, piece: Piece) -> dict[str, Any]:
-        """A part of a stream that continues one choice."""
+        """Return a streamed chunk that continues one choice."""
         return self.chunk(self.request.choice(piece, self.vocabulary, streamed=True))
 
     @staticmethod
     def usage(ask: Ask, num_completion: int) -> dict[str, int]:
-        """Tokens of the prompts, each counted once, and of all answers."""
+        """Count the tokens of the prompts (each once) and of all completions."""
         num_prompt = sum(map(len, ask.prompts))
         counts = {"prompt_tokens": num_prompt, "completion_tokens": num_completion}
         return {**counts, "total_tokens": num_prompt + num_completion}
@@ -385,7 +385,10 @@ def _entry(token: int, logprob: float, vocabulary: Sequence[bytes]) -> dict[str,
 
 
 def _by_text(piece: Piece, vocabulary: Sequence[bytes]) -> list[dict[str, float]]:
-    """At each place the likeliest tokens and the one drawn; of several of one text, as half characters, the first."""
+    """Return the log-probabilities at each position by token text: the most likely tokens and the sampled one.
+
+    If several tokens have the same text (incomplete UTF-8), the first is kept.
+    """
     found: list[dict[str, float]] = []
     for token, logprob, others in zip(piece.tokens, piece.logprobs, _beside_each(piece), strict=True):
         found.append({})
@@ -395,7 +398,7 @@ def _by_text(piece: Piece, vocabulary: Sequence[bytes]) -> list[dict[str, float]
 
 
 def _beside_each(piece: Piece) -> list[TopLogprobs]:
-    """The likeliest tokens at each place; none where they were not asked for."""
+    """Return the most likely tokens at each position; empty lists if not requested."""
     return piece.top_logprobs or [[] for _ in piece.tokens]
 
 

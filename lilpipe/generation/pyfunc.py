@@ -1,7 +1,8 @@
-"""A registered model as MLflow's ``python_function``: its ``MLmodel`` names this module, which needs no MLflow.
+"""The registered model as MLflow's ``python_function``. Its ``MLmodel`` file names this module, which does not import
+MLflow.
 
-``mlflow.pyfunc.load_model("models:/lilpipe@champion").predict(...)`` and ``mlflow models serve`` come here. Nothing
-is pickled: the model is the checkpoint's files, and the code is this package.
+``mlflow.pyfunc.load_model("models:/lilpipe@champion").predict(...)`` and ``mlflow models serve`` use it. Nothing is
+pickled: the model is the checkpoint's files, the code is this package.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from lilpipe.generation.transcript import Transcript, gather
 from lilpipe.model.hub import load_model
 
 MAX_ROWS = 32
-"""ServedModel decoded at once."""
+"""Maximum number of completions decoded together."""
 DEFAULTS = {"temperature": 0}
-"""Greedy unless asked otherwise: a model that scores a table gives the same again."""
+"""Greedy by default, so that scoring a table is reproducible."""
 
 
 class ServedModel:
-    """Gives answers to one request, or to each row of a table."""
+    """Completes one request, or each row of a table."""
 
     def __init__(self, directory: Path) -> None:
         model, self.tokenizer = load_model(directory)
@@ -40,11 +41,11 @@ class ServedModel:
         self.vocabulary = token_bytes(self.tokenizer)
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
-        """OpenAI's answer to OpenAI's request, or a list of texts for rows.
+        """Return OpenAI's response to OpenAI's request, or a list of texts for rows.
 
-        A request is ``{"messages": [...]}`` or ``{"prompt": ...}``, with settings such as ``temperature`` beside it or
-        in ``params``. A row is a question, a list of messages, or a mapping like a request; rows come as a list or a
-        data frame. Raises ``RequestError``.
+        A request is ``{"messages": [...]}`` or ``{"prompt": ...}``, with parameters such as ``temperature`` beside it
+        or in ``params``. Rows are a list or a data frame. A row is a user message, a list of messages, or a request.
+        Raises ``RequestError``.
         """
         settings = {**DEFAULTS, **(params or {})}
         if isinstance(model_input, Mapping):
@@ -62,7 +63,7 @@ class ServedModel:
         return dict(row) if isinstance(row, Mapping) else {"messages": row}
 
     def _answers(self, requests: list[Request]) -> list[list[Piece]]:
-        """The choices of each request, all decoded together. An engine of its own keeps callers' threads apart."""
+        """Return the choices of each request, decoded together. Each call has its own engine, so it is thread-safe."""
         asks = [request.ask(self.tokenizer, max_seq_len=self.model.config.max_seq_len) for request in requests]
         engine = Engine(self.model, max_rows=MAX_ROWS)
         transcripts = [Transcript(engine, self.tokenizer, self.vocabulary, ask) for ask in asks]
@@ -75,20 +76,21 @@ class ServedModel:
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:
-    """What MLflow calls, by this name."""
+    """Load the model; MLflow calls this name."""
     return ServedModel(Path(data_path))
 
 
 def _request(values: dict[str, Any]) -> Request:
     request = (ChatRequest if "messages" in values else CompletionRequest).parse(values)
     if request.stream:
-        raise RequestError("stream: got true, expected false: MLflow gives an answer at once", param="stream")
+        raise RequestError("stream: got true, expected false: MLflow does not stream responses", param="stream")
     return request
 
 
 def _rows(table: Any) -> list[Any]:
-    """The rows of a data frame as mappings, of one with a single column of another name its values; or of a list. A
-    text by itself is a row.
+    """Return the rows of a list or data frame; a single text is one row.
+
+    A data frame with one column gives its values, unless the column is ``messages`` or ``prompt``; otherwise mappings.
     """
     if not hasattr(table, "columns"):
         return [table] if isinstance(table, str) else list(table)
@@ -98,5 +100,5 @@ def _rows(table: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Whole numbers as such: a data frame makes floats of them where a row of their column has none (NaN)."""
+    """Convert whole floats to int: a data frame stores integers as floats if the column has missing values (NaN)."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

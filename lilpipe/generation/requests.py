@@ -1,4 +1,4 @@
-"""What is asked of the engine, and the completions while they grow."""
+"""Requests to the engine and their completions."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from lilpipe.generation.text import TextStream
 StopReason = Literal["stop_token", "stop_string", "length", "cancelled"]
 
 TopLogprobs = list[tuple[int, float]]
-"""The tokens that were likeliest at one place and their log-probabilities at temperature 1, the likeliest first."""
+"""The most likely tokens at one position and their log-probabilities at temperature 1, most likely first."""
 
 
 @dataclass
 class CompletionOutput:
-    """One completion, while it grows and afterwards.
+    """One completion, in progress or ended.
 
-    ``tokens`` leaves a stop token out but holds those of a stop string. ``logprobs`` are the model's own, at
-    temperature 1, before the penalty and before any filter, of ``tokens`` and of the stop token if one was drawn. A
-    completion that is not ``finished`` met ``max_new_tokens`` or ``max_seq_len``, or was cancelled.
+    ``tokens`` excludes a stop token but includes the tokens of a stop string. ``logprobs`` are the model's, at
+    temperature 1, before the repetition penalty and filters, for ``tokens`` and for the stop token if one was sampled.
+    A completion that ended without being ``finished`` reached ``max_new_tokens`` or ``max_seq_len``, or was cancelled.
     """
 
     tokens: list[int]
     logprobs: list[float]
     finished: bool
-    """Whether a stop token or a stop string ended it."""
+    """Whether a stop token or stop string ended it."""
     stop_reason: StopReason | None = None
-    """None while it grows."""
+    """None while in progress."""
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    """Beside each of ``logprobs``, where they were asked for."""
+    """For each of ``logprobs``, if requested."""
 
 
 class SamplingParams(NamedTuple):
-    """What a token's choice depends on beside logits and chance; rows of one set of parameters are drawn together."""
+    """Sampling parameters. Rows with equal parameters are sampled together."""
 
     temperature: float
     top_k: int
@@ -48,27 +48,27 @@ class SamplingParams(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """Completions that were asked for together."""
+    """A prompt and its completions."""
 
     prompt: list[int]
     sampling: SamplingConfig
     stop_ids: frozenset[int]
     seed: int
     index: int
-    """The prompt's part in its random numbers, beside ``seed``."""
+    """Prompt number; random numbers depend on it and on ``seed``."""
     room: int
-    """Most tokens that a completion can have."""
+    """Maximum number of tokens of a completion."""
     samples: list[CompletionOutput]
     num_top_logprobs: int = 0
-    """How many of the likeliest tokens are noted at each place."""
+    """Number of most likely tokens to return at each position."""
     vocabulary: list[bytes] = field(default_factory=list)
-    """Bytes of each token, where stop strings are looked for."""
+    """Bytes of each token; empty without stop strings."""
     num_started: int = 0
     num_ended: int = 0
     pages: list[int] = field(default_factory=list)
-    """Of the prompt, from when its first completion begins until the last ends."""
+    """Pages of the prompt, from the start of the first completion to the end of the last."""
     logits_V: Tensor | None = None
-    """After the prompt, until all completions have begun."""
+    """Logits after the prompt, until all completions have started."""
 
     def __post_init__(self) -> None:
         self.params = SamplingParams(*(getattr(self.sampling, name) for name in SamplingParams._fields))
@@ -80,21 +80,21 @@ class Request:
 
     @property
     def pages_per_completion(self) -> int:
-        """Most pages that one completion needs; its last token is never written."""
+        """Maximum number of pages of one completion. Its last token is never cached."""
         return pages_for(self.room - 1)
 
     def text(self) -> TextStream | None:
-        """What reads a completion for stop strings, if there are any."""
+        """Return a decoder that detects stop strings, or None if there are none."""
         return TextStream(self.vocabulary, self.sampling.stop) if self.sampling.stop else None
 
 
 @dataclass(eq=False)
 class Row:
-    """A completion in the making."""
+    """A completion in progress."""
 
     request: Request
     number: int
-    """Of the completion among the request's."""
+    """Index of the completion in its request."""
     pages: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -103,7 +103,7 @@ class Row:
         self.text = self.request.text()
 
     def record(self, token: int, logprob: float) -> bool:
-        """Take a token; whether it ended the completion."""
+        """Append a token; returns whether it ends the completion."""
         sample = self.sample
         sample.logprobs.append(logprob)
         if token in self.stop_ids:

@@ -1,4 +1,4 @@
-"""The completions that are decoded together: their tokens, random numbers and pages.
+"""Rows: the completions that are decoded together, with their tokens, random numbers and pages.
 
 Dimensions: B rows, V vocabulary, N random numbers, M pages of a row.
 """
@@ -21,14 +21,14 @@ from lilpipe.generation.sampling import draw, uniforms
 from lilpipe.model.transformer import Transformer
 
 COMPACT_AT = 1 / 2
-"""Pages are moved together once less than this share of those up to the last one is in use."""
+"""Pages are compacted when less than this fraction of the pages up to the last used one is in use."""
 
 
 class Rows:
-    """Row b holds one answer: the token drawn last, which is not in the cache yet. Rows are in no order.
+    """Row b holds the last token of one completion, which is not cached yet. Rows have no order.
 
-    With ``padded``, a step's shapes are rounded up to few sizes: rows that hold nothing stand behind the others and
-    write to a page of their own.
+    With ``padded``, a step's shapes are rounded up to few sizes: empty rows follow the others and write to their own
+    page.
     """
 
     def __init__(self, model: Transformer, *, padded: bool = False) -> None:
@@ -41,12 +41,12 @@ class Rows:
         self._seen_BV: Tensor | None = None
         self._by_params: dict[SamplingParams, list[int]] | None = None
         self._num_asking = 0
-        """Rows whose requests ask for the likeliest tokens."""
+        """Number of rows whose requests ask for top log-probabilities."""
         self._view: DecodeView | None = None
         self._steps_left = 0
         self._scratch = Scratch()
         self._sink = self.answers.take(1) if padded else []
-        """The page of the rows that hold nothing."""
+        """The page of the empty rows."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,10 +54,10 @@ class Rows:
     def __bool__(self) -> bool:
         return bool(self.rows)
 
-    # --- coming and going -----------------------------------------------------------------------------------------
+    # --- adding and removing --------------------------------------------------------------------------------------
 
     def add(self, entering: Sequence[Row], logits_BV: Tensor) -> None:
-        """Let completions in and draw the first token of each."""
+        """Add completions and sample the first token of each."""
         first = len(self.rows)
         self.rows += entering
         self._num_asking += sum(row.request.num_top_logprobs > 0 for row in entering)
@@ -76,7 +76,7 @@ class Rows:
         self.draw(logits_BV, first)
 
     def _see(self, entering: Sequence[Row]) -> None:
-        """Note the prompts' tokens, for the repetition penalty, if any row has one."""
+        """Record the prompts' tokens for the repetition penalty, if any row has one."""
         if self._seen_BV is None and all(row.request.params.repetition_penalty == 1 for row in entering):
             return
         num_before = len(self.rows) - len(entering)
@@ -88,7 +88,7 @@ class Rows:
         self._seen_BV = torch.cat([self._seen_BV, new_BV])
 
     def remove(self, numbers: Collection[int]) -> None:
-        """Let rows go, with their pages; a prompt's pages go with the last of its completions."""
+        """Remove rows and free their pages; a prompt's pages are freed with its last completion."""
         if not numbers:
             return
         for number in numbers:
@@ -114,9 +114,9 @@ class Rows:
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def inputs(self) -> tuple[Tensor, Tensor, DecodeView]:
-        """The last token of each row and its position, ``[B, 1]`` each, and where its keys and values go.
+        """Return the last token of each row and its position, ``[B, 1]`` each, and the view of the KV cache.
 
-        There may be more rows than completions.
+        With padding there are more rows than completions.
         """
         if self._view is None or self._steps_left == 0:
             self._view = self._lay_out()
@@ -129,7 +129,7 @@ class Rows:
         return tokens_B[:, None], self._positions_B[:, None], self._view
 
     def _lay_out(self) -> DecodeView:
-        """Give each row that begins a page one, and note where everything is."""
+        """Allocate a page for each row that starts one, and compute the layout."""
         own_B = self._num_drawn_B - 1
         index_B, place_B = np.divmod(own_B, PAGE_SIZE)
         begin = [row for row, index in zip(self.rows, index_B.tolist(), strict=True) if index == len(row.pages)]
@@ -165,7 +165,7 @@ class Rows:
                 request.pages = [moved.get(page, page) for page in request.pages]
 
     def draw(self, logits_BV: Tensor, first: int = 0) -> None:
-        """Draw a token in each row from ``first`` on; those whose completion ends with it leave."""
+        """Sample a token in each row from ``first`` on; rows whose completion ends are removed."""
         uniforms_B = torch.from_numpy(self._uniforms_BN[np.arange(first, len(self.rows)), self._num_drawn_B[first:]])
         tokens_B, logprobs_B = self._choose(logits_BV, uniforms_B.to(self.device), first)
         self._tokens_B[first:] = tokens_B
@@ -174,13 +174,13 @@ class Rows:
             self._seen_BV[first:].scatter_(1, tokens_B[:, None], True)
         logprobs = logprobs_B.tolist()
         if not math.isfinite(sum(logprobs)):
-            raise DataError("the model's logits are not finite: its training has diverged; train it again")
+            raise DataError("the model's logits are not finite: its training diverged; train it again")
         self._note_top_logprobs(logits_BV, first)
         drawn = zip(self.rows[first:], tokens_B.tolist(), logprobs, strict=True)
         self.remove([number for number, (row, *values) in enumerate(drawn, first) if row.record(*values)])
 
     def _note_top_logprobs(self, logits_BV: Tensor, first: int) -> None:
-        """Note the likeliest tokens in the rows whose requests ask for them."""
+        """Record the most likely tokens of rows whose requests ask for them."""
         rows = enumerate(self.rows[first:]) if self._num_asking else ()
         asking = [(number, row) for number, row in rows if row.request.num_top_logprobs]
         if not asking:
@@ -191,7 +191,7 @@ class Rows:
             row.sample.top_logprobs.append(list(zip(tokens, logprobs, strict=True))[: row.request.num_top_logprobs])
 
     def _choose(self, logits_BV: Tensor, uniforms_B: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities, rows of one set of parameters together."""
+        """Return tokens and log-probabilities; rows with the same sampling parameters are sampled together."""
         seen_BV = None if self._seen_BV is None else self._seen_BV[first:]
         by_params = self._sampling_params(first)
         if len(by_params) == 1:
@@ -205,7 +205,7 @@ class Rows:
         return tokens_B, logprobs_B
 
     def _sampling_params(self, first: int) -> dict[SamplingParams, list[int]]:
-        """Numbers, counted from ``first``, of the rows of each set of parameters."""
+        """Group rows by sampling parameters; row numbers count from ``first``."""
         if first == 0 and self._by_params is not None:
             return self._by_params
         by_params: dict[SamplingParams, list[int]] = {}
@@ -217,12 +217,12 @@ class Rows:
 
 
 def round_up(count: int) -> int:
-    """The next power of two."""
+    """Return the smallest power of two that is at least ``count``."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 def table(pages: Sequence[Sequence[int]], width: Callable[[int], int] = int) -> np.ndarray:
-    """Pages of each row ``[B, M]``, -1 where a row has fewer; M is the most, rounded as ``width`` says."""
+    """Return the pages of each row ``[B, M]``, -1 where a row has fewer; ``width`` rounds M up."""
     result = np.full((len(pages), width(max(map(len, pages), default=0))), -1, dtype=np.int64)
     for row, numbers in zip(result, pages, strict=True):
         row[: len(numbers)] = numbers

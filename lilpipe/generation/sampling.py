@@ -1,6 +1,6 @@
-"""Choosing the next token from logits: pure functions.
+"""Sampling the next token from logits: pure functions.
 
-What a row gets depends on that row alone, never on the others.
+The result for a row does not depend on the other rows of the batch.
 
 Dimensions: B sequences, V vocabulary, N tokens of one sequence, C candidates, W tokens of a block.
 """
@@ -17,16 +17,16 @@ from torch import Tensor
 from lilpipe.generation.requests import SamplingParams
 
 BLOCK = 64
-"""Tokens whose probabilities are summed at once."""
+"""Number of tokens whose probabilities are summed as one block."""
 CANDIDATES = (64, 1024)
-"""How many of the likeliest tokens are tried before all are sorted, which takes ten times as long."""
+"""Numbers of most likely tokens to try before sorting the whole vocabulary, which takes ten times as long."""
 
 
 def uniforms(seed: int, prompt: int, sample: int, num_tokens: int) -> Tensor:
-    """The random stream of one sequence: ``[N]`` float32, uniform on [0, 1) in steps of 2**-24.
+    """Return the random numbers of one sequence: ``[N]`` float32, uniform on [0, 1) in steps of 2**-24.
 
-    SHAKE-128 of (seed, prompt, sample), so that a sequence's draws depend on nothing else: not on the batch it
-    shares, the order of decoding, the device, nor the version of a library.
+    They are SHAKE-128 of (seed, prompt, sample), so they depend on nothing else: not on the batch, the order of
+    decoding, the device or library versions.
     """
     stream = hashlib.shake_128(f"sample:{seed}:{prompt}:{sample}".encode()).digest(4 * num_tokens)
     bits = np.frombuffer(stream, dtype="<u4") >> 8
@@ -36,8 +36,10 @@ def uniforms(seed: int, prompt: int, sample: int, num_tokens: int) -> Tensor:
 def draw(
     logits_BV: Tensor, uniforms_B: Tensor, params: SamplingParams, seen_BV: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A token for each row and its log-probability ``[B]`` under the logits as they are: at temperature 1, before the
-    penalty and before any filter. ``seen_BV`` is True at the tokens that the repetition penalty is for.
+    """Sample a token for each row.
+
+    Returns the token ids ``[B]`` and their log-probabilities ``[B]`` at temperature 1, before the repetition penalty
+    and filters. ``seen_BV`` is True for tokens that the repetition penalty applies to.
     """
     largest_B1 = logits_BV.amax(dim=-1, keepdim=True)
     weights_BV = (logits_BV - largest_B1).exp_()
@@ -63,7 +65,7 @@ def draw(
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Logits with those of tokens that were seen divided by the penalty, or multiplied where they are negative."""
+    """Apply the repetition penalty: divide positive logits of seen tokens by it, multiply negative ones."""
     return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
 
 
@@ -76,11 +78,11 @@ def choose(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """One token ``[B]`` for each row, by inverting the cumulative distribution at the row's uniform number.
+    """Sample one token ``[B]`` for each row by inverting the cumulative distribution at the row's uniform number.
 
-    ``temperature`` 0 takes the likeliest token, and so does one too small to divide by. ``top_k`` above 0 keeps so many
-    of the likeliest tokens; ``top_p`` below 1 the fewest likeliest of these whose share of their probability reaches it
-    (nucleus sampling, Holtzman et al. 2020); ``min_p`` those that are at least that share as likely as the likeliest.
+    ``temperature`` 0, or one too small to divide by, is greedy. ``top_k`` above 0 keeps that many most likely tokens.
+    ``top_p`` below 1 keeps the smallest set of most likely tokens whose share of the probability reaches it (nucleus
+    sampling, Holtzman et al. 2020). ``min_p`` keeps the tokens with at least that fraction of the highest probability.
     """
     if temperature < torch.finfo(logits_BV.dtype).tiny:
         return logits_BV.argmax(dim=-1)
@@ -107,14 +109,17 @@ def choose(
 def _among_top_candidates(
     weights_BV: Tensor, uniforms_B: Tensor, width: int, *, top_p: float, min_p: float, is_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """A token of each row chosen among its ``width`` likeliest, and whether all that may be drawn are among these."""
+    """Sample among the ``width`` most likely tokens of each row.
+
+    Returns the tokens and whether the candidates contain every token that passes the filters.
+    """
     candidates_BC, order_BC = weights_BV.topk(width, dim=-1)
     cumulative_BC = candidates_BC.cumsum(dim=-1)
     total_B1 = cumulative_BC[:, -1:] if is_last else weights_BV.sum(dim=-1, keepdim=True)
-    # A token stays if those before it fall short of top_p; the first always does. The last that stays is the first
-    # whose cumulative probability reaches top_p, and rounding may leave none.
+    # Keep a token if the cumulative probability before it is below top_p; the first always is. The last kept token is
+    # the first whose cumulative probability reaches top_p. Due to rounding there may be none.
     num_short_B1 = (cumulative_BC < top_p * total_B1).sum(dim=-1, keepdim=True)
-    num_likely_B1 = (candidates_BC >= min_p).sum(dim=-1, keepdim=True)  # the likeliest has weight 1
+    num_likely_B1 = (candidates_BC >= min_p).sum(dim=-1, keepdim=True)  # the most likely token has weight 1
     complete_B = is_last | ((num_short_B1 < width) | (num_likely_B1 < width)).squeeze(-1)
     last_B1 = torch.minimum(num_short_B1, num_likely_B1 - 1).clamp(0, width - 1)
     kept_BC = cumulative_BC.clamp(max=cumulative_BC.gather(-1, last_B1))
@@ -123,7 +128,7 @@ def _among_top_candidates(
 
 
 def _block_sums(weights_BV: Tensor) -> Tensor:
-    """Sums of blocks of ``BLOCK`` tokens; the last may be shorter."""
+    """Return the sums of blocks of ``BLOCK`` tokens; the last block may be shorter."""
     vocab_size = weights_BV.shape[-1]
     whole = vocab_size // BLOCK * BLOCK
     sums_BN = weights_BV[:, :whole].unflatten(-1, (-1, BLOCK)).sum(dim=-1) if whole else weights_BV[:, :0]
@@ -133,7 +138,7 @@ def _block_sums(weights_BV: Tensor) -> Tensor:
 
 
 def _invert_blocks(weights_BV: Tensor, blocks_BN: Tensor, uniforms_B: Tensor) -> Tensor:
-    """``_invert`` of the cumulative weights, by way of blocks: sums over all the vocabulary in order are slow."""
+    """Sample as ``_invert`` does, block by block, because a cumulative sum over the whole vocabulary is slow."""
     cumulative_BN = blocks_BN.cumsum(dim=-1)
     target_B1 = uniforms_B[:, None] * cumulative_BN[:, -1:]
     block_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True)
@@ -143,17 +148,17 @@ def _invert_blocks(weights_BV: Tensor, blocks_BN: Tensor, uniforms_B: Tensor) ->
     inside_BW = weights_BV.gather(-1, columns_BW.clamp(max=vocab_size - 1))
     inside_BW = inside_BW.where(columns_BW < vocab_size, 0.0).cumsum(dim=-1)
     within_B1 = torch.searchsorted(inside_BW, target_B1 - before_B1, right=True)
-    # Rounded otherwise, the block's sum may not reach what is left: then it is the block's last token with a weight.
+    # Rounding may leave the block's sum below the remaining target: take the block's last token with a weight.
     last_B1 = torch.searchsorted(inside_BW, inside_BW[:, -1:].contiguous())
-    # Weights of NaN have no such token; the caller sees it by the log-probability.
+    # With NaN weights there is no such token; the caller sees NaN in the log-probability.
     return (block_B1 * BLOCK + torch.minimum(within_B1, last_B1)).squeeze(-1).clamp(max=vocab_size - 1)
 
 
 def _invert(cumulative_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the uniform's share of the total.
+    """Return the first token whose cumulative probability exceeds the uniform number times the total.
 
-    A uniform of at most 1 - 2**-24 times the total rounds below the total, so there always is such a token, and a
-    token of probability 0 is never it.
+    A uniform number is at most 1 - 2**-24, so its product with the total rounds below the total: such a token always
+    exists, and it never has probability 0.
     """
     target_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)

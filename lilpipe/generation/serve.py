@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server over HTTP, on loopback: chat and text completions, streamed or not, and a chat page.
+"""An OpenAI-compatible HTTP server: chat and text completions, with streaming, and a chat page.
 
-Requests of all clients are decoded together by one engine. There is no authentication: whoever reaches the address can
-use the model, so another address than loopback is a choice to make knowingly. A browser's pages reach loopback too;
-those of other sites are kept out by the names that the server answers to and by taking nothing but JSON.
+One engine decodes the requests of all clients together. There is no authentication: anyone who can reach the address
+can use the model, so it listens on loopback by default. Web pages of other sites can reach loopback from a browser; the
+server rejects them by checking the Host header and by accepting only JSON bodies.
 """
 
 from __future__ import annotations
@@ -49,53 +49,54 @@ PAGE = Path(__file__).with_name("page.html")
 PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
-"""The browser loads nothing from elsewhere, whatever a model writes."""
+"""Content Security Policy: the browser loads nothing from other sites, whatever a model writes."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY_BYTES = 16 * 2**20
 MAX_CONNECTIONS = 512
-"""Above so many clients at once, others are told to come back (503): what waits for rows is kept in memory."""
+"""Maximum number of concurrent clients, because waiting requests are kept in memory; others get status 503."""
 CLIENT_GONE = 499
-"""What nginx logs where the client closed the connection; nobody reads the response."""
+"""nginx's status for a connection that the client closed; nobody reads the response."""
 
 logger = logging.getLogger(__name__)
 
 
 def serve(directory: Path, *, name: str, host: str = "127.0.0.1", port: int = 8000, max_rows: int = 32) -> None:
-    """Serve a checkpoint until interrupted; ``max_rows`` answers are decoded at once, others wait.
+    """Serve a checkpoint until interrupted. ``max_rows`` is the number of completions decoded at once; others wait.
 
-    Raises ``ArtifactError`` if the directory holds no checkpoint, ``ConfigError`` if the address cannot be had.
+    Raises ``ArtifactError`` if the directory contains no checkpoint, ``ConfigError`` if it cannot listen at the
+    address.
     """
     with listen(host, port) as listener:
         app = make_app(directory, name=name, host=host, max_rows=max_rows)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
-        print(f"{name}: {address}/v1, a page to chat at {address}/; Ctrl-C ends it", flush=True)
+        print(f"{name}: {address}/v1, chat page {address}/; Ctrl-C stops it", flush=True)
         http_server(app).run(sockets=[listener])
 
 
 def http_server(app: Starlette) -> uvicorn.Server:
-    """What speaks HTTP for the application; answers under way get a moment when it is told to end."""
+    """Return the HTTP server of the application. On shutdown, responses in progress get 2 seconds to finish."""
     config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=2)
     return uvicorn.Server(config)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; port 0 takes any that is free."""
+    """Return a socket that listens at the address; port 0 selects a free port. Raises ``ConfigError`` if it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen()  # who comes before the application has started waits
+        listener.listen()  # clients that connect before the application has started wait
     except OSError as error:
         listener.close()
-        message = f"serve: cannot listen at {host}, port {port} ({error.strerror or error}); choose another with --port"
+        message = f"serve: cannot listen at {host}, port {port} ({error.strerror or error}); set another --port"
         raise ConfigError(message) from error
     return listener
 
 
 def make_app(directory: Path, *, name: str, host: str, max_rows: int) -> Starlette:
-    """The server as an ASGI application, its engine's thread running until the application shuts down."""
+    """Return the server as an ASGI application; its engine's thread runs until the application shuts down."""
     model, tokenizer = load_model(directory)
     model = model.to(distributed.device())
     thread = EngineThread(lambda: Engine(model, max_rows=max_rows), tokenizer)
@@ -118,7 +119,7 @@ def make_app(directory: Path, *, name: str, host: str, max_rows: int) -> Starlet
 
 
 class _Server:
-    """The handlers, and what they share."""
+    """The request handlers and their state."""
 
     def __init__(self, thread: EngineThread, *, name: str, max_seq_len: int) -> None:
         self.thread = thread
@@ -128,7 +129,7 @@ class _Server:
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Ends the engine's thread with the application."""
+        """Stop the engine's thread when the application shuts down."""
         app.state.thread = self.thread
         try:
             yield
@@ -136,31 +137,31 @@ class _Server:
             self.thread.close()
 
     async def page(self, request: HTTPRequest) -> Response:  # noqa: ARG002
-        """The chat page, which loads nothing else."""
+        """Return the chat page, a single file."""
         text = await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
         return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     async def health(self, request: HTTPRequest) -> Response:  # noqa: ARG002
-        """200 while the engine's thread lives."""
+        """Return status 200 while the engine's thread is running, else 503."""
         alive = self.thread.alive
-        content = {"status": "ok" if alive else "the engine has ended", "requests": len(self.thread.tickets)}
+        content = {"status": "ok" if alive else "the engine has stopped", "requests": len(self.thread.tickets)}
         return JSONResponse(content, status_code=200 if alive else 503)
 
     async def models(self, request: HTTPRequest) -> Response:  # noqa: ARG002
-        """The one model."""
+        """List the one model."""
         return JSONResponse({"object": "list", "data": [self._card()]})
 
     async def model(self, request: HTTPRequest) -> Response:
-        """The one model, by its name."""
+        """Return the model, if it has this name."""
         self._check_model(request.path_params["model"])
         return JSONResponse(self._card())
 
     async def chat_completions(self, request: HTTPRequest) -> Response:
-        """Continue a conversation."""
+        """Return chat completions."""
         return await self._respond(request, ChatRequest.parse(await _json(request)))
 
     async def completions(self, request: HTTPRequest) -> Response:
-        """Continue a text."""
+        """Return text completions."""
         return await self._respond(request, CompletionRequest.parse(await _json(request)))
 
     def _card(self) -> dict[str, Any]:
@@ -169,12 +170,12 @@ class _Server:
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, self.name):
-            message = f"model: got {name!r}, expected {self.name!r}, the one that is served"
+            message = f"model: got {name!r}, expected {self.name!r}, the served model"
             raise RequestError(message, param="model", code="model_not_found", status=404)
 
     async def _respond(self, http: HTTPRequest, request: Request) -> Response:
         self._check_model(request.model)
-        # A prompt of megabytes takes seconds to encode, for which the other clients' streams would stand still.
+        # Encoding a prompt of megabytes takes seconds, which would block the streams of other clients.
         ask = await asyncio.to_thread(request.ask, self.thread.tokenizer, max_seq_len=self.max_seq_len)
         envelope = Envelope(request, model=self.name, vocabulary=self.thread.vocabulary)
         if request.stream:
@@ -186,7 +187,7 @@ class _Server:
             await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 return Response(None, CLIENT_GONE)
-            if (error := answer.exception()) is not None:  # raised, it would cost the client its connection
+            if (error := answer.exception()) is not None:  # raising it would close the client's connection
                 return await _failed(http, error)
             return JSONResponse(envelope.whole(answer.result(), ask))
         finally:
@@ -200,7 +201,7 @@ class _Server:
         return [choices[index] for index in sorted(choices)]
 
     async def _events(self, request: Request, ask: Ask, envelope: Envelope) -> AsyncIterator[str]:
-        """Server-sent events: chunks, the usage if it was asked for, and the end. An error ends them."""
+        """Yield server-sent events: chunks, usage if requested, and the end. An error ends the stream."""
         num_tokens = 0
         try:
             for choice in request.opening():
@@ -209,8 +210,8 @@ class _Server:
                 for piece in pieces:
                     num_tokens += len(piece.tokens)
                     yield _event(envelope.part(piece))
-        except Exception as error:  # the status has been sent: the stream alone can tell
-            logger.warning("a stream ended early: %s", error)
+        except Exception as error:  # the status is already sent: report the error in the stream
+            logger.warning("a stream was aborted: %s", error)
             yield _event(error_body(str(error), kind="server_error"))
             return
         if request.stream_options.include_usage:
@@ -218,7 +219,7 @@ class _Server:
         yield "data: [DONE]\n\n"
 
     async def _pieces(self, ask: Ask) -> AsyncIterator[Sequence[Piece]]:
-        """The parts of all choices as they come. Who stops listening frees the rows."""
+        """Yield the parts of all choices as they arrive. Closing the iterator cancels the request."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Sequence[Piece] | Exception]()
         ticket = self.thread.submit(ask, lambda pieces: loop.call_soon_threadsafe(news.put_nowait, pieces))
         num_open = len(ask.prompts) * ask.num_generations
@@ -234,7 +235,11 @@ class _Server:
 
 
 async def _json(request: HTTPRequest) -> Any:
-    """The body. Only what calls itself JSON is read: a browser asks before it sends that to another site."""
+    """Return the JSON body.
+
+    Requires ``Content-Type: application/json``, for which a browser first asks permission (CORS preflight) on other
+    sites.
+    """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise RequestError(f"Content-Type: got {kind!r}, expected application/json", status=415)
@@ -242,7 +247,7 @@ async def _json(request: HTTPRequest) -> Any:
     async for part in request.stream():
         body += part
         if len(body) > MAX_BODY_BYTES:
-            raise RequestError(f"the body: got more than {MAX_BODY_BYTES} bytes, expected fewer", status=413)
+            raise RequestError(f"request body: got more than {MAX_BODY_BYTES} bytes; shorten the request", status=413)
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -250,7 +255,7 @@ async def _json(request: HTTPRequest) -> Any:
 
 
 async def _disconnected(request: HTTPRequest) -> None:
-    """Returns once the client has gone."""
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -265,7 +270,7 @@ async def _refused(request: HTTPRequest, error: Exception) -> Response:  # noqa:
 
 
 async def _gone(request: HTTPRequest, error: Exception) -> Response:  # noqa: ARG001
-    """The client left before all of its request had come, which is no fault of the server's."""
+    """The client disconnected while sending its request: not a server error."""
     return Response(None, CLIENT_GONE)
 
 

@@ -1,4 +1,4 @@
-"""Tokens to text while they come: no half characters, and nothing of a stop string."""
+"""Incremental detokenization, with stop strings."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lilpipe.tokenizer.encoding import Tokenizer
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of each token by id; of special tokens their names."""
+    """Return the bytes of each token by id; for special tokens, their names."""
     return [*tokenizer.ranks, *(name.encode() for name in tokenizer.special_ids)]
 
 
 class TextStream:
-    """The text of one completion, piece by piece.
+    """Decodes one completion incrementally.
 
-    A character is held back until its last byte has come, and so is what may turn out to begin a stop string. From a
-    stop string on nothing is given, and ``stopped`` is True. The pieces together are what the whole completion decodes
-    to, up to the stop string.
+    Incomplete UTF-8 characters, and text that may be the start of a stop string, are held back. After a stop string
+    ``stopped`` is True and no more text is returned. The pieces concatenate to the decoded completion up to the stop
+    string.
     """
 
     def __init__(self, vocabulary: Sequence[bytes], stop: Sequence[str] = ()) -> None:
@@ -29,12 +29,14 @@ class TextStream:
         self._held = ""
 
     def push(self, tokens: Iterable[int]) -> str:
-        """What these tokens let be said. An id of a padded vocabulary, beyond the tokenizer's, says nothing."""
+        """Add tokens and return the text that is now complete. Ids beyond the tokenizer's vocabulary (padding) are
+        ignored.
+        """
         known = (self._vocabulary[token] for token in tokens if token < len(self._vocabulary))
         return self._release(self._decoder.decode(b"".join(known)))
 
     def finish(self) -> str:
-        """What was held back, once it is known that nothing more comes."""
+        """Return the held-back text at the end of the completion."""
         said = self._release(self._decoder.decode(b"", final=True))
         if not self.stopped:
             said, self._held = said + self._held, ""
@@ -54,6 +56,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of ``stop``, short of the whole, that ends ``text``."""
+    """Return the length of the longest proper prefix of ``stop`` that is a suffix of ``text``."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

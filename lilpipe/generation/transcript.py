@@ -1,4 +1,4 @@
-"""What the engine draws for one request, as parts of an answer."""
+"""The engine's output for one request, as parts of a response."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lilpipe.tokenizer.encoding import Tokenizer
 
 
 class Transcript:
-    """A request that the engine is at work on. Choices are numbered prompt by prompt."""
+    """A request in the engine. Choices are numbered prompt by prompt."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, vocabulary: Sequence[bytes], ask: Ask) -> None:
-        """Hand the request to the engine. Raises ``DataError`` if it cannot be answered."""
+        """Submit the request to the engine. Raises ``DataError`` if the engine rejects it."""
         self.requests = []
         try:
             for index, prompt in enumerate(ask.prompts):
@@ -40,11 +40,11 @@ class Transcript:
 
     @property
     def done(self) -> bool:
-        """Whether the last part of every choice has been given."""
+        """Whether the last part of every choice has been returned."""
         return not self._open
 
     def news(self) -> list[Piece]:
-        """What has come since the last call; for a choice with nothing new there is no part."""
+        """Return the new parts since the last call; none for a choice without new tokens."""
         pieces = [piece for index in list(self._open) if (piece := self._news(index)) is not None]
         for piece in pieces:
             if piece.finish_reason is not None:
@@ -67,14 +67,14 @@ class Transcript:
         return Piece(index, said, tokens, logprobs, top_logprobs, finish_reason=reason)
 
     def cancel(self, engine: Engine) -> None:
-        """Free the rows of what is not done yet."""
+        """Cancel the unfinished completions and free their rows."""
         for request in self.requests:
             if not request.done:
                 engine.cancel(request)
 
 
 def gather(choices: dict[int, Piece], pieces: Sequence[Piece]) -> None:
-    """Add parts to the choices that they belong to."""
+    """Append parts to their choices."""
     for piece in pieces:
         if piece.index in choices:
             choices[piece.index].extend(piece)

@@ -1,12 +1,12 @@
-"""vLLM (Kwon et al. 2023) behind the interface of ``generate``: the extra ``vllm``, on a GPU.
+"""vLLM (Kwon et al. 2023) behind the interface of ``generate``: extra ``vllm``, requires a GPU.
 
-The engine starts once for each shape of model, in this process and with weights of its own that mean nothing; before
-each call the model's are handed to its workers (``collective_rpc`` and vLLM's ``load_weights``), so that a policy in
-training is sampled without a restart. Log-probabilities are vLLM's raw ones: before temperature and filters. They are
-computed by other kernels than the trainer's, often in a narrower type, so what takes them for the policy's own should
-watch the gap. Seeds are vLLM's too: its samples are not those of the native engine.
+The engine starts once per model architecture, in this process, with dummy weights. Before each call the model's weights
+are sent to its workers (``collective_rpc`` and vLLM's ``load_weights``), so a policy in training is sampled without a
+restart. Log-probabilities are vLLM's raw ones, before temperature and filters. Other kernels than the trainer's compute
+them, often in a narrower dtype: code that uses them as the policy's should monitor the difference. Seeds are vLLM's:
+its completions differ from the native engine's.
 
-Written against vLLM's documentation (0.8 and later) and tested against a stand-in of its API: no GPU was at hand.
+Written for vLLM's documentation (0.8 and later) and tested with a fake of its API, not on a GPU.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from lilpipe.seeds import derive_seed
 from lilpipe.tokenizer.encoding import Tokenizer
 
 MEMORY_SHARE = 0.4
-"""Of the GPU's memory, for vLLM's weights and cache: the rest is the trainer's."""
+"""Fraction of GPU memory for vLLM's weights and KV cache; the rest is for the trainer."""
 SEEDS = 2**31
-"""vLLM takes seeds below this, and adds the sample's number."""
+"""vLLM requires seeds below this, and adds the completion's index to the seed."""
 
 _started: dict[str, Any] = {}
-"""Engines by the shape that they were started for."""
+"""Engines by the architecture that they were started for."""
 
 
 def generate(
@@ -52,9 +52,9 @@ def generate(
     rooms: Sequence[int],
     tokenizer: Tokenizer | None,
 ) -> list[list[CompletionOutput]]:
-    """As ``engine.generate``; ``rooms`` are the most tokens that a completion to each prompt can have.
+    """Generate as ``engine.generate`` does; ``rooms`` are the maximum numbers of completion tokens for each prompt.
 
-    Raises ``ConfigError`` where vLLM is not installed or does not know the model.
+    Raises ``ConfigError`` if vLLM is not installed or does not support the model.
     """
     vllm = _import()
     engine = _engine(vllm, model, sampling)
@@ -98,43 +98,43 @@ def generate(
 
 
 def _replay(row: Row, completion: Any) -> None:
-    """Record the tokens as if they were drawn here: what ends a completion is then the same for both engines."""
+    """Record the tokens as if sampled by the native engine, so that both engines end completions in the same way."""
     for token, likely in zip(completion.token_ids, completion.logprobs, strict=True):
         if row.record(token, likely[token].logprob):
             return
 
 
 def hand_over(engine: Any, model: Transformer) -> None:
-    """Give the engine the model's weights, and let it forget what it has cached under others."""
+    """Send the model's weights to the engine and reset its prefix cache."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     engine.collective_rpc(_load, args=(list(adapter_for(model.config).to_hf(tensors).items()),))
     engine.reset_prefix_cache()
 
 
 def _load(worker: Any, tensors: list[tuple[str, Tensor]]) -> None:
-    """In a worker of vLLM's: overwrite its weights."""
+    """Overwrite the weights of a vLLM worker; runs in the worker."""
     worker.model_runner.model.load_weights(tensors)
 
 
 def _import() -> Any:
-    # The engine in this process: a worker elsewhere would be sent the weights as bytes.
+    # Run the engine in this process: to another process, weights would be sent as bytes.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         return importlib.import_module("vllm")
     except ImportError as error:
         raise ConfigError(
-            "sampling.engine: got 'vllm', and vllm is not installed; install lilpipe[vllm] on a machine with a GPU, or "
-            "take engine = 'native'"
+            "sampling.engine: got 'vllm', but vllm is not installed; install lilpipe[vllm] on a machine with a GPU, or "
+            "set engine = 'native'"
         ) from error
 
 
 def _engine(vllm: Any, model: Transformer, sampling: SamplingConfig) -> Any:
-    """The engine for this shape of model, started on first use."""
+    """Return the engine for this model architecture; start it on first use."""
     config, layout = model.config, adapter_for(model.config)
     if isinstance(layout, Lilpipe):
         raise ConfigError(
-            "sampling.engine: got 'vllm', and no architecture that vllm knows computes this model (logit_softcap, or a "
-            "mixture of options); take engine = 'native'"
+            "sampling.engine: got 'vllm', but vllm has no architecture that computes this model (logit_softcap, or a "
+            "combination of options); set engine = 'native'"
         )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     stated = {

@@ -1,4 +1,4 @@
-"""How the processes of a stage are started, watched, restarted and ended: here, under Slurm, on Kubernetes."""
+"""Launchers: start, monitor, restart and stop the processes of a stage, on this host, Slurm or Kubernetes."""
 
 from lilpipe.errors import StageFailure
 from lilpipe.launch.processes import die_with_parent

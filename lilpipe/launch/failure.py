@@ -1,8 +1,7 @@
-"""What a worker says of its own end, from the worker to the launcher. Of several workers the first one stands.
+"""Reports of worker failures to the launcher. The first report is kept.
 
-``failure.json`` is final for this launch: an error of the user's would come again, a stage that was pre-empted has
-saved, and a hang would cost its timeout again. ``raised.json`` holds any other exception, after which workers may be
-started again.
+``failure.json`` is final: the launch is not retried. A user's error would occur again, a pre-empted stage has saved,
+and a hang would take its whole timeout again. ``raised.json`` is any other exception; workers may be restarted.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ RAISED = "raised.json"
 
 
 def report(work: Path, error: Exception, *, rank: int) -> None:
-    """Tell the launcher of an error, before others follow from it."""
+    """Report an error to the launcher, before the errors that it causes in other workers."""
     is_final = isinstance(error, LilpipeError | Preempted | HungCollective)
     told = {
         "type": type(error).__name__,
@@ -41,20 +40,20 @@ def report(work: Path, error: Exception, *, rank: int) -> None:
 
 
 def read_final(work: Path) -> Exception | None:
-    """The error that ends this launch, if a worker reported one."""
+    """Return the error that ends this launch, if a worker reported one."""
     told = _read(work / FINAL)
     return getattr(errors, told["type"])(told["message"]) if told else None
 
 
 def take_raised(work: Path) -> tuple[str, str] | None:
-    """Rank and exception of the worker that failed first, with its trace-back; forgets them."""
+    """Return rank, exception and traceback of the worker that failed first, and delete the report."""
     told = _read(work / RAISED)
     forget(work / RAISED)
     return (f"rank {told['rank']}: {told['type']}: {told['message']}", told["traceback"]) if told else None
 
 
 def forget(path: Path) -> None:
-    """Clear away what an earlier try has left."""
+    """Delete a file of an earlier attempt."""
     path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""Following a file that others write."""
+"""Follow a file that another process writes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 class Lines:
-    """The lines that are added to a file from now on."""
+    """Lines appended to a file from now on."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._position = path.stat().st_size if path.exists() else 0
 
     def read(self) -> Iterator[str]:
-        """The whole lines added since the last time."""
+        """Yield the complete lines appended since the last call."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:

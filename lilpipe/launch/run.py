@@ -1,8 +1,8 @@
-"""Run one stage in processes of its own: plain Python for one, a launcher for several.
+"""Run a stage in separate processes: plain Python for one, a launcher for several.
 
-The stage is described by a job file; it records its progress in ``events.jsonl`` of its workspace, which the parent
-follows while it waits. The parent owns the processes: on any exception here (a cancelled task, a timeout, Ctrl-C)
-they get SIGTERM, then SIGKILL, and if the parent itself is killed the kernel sends the SIGTERM.
+A job file describes the stage. The stage appends its progress to ``events.jsonl`` in its workspace, which the parent
+reads while it waits. On any exception in the parent (cancelled task, timeout, Ctrl-C) it stops the processes with
+SIGTERM, then SIGKILL. If the parent is killed, the kernel sends SIGTERM.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from lilpipe.stage import Metrics, Stage, Workspace
 POLL_SECONDS = 0.1
 TAIL_LINES = 20
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
-"""For a stage that trains: what is freed stays with the process (glibc). By default a step's large tensors go back to
-the kernel and come again page by page, cleared: 100,000 page faults and 7 % of a step of 5 M parameters on a CPU."""
+"""For training stages: freed memory stays with the process (glibc). By default large tensors of a step are returned to
+the kernel and mapped again, zeroed page by page: 100,000 page faults and 7 % of a step of 5 M parameters on a CPU.
+"""
 METRICS_SECONDS = 90
-"""How long what another host has written may take to be seen here: NFS keeps directories for up to 60 s."""
+"""How long a file of another host may take to be visible here: NFS caches directories for up to 60 s."""
 LAUNCHERS: dict[str, Callable[[Job], Workers]] = {"torchrun": Torchrun, "srun": Srun, "kubernetes": Kubernetes}
 
 
 def launch(
     stage: Stage, config: Section, inputs: Inputs, work: Path, *, on_event: Callable[[dict[str, Any]], None]
 ) -> Metrics:
-    """Run the stage in ``work`` and return its metrics. Raises what the stage raised, or ``StageFailure``."""
+    """Run the stage in ``work`` and return its metrics. Raises the stage's error, or ``StageFailure``."""
     job = describe(stage, config, inputs, work)
     events = Lines(work / "events.jsonl")
     workers = _start(job) if stage.distributed else OneProcess(job)
     try:
         while not isinstance(state := workers.poll(), Ended):
             if isinstance(state, Restarted):
-                Workspace(work).log(f"{state.cause}; all workers start again from the last checkpoint")
+                Workspace(work).log(f"{state.cause}; all workers restart from the last checkpoint")
             for event in events.read():
                 on_event(json.loads(event))
             time.sleep(POLL_SECONDS)
@@ -72,7 +73,7 @@ def _start(job: Job) -> Workers:
 
 
 def describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
-    """Write the job file, and clear away what an earlier try has left of its end."""
+    """Write the job file and delete the result files of an earlier attempt."""
     for stale in (METRICS, FINAL, RAISED):
         forget(work / stale)
     settings = getattr(config, "launch", LaunchConfig())
@@ -108,13 +109,13 @@ def _read_metrics(path: Path) -> Metrics:
     deadline = time.monotonic() + METRICS_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
-            raise StageFailure(f"the workers ended well, but {path} is not there; they must share this folder")
+            raise StageFailure(f"the workers succeeded, but {path} does not exist; all hosts must share this folder")
         time.sleep(POLL_SECONDS)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _failure(job: Job, ended: Ended) -> StageFailure:
-    """What can be told of workers whose end another try may mend."""
+    """Return the retryable error for failed workers."""
     text = ended.trace or job.log.read_text(encoding="utf-8", errors="replace")
     lines = "".join(f"\n  {line}" for line in text.splitlines()[-TAIL_LINES:])
     return StageFailure(f"{ended.problem}; {'from' if ended.trace else 'last lines of'} {job.log}:{lines}")

@@ -1,7 +1,7 @@
-"""Several processes of this host, by ``torchrun``, whose agent starts them all again when one has died.
+"""Several processes on this host with ``torchrun``, whose agent restarts all workers when one fails.
 
-Its agent restarts after any failure. An error that is final (``failure.json``) is therefore watched for here, and
-ends the agent before it does.
+The agent restarts after any failure. A final error (``failure.json``) must not be retried, so this module watches for
+it and stops the agent.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lilpipe.launch.processes import explain, start_process, stop_process, worke
 from lilpipe.launch.workers import Ended, Job, Restarted
 
 MONITOR_SECONDS = 0.2
-"""How often the agent looks after its workers."""
+"""Interval at which the agent checks its workers."""
 AGENT_SECONDS = 5
-"""How long the agent has to end its workers where there is nothing to save, and longer than they where there is."""
+"""Time for the agent to stop its workers; added to the workers' own limit if they save a checkpoint."""
 AGENT_ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""The agent's store would keep the addresses of workers that have died, to which new ones then try to connect."""
+"""Otherwise the agent's TCPStore keeps the addresses of dead workers, and new workers try to connect to them."""
 _FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
-"""What the agent logs of the worker that failed first, once it has ended the others."""
+"""The agent's log line on the worker that failed first, written after it has stopped the others."""
 
 
 def agent_command(job: Job, *rendezvous: str) -> list[str]:
-    """The command line of ``torchrun`` on one host, after the interpreter."""
+    """Return the ``torchrun`` command line of one host, without the Python interpreter."""
     return [
         *("-m", "torch.distributed.run", *rendezvous),
         f"--nproc-per-node={job.workers_per_node}",
@@ -42,7 +42,7 @@ def agent_command(job: Job, *rendezvous: str) -> list[str]:
 
 
 class Torchrun:
-    """Workers under torchrun; see ``Workers``."""
+    """Workers started by torchrun; see ``Workers``."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -54,13 +54,13 @@ class Torchrun:
         self._process = start_process([sys.executable, *agent_command(job, "--standalone")], job)
 
     def poll(self) -> Restarted | Ended | None:
-        """Whether a worker has died, or all have ended."""
+        """Return whether a worker has failed or all have ended."""
         status = self._process.poll()
         newly_failed = self._find_failure()
         if status is not None:
             return (self._failed or explain(self._job, status, "torchrun: ")) if status else Ended(None)
         if self._is_final(newly_failed):
-            stop_process(self._process, seconds=AGENT_SECONDS)  # a worker that hangs goes with it: see the worker
+            stop_process(self._process, seconds=AGENT_SECONDS)  # hanging workers die with it: see lilpipe.worker
             return self._failed or Ended("a worker failed")
         max_restarts = self._job.settings.max_restarts
         if newly_failed and self._failed and self._restarts < max_restarts:
@@ -69,11 +69,11 @@ class Torchrun:
         return None
 
     def stop(self) -> None:
-        """Tell the agent, which passes SIGTERM on and waits."""
+        """Stop the agent, which forwards SIGTERM to its workers and waits for them."""
         stop_process(self._process, seconds=self._job.settings.stop_seconds + AGENT_SECONDS)
 
     def _find_failure(self) -> bool:
-        """Whether the agent has found a worker dead since the last call."""
+        """Whether the agent has reported a failed worker since the last call."""
         found = [match for line in self._lines.read() if (match := _FAILED.search(line))]
         for match in found:
             status = int(match[1])
@@ -83,7 +83,7 @@ class Torchrun:
         return bool(found)
 
     def _report_abort(self, rank: int) -> None:
-        """NCCL aborts a process whose collective timed out, so that Python can report nothing: do it here."""
+        """Report a hang. NCCL aborts a process whose collective timed out, so the worker cannot report it."""
         timeout_seconds = self._job.settings.timeout_seconds
         places = read_places(self._job.heartbeats)
         if places and all(time.time() - place.since >= timeout_seconds for place in places):
@@ -91,7 +91,7 @@ class Torchrun:
             report(self._job.work, HungCollective(message), rank=rank)
 
     def _is_final(self, newly_failed: bool) -> bool:
-        """Whether what a worker reported is to end the agent now. Workers that are pre-empted may still be saving."""
+        """Whether a worker's report ends the agent now. Pre-empted workers may still be saving."""
         final = read_final(self._job.work)
         if isinstance(final, Preempted):
             self._preempted_at = self._preempted_at or time.monotonic()

@@ -1,4 +1,4 @@
-"""What a launcher is given, and what it tells."""
+"""The interface of launchers: a job and the states of its workers."""
 
 from __future__ import annotations
 
@@ -10,70 +10,70 @@ from typing import Protocol
 from lilpipe.config.parallel import LaunchConfig
 
 METRICS = "metrics.json"
-"""What rank 0 writes in the end."""
+"""Metrics file, written by rank 0 at the end."""
 HEARTBEATS = "heartbeats"
-"""Where each worker says how far it has come; cleared before a launch."""
+"""Folder of the workers' progress files; cleared before a launch."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage that is to be run by several processes."""
+    """A stage to run in one or more processes."""
 
     file: Path
-    """The job file, in the stage's working folder."""
+    """The job file, in the stage's workspace."""
     num_workers: int
     environment: dict[str, str]
     settings: LaunchConfig
 
     @property
     def work(self) -> Path:
-        """The stage's working folder."""
+        """The stage's workspace."""
         return self.file.parent
 
     @property
     def log(self) -> Path:
-        """What the workers print."""
+        """Log of the workers' output."""
         return self.work / "worker.log"
 
     @property
     def heartbeats(self) -> Path:
-        """Where each worker says how far it has come."""
+        """Folder of the workers' progress files."""
         return self.work / HEARTBEATS
 
     @property
     def name(self) -> str:
-        """The same for each try in this folder, and for no other folder; fit for a label of DNS."""
+        """Job name: the same for each attempt in this workspace, unique to it, and a valid DNS label."""
         digest = hashlib.sha256(str(self.work.resolve()).encode()).hexdigest()[:12]
         return f"lilpipe-{self.work.parent.name.replace('_', '-').lower()[:24]}-{digest}"
 
     @property
     def workers_per_node(self) -> int:
-        """Processes on each host."""
+        """Number of processes per host."""
         return self.num_workers // self.settings.num_nodes
 
 
 @dataclass(frozen=True)
 class Restarted:
-    """All workers have been started again, because of this."""
+    """All workers have been restarted."""
 
     cause: str
 
 
 @dataclass(frozen=True)
 class Ended:
-    """No worker is left."""
+    """All workers have ended."""
 
     problem: str | None
-    """How they ended, where it was not well."""
+    """Description of the failure; None if they succeeded."""
     trace: str = ""
-    """The trace-back of the worker that failed first, if it was an exception."""
+    """Traceback of the worker that failed first, if it raised an exception."""
 
 
 class Workers(Protocol):
-    """The processes of a stage, once a launcher has started them."""
+    """The running processes of a stage."""
 
     def poll(self) -> Restarted | Ended | None:
-        """What has happened since the last call; returns at once."""
+        """Return what has changed since the last call, without blocking."""
 
     def stop(self) -> None:
-        """End them all: first with a chance to save, then without."""
+        """Stop all workers: SIGTERM and time to save, then SIGKILL."""

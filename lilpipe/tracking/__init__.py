@@ -1,8 +1,8 @@
-"""MLflow: a parent run for each pipeline run, a nested run for each step, and the registry.
+"""MLflow tracking: a parent run for each pipeline run, a nested run for each step, and the model registry.
 
-``tracker`` alone decides what is recorded and when; the others each know one thing of MLflow: ``client`` how it is
-reached, ``curve`` metrics by step, ``runs`` the runs, ``lineage`` inputs and links, ``registry`` models and versions.
-MLflow itself is imported when it is first needed, for that takes more than a second.
+``tracker`` decides what is recorded and when. ``client`` connects to MLflow, ``curve`` sends metrics by step, ``runs``
+finds and creates runs, ``lineage`` records inputs and links, ``registry`` models and versions. MLflow is imported on
+first use, because the import takes more than a second.
 """
 
 from lilpipe.tracking.client import CLIENT_SETTINGS

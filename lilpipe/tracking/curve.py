@@ -1,4 +1,4 @@
-"""Metrics by step: each is delivered once, in batches."""
+"""Metrics by step, sent once each, in batches."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 FLUSH_SECONDS = 5
-"""Metrics are delivered in batches, so far apart at least."""
+"""Minimum time between two batches."""
 
 
 class Curve:
-    """The metrics of one run by step, delivered once each, in batches."""
+    """The metrics of one run by step, sent once each, in batches."""
 
     def __init__(self, run_id: str, last_steps: dict[str, int]) -> None:
         self.run_id = run_id
         self.last_steps = last_steps
-        """Metric to the last step that has been delivered or waits to be."""
+        """Metric → last step that was sent or is queued."""
         self._waiting: list[Metric] = []
         self._delivered_at = time.time()
 
     def add(self, events: Iterable[dict[str, Any]]) -> None:
-        """Take up what is new. A step that is recorded again after a kill has the same values: once is enough."""
+        """Queue new metrics. A step recorded again after a kill has the same values and is skipped."""
         from mlflow.entities import Metric
 
         for event in events:
@@ -37,11 +37,11 @@ class Curve:
                     self._waiting.append(Metric(name, value, int(event["time"] * 1000), event["done"]))
 
     def is_due(self) -> bool:
-        """Whether enough has come together, or enough time has passed."""
+        """Whether a batch is full or enough time has passed."""
         return len(self._waiting) >= MAX_BATCH_METRICS or time.time() - self._delivered_at >= FLUSH_SECONDS
 
     def deliver(self, client: MlflowClient) -> None:
-        """Send what waits; what could not be sent waits on."""
+        """Send the queued metrics; those that fail stay queued."""
         self._delivered_at = time.time()
         while self._waiting:
             client.log_batch(self.run_id, metrics=self._waiting[:MAX_BATCH_METRICS])

@@ -1,4 +1,4 @@
-"""What a stage was given and what it has reported, as a tracker takes them."""
+"""A stage's settings and events in the form that a tracker needs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 MAX_PARAM_CHARS = 6_000
-"""MLflow's limit for one setting."""
+"""MLflow's limit for the value of a parameter."""
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The metrics in an ``events.jsonl``: the last value of each for each count of ``done`` units.
+    """Read the metrics in an ``events.jsonl``: for each count of ``done`` units, the last value of each metric.
 
-    A line that was torn by a kill is left out.
+    Skips a line that was cut off by a kill.
     """
     if not path.exists():
         return []
@@ -33,7 +33,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as dotted names and strings; lists as JSON."""
+    """Yield nested settings as dotted names and strings; lists as JSON."""
     for name, value in values.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{name}.")

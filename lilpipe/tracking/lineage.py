@@ -1,4 +1,4 @@
-"""What an artifact was made from: inputs as datasets and models, and links between the pages of runs."""
+"""Lineage of an artifact: inputs as MLflow datasets and models, and links between runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 DIGEST_CHARS = 32
-"""MLflow's columns end there; the whole digest is in the dataset's source."""
+"""Width of MLflow's column; the whole digest is in the dataset's source."""
 REPORT = "report/report.html"
 
 
 def log_inputs(runs: Runs, run_id: str, manifest: Manifest) -> None:
-    """Input artifacts as datasets with their digests; input models as models, which MLflow links."""
+    """Log input artifacts as datasets with their digests, and input models as models, which MLflow links."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
 
     datasets, models = [], []
@@ -33,17 +33,17 @@ def log_inputs(runs: Runs, run_id: str, manifest: Manifest) -> None:
 
 
 def links_to_inputs(runs: Runs, manifest: Manifest) -> str:
-    """The stages that an artifact was made from, each with a link to the run that made it."""
+    """Return the stages of an artifact's inputs, each with a link to the run that made it."""
     return ", ".join(dict.fromkeys(_link(runs, entry) for _, entry in _inputs(manifest)))
 
 
 def report_page(runs: Runs, run_id: str) -> str:
-    """Where a run's report is shown, relative to the server's address."""
+    """Return the address of a run's report, relative to the server."""
     return f"{runs.page(run_id)}/artifacts/{REPORT}"
 
 
 def note(runs: Runs, manifest: Manifest, origin: Run | None, *, report: str | None) -> str:
-    """The run's description: links to the runs that made it and its inputs, which MLflow renders."""
+    """Return the run's description: links (which MLflow renders) to the runs that made it and its inputs."""
     parts = []
     if origin is not None:
         parts.append(f"Cached; made by [this run]({runs.page(origin.info.run_id)}).")

@@ -1,4 +1,4 @@
-"""Models in MLflow: one for each checkpoint, and a version with an alias for each that is released."""
+"""Models in MLflow: a logged model for each checkpoint, and a registered version with an alias for each release."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def registered_files(uri: str) -> Path:
-    """Where the files of a registered model lie, such as ``models:/lilpipe@champion``; fetched if they lie elsewhere.
+    """Return the directory of a registered model such as ``models:/lilpipe@champion``; downloads it if it is remote.
 
     Raises ``ArtifactError`` if there is no such model.
     """
@@ -30,13 +30,13 @@ def registered_files(uri: str) -> Path:
     try:
         return Path(download_artifacts(uri))
     except MlflowException as error:
-        raise ArtifactError(f"{uri}: got no model from MLflow at {tracking_uri()} ({error}); register one") from error
+        raise ArtifactError(f"{uri}: no such model in MLflow at {tracking_uri()} ({error}); register one") from error
 
 
 def log_model(runs: Runs, step: str, artifact: Artifact) -> str:
-    """An MLflow model for a checkpoint, as an output of the step's run. Only a registered one carries its files.
+    """Create an MLflow model for a checkpoint as an output of the step's run. Only a registered one contains its files.
 
-    Models go through the client: the fluent functions would record them as inputs.
+    Uses the client, because the fluent functions would record models as inputs.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -58,7 +58,7 @@ def log_model(runs: Runs, step: str, artifact: Artifact) -> str:
 
 
 def _make_loadable(client: MlflowClient, model_id: str, run_id: str) -> None:
-    """Add the file that tells ``mlflow.pyfunc`` and ``mlflow models serve`` which module answers."""
+    """Add the ``MLmodel`` file, which names the module for ``mlflow.pyfunc`` and ``mlflow models serve``."""
     from mlflow import pyfunc
     from mlflow.models import Model
 
@@ -70,7 +70,7 @@ def _make_loadable(client: MlflowClient, model_id: str, run_id: str) -> None:
 
 
 def register(runs: Runs, step: str, artifact: Artifact) -> None:
-    """Give the alias to the version that holds these bytes, making it if there is none."""
+    """Set the alias to the version with this content digest; create the version if there is none."""
     section, client = runs.config.section(step), runs.client
     origin = runs.origin(artifact.manifest.fingerprint)
     if origin is None or "model_id" not in origin.data.tags:

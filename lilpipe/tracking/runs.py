@@ -1,4 +1,4 @@
-"""The runs that record one pipeline run: its own, a nested one for each step, and those that artifacts come from."""
+"""The MLflow runs of a pipeline run: its parent run, a nested run per step, and the runs that made its artifacts."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ EXPERIMENT = "lilpipe"
 
 
 class Runs:
-    """Finds a run that an earlier try has left, or makes it."""
+    """Finds the run of an earlier attempt, or creates one."""
 
     def __init__(self, config: PipelineConfig, *, pipeline_run: str) -> None:
         self.config = config
         self.pipeline_run = pipeline_run
         self.parent_id: str | None = None
         self._is_new = False
-        """Whether the parent run was made here, so that there are no nested runs to look for."""
+        """Whether the parent run was created here, so that there are no nested runs to look for."""
         self.of_step: dict[str, str] = {}
-        """Step to its nested run."""
+        """Step → its nested run."""
         self.curves: dict[str, Curve] = {}
         self.origins: dict[str, Run] = {}
-        """Fingerprint to the run that made the artifact, as far as they have been met."""
+        """Fingerprint → the run that made the artifact, for those looked up so far."""
 
     @functools.cached_property
     def client(self) -> MlflowClient:
-        """The client; made when first needed, for importing MLflow takes more than a second."""
+        """The client, created on first use, because importing MLflow takes more than a second."""
         return connect()
 
     @functools.cached_property
     def experiment_id(self) -> str:
-        """The experiment that holds all runs; its files lie beside the database where that is local."""
+        """The experiment of all runs. With a local database its files are next to the database."""
         if (found := self.client.get_experiment_by_name(EXPERIMENT)) is not None:
             return found.experiment_id
         local = not tracking_uri().startswith("http")
         location = (Path(".lilpipe").resolve() / "mlartifacts").as_uri() if local else None
-        tags = {"mlflow.experimentKind": "custom_model_development"}  # or its page opens on traces of agents
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # otherwise its page opens on agent traces
         return self.client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags)
 
     def page(self, run_id: str) -> str:
-        """A run's page, relative to the server's address."""
+        """Return the address of a run's page, relative to the server."""
         return f"#/experiments/{self.experiment_id}/runs/{run_id}"
 
     def open(self, started: float | None = None) -> str:
-        """The pipeline run's own run: the one that an earlier try has left, or a new one."""
+        """Return the parent run: that of an earlier attempt, or a new one."""
         if self.parent_id is None:
             run = self._find(f"tags.pipeline_run = '{self.pipeline_run}' and tags.level = 'pipeline'")
             if run is None:
@@ -70,7 +70,7 @@ class Runs:
         return self.parent_id
 
     def open_step(self, step: str, stage: str, fingerprint: str, *, started: float) -> None:
-        """The step's nested run: the one that an earlier try of this pipeline run left unfinished, or a new one."""
+        """Open the step's nested run: an unfinished one of an earlier attempt of this pipeline run, or a new one."""
         parent_id, run = self.open(started), None
         if not self._is_new or step in self.of_step:
             same = f"tags.pipeline_run = '{self.pipeline_run}' and tags.fingerprint = '{fingerprint}'"
@@ -87,7 +87,7 @@ class Runs:
         self.curves[step] = Curve(run.info.run_id, last_steps)
 
     def origin(self, fingerprint: str) -> Run | None:
-        """The run that made the artifact, or that recorded it first."""
+        """Return the run that made the artifact, or the first run that recorded it."""
         if fingerprint not in self.origins:
             run = self._find(f"tags.fingerprint = '{fingerprint}' and tags.origin = 'true'")
             if run is not None:
@@ -95,7 +95,7 @@ class Runs:
         return self.origins.get(fingerprint)
 
     def _find(self, filter_string: str) -> Run | None:
-        """The newest run of the experiment that matches."""
+        """Return the newest matching run of the experiment."""
         order = ["attributes.start_time DESC"]
         found = self.client.search_runs([self.experiment_id], filter_string, max_results=1, order_by=order)
         return found[0] if found else None
@@ -109,7 +109,7 @@ class Runs:
         )
 
     def _last_steps(self, run: Run) -> dict[str, int]:
-        """Up to which step each metric of a reopened run has been delivered."""
+        """Return the last step of each metric that a reopened run has received."""
         histories = {name: self.client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
         return {name: max(point.step for point in history) for name, history in histories.items()}
 

@@ -1,10 +1,10 @@
-"""Listens to a pipeline run and decides what MLflow records of it, and when.
+"""Listener that records a pipeline run in MLflow.
 
-What is delivered is read from ``events.jsonl`` and the manifest, which are the truth: a run that was cut off is opened
-again and receives what it lacks. A tracker that cannot be reached costs no stage: the failure is reported, and what is
-missing is delivered when the step is next met in the store.
+It reads ``events.jsonl`` and the manifest, which are the source of truth: an interrupted run is reopened and receives
+the missing data. If MLflow is not reachable, no stage fails: the error is logged, and the missing data is sent when the
+step is next found in the store.
 
-A cached step has a nested run too, tagged so, with a link to its *origin*, the run that made the artifact.
+A cached step also has a nested run, tagged as cached, with a link to its *origin*, the run that made the artifact.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Args = ParamSpec("Args")
 
 
 def _shielded(method: Callable[Args, None]) -> Callable[Args, None]:
-    """Report what goes wrong with tracking instead of raising it."""
+    """Log errors of tracking instead of raising them."""
 
     @functools.wraps(method)
     def shielded(*args: Args.args, **kwargs: Args.kwargs) -> None:
@@ -42,7 +42,7 @@ def _shielded(method: Callable[Args, None]) -> Callable[Args, None]:
             method(*args, **kwargs)
         except Exception as error:
             logger.warning(
-                "MLflow at %s failed in %s (%s: %s); the stage goes on, its artifact is not affected",
+                "MLflow at %s failed in %s (%s: %s); the stage continues, its artifact is not affected",
                 *(tracking_uri(), method.__name__, type(error).__name__, str(error).splitlines()[0]),
             )
 
@@ -50,26 +50,26 @@ def _shielded(method: Callable[Args, None]) -> Callable[Args, None]:
 
 
 class MLflowTracker:
-    """Listens to one pipeline run and records it in MLflow."""
+    """Records one pipeline run in MLflow."""
 
     def __init__(self, config: PipelineConfig, *, pipeline_run: str, store: Store | None = None) -> None:
         self.pipeline_run = pipeline_run
         self.store = store or Store()
         self.runs = Runs(config, pipeline_run=pipeline_run)
         self._reports: dict[str, str] = {}
-        """Step to the page of its report."""
+        """Step → address of its report."""
         self._failed: set[str] = set()
 
     @_shielded
     def stage_started(self, step: str, planned: PlannedStep) -> None:
-        """Open the step's run, and deliver what an earlier try has left in ``events.jsonl``."""
+        """Open the step's run, and queue the metrics that an earlier attempt left in ``events.jsonl``."""
         self.runs.open_step(step, planned.stage.name, planned.cache_key.fingerprint, started=time.time())
         work = self.store.work(planned.stage.name, planned.workspace)
         self.runs.curves[step].add(read_events(work / "events.jsonl"))
 
     @_shielded
     def stage_event(self, step: str, event: dict[str, Any]) -> None:
-        """Keep the metrics of one step of training; deliver a batch now and then. Texts go at once."""
+        """Queue the metrics of one optimizer step and send batches when due. Texts are sent at once."""
         runs = self.runs
         if "text" in event and step in runs.of_step:
             runs.client.log_text(runs.of_step[step], event["text"], f"{event['name']}/{event['done']:08d}.txt")
@@ -80,7 +80,7 @@ class MLflowTracker:
 
     @_shielded
     def stage_finished(self, step: str, artifact: Artifact, *, cached: bool, seconds: float) -> None:
-        """Complete the step's run. A cached artifact of which MLflow holds no record is recorded in full."""
+        """Complete the step's run. A cached artifact that MLflow has no record of is recorded in full."""
         manifest = artifact.manifest
         self._failed.discard(step)
         origin = self.runs.origin(manifest.fingerprint) if cached else None
@@ -93,7 +93,7 @@ class MLflowTracker:
 
     @_shielded
     def stage_failed(self, step: str, error: BaseException) -> None:
-        """Close the step's run as failed, or as killed where the process was told to end."""
+        """Close the step's run as FAILED, or as KILLED if the process was told to stop."""
         self._failed.add(step)
         if (run_id := self.runs.of_step.get(step)) is not None:
             client = self.runs.client
@@ -103,13 +103,13 @@ class MLflowTracker:
 
     @_shielded
     def close(self) -> None:
-        """Close the parent run, and say on its page what it consists of."""
+        """Close the parent run and write the overview of its steps on its page."""
         if (parent_id := self.runs.parent_id) is not None:
             self.runs.client.set_tag(parent_id, "mlflow.note.content", self._overview())
             self.runs.client.set_terminated(parent_id, "FAILED" if self._failed else "FINISHED")
 
     def run_url(self, step: str) -> str | None:
-        """Address of the step's run, in the MLflow server configured or in the one that `make up` starts."""
+        """Return the address of the step's run in the configured MLflow server, or in the one that `make up` starts."""
         if step not in self.runs.of_step:
             return None
         uri = tracking_uri()
@@ -117,7 +117,7 @@ class MLflowTracker:
         return f"{server.rstrip('/')}/{self.runs.page(self.runs.of_step[step])}"
 
     def _record(self, step: str, artifact: Artifact) -> str | None:
-        """The curve, the files and the model of an artifact; returns the id of the model, if it is one."""
+        """Record the metrics, files and model of an artifact; returns the model's id, if it is a model."""
         client, run_id, curve = self.runs.client, self.runs.of_step[step], self.runs.curves[step]
         curve.add(read_events(artifact.path / "logs" / "events.jsonl"))
         curve.deliver(client)
@@ -129,7 +129,7 @@ class MLflowTracker:
     def _complete(
         self, step: str, artifact: Artifact, origin: Run | None, *, cached: bool, model_id: str | None
     ) -> None:
-        """Final metrics, tags, inputs and links; then the run ends."""
+        """Record final metrics, tags, inputs and links, then end the run."""
         from mlflow.entities import Metric, RunTag
 
         runs, manifest, now = self.runs, artifact.manifest, int(time.time() * 1000)
@@ -157,7 +157,7 @@ class MLflowTracker:
         runs.origins[manifest.fingerprint] = origin or client.get_run(run_id)
 
     def _overview(self) -> str:
-        """The steps of this pipeline run in order, each with a link to its run and to its report."""
+        """Return the steps of this pipeline run in order, each with links to its run and report."""
         lines = []
         for step, run_id in self.runs.of_step.items():
             report = f" ([report]({self._reports[step]}))" if step in self._reports else ""

@@ -70,7 +70,7 @@ def test_quit_ends_it(talk):
 
 def test_a_question_that_is_too_long_is_said_and_left_out(talk):
     prompts, out = talk("x" * 100 + "\nhi\n")
-    assert "too long: the model takes 64 tokens" in out
+    assert "too long: the context length is 64 tokens" in out
     assert prompts == ["<|user|>hi<|end_of_turn|><|assistant|>"]
 
 

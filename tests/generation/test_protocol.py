@@ -32,7 +32,7 @@ def test_a_template_from_elsewhere_puts_the_conversation_and_ends_the_answer():
 
 
 def test_a_model_without_conversations_continues_texts_alone():
-    with pytest.raises(RequestError, match="no tokens for conversations"):
+    with pytest.raises(RequestError, match="no chat template"):
         ChatRequest.parse(HELLO).ask(foreign(), max_seq_len=64)
     ask = CompletionRequest.parse({"prompt": "a"}).ask(foreign(), max_seq_len=64)
     assert (ask.prompts, ask.stop_ids) == ([[256, ord("a")]], (256,))

@@ -54,7 +54,7 @@ def test_with_few_pages_answers_wait_and_are_the_same(model, num_pages):
 
 def test_a_request_that_pages_can_never_hold_is_refused_with_what_it_needs(model):
     engine = Engine(model, max_rows=4, num_pages=2)
-    with pytest.raises(DataError, match="need 3 pages of 16 tokens, and num_pages is 2"):
+    with pytest.raises(DataError, match="need 3 pages of 16 tokens, but num_pages is 2"):
         engine.submit([3] * 5, sampling=SAMPLING.model_copy(update={"max_new_tokens": 20}), stop_ids=(), seed=0)
 
 
@@ -224,5 +224,5 @@ def test_a_stop_string_ends_an_answer_wherever_it_falls_among_tokens():
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(model):
-    with pytest.raises(DataError, match="no tokenizer"):
+    with pytest.raises(DataError, match="without a tokenizer"):
         generate(model, PROMPTS, sampling=SAMPLING.model_copy(update={"stop": ("x",)}), stop_ids=(), seed=0)

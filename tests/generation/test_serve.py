@@ -142,9 +142,9 @@ def test_a_conversation_is_put_as_in_training(client):
         ({"stop": 4}, "stop", "got 4"),
         ({"top_logprobs": 3}, "top_logprobs", "set logprobs to true"),
         ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "less than or equal to 20"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-        ({"temprature": 1}, "temprature", "not known"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "only 0 is supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "only [] is supported"),
+        ({"temprature": 1}, "temprature", "unknown parameter"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages", "context length is 512"),
     ],
 )

@@ -155,7 +155,7 @@ def test_settings_reach_vllm_under_its_names_with_a_seed_for_each_prompt():
 
 
 def test_a_model_that_vllm_does_not_know_is_refused():
-    with pytest.raises(ConfigError, match="no architecture that vllm knows"):
+    with pytest.raises(ConfigError, match="vllm has no architecture"):
         answers(small_model(SMALL.model_copy(update={"logit_softcap": 5.0})), "vllm")
 
 

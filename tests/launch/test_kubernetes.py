@@ -190,7 +190,7 @@ def test_cancelling_the_stage_deletes_the_job(cluster):
 
 
 def test_a_job_that_a_person_deletes_is_not_tried_again(cluster):
-    with pytest.raises(ClusterError, match="was deleted; run again to go on"):
+    with pytest.raises(ClusterError, match="was deleted; run again to resume"):
         run(cluster, {"Running": ""}, "Error from server (NotFound): pytorchjobs.kubeflow.org")
 
 
@@ -208,7 +208,7 @@ def test_a_cluster_that_does_not_take_the_job_is_a_mistake_in_the_settings(clust
 
 
 def test_a_store_that_the_pods_do_not_see_is_refused_before_anything_is_asked_of_the_cluster(cluster):
-    with pytest.raises(ConfigError, match=r"launch.kubernetes.mount_path: got /store, but the stage works in"):
+    with pytest.raises(ConfigError, match=r"launch.kubernetes.mount_path: got /store, but the stage's workspace"):
         toy.launch_toy(work(cluster), settings={"launcher": "kubernetes"})
     assert not (cluster / "calls").exists()
 

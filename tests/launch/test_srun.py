@@ -134,7 +134,7 @@ def test_when_a_task_is_killed_all_start_again_and_go_on_from_what_was_saved(slu
     assert launch_toy(tmp_path, fault="kill") == {"total": toy.expected(), "first": 5.0}
     (restart,) = toy.messages(tmp_path)
     assert re.fullmatch(
-        r"task 1 on \S+: Killed \(restart 1 of 3\); all workers start again from the last checkpoint", restart
+        r"task 1 on \S+: Killed \(restart 1 of 3\); all workers restart from the last checkpoint", restart
     )
 
 
@@ -156,7 +156,7 @@ def test_a_job_that_a_person_cancels_is_not_tried_again(slurm, tmp_path):
     def cancel(event):
         subprocess.run(["scancel", f"--user={os.getuid()}"], check=True)
 
-    with pytest.raises(ClusterError, match="was cancelled; run again to go on"):
+    with pytest.raises(ClusterError, match="was cancelled; run again to resume"):
         launch_toy(tmp_path, fault="slow", on_event=cancel)
 
 

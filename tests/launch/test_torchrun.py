@@ -36,7 +36,7 @@ def test_when_one_worker_is_killed_all_start_again_and_go_on_from_what_was_saved
     metrics = toy.launch_toy(tmp_path, fault="kill", on_event=heard.append)
     assert metrics == {"total": toy.expected(), "first": 5.0}
     assert toy.messages(tmp_path) == [
-        "rank 1: killed by SIGKILL (restart 1 of 3); all workers start again from the last checkpoint"
+        "rank 1: killed by SIGKILL (restart 1 of 3); all workers restart from the last checkpoint"
     ]
     assert [event["done"] for event in heard if "done" in event] == list(range(1, toy.NUM_STEPS + 1))
 
