@@ -171,9 +171,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Fill free rows with waiting completions and sample a token in every row. Returns False if nothing is left to
-        do.
-        """
+        """Fill free rows with waiting completions and sample a token in every row. Returns False when all is done."""
         while self._enter():
             pass
         if self.rows:
@@ -190,9 +188,7 @@ class Engine:
     # --- admission ------------------------------------------------------------------------------------------------
 
     def _enter(self) -> bool:
-        """Admit waiting completions: prefill their prompts and sample their first tokens. Returns False if none was
-        admitted.
-        """
+        """Prefill waiting prompts and sample their first tokens. Returns False if no completion was admitted."""
         entering: list[Row] = []
         while self.waiting and len(self.rows) + len(entering) < self.max_rows:
             request = self.waiting[0]
