@@ -1,7 +1,7 @@
-"""`python -m flows`: the flow `full-pipeline` in this process, as `make pipeline` runs it; no server is needed.
+"""`python -m flows`: run the flow `full-pipeline` in this process, as `make pipeline` does; no server is needed.
 
-If `make up` has a Prefect server running, the run shows there. Otherwise it gets an API of its own, on the same
-database, for as long as it runs.
+If `make up` has started a Prefect server, the run is shown there. Otherwise the run starts its own temporary Prefect
+API, on the same database.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def pipeline(
     recipe: Annotated[str, typer.Option(help="Recipe to start from.")] = "tiny",
-    config: Annotated[Path | None, typer.Option(help="TOML file whose values go over the recipe's.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="One setting, as sft.num_epochs=4.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file that overrides values of the recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one setting, such as sft.num_epochs=4; repeatable.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all training stages.")] = None,
 ) -> None:
-    """Run the full pipeline; what is cached is not run again."""
+    """Run the full pipeline; cached steps are not run again."""
     home = Path(".lilpipe").resolve()
     home.mkdir(exist_ok=True)
     sys.exit(_run(recipe, config, overrides or [], seed, _prefect_api(home)))
 
 
 def _prefect_api(home: Path) -> Server | None:
-    """Set this process up for a Prefect API: the one configured, the one of `make up`, or a temporary one."""
+    """Configure a Prefect API for this process: the configured one, the one of `make up`, or a temporary one."""
     for name, value in {**QUIET, "PREFECT_HOME": str(home)}.items():
         os.environ.setdefault(name, value)
-    # Prefect's own lines go to its API; on the console the display says the same more briefly.
+    # Prefect's own logs go to its API; on the console, the display shows the same in less space.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     logging.getLogger("lilpipe").addHandler(logging.StreamHandler())
     if "PREFECT_API_URL" in os.environ:
@@ -49,7 +51,9 @@ def _prefect_api(home: Path) -> Server | None:
 
 
 def _run(recipe: str, config: Path | None, overrides: list[str], seed: int | None, server: Server | None) -> int:
-    """Run the flow with a display, and return the exit status. Imports wait until the API is on its way."""
+    """Run the flow with a display, and return the exit status. Imports that need the API come after it has been
+    started.
+    """
     from lilpipe.config.overrides import parse_override
     from lilpipe.display import Display
     from lilpipe.errors import LilpipeError
@@ -65,7 +69,7 @@ def _run(recipe: str, config: Path | None, overrides: list[str], seed: int | Non
         from tasks.stage import heard_by
 
         for step in complete.steps.values():  # while the API comes up: the flow will need them
-            get_stage(step.stage)
+            get_stage(step.stage, step.file)
         os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_SETTINGS.items()})
         importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
         if server is not None:

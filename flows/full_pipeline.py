@@ -24,14 +24,14 @@ def full_pipeline(
     overrides: dict[str, Any] = {},  # noqa: B006 (Prefect shows it as the form's default)
     seed: int | None = None,
 ) -> State:
-    """Run every step of the pipeline in order; steps that the store holds already are not run again.
+    """Run all steps of the pipeline in order; cached steps are not run again.
 
     Args:
         recipe: The complete configuration to start from.
-        config: A TOML file whose values go over the recipe's, by its path from the project's directory or in full.
-            It may name data of your own under `[[corpus.sources]]`.
-        overrides: Single settings over both, such as `{"sft.num_epochs": 4}`. `lilpipe/config/` describes each.
-        seed: Seed of every training stage; the configuration's own (0) where none is given.
+        config: Path of a TOML file that overrides values of the recipe, absolute or relative to the project directory.
+            It may define your own data under `[[corpus.sources]]`.
+        overrides: Settings that override both, such as `{"sft.num_epochs": 4}`. `lilpipe/config/` describes them.
+        seed: Seed of all training stages; if None, the configuration's (default 0).
     """
     try:
         pipeline = configure(recipe, config, overrides, seed)

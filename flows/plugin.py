@@ -1,8 +1,8 @@
-"""Completes a bare deployment name, so that `prefect deployment run full-pipeline` works as it reads.
+"""Prefect plugin for bare deployment names, so that `prefect deployment run full-pipeline` works.
 
-Prefect's client wants FLOW/DEPLOYMENT and splits at the slash. This plugin wraps the look-up by name: a name without
-a slash stands for the only deployment of the flow of that name, or for its deployment `local`. Prefect loads it
-where plugins are enabled, as they are in this project's directory by `[tool.prefect.plugins]` in `pyproject.toml`.
+Prefect's client expects FLOW/DEPLOYMENT and splits at the slash. This plugin wraps the lookup by name: a name without a
+slash means the only deployment of that flow, or its deployment `local`. Prefect loads it where plugins are enabled,
+such as in this project's directory by `[tool.prefect.plugins]` in `pyproject.toml`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ DEFAULT_DEPLOYMENT = "local"
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> None:  # noqa: ARG001 (the hook's signature)
-    """Wrap the client's look-up, for the commands that take a deployment's name alone."""
+    """Wrap the client's lookup for the commands that take a deployment name."""
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     if words[:2] in COMPLETED_COMMANDS:
         complete_bare_names()
 
 
 def complete_bare_names() -> None:
-    """Let ``PrefectClient.read_deployment_by_name`` take a name without a slash. Twice is harmless."""
+    """Make ``PrefectClient.read_deployment_by_name`` accept a name without a slash. Idempotent."""
     from prefect.client.orchestration import PrefectClient
 
     original = PrefectClient.read_deployment_by_name
@@ -45,7 +45,7 @@ def complete_bare_names() -> None:
 
 
 async def full_name(client: PrefectClient, flow_name: str) -> str:
-    """FLOW/DEPLOYMENT for a flow's name: its only deployment, or the one called `local`."""
+    """Return FLOW/DEPLOYMENT for a flow name: its only deployment, or the one named `local`."""
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
     wanted = FlowFilter(name=FlowFilterName(any_=[flow_name]))

@@ -1,11 +1,11 @@
-"""The servers on this machine: `python -m flows.servers up` and `down`, behind `make up` and `make down`.
+"""Local servers: `python -m flows.servers up` and `down`, used by `make up` and `make down`.
 
 `up` starts a Prefect server, a worker of the process pool `local` and an MLflow server, all on loopback, waits until
-they answer and registers the deployments of `deploy/prefect.yaml`. What it started is recorded in `.lilpipe/servers/`,
-a process with the time at which it was started, so that `down` ends just that. The address of the Prefect server goes
-into a profile that Prefect reads in this directory (`[tool.prefect]` in `pyproject.toml`).
+they respond and registers the deployments of `deploy/prefect.yaml`. It records each process with its start time in
+`.lilpipe/servers/`, so that `down` stops exactly these processes. The address of the Prefect server is written to a
+profile that Prefect reads in this directory (`[tool.prefect]` in `pyproject.toml`).
 
-A pipeline without servers gets a Prefect API of its own for as long as it runs: ``temporary_prefect_api``.
+Without servers, a pipeline run starts its own temporary Prefect API: ``temporary_prefect_api``.
 """
 
 from __future__ import annotations
@@ -47,46 +47,46 @@ TEMPORARY_API = {
     "PREFECT__SERVER_FINAL": "1",
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
 }
-"""What makes the API of one run start faster."""
+"""Settings that make a temporary API start faster."""
 
 
 class ServerError(LilpipeError):
-    """A server cannot be started: its port is taken, or it ended."""
+    """A server cannot be started: its port is in use, or its process exited."""
 
 
 @dataclass(frozen=True, eq=False)
 class Server:
-    """A process that is started by `up` and ended by `down`."""
+    """A process started by `up` and stopped by `down`."""
 
     name: str
     command: Sequence[str]
     home: Path
-    """The checkout's `.lilpipe`."""
+    """The checkout's `.lilpipe` directory."""
     environment: Mapping[str, str] = field(default_factory=dict)
     port: int | None = None
     port_variable: str = ""
     health: str = ""
-    """Path that answers once the server is up."""
+    """Path of the health check."""
     dies_with_parent: bool = False
-    """Whether the kernel ends it when this process dies, of whatever cause (Linux)."""
+    """Whether the kernel kills it when this process dies for any reason (Linux)."""
 
     @property
     def record(self) -> Path:
-        """Where its process id is kept."""
+        """File with its process id."""
         return self.home / "servers" / f"{self.name}.json"
 
     @property
     def log(self) -> Path:
-        """What it prints."""
+        """File with its output."""
         return self.home / "servers" / f"{self.name}.log"
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """Its base URL."""
         return f"http://{HOST}:{self.port}"
 
     def process(self) -> psutil.Process | None:
-        """The process that `up` started, if it lives; another one that has since got its id does not count."""
+        """Return the process that `up` started, if it is alive; a new process with the same id does not count."""
         try:
             record = json.loads(self.record.read_text())
             process = psutil.Process(record["pid"])
@@ -96,12 +96,12 @@ class Server:
             return None
 
     def start(self) -> None:
-        """Start it, unless it runs. Raises ``ServerError`` if another program has its port."""
+        """Start the server unless it runs. Raises ``ServerError`` if another program uses its port."""
         if self.process() is not None:
             return
         if self.port is not None and is_taken(self.port):
             raise ServerError(
-                f"{self.name}: port {self.port} is taken by another program; stop that, or choose a free port: "
+                f"{self.name}: port {self.port} is used by another program; stop it, or choose a free port: "
                 f"{self.port_variable}={self.port + 1} make up"
             )
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,23 +119,23 @@ class Server:
         write_atomically(self.record, json.dumps({"pid": process.pid, "created": created, "port": self.port}))
 
     def wait(self) -> None:
-        """Return once it answers. Raises ``ServerError`` if it ends or takes too long."""
+        """Wait until the server responds. Raises ``ServerError`` if it exits or takes too long."""
         deadline = time.time() + START_SECONDS
         while not answers(self.url + self.health):
             if self.process() is None or time.time() > deadline:
                 lines = self.log.read_text(errors="replace").splitlines()[-10:]
-                raise ServerError(f"{self.name}: did not start; the end of {self.log}:\n" + "\n".join(lines))
+                raise ServerError(f"{self.name}: did not start; last lines of {self.log}:\n" + "\n".join(lines))
             time.sleep(0.1)
 
     def stop(self) -> bool:
-        """End the process and all of its group; returns whether there was one."""
+        """Stop the process group; returns whether it was running."""
         return bool(stop_all([self]))
 
 
 def stop_all(started: Sequence[Server]) -> list[str]:
-    """End servers together, each with all of its group; returns the names of those that ran."""
+    """Stop servers in parallel, each with its process group; returns the names of those that were running."""
     running = {server: process for server in started if (process := server.process()) is not None}
-    for signum in (signal.SIGTERM, signal.SIGKILL):  # the second is for what is left of a group
+    for signum in (signal.SIGTERM, signal.SIGKILL):  # SIGKILL for processes of a group that ignored SIGTERM
         for process in running.values():
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signum)
@@ -146,7 +146,7 @@ def stop_all(started: Sequence[Server]) -> list[str]:
 
 
 def is_taken(port: int) -> bool:
-    """Whether a program listens there."""
+    """Return whether a program listens on a port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -157,7 +157,7 @@ def is_taken(port: int) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether the address gives a good answer now."""
+    """Return whether a URL currently responds with status 200."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return response.status == 200
@@ -169,7 +169,7 @@ def answers(url: str) -> bool:
 
 
 def servers(home: Path) -> tuple[Server, Server, Server]:
-    """Prefect's server, MLflow's server and the worker, in the order in which they are started."""
+    """Return Prefect server, MLflow server and worker, in start order."""
     prefect_port = int(os.environ.get("PREFECT_PORT") or _recorded_port(home, "prefect") or 4200)
     mlflow_port = int(os.environ.get("MLFLOW_PORT") or _recorded_port(home, "mlflow") or 5000)
     prefect_address = f"http://{HOST}:{prefect_port}"
@@ -186,7 +186,7 @@ def servers(home: Path) -> tuple[Server, Server, Server]:
         name="mlflow",
         command=_mlflow_command(home, mlflow_port),
         home=home,
-        # Jobs are seven processes of 200 MB that nothing here uses.
+        # Job execution would start seven unused processes of 200 MB.
         environment={**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         port=mlflow_port,
         port_variable="MLFLOW_PORT",
@@ -210,7 +210,9 @@ def servers(home: Path) -> tuple[Server, Server, Server]:
 
 
 def _mlflow_command(home: Path, port: int) -> list[str]:
-    """Artifacts are not proxied: clients on this machine write them, with a server or without, to one place."""
+    """Return the command of the MLflow server. Artifacts are not proxied: clients on this machine write them directly,
+    with or without a server, to the same directory.
+    """
     options = {
         "--host": HOST,
         "--port": str(port),
@@ -223,13 +225,13 @@ def _mlflow_command(home: Path, port: int) -> list[str]:
 
 
 def _recorded_port(home: Path, name: str) -> int | None:
-    """The port of a server that runs, so that `up` and `down` find it again without being told."""
+    """Return the port of a running server, so that `up` and `down` find it without being told."""
     server = Server(name, (), home)
     return json.loads(server.record.read_text())["port"] if server.process() is not None else None
 
 
 def up(project: Path) -> tuple[str, str]:
-    """Start what is not running, register the deployments, and return the addresses of Prefect and MLflow."""
+    """Start servers that are not running, register the deployments, and return the URLs of Prefect and MLflow."""
     home = project / ".lilpipe"
     prefect, mlflow, worker = servers(home)
     prefect.start()
@@ -245,7 +247,7 @@ def up(project: Path) -> tuple[str, str]:
 
 
 def down(project: Path) -> list[str]:
-    """End what `up` started; returns the names of what ran."""
+    """Stop what `up` started; returns the names of the servers that were running."""
     home = project / ".lilpipe"
     (home / "profiles.toml").unlink(missing_ok=True)
     return stop_all(servers(home))
@@ -260,7 +262,7 @@ PREFECT_API_URL = "{url}/api"
 
 
 def register_deployments(project: Path, environment: Mapping[str, str]) -> None:
-    """`prefect deploy` of all that `deploy/prefect.yaml` lists, into a pool that is made if absent."""
+    """Run `prefect deploy` for all deployments of `deploy/prefect.yaml`; creates the work pool if it does not exist."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
 
@@ -285,7 +287,10 @@ CRASH_DETECTION = "lilpipe: a flow run without heartbeat has crashed"
 
 
 def add_crash_detection() -> None:
-    """An automation that ends flow runs whose process and worker were both killed; they would run for ever."""
+    """Add an automation that marks flow runs as crashed if both their process and the worker were killed.
+
+    Without it they would stay in state `Running`.
+    """
     from prefect.automations import Automation, EventTrigger, Posture
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
@@ -294,7 +299,7 @@ def add_crash_detection() -> None:
         Automation.read(name=CRASH_DETECTION)  # type: ignore[unused-coroutine]
         return
     except ValueError:
-        pass  # there is none yet
+        pass  # it does not exist yet
     ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     trigger = EventTrigger(
         after={"prefect.flow-run.heartbeat"},
@@ -310,16 +315,16 @@ def add_crash_detection() -> None:
     Automation(name=CRASH_DETECTION, trigger=trigger, actions=[crash]).create()
 
 
-# --- an API for one run -------------------------------------------------------------------------------------------
+# --- a temporary API ----------------------------------------------------------------------------------------------
 
 
 def temporary_prefect_api(home: Path) -> Server:
-    """A Prefect API on a free port, until this process ends; call ``wait`` on it before the first flow.
+    """Start a Prefect API on a free port that lives as long as this process; call ``wait`` before the first flow.
 
-    Prefect's own ephemeral mode imports its server here before it starts it there. This one starts at once, so that
-    it comes up while this process still imports; and it dies with this process, however that ends.
+    Prefect's own ephemeral mode imports its server in this process before it starts it. This function returns at once,
+    so the server starts while this process still imports. It also dies with this process, however that ends.
     """
-    for left in (home / "servers").glob("prefect-*"):  # by a run that was killed
+    for left in (home / "servers").glob("prefect-*"):  # left by a killed run
         if Server(left.stem, (), home).process() is None:
             left.unlink()
     with socket.socket() as probe:
@@ -332,7 +337,7 @@ def temporary_prefect_api(home: Path) -> Server:
         f"prefect-{os.getpid()}", command, home, environment, port=port, health="/api/health", dies_with_parent=True
     )
     server.start()
-    # Registered before Prefect is imported, and so called after Prefect has sent the last of its logs and events.
+    # Registered before Prefect is imported, so it is called after Prefect has sent its last logs and events.
     atexit.register(_remove, server)
     return server
 
@@ -343,7 +348,7 @@ def _remove(server: Server) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`up` or `down`, in the current directory."""
+    """Run `up` or `down` in the current directory."""
     project = Path.cwd()
     try:
         if list(arguments) == ["up"]:

@@ -1,4 +1,4 @@
-"""The flow `stage`: one step of the pipeline, on the artifacts that the steps before it have left in the store."""
+"""The flow `stage`: run one step of the pipeline on the artifacts of the steps before it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def run_one_stage(
     overrides: dict[str, Any] = {},  # noqa: B006 (Prefect shows it as the form's default)
     seed: int | None = None,
 ) -> State:
-    """Run one step, as part of the latest pipeline run of this configuration; the steps before it must be done.
+    """Run one step as part of the latest pipeline run of this configuration; the steps before it must be finished.
 
     Args:
         stage: The step to run: corpus, prompts, tokenizer, tokens, pretrain, rejection_sampling, sft, preferences,
             dpo, grpo, evaluate, register, or one that the configuration adds.
         recipe: The complete configuration to start from.
-        config: A TOML file whose values go over the recipe's, by its path from the project's directory or in full.
-        overrides: Single settings over both, such as `{"sft.num_epochs": 4}`. `lilpipe/config/` describes each.
-        seed: Seed of every training stage; the configuration's own (0) where none is given.
+        config: Path of a TOML file that overrides values of the recipe, absolute or relative to the project directory.
+        overrides: Settings that override both, such as `{"sft.num_epochs": 4}`. `lilpipe/config/` describes them.
+        seed: Seed of all training stages; if None, the configuration's (default 0).
     """
     try:
         pipeline = configure(recipe, config, overrides, seed)

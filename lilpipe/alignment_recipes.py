@@ -1,8 +1,8 @@
-"""Recipes of post-training, after those of four published models, as steps behind any front half.
+"""Post-training recipes after four published models, as steps that follow pretraining.
 
-Each takes a complete configuration and returns it with other steps behind pretraining and with what the recipe sets
-of their settings. The front half stays as it is, so that a store makes prompts, corpus, tokens and the pretrained
-model once for all of them. All end in `evaluate` over every model they made, and `register`.
+Each takes a complete configuration and replaces the steps after pretraining and the settings that the recipe defines.
+The steps up to pretraining are unchanged, so all recipes share prompts, corpus, tokens and pretrained model in a store.
+Each ends with `evaluate` over all its models, and `register`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ from typing import Any
 from lilpipe.config.pipeline import PipelineConfig, Step, step
 
 FRONT = ("prompts", "corpus", "tokenizer", "tokens", "pretrain")
-"""Steps that all recipes share."""
+"""Steps shared by all recipes."""
 
 BY_REWARD_MODEL: dict[str, Any] = {"rewards": ({"kind": "reward_model"},)}
+"""Reward of the reward model only."""
 COMPARISONS: dict[str, Any] = {
     "rule": "reward",
     "rewards": ({"kind": "answer"}, {"kind": "length", "limit_tokens": 40, "buffer_tokens": 36, "weight": 0.5}),
     "max_pairs_per_prompt": 4,
 }
-"""In place of people who compare: a right answer is better than a wrong one, and of two alike the shorter. Of the
-answers to a prompt the best against the worst, the second best against the second worst, and so on; InstructGPT had
-four to nine answers ranked and took all pairs."""
+"""Replaces human comparisons: a correct answer is better than a wrong one, and of two equal ones the shorter is better.
+The best answer to a prompt is paired with the worst, the second best with the second worst, and so on; InstructGPT
+ranked four to nine answers and used all pairs."""
 RULES: dict[str, Any] = {"rewards": ({"kind": "answer"},), "scale_rewards": "group"}
-"""R1 was rewarded by rules alone, for right answers in the right form: a verifier's verdict needs both here."""
+"""R1 used rule-based rewards only, for correct answers in the correct format; the verifier checks both."""
 VERIFIED: dict[str, Any] = {
     "rewards": ({"kind": "answer", "weight": 100.0}, {"kind": "reward_model"}),
     "threshold": 50.0,
 }
-"""Of the answers that a verifier accepts, as Llama 3 has them for mathematics and code, the best by reward model."""
+"""Of the completions that a verifier accepts, those with the highest score of the reward model, as Llama 3 for
+mathematics and code."""
 
 
 def llama3(start: PipelineConfig, *, rounds: int = 2) -> PipelineConfig:
     """Llama 3 (Grattafiori et al. 2024, section 4): a reward model, then rounds of rejection sampling, SFT and DPO.
 
-    A first model, fine-tuned on written demonstrations, answers what the reward model learns to compare; it is trained
-    on top of the pretrained model. In each round the better of the last round's models samples, the reward model keeps
-    the best of the answers that are right, the pretrained model is fine-tuned on all that was kept so far, and new
-    comparisons are made for DPO, as people made them. Llama 3 took six rounds.
+    A first model, fine-tuned on written demonstrations, samples the answers that the reward model learns to compare;
+    the reward model is trained from the pretrained model. In each round the better model of the previous round samples,
+    the reward model selects the best correct answers, the pretrained model is fine-tuned on all answers kept so far,
+    and DPO uses new comparisons. Llama 3 used six rounds.
     """
     steps = {
         "sft_0": step("sft", model="pretrain", prompts="prompts"),
@@ -55,7 +57,7 @@ def llama3(start: PipelineConfig, *, rounds: int = 2) -> PipelineConfig:
 
 
 def _llama3_round(number: int, last_round: tuple[str, ...]) -> dict[str, Step]:
-    """The steps of one round; the better model of ``last_round`` samples."""
+    """Return the steps of one round; the better model of ``last_round`` samples."""
     sample = {"prompt_form": "chat", "keep": "best", "policy": "best", **VERIFIED}
     kept = tuple(f"rejection_sampling_{earlier}" for earlier in range(1, number + 1))
     sft, preferences = f"sft_{number}", f"preferences_{number}"
@@ -68,11 +70,10 @@ def _llama3_round(number: int, last_round: tuple[str, ...]) -> dict[str, Step]:
 
 
 def r1(start: PipelineConfig) -> PipelineConfig:
-    """DeepSeek-R1 (Guo et al. 2025): GRPO on the pretrained model ("Zero"), whose verified answers the pretrained model
-    is then fine-tuned on, and GRPO again.
+    """DeepSeek-R1 (Guo et al. 2025): GRPO on the pretrained model ("Zero"), fine-tuning of the pretrained model on its
+    verified answers, and GRPO again.
 
-    Left out is the small set of long written answers that R1 begins with: the demonstrations stand in for it, beside
-    the sampled answers.
+    R1's small set of long written answers is omitted; the demonstrations, mixed with the sampled answers, replace it.
     """
     steps = {
         "zero": step("grpo", {"prompt_form": "text", **RULES}, model="pretrain", prompts="prompts"),
@@ -84,7 +85,9 @@ def r1(start: PipelineConfig) -> PipelineConfig:
 
 
 def instruct_gpt(start: PipelineConfig) -> PipelineConfig:
-    """InstructGPT (Ouyang et al. 2022): SFT on demonstrations, a reward model from comparisons of its answers, PPO."""
+    """InstructGPT (Ouyang et al. 2022): SFT on demonstrations, a reward model trained on comparisons of its answers,
+    PPO.
+    """
     steps = {
         "sft": step("sft", model="pretrain", prompts="prompts"),
         "preferences": step("preferences", COMPARISONS, model="sft", prompts="prompts"),
@@ -95,7 +98,7 @@ def instruct_gpt(start: PipelineConfig) -> PipelineConfig:
 
 
 def lillm(start: PipelineConfig) -> PipelineConfig:
-    """lilLM: SFT alone."""
+    """lilLM: SFT only."""
     steps = {"sft": step("sft", model="pretrain", prompts="prompts")}
     return _with_steps(start, "lillm", steps, ["sft"])
 
@@ -106,15 +109,16 @@ ALIGNMENT_RECIPES: Mapping[str, Callable[[PipelineConfig], PipelineConfig]] = {
     "instruct-gpt": instruct_gpt,
     "lillm": lillm,
 }
-"""Name of each recipe to the function that lays it behind a front half."""
+"""Maps recipe names to functions that add their steps to a configuration."""
 
 
 def _with_steps(
     start: PipelineConfig, name: str, steps: Mapping[str, Step], models: list[str], *, reward_model: str | None = None
 ) -> PipelineConfig:
-    """``start`` with its own front half, these steps, evaluation of ``models`` in their order, and registration.
+    """Return ``start`` with its own steps up to pretraining, then ``steps``, evaluation of ``models`` in order, and
+    registration.
 
-    Each chat model's answers are set against those of the first that was fine-tuned.
+    The win rate of each chat model is measured against the first fine-tuned model.
     """
     inputs: dict[str, str | tuple[str, ...]] = {
         "models": ("pretrain", *models),

@@ -1,8 +1,7 @@
-"""Artifacts: directories with a ``manifest.json``, which is written last and is the commit.
+"""Artifacts: directories with a ``manifest.json``, which is written last and commits the artifact.
 
-The content digest covers every file outside ``report/`` and ``logs/``. Those two hold what people read (pictures,
-curves, times); they travel with the artifact and are checked like the rest, but a new drawing of the same data
-rebuilds nothing downstream.
+The content digest covers every file outside ``report/`` and ``logs/``. These contain output for people (plots, curves,
+times). They are stored and verified like other files, but a new plot of the same data reruns nothing downstream.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ Kind = Literal["Corpus", "Prompts", "Tokenizer", "TokenShards", "Checkpoint", "C
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-"""Version of the manifest's fields; raised with every change of them."""
+"""Version of the manifest's fields; increased with every change of them."""
 NOT_CONTENT = ("report", "logs")
 
 
 class FileEntry(BaseModel):
-    """Size in bytes and SHA-256 of one file."""
+    """Size in bytes and SHA-256 of a file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +37,7 @@ class FileEntry(BaseModel):
 
 
 class InputEntry(BaseModel):
-    """The artifact that filled an input role."""
+    """An input artifact of a role."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,7 +48,7 @@ class InputEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is and where it came from."""
+    """Description and provenance of an artifact."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -63,29 +62,29 @@ class Manifest(BaseModel):
     operational: dict[str, Any]
     inputs: dict[str, list[InputEntry]]
     external: dict[str, str]
-    """Digests of what was read from outside the store (raw files, the environment's documentation)."""
+    """Digests of data from outside the store (raw files, documentation of the Python environment)."""
     code: dict[str, str]
     """Digest of each module that the stage's output depends on."""
     packages: dict[str, str]
-    """Versions of the third-party packages that can change the output."""
+    """Versions of third-party packages that can change the output."""
     git_commit: str | None
     environment: dict[str, Any]
     files: dict[str, FileEntry]
     content_digest: str
     metrics: dict[str, float]
     elapsed_seconds: float
-    """Time of all tries together, those that were killed included."""
+    """Total time of all attempts, including killed ones."""
     created_at: str
 
     def to_json(self) -> str:
-        """Its text, with a checksum of all its fields."""
+        """Return the manifest as JSON, with a checksum of all fields."""
         fields = json.loads(self.model_dump_json())  # NaN as a string
         return json.dumps({**fields, "sha256": digest_json(fields)}, indent=2, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A committed artifact whose files lie in the local directory ``path``."""
+    """A committed artifact whose files are in the local directory ``path``."""
 
     uri: str
     path: Path
@@ -93,39 +92,41 @@ class Artifact:
 
     @property
     def content_digest(self) -> str:
-        """Digest over the artifact's data files."""
+        """Digest of the artifact's data files."""
         return self.manifest.content_digest
 
 
 Inputs = Mapping[str, Artifact | tuple[Artifact, ...]]
-"""Role to what fills it: one artifact, or several where the stage takes them."""
+"""Maps an input role to one artifact, or to several if the stage accepts them."""
 
 
 def all_inputs(inputs: Inputs, role: str) -> tuple[Artifact, ...]:
-    """The artifacts that fill a role, any number of them."""
+    """Return all artifacts of a role."""
     value = inputs.get(role, ())
     return (value,) if isinstance(value, Artifact) else value
 
 
 def one_input(inputs: Inputs, role: str) -> Artifact:
-    """The artifact that fills a required role."""
+    """Return the artifact of a required role."""
     (only,) = all_inputs(inputs, role)
     return only
 
 
 def optional_input(inputs: Inputs, role: str) -> Artifact | None:
-    """The artifact that fills an optional role, if one does."""
+    """Return the artifact of an optional role, or None."""
     return one_input(inputs, role) if all_inputs(inputs, role) else None
 
 
 def digest_json(value: Any) -> str:
-    """SHA-256 of canonical JSON."""
+    """Return the SHA-256 of canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def list_files(directory: Path, sha256: Callable[[Path], str] = digest_file) -> dict[str, FileEntry]:
-    """Every file below ``directory`` but the manifest, by POSIX path, each flushed to disk."""
+    """Return an entry for every file below ``directory`` except the manifest, by POSIX path; each file is flushed to
+    disk.
+    """
     entries = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
@@ -136,14 +137,14 @@ def list_files(directory: Path, sha256: Callable[[Path], str] = digest_file) -> 
 
 
 def content_digest(files: Mapping[str, FileEntry]) -> str:
-    """Digest over the names and checksums of the data files."""
+    """Return a digest of the names and checksums of the data files."""
     return digest_json({name: entry.sha256 for name, entry in files.items() if name.split("/")[0] not in NOT_CONTENT})
 
 
 def parse_manifest(text: str | bytes, place: str) -> Manifest:
-    """A manifest from its JSON; ``place`` names it in errors.
+    """Parse a manifest from JSON; ``place`` names it in errors.
 
-    Raises ``SchemaVersionError`` for one that a newer version of lilpipe wrote, ``ArtifactError`` for a damaged one.
+    Raises ``SchemaVersionError`` if a newer version of lilpipe wrote it, and ``ArtifactError`` if it is damaged.
     """
     try:
         fields = json.loads(text)
@@ -154,7 +155,7 @@ def parse_manifest(text: str | bytes, place: str) -> Manifest:
                 "upgrade lilpipe, or set LILPIPE_STORE to another store"
             )
         if fields.pop("sha256", None) != digest_json(fields):
-            raise ValueError("its checksum differs")
+            raise ValueError("wrong checksum")
         manifest = Manifest.model_validate(fields)
     except (ValueError, AttributeError, TypeError) as error:
         raise ArtifactError(f"{place}: cannot be read as a manifest ({error}); the stage must run again") from error
@@ -162,19 +163,22 @@ def parse_manifest(text: str | bytes, place: str) -> Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a committed artifact; raises as ``parse_manifest`` does, and if there is none."""
+    """Read the manifest of a committed artifact.
+
+    Raises ``ArtifactError`` if it is missing, otherwise as ``parse_manifest``.
+    """
     path = directory / MANIFEST
     try:
         text = path.read_bytes()
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: missing; the directory holds no committed artifact") from error
+        raise ArtifactError(f"{path}: missing; the directory contains no committed artifact") from error
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); the stage must run again") from error
     return parse_manifest(text, str(path))
 
 
 def damage(directory: Path, manifest: Manifest, sha256: Callable[[Path], str] = digest_file) -> dict[str, str]:
-    """What is wrong with the artifact's files, by name: missing, of another size, or of another SHA-256."""
+    """Return what is wrong with the artifact's files, by name: missing, wrong size or wrong SHA-256."""
     problems = {}
     for name, entry in manifest.files.items():
         path = directory / name
@@ -191,7 +195,7 @@ def damage(directory: Path, manifest: Manifest, sha256: Callable[[Path], str] = 
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, whatever happens in between."""
+    """Write a file atomically: a reader sees either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
@@ -203,7 +207,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a directory's entries, so that a rename outlives a power cut."""
+    """Flush a directory's entries to disk, so that a rename survives a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""The charts of report pages: lines, bars, histograms and matrices by matplotlib, in one style, as inline SVG.
+"""Charts of report pages: lines, bars, histograms and matrices with matplotlib, in one style, as inline SVG.
 
-Labels are SVG text, not paths: a chart takes a third of the bytes and the time, and any script is shown. matplotlib
-is imported with the first chart: its 0.4 s are spared to processes that draw none.
+Labels are SVG text and not paths: a chart takes a third of the bytes and the time, and all scripts are supported.
+matplotlib is imported with the first chart, which saves 0.4 s in processes without charts.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Numbers = Sequence[float] | np.ndarray
 
 COLOURS = ("#3b82c4", "#d97a34", "#4a9a66", "#b6494f", "#7d63ad", "#8a6d4b", "#5b8f9e", "#9aa0a8")
 WIDTH = 9.4
-"""Inches: a page's column."""
+"""Width of a chart in inches: the width of a page's column."""
 GRID_COLUMNS = 3
 MAX_VECTOR_POINTS = 1_000
-"""More dots than these become a bitmap inside the SVG, or a page would be megabytes."""
+"""Above this number, points are drawn as a bitmap inside the SVG; otherwise a page would have megabytes."""
 
-_INK = "#1f2733"  # becomes the page's colour of text, in light and dark
+_INK = "#1f2733"  # replaced by the page's text colour, for light and dark mode
 _STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "lilpipe",  # the same chart is the same bytes
+    "svg.hashsalt": "lilpipe",  # equal charts have equal bytes
     "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # to measure text with; the page sets its own
+    "font.family": "DejaVu Sans",  # only to measure text; the page sets its own font
     "text.parse_math": False,  # a dollar sign in a label is a dollar sign
     "axes.formatter.use_mathtext": False,
     "axes.spines.top": False,
@@ -52,14 +52,14 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """Points of a chart, in order."""
+    """Points of a line, in order."""
 
     label: str
-    """Shown in the legend if not empty."""
+    """Shown in the legend unless empty."""
     x: Numbers
     y: Numbers
     style: str = "-"
-    """As in matplotlib: ``-`` a line, ``--`` dashes, ``o`` dots, ``D`` diamonds, ``-o`` a line with dots."""
+    """Format of matplotlib: ``-`` line, ``--`` dashed, ``o`` dots, ``D`` diamonds, ``-o`` line with dots."""
     colour: str = COLOURS[0]
     errors: Sequence[Sequence[float]] | None = None
     """Lengths of the error bars, [2, points]: below and above."""
@@ -68,25 +68,25 @@ class Line:
 
     @classmethod
     def of_points(cls, points: Sequence[tuple[float, float]], label: str = "", *, colour: str = COLOURS[0]) -> Line:
-        """A curve of (x, y), with a dot at each of few points."""
+        """Return a line through (x, y) points, with dots if there are few."""
         x, y = zip(*points, strict=True)
         return cls(label, x, y, "-o" if len(points) < 30 else "-", colour)
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts by bin, stacked; every bin is drawn as wide as any other, so edges in a geometric row make a log axis."""
+    """Counts per bin, stacked; all bins are drawn with equal width, so geometrically spaced edges make a log axis."""
 
     title: str
     edges: Numbers
     counts: Mapping[str, Numbers]
-    """Name of each layer, the lowest first, to its count in each bin."""
+    """Maps the name of each layer, from the bottom, to its count in each bin."""
     marks: Sequence[float] = ()
-    """Values at which a dotted line stands."""
+    """Values marked with a dotted line."""
 
 
 def svg(figure: Figure) -> Fragment:
-    """A chart as inline SVG without a background; its ink is the page's."""
+    """Return a chart as inline SVG with a transparent background, in the page's text colour."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -101,7 +101,7 @@ def svg(figure: Figure) -> Fragment:
 def lines(
     panels: Mapping[str, Sequence[Line]], xlabel: str = "", ylabel: str = "", *, log: bool = False, height: float = 0
 ) -> Figure:
-    """Lines and dots, a panel for each title; ``log`` makes both axes logarithmic, ``height`` is in inches."""
+    """Draw lines and dots, one panel per title; ``log`` makes both axes logarithmic, ``height`` is in inches."""
     with _drawing(len(panels), heights=(height or 3.2, height or 2.3)) as (figure, all_axes):
         for axes, (title, members) in zip(all_axes, panels.items(), strict=False):
             drawn = [_draw_line(axes, line) for line in members]
@@ -124,7 +124,7 @@ def bars(
     errors: Mapping[str, Numbers] | None = None,
     limit: float | None = None,
 ) -> Figure:
-    """Horizontal bars: for each name a stack or a group of them, side by side in a panel for each unit.
+    """Draw horizontal bars: a stack or a group for each name, in one panel per unit, side by side.
 
     ``panels`` maps each unit to its series, and each series to a value for each name; the axes end at ``limit``.
     """
@@ -149,7 +149,7 @@ def bars(
 
 
 def histograms(panels: Sequence[Histogram]) -> Figure:
-    """A histogram for each panel, with the values of some edges below it."""
+    """Draw one histogram per panel, with the values of some edges below it."""
     from matplotlib.patches import StepPatch
 
     colours = dict(zip(dict.fromkeys(chain(*(panel.counts for panel in panels))), COLOURS, strict=False))
@@ -164,9 +164,9 @@ def histograms(panels: Sequence[Histogram]) -> Figure:
                     strict=True,
                 )
             )
-            for name, top in reversed(tops.items()):  # each from zero, behind those below it: half the bytes of bands
+            for name, top in reversed(tops.items()):  # each from zero, behind the lower ones: half the bytes of bands
                 bars = StepPatch(top, np.arange(num_bins + 1), fill=True, color=colours[name])
-                handles[name] = axes.add_artist(bars)  # `stairs` also looks for the limits: a tenth of the time
+                handles[name] = axes.add_artist(bars)  # ten times faster than `stairs`, which also computes limits
             tallest = max(1, *(int(top.max()) for top in tops.values()))
             at = np.interp(panel.marks, panel.edges, np.arange(num_bins + 1))
             axes.vlines(at, 0, 1, colors=_INK, linestyles="dotted", transform=axes.get_xaxis_transform())
@@ -182,7 +182,7 @@ def histograms(panels: Sequence[Histogram]) -> Figure:
 
 
 def matrix(labels: Sequence[str], counts: Sequence[Sequence[int]], *, rows: str, columns: str) -> Figure:
-    """Counts by row and column, darker for a larger share of the row."""
+    """Draw counts by row and column, darker for a larger fraction of the row."""
     size = 1.6 + 0.5 * len(labels)
     with _drawing(1, heights=(size, size), width=size) as (figure, (axes, *_)):
         shares = [[count / max(sum(row), 1) for count in row] for row in counts]
@@ -209,9 +209,9 @@ def _drawing(
     columns: int = GRID_COLUMNS,
     sharey: bool = False,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure in the style of the page and its axes, as many as there are panels.
+    """Yield a figure in the page's style, and its axes, one per panel.
 
-    ``heights`` are inches, of one panel alone and of a row of several.
+    ``heights`` is in inches: of a single panel, and of each row of several panels.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -245,14 +245,14 @@ def _draw_line(axes: Axes, line: Line) -> Any:
 
 
 def _format_log(axis: Axis) -> None:
-    """Plain numbers at powers of ten, and between them where there are fewer than two."""
+    """Use plain numbers at powers of ten, and between them if there are fewer than two."""
     low, high = axis.get_view_interval()
     axis.set_major_formatter(lambda value, _: show(value) if value < 1e6 else f"{value:.3g}")
     axis.set_minor_formatter((lambda value, _: f"{value:.3g}") if high < 10 * low else "")
 
 
 def _legend(parent: Figure | Axes, handles: Mapping[str, Any]) -> None:
-    """What each colour means: of a whole figure above it, of one of its panels inside."""
+    """Draw a legend: above a figure, or inside one of its panels."""
     from matplotlib.figure import Figure
 
     if len(handles) < 2:

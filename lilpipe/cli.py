@@ -1,4 +1,4 @@
-"""The pipeline on the command line, without Prefect."""
+"""Run and inspect the pipeline from the command line, without Prefect."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lilpipe.pipeline.plan import WaitingStep, changes, plan
 from lilpipe.pipeline.run import Listener, run_step
 from lilpipe.pipeline.runs import latest_pipeline_run, new_pipeline_run
 from lilpipe.pipeline.wiring import check_wiring
-from lilpipe.recipes import load
+from lilpipe.recipes import load, resolve
 from lilpipe.store import Store
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Recipe = Annotated[str, typer.Option(help="Recipe to start from.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file whose values go over the recipe's.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file that overrides values of the recipe.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="One setting, such as sft.num_epochs=4; may be given again.")
+    list[str] | None, typer.Option("--set", help="Override one setting, such as sft.num_epochs=4; repeatable.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of all training stages.")]
 
@@ -42,10 +42,12 @@ def _load(
     *,
     changes: dict[str, Any] | None = None,
 ) -> PipelineConfig:
+    return load(recipe, file=file, overrides=_values(overrides, seed, changes))
+
+
+def _values(overrides: list[str] | None, seed: int | None, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     values = dict(parse_override(text) for text in overrides or []) | (changes or {})
-    if seed is not None:
-        values["seed"] = seed
-    return load(recipe, file=file, overrides=values)
+    return values if seed is None else {**values, "seed": seed}
 
 
 @app.command()
@@ -54,10 +56,10 @@ def run(
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
-    stage: Annotated[str | None, typer.Option(help="Run this step alone; those before it must be cached.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Run only this step; the steps before it must be cached.")] = None,
     track: Annotated[bool, typer.Option(help="Record the run in MLflow.")] = True,
 ) -> None:
-    """Run the pipeline, or one step of it; what is cached is not run again."""
+    """Run the pipeline, or one step of it; cached steps are not run again."""
     from lilpipe.display import Display
 
     loaded = _load(recipe, config, overrides, seed)
@@ -82,11 +84,11 @@ def show_plan(
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
-    device: Annotated[str | None, typer.Option(help="Accelerator, such as h100; the one at hand by default.")] = None,
-    mfu: Annotated[float | None, typer.Option(min=0, max=1, help="Share of its peak that is reached.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Price of one device for an hour.")] = None,
+    device: Annotated[str | None, typer.Option(help="Accelerator, such as h100; default: of this machine.")] = None,
+    mfu: Annotated[float | None, typer.Option(min=0, max=1, help="Expected model FLOPs utilization.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one device per hour.")] = None,
 ) -> None:
-    """Show which steps are cached, which will run, and why; and what pretraining will take."""
+    """Show which steps are cached, which will run and why, and the estimated cost of pretraining."""
     budgets = {"device": device, "mfu": mfu, "price_per_hour": price}
     given = [f"pretrain.budget.{name}={value}" for name, value in budgets.items() if value is not None]
     loaded = _load(recipe, config, [*(overrides or []), *given], seed)
@@ -119,7 +121,7 @@ def why(
     overrides: Overrides = None,
     seed: Seed = None,
 ) -> None:
-    """Say what differs from the nearest earlier run of a step: config, inputs, code or packages."""
+    """Show why a step runs: what changed since its most similar earlier run (config, inputs, code or packages)."""
     loaded = _load(recipe, config, overrides, seed)
     if stage not in loaded.steps:
         raise ConfigError(f"step {stage!r}: there is no such step; known: {', '.join(loaded.steps)}")
@@ -134,22 +136,48 @@ def why(
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
+@app.command("config")
+def show_settings(
+    step: Annotated[str | None, typer.Argument(help="Step whose settings to show; all settings by default.")] = None,
+    recipe: Recipe = "tiny",
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    word: Annotated[str | None, typer.Option("--search", help="Word in the name or description of settings.")] = None,
+) -> None:
+    """Show the resolved settings as TOML for --config, each with its type, default, unit and source; or find some."""
+    from lilpipe.settings import search, show_config, show_found
+
+    resolved = resolve(recipe, file=config, overrides=_values(overrides, seed))
+    if word is None:
+        typer.echo(show_config(resolved, step), nl=False)
+    elif found := search(word, type(resolved.config)):
+        typer.echo("\n".join(show_found(found, resolved)))
+    else:
+        raise ConfigError(f"--search {word!r}: no setting has this word; try a shorter one")
+
+
 @app.command()
 def scaling(
     recipe: Recipe = "tiny",
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
-    depths: Annotated[str, typer.Option(help="Depths to train, or of which the runs are cached.")] = "1,2,3,4",
+    depths: Annotated[str, typer.Option(help="Comma-separated depths to train (or found cached).")] = "1,2,3,4",
     ratios: Annotated[
-        str, typer.Option("--tokens-per-parameter", help="Several: the law is in parameters and tokens.")
+        str,
+        typer.Option(
+            "--tokens-per-parameter", help="Comma-separated; with several, fit the law in parameters and tokens."
+        ),
     ] = "20",
-    from_store: Annotated[bool, typer.Option("--from-store", help="Train nothing; take all runs there are.")] = False,
-    target_depth: Annotated[int | None, typer.Option(min=1, help="Depth to predict; twice the largest.")] = None,
-    metric: Annotated[str, typer.Option(help="Metric of pretraining.")] = "validation_bits_per_byte_corpus",
-    output: Annotated[Path | None, typer.Option(help="Directory of the report; in the store by default.")] = None,
+    from_store: Annotated[bool, typer.Option("--from-store", help="Train nothing; use all runs in the store.")] = False,
+    target_depth: Annotated[
+        int | None, typer.Option(min=1, help="Depth to predict; default: twice the largest.")
+    ] = None,
+    metric: Annotated[str, typer.Option(help="Pretraining metric to fit.")] = "validation_bits_per_byte_corpus",
+    output: Annotated[Path | None, typer.Option(help="Directory of the report; default: in the store.")] = None,
 ) -> None:
-    """Fit a law of the loss to small runs and predict a larger one, with a report and a plot."""
+    """Fit a scaling law to the loss of small runs and predict a larger run, with a report and a plot."""
     from lilpipe.display import Display
     from lilpipe.scaling import study
     from lilpipe.scaling.scaling_report import show, write_study
@@ -159,7 +187,7 @@ def scaling(
 
     layers = [int(depth) for depth in _numbers(depths, "--depths")]
     lengths = _numbers(ratios, "--tokens-per-parameter")
-    # Trained as long as the runs are, for a law of compute holds for runs that are scaled alike.
+    # The same tokens per parameter as the runs: a law in compute holds only for runs that are scaled alike.
     (target,) = study.configurations(loaded, depths=[target_depth or 2 * max(layers)], ratios=[max(lengths)])
     store = Store()
     if from_store:
@@ -179,31 +207,33 @@ def scaling(
 
 
 def _numbers(text: str, option: str) -> list[float]:
-    """Numbers above 0 that stand between commas."""
+    """Parse comma-separated numbers above 0."""
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
     if not numbers or min(numbers) <= 0:
-        raise ConfigError(f"{option}: got {text!r}, expected numbers above 0 between commas, such as 2,3,4,6")
+        raise ConfigError(f"{option}: got {text!r}, expected comma-separated numbers above 0, such as 2,3,4,6")
     return numbers
 
 
 @app.command()
 def trace(
-    doc: Annotated[str | None, typer.Option(help="Id of a document: its verdicts, and the steps that saw it.")] = None,
-    step: Annotated[int | None, typer.Option(help="Step of pretraining, from 0: the documents of a row of it.")] = None,
+    doc: Annotated[str | None, typer.Option(help="Document id: show its verdicts, and the steps that saw it.")] = None,
+    step: Annotated[
+        int | None, typer.Option(help="Pretraining step, from 0: show the documents in one of its rows.")
+    ] = None,
     row: Annotated[int, typer.Option(help="Row of that step, from 0.")] = 0,
     recipe: Recipe = "tiny",
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
 ) -> None:
-    """Say what became of a document, or what a step of pretraining was made of."""
+    """Trace a document through the filters and pretraining, or list the documents in a pretraining step."""
     from lilpipe.provenance import Trail, show_document, show_row
 
     if (doc is None) == (step is None):
-        raise ConfigError("trace: got both of --doc and --step or neither, expected one of them")
+        raise ConfigError("trace: got both --doc and --step or neither, expected exactly one")
     trail, console = Trail(_load(recipe, config, overrides, seed), Store()), Console(highlight=False)
     if doc is not None:
         show_document(trail, doc, console)
@@ -214,7 +244,7 @@ def trace(
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="Directory of a checkpoint, step of the pipeline, or models:/NAME@ALIAS; the last checkpoint by default."
+        help="Checkpoint directory, step of the pipeline, or models:/NAME@ALIAS; default: the last checkpoint."
     ),
 ]
 
@@ -226,14 +256,16 @@ def talk(
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from so many of the likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that reach this probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Draw from those of this share of the likeliest.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the most likely tokens up to this probability.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="Minimum probability relative to the most likely token.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
 ) -> None:
-    """Talk to a checkpoint in the terminal."""
+    """Chat with a checkpoint in the terminal."""
     from lilpipe.generation.chat import chat
     from lilpipe.locate import locate
 
@@ -253,12 +285,12 @@ def serve_model(
     config: ConfigFile = None,
     overrides: Overrides = None,
     seed: Seed = None,
-    host: Annotated[str, typer.Option(help="Address; another than loopback lets in whoever reaches it.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="The model's name to clients.")] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Answers decoded at once; others wait.")] = 32,
+    host: Annotated[str, typer.Option(help="Address to bind; there is no authentication.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Model name in the API.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Maximum concurrent requests; others wait.")] = 32,
 ) -> None:
-    """Serve a checkpoint as OpenAI's API, with a page to chat."""
+    """Serve a checkpoint with an OpenAI-compatible API and a chat page."""
     from lilpipe.generation.serve import serve
     from lilpipe.locate import locate
 
@@ -268,28 +300,28 @@ def serve_model(
 
 @app.command("import")
 def import_model(
-    directory: Annotated[Path, typer.Argument(help="Directory of a model in Hugging Face's layout.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of a model in Hugging Face format.")],
 ) -> None:
-    """Check a model from elsewhere and put it into the store as a Checkpoint."""
+    """Check a Hugging Face model and add it to the store as a Checkpoint."""
     settings = {"path": str(directory.resolve())}
     config = PipelineConfig(recipe="import", steps={"import_model": Step(stage="import_model", settings=settings)})
     artifact, cached = run_step(config, "import_model", store=Store(), pipeline_run=new_pipeline_run(config))
     console = Console(highlight=False)
-    console.print(f"{'already there' if cached else 'imported'}: {artifact.path}", markup=False, soft_wrap=True)
-    console.print(f'as the step of a pipeline: stage = "import_model", settings = {{path = {settings["path"]!r}}}')
+    console.print(f"{'cached' if cached else 'imported'}: {artifact.path}", markup=False, soft_wrap=True)
+    console.print(f'To use it as a step: stage = "import_model", settings = {{path = {settings["path"]!r}}}')
 
 
 @app.command()
 def harness(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory of a checkpoint.")],
-    tasks: Annotated[list[str], typer.Option("--task", help="Task of the harness; may be given again.")],
-    include_path: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Worked examples before each question.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; all where none is given.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 16,
-    chat: Annotated[bool, typer.Option(help="Put questions as messages of a user.")] = False,
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    tasks: Annotated[list[str], typer.Option("--task", help="Task of the harness; repeatable.")],
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own task files.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Few-shot examples per question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum questions per task; default: all.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 16,
+    chat: Annotated[bool, typer.Option(help="Apply the chat template.")] = False,
 ) -> None:
-    """Run tasks of EleutherAI's evaluation harness on a checkpoint (extra `eval`)."""
+    """Run tasks of EleutherAI's lm-evaluation-harness on a checkpoint (extra `eval`)."""
     try:
         from lilpipe.evaluation.harness import run_harness
     except ModuleNotFoundError as error:
@@ -309,7 +341,7 @@ def harness(
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are shown without a trace-back."""
+    """Entry point: user errors (``LilpipeError``) are printed without a traceback."""
     try:
         app()
     except LilpipeError as error:

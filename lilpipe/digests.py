@@ -1,9 +1,9 @@
-"""SHA-256 of files, computed once for each state of a file.
+"""SHA-256 of files, computed once per state of a file.
 
 A file's device, inode, size, mtime and ctime tell whether it has changed since it was hashed: every write sets its
-ctime, which no program can set back. A record of such states is kept in the local store, so a cached run costs one
-``stat`` for each file. What changes bytes below the file system, such as a failing disk, is outside of its reach:
-delete the record and every file is hashed again.
+ctime, which no program can set back. The states are recorded in the local store, so a cached run costs one ``stat`` per
+file. Changes below the file system, such as a failing disk, are not detected: delete the record to hash every file
+again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 SETTLED_SECONDS = 0.05
-"""A file changed less than this long ago is hashed but not recorded: within one tick of the file system's clock, a
-later write could leave the same timestamps."""
+"""A file changed less than this many seconds ago is hashed but not recorded: within one tick of the file system's
+clock, a later write could leave the same timestamps."""
 
 
 class FileState(NamedTuple):
-    """What changes whenever a file's bytes do."""
+    """Metadata that changes whenever a file's content changes."""
 
     device: int
     inode: int
@@ -30,16 +30,15 @@ class FileState(NamedTuple):
 
 
 def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, read now."""
+    """Return the SHA-256 of a file's current content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FileDigests:
-    """SHA-256 by the state of a file; ``record`` keeps them from one process to the next.
+    """SHA-256 by file state; the file ``record`` keeps them between processes.
 
-    The record is an append-only JSON Lines file. Lines that cannot be read are ignored, and it can be deleted at any
-    time.
+    The record is an append-only JSON Lines file. Unreadable lines are ignored, and it can be deleted at any time.
     """
 
     def __init__(self, record: Path) -> None:
@@ -47,7 +46,7 @@ class FileDigests:
         self._known: dict[FileState, str] | None = None
 
     def sha256(self, path: Path) -> str:
-        """SHA-256 of a file; read only if its state is not on record. Raises ``OSError``."""
+        """Return the SHA-256 of a file, which is read only if its state is not recorded. Raises ``OSError``."""
         known = self._load()
         state = _state(path)
         if (digest := known.get(state)) is not None:
@@ -70,11 +69,11 @@ class FileDigests:
                     *state, digest = json.loads(line)
                     self._known[FileState(*state)] = digest
                 except (ValueError, TypeError):
-                    continue  # a line that a kill cut short
+                    continue  # truncated by a kill
         return self._known
 
     def _append(self, state: FileState, digest: str) -> None:
-        """One write of one line, which ``O_APPEND`` keeps apart from those of other processes."""
+        """Append one line in a single write; ``O_APPEND`` keeps lines of concurrent processes separate."""
         try:
             self._record.parent.mkdir(parents=True, exist_ok=True)
             with self._record.open("ab", buffering=0) as file:

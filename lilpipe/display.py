@@ -1,4 +1,4 @@
-"""What a person sees while a pipeline runs: a progress bar on a terminal, plain lines in a log, a table at the end."""
+"""Console output of a pipeline run: a progress bar in a terminal, plain lines in a log, a table at the end."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lilpipe.pipeline.plan import PlannedStep
 from lilpipe.stage import get_stage
 
 LINE_SECONDS = 10
-"""Least time between two plain lines of one stage."""
+"""Minimum interval between two plain lines of a stage."""
 
 
 class Display:
-    """Listens to a pipeline run and shows it on a console."""
+    """Listener that shows a pipeline run on a console."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -33,7 +33,7 @@ class Display:
         self._first: tuple[float, int] | None = None
 
     def stage_started(self, step: str, planned: PlannedStep) -> None:
-        """Say what begins and why."""
+        """Print which step starts, and why."""
         self._first, self._last_line = None, time.time()
         self.console.print(f"[bold]{step}[/] runs [dim]({escape(planned.reason)})[/]", highlight=False, soft_wrap=True)
         if self.live:
@@ -51,7 +51,7 @@ class Display:
             self._task = self._progress.add_task(step, total=None, unit="", numbers="", start=True)
 
     def stage_event(self, step: str, event: dict[str, Any]) -> None:
-        """Move the bar, or print a line now and then."""
+        """Update the progress bar, or print a line at intervals."""
         if "message" in event:
             self.console.print(f"  {step}: {event['message']}", markup=False, highlight=False, soft_wrap=True)
             return
@@ -72,14 +72,14 @@ class Display:
             )
 
     def stage_finished(self, step: str, artifact: Artifact, *, cached: bool, seconds: float) -> None:
-        """Keep the outcome for the table, and say that the stage is done."""
+        """Record the outcome for the summary, and print that the step is done."""
         self._stop()
         self.outcomes[step] = (artifact, cached, seconds)
         state = "[dim]cached[/]" if cached else f"[green]done[/] in {seconds:.1f} s"
         self.console.print(f"[bold]{step}[/] {state}", highlight=False)
 
     def stage_failed(self, step: str, error: BaseException) -> None:
-        """Say which stage failed; the error itself is shown by who called."""
+        """Print which step failed; the caller shows the error itself."""
         self._stop()
         self.console.print(f"[bold]{step}[/] [red]failed[/]: {type(error).__name__}", highlight=False)
 
@@ -96,19 +96,19 @@ class Display:
         return f"  {(now - started) / (done - first) * (total - done):.0f} s left"
 
     def summary(self, config: PipelineConfig) -> None:
-        """Print the closing tables: each stage, and how good the model is after each training stage."""
+        """Print the final tables: all steps, and the quality of the model after each training stage."""
         table = Table(title=f"{config.recipe}, seed {config.seed}", title_justify="left")
         for header, justify in (("stage", "left"), ("", "left"), ("time", "right"), ("main metric", "left")):
             table.add_column(header, justify=justify)  # type: ignore[arg-type]
         for step, (artifact, cached, seconds) in self.outcomes.items():
             manifest = artifact.manifest
-            name = get_stage(manifest.stage).main_metric
+            name = get_stage(manifest.stage, config.steps[step].file).main_metric
             metric = f"{name} {_number(manifest.metrics[name])}" if name in manifest.metrics else ""
             state = "[dim]cached[/]" if cached else "[green]run[/]"
             table.add_row(step, state, f"{seconds:.1f} s", metric)
         self.console.print(table)
         for artifact, _, _ in self.outcomes.values():
-            if artifact.manifest.kind == "Report":
+            if artifact.manifest.stage == "evaluate":
                 self.console.print(quality_table(artifact.manifest.metrics))
 
 
@@ -116,7 +116,9 @@ COLUMNS = ("accuracy", "pass_at_8", "win_rate", "bits_per_byte")
 
 
 def quality_table(metrics: dict[str, float]) -> Table:
-    """The metrics of `evaluate`, a row per model: share of held-out prompts, each with its standard error."""
+    """Return the metrics of `evaluate` as a table, one row per model: fraction of test prompts, each with its standard
+    error.
+    """
     table = Table(title="after each training stage (± one standard error)", title_justify="left")
     table.add_column("model")
     sizes = [int(size) for size in re.findall(r"^pass_at_(\d+)/", "\n".join(metrics), re.MULTILINE)]

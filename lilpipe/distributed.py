@@ -1,8 +1,7 @@
-"""The process group under torchrun, srun or Kubernetes; a plain process is a group of one.
+"""Process group under torchrun, srun or Kubernetes; a plain process is a group of one.
 
-A stage that trains asks here for its rank and for the two collectives it needs, and does not know how it was
-launched. Gloo on CPU, NCCL on CUDA. Here it also says how far it has come (``heartbeat``), and asks whether it has
-been told to end (``stop_requested``).
+A training stage gets its rank and collectives here, independent of the launcher. Gloo on CPU, NCCL on CUDA. It also
+reports its position here (``heartbeat``) and asks whether it should stop (``stop_requested``).
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-# Imported late (torch.optim does), this module takes the process group into its default arguments. The group then
-# outlives `destroy_process_group`, and its threads race the interpreter's end: SIGABRT in one of six runs (torch 2.13).
+# Imported after `init_process_group` (torch.optim does), this module keeps the group in its default arguments. The
+# group then outlives `destroy_process_group`, and its threads race with interpreter exit: SIGABRT in one of six runs
+# (torch 2.13).
 import torch.distributed.nn
 from torch import Tensor
 
@@ -30,9 +30,9 @@ from lilpipe.errors import Preempted as Preempted
 from lilpipe.heartbeat import Heartbeat, describe_hang
 
 TIMEOUT_SECONDS = 600
-"""How long a collective waits for a peer, by default; a worker that died is noticed much earlier."""
+"""Default timeout of a collective; a worker that died is detected much earlier."""
 FLIGHT_RECORDER_ENTRIES = 2_000
-"""Collectives that NCCL's flight recorder keeps of each rank."""
+"""Number of collectives per rank in NCCL's flight recorder."""
 
 _TIMED_OUT = re.compile(r"timed out (waiting|after)|wait timeout", re.IGNORECASE)  # gloo; torch's store
 
@@ -41,10 +41,10 @@ _stop = threading.Event()
 
 
 def init(*, timeout_seconds: float = TIMEOUT_SECONDS, folder: Path | None = None) -> None:
-    """Join the process group that the environment names; does nothing in a plain process.
+    """Join the process group given by the environment variables; does nothing in a plain process.
 
-    With a ``folder``, which all workers share, each writes there how far it has come, and NCCL its flight recorder
-    when a collective times out.
+    ``folder``, shared by all workers, receives the heartbeat of each worker, and NCCL's flight recorder when a
+    collective times out.
     """
     global _heartbeat
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
@@ -62,7 +62,7 @@ def init(*, timeout_seconds: float = TIMEOUT_SECONDS, folder: Path | None = None
 
 
 def _record_flight(folder: Path | None) -> None:
-    """Let NCCL keep its last collectives, and write them down when one times out, before it aborts the process."""
+    """Enable NCCL's flight recorder, which is dumped when a collective times out, before NCCL aborts the process."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(FLIGHT_RECORDER_ENTRIES))
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if folder is not None:
@@ -80,13 +80,13 @@ def shutdown() -> None:
 
 
 def heartbeat(step: int, phase: str = "step") -> None:
-    """Note that this worker has come to this phase of this step. Costs a microsecond; call it freely."""
+    """Record that this worker reached a phase of a step. Takes about a microsecond."""
     if _heartbeat is not None:
         _heartbeat.beat(step, phase)
 
 
 def hang(error: BaseException, folder: Path, *, timeout_seconds: float) -> HungCollective | None:
-    """The error that names who is missing, if ``error`` says that a wait for others has timed out."""
+    """Return the error that names the missing workers, if ``error`` is a timeout of a collective, else None."""
     if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
         return HungCollective(describe_hang(folder, timeout_seconds=timeout_seconds))
     return None
@@ -94,10 +94,10 @@ def hang(error: BaseException, folder: Path, *, timeout_seconds: float) -> HungC
 
 @contextlib.contextmanager
 def honours_stop() -> Iterator[None]:
-    """Inside, SIGTERM only sets ``stop_requested``: the caller saves at the next chance and raises ``Preempted``.
+    """Within this context SIGTERM only sets ``stop_requested``: the caller saves a checkpoint and raises ``Preempted``.
 
-    SIGTERM comes from a pre-emption, from Slurm or Kubernetes before they kill (30 s later by default), from a
-    cancelled task, and when another worker has died; outside of this context it ends the process at once.
+    SIGTERM is sent on preemption, by Slurm or Kubernetes before they kill (30 s earlier by default), by a cancelled
+    task, and when another worker has died. Outside this context it ends the process at once.
     """
     previous = signal.signal(signal.SIGTERM, _request_stop)
     try:
@@ -112,34 +112,34 @@ def _request_stop(_signum: int, _frame: FrameType | None) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether this worker has been told to end. Workers are told at different times: agree before you act on it."""
+    """Return whether this worker received SIGTERM. Workers receive it at different times: agree on it before acting."""
     return _stop.is_set()
 
 
 def rank() -> int:
-    """Position of this process in the group."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes in the group."""
+    """Return the number of processes in the group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this process writes the files."""
+    """Return whether this process writes the files (rank 0)."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """The device of this process: its CUDA device if there is one, else the CPU."""
+    """Return the device of this process: its CUDA device if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum ``tensor`` over all processes, in place; every process gets the same bits."""
+    """Sum ``tensor`` over all processes, in place; the result is bitwise equal on all of them."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -153,6 +153,6 @@ def sum_floats(values: list[float]) -> list[float]:
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until all processes reach this point."""
     if dist.is_initialized():
         dist.barrier()

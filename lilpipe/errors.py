@@ -1,46 +1,46 @@
-"""The errors that a user can mend, and those that another try may mend.
+"""Exceptions: errors that the user must fix, and failures that are retryable.
 
-The message of a ``LilpipeError`` names the field or file, what was got, what was expected, what to do. It is shown at
-the command line without a trace-back, and is never retried: running the same thing again cannot help. A
-``StageFailure``, and any other exception, is taken for a failure of infrastructure (or a bug) and is retried.
+The message of a ``LilpipeError`` names the field or file, what was got, what was expected and what to do. The command
+line shows it without a traceback. It is never retried, since the same inputs give the same error. A ``StageFailure``,
+and any other exception, counts as an infrastructure failure (or a bug) and is retried.
 """
 
 
 class LilpipeError(Exception):
-    """Base of every error whose remedy lies with the user."""
+    """Base class of errors that the user must fix."""
 
 
 class ConfigError(LilpipeError, ValueError):
-    """A setting is unknown, impossible, or does not fit another."""
+    """A setting is unknown, invalid, or incompatible with another."""
 
 
 class DataError(LilpipeError, ValueError):
-    """Input data is missing, unreadable, or too little for what was asked."""
+    """Input data is missing, unreadable, or not enough."""
 
 
 class ArtifactError(LilpipeError):
-    """An artifact is missing, damaged, or of another kind than the stage needs."""
+    """An artifact is missing, damaged, or of the wrong kind."""
 
 
 class SchemaVersionError(LilpipeError):
-    """A newer version of lilpipe wrote the artifact."""
+    """The artifact was written by a newer version of lilpipe."""
 
 
 class StoreError(LilpipeError):
-    """The store cannot be read or written: permissions, a full disk, a path that is no directory."""
+    """The store cannot be read or written: permissions, full disk, or a path that is not a directory."""
 
 
 class ClusterError(LilpipeError):
-    """A cluster refused, cancelled or lost the work, in a way that another try does not mend."""
+    """A cluster rejected, cancelled or lost the job in a way that a retry does not fix."""
 
 
 class StageFailure(RuntimeError):
-    """A stage's process ended in a way that another try may mend: killed, out of memory, a lost peer, a bug."""
+    """A stage's process failed in a retryable way: killed, out of memory, a lost worker, a bug."""
 
 
 class Preempted(StageFailure):
-    """The stage was told to end (SIGTERM), has saved, and goes on from there in the next try."""
+    """The stage received SIGTERM and saved a checkpoint; a retry resumes from it."""
 
 
 class HungCollective(StageFailure):
-    """A worker waited in a collective for longer than ``launch.timeout_seconds`` for others that did not come."""
+    """A collective exceeded ``launch.timeout_seconds`` because other workers did not reach it."""

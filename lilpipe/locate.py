@@ -1,4 +1,4 @@
-"""Which checkpoint is meant: a directory, a step of the pipeline, or a registered model."""
+"""Find a checkpoint by directory, step of the pipeline, or registered model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REGISTERED = "models:/"
 
 
 def locate(model: str | None, config: PipelineConfig, store: Store) -> tuple[str, Path]:
-    """A name for the model and the directory that holds it; the last step that made one if none is given.
+    """Return a name for the model and the directory that contains it; by default the last step with a checkpoint.
 
     Raises ``ConfigError`` if there is no such model.
     """
@@ -30,7 +30,7 @@ def locate(model: str | None, config: PipelineConfig, store: Store) -> tuple[str
     if model is not None and model not in made:
         raise ConfigError(
             f"model {model!r}: there is no such checkpoint; expected a directory, {REGISTERED}NAME@ALIAS, or a step "
-            f"that has made one: {', '.join(made) or 'none of this configuration has; run the pipeline first'}"
+            f"with a checkpoint: {', '.join(made) or 'none in this configuration yet; run the pipeline first'}"
         )
     if not made:
         raise ConfigError("model: no checkpoint of this configuration is in the store; run the pipeline first")

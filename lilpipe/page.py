@@ -1,8 +1,8 @@
-"""Report pages: each one self-contained HTML file, rendered by Jinja from ``templates/``.
+"""Report pages: self-contained HTML files, rendered by Jinja from ``templates/``.
 
-A page is a title, key figures and sections of fragments. The templates escape every text that is not a ``Fragment``,
-so text from documents and models never becomes markup. Charts are inlined as SVG (``lilpipe.charts``): a page opens
-from the store, an attachment or MLflow alike.
+A page has a title, key figures and sections of fragments. The templates escape all text that is not a ``Fragment``, so
+text from documents and models never becomes markup. Charts are inline SVG (``lilpipe.charts``), so a page looks the
+same in the store, as an attachment and in MLflow.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ Fragment = Markup
 """HTML; any other string is text and is escaped."""
 Body = Fragment | Sequence[Fragment]
 Sections = Mapping[str, Body]
-"""Heading to the fragment or fragments below it."""
+"""Maps headings to the fragment or fragments below them."""
 
 
 def render(title: str, sections: Sections, *, subtitle: str = "", key_figures: Mapping[str, Cell] | None = None) -> str:
-    """A whole page."""
+    """Render a whole page."""
     template = _environment().get_template("page.html")
     return template.render(title=title, sections=sections, subtitle=subtitle, key_figures=key_figures or {})
 
 
 def heading(text: str) -> Fragment:
-    """A heading inside a section."""
+    """Return a heading inside a section."""
     return _fragment("heading", text)
 
 
 def note(text: str) -> Fragment:
-    """A line of explanation."""
+    """Return a line of explanation."""
     return _fragment("note", text)
 
 
 def table(rows: Sequence[Mapping[str, Cell]]) -> Fragment:
-    """A table whose columns are the keys of the first row; columns of numbers and shares are aligned to the right."""
+    """Return a table whose columns are the keys of the first row; numeric columns are right-aligned."""
     columns = {name: all(_is_numeric(row.get(name)) for row in rows) for name in (rows[0] if rows else ())}
     return _fragment("table", columns, rows)
 
 
 def bar_table(counts: Mapping[str, float], *, total: float = 0) -> Fragment:
-    """Each count with a bar, scaled to the largest; with ``total``, each share of it too."""
+    """Return a table of counts with bars, scaled to the largest; with ``total``, also each count's fraction of it."""
     return _fragment("bar_table", counts, total, max([*counts.values(), total], default=0) or 1)
 
 
 def text_block(text: str, *, title: str = "", detail: str = "", max_chars: int = 1_500) -> Fragment:
-    """A text with its line breaks, cut at ``max_chars``; folded under ``title`` where one is given."""
+    """Return a text with its line breaks, truncated to ``max_chars``; with ``title`` it is collapsed."""
     block = highlighted(
         [(text if len(text) <= max_chars else f"{text[:max_chars]} … ({len(text):,} characters)", False)]
     )
@@ -59,17 +59,17 @@ def text_block(text: str, *, title: str = "", detail: str = "", max_chars: int =
 
 
 def highlighted(parts: Sequence[tuple[str, bool]]) -> Fragment:
-    """A text in parts, those with True highlighted."""
+    """Return a text in parts; parts with True are highlighted."""
     return _fragment("highlighted", parts)
 
 
 def folded(body: Fragment, *, title: str, detail: str = "") -> Fragment:
-    """A fragment that is shown when its title is clicked."""
+    """Return a collapsed fragment that opens when its title is clicked."""
     return _fragment("folded", body, title, detail)
 
 
 def show(value: Cell) -> str:
-    """A cell's text: numbers with thousands separators and four significant digits, nothing for None."""
+    """Format a cell: numbers with thousands separators and four significant digits, None as an empty string."""
     if value is None:
         return ""
     if isinstance(value, bool | str):

@@ -22,11 +22,12 @@ from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import TracedDocument, trace_document, trace_row
 
 MAX_SIGHTINGS = 30
+"""Maximum number of rows shown for a document."""
 EXCERPT_CHARS = 240
 
 
 class Trail:
-    """The artifacts of one configuration that a trace reads: corpus, token shards, and the pretrained model."""
+    """Artifacts of one configuration that a trace reads: corpus, token shards and pretrained model."""
 
     def __init__(self, config: PipelineConfig, store: Store) -> None:
         self._store = store
@@ -39,30 +40,33 @@ class Trail:
             self._pretrain = config.section(self._made["pretrain"][0])
 
     def folder(self, stage: str) -> Path | None:
-        """Where the files of a stage's artifact are; None if it has not been made."""
+        """Return the directory of a stage's artifact, or None if it does not exist."""
         return self._store.fetch(self._made[stage][1]).path if stage in self._made else None
 
     def run(self) -> tuple[TokenShards, PretrainConfig]:
-        """The tokens and settings of the pretraining run. Raises ``ConfigError`` if there is none."""
+        """Return the tokens and settings of the pretraining run. Raises ``ConfigError`` if there is none."""
         folder = self.folder("tokens")
         if folder is None or self._pretrain is None:
             raise ConfigError("trace: no pretraining of this configuration is in the store; run the pipeline first")
         return TokenShards.open(folder), self._pretrain
 
     def has_run(self) -> bool:
-        """Whether there is a pretraining run."""
+        """Return whether there is a pretraining run."""
         return self._pretrain is not None
 
 
 def show_document(trail: Trail, document_id: str, console: Console) -> None:
-    """Print what became of a document: in the corpus, and in pretraining. Raises ``DataError`` if nothing knows it."""
+    """Print a document's verdicts in the corpus and its rows in pretraining.
+
+    Raises ``DataError`` if the id is unknown.
+    """
     folder, fate, unknown = trail.folder("corpus"), None, None
     if folder is None:
         raise ConfigError("trace: no corpus of this configuration is in the store; run the pipeline first")
     try:
         fate = trace_fate(folder, document_id)
     except DataError as error:
-        unknown = error  # of the exercises, perhaps
+        unknown = error  # may be an exercise
     if fate is not None:
         _show_fate(fate, console)
         if fate.rejected_by is not None:
@@ -81,7 +85,7 @@ def show_document(trail: Trail, document_id: str, console: Console) -> None:
 
 
 def show_row(trail: Trail, step: int, row: int, console: Console) -> None:
-    """Print the documents of one row of a step of pretraining."""
+    """Print the documents of one row of a pretraining step."""
     shards, config = trail.run()
     traced = trace_row(shards, config, step=step, row=row)
     console.print(f"step {step}, row {row}: stream [bold]{escape(traced.stream)}[/], epoch {traced.epoch + 1}")
@@ -115,13 +119,15 @@ def _show_fate(fate: Fate, console: Console) -> None:
     detail = f": {row['detail']}" if row["detail"] else ""
     console.print(f"[red]rejected[/] by {fate.rejected_by}: {escape(row['reason'] + detail)}")
     if fate.kept is not None:
-        said = f"first of them, itself rejected by {fate.kept['stage']}" if "stage" in fate.kept else "kept instead"
+        said = f"first duplicate, itself rejected by {fate.kept['stage']}" if "stage" in fate.kept else "kept instead"
         console.print(f"{said}: [bold]{escape(fate.kept['id'])}[/] ({escape(fate.kept['source'])})")
         console.print(_excerpt(fate.kept["text"]), style="dim", markup=False)
 
 
 def _decisive(verdicts: Sequence[Verdict]) -> Verdict | None:
-    """The score at which the document was rejected: a stage takes none behind it. Scores without bounds only count."""
+    """Return the score that rejected the document: the stage records no scores after it. Scores without bounds are
+    informative only.
+    """
     mine = [each for each in verdicts if not each.passed]
     taken = [each for each in mine if each.value is not None]
     bounded = [each for each in taken if each.bounds != Bounds()]
@@ -144,7 +150,7 @@ def _excerpt(text: str) -> str:
 def _show_sightings(found: TracedDocument, console: Console) -> None:
     where = f"stream {found.stream}, split {found.split}, {found.num_tokens:,} tokens"
     if not found.sightings:
-        why = "held out for validation" if found.split == "validation" else "pretraining did not get to it"
+        why = "in the validation split" if found.split == "validation" else "not reached by pretraining"
         console.print(f"{where}: {why}", markup=False)
         return
     console.print(f"{where}: seen in {len(found.sightings):,} rows of pretraining", markup=False)

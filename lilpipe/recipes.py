@@ -1,10 +1,13 @@
-"""Recipes: functions that return a complete configuration; and ``load``, which lays a user's settings over one."""
+"""Recipes: functions that return a complete configuration; ``load`` applies a user's settings to one."""
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +18,31 @@ from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig, S
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.model import ModelConfig
-from lilpipe.config.overrides import dotted, explain, merge, set_dotted
+from lilpipe.config.overrides import dotted, explain, merge, resolve_files, set_dotted
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import PromptsConfig, RewardConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.config.reward_model import RewardModelConfig
 from lilpipe.config.sampling import SamplingConfig
+from lilpipe.config.section import Section
 from lilpipe.config.sft import SFTConfig
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
 from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.errors import ConfigError
+from lilpipe.extensions import find, installed
+from lilpipe.extensions import load as load_extension
 from lilpipe.scaling.depth import derive
+from lilpipe.stage import get_stage
 
 
 def tiny() -> PipelineConfig:
-    """Every stage at a size that two CPU cores finish in minutes: a 0.4 M parameter model, small tasks, 1024 tokens.
+    """Every stage at a size that two CPU cores finish in minutes: a 0.4 M parameter model, small tasks, vocabulary of
+    1024.
 
-    It shows that each stage works; it does not make a useful model. Two workers train where there are two cores,
-    one otherwise, which is another world size and so another fingerprint. What was tried before these values, on the
-    `validation` prompts, stands in ``tests/benchmarks/LOG.md``.
+    It shows that each stage works; it does not make a useful model. With two or more cores two workers train, otherwise
+    one; the world size changes the fingerprint. ``tests/benchmarks/LOG.md`` lists the experiments on the `validation`
+    prompts behind these values.
     """
     workers = min(2, len(os.sched_getaffinity(0)))
     sampling = SamplingConfig(max_new_tokens=40)
@@ -42,7 +50,7 @@ def tiny() -> PipelineConfig:
         recipe="tiny",
         corpus=CorpusConfig(
             sources=(Source(kind="installed-docs", name="installed-docs", max_bytes=6_000_000),),
-            # Documentation is English with much code in it; the defaults, made for web pages, keep a sixth of it.
+            # Documentation is English with a lot of code; the defaults, for web pages, keep only a sixth of it.
             language=LanguageConfig(min_score=0.5),
             quality=QualityConfig(min_alpha_word_ratio=0.55),
             num_workers=workers,
@@ -55,7 +63,7 @@ def tiny() -> PipelineConfig:
             num_test=1_000,
         ),
         tokenizer=TokenizerConfig(vocab_size=1024),
-        # At 2 % there are 25 documents, of which a single one can be half the text.
+        # 2 % would be 25 documents, and a single one could be half of the text.
         tokens=TokensConfig(validation_ratio=0.05, num_workers=workers),
         pretrain=PretrainConfig(
             model=ModelConfig(
@@ -74,7 +82,7 @@ def tiny() -> PipelineConfig:
         ),
         dpo=DPOConfig(
             optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=10, weight_decay=0.0),
-            # Llama 3's 0.2 cost accuracy here; at 1.0 the correct chosen answers hold it.
+            # Llama 3's 0.2 lowered accuracy here; 1.0 keeps it.
             rpo_alpha=1.0,
             num_workers=workers,
         ),
@@ -82,8 +90,8 @@ def tiny() -> PipelineConfig:
             optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"),
             num_steps=400,
             prompts_per_step=32,
-            # For right answers alone it forgot the brevity that DPO had taught. Advantages are not divided by their
-            # group's deviation, as where all answers are right they would be of length alone, and as large.
+            # With the answer reward alone, the model lost the brevity learned in DPO. Advantages are not divided by the
+            # group's standard deviation: if all answers are correct, they would depend on length only, and be as large.
             rewards=(
                 RewardConfig(kind="answer"),
                 RewardConfig(kind="length", limit_tokens=40, buffer_tokens=36, weight=0.1),
@@ -92,7 +100,7 @@ def tiny() -> PipelineConfig:
             num_workers=workers,
             sampling=sampling,
         ),
-        # Of the recipes that have them.
+        # Used by the recipes that have these stages.
         reward_model=RewardModelConfig(
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0),
             num_epochs=2,
@@ -114,41 +122,108 @@ RECIPES: dict[str, Callable[[], PipelineConfig]] = {
     "tiny": tiny,
     **{name: lambda lay=lay: lay(tiny()) for name, lay in ALIGNMENT_RECIPES.items()},
 }
-"""Recipe names to the functions that make them; those of other models' post-training stand behind tiny's front half."""
+"""Maps recipe names to functions. The recipes of published post-training share the steps of ``tiny`` up to
+pretraining."""
 
 
-def get_recipe(name: str) -> PipelineConfig:
-    """The recipe of that name."""
-    if name not in RECIPES:
-        raise ConfigError(f"recipe {name!r}: there is no such recipe; known: {', '.join(RECIPES)}")
-    return RECIPES[name]()
+def get_recipe(name: str, file: str | None = None) -> PipelineConfig:
+    """The recipe of that name, built-in or the user's own."""
+    extension = find("recipe", name, file=file, built_in=RECIPES)
+    if file is not None and (extension is None or extension.file is None):
+        raise ConfigError(f"recipe {name!r}: file {file} would be ignored, as the name is taken; rename your recipe")
+    if extension is None:
+        return RECIPES[name]()
+    try:
+        recipe = load_extension(extension)()
+    except ValidationError as error:
+        raise ConfigError(f"{extension}: {explain(error)}") from error
+    if not isinstance(recipe, PipelineConfig):
+        raise ConfigError(f"{extension}: it returned a {type(recipe).__name__}, expected a PipelineConfig")
+    return recipe.model_copy(update={"recipe": name, "file": file})
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A complete configuration, and where its values come from."""
+
+    config: PipelineConfig
+    start: PipelineConfig
+    """The recipe alone."""
+    file: Path | None
+    from_file: frozenset[str]
+    """Dotted names of the settings in ``file``."""
+    from_overrides: frozenset[str]
 
 
 def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | None = None) -> PipelineConfig:
-    """A recipe with a TOML file's values over it and dotted ``overrides`` over both.
+    """Return a recipe with the values of a TOML file applied, then dotted ``overrides``.
 
-    The file may name its recipe (``recipe = "tiny"``), which then stands. Where file or overrides set `depth` or
-    `params`, what follows from it (``lilpipe.scaling.depth``) takes the place of the recipe's values, and gives way to
-    settings of their own. Raises ``ConfigError`` naming the field.
+    The file may name its recipe (``recipe = "tiny"``), which takes precedence. If the file or the overrides set `depth`
+    or `params`, the values derived from it (``lilpipe.scaling.depth``) replace the recipe's, except where the file or
+    the overrides set them. Raises ``ConfigError`` naming the field.
     """
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"config file {file}: cannot be read ({error.strerror}); check the path") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config file {file}: is not valid TOML: {error}") from error
-    recipe = values.pop("recipe", recipe)
-    complete = get_recipe(recipe).model_dump(by_alias=True)
+    return resolve(recipe, file=file, overrides=overrides).config
+
+
+def resolve(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | None = None) -> Resolved:
+    """``load``, with the origin of each value."""
+    overrides = overrides or {}
+    values = {} if file is None else _read(file)
+    folder = Path() if file is None else file.absolute().parent
+    values = resolve_files(values, PipelineConfig, folder)
+    start = get_recipe(values.pop("recipe", recipe), values.pop("file", None))
+    complete = start.model_dump(by_alias=True)
+    model = _with_stages(start, overrides.get("steps") or values.get("steps") or complete["steps"])
+    for name in model.model_fields.keys() - type(start).model_fields.keys():
+        complete[name] = model.model_fields[name].default.model_dump()
+    values = resolve_files(values, model, folder)  # in the user's sections, too
+    _resolve_settings(values.get("steps"), model, folder)
     where = f"config file {file}" if file else "overrides"
-    merge(complete, values, model=PipelineConfig, where=where)
-    for key, value in (overrides or {}).items():
-        set_dotted(complete, key, value, model=PipelineConfig, where="overrides")
-    given = {*dotted(values), *dotted(overrides or {})}
-    for key, value in derive(complete, given).items():
-        set_dotted(complete, key, value, model=PipelineConfig, where="depth")
+    merge(complete, values, model=model, where=where)
+    for key, value in overrides.items():
+        set_dotted(complete, key, value, model=model, where="overrides")
+    given = frozenset(dotted(values)), frozenset(dotted(overrides))
+    for key, value in derive(complete, given[0] | given[1]).items():
+        set_dotted(complete, key, value, model=model, where="depth")
     try:
-        return PipelineConfig.model_validate(complete)
+        return Resolved(model.model_validate(complete), start, file, *given)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {file}: cannot be read ({error.strerror}); check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {file}: is not valid TOML: {error}") from error
+
+
+def _with_stages(start: PipelineConfig, steps: Any) -> type[PipelineConfig]:
+    """The class of the configuration, with the sections of those stages of ``steps`` that are the user's own."""
+    sections: dict[str, type[Section]] = {}
+    for node in _nodes(steps):
+        name, file = node.get("stage"), node.get("file")
+        if isinstance(name, str) and (isinstance(file, str) or name in installed("stage")):
+            sections[name] = get_stage(name, os.path.abspath(file) if file else None).config  # noqa: PTH100
+    return type(start).with_sections(**sections)
+
+
+def _nodes(steps: Any) -> list[dict[str, Any]]:
+    return [node for node in steps.values() if isinstance(node, dict)] if isinstance(steps, dict) else []
+
+
+def _resolve_settings(steps: Any, model: type[PipelineConfig], folder: Path) -> None:
+    """``resolve_files`` for the settings of single steps, whose names are dotted."""
+    sections = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    for node in _nodes(steps):
+        settings = node.get("settings")
+        if not isinstance(settings, dict):
+            continue  # which validation tells
+        for key, value in settings.items():
+            nested: Any = value
+            for name in reversed(names := key.split(".")):
+                nested = {name: nested}
+            nested = resolve_files(nested, sections.get(str(node.get("stage"))), folder)
+            settings[key] = functools.reduce(operator.getitem, names, nested)

@@ -1,13 +1,13 @@
-"""The store: committed artifacts, work in progress, and what each pipeline run used.
+"""The store: committed artifacts, work in progress, and the artifacts of each pipeline run.
 
-    <root>/artifacts/<stage>/<fingerprint>/   committed: the manifest is there, and every file is as it says
+    <root>/artifacts/<stage>/<fingerprint>/   committed: has a manifest that lists all files
     <root>/work/<stage>/<workspace>/          in progress; a killed stage resumes from here
     <root>/damaged/<stage>/<fingerprint>.N/   artifacts that failed verification
-    <root>/refs/<pipeline run>/<step>.json    the artifact that a step of a pipeline run ended in
-    <root>/digests.jsonl                      SHA-256 of files that were verified, see ``FileDigests``
+    <root>/refs/<pipeline run>/<step>.json    artifact of a step of a pipeline run
+    <root>/digests.jsonl                      SHA-256 of verified files, see ``FileDigests``
 
-``root`` is a local directory or any fsspec URL. With a URL, artifacts, damaged ones and refs are stored there, the
-manifest uploaded last; work and digests stay on the local disk, and artifacts are downloaded to ``cache/`` beside them
+``root`` is a local directory or any fsspec URL. With a URL, artifacts, damaged artifacts and refs are remote, and the
+manifest is uploaded last. Work and digests stay on the local disk, and artifacts are downloaded to the local ``cache/``
 when a stage reads them. The store never deletes an artifact.
 """
 
@@ -44,14 +44,14 @@ DEFAULT_ROOT = ".lilpipe"
 
 @dataclass(frozen=True)
 class Lookup:
-    """What the store holds under a fingerprint: an artifact, nothing, or something damaged."""
+    """Result of looking up a fingerprint: an artifact, nothing, or the problems of a damaged artifact."""
 
     artifact: Artifact | None = None
     problems: list[str] = field(default_factory=list)
 
 
 class Store:
-    """Artifacts by stage and fingerprint, on the local disk or behind a URL."""
+    """Artifacts by stage and fingerprint, on the local disk or at an fsspec URL."""
 
     def __init__(self, root: str | None = None, *, local: str | None = None) -> None:
         root = root or os.environ.get("LILPIPE_STORE") or DEFAULT_ROOT
@@ -69,13 +69,13 @@ class Store:
     # --- artifacts ------------------------------------------------------------------------------------------------
 
     def uri(self, stage: str, fingerprint: str) -> str:
-        """Where the artifact lies, or would lie."""
+        """Return the path or URL of an artifact, whether or not it exists."""
         return f"{self.root}/artifacts/{stage}/{fingerprint}"
 
     def find(self, stage: str, fingerprint: str) -> Lookup:
-        """The committed artifact, or what is wrong with it. Changes nothing.
+        """Look up a committed artifact, or what is wrong with it. Changes nothing.
 
-        Local files are verified by SHA-256, remote ones by size: ``fetch`` verifies those. Raises
+        Local files are verified by SHA-256. Remote files are verified by size; ``fetch`` verifies their SHA-256. Raises
         ``SchemaVersionError`` for an artifact of a newer version of lilpipe.
         """
         uri = self.uri(stage, fingerprint)
@@ -101,10 +101,10 @@ class Store:
         return Lookup(artifact=Artifact(uri=uri, path=directory, manifest=manifest))
 
     def fetch(self, artifact: Artifact) -> Artifact:
-        """The artifact with all its files on the local disk, verified by SHA-256.
+        """Return the artifact with all its files on the local disk, verified by SHA-256.
 
-        A download that fails verification is tried once more. If that one fails too, or a local file is damaged, the
-        artifact is set aside and ``ArtifactError`` is raised.
+        A download that fails verification is retried once. If that fails too, or a local file is damaged, the artifact
+        is moved to ``damaged/`` and ``ArtifactError`` is raised.
         """
         problems = damage(artifact.path, artifact.manifest, self.digests.sha256)
         if self.fs is not None:
@@ -122,7 +122,7 @@ class Store:
         return artifact
 
     def _download(self, artifact: Artifact, name: str) -> None:
-        """Copy a remote file, if it is there, under a temporary name first."""
+        """Copy a remote file, if it exists, to a temporary name and rename it."""
         assert self.fs is not None
         target, url = artifact.path / name, f"{artifact.uri}/{name}"
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -135,7 +135,7 @@ class Store:
             temporary.replace(target)
 
     def _sizes(self, uri: str) -> dict[str, int]:
-        """Bytes of every remote file below a URL, by relative name."""
+        """Return the size in bytes of every remote file below a URL, by relative path."""
         assert self.fs is not None
         try:
             found = self.fs.find(uri, detail=True)
@@ -148,7 +148,9 @@ class Store:
         return self.local / "cache" / stage / fingerprint
 
     def manifests(self, stage: str) -> list[Manifest]:
-        """Every readable manifest of a stage, oldest first. ``find`` reports the others when a step needs them."""
+        """Return all readable manifests of a stage, oldest first. ``find`` reports unreadable ones when a step needs
+        them.
+        """
         found = []
         for place, text in self._manifest_texts(stage):
             try:
@@ -168,7 +170,7 @@ class Store:
                     yield str(path), path.read_bytes()
 
     def quarantine(self, stage: str, fingerprint: str) -> str:
-        """Move a damaged artifact to ``damaged/``, all its files as they are; gives its new place."""
+        """Move a damaged artifact, with all its files, to ``damaged/``; returns its new location."""
         source = self.uri(stage, fingerprint)
         number = 0
         while self._exists(target := f"{self.root}/damaged/{stage}/{fingerprint}.{number}"):
@@ -179,7 +181,7 @@ class Store:
                 Path(source).rename(target)
                 sync_directory(Path(source).parent)
             else:
-                # All files are copied before one is removed. The manifest goes first: without it there is no artifact.
+                # Copy all files before removing any. Remove the manifest first: without it there is no artifact.
                 names = sorted(self._sizes(source), key=lambda name: name != MANIFEST)
                 for name in names:
                     self.fs.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
@@ -195,25 +197,25 @@ class Store:
     # --- work in progress -----------------------------------------------------------------------------------------
 
     def is_in_progress(self, stage: str, workspace: str) -> bool:
-        """Whether an earlier try has left its workspace."""
+        """Return whether an earlier attempt left this workspace."""
         return (self.local / "work" / stage / workspace).exists()
 
     def work(self, stage: str, workspace: str) -> Path:
-        """The directory in which a stage works; made if absent."""
+        """Return the directory of a workspace, created if missing."""
         directory = self.local / "work" / stage / workspace
         with _explained(directory):
             directory.mkdir(parents=True, exist_ok=True)
         return directory
 
     def workspaces(self, stage: str) -> list[Path]:
-        """Of all work of a stage that is in progress or was left unfinished, the directories."""
+        """Return the directories of all workspaces of a stage, in progress or unfinished."""
         return sorted((self.local / "work" / stage).glob("*/"))
 
     @contextmanager
     def lock(self, stage: str, workspace: str) -> Iterator[bool]:
-        """Hold the stage's workspace alone; yields whether another process had to be waited for.
+        """Lock the stage's workspace exclusively; yields whether it had to wait for another process.
 
-        The kernel frees the lock when its holder dies, so that nothing is left behind by a kill.
+        The kernel releases the lock when its holder dies, so a kill leaves no stale lock.
         """
         path = self.local / "locks" / f"{stage}-{workspace}"
         with _explained(path):
@@ -229,7 +231,7 @@ class Store:
             yield waited
 
     def commit(self, work: Path, manifest: Manifest) -> Artifact:
-        """Turn ``work/output`` into the committed artifact, and drop the rest of the workspace."""
+        """Move ``work/output`` to the committed artifact, and delete the rest of the workspace."""
         uri = self.uri(manifest.stage, manifest.fingerprint)
         output = work / "output"
         text = manifest.to_json()
@@ -248,7 +250,7 @@ class Store:
                 if self.fs is None:
                     self.quarantine(manifest.stage, manifest.fingerprint)
                 else:
-                    shutil.rmtree(directory)  # a copy of an earlier artifact
+                    shutil.rmtree(directory)  # local copy of an earlier artifact
             output.rename(directory)
             sync_directory(directory.parent)
             shutil.rmtree(work, ignore_errors=True)
@@ -257,7 +259,7 @@ class Store:
     # --- refs -----------------------------------------------------------------------------------------------------
 
     def set_ref(self, pipeline_run: str, step: str, artifact: Artifact) -> None:
-        """Record the artifact that a step of a pipeline run ended in."""
+        """Record the artifact of a step of a pipeline run."""
         ref = {
             "uri": artifact.uri,
             "stage": artifact.manifest.stage,
@@ -274,7 +276,7 @@ class Store:
                 write_atomically(Path(self.root, "refs", pipeline_run, f"{step}.json"), text)
 
     def refs(self, pipeline_run: str) -> dict[str, dict[str, Any]]:
-        """Step to what it ended in, for one pipeline run."""
+        """Return the recorded artifact of each step of a pipeline run."""
         if self.fs is not None:
             paths = self.fs.glob(f"{self.root}/refs/{pipeline_run}/*.json")
             return {Path(path).stem: json.loads(self.fs.cat_file(path)) for path in paths}
@@ -283,14 +285,14 @@ class Store:
         }
 
     def pipeline_runs(self, prefix: str = "") -> list[str]:
-        """The pipeline runs that have refs, by name."""
+        """Return the names of the pipeline runs that have refs."""
         if self.fs is not None:
             return sorted(Path(path).name for path in self.fs.glob(f"{self.root}/refs/{prefix}*"))
         return sorted(path.name for path in Path(self.root, "refs").glob(f"{prefix}*"))
 
 
 def _wrong_sizes(sizes: dict[str, int], manifest: Manifest) -> dict[str, str]:
-    """Remote files that are missing or have another size, by name."""
+    """Return remote files that are missing or have a wrong size, by name."""
     problems = {}
     for name, entry in manifest.files.items():
         if name not in sizes:
@@ -302,7 +304,7 @@ def _wrong_sizes(sizes: dict[str, int], manifest: Manifest) -> dict[str, str]:
 
 @contextmanager
 def _explained(place: object) -> Iterator[None]:
-    """Turn an ``OSError`` of the store into a ``StoreError`` that says what to do."""
+    """Convert an ``OSError`` of the store into a ``StoreError`` that says what to do."""
     try:
         yield
     except OSError as error:
@@ -310,10 +312,10 @@ def _explained(place: object) -> Iterator[None]:
 
 
 def explain_os_error(place: object, error: OSError) -> str:
-    """Where writing failed, why, and the remedy."""
+    """Return a message with the path, the reason and the remedy."""
     where = error.filename or place
     if error.errno == errno.ENOSPC:
         return f"{where}: the disk is full; free some space and run again, finished work is kept"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{where}: cannot be written ({error.strerror}); check its permissions, or set LILPIPE_STORE elsewhere"
-    return f"{where}: {error.strerror or error}; check LILPIPE_STORE, or set it elsewhere"
+        return f"{where}: cannot be written ({error.strerror}); check its permissions, or change LILPIPE_STORE"
+    return f"{where}: {error.strerror or error}; check LILPIPE_STORE"

@@ -1,7 +1,7 @@
-"""The process in which a stage runs: ``python -m lilpipe.worker JOB``, once or by a launcher.
+"""Process that runs a stage: ``python -m lilpipe.worker JOB``, started directly or by a launcher.
 
-Exit status 0: done. 1: failed. 75 (EX_TEMPFAIL): told to end by SIGTERM, and saved. What was raised is told in
-two files; see ``lilpipe.launch.failure``.
+Exit status 0: success. 1: failure. 75 (EX_TEMPFAIL): stopped by SIGTERM after saving a checkpoint. Exceptions are
+reported in two files; see ``lilpipe.launch.failure``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lilpipe.launch.failure import RAISED, forget, report
 from lilpipe.launch.processes import be_killed_with_parent
 from lilpipe.launch.srun import rank_environment
 from lilpipe.launch.workers import HEARTBEATS, METRICS
-from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.stage import Metrics, Stage, Workspace, get_stage
 from lilpipe.store import explain_os_error
 
 EX_TEMPFAIL = 75
 
 
 def main(job_file: Path) -> int:
-    """Run the job; rank 0 writes ``metrics.json``, a failing rank its error. Returns the exit status."""
+    """Run the job and return the exit status. Rank 0 writes ``metrics.json``; a failing rank reports its error."""
     work = job_file.parent
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -50,7 +50,7 @@ def main(job_file: Path) -> int:
 
 
 def _for_users(error: Exception, work: Path) -> Exception:
-    """What is the user's to mend, in words: a full or read-only disk, and too little memory."""
+    """Convert errors that the user must fix into a ``LilpipeError``: a full or read-only disk, too little memory."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
         return StoreError(explain_os_error(work, error))
     if isinstance(error, MemoryError):
@@ -60,10 +60,11 @@ def _for_users(error: Exception, work: Path) -> Exception:
 
 def run(job: dict, work: Path, *, rank: int) -> Metrics:
     """Run the stage that the job describes, in this process."""
-    stage: Stage = importlib.import_module(job["module"]).STAGE
+    own = job.get("extension")
+    stage: Stage = get_stage(**own) if own else importlib.import_module(job["module"]).STAGE
     config = stage.config.model_validate(job["config"])
     workspace = Workspace(work, rank=rank)
-    if rank == 0:  # it alone writes there; a kill in the middle of a write leaves its temporary file
+    if rank == 0:  # only rank 0 writes there; a kill during a write leaves a temporary file
         for leftover in workspace.output.rglob(".*.tmp"):
             leftover.unlink()
     inputs = _inputs(job["inputs"])
@@ -73,7 +74,7 @@ def run(job: dict, work: Path, *, rank: int) -> Metrics:
 
 
 def _run_distributed(stage: Stage, config: Any, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Run a stage that trains, as one of several workers or alone."""
+    """Run a training stage as one of several workers, or alone."""
     import torch
 
     from lilpipe import distributed
@@ -82,14 +83,14 @@ def _run_distributed(stage: Stage, config: Any, inputs: Inputs, workspace: Works
     settings: LaunchConfig = getattr(config, "launch", LaunchConfig())
     timeout_seconds, heartbeats = settings.timeout_seconds, workspace.root / HEARTBEATS
     if settings.launcher == "kubernetes" and workspace.rank == 0 and any(heartbeats.glob("*.json")):
-        workspace.log("all workers start again from the last checkpoint")  # the other launchers tell the parent
+        workspace.log("all workers restart from the last checkpoint")  # other launchers report restarts themselves
         forget(workspace.root / RAISED)
     try:
         distributed.init(timeout_seconds=timeout_seconds, folder=heartbeats)
         return stage.run(config, inputs, workspace)
     except Exception as error:
         told = distributed.hang(error, heartbeats, timeout_seconds=timeout_seconds) or _for_users(error, workspace.root)
-        report(workspace.root, told, rank=workspace.rank)  # before this worker leaves, by which the others fail too
+        report(workspace.root, told, rank=workspace.rank)  # before this worker exits and makes the others fail
         if told is error:
             raise
         raise told from error

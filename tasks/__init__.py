@@ -1,1 +1,1 @@
-"""Prefect tasks: one, which runs a step of the pipeline."""
+"""The Prefect task that runs a step of the pipeline."""

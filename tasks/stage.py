@@ -1,8 +1,8 @@
-"""The one Prefect task: it runs a step of the pipeline, whichever it is.
+"""The only Prefect task: it runs a step of the pipeline.
 
-Prefect retries, times and shows; whether a step is cached is decided by its fingerprint in ``lilpipe.pipeline``.
-So the task asks Prefect for no caching, hands over no data, and ends in a state called `Cached` where the store
-had the artifact. Only failures of infrastructure are retried: an error of config or data would come again.
+Prefect retries, applies timeouts and displays; the fingerprint in ``lilpipe.pipeline`` decides whether a step is
+cached. So the task disables Prefect's caching, passes no data, and ends in a state named `Cached` if the store had the
+artifact. Only infrastructure failures are retried: an error in config or data would occur again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from lilpipe.tracking import MLflowTracker
 _listeners: ContextVar[Sequence[Listener]] = ContextVar("listeners", default=())
 
 PROGRESS_SECONDS = 5
-"""Least time between two updates of a stage's progress."""
+"""Minimum interval between two progress updates of a stage."""
 
 
 def is_retryable(_task: Any, _run: TaskRun, state: State) -> bool:
-    """Whether a failed try is worth another. An error of the user's ends as a returned state, without exception."""
+    """Return whether a failed attempt is retried. A user error is a returned state without an exception, and is not."""
     return isinstance(state.data, BaseException)
 
 
@@ -58,9 +58,9 @@ def run_stage(
     tracker: MLflowTracker,
     listeners: Sequence[Listener] = (),
 ) -> State:
-    """Run one step, unless the store has it, and return the state in which it ended.
+    """Run one step unless it is cached, and return its final state.
 
-    An error that the user can mend becomes a failed state with its message; any other is raised, and retried.
+    A ``LilpipeError`` becomes a failed state with its message; any other exception is raised and retried.
     """
     everyone = (*listeners, tracker, StagePage(tracker))
     try:
@@ -74,7 +74,7 @@ def run_stage(
 
 @contextmanager
 def heard_by(*listeners: Listener) -> Iterator[None]:
-    """Let a display of this process hear the flows that are called inside; a flow's parameters cannot carry it."""
+    """Add listeners of this process to the flows called in this context; flow parameters cannot carry them."""
     token = _listeners.set(listeners)
     try:
         yield
@@ -83,7 +83,7 @@ def heard_by(*listeners: Listener) -> Iterator[None]:
 
 
 def run_configured(config: PipelineConfig, step: str, tracker: MLflowTracker) -> State:
-    """Run one step as a task, with the retries and the timeout of its configuration; returns the task's state."""
+    """Run one step as a task, with the retries and timeout of its configuration; returns the task's state."""
     settings = config.orchestration
     task = run_stage.with_options(
         retries=settings.retries,
@@ -94,7 +94,7 @@ def run_configured(config: PipelineConfig, step: str, tracker: MLflowTracker) ->
 
 
 class StagePage:
-    """What a stage shows on its page in Prefect: log lines, its progress, its metrics, a link to its MLflow run."""
+    """Page of a stage in Prefect: log lines, progress, metrics, and a link to its MLflow run."""
 
     def __init__(self, tracker: MLflowTracker) -> None:
         self.logger: LoggingAdapter = get_run_logger()  # type: ignore[assignment]
@@ -103,14 +103,14 @@ class StagePage:
         self._updated = 0.0
 
     def stage_started(self, step: str, planned: PlannedStep) -> None:
-        """Say why it runs."""
+        """Log why the step runs, and create its progress artifact."""
         self.logger.info("%s runs (%s)", step, planned.reason)
         self._progress = self._show(
             create_progress_artifact, 0.0, key=f"{_key(step)}-progress", description=f"{step}: starting"
         )
 
     def stage_event(self, step: str, event: dict[str, Any]) -> None:
-        """Pass messages on, and progress now and then."""
+        """Log messages, and update the progress at intervals."""
         if "message" in event:
             self.logger.info("%s", event["message"])
         elif "metrics" in event and self._progress is not None and time.time() - self._updated >= PROGRESS_SECONDS:
@@ -122,7 +122,7 @@ class StagePage:
             self._show(update_progress_artifact, self._progress, percent, description=text)
 
     def stage_finished(self, step: str, artifact: Artifact, *, cached: bool, seconds: float) -> None:
-        """Show the metrics and where everything lies."""
+        """Publish the metrics and the location of the artifact."""
         self.logger.info("%s %s", step, "found in the store" if cached else f"done in {seconds:.1f} s")
         if self._progress is not None:
             self._show(update_progress_artifact, self._progress, 100.0, description=f"{step}: done")
@@ -133,19 +133,19 @@ class StagePage:
             self._show(create_link_artifact, url, key=f"{_key(step)}-mlflow", link_text=f"{step} in MLflow")
 
     def stage_failed(self, step: str, error: BaseException) -> None:
-        """Nothing: Prefect shows the error."""
+        """Do nothing: Prefect shows the error."""
 
     def _show(self, function: Any, *arguments: Any, **options: Any) -> Any:
-        """Call Prefect for something that is only shown: that its server does not answer costs no stage."""
+        """Call Prefect to display something; if its server does not respond, only log a warning."""
         try:
             return function(*arguments, **options)
         except Exception as error:
-            self.logger.warning("Prefect did not take %s: %s", function.__name__, error)
+            self.logger.warning("Prefect call %s failed: %s", function.__name__, error)
             return None
 
 
 def describe(artifact: Artifact) -> str:
-    """An artifact in Markdown: where it lies, its digest, its metrics."""
+    """Describe an artifact in Markdown: location, digest, metrics."""
     manifest = artifact.manifest
     rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in manifest.metrics.items())
     table = f"\n\n| metric | value |\n| --- | --- |\n{rows}" if rows else ""
@@ -156,5 +156,5 @@ def describe(artifact: Artifact) -> str:
 
 
 def _key(step: str) -> str:
-    """A step's name as Prefect allows it in an artifact's key."""
+    """Convert a step name to characters that Prefect allows in artifact keys."""
     return "".join(letter if letter.isalnum() else "-" for letter in step.lower())

@@ -68,10 +68,10 @@ def test_plan_warns_of_memory_that_the_device_does_not_have(invoke):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("plan", "--device", "h10"), "there is no such device; did you mean h100?"),
+        (("plan", "--device", "h10"), "unknown device 'h10'; did you mean h100?"),
         (("plan", "--set", "depth=deep"), "depth: got 'deep', expected a whole number above 0"),
         (("scaling", "--depths", "1,deep,3"), "--depths: got '1,deep,3', expected numbers above 0 between commas"),
-        (("scaling", "--from-store"), "holds no finished pretraining"),
+        (("scaling", "--from-store"), "contains no finished pretraining run"),
         (("scaling", "--depths", "1,2"), "got 2 runs, expected at least 3"),
     ],
 )
@@ -87,7 +87,7 @@ def test_settings_that_cannot_be_planned_are_refused_by_name(invoke, arguments, 
         (("run", "--set", "sft.num_epoch=4"), "did you mean sft.num_epochs?"),
         (("run", "--recipe", "huge"), "recipe 'huge': there is no such recipe; known: tiny"),
         (("run", "--config", "absent.toml"), "config file absent.toml: cannot be read"),
-        (("run", "--stage", "sft", "--no-track"), "its inputs are still to be run: pretrain (after tokens)"),
+        (("run", "--stage", "sft", "--no-track"), "its inputs are not built yet: pretrain (after tokens)"),
         (("why", "sfd"), "there is no such step"),
         (("chat",), "no checkpoint of this configuration is in the store"),
     ],

@@ -40,9 +40,9 @@ def test_tables_of_a_file_merge_over_the_recipe_and_overrides_go_over_both(tmp_p
         ("[[grpo.rewards]]\nkind = 'answer'\nweight = nan\n", "grpo.rewards.0.weight: Input should be a finite number"),
         ("[evaluate.sampling]\nrepetition_penalty = inf\n", "repetition_penalty: Input should be a finite number"),
         ("[pretrain]\nbatch_size = 15\nnum_workers = 2\n", "batch_size 15 must be a multiple of replicate x shard"),
-        ('[[corpus.sources]]\nkind = "jsonl"\nname = "x"\n', "needs `path`"),
+        ('[[corpus.sources]]\nkind = "jsonl"\nname = "x"\n', "requires `path`"),
         ("[corpus\n", "is not valid TOML"),
-        ('recipe = "huge"\n', "there is no such recipe; known: tiny"),
+        ('recipe = "huge"\n', "there is no recipe 'huge'; known: tiny"),
         ('[steps.sft]\nstage = "sft"\ninputs = {model = "grpo"}\n', "expected one of the steps before it"),
     ],
 )
@@ -79,7 +79,7 @@ def test_head_counts_that_do_not_divide_are_refused():
 
 def test_sources_of_one_name_are_refused():
     source = {"kind": "jsonl", "name": "a", "path": "x"}
-    with pytest.raises(ValueError, match="names must differ"):
+    with pytest.raises(ValueError, match="names must be unique"):
         CorpusConfig.model_validate({"sources": [source, source]})
 
 

@@ -24,7 +24,7 @@ def test_a_hang_is_told_with_who_came_and_who_did_not_and_where_each_is(tmp_path
     write(tmp_path, 2, step=6, phase="data", since=985.5, stack=[("/opt/lilpipe/tokens/loader.py", 9, "read"), TRAIN])
     assert describe_hang(tmp_path, timeout_seconds=10).splitlines() == [
         "all_reduce (step 7, training/loop.py:120 in train) did not end in launch.timeout_seconds (10): "
-        "rank 0 came to it, rank 2, 10 did not",
+        "rank 0 reached it, rank 2, 10 did not",
         "  rank 0: step 7, reduce, for 10.0 s; waits in all_reduce at training/loop.py:120 in train",
         "  rank 2: step 6, data, for 14.5 s; is at tokens/loader.py:9 in read",
         "  rank 10: step 7, step, for 1.0 s",
@@ -35,7 +35,7 @@ def test_a_hang_in_which_no_wait_is_seen_is_told_with_the_places_alone(tmp_path,
     monkeypatch.setattr(heartbeat.time, "time", lambda: 1000.0)
     write(tmp_path, 0, step=7, since=990.0, stack=[("/venv/torch/_tensor.py", 1, "item"), TRAIN])
     assert describe_hang(tmp_path, timeout_seconds=10).splitlines() == [
-        "a collective did not end in launch.timeout_seconds (10); where the workers are:",
+        "a collective did not end in launch.timeout_seconds (10); positions of the workers:",
         "  rank 0: step 7, step, for 10.0 s; is at training/loop.py:120 in train",
     ]
 

@@ -154,7 +154,7 @@ def test_a_flipped_bit_is_found_before_a_stage_reads_it(store, faults, files):
             run_all(changed, store)
     else:
         assert "data: its SHA-256 differs" in plan(changed, store)["first"].reason
-        with pytest.raises(ArtifactError, match=r"its inputs are still to be run: first .*SHA-256 differs"):
+        with pytest.raises(ArtifactError, match=r"its inputs are not built yet: first .*SHA-256 differs"):
             run_step(changed, "second", store=store, pipeline_run="lone")
     (rebuilt, cached), (second, _) = run_all(changed, store)
     assert not cached
@@ -346,7 +346,7 @@ def test_two_runs_at_once_do_the_work_once(store, faults):
 
 
 def test_a_lone_step_needs_those_before_it(store, faults):
-    with pytest.raises(ArtifactError, match=r"still to be run: first \(never run\)"):
+    with pytest.raises(ArtifactError, match=r"not built yet: first \(never run\)"):
         run_step(toy_config(), "second", store=store, pipeline_run="run")
     with pytest.raises(ConfigError, match="there is no such step; known: first, second"):
         run_step(toy_config(), "third", store=store, pipeline_run="run")
@@ -358,7 +358,7 @@ def test_a_lone_step_needs_those_before_it(store, faults):
 def test_wrong_wiring_is_refused_before_anything_runs(store, faults):
     for inputs, message in [
         ({}, "prompts missing"),
-        ({"prompts": "first", "models": "first"}, "got models; stage tokenizer takes prompts"),
+        ({"prompts": "first", "models": "first"}, "got models; stage tokenizer accepts prompts"),
         ({"prompts": ["first", "first"]}, "inputs.prompts: got 2 steps, expected one: first, first"),
         ({"prompts": []}, "inputs.prompts: got 0 steps, expected one"),
     ]:

@@ -154,7 +154,7 @@ def test_a_document_held_out_for_validation_was_seen_in_no_step(trace):
     told = {each.id: [line for line in trace("--doc", each.id) if line.startswith("stream ")] for each in KEPT}
     held_out = [lines for lines in told.values() if "split validation" in lines[0]]
     assert 0 < len(held_out) < len(KEPT)
-    assert all(line.endswith("held out for validation") for (line,) in held_out)
+    assert all(line.endswith("in the validation split") for (line,) in held_out)
 
 
 def test_a_rejected_document_shows_the_score_that_decided_its_threshold_and_what_was_not_reached(trace):
@@ -211,7 +211,7 @@ def test_one_verdict_of_a_rejected_document_gives_the_reason(trace, name, decide
 
 def test_a_duplicate_shows_the_document_that_was_kept_instead_or_that_there_is_none(trace):
     assert "kept instead: kept/3 (books)" in trace("--doc", "copy")
-    assert "first of them, itself rejected by c4: bracket (books)" in trace("--doc", "copy of a bracket")
+    assert "first duplicate, itself rejected by c4: bracket (books)" in trace("--doc", "copy of a bracket")
 
 
 def test_the_documents_of_a_row_fill_it(trace):
@@ -235,7 +235,7 @@ def test_before_pretraining_a_document_has_its_verdicts_alone(trace):
 
 @pytest.mark.parametrize("store", ["corpus", "everything"])
 def test_an_id_that_nothing_knows_is_an_error_with_ids_like_it(trace, store):
-    with pytest.raises(DataError, match=r"'racket': .*ids that hold it: bracket, copy of a bracket"):
+    with pytest.raises(DataError, match=r"'racket': .*ids that contain it: bracket, copy of a bracket"):
         trace("--doc", "racket", store=store)
 
 
@@ -244,8 +244,8 @@ def test_an_id_that_nothing_knows_is_an_error_with_ids_like_it(trace, store):
     [
         (("--doc", "x"), "nothing", "no corpus of this configuration is in the store"),
         (("--step", "0"), "corpus", "no pretraining of this configuration is in the store"),
-        (("--step", "0", "--doc", "x"), "everything", "got both of --doc and --step or neither"),
-        ((), "everything", "got both of --doc and --step or neither"),
+        (("--step", "0", "--doc", "x"), "everything", "got both --doc and --step or neither"),
+        ((), "everything", "got both --doc and --step or neither"),
         (("--step", "60"), "everything", "step: got 60, expected 0 to 59"),
         (("--step", "0", "--row", "4"), "everything", "row: got 4, expected 0 to 3"),
     ],

@@ -37,7 +37,7 @@ def test_prompts():
 
 def test_rejection_sampling_and_preferences():
     row = {"prompt_id": "p", "family": EVIL, "question": EVIL, "difficulty": 2, "num_words": 2, "ended": True}
-    row |= {"response": EVIL, "correct": True, "reward": 1.0}
+    row |= {"completion": EVIL, "correct": True, "reward": 1.0}
     metrics = {**rejection_sampling.summarise([[row, row]], num_kept=1), "reward": 0.25}
     assert_shown_as_text(rejection_sampling._report([[row, row]], [row], metrics), 4)
     metrics = {"pairs": 1.0, "prompts_with_pair_ratio": 0.5, "chosen_words": 2.0, "rejected_words": 3.0}
@@ -67,7 +67,7 @@ def test_evaluation():
     prompts = [replace(Prompt(EVIL, EVIL, EVIL, EVIL), id=f"{EVIL}{number}") for number in range(2)]
     rows = [
         {"prompt_id": prompt.id, "family": f"{EVIL}{number}", "difficulty": number, "greedy": greedy, "sample": 0}
-        | {"response": EVIL, "correct": True, "well_formed": True, "num_words": 1, "verifiable": True}
+        | {"completion": EVIL, "correct": True, "well_formed": True, "num_words": 1, "verifiable": True}
         | {"rewards": {EVIL: 1.0}}
         for number, prompt in enumerate(prompts)
         for greedy in (True, False)

@@ -1,1 +1,1 @@
-"""From a base model to an aligned one: verifiable prompts, rejection sampling, preferences, DPO, GRPO."""
+"""Post-training: verifiable prompts, rejection sampling, preferences, reward models, DPO, GRPO, PPO."""

@@ -29,28 +29,29 @@ better, [[B]] if answer B is better, [[C]] if neither is.
 
 
 class JudgeConfig(Section):
-    """A language model that says which of two answers is better, asked by OpenAI's protocol (Ollama, vLLM, ...)."""
+    """LLM judge that compares two answers, reached by an OpenAI-compatible API (Ollama, vLLM, ...)."""
 
     address: Annotated[str, Operational] = "http://127.0.0.1:11434/v1"
-    """Where it answers, up to and without `/chat/completions`; by default where Ollama listens."""
+    """Base URL of the API, without `/chat/completions`; the default is Ollama's."""
     model: str = ""
-    """Its name at that address."""
+    """Name of the model at that URL."""
     template: str = JUDGE_TEMPLATE
-    """What it is asked, with `{question}`, `{first}` and `{second}`; it must end in `[[A]]`, `[[B]]` or `[[C]]`."""
+    """Prompt template with `{question}`, `{first}` and `{second}`; it must ask for a reply that ends in `[[A]]`,
+    `[[B]]` or `[[C]]`."""
     max_new_tokens: PositiveInt = 512
-    """Longest reply. A reply that was cut off has no verdict."""
+    """Maximum number of tokens of a reply. A truncated reply has no verdict."""
     num_prompts: PositiveInt = 100
-    """Prompts whose answers are judged: the first of the split."""
+    """Number of prompts whose answers are judged: the first of the split."""
     games_per_prompt: PositiveInt = 1
-    """Games of each model at each prompt, of two requests each."""
+    """Comparisons per model and prompt, of two requests each (one for each order of the answers)."""
     api_key_variable: Annotated[str | None, Operational] = None
-    """Environment variable that holds the key, where one is needed; the key itself is written nowhere."""
+    """Environment variable with the API key, if the API needs one; the key itself is never written."""
     concurrency: Annotated[PositiveInt, Operational] = 4
-    """Requests under way at once, all workers together (each has one at least)."""
+    """Maximum number of concurrent requests over all workers (at least one per worker)."""
     timeout_seconds: Annotated[PositiveFloat, Operational] = 120.0
-    """Longest time for one request."""
+    """Timeout of a request."""
     max_retries: Annotated[NonNegativeInt, Operational] = 5
-    """Further tries of a request whose address cannot be reached or is busy, each after twice the time."""
+    """Maximum number of retries if the server is unreachable or busy, with exponential backoff."""
 
     @field_validator("template")
     @classmethod
@@ -59,42 +60,42 @@ class JudgeConfig(Section):
         try:
             shown = template.format(**marks)
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"cannot be filled in ({error!r}); write a brace that is text as {{{{ or }}}}") from error
+            raise ValueError(f"cannot be formatted ({error!r}); write literal braces as {{{{ and }}}}") from error
         if missing := [name for name, mark in marks.items() if mark not in shown]:
-            raise ValueError(f"lacks {', '.join(f'{{{name}}}' for name in missing)}")
+            raise ValueError(f"has no placeholder {', '.join(f'{{{name}}}' for name in missing)}")
         return template
 
 
 class EvaluateConfig(SamplingSection):
-    """How good the model is after each training stage."""
+    """Evaluation of the model of each training stage."""
 
     split: Literal["test", "validation"] = "test"
-    """Prompts to report on; choose hyperparameters on `validation`."""
+    """Split to report on; choose hyperparameters on `validation`."""
     num_generations: PositiveInt = 8
-    """Samples behind pass@k."""
+    """Completions per prompt, for pass@k."""
     validation_rows: PositiveInt = 200
-    """Rows of validation text behind bits per byte."""
+    """Number of validation rows for bits per byte."""
     rewards: RewardConfigs = ANSWER_REWARD
-    """What is measured of each sampled answer, each apart; an input `reward_model` adds its score."""
+    """Reward functions to measure on each completion, reported separately; an input `reward_model` adds its score."""
     win_against: Literal["model", "answer"] = "model"
-    """Whom each chat model's answers are set against: the `model` of the input `reference`, or the reference `answer`
-    that comes with a prompt (prompts without one are left out)."""
+    """Baseline of the win rate of each chat model: the `model` of the input `reference`, or the reference `answer` of a
+    prompt (prompts without one are skipped)."""
     win_by: Literal["brevity", "reward_model", "judge"] = "brevity"
-    """Who says which of two answers wins: a fixed rule (well-formed first, then the fewer words), the higher score of
-    the input `reward_model`, or the language model of `judge`."""
+    """How the better of two answers is decided: `brevity` is a fixed rule (well-formed first, then fewer words),
+    `reward_model` the higher score of the input `reward_model`, `judge` the LLM judge."""
     judge: JudgeConfig = JudgeConfig()
 
     @model_validator(mode="after")
     def _judge_has_a_name(self) -> EvaluateConfig:
         if self.win_by == "judge" and not self.judge.model:
-            raise ValueError("win_by is 'judge', but judge.model is empty; name the model that judges")
+            raise ValueError("win_by is 'judge', but judge.model is empty; set it to the judge's model name")
         return self
 
 
 class RegisterConfig(Section):
-    """The final model in Hugging Face layout, and its name in the MLflow registry."""
+    """The final model in Hugging Face format, and its name in the MLflow model registry."""
 
     model_name: Annotated[str, Operational] = "lilpipe"
-    """Registered model's name."""
+    """Name of the registered model."""
     alias: Annotated[str, Operational] = "champion"
-    """Alias given to the new version."""
+    """Alias of the new version."""

@@ -1,4 +1,4 @@
-"""Shape of the decoder."""
+"""Architecture of the decoder."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from lilpipe.config.section import Section
 
 
 class MoEConfig(Section):
-    """Mixture of experts in place of the SwiGLU layer, balanced without an auxiliary loss (DeepSeek-V3, 2024)."""
+    """Mixture of experts instead of the dense SwiGLU layer, load-balanced without an auxiliary loss (DeepSeek-V3,
+    2024).
+    """
 
     num_experts: PositiveInt = 8
-    """Experts among which a token is routed."""
+    """Number of routed experts."""
     num_experts_per_tok: PositiveInt = 2
-    """Experts that a token goes to."""
+    """Routed experts per token (top-k)."""
     n_shared_experts: NonNegativeInt = 1
-    """Experts that every token goes to as well."""
+    """Shared experts, which process every token."""
     moe_intermediate_size: PositiveInt = 176
-    """Width of one expert's SwiGLU layer."""
+    """Intermediate size of each expert's SwiGLU layer."""
     first_k_dense_replace: NonNegativeInt = 1
-    """Blocks at the bottom that keep the dense layer."""
+    """Number of first layers that keep the dense SwiGLU layer."""
     routed_scaling_factor: PositiveFloat = 1.0
-    """Factor on the sum of the routed experts (DeepSeek-V3: 2.5)."""
+    """Scaling factor of the routed experts' output (DeepSeek-V3: 2.5)."""
     bias_update_rate: NonNegativeFloat = 1e-3
-    """Step of an expert's bias after each optimizer step, up where it got too few tokens, down where too many."""
+    """Update of an expert's routing bias after each optimizer step: up if it received too few tokens, down if too
+    many."""
 
     @model_validator(mode="after")
     def _enough_experts(self) -> MoEConfig:
@@ -37,18 +40,20 @@ class MoEConfig(Section):
 
 
 class MLAConfig(Section):
-    """Multi-head latent attention: keys and values of all heads from one small latent (DeepSeek-V2, 2024)."""
+    """Multi-head latent attention: keys and values of all heads are projected from one small latent (DeepSeek-V2,
+    2024).
+    """
 
     q_lora_rank: PositiveInt | None = None
-    """Width of the queries' latent; none makes queries straight from the residual stream."""
+    """Size of the query latent; if None, queries are projected from the hidden states directly."""
     kv_lora_rank: PositiveInt = 64
-    """Width of the latent of keys and values."""
+    """Size of the latent of keys and values."""
     qk_nope_head_dim: PositiveInt = 32
-    """Part of a head of queries and keys without position."""
+    """Size of the part of each query and key head without position embedding."""
     qk_rope_head_dim: PositiveInt = 16
-    """Part of a head of queries and keys with rotary position; its key is shared by all heads."""
+    """Size of the part of each query and key head with RoPE; all heads share this part of the key."""
     v_head_dim: PositiveInt = 32
-    """Width of a head of values."""
+    """Size of each value head."""
 
     @model_validator(mode="after")
     def _even(self) -> MLAConfig:
@@ -58,39 +63,40 @@ class MLAConfig(Section):
 
 
 class ModelConfig(Section):
-    """Decoder of Llama 3 (Grattafiori et al. 2024) or of GPT-2 (Radford et al. 2019), with options of later models."""
+    """Decoder of Llama 3 (Grattafiori et al. 2024) or GPT-2 (Radford et al. 2019), with options of later models."""
 
     architecture: Literal["llama", "gpt2"] = "llama"
-    """`llama`: RMSNorm, rotary positions, SwiGLU, no biases. `gpt2`: LayerNorm, learned positions, GELU, biases; it
-    takes neither grouped heads nor the options below except `logit_softcap` and `dropout`."""
+    """`llama`: RMSNorm, RoPE, SwiGLU, no biases. `gpt2`: LayerNorm, learned position embeddings, GELU, biases; of the
+    options below it supports only `logit_softcap` and `dropout`, and no grouped-query attention."""
     hidden_size: PositiveInt = 256
-    """Width of the residual stream."""
+    """Size of the hidden states."""
     num_layers: PositiveInt = 6
-    """Decoder blocks."""
+    """Number of decoder layers."""
     num_heads: PositiveInt = 4
-    """Query heads; hidden_size is divided among them."""
+    """Number of attention heads; the size of a head is hidden_size / num_heads."""
     num_kv_heads: PositiveInt = 2
-    """Key and value heads (GQA, Ainslie et al. 2023); divides num_heads. Multi-head latent attention has none."""
+    """Number of key and value heads (GQA, Ainslie et al. 2023); must divide num_heads. Not used by multi-head latent
+    attention."""
     intermediate_size: PositiveInt = 704
-    """Width of the SwiGLU layer, or of GPT-2's."""
+    """Intermediate size of the feed-forward layer (SwiGLU, or GPT-2's MLP)."""
     max_seq_len: PositiveInt = 256
-    """Longest sequence."""
+    """Maximum sequence length, in tokens."""
     rope_theta: PositiveFloat = 10_000.0
-    """Base of the rotary embedding (Llama 3: 500,000)."""
+    """Base frequency of RoPE (Llama 3: 500,000)."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = True
-    """Whether the output layer shares the embedding's weights."""
+    """Share the weights of the input embedding with the output layer."""
     qk_norm: bool = False
-    """RMSNorm on each head of queries and keys, before rotation (Henry et al. 2020; Qwen 3)."""
+    """Apply RMSNorm to each query and key head before RoPE (Henry et al. 2020; Qwen 3)."""
     logit_softcap: PositiveFloat | None = None
-    """Logits are bent into +- this, `cap * tanh(logits / cap)` (Gemma 2: 30)."""
+    """Soft cap of the logits, `cap * tanh(logits / cap)` (Gemma 2: 30); if None, logits are not capped."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of elements dropped after attention and after the feed-forward layer while training."""
+    """Dropout probability after attention and after the feed-forward layer, in training."""
     moe: MoEConfig | None = None
-    """Mixture of experts; none is the dense layer everywhere."""
+    """Mixture of experts; if None, every layer is dense."""
     mla: MLAConfig | None = None
-    """Multi-head latent attention; none is grouped-query attention."""
+    """Multi-head latent attention; if None, grouped-query attention."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -112,13 +118,13 @@ class ModelConfig(Section):
             raise ValueError(f"gpt2: num_kv_heads {self.num_kv_heads} must equal num_heads {self.num_heads}")
         for name in ("moe", "mla", "qk_norm"):
             if getattr(self, name):
-                raise ValueError(f"gpt2: {name} would be ignored; leave it out, or take architecture llama")
+                raise ValueError(f"gpt2: {name} would be ignored; remove it, or set architecture to llama")
         return self
 
     @model_validator(mode="after")
     def _options_are_used(self) -> ModelConfig:
         if self.mla and self.qk_norm:
-            raise ValueError("qk_norm would be ignored: mla normalises its latents instead; leave one of them out")
+            raise ValueError("qk_norm would be ignored: mla normalises its latents instead; remove qk_norm or mla")
         if self.moe and self.moe.first_k_dense_replace >= self.num_layers:
             raise ValueError(
                 f"moe.first_k_dense_replace {self.moe.first_k_dense_replace} must be less than num_layers "
@@ -128,12 +134,12 @@ class ModelConfig(Section):
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
+        """Size of one attention head."""
         return self.hidden_size // self.num_heads
 
 
 class ImportModelConfig(Section):
-    """A model from elsewhere, as the input of a step here."""
+    """A Hugging Face model as the input of a step."""
 
     path: str = ""
-    """Directory in Hugging Face's layout: Llama, Qwen 3, GPT-2, or a small GLM-4.5 or DeepSeek-V3."""
+    """Directory in Hugging Face format: Llama, Qwen 3, GPT-2, or a small GLM-4.5 or DeepSeek-V3 model."""

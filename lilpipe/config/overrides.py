@@ -1,19 +1,21 @@
-"""Laying settings over a configuration: tables of a file, and dotted overrides such as ``sft.num_epochs=4``."""
+"""Merging of settings into a configuration: TOML tables and dotted overrides such as ``sft.num_epochs=4``."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from lilpipe.config.section import CODE_FILE
 from lilpipe.errors import ConfigError
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``sft.num_epochs=4`` as a key and a JSON value; what is no JSON is a string."""
+    """Parse ``sft.num_epochs=4`` into a key and a JSON value; a value that is not JSON is a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {text!r}: expected KEY=VALUE, such as sft.num_epochs=4")
@@ -24,7 +26,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def explain(error: ValidationError) -> str:
-    """One line per wrong field: where, what was got, what was expected."""
+    """Format a validation error, one line per wrong field: where, what was got, what was expected."""
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])
@@ -40,8 +42,10 @@ def explain(error: ValidationError) -> str:
 def merge(
     values: dict[str, Any], changes: dict[str, Any], *, model: type[BaseModel], where: str, prefix: str = ""
 ) -> None:
-    """Lay ``changes`` over the ``values`` of a section; sections merge, anything else (a list, a table whose keys are
-    the user's) is replaced.
+    """Merge ``changes`` into the ``values`` of a section.
+
+    Sections are merged; any other value is replaced, including lists and tables with user-defined keys. Raises
+    ``ConfigError`` if a setting does not exist.
     """
     fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
     for key, change in changes.items():
@@ -54,8 +58,34 @@ def merge(
             values[key] = change
 
 
+def resolve_files(values: Any, annotation: Any, folder: Path) -> Any:
+    """Settings with each path of a user's Python file (``section.CodeFile``) taken from ``folder``."""
+    model = _section_in(annotation)
+    if isinstance(values, list | tuple):
+        return [resolve_files(item, annotation, folder) for item in values]
+    if not isinstance(values, dict):
+        return values
+    if model is None or get_origin(annotation) is dict:  # a table whose keys are the user's
+        return {key: resolve_files(item, model, folder) if model else item for key, item in values.items()}
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    resolved = {}
+    for key, value in values.items():
+        field = fields.get(key)
+        if field is not None and isinstance(value, str) and CODE_FILE in field.metadata:
+            value = str(folder / value)
+        resolved[key] = value if field is None else resolve_files(value, field.annotation, folder)
+    return resolved
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation names: alone, beside None, or inside a list or a table."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+
+
 def set_dotted(values: dict[str, Any], key: str, value: Any, *, model: type[BaseModel], where: str) -> None:
-    """Set one dotted key that must exist."""
+    """Set one dotted key. Raises ``ConfigError`` if it does not exist."""
     change: dict[str, Any] = {}
     inner = change
     *parents, last = key.split(".")
@@ -66,7 +96,7 @@ def set_dotted(values: dict[str, Any], key: str, value: Any, *, model: type[Base
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The full names of all settings in nested tables."""
+    """Iterate over the full names of all settings in nested tables."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from dotted(value, f"{prefix}{key}.")

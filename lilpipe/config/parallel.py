@@ -1,4 +1,4 @@
-"""How a model is cut over processes, and how those are started."""
+"""Device mesh of the workers, and how they are launched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lilpipe.config.section import Operational, Section
 
 
 class ParallelDims(NamedTuple):
-    """Processes along each dimension of the mesh, outermost first."""
+    """Size of each mesh dimension, outermost first."""
 
     pipeline: int
     replicate: int
@@ -21,38 +21,45 @@ class ParallelDims(NamedTuple):
 
     @property
     def data(self) -> int:
-        """Parts into which the rows of a batch are divided."""
+        """Degree of data parallelism: number of parts that the rows of a batch are divided into."""
         return self.replicate * self.shard
 
     @property
     def seq_len_multiple(self) -> int:
-        """Lengths that can be cut: two chunks for each part of a sequence, and those of a part evenly over `tensor`."""
+        """Sequence lengths must be a multiple of this: two chunks per context part, and each part divided over
+        `tensor`.
+        """
         return math.lcm(2 * self.context, self.context * self.tensor) if self.context > 1 else self.tensor
 
 
 class ParallelConfig(Section):
-    """The device mesh: pipeline x replicate x shard x context x tensor processes.
+    """The device mesh: pipeline x replicate x shard x context x tensor workers.
 
-    All are 1 by default, but `replicate`, which takes what the others leave of num_workers.
+    All dimensions are 1 by default except `replicate`, which is num_workers divided by the product of the others.
     """
 
     pipeline: PositiveInt = 1
-    """Stages of layers (Narayanan et al. 2021)."""
+    """Degree of pipeline parallelism (Narayanan et al. 2021)."""
     replicate: PositiveInt | None = None
-    """Groups that hold the whole model each: data parallelism (DDP), or with `shard` hybrid sharding (HSDP)."""
+    """Number of model replicas: data parallelism (DDP), or hybrid sharding (HSDP) together with `shard`. If None,
+    num_workers divided by the product of the other dimensions."""
     shard: PositiveInt = 1
-    """Processes over which parameters, gradients and optimizer state are sharded (FSDP2; Zhao et al. 2023)."""
+    """Number of workers that parameters, gradients and optimizer state are sharded over (FSDP2; Zhao et al. 2023)."""
     context: PositiveInt = 1
-    """Parts of a sequence, balanced head and tail; keys and values are gathered (Llama 3, section 3.3.2)."""
+    """Degree of context parallelism; chunks from head and tail of a sequence balance the load, keys and values are
+    all-gathered (Llama 3, section 3.3.2)."""
     tensor: PositiveInt = 1
-    """Parts of each matrix, with the sequence parallel in between (Shoeybi et al. 2019; Korthikanti et al. 2022)."""
+    """Degree of tensor parallelism, with sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022)."""
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
-    """Order of the pipeline's forward and backward passes (zero bubble: Qi et al. 2023)."""
+    """Pipeline schedule: order of forward and backward passes (zero bubble: Qi et al. 2023)."""
     stages_per_worker: PositiveInt = 1
-    """Pipeline stages on each worker; `interleaved` and `zero_bubble` take 2 or more."""
+    """Pipeline stages per worker; `interleaved` and `zero_bubble` need 2 or more."""
 
     def layout(self, num_workers: int) -> ParallelDims:
-        """The mesh of ``num_workers`` processes. Raises ``ValueError`` with the arithmetic if there is none."""
+        """Return the mesh of ``num_workers`` workers.
+
+        Raises ``ValueError`` with the arithmetic if ``num_workers`` does not match the dimensions.
+        """
         others = self.pipeline * self.shard * self.context * self.tensor
         product = f"pipeline {self.pipeline} x shard {self.shard} x context {self.context} x tensor {self.tensor}"
         if self.replicate is None and num_workers % others:
@@ -66,44 +73,51 @@ class ParallelConfig(Section):
 
 
 class SlurmLaunchConfig(Section):
-    """Options of `srun` for the training stages; the store must lie on a file system that all nodes see."""
+    """Options of `srun` for training stages. The store must be on a file system shared by all nodes."""
 
     partition: str | None = None
+    """Partition; if None, the cluster's default."""
     time: str = "24:00:00"
-    """Longest time of the job."""
+    """Time limit of the job."""
     cpus_per_task: PositiveInt = 1
+    """CPUs per worker."""
     gpus_per_node: NonNegativeInt = 0
+    """GPUs per node."""
     options: dict[str, str] = {}
     """Further options of `srun`, such as `account`."""
 
 
 class KubernetesLaunchConfig(Section):
-    """A PyTorchJob of the Kubernetes training operator; the store must lie on a volume that all pods mount."""
+    """A PyTorchJob of the Kubernetes training operator. The store must be on a volume mounted by all pods."""
 
     image: str = "lilpipe:latest"
+    """Container image."""
     namespace: str = "default"
+    """Namespace of the job."""
     gpus_per_pod: NonNegativeInt = 0
+    """GPUs per pod."""
     volume_claim: str = "lilpipe"
-    """Persistent volume claim with the store."""
+    """Persistent volume claim of the store."""
     mount_path: str = "/store"
-    """Where the volume is mounted, here and in the pods."""
+    """Mount path of the volume, here and in the pods."""
     resources: dict[str, Any] = {}
-    """Further requests of a pod, such as `{"cpu": "16", "memory": "128Gi"}`."""
+    """Further resource requests of a pod, such as `{"cpu": "16", "memory": "128Gi"}`."""
 
 
 class LaunchConfig(Section):
-    """How the processes of a training stage are started; nothing here can change an output."""
+    """How the workers of a training stage are launched; this cannot change an output."""
 
     launcher: Literal["torchrun", "srun", "kubernetes"] = "torchrun"
-    """`torchrun` on this host, `srun` under Slurm, or the Kubernetes training operator."""
+    """`torchrun` on this host, `srun` under Slurm, or `kubernetes`, the training operator. The last is experimental: it
+    has been tested with a stand-in for `kubectl` only."""
     num_nodes: PositiveInt = 1
-    """Hosts; num_workers is divided among them."""
+    """Number of nodes; num_workers is divided among them."""
     max_restarts: NonNegativeInt = 3
-    """How often all workers are started again, from the last checkpoint, after one of them died."""
+    """Maximum restarts of all workers from the last checkpoint after one of them failed."""
     stop_seconds: PositiveInt = 30
-    """Longest time to save in after SIGTERM; then workers are killed. Slurm has its own (`KillWait`)."""
+    """Grace period after SIGTERM to save a checkpoint, before workers are killed. Slurm uses its own (`KillWait`)."""
     timeout_seconds: PositiveInt = 600
-    """Longest wait in a collective before the run ends with an error that names it."""
+    """Timeout of a collective; the run then fails with an error that names the collective."""
     slurm: SlurmLaunchConfig = SlurmLaunchConfig()
     kubernetes: KubernetesLaunchConfig = KubernetesLaunchConfig()
 
@@ -111,7 +125,7 @@ class LaunchConfig(Section):
     def _launcher_reaches_the_nodes(self) -> LaunchConfig:
         if self.num_nodes > 1 and self.launcher == "torchrun":
             raise ValueError(
-                f"num_nodes {self.num_nodes}: launcher torchrun starts processes on this host alone; take srun or "
+                f"num_nodes {self.num_nodes}: launcher torchrun starts workers on this host only; use srun or "
                 f"kubernetes, or num_nodes 1"
             )
         return self

@@ -1,4 +1,4 @@
-"""Which models and batches a device mesh can divide."""
+"""Checks that a device mesh can divide a model and its batches."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lilpipe.config.phases import Phase
 
 
 def check_phases(parallel: ParallelConfig, layout: ParallelDims, phases: Sequence[Phase]) -> None:
-    """Raise ``ValueError`` if the sequences or batches of a phase cannot be divided."""
+    """Raise ``ValueError`` if the sequences or batches of a phase are not divisible."""
     for problem in _phase_problems(parallel, layout, phases):
         raise ValueError(problem)
 
 
 def check_vocabulary(layout: ParallelDims, vocab_size: int) -> None:
-    """Raise ``ValueError`` for a vocabulary that tensor parallelism cannot divide."""
+    """Raise ``ValueError`` if tensor parallelism cannot divide the vocabulary."""
     if vocab_size % layout.tensor:
         raise ValueError(
-            f"parallel.tensor {layout.tensor} must divide the vocabulary of {vocab_size}, of which "
-            f"{vocab_size % layout.tensor} are left over; take tokenizer.vocab_size "
+            f"parallel.tensor {layout.tensor} must divide the vocabulary size {vocab_size}, remainder "
+            f"{vocab_size % layout.tensor}; set tokenizer.vocab_size to "
             f"{vocab_size - vocab_size % layout.tensor} or {vocab_size - vocab_size % layout.tensor + layout.tensor}"
         )
 
@@ -28,7 +28,7 @@ def check_vocabulary(layout: ParallelDims, vocab_size: int) -> None:
 def check_model(
     parallel: ParallelConfig, layout: ParallelDims, model: ModelConfig, *, activation_checkpointing: str
 ) -> None:
-    """Raise ``ValueError`` if the model cannot be divided."""
+    """Raise ``ValueError`` if the model is not divisible."""
     for problem in _model_problems(parallel, layout, model, activation_checkpointing):
         raise ValueError(problem)
 
@@ -44,8 +44,8 @@ def _model_problems(
 ) -> Iterator[str]:
     if parallel.schedule == "zero_bubble" and activation_checkpointing == "selective":
         yield (
-            "activation_checkpointing selective does not go with parallel.schedule zero_bubble, which goes through a "
-            "block's graph twice; take full or none, or the schedule interleaved"
+            "activation_checkpointing selective is not supported with parallel.schedule zero_bubble, which runs the "
+            "backward of a layer's graph twice; use full or none, or the schedule interleaved"
         )
     yield from _stage_problems(parallel, model.num_layers)
     for name, size in _divided_by_tensor(model).items():
@@ -57,9 +57,9 @@ def _phase_problems(parallel: ParallelConfig, layout: ParallelDims, phases: Sequ
     for phase in phases:
         if phase.seq_len % layout.seq_len_multiple:
             yield (
-                f"{phase.setting('seq_len')} {phase.seq_len} must be a multiple of {layout.seq_len_multiple}, so that "
-                f"2 x parallel.context {layout.context} chunks, and the tokens of each context part over "
-                f"parallel.tensor {layout.tensor}, come out even"
+                f"{phase.setting('seq_len')} {phase.seq_len} must be a multiple of {layout.seq_len_multiple}: it is "
+                f"divided into 2 x parallel.context {layout.context} chunks, and each context part over "
+                f"parallel.tensor {layout.tensor}"
             )
         yield from _schedule_problems(parallel, phase.setting("accumulation_steps"), phase.accumulation_steps)
 
@@ -69,13 +69,13 @@ def _stage_problems(parallel: ParallelConfig, num_layers: int) -> Iterator[str]:
     num_stages = parallel.pipeline * per_worker
     if parallel.pipeline == 1 and (per_worker > 1 or schedule != "1f1b"):
         yield (
-            f"parallel.schedule {schedule} and stages_per_worker {per_worker} would be ignored by pipeline 1; leave "
-            "them out, or take pipeline 2 or more"
+            f"parallel.schedule {schedule} and stages_per_worker {per_worker} would be ignored by pipeline 1; "
+            "remove them, or set pipeline to 2 or more"
         )
     if schedule == "1f1b" and per_worker > 1:
-        yield f"parallel.stages_per_worker {per_worker} must be 1 for schedule 1f1b; or take interleaved"
+        yield f"parallel.stages_per_worker {per_worker} must be 1 for schedule 1f1b; or use interleaved"
     if schedule != "1f1b" and per_worker < 2:
-        yield f"parallel.stages_per_worker {per_worker} must be 2 or more for schedule {schedule}; or take 1f1b"
+        yield f"parallel.stages_per_worker {per_worker} must be 2 or more for schedule {schedule}; or use 1f1b"
     if num_layers < num_stages:
         yield (
             f"model.num_layers {num_layers} must be at least parallel.pipeline x stages_per_worker = "
@@ -87,7 +87,7 @@ def _schedule_problems(parallel: ParallelConfig, setting: str, micro_batches: in
     if parallel.schedule == "1f1b" and micro_batches < parallel.pipeline:
         yield (
             f"{setting} {micro_batches} must be at least parallel.pipeline {parallel.pipeline}: with fewer "
-            "micro-batches than stages some stages never work"
+            "micro-batches than stages, some stages are always idle"
         )
     if parallel.schedule != "1f1b" and micro_batches % parallel.pipeline:
         yield (
@@ -97,7 +97,7 @@ def _schedule_problems(parallel: ParallelConfig, setting: str, micro_batches: in
 
 
 def _divided_by_tensor(model: ModelConfig) -> dict[str, int]:
-    """Sizes of the model of which each process of tensor parallelism has a part."""
+    """Return the sizes of the model that tensor parallelism divides."""
     sizes = {"num_heads": model.num_heads}
     if model.mla is None:
         sizes["num_kv_heads"] = model.num_kv_heads

@@ -1,4 +1,4 @@
-"""Phases of pretraining: what is trained on, and in what portions, from one step up to another."""
+"""Phases of pretraining: data mixture, batch and context length from one optimizer step to another."""
 
 from __future__ import annotations
 
@@ -12,46 +12,51 @@ from lilpipe.config.section import Ratio, Section
 
 
 class MixtureConfig(Section):
-    """How the training tokens of the corpus are shared out among its streams; see `tokens.streams_by`."""
+    """Proportions of the streams in the training tokens of the corpus; see `tokens.streams_by`."""
 
     weights: dict[str, NonNegativeFloat] = {}
-    """Weight of each stream, by tokens, in any unit; a stream that is not named has none. Empty: every stream in
-    proportion to its tokens. Llama 3 (Grattafiori et al. 2024, 3.1.2): 50 general, 25 mathematics and reasoning,
+    """Weight of each stream by tokens, in any unit; a stream that is not named is not used. If empty, streams are used
+    in proportion to their tokens. Llama 3 (Grattafiori et al. 2024, 3.1.2): 50 general, 25 mathematics and reasoning,
     17 code, 8 multilingual."""
     max_epochs: PositiveFloat = 4.0
-    """Most times that a token of a stream is trained on; what a stream cannot give goes to the others in proportion
-    to their weights. Up to 4 epochs repeated text is worth nearly as much as new (Muennighoff et al. 2023). In a
-    phase what earlier ones took counts."""
+    """Maximum number of epochs over a stream; tokens that a stream cannot provide come from the others in proportion to
+    their weights. Up to 4 epochs, repeated text is worth nearly as much as new text (Muennighoff et al. 2023). Epochs
+    of earlier phases count."""
     max_epochs_of: dict[str, PositiveFloat] = {}
-    """Another limit for single streams."""
+    """Maximum number of epochs of single streams; overrides `max_epochs`."""
 
 
 class PhaseConfig(Section):
-    """A part of pretraining with settings of its own, from one step up to the next phase or the end.
+    """Part of pretraining with its own settings, from one optimizer step to the next phase or the end.
 
-    What a phase does not name is as pretraining has it, whatever the phase before had. Phases make a batch ramp
-    (Llama 3: 4 M, 8 M, 16 M tokens), stages of context length (8 k to 128 k in six) and annealing on the best data.
+    Settings that a phase does not name have pretraining's values, not those of the previous phase. Phases express a
+    batch ramp (Llama 3: 4 M, 8 M, 16 M tokens), context extension (8 k to 128 k in six stages) and annealing on the
+    best data.
     """
 
     from_step: PositiveInt
-    """First step of the phase, counted from 0."""
+    """First optimizer step of the phase, counted from 0."""
     batch_size: PositiveInt | None = None
-    """Sequences of a step."""
+    """Sequences per optimizer step."""
     accumulation_steps: PositiveInt | None = None
-    """Micro-batches of a step."""
+    """Micro-batches per optimizer step."""
     seq_len: PositiveInt | None = None
-    """Tokens of a sequence; at most model.max_seq_len."""
+    """Tokens per sequence; at most model.max_seq_len."""
     rope_theta: PositiveFloat | None = None
-    """Base of the rotary embedding, raised with the length of the context (Xiong et al. 2023)."""
+    """Base frequency of RoPE, raised with the context length (Xiong et al. 2023)."""
     exercise_ratio: Ratio | None = None
+    """Fraction of tokens from the exercises of the `prompts` stage."""
     mixture: MixtureConfig | None = None
+    """Proportions of the streams."""
 
 
 class Phase(NamedTuple):
-    """The settings of the steps ``first`` to ``stop - 1``, those that they take from pretraining filled in."""
+    """Complete settings of the optimizer steps ``first`` to ``stop - 1``; what a phase does not set comes from
+    pretraining.
+    """
 
     number: int
-    """0 up to the first of `phases`, n from its n-th on."""
+    """0 for the steps before the first entry of `phases`, n for its n-th entry."""
     first: int
     stop: int
     batch_size: int
@@ -62,12 +67,12 @@ class Phase(NamedTuple):
     mixture: MixtureConfig
 
     def setting(self, name: str) -> str:
-        """Where in the section the phase's settings stand: ``batch_size``, or ``phases.0.batch_size``."""
+        """Return the path of one of the phase's settings in the section: ``batch_size``, or ``phases.0.batch_size``."""
         return f"phases.{self.number - 1}.{name}" if self.number else name
 
 
 def resolve_phases(whole: Phase, changes: Sequence[PhaseConfig]) -> tuple[Phase, ...]:
-    """Cut the run into phases: the first as ``whole`` says, and one from each of ``changes`` on."""
+    """Divide the run into phases: the first has the settings of ``whole``, and each of ``changes`` starts another."""
     named = [{name: value for name, value in each if name in Phase._fields and value is not None} for each in changes]
     bounds = [whole.first, *(each.from_step for each in changes), whole.stop]
     return tuple(

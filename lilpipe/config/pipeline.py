@@ -1,40 +1,54 @@
-"""The whole tree: steps, their wiring, and a section for each stage."""
+"""The complete configuration: steps, their inputs, and a section for each stage."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
 from lilpipe.config.model import ImportModelConfig
-from lilpipe.config.overrides import set_dotted
+from lilpipe.config.overrides import explain, set_dotted
 from lilpipe.config.parallel_checks import check_vocabulary
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
-from lilpipe.config.section import Section
+from lilpipe.config.section import CodeFile, Section
 from lilpipe.config.sft import SFTConfig
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
 from lilpipe.config.training import PretrainConfig
+from lilpipe.errors import ConfigError
 
 
 class Step(Section):
-    """One node of the pipeline: a stage, what it reads, and what differs from the stage's section."""
+    """One step of the pipeline: a stage, its inputs, and settings that override the stage's section."""
 
     stage: str
-    """Stage to run; `lilpipe.stage.STAGES` lists them."""
+    """Stage to run: one of `lilpipe.stage.STAGES`, or your own."""
+    file: CodeFile = None
+    """Python file that defines the stage, by its path from the configuration file's folder."""
     inputs: dict[str, str | tuple[str, ...]] = {}
-    """Input role of the stage to the step (or steps) whose artifact fills it."""
+    """Maps each input role of the stage to the step (or steps) whose artifact it reads."""
     settings: dict[str, Any] = {}
-    """Dotted settings of the stage's section that differ for this step alone."""
+    """Dotted settings that override the stage's section for this step only."""
 
 
 def step(stage: str, /, settings: dict[str, Any] | None = None, **inputs: str | tuple[str, ...]) -> Step:
-    """A ``Step`` with its inputs as keyword arguments."""
+    """Return a ``Step`` with its inputs as keyword arguments."""
     return Step(stage=stage, inputs=inputs, settings=settings or {})
 
 
@@ -57,35 +71,39 @@ DEFAULT_STEPS = {
 
 
 class OrchestrationConfig(Section):
-    """How stages are run; nothing here can change an output."""
+    """How stages are run; this cannot change an output."""
 
     retries: NonNegativeInt = 2
-    """Further tries of a stage after a failure of infrastructure; bad config or data is never retried."""
+    """Maximum number of retries of a stage after an infrastructure failure; errors in config or data are never
+    retried."""
     retry_delay_seconds: NonNegativeFloat = 5
+    """Delay before a retry."""
     timeout_seconds: PositiveFloat = 7 * 24 * 3600
-    """Longest time for one try of a stage."""
+    """Timeout of one attempt of a stage."""
     stage_timeout_seconds: dict[str, PositiveFloat] = {}
-    """Another timeout for single steps."""
+    """Timeout of single steps; overrides `timeout_seconds`."""
 
 
-_NO_STAGES = {"recipe", "seed", "depth", "params", "steps", "orchestration", "register_"}
+_NO_STAGES = {"recipe", "file", "seed", "depth", "params", "steps", "orchestration", "register_"}
 """Fields of the whole that are no stage's section."""
 
 
 class PipelineConfig(Section):
-    """The whole pipeline."""
+    """Configuration of the whole pipeline."""
 
     recipe: str
     """Recipe from which this configuration started."""
+    file: CodeFile = None
+    """Python file that defines the recipe, by its path from the configuration file's folder."""
     seed: int = 0
-    """Seed of every training stage that names none of its own."""
+    """Seed of all training stages that do not set their own."""
     depth: PositiveInt | None = None
-    """Layers from which shape, batch, learning rate and steps of pretraining were derived, where they are not given:
-    see `lilpipe.scaling.depth`. It is kept to show where these come from."""
+    """Number of layers from which unset values of the model shape, batch size, learning rate and steps of pretraining
+    are derived: see `lilpipe.scaling.depth`. Stored to show the origin of these values."""
     params: PositiveInt | str | None = None
-    """The same from a number of parameters, such as "350M": the nearest depth."""
+    """Like `depth`, but as a number of parameters, such as "350M": selects the nearest depth."""
     steps: dict[str, Step] = DEFAULT_STEPS
-    """The order and wiring of the stages."""
+    """Steps of the pipeline, in order, with their inputs."""
     corpus: CorpusConfig = CorpusConfig()
     prompts: PromptsConfig = PromptsConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -106,13 +124,30 @@ class PipelineConfig(Section):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
+    @classmethod
+    def with_sections(cls, **sections: type[Section]) -> type[PipelineConfig]:
+        """The class with a section for each stage of the user's, by the stage's name.
+
+        Raises ``ConfigError`` if a section has a setting without a default.
+        """
+        return _with_sections(cls, tuple(sections.items())) if sections else cls
+
     @model_validator(mode="after")
     def _steps_are_in_order(self) -> PipelineConfig:
         sections = set(type(self).model_fields) | {"register"}
         known: list[str] = []
+        files: dict[str, str | None] = {}
         for name, node in self.steps.items():
             if node.stage not in sections - _NO_STAGES:
-                raise ValueError(f"steps.{name}.stage: there is no stage {node.stage!r}")
+                raise ValueError(
+                    f"steps.{name}.stage: there is no stage {node.stage!r}; correct the name, or name the `file` that "
+                    "defines it"
+                )
+            if files.setdefault(node.stage, node.file) != node.file:
+                raise ValueError(
+                    f"steps.{name}.file: got {node.file} for stage {node.stage!r}, which comes from "
+                    f"{files[node.stage]} in a step before; expected one file for one stage"
+                )
             for role, upstream in node.inputs.items():
                 for source in (upstream,) if isinstance(upstream, str) else upstream:
                     if source not in known:
@@ -126,12 +161,13 @@ class PipelineConfig(Section):
             known.append(name)
         for name in self.orchestration.stage_timeout_seconds:
             if name not in known:
-                raise ValueError(f"orchestration.stage_timeout_seconds: there is no step {name!r}")
+                raise ValueError(f"orchestration.stage_timeout_seconds: unknown step {name!r}")
         return self
 
     def section(self, step_name: str) -> Any:
-        """The complete section of one step: the stage's section, the step's settings, and filled in where they are not
-        given, the pipeline's seed and the weights of the corpus's sources.
+        """Return the complete section of one step: the stage's section with the step's settings.
+
+        Unset values are filled in from the pipeline's seed and the weights of the corpus's sources.
         """
         node = self.steps[step_name]
         section = getattr(self, "register_" if node.stage == "register" else node.stage)
@@ -145,7 +181,7 @@ class PipelineConfig(Section):
         return type(section).model_validate(values)
 
     def _fill_weights(self, stage: str, values: dict[str, Any], weights: dict[str, float]) -> None:
-        """Let the weights of sources count in the tokenizer's sample and in the mixture, by streams of their own."""
+        """Apply the weights of sources to the tokenizer's sample and to the mixture, with one stream per source."""
         by_source = self.tokens.streams_by in ("none", "source")
         if stage == "tokenizer" and values["weights_by"] == "source":
             values["weights"] = values["weights"] or weights
@@ -153,3 +189,19 @@ class PipelineConfig(Section):
             values["streams_by"] = "source"
         elif stage == "pretrain" and by_source:
             values["mixture"]["weights"] = values["mixture"]["weights"] or weights
+
+
+@functools.cache
+def _with_sections(base: type[PipelineConfig], sections: tuple[tuple[str, type[Section]], ...]) -> type[PipelineConfig]:
+    fields: dict[str, Any] = {}
+    for name, section in sections:
+        if name in _NO_STAGES or not name.isidentifier() or name.startswith("_") or hasattr(base, name):
+            raise ConfigError(f"stage {name!r}: expected letters, digits and _, and no other setting's name; rename it")
+        try:
+            fields[name] = (section, section())
+        except ValidationError as error:
+            raise ConfigError(
+                f"stage {name!r}: its section {section.__name__} cannot be made from defaults ({explain(error)}); give "
+                "each setting a default, and check the value in the stage"
+            ) from error
+    return create_model(base.__name__, __base__=base, __module__=base.__module__, **fields)

@@ -1,4 +1,4 @@
-"""Sections of the stages that keep or pair sampled answers: rejection sampling and preferences."""
+"""Sections of rejection sampling and of preference pairs."""
 
 from __future__ import annotations
 
@@ -11,82 +11,89 @@ from lilpipe.config.sampling import SamplingSection
 
 
 class RejectionSamplingConfig(SamplingSection):
-    """Sample K answers to each prompt, keep what a verifier or a reward model accepts."""
+    """Sample K completions per prompt and keep those that a verifier or a reward model accepts."""
 
     prompt_form: Literal["text", "chat"] = "text"
-    """How the model meets a question: `text` as in its pretraining (a base model), `chat` as a user's turn."""
+    """Prompt format: `text` as in pretraining (for a base model), `chat` as a user turn of the chat template."""
     num_prompts: PositiveInt = 1_000
-    """Prompts of the `train` split."""
+    """Number of prompts from the `train` split."""
     num_generations: PositiveInt = 8
-    """K; Llama 3 draws 10 to 30."""
+    """Completions per prompt, K; Llama 3 samples 10 to 30."""
     rewards: RewardConfigs = ANSWER_REWARD
-    """What an answer is worth; a weighted sum, each part of it logged apart."""
+    """Reward functions; the reward is their weighted sum, and each one is logged separately."""
     keep: Literal["all_correct", "best", "threshold"] = "all_correct"
-    """`all_correct`: those that the verifier accepts, in the order sampled. `best`: those of the highest reward.
-    `threshold`: those whose reward reaches `threshold`, the highest first. Only answers that ended are kept."""
+    """`all_correct`: keep completions that the verifier accepts, in sampling order. `best`: keep those with the highest
+    reward. `threshold`: keep those with a reward of at least `threshold`, highest first. Truncated completions are
+    never kept."""
     threshold: float | None = None
-    """Least reward of an answer that is kept; for `threshold`, and if wanted for `best`."""
+    """Minimum reward of a kept completion; required by `threshold`, optional for `best`."""
     max_kept_per_prompt: PositiveInt | None = 1
-    """Distinct answers kept for one prompt; all where none is given, which `best` cannot do."""
+    """Maximum number of distinct completions kept per prompt; if None, all (not possible with `best`)."""
     policy: Literal["latest", "best"] = "latest"
-    """Which of several checkpoints given as `model` samples: the last one named, or the one whose answers to prompts of
-    the `validation` split are worth most (Llama 3 takes the best of the last round)."""
+    """Which checkpoint samples if `model` names several: the last one named, or the one with the highest reward on
+    prompts of the `validation` split (Llama 3 uses the best model of the previous round)."""
     policy_prompts: PositiveInt = 50
-    """Prompts of the `validation` split by which `best` is found, `num_generations` answers to each."""
+    """Prompts of the `validation` split to select the `best` policy, with `num_generations` completions each."""
 
     @model_validator(mode="after")
     def _threshold_is_used(self) -> RejectionSamplingConfig:
         if self.keep == "threshold" and self.threshold is None:
-            raise ValueError("keep is 'threshold', but threshold is not given; say the least reward to keep")
+            raise ValueError("keep is 'threshold', but threshold is not set; set it to the minimum reward to keep")
         if self.keep == "all_correct" and self.threshold is not None:
             raise ValueError(f"keep is 'all_correct', which does not use threshold (got {self.threshold}); remove it")
         if self.keep == "best" and self.max_kept_per_prompt is None:
-            raise ValueError("keep is 'best' of how many? give max_kept_per_prompt, or keep by 'threshold'")
+            raise ValueError("keep is 'best', but max_kept_per_prompt is None; set it, or use keep 'threshold'")
         return self
 
 
 class PreferencesConfig(SamplingSection):
-    """Pairs of answers, one preferred to the other by a stated rule; or unpaired completions, desirable or not."""
+    """Pairs of completions ranked by a rule, or unpaired desirable and undesirable completions."""
 
     rule: Literal["brevity", "reward", "correctness", "data"] = "brevity"
-    """`brevity`: of two answers with the same verdict of the verifier, the one with fewer words. `reward`: the best
-    answer against the worst by `rewards`. `correctness`: one that the verifier accepts against one that it does not.
-    `data`: the pairs that the input `prompts` holds, made from a preference set; nothing is sampled."""
+    """`brevity`: of two completions with the same verdict of the verifier, prefer the one with fewer words. `reward`:
+    the completion with the highest reward against the one with the lowest. `correctness`: a correct completion against
+    an incorrect one. `data`: the pairs of the preference data sets in the input `prompts`; nothing is sampled."""
     unpaired: bool = False
-    """Single answers, each desirable or not, instead of pairs: what `kto` learns from, where most prompts have answers
-    of one kind alone. Every answer that ended is taken: right or wrong (`correctness`), of a reward that reaches
-    `threshold` or not (`reward`), or as its row says (`data`)."""
+    """Write single completions, each desirable or undesirable, instead of pairs: the data of `kto`, useful if most
+    prompts have only correct or only incorrect completions. Every completion that is not truncated is used. It is
+    desirable if it is correct (`correctness`), has a reward of at least `threshold` (`reward`), or is labelled so
+    (`data`)."""
     threshold: float | None = None
-    """Least reward of a desirable answer (`reward`, `unpaired`)."""
+    """Minimum reward of a desirable completion (`reward` with `unpaired`)."""
     rewards: RewardConfigs = ANSWER_REWARD
-    """What an answer is worth; a weighted sum, each part of it logged apart."""
+    """Reward functions; the reward is their weighted sum, and each one is logged separately."""
     min_margin: NonNegativeFloat = 0.0
-    """Least difference of reward between the answers of a pair; it must be more than 0 in any case (`reward`)."""
+    """Minimum reward difference between the completions of a pair; it must always be above 0 (`reward`)."""
     num_prompts: PositiveInt = 600
-    """Prompts of the `train` split, taken from its end, so that rejection sampling's come last."""
+    """Number of prompts from the end of the `train` split, so that prompts used by rejection sampling come last."""
     num_validation: PositiveInt = 100
-    """Prompts of the `validation` split whose pairs are held out, to measure preference accuracy."""
+    """Prompts of the `validation` split whose pairs form the validation split of DPO, to measure preference
+    accuracy."""
     num_generations: Annotated[int, Field(ge=2)] = 8
+    """Completions sampled per prompt."""
     max_pairs_per_prompt: PositiveInt = 1
+    """Maximum number of pairs per prompt."""
     contrast: Literal["widest", "nearest"] = "widest"
-    """`widest`: the shortest answer against the longest. `nearest`: an answer as the model drew it against the nearest
-    longer one, so that chosen answers are hardly shorter than the model's own and likelihood on them teaches less.
+    """`widest`: the shortest completion against the longest. `nearest`: a completion against the next longer one, so
+    that chosen completions are hardly shorter than the model's own and the NLL term alone teaches little brevity.
     (`brevity`)"""
     min_words_apart: PositiveInt = 1
-    """Fewest words by which the answers of a pair differ (`brevity`)."""
+    """Minimum difference in words between the completions of a pair (`brevity`)."""
     only_correct: bool = True
-    """Pair correct answers alone; else, after them, also answers that are wrong or malformed alike (`brevity`)."""
+    """Pair only correct completions. If false, also pair completions that are both wrong or both malformed, after the
+    correct ones (`brevity`)."""
 
     @model_validator(mode="after")
     def _each_answer_has_a_verdict(self) -> PreferencesConfig:
         if self.unpaired and self.rule == "brevity":
             raise ValueError(
-                "unpaired: rule 'brevity' compares two answers and says nothing of one; take 'correctness', 'reward' "
-                "or 'data'"
+                "unpaired: rule 'brevity' compares two completions and cannot label a single one; use 'correctness', "
+                "'reward' or 'data'"
             )
         if (self.threshold is not None) != (self.unpaired and self.rule == "reward"):
             raise ValueError(
                 f"threshold: got {self.threshold} with rule {self.rule!r} and unpaired {self.unpaired}; it is the "
-                "least reward of a desirable answer, for rule 'reward' with unpaired, and needed there"
+                "minimum reward of a desirable completion: required by rule 'reward' with unpaired, not allowed "
+                "otherwise"
             )
         return self

@@ -13,29 +13,29 @@ from lilpipe.config.training import OptimizerConfig, ParallelSection
 
 
 class CollapseMonitorConfig(Section):
-    """When a run of reinforcement learning has collapsed and stops: see `alignment/rollout/collapse_monitor.py`."""
+    """Limits that stop a collapsed reinforcement learning run: see `alignment/rollout/collapse_monitor.py`."""
 
     patience: PositiveInt = 30
-    """Rollouts in a row for which a limit must be passed; half as many raise an alarm."""
+    """Number of consecutive rollouts beyond a limit after which the run stops; half as many log an alarm."""
     max_logprob_mismatch: PositiveFloat = 1e-2
-    """Mean difference between the sampler's and the trainer's log-probability of a token, in nats. Stops at once:
-    ratios and clipping would act on the difference and not on what was learned."""
+    """Maximum mean difference, in nats per token, between the log-probabilities of sampler and trainer. A larger one
+    stops the run at once: probability ratios and clipping would reflect the mismatch and not the update."""
     max_frac_reward_zero_std: Ratio = 0.99
-    """Share of groups whose completions are all worth the same: they teach nothing. 1 leaves this out."""
+    """Maximum fraction of groups whose completions all have the same reward, and thus no gradient. 1 disables it."""
     min_entropy: NonNegativeFloat = 1e-4
-    """Nats per token drawn, estimated from its log-probability."""
+    """Minimum entropy in nats per sampled token, estimated from its log-probability."""
     max_kl: PositiveFloat = 5.0
-    """Divergence from the reference in nats per token, where there is one."""
+    """Maximum KL divergence from the reference model in nats per token, if there is a reference model."""
     min_length: NonNegativeFloat = 1.5
-    """Mean tokens of a completion, its end included: 1 is an empty completion."""
+    """Minimum mean number of tokens of a completion, including the end token: 1 is an empty completion."""
     max_truncated_ratio: Ratio = 0.99
-    """Share of completions that met `sampling.max_new_tokens` and did not end. 1 leaves this out."""
+    """Maximum fraction of completions truncated at `sampling.max_new_tokens`. 1 disables it."""
     max_reward_drop: PositiveFloat = 0.3
-    """How far the mean reward may fall below the best mean of `patience` rollouts."""
+    """Maximum drop of the mean reward below the best mean of `patience` rollouts."""
 
 
 class GRPOConfig(ParallelSection):
-    """Group relative policy optimisation (Shao et al. 2024) and its family.
+    """Group relative policy optimization (Shao et al. 2024) and its variants.
 
     GRPO as published: `aggregation` sequence, `beta` 0.04. DAPO (Yu et al. 2025): `epsilon_high` 0.28,
     `dynamic_sampling_rounds`, `mask_truncated_completions` or a reward of kind `length` with `limit_tokens`. Dr.GRPO
@@ -47,47 +47,48 @@ class GRPOConfig(ParallelSection):
         learning_rate=3e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"
     )
     num_steps: PositiveInt = 150
-    """Rollouts. Each is learned from in `num_iterations` x `num_mini_batches` updates, which are the steps
-    that the optimizer's warmup, checkpoints and logs count."""
+    """Number of rollouts. Each one is trained on for `num_iterations` x `num_mini_batches` optimizer steps; warmup,
+    checkpoints and logs count optimizer steps."""
     prompts_per_step: PositiveInt = 16
-    """Prompts of a rollout."""
+    """Prompts per rollout."""
     num_generations: Annotated[int, Field(ge=2)] = 8
-    """Completions sampled for each prompt."""
+    """Completions sampled per prompt (group size)."""
     prompt_form: Literal["text", "chat"] = "chat"
-    """How a model meets a question: `text` for a base model, `chat` behind supervised fine-tuning."""
+    """Prompt format: `text` for a base model, `chat` after supervised fine-tuning."""
     rewards: RewardConfigs = ANSWER_REWARD
+    """Reward functions; the reward is their weighted sum."""
     num_iterations: PositiveInt = 1
-    """Times that the completions of a rollout are learned from."""
+    """Epochs over the completions of a rollout."""
     num_mini_batches: PositiveInt = 1
-    """Updates in a pass through the completions of a rollout."""
+    """Optimizer steps per epoch over the completions of a rollout."""
     epsilon: PositiveFloat = 0.2
-    """Clipping of the probability ratio (PPO's epsilon)."""
+    """Clipping range of the probability ratio (PPO's epsilon)."""
     epsilon_low: PositiveFloat | None = None
-    """How far below 1 the ratio is clipped; `epsilon` where none is given."""
+    """Lower clipping range of the probability ratio, 1 - epsilon_low; if None, `epsilon`."""
     epsilon_high: PositiveFloat | None = None
-    """How far above 1 the ratio is clipped; `epsilon` where none is given. More than `epsilon_low` keeps exploration
-    alive (DAPO)."""
+    """Upper clipping range of the probability ratio, 1 + epsilon_high; if None, `epsilon`. A value above `epsilon_low`
+    keeps exploration (DAPO's clip-higher)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Whose probability the ratio is of: each token's, or the completion's, by the geometric mean over its tokens."""
+    """Level of the probability ratio: each token, or the sequence (geometric mean over the tokens of a completion)."""
     aggregation: Literal["token", "sequence", "constant"] = "token"
-    """What the loss is a mean over: all tokens; completions, each by the mean of its tokens; or completions, each by
-    its sum over `sampling.max_new_tokens`."""
+    """Average of the loss: `token` over all tokens; `sequence` over completions, each the mean of its tokens;
+    `constant` over completions, each the sum of its tokens divided by `sampling.max_new_tokens`."""
     beta: NonNegativeFloat = 0.0
-    """Weight of the KL divergence to the initial policy (k3 estimator, Schulman 2020)."""
+    """Coefficient of the KL divergence from the initial policy (k3 estimator, Schulman 2020)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Whose standard deviation of the rewards advantages are divided by: of the completions to one prompt, of the
-    rollout (REINFORCE++, Hu 2025), or of none (Dr.GRPO)."""
+    """Standard deviation that advantages are divided by: of the `group`, of the rollout (`batch`; REINFORCE++, Hu
+    2025), or `none` (Dr.GRPO)."""
     dynamic_sampling_rounds: NonNegativeInt = 0
-    """Times that groups of equal rewards are replaced by those of further prompts (DAPO's dynamic sampling); those
-    still equal after so many are kept, and teach nothing."""
+    """Maximum rounds that replace groups of equal rewards by groups of new prompts (DAPO's dynamic sampling). Groups
+    that are still equal after that are kept; their gradient is zero."""
     mask_truncated_completions: bool = False
-    """Leave completions that met `sampling.max_new_tokens` out of the loss (DAPO's over-long filtering)."""
+    """Exclude completions truncated at `sampling.max_new_tokens` from the loss (DAPO's overlong filtering)."""
     sampling: SamplingConfig = SamplingConfig()
     collapse_monitor: CollapseMonitorConfig = CollapseMonitorConfig()
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps that a rollout is learned from in."""
+        """Optimizer steps per rollout."""
         return self.num_iterations * self.num_mini_batches
 
     @model_validator(mode="after")
@@ -97,50 +98,51 @@ class GRPOConfig(ParallelSection):
 
 
 class PPOConfig(ParallelSection):
-    """Proximal policy optimisation (Schulman et al. 2017) with a reward model: InstructGPT's last stage."""
+    """Proximal policy optimization (Schulman et al. 2017) with a reward model: the last stage of InstructGPT."""
 
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-4, warmup_steps=3, weight_decay=0.0, schedule="linear"
     )
     num_steps: PositiveInt = 100
-    """Rollouts. Each is learned from in `num_iterations` x `num_mini_batches` updates, which are the steps
-    that the optimizer's warmup, checkpoints and logs count."""
+    """Number of rollouts. Each one is trained on for `num_iterations` x `num_mini_batches` optimizer steps; warmup,
+    checkpoints and logs count optimizer steps."""
     accumulation_steps: Annotated[PositiveInt, Rounding] = 2
-    """Micro-batches of an update on each worker, of completions of about the same length."""
+    """Micro-batches per optimizer step on each worker, of completions of similar length."""
     prompts_per_step: PositiveInt = 64
-    """Prompts of a rollout, with one completion each."""
+    """Prompts per rollout, with one completion each."""
     prompt_form: Literal["text", "chat"] = "chat"
-    """How a model meets a question: `text` for a base model, `chat` behind supervised fine-tuning."""
+    """Prompt format: `text` for a base model, `chat` after supervised fine-tuning."""
     rewards: RewardConfigs = (RewardConfig(kind="reward_model"),)
+    """Reward functions; the reward is their weighted sum."""
     missing_eos_penalty: NonNegativeFloat = 1.0
-    """Taken from the reward of a completion that met `sampling.max_new_tokens` and did not end."""
+    """Penalty on the reward of a completion truncated at `sampling.max_new_tokens`."""
     num_iterations: PositiveInt = 4
-    """Times that the completions of a rollout are learned from."""
+    """Epochs over the completions of a rollout."""
     num_mini_batches: PositiveInt = 1
-    """Updates in a pass through the completions of a rollout."""
+    """Optimizer steps per epoch over the completions of a rollout."""
     epsilon: PositiveFloat = 0.2
-    """Clipping of the probability ratio (epsilon)."""
+    """Clipping range of the probability ratio."""
     cliprange_value: PositiveFloat = 0.2
-    """How far a value may move from the old one before its loss is clipped."""
+    """Clipping range of the value loss around the old values."""
     vf_coef: NonNegativeFloat = 0.1
-    """Weight of the value loss beside the policy's."""
+    """Weight of the value loss."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Gamma: what a reward one token later is worth."""
+    """Discount factor per token."""
     gae_lambda: Ratio = 0.95
-    """Lambda of generalised advantage estimation (Schulman et al. 2016)."""
+    """Lambda of generalized advantage estimation (Schulman et al. 2016)."""
     beta: NonNegativeFloat = 0.05
-    """Penalty on the divergence from the initial policy, in the reward of each token."""
+    """Coefficient of the KL penalty against the initial policy in the reward of each token."""
     kl_target: PositiveFloat | None = None
-    """Divergence in nats per completion towards which the coefficient is adapted (Ziegler et al. 2019); none keeps it
-    fixed."""
+    """Target KL divergence in nats per completion for the adaptive KL coefficient (Ziegler et al. 2019); if None, the
+    coefficient is fixed."""
     kl_rate: PositiveFloat = 0.1
-    """How fast it is adapted: most by which it changes after a rollout is a fifth of this."""
+    """Rate of the adaptive KL coefficient: it changes by at most a fifth of this fraction per rollout."""
     sampling: SamplingConfig = SamplingConfig()
     collapse_monitor: CollapseMonitorConfig = CollapseMonitorConfig(max_reward_drop=2.0)
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps that a rollout is learned from in."""
+        """Optimizer steps per rollout."""
         return self.num_iterations * self.num_mini_batches
 
     @model_validator(mode="after")
@@ -150,29 +152,28 @@ class PPOConfig(ParallelSection):
 
 
 _FREE_SAMPLING = {"temperature", "stop", "keep_stop", "max_new_tokens", "batch_size", "engine"}
-"""Settings of sampling under which the policy itself draws the completions, at its temperature: where a completion ends
-does not change how its tokens were drawn."""
+"""Sampling settings that may differ from the default because completions are still sampled from the policy itself: the
+temperature is applied in the loss too, and where a completion ends does not change how its tokens were sampled."""
 
 
 def _check_rollout(section: GRPOConfig | PPOConfig, *, data_ranks: int, num_generations: int) -> None:
-    """Raise ``ValueError`` for completions that cannot be divided, or would not be drawn from the policy."""
+    """Raise ``ValueError`` if completions are not divisible, or would not be sampled from the policy itself."""
     if section.prompts_per_step % data_ranks:
         raise ValueError(
-            f"prompts_per_step {section.prompts_per_step} must be a multiple of the {data_ranks} workers that hold "
-            "different rows"
+            f"prompts_per_step {section.prompts_per_step} must be a multiple of the {data_ranks} data-parallel workers"
         )
     num_completions, parts = section.prompts_per_step // data_ranks * num_generations, section.num_mini_batches
     if num_completions % parts or num_completions // parts < section.accumulation_steps:
         raise ValueError(
-            f"num_mini_batches {parts} must divide the {num_completions} answers of a worker into parts of at least "
-            f"accumulation_steps = {section.accumulation_steps}"
+            f"num_mini_batches {parts} must divide the {num_completions} completions of a worker into parts of at "
+            f"least accumulation_steps = {section.accumulation_steps}"
         )
     if section.sampling.temperature == 0:
-        raise ValueError("sampling.temperature must be above 0: greedy answers are all the same")
+        raise ValueError("sampling.temperature must be above 0: all greedy completions of a prompt are equal")
     for name, field in SamplingConfig.model_fields.items():
         value = getattr(section.sampling, name)
         if name not in _FREE_SAMPLING and value != field.default:
             raise ValueError(
-                f"sampling.{name} {value} must be {field.default}: the loss takes the answers as drawn from the policy "
-                "itself"
+                f"sampling.{name} {value} must be {field.default}: the loss assumes completions sampled from the "
+                "unmodified policy"
             )

@@ -1,4 +1,4 @@
-"""Sections of the stages that replace the output layer: the reward model and classification."""
+"""Sections of the stages that replace the output layer: reward model and classification."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from lilpipe.config.training import OptimizerConfig, ParallelSection
 
 
 class RewardModelConfig(ParallelSection):
-    """A scalar head trained on preferences (Bradley & Terry 1952)."""
+    """Reward model with a scalar head, trained on preferences (Bradley & Terry 1952)."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0)
     num_epochs: PositiveInt = 1
-    """InstructGPT took one: with more it overfitted at once (Ouyang et al. 2022, appendix C.2)."""
+    """Number of epochs. InstructGPT used 1: with more, the model overfitted (Ouyang et al. 2022, appendix C.2)."""
     batch_size: PositiveInt = 16
-    """Rankings of one optimizer step: pairs, or an edited, a chosen and a rejected answer."""
+    """Rankings per optimizer step: a chosen and a rejected completion, or an edited, a chosen and a rejected one."""
     margin: NonNegativeFloat = 0.0
-    """By how much an answer must win for each place that it stands above another. Llama 2 took one that grew with the
-    strength of the preference (Touvron et al. 2023, equation 2); Llama 3 took none."""
+    """Margin of the ranking loss for each rank between two completions. Llama 2 used a margin that grows with the
+    strength of the preference (Touvron et al. 2023, equation 2); Llama 3 used none."""
     center_rewards_coefficient: NonNegativeFloat = 0.0
-    """Weight of the square of a pair's summed scores, which draws scores towards a mean of 0 (Eisenstein et al. 2023);
-    0.01 there."""
+    """Weight of the squared sum of a pair's rewards, which centres rewards at 0 (Eisenstein et al. 2023: 0.01)."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> RewardModelConfig:
@@ -31,25 +30,26 @@ class RewardModelConfig(ParallelSection):
 
 
 class ClassifyConfig(ParallelSection):
-    """Fine-tuning for classification: the output layer is replaced by one of as many outputs as there are labels."""
+    """Sequence classification: the output layer is replaced by a head with one output per label."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, warmup_steps=10, weight_decay=0.0)
     path: str | None = None
-    """JSONL file of rows with a text and a label. Where none is given, the step's input `prompts` is classified: its
-    questions by their families."""
+    """JSONL file of rows with a text and a label. If None, the stage classifies the questions of its input `prompts` by
+    their family."""
     text_key: str = "text"
     """Key of the text in a row."""
     label_key: str = "label"
     """Key of the label in a row."""
     validation_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the texts that are held out, by a hash of the text."""
+    """Fraction of the texts in the validation split, chosen by a hash of the text."""
     num_epochs: PositiveInt = 3
+    """Number of epochs."""
     batch_size: PositiveInt = 16
-    """Texts of one optimizer step."""
+    """Texts per optimizer step."""
     frozen_layers: NonNegativeInt = 0
-    """The first so many blocks are not trained."""
+    """Number of first layers that are frozen."""
     freeze_embedding: bool = False
-    """Leave the embedding as it is."""
+    """Freeze the embedding."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> ClassifyConfig:
@@ -61,7 +61,7 @@ class ClassifyConfig(ParallelSection):
         if self.parallel.pipeline > 1 and (self.frozen_layers or self.freeze_embedding):
             raise ValueError(
                 f"parallel.pipeline: got {self.parallel.pipeline} with frozen_layers {self.frozen_layers} and "
-                f"freeze_embedding {self.freeze_embedding}, expected 1: a stage may be left with nothing to train; "
-                "take shard or tensor"
+                f"freeze_embedding {self.freeze_embedding}, expected 1: a pipeline stage might have no trainable "
+                "parameters; use parallel.shard or parallel.tensor"
             )
         return self

@@ -1,4 +1,4 @@
-"""How completions are drawn from a model, and what every stage that samples has in common."""
+"""Sampling of completions from a model, and settings shared by all stages that sample."""
 
 from __future__ import annotations
 
@@ -10,48 +10,51 @@ from lilpipe.config.section import NumWorkers, Section
 
 
 class SamplingConfig(Section):
-    """How completions are drawn from a model."""
+    """Sampling parameters."""
 
     temperature: NonNegativeFloat = 1.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_k: NonNegativeInt = 0
-    """Only this many of the likeliest tokens are drawn from (Fan et al. 2018); 0 is all."""
+    """Sample only from this many most likely tokens (Fan et al. 2018); 0 disables it."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus (Holtzman et al. 2020)."""
+    """Nucleus sampling: sample from the smallest set of tokens with this cumulative probability (Holtzman et al. 2020);
+    1 disables it."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Tokens of less than this share of the likeliest one's probability are not drawn (Nguyen et al. 2024)."""
+    """Minimum probability of a token, relative to the most likely token (Nguyen et al. 2024); 0 disables it."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    """Logits of tokens of the prompt and the completion so far are divided by it, negative ones multiplied (Keskar et
-    al. 2019)."""
+    """Penalty on tokens that occur in the prompt or the completion so far: positive logits are divided by it, negative
+    ones multiplied (Keskar et al. 2019); 1 disables it."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Strings that end a completion once its text holds one. What is learnt from is every token drawn, those of the
-    string too, and no end of the turn behind them."""
+    """Strings that end a completion. Training uses every sampled token, including those of the stop string, and adds no
+    end-of-turn token."""
     keep_stop: bool = False
-    """Whether the string that ended a completion stays in its text, as a closing tag must; else the text ends before
-    it, as where the string begins what is no more of the completion."""
+    """Keep the stop string in the text of the completion, e.g. a closing tag. Otherwise the text ends before it."""
     max_new_tokens: PositiveInt = 48
-    """Longest completion."""
+    """Maximum number of tokens of a completion."""
     batch_size: PositiveInt = 256
     """Sequences decoded together."""
     engine: Literal["native", "vllm"] = "native"
-    """`vllm` needs the extra `vllm` and a GPU; its samples are other ones than the native engine's."""
+    """`vllm` is experimental: it has been tested with a stand-in only. It needs the extra `vllm` and a GPU, and samples
+    other completions than the native engine."""
+    cuda_graphs: bool = False
+    """Experimental: replay the decode step of the native engine as CUDA graphs. It has never been run on a GPU."""
 
     @model_validator(mode="after")
     def _something_is_kept(self) -> SamplingConfig:
         if self.keep_stop and not self.stop:
-            raise ValueError("keep_stop is true, but stop names no string; name one, or remove keep_stop")
+            raise ValueError("keep_stop is true, but stop is empty; add a stop string, or remove keep_stop")
         return self
 
 
 class SamplingSection(Section):
-    """What every stage that samples from a model has in common."""
+    """Settings shared by all stages that sample from a model."""
 
     seed: int | None = None
-    """Seed of sampling; the pipeline's `seed` where none is given."""
+    """Sampling seed; if None, the pipeline's `seed`."""
     sampling: SamplingConfig = SamplingConfig()
     prompts_per_chunk: PositiveInt = 100
-    """Prompts between two points from which a killed run continues."""
+    """Prompts per chunk. A killed run resumes after the last complete chunk."""
     num_workers: NumWorkers = 1
-    """Processes that sample; the chunks are divided among them and do not depend on their number."""
+    """Number of sampling processes. Chunks are divided among them and do not depend on their number."""
     threads_per_worker: PositiveInt = 1
-    """Threads of a process."""
+    """CPU threads per process."""

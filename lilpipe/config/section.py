@@ -1,11 +1,16 @@
-"""What all sections of the configuration build on."""
+"""Base class and field markers of all configuration sections."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from lilpipe.extensions import Extension, ExtensionKind, find
 
 
 class _Operational:
@@ -16,9 +21,9 @@ Operational = _Operational()
 
 
 class _Rounding:
-    """Marks a field that changes how sums are rounded and nothing else.
+    """Marks a field that changes only the rounding of sums.
 
-    It is part of the fingerprint, but work in progress may go on under another value of it.
+    It is part of the fingerprint, but a run in progress may resume with another value.
     """
 
 
@@ -28,15 +33,28 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 NumWorkers = Annotated[PositiveInt, Operational]
 
 
+@dataclass(frozen=True)
+class BuiltIn:
+    """Marks a field whose values are names of parts: built-in ones, or extensions."""
+
+    kind: ExtensionKind
+    names: tuple[str, ...]
+
+
+CODE_FILE = AfterValidator(lambda file: file and os.path.abspath(file))  # noqa: PTH100 (resolve() reads links)
+CodeFile = Annotated[str | None, Operational, CODE_FILE]
+"""A Python file of the user's. Its content is part of the fingerprint, as code; its path is not."""
+
+
 class Section(BaseModel):
-    """A frozen part of the configuration that refuses what it does not know, and what is no finite number."""
+    """Frozen part of the configuration. Rejects unknown fields and numbers that are not finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     def identity(self, *, rounding: bool = True) -> dict[str, Any]:
-        """The values that can change a stage's output, as plain JSON values, with defaults spelled out.
+        """Return the values that can change a stage's output, as plain JSON values including defaults.
 
-        Without ``rounding``, those that can change more than how sums are rounded.
+        With ``rounding=False``, omit fields that change only the rounding of sums.
         """
         ignored = (Operational,) if rounding else (Operational, Rounding)
         return {
@@ -45,12 +63,73 @@ class Section(BaseModel):
             if not any(mark is other for mark in field.metadata for other in ignored)
         }
 
+    def extensions(self) -> Iterator[Extension]:
+        """The extensions that the section and those inside it name."""
+        for name in type(self).model_fields:
+            yield from _extensions_in(getattr(self, name))
+
     @classmethod
     def rounding_fields(cls) -> frozenset[str]:
-        """Names of the fields that change how sums are rounded and nothing else."""
+        """Return the names of the fields that change only the rounding of sums."""
         return frozenset(
             name for name, field in cls.model_fields.items() if any(mark is Rounding for mark in field.metadata)
         )
+
+
+class Extensible(Section):
+    """A section that names parts, which may be the user's own."""
+
+    file: CodeFile = None
+    """Python file that defines the part, by its path from the configuration file's folder."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Extensible:
+        found = list(self._own_extensions())
+        if self.file is not None and not any(extension.file for extension in found):
+            raise ValueError(
+                f"file {self.file} would be ignored, as the name is built in or a package's; rename yours, or remove "
+                "`file`"
+            )
+        return self
+
+    def _own_extensions(self) -> Iterator[Extension]:
+        for name, field in type(self).model_fields.items():
+            for mark in field.metadata:
+                if isinstance(mark, BuiltIn):
+                    value = getattr(self, name)
+                    for each in (value,) if isinstance(value, str) else value:
+                        if found := find(mark.kind, each, file=self.file, built_in=mark.names):
+                            yield found
+
+    def extensions(self) -> Iterator[Extension]:
+        """The extensions that the section and those inside it name."""
+        yield from self._own_extensions()
+        yield from super().extensions()
+
+    def extension(self) -> Extension | None:
+        """The extension that the section itself names; none where it names a built-in part."""
+        return next(self._own_extensions(), None)
+
+
+class WithOptions(Extensible):
+    """A section whose extension takes options."""
+
+    options: dict[str, Any] = {}
+    """Keyword arguments for a part of your own."""
+
+    @model_validator(mode="after")
+    def _options_are_used(self) -> WithOptions:
+        if self.options and self.extension() is None:
+            raise ValueError(f"options {self.options} would be ignored by a built-in part; remove them")
+        return self
+
+
+def _extensions_in(value: Any) -> Iterator[Extension]:
+    if isinstance(value, Section):
+        yield from value.extensions()
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _extensions_in(item)
 
 
 def _plain(value: Any) -> Any:

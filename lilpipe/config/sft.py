@@ -13,14 +13,15 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 
 class LoRAConfig(Section):
-    """Low-rank adapters on linear layers, beside frozen weights (Hu et al. 2021)."""
+    """Low-rank adapters on linear layers; the base weights are frozen (Hu et al. 2021)."""
 
     rank: PositiveInt = 8
-    """Width of the adapters."""
+    """Rank of the adapters."""
     alpha: PositiveFloat = 16.0
-    """What an adapter adds is multiplied by alpha / rank."""
+    """The output of an adapter is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of an adapter's inputs that is dropped in training; not with `tensor` or activations computed again."""
+    """Dropout probability of the adapters' inputs in training; not supported with tensor parallelism or activation
+    checkpointing."""
     target_modules: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
         "q_proj",
         "k_proj",
@@ -30,30 +31,32 @@ class LoRAConfig(Section):
         "up_proj",
         "down_proj",
     )
-    """Linear layers that get one; all of them match full fine-tuning best (Dettmers et al. 2023)."""
+    """Linear layers with an adapter; adapting all of them matches full fine-tuning best (Dettmers et al. 2023)."""
 
 
 class SFTConfig(ParallelSection):
-    """Supervised fine-tuning on conversations; loss on the assistant's tokens alone."""
+    """Supervised fine-tuning on conversations; the loss is on assistant tokens only."""
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, warmup_steps=10, weight_decay=0.0)
     num_epochs: PositiveInt = 3
+    """Number of epochs."""
     batch_size: PositiveInt = 16
-    """Conversations of one optimizer step."""
+    """Conversations per optimizer step."""
     max_demonstrations: NonNegativeInt | None = None
-    """Use at most this many written demonstrations of the `prompts` stage; all where none is given."""
+    """Maximum number of written demonstrations from the `prompts` stage; if None, all."""
     mixture: dict[str, NonNegativeFloat] = {}
-    """How often an epoch shows the conversations of an origin (`demonstration`, `rejection_sampling`, the name of one
-    of `prompts.sources`): 2 is twice, 0.5 a half of them, drawn once, 0 none. Once where an origin is not named."""
+    """Repetitions per epoch of the conversations of each origin (`demonstration`, `rejection_sampling`, or the name of
+    one of `prompts.sources`): 2 uses them twice, 0.5 uses a random half (the same in each epoch), 0 none. Origins
+    that are not named are used once."""
     packing: Annotated[bool, Rounding] = True
-    """Several whole conversations in a row, attention inside each: less padding, the same loss."""
+    """Pack several whole conversations into a row, with attention masked between them: less padding, the same loss."""
     min_supervised_ratio: Ratio = 0.01
-    """Share of tokens that are learnt, below which the data are refused: answers have got lost."""
+    """Minimum fraction of supervised tokens; below it the stage fails, since answers are probably missing."""
     neftune_noise_alpha: NonNegativeFloat = 0.0
-    """Noise on the embeddings in training, alpha over the root of the numbers in a conversation's embeddings; 0 is
-    none (Jain et al. 2023 take 5 to 15)."""
+    """Scale of NEFTune noise on the embeddings in training: alpha / sqrt(L D) for L tokens of size D (Jain et al. 2023:
+    5 to 15); 0 disables it."""
     lora: LoRAConfig | None = None
-    """Train adapters in place of the weights; none trains the weights."""
+    """Train low-rank adapters instead of the weights; if None, train the weights."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> SFTConfig:
@@ -65,9 +68,9 @@ class SFTConfig(ParallelSection):
         if self.lora is None:
             return self
         if self.precision == "fp8":
-            raise ValueError("lora: got precision fp8, which would leave the adapters out; take bf16")
-        # What is dropped follows from a worker's random state: the other workers that hold parts of a matrix, and a
-        # block that is computed again, would drop other elements.
+            raise ValueError("lora: got precision fp8, which would skip the adapters; use bf16")
+        # Dropout depends on a worker's random state: tensor-parallel workers and recomputed layers would drop
+        # different elements.
         if self.lora.dropout and self.layout.tensor > 1:
             raise ValueError(
                 f"lora.dropout: got {self.lora.dropout} with parallel.tensor {self.layout.tensor}, expected 0, or "

@@ -1,4 +1,4 @@
-"""Sections ``tokenizer`` and ``tokens``."""
+"""Sections `tokenizer` and `tokens`."""
 
 from __future__ import annotations
 
@@ -10,49 +10,53 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from lilpipe.config.section import NumWorkers, Section
 
 PATTERN_NAMES = ("single_digits", "gpt2", "gpt4", "gpt4o", "llama3")
-"""The patterns of ``lilpipe.tokenizer.patterns``."""
+"""Names of the patterns in ``lilpipe.tokenizer.patterns``."""
 
 
 class OtherTokenizer(Section):
-    """A byte-level BPE vocabulary from elsewhere."""
+    """A byte-level BPE tokenizer from another source."""
 
     path: str
-    """A `.tiktoken` file, a `tokenizer.json`, or a folder with that or with GPT-2's `encoder.json` or `vocab.json`."""
+    """A `.tiktoken` file, a `tokenizer.json`, or a folder that contains `tokenizer.json`, or GPT-2's `encoder.json` or
+    `vocab.json`."""
     pattern: str | None = None
-    """Its pattern, for a `.tiktoken` file, which does not carry it: a preset's name or a regular expression."""
+    """Pre-tokenization pattern (a preset's name or a regular expression); required for a `.tiktoken` file, which does
+    not contain it."""
 
     @model_validator(mode="after")
     def _pattern_is_known(self) -> OtherTokenizer:
         _refuse_misspelt(self.pattern)
         if self.path.endswith(".tiktoken") and self.pattern is None:
-            raise ValueError(f"pattern: got none, expected one: {self.path} does not carry it; name it")
+            raise ValueError(f"pattern: got none, but {self.path} does not contain it; set pattern")
         return self
 
 
 class TokenizerConfig(Section):
-    """Byte-level BPE."""
+    """Byte-level BPE tokenizer."""
 
     vocab_size: Annotated[int, Field(le=262_144)] = 32_768
-    """Size with the 256 bytes, the merges and the special tokens."""
+    """Vocabulary size, including the 256 bytes and the special tokens."""
     pattern: str = "single_digits"
-    """What splits text before merging: `single_digits`, `gpt2`, `gpt4`, `gpt4o`, `llama3`, or a regular expression."""
+    """Pre-tokenization pattern: `single_digits`, `gpt2`, `gpt4`, `gpt4o`, `llama3`, or a regular expression."""
     base: str | None = None
-    """Vocabulary to extend: its tokens keep their ids, and the merges learnt here come above them (Llama 3: tiktoken's
-    100 k and 28 k more). A `.tiktoken` file, a `tokenizer.json` or its folder; `pattern` must be the base's own.
-    Special tokens of the base are left out: this pipeline's come after the merges."""
+    """Tokenizer to extend: its tokens keep their ids, and new merges get the ids above (Llama 3: tiktoken's 100 k plus
+    28 k new tokens). A `.tiktoken` file, a `tokenizer.json` or its folder; `pattern` must be the base's pattern.
+    Special tokens of the base are not kept: this pipeline's own follow the merges."""
     num_reserved: NonNegativeInt = 2
-    """Special tokens without a meaning, `<|reserved_0|>` and so on, to be given one later without changing any id."""
+    """Number of reserved special tokens, `<|reserved_0|>` and so on. They can get a meaning later without changing any
+    id."""
     max_bytes: PositiveInt | None = None
-    """Train on at most this many bytes of the corpus, in its order (which is random)."""
+    """Maximum bytes of the corpus to train on, taken in its (random) order; if None, the whole corpus."""
     weights: dict[str, PositiveFloat] = {}
-    """Train on bytes in these proportions, what has no weight being left out: as much as is there of the scarcest, or
-    `max_bytes` in all, less what is short. None: all as it comes."""
+    """Proportions of bytes to train on; documents without a weight are not used. Without `max_bytes`, the scarcest
+    group limits the total. With `max_bytes`, a group with too few bytes gives all it has and the total gets smaller. If
+    empty, the whole corpus is used."""
     weights_by: Literal["source", "label", "language"] = "source"
-    """What the names in `weights` are."""
+    """Corpus column that the names in `weights` refer to."""
     max_exercise_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
-    """The exercises of the `prompts` stage, where it is an input, are at most this share of the training bytes."""
+    """Maximum fraction of training bytes from the exercises of the `prompts` stage (if that is an input)."""
     compare: dict[str, OtherTokenizer] = {}
-    """Tokenizers to stand beside this one in the report, by the name to show."""
+    """Tokenizers to compare with in the report, by display name."""
 
     @model_validator(mode="after")
     def _pattern_and_size_are_possible(self) -> TokenizerConfig:
@@ -67,7 +71,9 @@ class TokenizerConfig(Section):
 
 
 def _refuse_misspelt(pattern: str | None) -> None:
-    """Refuse a single word, which is a misspelt name and hardly a pattern."""
+    """Raise ``ValueError`` for a single word that is not a known name: probably a misspelt name and not a regular
+    expression.
+    """
     if pattern is not None and pattern not in PATTERN_NAMES and re.fullmatch(r"\w+", pattern):
         raise ValueError(
             f"pattern: got {pattern!r}, expected a regular expression or one of {', '.join(PATTERN_NAMES)}"
@@ -75,14 +81,14 @@ def _refuse_misspelt(pattern: str | None) -> None:
 
 
 class TokensConfig(Section):
-    """Documents to token shards."""
+    """Tokenization of documents into token shards."""
 
     streams_by: Literal["none", "source", "label", "language", "licence"] = "none"
-    """A stream of its own for each value of this column of the corpus, so that `pretrain.mixture` can weigh them;
-    `none`: one stream, `corpus`. The exercises are a stream either way."""
+    """Corpus column by which documents are divided into streams, so that `pretrain.mixture` can weight them. `none`: a
+    single stream, `corpus`. Exercises are always a separate stream."""
     shard_tokens: PositiveInt = 10_000_000
-    """A shard is closed once it holds this many tokens."""
+    """Minimum tokens of a shard before the next one starts."""
     validation_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    """Share of documents held out for validation, by a hash of the document's text."""
+    """Fraction of documents in the validation split, chosen by a hash of the document's text."""
     num_workers: NumWorkers = 2
-    """Encoding threads."""
+    """Number of encoding threads."""

@@ -1,4 +1,4 @@
-"""Sections of optimizer and pretraining."""
+"""Sections of the optimizer and of pretraining."""
 
 from __future__ import annotations
 
@@ -17,68 +17,74 @@ class OptimizerConfig(Section):
     """Optimizer and learning-rate schedule."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for the rest."""
+    """`muon`: Muon for the matrices of the decoder layers (Jordan et al. 2024), AdamW for all other parameters."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate of AdamW."""
     muon_learning_rate: PositiveFloat = 0.02
-    """Peak learning rate of Muon; ignored by `adamw`."""
+    """Peak learning rate of Muon; not used by `adamw`."""
     beta1: Ratio = 0.9
+    """Decay rate of AdamW's first moment."""
     beta2: Ratio = 0.95
+    """Decay rate of AdamW's second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay, on matrices alone."""
+    """Decoupled weight decay, applied only to matrices."""
     warmup_steps: NonNegativeInt = 50
-    """Steps of linear warmup."""
+    """Optimizer steps of linear warmup."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape after warmup. `wsd`: warmup, stable, decay (Hu et al. 2024)."""
+    """Learning-rate schedule after warmup. `wsd`: warmup, stable, decay (Hu et al. 2024)."""
     decay_ratio: Ratio = 0.2
-    """Share of the steps, at the end, over which `wsd` falls; the others do not use it."""
+    """Fraction of all steps in the decay phase of `wsd`; not used by other schedules."""
     min_lr_ratio: Ratio = 0.0
-    """Learning rate at the end as a share of the peak."""
+    """Final learning rate as a fraction of the peak."""
     max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this global norm."""
+    """Maximum global gradient norm; larger gradients are clipped."""
 
 
 class TrainingSection(Section):
-    """What every stage that trains has in common."""
+    """Settings shared by all stages that train."""
 
     seed: int | None = None
-    """Seed of initialisation, data order and sampling; the pipeline's `seed` where none is given."""
+    """Seed of initialization, data order and sampling; if None, the pipeline's `seed`."""
     num_workers: Annotated[PositiveInt, Rounding] = 1
-    """Processes under torchrun. Part of the fingerprint: another world size sums in another order."""
+    """Number of workers (world size). It is part of the fingerprint because it changes the order of summation."""
     threads_per_worker: Annotated[PositiveInt, Rounding] = 1
-    """Threads of a process; also able to change the order of summation."""
+    """CPU threads per worker. They also can change the order of summation."""
     checkpoint_every: Annotated[PositiveInt, Operational] = 200
-    """Steps between checkpoints."""
+    """Optimizer steps between checkpoints."""
     keep_last: Annotated[PositiveInt, Operational] = 2
-    """Checkpoints kept to go on from."""
+    """Number of latest checkpoints to keep for resuming."""
     keep_every: Annotated[PositiveInt | None, Operational] = None
-    """Checkpoints after multiples of so many steps are kept as well, without their optimizer state."""
+    """Also keep the checkpoints at multiples of this number of steps, without optimizer state; if None, only the
+    latest."""
     log_every: Annotated[PositiveInt, Operational] = 10
-    """Steps between logged points."""
+    """Optimizer steps between logged metrics."""
     launch: Launch = LaunchConfig()
 
 
 class ParallelSection(TrainingSection):
-    """What every stage has in common whose model may be cut over its processes."""
+    """Settings shared by all stages that can shard their model over workers."""
 
     accumulation_steps: Annotated[PositiveInt, Rounding] = 1
-    """Micro-batches of one optimizer step on each worker; those of the pipeline where there is one."""
+    """Micro-batches per optimizer step on each worker (gradient accumulation); with pipeline parallelism, the
+    micro-batches of its schedule."""
     parallel: Annotated[ParallelConfig, Rounding] = ParallelConfig()
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
-    """Arithmetic of forward and backward passes; weights, reductions and optimizer state stay in fp32. `fp8` takes the
-    extra `fp8` and a GPU that has it."""
+    """Data type of the forward and backward passes; weights, reductions and optimizer state stay in fp32. `fp8` needs
+    the extra `fp8` and a GPU with FP8 support."""
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], Rounding] = "none"
-    """What is computed again in the backward pass: nothing, all but the matrix products, or whole blocks."""
+    """What the backward pass recomputes: nothing, everything except matrix products (`selective`), or whole decoder
+    layers (`full`)."""
     compile: Annotated[bool | None, Rounding] = None
-    """Whether blocks are compiled (`torch.compile`); none compiles where the run is long enough to earn it."""
+    """Compile decoder layers with `torch.compile`. If None, compile only if the run is long enough to save more time
+    than compilation takes."""
 
     @property
     def layout(self) -> ParallelDims:
-        """The mesh of processes."""
+        """Device mesh of the workers."""
         return self.parallel.layout(self.num_workers)
 
     def check_batch(self, batch_size: int) -> None:
-        """Raise ``ValueError`` for a batch that cannot be divided into micro-batches over the workers."""
+        """Raise ``ValueError`` if ``batch_size`` is not divisible into equal micro-batches over the workers."""
         replicate, shard = self.layout.replicate, self.layout.shard
         parts = replicate * shard * self.accumulation_steps
         if batch_size % parts:
@@ -89,76 +95,78 @@ class ParallelSection(TrainingSection):
 
 
 class HealthConfig(Section):
-    """What to do about steps that would spoil the weights."""
+    """Handling of loss spikes and values that are not finite."""
 
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
-    """Where the loss or the gradient is not finite. `skip` leaves the update out. `rollback` goes back to the last
-    checkpoint and leaves out the batches from there to here (PaLM, Chowdhery et al. 2022, 5.1)."""
+    """Action if the loss or the gradient is not finite. `skip` omits the update. `rollback` returns to the last
+    checkpoint and omits the batches since then (PaLM, Chowdhery et al. 2022, 5.1)."""
     on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
-    """Where the loss or the gradient's norm lies above what the last steps lead one to expect."""
+    """Action if the loss or the gradient norm spikes."""
     spike_deviations: PositiveFloat = 6.0
-    """A spike lies so many standard deviations above the mean of the last `window` steps."""
+    """A spike is a value more than this many standard deviations above the mean of the last `window` steps."""
     window: PositiveInt = 128
-    """Steps that the mean and the deviation are taken from; before there are so many, nothing is a spike."""
+    """Optimizer steps used for the mean and the standard deviation; before this many steps, no spike is detected."""
     max_events: PositiveInt = 10
-    """Skips and roll-backs after which the run stops."""
+    """Maximum number of skips and rollbacks before the run stops."""
 
 
 class NeedleConfig(Section):
-    """Needle in a haystack: a fact set in a long text, and how much likelier the model finds it than a wrong one."""
+    """Needle in a haystack: a fact inserted into a long text, and how much more likely the model finds it than a wrong
+    one.
+    """
 
     depths: Annotated[tuple[Ratio, ...], Field(min_length=1)] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where in the text the fact stands, from its beginning (0) to its end (1)."""
+    """Positions of the fact in the text, from the beginning (0) to the end (1)."""
     num_samples: PositiveInt = 8
-    """Texts for each depth."""
+    """Number of texts per depth."""
 
 
 class BudgetConfig(Section):
-    """What `lilpipe plan` reckons with; nothing here can change an output."""
+    """Assumptions of `lilpipe plan`; they cannot change an output."""
 
     device: str | None = None
-    """Accelerator by name (`h100`); the one at hand where none is given. See `lilpipe.model.devices`."""
+    """Name of the accelerator (`h100`); if None, the one of this machine. See `lilpipe.model.devices`."""
     mfu: Ratio = 0.4
-    """Share of the device's peak that is expected to be reached (Chowdhery et al. 2022)."""
+    """Expected model FLOPs utilization: fraction of the device's peak (Chowdhery et al. 2022)."""
     price_per_hour: NonNegativeFloat = 0.0
-    """Price of one device for an hour."""
+    """Price of one device per hour."""
 
 
 class PretrainConfig(ParallelSection):
-    """Next-token training of a fresh model on token shards."""
+    """Next-token training of a new model on token shards."""
 
     model: ModelConfig = ModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     num_steps: PositiveInt = 1_000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: PositiveInt = 16
-    """Sequences of one optimizer step, over all workers and accumulation steps."""
+    """Sequences per optimizer step, over all workers and accumulation steps."""
     seq_len: PositiveInt | None = None
-    """Tokens of a sequence; model.max_seq_len where none is given."""
+    """Tokens per sequence; if None, model.max_seq_len."""
     phases: tuple[PhaseConfig, ...] = ()
-    """Changes on the way, in order."""
+    """Changes of settings during the run, in order."""
     intra_document_masking: bool = False
-    """Attention stays inside documents (Llama 3, 3.2)."""
+    """Mask attention between documents (Llama 3, 3.2)."""
     z_loss: NonNegativeFloat = 0.0
-    """Coefficient of the squared logarithm of the softmax's normaliser (PaLM: 1e-4)."""
+    """Coefficient of the z-loss, the squared logarithm of the softmax normalizer (PaLM: 1e-4)."""
     health: HealthConfig = HealthConfig()
     exercise_ratio: Ratio = 0.5
-    """Share of tokens from the exercises of the `prompts` stage; the rest comes from the corpus."""
+    """Fraction of tokens from the exercises of the `prompts` stage; the rest comes from the corpus."""
     mixture: MixtureConfig = MixtureConfig()
     packing: Literal["concat", "best_fit"] = "concat"
-    """How documents fill rows. `concat`: windows of all documents end to end. `best_fit`: whole documents, cut only
-    where they are longer than a row, the rest of a row padded (Ding et al. 2024)."""
+    """How documents are packed into rows. `concat`: documents are concatenated and cut into windows. `best_fit`: whole
+    documents, truncated only if they are longer than a row; rows are padded (best-fit packing, Ding et al. 2024)."""
     stride: PositiveInt | None = None
-    """Tokens from one window of `concat` to the next; seq_len where none is given. With fewer, windows overlap
-    and a token is a target seq_len / stride times in a pass."""
+    """Tokens between the starts of two windows of `concat`; if None, seq_len. With a smaller stride, windows overlap
+    and each token is a target seq_len / stride times per epoch."""
     eval_every: Annotated[PositiveInt, Operational] = 200
-    """Steps between validations."""
+    """Optimizer steps between validations."""
     validation_rows: PositiveInt = 64
-    """Validation rows of each stream."""
+    """Number of validation rows per stream."""
     needle: NeedleConfig | None = None
-    """Needle-in-a-haystack at the end of each phase; none leaves it out."""
+    """Needle-in-a-haystack test at the end of each phase; if None, it is not run."""
     sample_prompts: Annotated[tuple[str, ...], Operational] = ("The ",)
-    """Beginnings that the model continues at each validation, for people to read."""
+    """Prompts that the model completes at each validation, for inspection."""
     budget: Annotated[BudgetConfig, Operational] = BudgetConfig()
 
     @model_validator(mode="after")
@@ -178,7 +186,7 @@ class PretrainConfig(ParallelSection):
     @model_validator(mode="after")
     def _sequences_fit(self) -> PretrainConfig:
         if self.stride is not None and self.packing == "best_fit":
-            raise ValueError(f"stride {self.stride} would be ignored by packing best_fit; leave it out, or take concat")
+            raise ValueError(f"stride {self.stride} would be ignored by packing best_fit; remove it, or use concat")
         for phase in self.resolved_phases:
             if phase.seq_len > self.model.max_seq_len:
                 raise ValueError(
@@ -187,7 +195,7 @@ class PretrainConfig(ParallelSection):
                 )
             if self.stride is not None and self.stride > phase.seq_len:
                 raise ValueError(
-                    f"stride {self.stride} must be at most {phase.setting('seq_len')} {phase.seq_len}: what lies "
+                    f"stride {self.stride} must be at most {phase.setting('seq_len')} {phase.seq_len}: tokens "
                     "between two windows would never be trained on"
                 )
         return self
@@ -216,13 +224,13 @@ class PretrainConfig(ParallelSection):
         if optimizer.schedule == "wsd" and optimizer.warmup_steps + optimizer.decay_ratio * num_steps > num_steps:
             raise ValueError(
                 f"optimizer: warmup_steps {optimizer.warmup_steps} + decay_ratio {optimizer.decay_ratio} x num_steps "
-                f"{num_steps} must be at most {num_steps}; shorten one of them, or take more steps"
+                f"{num_steps} must be at most {num_steps}; decrease one of them, or increase num_steps"
             )
         return self
 
     @property
     def resolved_phases(self) -> tuple[Phase, ...]:
-        """The settings of all steps: the first phase begins at step 0, each of `phases` where it says."""
+        """Complete settings of all phases: the first starts at step 0, the others at their ``from_step``."""
         whole = Phase(
             number=0,
             first=0,
@@ -237,5 +245,5 @@ class PretrainConfig(ParallelSection):
         return resolve_phases(whole, self.phases)
 
     def phase_of(self, step: int) -> Phase:
-        """The settings of a step."""
+        """Return the phase that contains an optimizer step."""
         return next(phase for phase in self.resolved_phases if step < phase.stop)

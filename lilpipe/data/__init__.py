@@ -1,1 +1,1 @@
-"""From raw sources to a corpus: readers, language and quality filters, deduplication, the corpus stage."""
+"""Corpus preparation: source readers, language and quality filters, deduplication, the corpus stage."""

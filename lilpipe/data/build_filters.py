@@ -1,6 +1,6 @@
-"""The chain of filters, in the order in which documents pass them, and the simplest of them.
+"""The chain of filters in the order of application, and the simplest filters.
 
-Cheap filters come first, then those that change the text, so that all behind them judge the text that may stay.
+Cheap filters come first, then filters that change the text, so that all later filters judge the final text.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lilpipe.config.corpus import CorpusConfig, PIIConfig
+from lilpipe.config.corpus import CorpusConfig, FilterConfig, PIIConfig
 from lilpipe.data.filters.chain import Bounds, Document, Filter, Rejection
 from lilpipe.data.filters.classifier import ClassifierFilter
 from lilpipe.data.filters.decontamination import DecontaminationFilter
@@ -20,10 +20,12 @@ from lilpipe.data.filters.repeated import LineFilter, ParagraphFilter
 from lilpipe.data.filters.url import UrlFilter
 from lilpipe.data.learn import Learnt
 from lilpipe.data.survey import dropped_pages, merged_files
+from lilpipe.errors import ConfigError
+from lilpipe.extensions import load
 
 
 def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filter]:
-    """The filters of a shard that the section asks for."""
+    """Return the filters that the config enables, for one shard."""
     filters: list[Filter] = []
     if config.url.blocked_domains or config.url.blocked_words:
         filters.append(UrlFilter(config.url))
@@ -39,6 +41,7 @@ def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filt
     if config.exact_dedup.paragraphs:
         filters.append(ParagraphFilter())
     filters += heuristic_filters(config.quality, learnt.unigrams())
+    filters += [_own(each) for each in config.filters]
     if config.pii != OFF:
         filters.append(PIIFilter(config.pii))
     if learnt.evaluation is not None:
@@ -49,27 +52,40 @@ def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filt
     return filters
 
 
+def _own(config: FilterConfig) -> Filter:
+    """A filter of the user's: what its class, or function, makes of its options."""
+    extension = config.extension()
+    assert extension is not None
+    made = load(extension)(**config.options)
+    if missing := [name for name in ("stage", "bounds", "__call__") if not hasattr(made, name)]:
+        raise ConfigError(
+            f"{extension}: it makes a {type(made).__name__} without {', '.join(missing)}; expected a filter, as "
+            "lilpipe.data.filters.chain.Filter"
+        )
+    return made
+
+
 OFF = PIIConfig(emails=False, ip_addresses=False, phone_numbers=False, secrets=False)
 
 
 class UrlDuplicateFilter:
-    """Drops the pages that another one of the same address replaces; the survey has found them."""
+    """Rejects pages that another page with the same URL replaces; the survey has found them."""
 
     stage = "url_dedup"
     bounds: Mapping[str, Bounds] = MappingProxyType({})
 
     def __init__(self, dropped: Mapping[int, str]) -> None:
-        """``dropped`` has the places of the shard's pages that go, and the id of the page that stays."""
+        """``dropped`` maps the position of each duplicate page in the shard to the id of the kept page."""
         self.dropped = dropped
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Keep the document or name the page that replaces it."""
+        """Return None, or a rejection with the id of the page that replaces this one."""
         kept = self.dropped.get(document.place)
         return None if kept is None else Rejection("duplicate_url", kept)
 
 
 class LengthFilter:
-    """Drops short documents, and those without a single letter or digit, on which the ratios have no meaning."""
+    """Rejects short documents, and documents without any letter or digit, for which ratios are undefined."""
 
     stage = "length"
 
@@ -78,7 +94,7 @@ class LengthFilter:
         self.bounds = {"chars": Bounds(least=min_chars)}
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Keep the document or say why not."""
+        """Return None or the reason for rejection."""
         chars = len(document.text.strip())
         document.scores["length.chars"] = chars
         if chars < self.min_chars:
@@ -87,9 +103,9 @@ class LengthFilter:
 
 
 class ExactDuplicateFilter:
-    """Keeps the first of documents with the same normalised text, which must come one after the other.
+    """Keeps the first document of each normalised text. Duplicates must be adjacent.
 
-    They do: documents are sorted by the hash of that text, and a hash has one task.
+    They are: documents are sorted by the hash of the normalised text, and all documents of one hash are in one task.
     """
 
     stage = "exact_dedup"
@@ -100,8 +116,8 @@ class ExactDuplicateFilter:
         self._kept: list[tuple[str, str]] = []
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Keep the document or say that it has been there, with the id of the one that was kept."""
-        if document.key != self._key:  # as nearly always: no text is normalised then
+        """Return None, or a rejection with the id of the kept document."""
+        if document.key != self._key:  # nearly always; then no text is normalised
             self._key, self._kept = document.key, []
         for text, kept_id in self._kept:
             if normalise(text) == normalise(document.text):

@@ -1,13 +1,13 @@
-"""The corpus stage: raw sources to clean, deduplicated documents, on datatrove's executors.
+"""The corpus stage: turns raw sources into clean, deduplicated documents, on datatrove's executors.
 
-1. read: sources into runs sorted by a hash of the text (``steps``); what is unreadable is quarantined.
-2. learn: what filters must know of the whole corpus, and the quality classifier (``learn``).
-3. filter: the chain of ``filters`` on equal ranges of that hash, and MinHash signatures of what passes.
-4. judge: the verdicts that need all documents that passed: the classifier's share, near-duplicates (``late``).
-5. write: the tables of the artifact, its counts and its report.
+1. Read: write the sources as runs sorted by a hash of the text (``sorting``); unreadable rows are quarantined.
+2. Learn: collect corpus-wide statistics for the filters, and train the quality classifier (``learn``).
+3. Filter: apply the chain of filters to equal ranges of the hash, and compute MinHash signatures of what passes.
+4. Judge: decide what needs all passing documents: the classifier's threshold and near-duplicates (``late``).
+5. Write: the tables of the artifact, the counts and the report.
 
-How the work is cut into tasks depends on the data alone, so the output does not depend on the number of workers;
-a task that is through is not done again by a resumed run.
+The division into tasks depends only on the data, so the output does not depend on the number of workers. A resumed run
+does not repeat completed tasks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHARD_BYTES = 2**20
 MAX_SMALL_SHARDS = 64
 LARGE_SHARD_BYTES = 32 * 2**20
 MAX_SHARDS = 4096
-"""Shards are of 1 MiB, then up to 64 grow to 32 MiB, then their number grows, up to this many."""
+"""Shards have 1 MiB each; from 64 shards on they grow to 32 MiB, then their number grows up to ``MAX_SHARDS``."""
 
 SHOWN_ERRORS = 3
 
@@ -85,7 +85,7 @@ def run(config: CorpusConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 
 
 def external(config: CorpusConfig) -> dict[str, str]:
-    """Digests of the content of sources, example and evaluation sets, and of the files that the section names.
+    """Return digests of the sources, the examples, the evaluation sets and the files that the config names.
 
     Raises ``DataError`` if one is missing.
     """
@@ -116,7 +116,7 @@ def _digest_named(field: str, path: str) -> str:
 
 
 def _read(config: CorpusConfig, work: Work) -> list[ReadSummary]:
-    """Read all parts. Raises ``DataError`` for a source without documents, or with too many that are unreadable."""
+    """Read all parts. Raises ``DataError`` if a source has no documents or too many unreadable rows."""
     parts = [part for source in config.sources for part in find_parts(source)]
     folder = work.folder("read")
     work.run("read", ReadParts(parts, [source.name for source in config.sources], folder), len(parts))
@@ -136,20 +136,20 @@ def _check_source(name: str, summaries: list[ReadSummary], config: CorpusConfig)
         raise DataError(
             f"source {name!r}: {len(unreadable)} of {len(unreadable) + num_documents} rows cannot be read "
             f"({max(row_ratio, file_ratio):.1%} of its {'rows' if row_ratio >= file_ratio else 'files'}; at most "
-            f"{config.max_malformed_ratio:.1%} is allowed): {examples}; mend the source, correct `columns.text` or "
+            f"{config.max_malformed_ratio:.1%} is allowed): {examples}; repair the source, correct `columns.text` or "
             f"`kind`, or raise corpus.max_malformed_ratio"
         )
     if not num_documents:
         source = next(source for source in config.sources if source.name == name)
         raise DataError(
-            f"source {name!r}: path {source.path or 'of this environment'} holds no documents"
+            f"source {name!r}: got no documents in path {source.path or 'of this environment'}"
             + (f" within max_bytes = {source.max_bytes}" if source.max_bytes else "")
             + "; correct `path`, or remove the source"
         )
 
 
 def _select(config: CorpusConfig, folder: Path) -> Selection:
-    """Apply each source's `max_bytes` to what was read, find ids that are not unique, and count the shards."""
+    """Apply `max_bytes` of each source, find duplicate ids, and compute the number of shards."""
     runs = [read_table(path) for path in run_files(folder)]
     order, source, num_bytes = (
         np.concatenate([run[name].to_numpy() for run in runs]) for name in ("order", "source_index", "num_bytes")
@@ -159,11 +159,11 @@ def _select(config: CorpusConfig, folder: Path) -> Selection:
     for index, each in enumerate(config.sources):
         mine = np.flatnonzero(source == index)
         mine = mine[np.argsort(order[mine], kind="stable")]
-        if each.max_bytes is not None and each.kind != "installed-docs":  # whose parts have their share each
+        if each.max_bytes is not None and each.kind != "installed-docs":  # its parts apply their own share
             mine = mine[: np.searchsorted(np.cumsum(num_bytes[mine]), each.max_bytes, side="right")]
         if not len(mine):
             raise DataError(
-                f"source {each.name!r}: max_bytes = {each.max_bytes} is less than its first document; raise it"
+                f"source {each.name!r}: max_bytes = {each.max_bytes} is smaller than its first document; raise it"
             )
         admitted[mine] = True
         last_order.append(int(order[mine[-1]]))
@@ -178,13 +178,13 @@ def _select(config: CorpusConfig, folder: Path) -> Selection:
 
 
 def num_shards(num_bytes: int) -> int:
-    """Into how many shards a corpus of that many bytes is cut."""
+    """Return the number of shards for a corpus of ``num_bytes`` bytes of text."""
     small = min(math.ceil(num_bytes / SHARD_BYTES), MAX_SMALL_SHARDS)
     return max(1, min(max(small, math.ceil(num_bytes / LARGE_SHARD_BYTES)), MAX_SHARDS))
 
 
 def _judge(config: CorpusConfig, selection: Selection, work: Work) -> LateVerdicts:
-    """The verdicts that need all documents that passed the chain."""
+    """Return the verdicts that need all documents that passed the chain."""
     filtered, settings = work.folder("filtered"), config.classifier
     min_score = settings.min_score
     if settings.keep_ratio is not None:
@@ -203,7 +203,7 @@ def _judge(config: CorpusConfig, selection: Selection, work: Work) -> LateVerdic
 
 
 def _thresholds(config: CorpusConfig, learnt: Learnt, late: LateVerdicts) -> Thresholds:
-    """What the report and a trace say of each stage, in order."""
+    """Return the thresholds of each stage in order, for the report and ``lilpipe trace``."""
     thresholds = {each.stage: dict(each.bounds) for each in build_filters(config, learnt, 0)}
     if late.min_score is not None:
         thresholds["classifier"] = {"score": Bounds(least=late.min_score)}
@@ -213,7 +213,7 @@ def _thresholds(config: CorpusConfig, learnt: Learnt, late: LateVerdicts) -> Thr
 
 
 def _findings(config: CorpusConfig, learnt: Learnt, late: LateVerdicts, output: Path) -> page.Sections:
-    """Further sections of the report; what was found of evaluation sets becomes a table of the artifact."""
+    """Return additional report sections, and write the table of evaluation set matches."""
     sections: dict[str, page.Body] = {}
     if learnt.evaluation is not None:
         matches = gather_matches(matches_folder(late.filtered))
@@ -230,8 +230,8 @@ def _findings(config: CorpusConfig, learnt: Learnt, late: LateVerdicts, output: 
 def _nothing_kept(counts: Counts) -> str:
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in list(counts.reasons().items())[:5])
     return (
-        f"corpus: all {counts.documents_read:,} documents were rejected ({reasons}); look at the sources, or relax "
-        f"the settings of the corpus section that these reasons belong to"
+        f"corpus: all {counts.documents_read:,} documents were rejected ({reasons}); check the sources, or relax "
+        f"the settings of the corpus section that belong to these reasons"
     )
 
 

@@ -1,4 +1,4 @@
-"""The corpus report: what was read, what was kept, what was rejected and why, with samples of each."""
+"""The corpus report: what was read, kept and rejected, and why, with samples of each."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def build_report(
     thresholds: Thresholds,
     findings: page.Sections,
 ) -> str:
-    """The report on the Corpus artifact in ``directory`` as one HTML page.
+    """Return the report on the Corpus artifact in ``directory`` as one HTML page.
 
-    ``findings`` are further sections, by heading: of the classifier, of the evaluation sets.
+    ``findings`` are additional sections by heading: quality classifier and evaluation sets.
     """
     total, settings = counts.total(), json.dumps(config.identity(), indent=1, ensure_ascii=False)
     figures = {
@@ -91,7 +91,7 @@ def _stage_name(stage: str) -> str:
 
 
 def _funnel(counts: Counts, total: SourceCounts) -> list[page.Fragment]:
-    """What is left after each filter, as a picture by source and in numbers."""
+    """Return the documents and bytes left after each filter, as a chart by source and as a table."""
     left = Tally(total.read.documents, total.read.bytes)
     rows = [
         {
@@ -118,7 +118,7 @@ def _funnel(counts: Counts, total: SourceCounts) -> list[page.Fragment]:
 
 
 def _funnel_chart(counts: Counts) -> page.Fragment:
-    """Two stacks of bars, documents and megabytes: what is left of each source after each filter that took some."""
+    """Return a chart of the documents and megabytes left of each source, after each filter that rejected any."""
     total = counts.total()
     stages = [stage for stage in counts.stages if total.rejected_at(stage).documents]
     panels: dict[str, dict[str, np.ndarray]] = {"documents left": {}, "MB of text left": {}}
@@ -131,7 +131,7 @@ def _funnel_chart(counts: Counts) -> page.Fragment:
 
 
 def _largest_sources(counts: Counts) -> dict[str, SourceCounts]:
-    """The sources, largest first; where there are more than colours, the rest as one."""
+    """Return the sources, largest first; if there are more than colours, the smallest are merged into one."""
     ranked = sorted(counts.sources.items(), key=lambda item: -item[1].read.bytes)
     if len(ranked) <= MAX_FUNNEL_SOURCES:
         return dict(ranked)
@@ -184,7 +184,7 @@ def _reasons(counts: Counts, total: SourceCounts) -> list[page.Fragment]:
 
 
 def _changes(counts: Counts) -> page.Fragment:
-    """Sums of the scores that count what a filter cut out or replaced."""
+    """Return a table of the summed scores that count what a filter removed or replaced."""
     rows = []
     for name, value in counts.changes.items():
         stage, score = name.split(".")
@@ -205,7 +205,11 @@ def _kinds(tallies: Mapping[str, Tally], name: str) -> list[page.Fragment]:
         for kind, tally in tallies.items()
     ]
     numbers = [] if len(rows) <= 1 else [page.heading("In numbers"), page.table(rows)]
-    return [page.note("MB of text kept, as read."), page.bar_table(shown, total=sum(shown.values())), *numbers]
+    return [
+        page.note("MB of original text of the kept documents."),
+        page.bar_table(shown, total=sum(shown.values())),
+        *numbers,
+    ]
 
 
 # --- scores and samples -------------------------------------------------------------------------------------------
@@ -220,18 +224,18 @@ def _scores(directory: Path, thresholds: Thresholds) -> list[page.Fragment]:
     }
     panels = score_histograms(directory, bounds)
     if not panels:
-        return [page.note("No filter took a score.")]
+        return [page.note("No filter computed a score.")]
     return [
         page.note(
-            "Documents by score; the dotted line is the threshold. Rejected by any filter, not by this one alone; a "
-            "document has no score of the filters behind the one that rejected it."
+            "Number of documents by score; the dotted line is the threshold. Rejected means by any filter, not only by "
+            "this one. A document has no scores from the filters after the one that rejected it."
         ),
         charts.svg(charts.histograms(panels)),
     ]
 
 
 def _kept_samples(directory: Path) -> list[page.Fragment]:
-    """The first documents, which are random ones: the corpus is in the order of a hash."""
+    """Return the first documents; they are a random sample, because the corpus is sorted by a hash."""
     fragments: list[page.Fragment] = []
     for batch in read_documents(directory):
         for row in batch.slice(0, NUM_SAMPLES - len(fragments)).to_pylist():
@@ -269,5 +273,5 @@ def _quarantine(unreadable: Sequence[Mapping[str, Any]], skipped: Mapping[str, i
     rest = len(unreadable) - len(shown)
     left_out = ", ".join(f"{count:,} × {kind}" for kind, count in sorted(skipped.items()))
     notes = [f"And {rest:,} more, all in quarantine.jsonl."] if rest > 0 else []
-    notes += [f"Left out as no documents: {left_out}."] if left_out else []
+    notes += [f"Skipped, not documents: {left_out}."] if left_out else []
     return [page.table(shown), *map(page.note, notes)]

@@ -1,4 +1,4 @@
-"""How many documents and bytes of each source were read, rejected at each stage and by each reason, and kept."""
+"""Documents and bytes of each source: read, rejected by stage and reason, and kept."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from lilpipe.schemas.documents import read_documents, read_rejected, score_value
 
 @dataclass
 class Tally:
-    """Documents, and bytes of their text as read."""
+    """A number of documents and the bytes of their original text."""
 
     documents: int = 0
     bytes: int = 0
 
     def add(self, documents: int, num_bytes: int) -> None:
-        """Count further documents."""
+        """Add documents and bytes."""
         self.documents += documents
         self.bytes += num_bytes
 
 
 @dataclass
 class SourceCounts:
-    """What became of one source."""
+    """Counts of one source."""
 
     read: Tally = field(default_factory=Tally)
     kept: Tally = field(default_factory=Tally)
     quarantined: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    """What was left out as no document at all, such as a picture in a WARC, by kind."""
+    """Records that are not documents, such as images in a WARC file, by kind."""
     rejected: dict[str, dict[str, Tally]] = field(default_factory=dict)
-    """Stage, then reason."""
+    """By stage, then by reason."""
 
     def rejected_at(self, stage: str) -> Tally:
-        """Everything that a stage rejected."""
+        """Return the documents that a stage rejected, for all reasons."""
         tally = Tally()
         for each in self.rejected.get(stage, {}).values():
             tally.add(each.documents, each.bytes)
@@ -51,32 +51,32 @@ class SourceCounts:
 
 @dataclass
 class Counts:
-    """What became of all sources."""
+    """Counts of all sources."""
 
     sources: dict[str, SourceCounts]
     stages: tuple[str, ...]
-    """The stages that were on, in their order."""
+    """Active stages, in order of application."""
     languages: dict[str, Tally]
-    """What was kept, by language."""
+    """Kept documents by language."""
     licences: dict[str, Tally]
-    """What was kept, by licence."""
+    """Kept documents by licence."""
     labels: dict[str, Tally]
-    """What was kept, by label."""
+    """Kept documents by label."""
     changes: dict[str, float]
-    """Sums over what was kept of the scores that count without a threshold: how much was cut out or replaced."""
+    """Sums over kept documents of the scores without threshold, which count what was removed or replaced."""
 
     @property
     def documents_read(self) -> int:
-        """Documents of all sources."""
+        """Number of documents read from all sources."""
         return sum(each.read.documents for each in self.sources.values())
 
     @property
     def documents_kept(self) -> int:
-        """Documents that no filter rejected."""
+        """Number of documents that no filter rejected."""
         return sum(each.kept.documents for each in self.sources.values())
 
     def total(self) -> SourceCounts:
-        """All sources together."""
+        """Return the sum over all sources."""
         total = SourceCounts()
         for source in self.sources.values():
             total.quarantined += source.quarantined
@@ -89,7 +89,7 @@ class Counts:
         return total
 
     def reasons(self) -> dict[str, int]:
-        """Rejected documents by reason, most frequent first."""
+        """Return the number of rejected documents by reason, most frequent first."""
         counter: Counter[str] = Counter()
         for source in self.sources.values():
             for stage in source.rejected.values():
@@ -97,7 +97,7 @@ class Counts:
         return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
 
     def metrics(self) -> dict[str, float]:
-        """The stage's metrics; bytes are of the text as read."""
+        """Return the stage's metrics; bytes are of the original text."""
         total = self.total()
         return {
             "documents_read": total.read.documents,
@@ -115,7 +115,7 @@ class Counts:
         }
 
     def to_json(self) -> str:
-        """The counts as JSON, in a fixed order."""
+        """Return the counts as JSON, in a fixed order."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
@@ -153,7 +153,7 @@ def _changes(directory: Path, thresholds: Thresholds) -> dict[str, float]:
 
 
 def _tallies(batches: Iterator[pa.RecordBatch], *columns: str) -> dict[tuple[str, ...], Tally]:
-    """Documents and bytes by source and the values of columns."""
+    """Return documents and bytes by source and by the values of ``columns``."""
     tallies: dict[tuple[str, ...], Tally] = {}
     for batch in batches:
         groups = pa.Table.from_batches([batch]).group_by(["source", *columns])

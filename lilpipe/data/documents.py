@@ -1,4 +1,4 @@
-"""Documents as rows of a table, see ``lilpipe.schemas.documents``."""
+"""Conversion of documents to tables; the schemas are in ``lilpipe.schemas.documents``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from lilpipe.schemas.documents import documents_schema
 
 
 def documents_table(documents: Sequence[Document], scores: Sequence[str]) -> pa.Table:
-    """Documents as a table of ``documents_schema``, column by column: a dictionary for each row takes ten times as
-    long where there are many scores.
+    """Return documents as a table of ``documents_schema``.
+
+    The table is built by column: building it from a dictionary per row takes ten times as long with many scores.
     """
     schema = documents_schema(scores)
     columns = [
@@ -29,7 +30,7 @@ def documents_table(documents: Sequence[Document], scores: Sequence[str]) -> pa.
 
 
 def rejected_table(documents: pa.Table, verdicts: Sequence[tuple[str, Rejection]]) -> pa.Table:
-    """A table of documents with the stage that rejected each, and why."""
+    """Return the documents with columns for the stage that rejected each one, the reason and the detail."""
     columns = {
         "stage": [stage for stage, _ in verdicts],
         "reason": [rejection.reason for _, rejection in verdicts],

@@ -1,4 +1,4 @@
-"""The tasks that filter a shard and write the artifact's tables of it."""
+"""Tasks that filter a shard and write its tables."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from lilpipe.schemas.documents import documents_schema, rejected_schema
 from lilpipe.schemas.tables import ROWS_PER_BATCH, TableWriter, read_table, write_rows
 
 BATCH_BYTES = 2 * 2**20
-"""Of text, after which a batch of documents is written."""
+"""Bytes of text after which a batch of documents is written."""
 
 
 class FilterShards(PipelineStep):
-    """Passes the documents of shard ``rank`` through the chain of filters; a table of each side comes out.
+    """Applies the chain of filters to the documents of shard ``rank``; writes a table of kept and one of rejected
+    documents.
 
-    Beside them lie the signatures of the documents that passed, and what was found of evaluation sets.
+    It also writes the MinHash signatures of the documents that passed, and the matches with evaluation sets.
     """
 
     type, name = "Filter", "Chain of filters"
@@ -41,7 +42,7 @@ class FilterShards(PipelineStep):
         self.folder = folder
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
-        """Filter one shard; it is filtered again as a whole if this does not end."""
+        """Filter one shard. An interrupted task starts the shard again."""
         filters = build_filters(self.config, self.learnt, rank)
         names = [*score_names(filters), SIMILARITY]
         with (
@@ -52,7 +53,7 @@ class FilterShards(PipelineStep):
             for document in self.selection.documents(rank):
                 text = document.text
                 if verdict := run_filters(filters, document):
-                    document.text = text  # as read
+                    document.text = text  # the original text
                     rejected.add(document, verdict)
                 else:
                     kept.add(document)
@@ -64,7 +65,7 @@ class FilterShards(PipelineStep):
 
 
 class _DocumentWriter:
-    """Writes documents a batch at a time, so that memory does not go with the size of the shard."""
+    """Writes documents in batches, so that memory does not grow with the size of the shard."""
 
     def __init__(self, path: Path, schema: pa.Schema, scores: list[str]) -> None:
         self._writer = TableWriter(path, schema)
@@ -102,12 +103,14 @@ def _sign(document: Document, signatures: SignatureWriter) -> None:
 
 
 def matches_folder(folder: Path) -> Path:
-    """Where filtering tasks tell what they found of evaluation sets."""
+    """Return the folder where filtering tasks write their evaluation set matches."""
     return folder / "matches"
 
 
 class WriteShards(PipelineStep):
-    """Writes the artifact's tables of shard ``rank``: what is kept, and what any filter or late verdict rejected."""
+    """Writes the artifact's tables of shard ``rank``: documents kept, and documents rejected by a filter or late
+    verdict.
+    """
 
     type, name = "Writer", "Corpus"
 
@@ -146,7 +149,7 @@ def _with_verdicts(documents: pa.Table, verdicts: list[LateVerdict]) -> pa.Table
 
 
 def _with_similarity(documents: pa.Table, similarities: list[float | None]) -> pa.Table:
-    """The documents with the similarity among their scores, where it is the last."""
+    """Set the similarity of documents, which is the last field of ``scores``."""
     scores = documents["scores"].combine_chunks()
     values = [*scores.flatten()[:-1], pa.array(similarities, pa.float32())]
     struct = pa.StructArray.from_arrays(values, fields=list(scores.type))

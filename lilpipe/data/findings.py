@@ -1,4 +1,4 @@
-"""Sections of the corpus report: what was found of evaluation sets, and how good the quality classifier is."""
+"""Sections of the corpus report on evaluation set matches and on the quality classifier."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUM_EXAMPLES = 10
 
 
 def evaluation_section(index: EvaluationIndex, matches: pa.Table, config: DecontaminationConfig) -> list[Fragment]:
-    """What was looked for, what was found, and the matches to judge by: the fullest and the thinnest ones."""
+    """Return the coverage of the evaluation sets, the number of matches, and the strongest and weakest matches."""
     documents, items = (
         matches["document"].to_pylist(),
         list(zip(matches["set"].to_pylist(), matches["item"].to_pylist(), strict=True)),
@@ -31,33 +31,33 @@ def evaluation_section(index: EvaluationIndex, matches: pa.Table, config: Decont
             {
                 "evaluation set": name,
                 "items": coverage["items"],
-                "too short to look for": coverage["too_short"],
+                "too short to match": coverage["too_short"],
                 "items found": len({items[number] for number in mine}),
                 "in documents": len({documents[number] for number in mine}),
             }
         )
-    said = "rejected" if config.action == "reject" else "kept, as corpus.decontamination.action says `report`"
+    said = "rejected" if config.action == "reject" else "kept (corpus.decontamination.action = `report`)"
     fragments = [
         note(
-            f"Items that share {config.ngram_size} words in a row with a document (shorter items: all their words, at "
-            f"least {config.min_item_words}); the documents were {said}. All matches: {MATCHES_FILE}."
+            f"Items that share {config.ngram_size} consecutive words with a document (shorter items: all their words, "
+            f"at least {config.min_item_words}); the documents were {said}. All matches: {MATCHES_FILE}."
         ),
         table(rows),
     ]
     if matches.num_rows:
         order = np.argsort(-matches["item_ratio"].to_numpy(), kind="stable")
         first, last = order[:NUM_EXAMPLES], order[max(NUM_EXAMPLES, len(order) - NUM_EXAMPLES) :]
-        fragments += [heading("The fullest matches"), *_examples(matches, first)]
+        fragments += [heading("Strongest matches"), *_examples(matches, first)]
         if len(last):
-            fragments += [heading("The thinnest matches, where chance is likeliest"), *_examples(matches, last)]
+            fragments += [heading("Weakest matches, most likely by chance"), *_examples(matches, last)]
     return fragments
 
 
 def classifier_section(report: Mapping[str, Any], min_score: float) -> list[Fragment]:
-    """How good the classifier is on examples that it was not trained on; ``report`` is a ``ClassifierReport``."""
+    """Return the classifier's quality on held-out examples; ``report`` is a ``ClassifierReport``."""
     rows = [
         {
-            "least score": row["min_score"],
+            "minimum score": row["min_score"],
             "precision": None if row["precision"] is None else f"{row['precision']:.1%}",
             "recall": f"{row['recall']:.1%}",
             "F1": f"{row['f1']:.1%}",
@@ -66,10 +66,10 @@ def classifier_section(report: Mapping[str, Any], min_score: float) -> list[Frag
     ]
     return [
         note(
-            f"Trained on {report['num_trained']:,} good and as many bad examples, measured on "
-            f"{report['num_validation']:,} of each that were held out; of {report['num_good']:,} and "
-            f"{report['num_bad']:,} that were given, and {report['num_in_both']:,} given as both and left out. "
-            f"Area under the ROC curve: {report['auc']:.4f}. Documents below {min_score:.4g} were rejected."
+            f"Trained on {report['num_trained']:,} examples of each class, measured on {report['num_validation']:,} "
+            f"held-out examples of each class. The sources have {report['num_good']:,} good and {report['num_bad']:,} "
+            f"bad examples; {report['num_in_both']:,} in both classes were left out. Area under the ROC curve: "
+            f"{report['auc']:.4f}. Documents with a score below {min_score:.4g} were rejected."
         ),
         table(rows),
     ]
@@ -87,5 +87,5 @@ def _examples(matches: pa.Table, rows: np.ndarray) -> list[Fragment]:
 
 
 def gather_matches(folder: Path) -> pa.Table:
-    """The matches that all filtering tasks found, in the corpus's order."""
+    """Return the matches of all filtering tasks, in corpus order."""
     return pa.concat_tables([MATCHES.empty_table(), *(read_table(path) for path in sorted(folder.glob("*.arrow")))])

@@ -1,4 +1,4 @@
-"""Histograms of the filters' scores, kept documents against rejected ones, with the thresholds drawn in."""
+"""Histograms of the filters' scores for kept and rejected documents, with the thresholds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lilpipe.schemas.documents import read_documents, read_rejected, score_value
 
 NUM_BINS = 40
 LOGARITHMIC_FROM = 300.0
-"""A score whose values span such a factor is drawn on a logarithmic axis."""
+"""Ratio of the largest to the smallest score from which the axis is logarithmic."""
 
 
 def score_histograms(directory: Path, bounds: Mapping[str, Bounds]) -> list[Histogram]:
-    """A histogram for each score of ``bounds`` (``<stage>.<score>``) that was taken of any document."""
+    """Return a histogram for each score of ``bounds`` (``<stage>.<score>``) that any document has."""
     edges = {name: _edges(*span) for name, span in _spans(directory, list(bounds)).items()}
     counts = _counts(directory, edges) if edges else {}
     return [
@@ -33,14 +33,14 @@ def score_histograms(directory: Path, bounds: Mapping[str, Bounds]) -> list[Hist
 
 
 def _batches(directory: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """All rows: 0 with those that were kept, 1 with those that were rejected."""
+    """Yield all batches: 0 with those of kept documents, 1 with those of rejected documents."""
     for side, read in enumerate((read_documents, read_rejected)):
         for batch in read(directory):
             yield side, batch
 
 
 def _spans(directory: Path, names: list[str]) -> dict[str, tuple[float, float]]:
-    """Least and greatest value of each score that was taken."""
+    """Return the minimum and maximum of each score that any document has."""
     spans: dict[str, tuple[float, float]] = {}
     for _, batch in _batches(directory):
         for name in names:
@@ -54,13 +54,13 @@ def _spans(directory: Path, names: list[str]) -> dict[str, tuple[float, float]]:
 def _edges(least: float, most: float) -> np.ndarray:
     if least > 0 and most / least > LOGARITHMIC_FROM:
         return np.geomspace(least, most, NUM_BINS + 1)
-    if least == 0 and most > LOGARITHMIC_FROM:  # a count: the zeros in a bin of their own
+    if least == 0 and most > LOGARITHMIC_FROM:  # a count: zeros get their own bin
         return np.concatenate([[0.5], np.geomspace(1, most, NUM_BINS)])
     return np.linspace(least, most if most > least else least + 1, NUM_BINS + 1)
 
 
 def _counts(directory: Path, edges: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Documents by bin, [2, bins]: kept and rejected."""
+    """Return the number of documents by bin, [2, bins]: kept and rejected."""
     counts = {name: np.zeros((2, len(bins) - 1), np.int64) for name, bins in edges.items()}
     for side, batch in _batches(directory):
         for name, bins in edges.items():

@@ -1,7 +1,7 @@
-"""The verdicts that fall when every document has been through the chain.
+"""Verdicts that need all documents that passed the chain.
 
-First the quality classifier's, as a share to keep means a score to reach that all documents decide; then
-near-duplicates among what is left (``minhash``).
+The quality classifier's comes first: a share of documents to keep becomes a score threshold only when all scores are
+known. Then near-duplicates among the remaining documents are rejected (``minhash``).
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ SIMILARITY = "near_dedup.similarity"
 
 
 class LateVerdict(NamedTuple):
-    """Why a document that passed the chain goes all the same."""
+    """Rejection of a document that passed the chain."""
 
     row: int
-    """Its row among the documents of the shard that passed."""
+    """Row among the documents of the shard that passed the chain."""
     stage: str
     rejection: Rejection
     similarity: float | None = None
-    """Of near-duplicates: to the document that stays."""
+    """For near-duplicates: similarity to the kept document."""
 
 
 class LateVerdicts(NamedTuple):
-    """What decides on documents that passed the chain; ``filtered`` is where they are."""
+    """Data for the verdicts on documents that passed the chain; ``filtered`` is their folder."""
 
     filtered: Path
     min_score: float | None
-    """Least score of the classifier."""
+    """Minimum classifier score."""
     matches: Path | None
     """The table of ``minhash.near_duplicates``, sorted by shard and row."""
 
     def of(self, shard: int) -> list[LateVerdict]:
-        """The verdicts on a shard, by row."""
+        """Return the verdicts on a shard, by row."""
         low = [LateVerdict(row, "classifier", Rejection("low_quality")) for row in self.low_quality(shard)]
         return sorted([*low, *self._near_duplicates(shard)])
 
     def low_quality(self, shard: int) -> list[int]:
-        """The rows of a shard whose score is too low."""
+        """Return the rows of a shard whose score is too low."""
         if self.min_score is None:
             return []
         return np.flatnonzero(self.scores(shard) < np.float32(self.min_score)).tolist()
 
     def scores(self, shard: int) -> np.ndarray:
-        """The classifier's scores of a shard, float32."""
+        """Return the classifier scores of a shard, float32."""
         batches = read_table(kept_file(self.filtered, shard)).to_batches()
         return np.concatenate([np.empty(0, np.float32), *(score_values(batch, CLASSIFIER_SCORE) for batch in batches)])
 
@@ -76,10 +76,10 @@ class LateVerdicts(NamedTuple):
 
 
 def kept_file(folder: Path, rank: int) -> Path:
-    """Where a filtering task's documents are that passed the chain."""
+    """Return the file of documents that passed the chain in filtering task ``rank``."""
     return folder / "kept" / f"{rank:05d}.arrow"
 
 
 def rejected_file(folder: Path, rank: int) -> Path:
-    """Where a filtering task's documents are that a filter rejected."""
+    """Return the file of documents that filtering task ``rank`` rejected."""
     return folder / "rejected" / f"{rank:05d}.arrow"

@@ -1,5 +1,5 @@
-"""What filters must know beyond their settings: the evaluation sets, the quality classifier, and what only a survey of
-the whole corpus can tell: shared lines, common n-grams, addresses, how often words are.
+"""What filters need beyond their settings: an index of the evaluation sets, the quality classifier, and statistics of
+the whole corpus: repeated lines, common n-grams, duplicate URLs, word frequencies.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from lilpipe.schemas.tables import read_table, write_table
 CLASSIFIER_REPORT = "classifier.json"
 
 UNIGRAM_BYTES = 64 * 2**20
-"""The words of the first shards, a random sample of the corpus of about so many bytes, stand for all of it."""
+"""Word frequencies are estimated from the first shards, a random sample of about so many bytes of the corpus."""
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """Where what was learnt lies, None where it was not asked for; paths alone, so that it can be sent to any task."""
+    """Paths of the learnt files, None if not enabled. It holds only paths, so that any task can receive it."""
 
     evaluation: Path | None = None
     """Index of the evaluation sets."""
     ngrams: tuple[MergeTask, ...] = ()
-    """Found: the n-grams of evaluation sets that many documents hold."""
+    """Survey results: n-grams of evaluation sets that many documents contain."""
     lines: tuple[MergeTask, ...] | None = None
-    """Found: the lines that many documents share."""
+    """Survey results: lines that many documents share."""
     pages: tuple[MergeTask, ...] | None = None
-    """Found: the pages that another one of their address replaces."""
+    """Survey results: pages that another page with the same URL replaces."""
     words: Path | None = None
-    """How often each word is."""
+    """Word counts."""
     classifier: Path | None = None
     """Model file of the quality classifier."""
 
     def unigrams(self) -> Unigrams | None:
-        """The distribution of words."""
+        """Return the distribution of words, or None if it was not counted."""
         if self.words is None:
             return None
         table = read_table(self.words)
@@ -58,7 +58,7 @@ class Learnt:
 
 
 def learn(config: CorpusConfig, selection: Selection, prompts: Path | None, work: Work) -> Learnt:
-    """Do all that the section asks for; ``prompts`` is the folder of a Prompts artifact."""
+    """Learn everything that the config enables; ``prompts`` is the folder of a Prompts artifact."""
     evaluation = _index_evaluation_sets(config, prompts, work)
     folder = work.folder("survey")
     with_pages = has_pages(config)
@@ -81,7 +81,7 @@ def _index_evaluation_sets(config: CorpusConfig, prompts: Path | None, work: Wor
     settings, folder = config.decontamination, work.folder("evaluation")
     if not settings.enabled or (prompts is None and not settings.sets):
         return None
-    if not (folder / "items.arrow").exists():  # which is written last
+    if not (folder / "items.arrow").exists():  # it is written last
         sets = prompt_sets(prompts, min_item_words=settings.min_item_words) if prompts is not None else []
         write_index(folder, [*sets, *source_sets(settings.sets)], settings)
     return folder
@@ -92,7 +92,7 @@ def _train_classifier(config: CorpusConfig, work: Work) -> Path | None:
     if not settings.enabled:
         return None
     report = folder / CLASSIFIER_REPORT
-    if not report.exists():  # which is written last
+    if not report.exists():  # it is written last
         folder.mkdir(parents=True, exist_ok=True)
         found = train_classifier(_texts(settings.good), _texts(settings.bad), settings, folder)
         rows = [each._asdict() for each in found.at_thresholds]
@@ -101,7 +101,7 @@ def _train_classifier(config: CorpusConfig, work: Work) -> Path | None:
 
 
 def _texts(sources: Sequence[Source]) -> Iterator[str]:
-    """The texts of example sources, within their `max_bytes`; a row that cannot be read is no example."""
+    """Yield the texts of example sources, up to their `max_bytes`; unreadable rows are skipped."""
     for source in sources:
         first = FirstBytes(source.max_bytes)
         for part in find_parts(source):
@@ -114,7 +114,7 @@ def _texts(sources: Sequence[Source]) -> Iterator[str]:
 
 
 class SurveyShards(PipelineStep):
-    """Surveys shard ``rank`` for what is asked for."""
+    """Collects the statistics that the config needs from shard ``rank``."""
 
     type, name = "Survey", "Lines, addresses, n-grams and words"
 
@@ -126,7 +126,7 @@ class SurveyShards(PipelineStep):
         self.folder = folder
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
-        """Survey one shard; it is surveyed again as a whole if this does not end."""
+        """Survey one shard. An interrupted task starts the shard again."""
         counters = []
         if self.config.exact_dedup.lines:
             counters.append(KeyCounter(self.folder / "lines", rank, document_line_keys))
@@ -148,7 +148,7 @@ class SurveyShards(PipelineStep):
 
 
 def has_pages(config: CorpusConfig) -> bool:
-    """Whether documents may have addresses of which duplicates are to go."""
+    """Return whether documents may have URLs to deduplicate."""
     return config.url.deduplicate and any(source.kind not in ("installed-docs", "text") for source in config.sources)
 
 
@@ -173,7 +173,7 @@ def _replaced_pages(selection: Selection, work: Work) -> tuple[MergeTask, ...]:
 
 
 def _word_shards(selection: Selection) -> int:
-    """How many shards make up the sample of words."""
+    """Return the number of shards in the sample for word frequencies."""
     return max(1, min(selection.num_shards, selection.num_shards * UNIGRAM_BYTES // max(1, selection.num_bytes)))
 
 
@@ -182,7 +182,7 @@ def _words_file(folder: Path, rank: int) -> Path:
 
 
 def _words(selection: Selection, folder: Path) -> Path:
-    """The counts of the sample's shards as one file."""
+    """Merge the word counts of the sample's shards into one file."""
     path = folder / "words.arrow"
     tables = [read_table(_words_file(folder, rank)) for rank in range(_word_shards(selection))]
     counts = merge_counts(WordCounts(table["hash"].to_numpy(), table["count"].to_numpy()) for table in tables)

@@ -1,16 +1,17 @@
-"""Near-duplicate documents by MinHash and locality-sensitive hashing, every match verified.
+"""Near-duplicate removal by MinHash and locality-sensitive hashing (LSH), with every match verified.
 
-1. ``SignatureWriter``, for each shard: signatures (Broder 1997) of word n-grams, and a hash of each band of them.
-2. ``MatchBands``, in tasks of some bands each: documents that share a band's hash are candidates (Indyk and Motwani
-   1998); those whose whole signatures agree in ``min_similarity`` of the values are a pair.
-3. ``near_duplicates``: documents go by rank, the best first, and one that pairs with a document kept so far is
-   dropped for it. So each dropped document is similar to the one that stays, which single linkage (FineWeb's rule)
-   does not promise: of a chain A ~ B ~ C it would drop C for A. And no two documents that stay are a pair.
+1. ``SignatureWriter`` computes, for each shard, MinHash signatures (Broder 1997) of word n-grams and a hash of each
+   band.
+2. ``MatchBands`` takes documents with the same band hash as candidates (Indyk and Motwani 1998). Candidates are a pair
+   if at least ``min_similarity`` of their signature values agree. A task handles several bands.
+3. ``near_duplicates`` visits documents by rank, best first, and rejects each one that pairs with a document kept so
+   far. So no two kept documents are a pair, and each rejected document is similar to a kept one. Single linkage
+   (FineWeb's rule) does not guarantee the latter: from a chain A ~ B ~ C it rejects C for A.
 
-The rank of a document: the higher score of the quality classifier first where there is one, then the longer text in
-bytes, then the earlier in the corpus.
+Documents rank by classifier score if there is a classifier, highest first; then by text length in bytes, longest first;
+then by corpus order.
 
-All but the pairs is read from memory-mapped files: a band's hashes in ranges of bounded size, signatures by place.
+Everything but the pairs is read from memory-mapped files: band hashes in ranges of bounded size, signatures by index.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from lilpipe.config.corpus import MinhashConfig
 from lilpipe.errors import DataError
 
 NONE_SEEN = np.uint32(2**32 - 1)
-"""The minimum over no shingles."""
+"""Minimum over an empty set of shingles."""
 
 SLICE_WORDS = 2**16
-"""Shingles that are hashed at a time; their hashes stay in the processor's second-level cache."""
+"""Number of shingles hashed at a time; their hashes fit into the L2 cache."""
 
 BAND_DOCUMENTS = 2**22
-"""Documents of a band that are sorted at a time."""
+"""Number of documents of a band that are sorted at a time."""
 
 NUM_LEADERS = 32
-"""Rounds of comparison in a bucket; see ``compare_buckets``."""
+"""Maximum number of comparison rounds in a bucket; see ``compare_buckets``."""
 
 COMPARED_AT_ONCE = 2**12
-"""Pairs of signatures that are held in memory."""
+"""Number of signature pairs held in memory."""
 
 PAIR = np.dtype([("better", np.int64), ("worse", np.int64), ("agreeing", np.uint32)])
-"""Two documents by their index in ``Signatures``, and how many values of their signatures agree."""
+"""Two documents by their index in ``Signatures``, and the number of agreeing values in their signatures."""
 
 MATCHES = pa.schema(
     [
@@ -57,22 +58,22 @@ MATCHES = pa.schema(
         pa.field("similarity", pa.float64(), nullable=False),
     ]
 )
-"""Each document to drop, the one that stays for it, and the estimated Jaccard similarity of the two."""
+"""Each document to reject, the kept document, and the estimated Jaccard similarity of the two."""
 
 
 # --- signatures ---------------------------------------------------------------------------------------------------
 
 
 def num_hashes(config: MinhashConfig) -> int:
-    """Values of a signature."""
+    """Return the number of values in a signature."""
     return config.num_buckets * config.hashes_per_bucket
 
 
 def signatures(documents: Sequence[np.ndarray], config: MinhashConfig) -> np.ndarray:
-    """MinHash signatures, uint32 [documents, hashes], from the hashes of each document's words, uint64 [words].
+    """Return MinHash signatures, uint32 [documents, hashes].
 
-    A document of fewer words than ``ngram_size`` is one shingle; one without words gets ``NONE_SEEN`` throughout.
-    Beside the words themselves it takes memory for ``SLICE_WORDS`` of them.
+    Each document is given by its word hashes, uint64 [words]. A document with fewer words than ``ngram_size`` is one
+    shingle; one without words gets ``NONE_SEEN`` everywhere. Besides the words, memory is bounded by ``SLICE_WORDS``.
     """
     multiplier, filler, salts, factors = _hash_family(config)
     minima = np.full((num_hashes(config), len(documents)), NONE_SEEN)
@@ -84,14 +85,14 @@ def signatures(documents: Sequence[np.ndarray], config: MinhashConfig) -> np.nda
         stop = start + SLICE_WORDS + config.ngram_size - 1
         shingles = _roll(words[start:stop], config.ngram_size, multiplier)
         first, last = owners[start:stop][: len(shingles)], owners[start:stop][-len(shingles) :]
-        inside = first == last  # the others straddle two documents
+        inside = first == last  # exclude shingles that span two documents
         _take_minima(minima, shingles[inside], first[inside], salts, factors)
     return np.ascontiguousarray(minima.T)
 
 
 def _hash_family(config: MinhashConfig) -> tuple[np.uint64, np.uint64, np.ndarray, np.ndarray]:
-    """Random numbers that a seed fixes on every machine: multiplier and filler of shingles, and for each hash
-    function its salt and odd factor, uint32 [hashes].
+    """Return random numbers determined by the seed: multiplier and filler of shingles; and, for each hash function, its
+    salt and odd factor, uint32 [hashes].
     """
     draws = np.random.PCG64(config.seed).random_raw(2 + num_hashes(config))  # the same on every machine
     salts, factors = draws[2:] >> np.uint64(32), draws[2:] | np.uint64(1)
@@ -103,7 +104,9 @@ def _pad(words: np.ndarray, length: int, filler: np.uint64) -> np.ndarray:
 
 
 def _roll(words: np.ndarray, ngram_size: int, multiplier: np.uint64) -> np.ndarray:
-    """The hash of each n-gram, uint32 [words - ngram_size + 1]: the high half of a polynomial in the words' hashes."""
+    """Return a hash of each n-gram, uint32 [words - ngram_size + 1]: the high bits of a polynomial in the word
+    hashes.
+    """
     count = len(words) - ngram_size + 1
     rolled = words[:count].copy()
     for offset in range(1, ngram_size):
@@ -115,9 +118,9 @@ def _roll(words: np.ndarray, ngram_size: int, multiplier: np.uint64) -> np.ndarr
 def _take_minima(
     minima: np.ndarray, shingles: np.ndarray, owners: np.ndarray, salts: np.ndarray, factors: np.ndarray
 ) -> None:
-    """Lower ``minima``, [hashes, documents], to the hashes of shingles; ``owners`` is the document of each, ascending.
+    """Update ``minima`` [hashes, documents] with the hashes of shingles; ``owners`` is each one's document, ascending.
 
-    Hash functions are the permutations x -> (x ^ salt) * factor of the 32-bit numbers.
+    The hash functions are permutations x -> (x ^ salt) * factor of 32-bit numbers.
     """
     if not len(shingles):
         return
@@ -131,7 +134,7 @@ def _take_minima(
 
 
 def band_hashes(values: np.ndarray, config: MinhashConfig) -> np.ndarray:
-    """uint64 [bands, documents]: a hash of each band of signatures, uint32 [documents, hashes]."""
+    """Return a hash of each band, uint64 [bands, documents], for signatures, uint32 [documents, hashes]."""
     factors = np.random.PCG64([config.seed, 1]).random_raw(config.hashes_per_bucket) | np.uint64(1)
     rows = values.T.reshape(config.num_buckets, config.hashes_per_bucket, len(values))
     hashes = np.zeros((config.num_buckets, len(values)), np.uint64)
@@ -150,10 +153,10 @@ def _record(config: MinhashConfig) -> np.dtype:
 
 
 class SignatureWriter:
-    """Writes the signatures of one shard, in batches; to be closed, or used as a context.
+    """Writes the signatures of one shard in batches. Use it as a context manager, or call ``close``.
 
-    ``NNNNN.signatures`` holds a record for each document that has words, ``NNNNN.bands.npy`` the bands' hashes,
-    uint64 [bands, documents]. They appear when the writer is closed; a context that ends in an error writes none.
+    ``NNNNN.signatures`` has a record for each document with words; ``NNNNN.bands.npy`` has the band hashes, uint64
+    [bands, documents]. Both files appear on close; a context that ends with an error writes none.
     """
 
     def __init__(self, folder: Path, rank: int, config: MinhashConfig) -> None:
@@ -169,8 +172,8 @@ class SignatureWriter:
         self._bands: list[np.ndarray] = [np.zeros((config.num_buckets, 0), np.uint64)]
 
     def add(self, words: np.ndarray, *, num_bytes: int, score: float | None = None) -> None:
-        """Take the shard's next row: hashes of the document's words, uint64 [words], its size, and the classifier's
-        score if there is a classifier.
+        """Add the shard's next row: the document's word hashes, uint64 [words], its size in bytes, and the classifier
+        score, if there is a classifier.
         """
         if self._num_words + len(words) > SLICE_WORDS:
             self._flush()
@@ -181,7 +184,7 @@ class SignatureWriter:
         self._num_rows += 1
 
     def close(self) -> None:
-        """Write what is left; the files appear."""
+        """Write the remaining rows and move the files into place."""
         self._flush()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -228,9 +231,9 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 class Signatures:
-    """The signatures of all shards, memory-mapped. A document's index counts through the shards in order.
+    """Memory-mapped signatures of all shards. A document's index counts through the shards in order.
 
-    Raises ``DataError`` for a file that is not of whole records of this configuration.
+    Raises ``DataError`` if a file size does not match this configuration.
     """
 
     def __init__(self, folder: Path, config: MinhashConfig) -> None:
@@ -248,17 +251,18 @@ class Signatures:
         if size % self._record.itemsize:
             raise DataError(
                 f"{path}: got {size} bytes, expected a multiple of {self._record.itemsize}, for "
-                f"{num_hashes(self._config)} hashes; it is damaged or of another corpus.minhash; remove it, run again"
+                f"{num_hashes(self._config)} hashes; it is damaged or from other corpus.minhash settings; remove it, "
+                f"run again"
             )
         return np.memmap(path, self._record, mode="r") if size else np.zeros(0, self._record)
 
     def places(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and row, int64 [documents] each."""
+        """Return the shard and the row of documents, int64 [documents] each."""
         ranks = np.array([int(path.stem) for path in self._paths], np.int64)
         return ranks[self._shard(index)], self.take("row", index)
 
     def take(self, name: str, index: np.ndarray) -> np.ndarray:
-        """One field of the records of documents."""
+        """Return one field of the documents' records."""
         kind = self._record[name]
         taken = np.empty((len(index), *kind.shape), kind.base)
         shard = self._shard(index)
@@ -270,7 +274,7 @@ class Signatures:
         return taken
 
     def agreeing(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """How many values agree between the signatures of documents ``a`` and ``b``, uint32 [pairs]."""
+        """Return the number of agreeing signature values of documents ``a`` and ``b``, uint32 [pairs]."""
         counts = np.empty(len(a), np.uint32)
         for start in range(0, len(a), COMPARED_AT_ONCE):
             part = slice(start, start + COMPARED_AT_ONCE)
@@ -279,12 +283,12 @@ class Signatures:
         return counts
 
     def by_rank(self, index: np.ndarray, *, within: np.ndarray | None = None) -> np.ndarray:
-        """The order that sorts documents by rank, the best first, inside groups if they are given."""
+        """Return the order that sorts documents by rank, best first, within groups if ``within`` is given."""
         keys = (index, -self.take("num_bytes", index), -self.take("score", index))
         return np.lexsort(keys if within is None else (*keys, within))
 
     def bands(self, band: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Hash and index of documents in one band, a range of hashes at a time, each of about ``BAND_DOCUMENTS``."""
+        """Yield hash and index of the documents of one band, in hash ranges of about ``BAND_DOCUMENTS`` documents."""
         files = [np.load(_bands_path(path), mmap_mode="r") for path in self._paths]
         num_ranges = -(-len(self) // BAND_DOCUMENTS)
         for number in range(num_ranges):
@@ -304,7 +308,7 @@ class Signatures:
 
 
 class MatchBands(PipelineStep):
-    """Finds the pairs of every ``world_size``-th band from ``rank`` on, verified; writes a file for each."""
+    """Finds the verified pairs of bands ``rank``, ``rank + world_size``, ...; writes a file for each band."""
 
     type, name = "Dedup", "Near-duplicates in bands"
 
@@ -315,7 +319,7 @@ class MatchBands(PipelineStep):
         self.pairs = pairs
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
-        """Do the bands that are not there yet."""
+        """Process the bands without an output file."""
         found = Signatures(self.signatures, self.config)
         for band in range(rank, self.config.num_buckets, world_size):
             path = self.pairs / f"{band:05d}.npy"
@@ -325,7 +329,7 @@ class MatchBands(PipelineStep):
 
 
 def _buckets(hashes: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bucket, ascending, and index of the documents that share their hash with another."""
+    """Return the bucket, ascending, and the index of documents that share their hash with another document."""
     order = np.argsort(hashes)
     hashes = hashes[order]
     new = np.append(True, hashes[1:] != hashes[:-1])[: len(hashes)]
@@ -334,12 +338,13 @@ def _buckets(hashes: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def compare_buckets(found: Signatures, bucket: np.ndarray, index: np.ndarray, config: MinhashConfig) -> np.ndarray:
-    """The pairs, ``PAIR`` [pairs], among documents (by index) that lie in the same bucket (ascending).
+    """Return the pairs, ``PAIR`` [pairs], among documents (by index) of the same bucket (ascending).
 
-    In rounds, in each of which the best document left in a bucket leads and all others are compared with it. Of at
-    most ``NUM_LEADERS`` + 1 documents all are compared with all. In a larger bucket those that are similar to the
-    leader leave with it, so that a million equal documents take one round; and it takes no more than ``NUM_LEADERS``,
-    so that the work is linear in the documents: what is similar to none of so many leaders is left to other bands.
+    Comparison works in rounds. In each round, the best remaining document of a bucket is the leader, and all others are
+    compared with it. In buckets of at most ``NUM_LEADERS`` + 1 documents, all pairs are compared. In larger buckets,
+    documents similar to the leader are removed with it, so a million equal documents take one round. The number of
+    rounds is limited to ``NUM_LEADERS``, which makes the work linear in the number of documents; documents similar to
+    none of the leaders are left to other bands.
     """
     order = found.by_rank(index, within=bucket)
     bucket, index = bucket[order], index[order]
@@ -372,14 +377,14 @@ def _pairs(better: np.ndarray, worse: np.ndarray, agreeing: np.ndarray) -> np.nd
 def near_duplicates(
     signatures: Path, pairs: Path, config: MinhashConfig, *, min_score: float | None = None
 ) -> pa.Table:
-    """What to drop, and what stays for it, by the rule above: a table of ``MATCHES``, by shard and row.
+    """Return the documents to reject, with the kept document, by the rule above: ``MATCHES``, sorted by shard and row.
 
-    Of several documents that stay and pair with a dropped one, the most similar is named, then the best by rank.
-    Documents of a classifier's score below ``min_score`` are no part of it.
+    If several kept documents pair with a rejected one, the most similar is named, then the best by rank. Documents with
+    a classifier score below ``min_score`` are excluded.
     """
     found = Signatures(signatures, config)
     edges = _distinct(np.load(path) for path in sorted(pairs.glob("*.npy")))
-    if min_score is not None:  # the better of two has no lower score
+    if min_score is not None:  # the better document of a pair has no lower score
         edges = edges[found.take("score", edges["worse"]) >= np.float32(min_score)]
     index, positions = np.unique(np.concatenate([edges["better"], edges["worse"]]), return_inverse=True)
     order = found.by_rank(index)
@@ -396,7 +401,7 @@ def near_duplicates(
 
 
 def _distinct(bands: Iterable[np.ndarray]) -> np.ndarray:
-    """Each pair once, though most are found in several bands."""
+    """Return each pair once; most pairs are found in several bands."""
     edges = np.zeros(0, PAIR)
     for band in bands:
         edges = np.concatenate([edges, band])
@@ -408,10 +413,10 @@ def _distinct(bands: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def _greedy(better: np.ndarray, worse: np.ndarray, count: int) -> np.ndarray:
-    """Whether each of ``count`` documents stays, bool; all are numbers in order of rank."""
+    """Return whether each of ``count`` documents is kept, bool; documents are numbered by rank."""
     kept = bytearray(b"\1") * count
-    order = np.argsort(worse, kind="stable")  # so the fate of the better one is known
-    for start in range(0, len(order), SLICE_WORDS):  # Python's numbers take four times the memory
+    order = np.argsort(worse, kind="stable")  # so the better document of a pair is already decided
+    for start in range(0, len(order), SLICE_WORDS):  # Python integers take four times the memory
         part = order[start : start + SLICE_WORDS]
         for a, b in zip(better[part].tolist(), worse[part].tolist(), strict=True):
             if kept[a]:

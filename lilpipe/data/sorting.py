@@ -1,8 +1,8 @@
-"""Sources to sorted runs, and runs to shards.
+"""External sort of sources into runs, and of runs into shards.
 
 Reading writes *runs*: tables of at most ``RUN_BYTES`` of text, sorted by a hash of the normalised text. A filtering
-task takes one range of that hash out of every run. So the tasks are of equal size whatever the sources look like,
-exact duplicates meet in one task, and the corpus comes out in an order that does not depend on where documents lay.
+task reads one range of the hash from every run. So tasks have equal size whatever the sources look like, exact
+duplicates meet in one task, and the corpus order does not depend on the location of documents in the sources.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ RUNS = pa.schema(
 
 
 def text_key(text: str) -> int:
-    """Hash of the normalised text, 64 bits: a document's place in the corpus."""
+    """Return the 64-bit hash of the normalised text, which determines the order of documents in the corpus."""
     digest = hashlib.blake2b(normalise(text).encode(), digest_size=8, person=b"lilpipe-text")
     return int.from_bytes(digest.digest())
 
 
 @dataclass(frozen=True)
 class ReadSummary:
-    """What reading one part came to."""
+    """Result of reading one part."""
 
     source: str
     num_documents: int
-    """Documents that could be read, whether or not `max_bytes` admits them."""
+    """Number of readable documents, including those beyond `max_bytes`."""
     num_files: int
     unreadable: list[dict[str, Any]]
     skipped: dict[str, int]
-    """What was left out as no document at all, such as a picture in a WARC, by kind."""
+    """Records that are not documents, such as images in a WARC file, by kind."""
 
 
 class ReadParts(PipelineStep):
-    """Reads part ``rank`` into sorted runs, and says in a summary what could not be read."""
+    """Reads part ``rank`` into sorted runs, and writes a summary with the unreadable rows."""
 
     type, name = "Reader", "Sources to sorted runs"
 
@@ -70,13 +70,13 @@ class ReadParts(PipelineStep):
         self.folder = folder
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
-        """Read one part; it is read again as a whole if this does not end."""
+        """Read one part. An interrupted task starts the part again."""
         part = self.parts[rank]
         rows: list[_Row] = []
         unreadable: list[dict[str, Any]] = []
         skipped: Counter[str] = Counter()
         num_runs, num_documents, num_bytes = 0, 0, 0
-        # the installed documentation keeps to its bytes by itself
+        # the reader of installed documentation applies max_bytes itself
         first = FirstBytes(None if part.source.kind == "installed-docs" else part.source.max_bytes)
         for document in read_part(part, skipped):
             if isinstance(document, Unreadable):
@@ -95,7 +95,7 @@ class ReadParts(PipelineStep):
         write_atomically(self.folder / "summaries" / f"{rank:05d}.json", json.dumps(asdict(summary)))
 
     def _write_run(self, rank: int, number: int, rows: list[_Row]) -> None:
-        rows.sort(key=lambda row: row.key)  # stable: equal texts stay in the order of the source
+        rows.sort(key=lambda row: row.key)  # stable: equal texts keep their order in the source
         source = self.parts[rank].source.name
         columns: dict[str, list[Any]] = {
             "key": [row.key for row in rows],
@@ -111,7 +111,7 @@ class ReadParts(PipelineStep):
 
 
 class _Row(NamedTuple):
-    """A document before it is sorted."""
+    """A document and its sort key."""
 
     key: int
     num_bytes: int
@@ -120,22 +120,22 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """What of the runs belongs to the corpus, and into how many shards it is cut."""
+    """The documents of the runs that belong to the corpus, and their division into shards."""
 
     folder: Path
-    """Where the runs are."""
+    """Folder of the runs."""
     num_shards: int
     num_bytes: int
-    """Of text, in all shards."""
+    """Bytes of text in all shards."""
     last_order: tuple[int, ...]
-    """For each source, the last document in order that its `max_bytes` admits."""
+    """For each source, ``order`` of the last document within its `max_bytes`."""
     repeated_ids: frozenset[int]
-    """``order`` of ids that occur more than once."""
+    """``order`` of duplicate ids."""
 
     def documents(self, rank: int) -> Iterator[Document]:
-        """The documents of one shard, whose key lies in the ``rank``-th of equal ranges, with unique ids.
+        """Yield the documents of shard ``rank``, the ``rank``-th of equal key ranges, with unique ids.
 
-        They come by key, then in the order of reading.
+        They are sorted by key, then by reading order.
         """
         table = pa.concat_tables(_key_range(read_table(path), rank, self.num_shards) for path in run_files(self.folder))
         num_documents = 0
@@ -152,7 +152,7 @@ class Selection:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """The runs of all parts, in the order of the parts."""
+    """Return the runs of all parts, in the order of the parts."""
     return sorted((folder / "runs").glob("*.arrow"))
 
 

@@ -1,9 +1,8 @@
-"""What only the whole corpus can tell: keys that many documents share, and pages with one address.
+"""Corpus-wide statistics: keys that many documents share, and pages with the same URL.
 
-A key is a 64-bit hash, of a line or of an n-gram or of a URL. Each shard writes its keys sorted, in files of bounded
-size; a merge task then reads one range of the hash out of every file, so that what it holds does not grow with the
-corpus: a larger one has more tasks. Only what was asked for comes out of the merge. How the work is cut depends on the
-data alone.
+A key is a 64-bit hash of a line, an n-gram or a URL. Each shard writes its keys sorted, in files of bounded size. A
+merge task reads one hash range from every file, so its memory does not grow with the corpus: a larger corpus has more
+tasks. The merge outputs only frequent keys and duplicate pages. The division into tasks depends only on the data.
 """
 
 from __future__ import annotations
@@ -27,30 +26,30 @@ from lilpipe.data.filters.chain import Document
 from lilpipe.schemas.tables import read_table, write_table
 
 FILE_KEYS = 2**20
-"""Most keys that a file of a shard is made from."""
+"""Number of keys from which a shard starts a new file."""
 
 MERGE_KEYS = 2**22
-"""About how many keys a merge task reads, of 16 bytes each."""
+"""Approximate number of keys that a merge task reads, 16 bytes each."""
 
 COUNTS = pa.schema([("key", pa.uint64()), ("count", pa.uint32())])
 PAGES = pa.schema([("key", pa.uint64()), ("date", pa.int64()), ("row", pa.uint32()), ("id", pa.string())])
 DROPPED = pa.schema([("shard", pa.uint32()), ("row", pa.uint32()), ("kept", pa.string())])
 
 DocumentKeys = Callable[[Document], np.ndarray]
-"""The keys of a document, uint64, in any order."""
+"""Function that returns the keys of a document, uint64, in any order."""
 
 NO_DATE = -(2**63)
 EPOCH = re.compile(r"(\d{9,10}|\d{13}|\d{16})(?:\.\d*)?", re.ASCII)
-"""Seconds, milliseconds or microseconds since 1970, from 1973 on; fewer digits are years and days."""
+"""Unix time in seconds, milliseconds or microseconds, from 1973 on; fewer digits are years and days."""
 
 # --- one shard ----------------------------------------------------------------------------------------------------
 
 
 class KeyCounter:
-    """Counts, for each key, the documents of a shard that hold it.
+    """Counts, for each key, the documents of a shard that contain it.
 
-    Exact duplicates, which come one after the other in a shard, count once: otherwise a document that is there many
-    times would make all its own lines frequent.
+    Exact duplicates, which are adjacent in a shard, count once; otherwise a document with many copies would make all
+    its lines frequent.
     """
 
     def __init__(self, folder: Path, rank: int, keys_of: DocumentKeys) -> None:
@@ -76,7 +75,7 @@ class KeyCounter:
             self._write()
 
     def close(self) -> None:
-        """Write what is left, and how many documents there were; a shard counts as surveyed from here on."""
+        """Write the remaining counts and the number of documents, which marks the shard as surveyed."""
         self._write()
         summary = {"documents": self._num_documents}
         write_atomically(self.folder / f"{self.rank:05d}.json", json.dumps(summary))
@@ -90,10 +89,10 @@ class KeyCounter:
 
 
 class PageList:
-    """Lists those pages of a shard that have an address: its key, the date and the id."""
+    """Lists the pages of a shard that have a URL: key, date, row and id."""
 
     def __init__(self, folder: Path, rank: int, url_key: Callable[[str], int]) -> None:
-        """``url_key`` is 0 for what is no address of its own, such as `/index.html`."""
+        """``url_key`` returns 0 for what is no URL of its own, such as `/index.html`."""
         self.folder = folder
         self.rank = rank
         self.url_key = url_key
@@ -101,7 +100,7 @@ class PageList:
         self._num_files = 0
 
     def add(self, document: Document, row: int) -> None:
-        """List a document; ``row`` is its place in the shard, and grows."""
+        """Add a document; ``row`` is its position in the shard, ascending."""
         key = self.url_key(document.url) if document.url else 0
         if key:
             self._rows.append((key, parse_date(document.date), row, document.id))
@@ -109,12 +108,12 @@ class PageList:
             self._write()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining pages."""
         self._write()
 
     def _write(self) -> None:
         if self._rows:
-            self._rows.sort(key=lambda each: each[0])  # stable: rows of one key stay in their order
+            self._rows.sort(key=lambda each: each[0])  # stable: rows with the same key keep their order
             columns = zip(*self._rows, strict=True)
             arrays = [pa.array(column, field.type) for column, field in zip(columns, PAGES, strict=True)]
             _write_sorted(
@@ -124,24 +123,24 @@ class PageList:
 
 
 def parse_date(date: str) -> int:
-    """A date as microseconds since 1970 in UTC; ``NO_DATE`` if it is none.
+    """Return a date as microseconds since 1970 in UTC, or ``NO_DATE`` if it cannot be parsed.
 
-    Read are ISO 8601, also with slashes; a year or a month; 14 digits, as the Internet Archive writes; RFC 2822; and
-    seconds, milliseconds or microseconds since 1970.
+    Supported are ISO 8601, also with slashes; a year or a month; 14 digits, as in the Internet Archive; RFC 2822; and
+    Unix time in seconds, milliseconds or microseconds.
     """
     date = date.strip()
     if match := EPOCH.fullmatch(date):
         return int(match[1]) * {9: 1_000_000, 10: 1_000_000, 13: 1_000, 16: 1}[len(match[1])]
     try:
         moment = _moment(date)
-    except (ValueError, IndexError, OverflowError):  # the last two are of malformed RFC 2822
+    except (ValueError, IndexError, OverflowError):  # the last two come from malformed RFC 2822 dates
         return NO_DATE
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
     return ((moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)) - epoch) // datetime.timedelta.resolution
 
 
 def _moment(date: str) -> datetime.datetime:
-    """Raises ``ValueError`` if it is none."""
+    """Parse a date. Raises ``ValueError`` if it is not one."""
     if date.isascii() and date.isdigit() and len(date) == len("20240501123456"):
         return datetime.datetime.strptime(date, "%Y%m%d%H%M%S")
     if date[:1].isalpha() or " " in date[:3]:  # "Tue, 14 Nov 2023" or "4 Nov 2023"
@@ -158,7 +157,7 @@ def _shard_file(folder: Path, rank: int, number: int) -> Path:
 
 
 def _write_sorted(path: Path, table: pa.Table) -> None:
-    """In one batch, so that its columns can be searched where they are mapped."""
+    """Write one batch, so that memory-mapped columns can be searched."""
     write_table(path, table, rows_per_batch=max(1, table.num_rows))
 
 
@@ -167,31 +166,31 @@ def _write_sorted(path: Path, table: pa.Table) -> None:
 
 @dataclass(frozen=True)
 class MergeTask:
-    """One of ``num_parts`` equal ranges of the hash, in the files of some shards."""
+    """One of ``num_parts`` equal ranges of the hash, in the files of several shards."""
 
     folder: Path
     first_shard: int
     end_shard: int
-    """The shard behind the last."""
+    """One past the last shard."""
     part: int
     num_parts: int
 
     @property
     def output(self) -> Path:
-        """Where the result goes."""
+        """Path of the result."""
         return self.folder / "merged" / f"{self.first_shard:05d}-{self.part:05d}.arrow"
 
     def slices(self) -> Iterator[tuple[int, pa.Table]]:
-        """Shard and rows of the range, from each file in the order of the corpus."""
+        """Yield the shard and the rows in the hash range of each file, in corpus order."""
         for shard, path in _shard_files(self.folder, self.first_shard, self.end_shard):
             table = read_table(path)
             yield shard, _hash_range(table, self.part, self.num_parts)
 
 
 def shard_buckets(folder: Path, num_shards: int, bucket_documents: int) -> list[range]:
-    """Cut the shards into runs of about as many documents each, as near to ``bucket_documents`` as whole shards allow.
+    """Divide the shards into consecutive buckets of about ``bucket_documents`` documents each.
 
-    Shards are in the order of a hash of the text, so a bucket is a random part of the corpus.
+    Shards are ordered by a hash of the text, so a bucket is a random sample of the corpus.
     """
     sizes = [json.loads((folder / f"{rank:05d}.json").read_text())["documents"] for rank in range(num_shards)]
     ends = np.cumsum(sizes)
@@ -202,7 +201,7 @@ def shard_buckets(folder: Path, num_shards: int, bucket_documents: int) -> list[
 
 
 def plan_merge(folder: Path, buckets: Sequence[range]) -> list[MergeTask]:
-    """The tasks that merge the files of each bucket of shards, of about ``MERGE_KEYS`` keys each."""
+    """Return the tasks that merge the files of each bucket of shards, of about ``MERGE_KEYS`` keys each."""
     tasks = []
     for bucket in buckets:
         num_keys = sum(read_table(path).num_rows for _, path in _shard_files(folder, bucket.start, bucket.stop))
@@ -212,7 +211,7 @@ def plan_merge(folder: Path, buckets: Sequence[range]) -> list[MergeTask]:
 
 
 def merged_files(tasks: Sequence[MergeTask], shard: int) -> list[Path]:
-    """What the merge has to say about a shard: its bucket's results, in the order of the hash."""
+    """Return the merge results for a shard: the files of its bucket, in hash order."""
     return [task.output for task in tasks if task.first_shard <= shard < task.end_shard]
 
 
@@ -236,7 +235,7 @@ def _hash_range(table: pa.Table, part: int, num_parts: int) -> pa.Table:
 
 
 class MergeCounts(PipelineStep):
-    """Finds, in range ``rank`` of the hash, the keys that more than ``most`` documents of a bucket hold."""
+    """Finds, in hash range ``rank``, the keys that more than ``most`` documents of a bucket contain."""
 
     type, name = "Survey", "Frequent keys"
 
@@ -264,13 +263,15 @@ def _frequent(keys: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
 
 
 def _group_starts(keys: np.ndarray) -> np.ndarray:
-    """Where in sorted keys each key occurs first."""
+    """Return the index of the first occurrence of each key in sorted keys."""
     return np.flatnonzero(np.concatenate([np.ones(min(1, len(keys)), bool), keys[1:] != keys[:-1]]))
 
 
 class MergePages(PipelineStep):
-    """Of the pages with one address the most recent stays (Llama 3, Grattafiori et al. 2024, 3.1.1), then the first in
-    the corpus's order; writes the places of the others, and the id of the one that stays.
+    """Selects one page per URL: the most recent (Llama 3, Grattafiori et al. 2024, 3.1.1), else the first in corpus
+    order.
+
+    It writes the rows of the other pages, with the id of the kept page.
     """
 
     type, name = "Survey", "Pages with one address"
@@ -280,14 +281,14 @@ class MergePages(PipelineStep):
         self.tasks = tasks
 
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:  # noqa: ARG002
-        """Write the pages to drop, by shard and row."""
+        """Write the replaced pages, sorted by shard and row."""
         slices = list(self.tasks[rank].slices())
-        table = pa.concat_tables([PAGES.empty_table(), *(rows for _, rows in slices)])  # nothing is copied yet
+        table = pa.concat_tables([PAGES.empty_table(), *(rows for _, rows in slices)])  # zero-copy
         key, date, row = (table[name].to_numpy() for name in ("key", "date", "row"))
         shard = np.repeat(np.array([each for each, _ in slices], np.uint32), [len(rows) for _, rows in slices])
-        order = np.lexsort((~date, key))  # stable; ~ turns the order of dates round, -date would overflow
+        order = np.lexsort((~date, key))  # stable; ~ reverses the order of dates, -date would overflow
         starts = _group_starts(key[order])
-        kept = np.repeat(order[starts], np.diff(np.append(starts, len(order))))  # for each of `order`
+        kept = np.repeat(order[starts], np.diff(np.append(starts, len(order))))  # for each element of `order`
         drop = np.flatnonzero(kept != order)
         drop = drop[np.lexsort((row[order[drop]], shard[order[drop]]))]
         dropped, kept = order[drop], kept[drop]
@@ -296,7 +297,7 @@ class MergePages(PipelineStep):
 
 
 def _take_ids(slices: Sequence[pa.ChunkedArray], places: np.ndarray) -> pa.Array:
-    """The ids at places counted over all slices; no more of them are copied."""
+    """Return the ids at positions in the concatenated slices; only these ids are copied."""
     wanted, back = np.unique(places, return_inverse=True)
     ids: list[str] = []
     start = 0
@@ -308,7 +309,7 @@ def _take_ids(slices: Sequence[pa.ChunkedArray], places: np.ndarray) -> pa.Array
 
 
 def dropped_pages(tasks: Sequence[MergeTask], shard: int) -> dict[int, str]:
-    """The rows of a shard whose page another one replaces, and that one's id."""
+    """Return the rows of a shard that another page replaces, with the id of that page."""
     dropped: dict[int, str] = {}
     for path in merged_files(tasks, shard):
         table = read_table(path)

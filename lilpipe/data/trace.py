@@ -1,4 +1,4 @@
-"""What became of one document: each filter's verdict, with its scores and thresholds."""
+"""The trace of one document: each filter's verdict, with its scores and thresholds."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ FILTERS_FILE = "filters.json"
 MAX_SUGGESTIONS = 5
 
 Thresholds = dict[str, dict[str, Bounds]]
-"""Stage, in the order of the chain, to its scores and the values of them that pass."""
+"""Stage, in the order of the chain, to its scores and their allowed values."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One score of one stage; a stage without scores has one verdict without a score."""
+    """One score of one stage. A stage without scores has one verdict without a score."""
 
     stage: str
     score: str
     value: float | None
     bounds: Bounds
     passed: bool
-    """Whether the stage let the document pass."""
+    """Whether the stage kept the document."""
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of a document."""
+    """What happened to a document in the corpus stage."""
 
     row: dict[str, Any]
-    """Its row of the Corpus artifact: of ``documents_schema``, or of ``rejected_schema`` where it was rejected."""
+    """Its row of the Corpus artifact, of ``documents_schema`` or, if rejected, of ``rejected_schema``."""
     verdicts: list[Verdict]
-    """Of the stages that it reached, in their order."""
+    """Verdicts of the stages that it reached, in order."""
     not_reached: list[str]
-    """Stages behind the one that rejected it."""
+    """Stages after the one that rejected it."""
     kept: dict[str, Any] | None
-    """The row of the document that was kept instead of this one, if it is a duplicate."""
+    """Row of the document that was kept instead, if this one is a duplicate."""
 
     @property
     def rejected_by(self) -> str | None:
-        """The stage that rejected it."""
+        """The stage that rejected the document, or None."""
         return self.row.get("stage")
 
 
@@ -63,19 +63,19 @@ def write_thresholds(directory: Path, thresholds: Thresholds) -> None:
 
 
 def read_thresholds(directory: Path) -> Thresholds:
-    """The thresholds of a Corpus artifact."""
+    """Read the thresholds of a Corpus artifact."""
     content = json.loads((directory / FILTERS_FILE).read_text(encoding="utf-8"))
     return {stage: {name: Bounds(**bounds) for name, bounds in scores.items()} for stage, scores in content.items()}
 
 
 def trace_document(directory: Path, document_id: str) -> Fate:
-    """The fate of a document of a Corpus artifact. Raises ``DataError`` if there is none of that id."""
+    """Return the fate of a document of a Corpus artifact. Raises ``DataError`` if the id is not found."""
     row = find_document(directory, document_id)
     if row is None:
         known = _like(directory, document_id)
         raise DataError(
-            f"document {document_id!r}: the corpus has none of that id, kept or rejected; "
-            + (f"ids that hold it: {', '.join(known)}" if known else "rows that could not be read: quarantine.jsonl")
+            f"document {document_id!r}: id not found among kept or rejected documents; "
+            + (f"ids that contain it: {', '.join(known)}" if known else "unreadable rows are in quarantine.jsonl")
         )
     thresholds = read_thresholds(directory)
     stages = list(thresholds)
@@ -95,7 +95,7 @@ def _verdicts(row: dict[str, Any], stage: str, scores: dict[str, Bounds]) -> Ite
 
 
 def find_document(directory: Path, document_id: str) -> dict[str, Any] | None:
-    """The row of that id among the kept documents, then among the rejected ones."""
+    """Return the row with that id from the kept documents, else from the rejected ones, else None."""
     for batches in (read_documents(directory), read_rejected(directory)):
         for batch in batches:
             index = pc.index(batch["id"], pa.scalar(document_id)).as_py()

@@ -1,4 +1,4 @@
-"""The corpus stage's folders, tasks and progress."""
+"""Folders, tasks and progress of the corpus stage."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ PERCENT = {
     "match": (85, 92),
     "write": (92, 100),
 }
-"""From where to where each step takes the stage's progress: about its share of the time."""
+"""Progress of the stage at the start and end of each step, about its share of the time."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Where the stage works, and what runs its tasks."""
+    """The stage's workspace and the executor of its tasks."""
 
     workspace: Workspace
     run_tasks: RunTasks
 
     def folder(self, name: str) -> Path:
-        """A folder that a killed stage finds again."""
+        """Return a folder that persists when the stage is killed and resumed."""
         return self.workspace.scratch / name
 
     def run(self, name: str, step: PipelineStep, num_tasks: int) -> None:
-        """Run the tasks of a step of ``PERCENT``, those that are not done yet, and tell of each."""
+        """Run the pending tasks of a step named in ``PERCENT``, and report the progress."""
         start, end = PERCENT[name]
 
         def tell(done: int) -> None:

@@ -1,1 +1,1 @@
-"""How good a model is: bits per byte, accuracy, pass@k, win rate."""
+"""Evaluation of models: bits per byte, accuracy, pass@k, win rate."""

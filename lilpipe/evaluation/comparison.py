@@ -1,4 +1,4 @@
-"""What may be said of a difference: "better" outside of two standard errors, and nothing inside."""
+"""Wording of differences: "better" or "worse" beyond two standard errors, otherwise noise."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Literal
 from lilpipe.metrics.pass_at_k import Estimate, mean_estimate
 
 NOISE_ERRORS = 2.0
-"""Standard errors within which a difference is noise: 1 in 20 differences of equals lies outside."""
+"""Standard errors within which a difference is noise; of equal models, 1 in 20 differences is larger."""
 
 Word = Literal["better", "worse", "no difference within the noise"]
 
 
 def paired(after: Sequence[float], before: Sequence[float]) -> Estimate:
-    """Mean difference on the same prompts, whose error is below that of two means that are not paired."""
+    """Return the mean difference on the same prompts; its standard error is below that of two unpaired means."""
     return mean_estimate([a - b for a, b in zip(after, before, strict=True)])
 
 
 def beyond_noise(difference: Estimate) -> int:
-    """1 for a difference above the noise, -1 for one below it, 0 within; a single value shows nothing."""
+    """Return 1 for a difference above the noise, -1 for one below it, 0 within; a single value is always noise."""
     if difference.n < 2 or abs(difference.value) <= NOISE_ERRORS * difference.stderr:
         return 0
     return 1 if difference.value > 0 else -1
 
 
 def wording(difference: Estimate, *, higher_is_better: bool = True) -> Word:
-    """What may be said of a difference."""
+    """Return the wording for a difference."""
     sign = beyond_noise(difference) * (1 if higher_is_better else -1)
     if sign == 0:
         return "no difference within the noise"
@@ -36,7 +36,7 @@ def wording(difference: Estimate, *, higher_is_better: bool = True) -> Word:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model beside another, in a measure of which more is better."""
+    """Comparison of two models by a measure where higher is better."""
 
     measure: str
     difference: Estimate
@@ -44,11 +44,11 @@ class Comparison:
     model: str
     than: str
     unit: str = "prompts"
-    """What the difference is a mean over."""
+    """What the difference is averaged over."""
 
     @property
     def word(self) -> Word:
-        """What may be said."""
+        """Wording of the difference."""
         return wording(self.difference)
 
     @property
@@ -58,7 +58,7 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """One line for people, such as ``accuracy: grpo is better than dpo, +0.120 ± 0.020 (500 prompts)``."""
+        """One line, such as ``accuracy: grpo is better than dpo, +0.120 ± 0.020 (500 prompts)``."""
         if self.word == "no difference within the noise":
             return f"{self.measure}: {self.word} between {self.model} and {self.than}, {self.amount}"
         return f"{self.measure}: {self.model} is {self.word} than {self.than}, {self.amount}"

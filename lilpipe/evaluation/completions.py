@@ -1,7 +1,7 @@
-"""What each model answers to the held-out prompts, and what each answer is worth by every reward.
+"""Each model's completions for the held-out prompts, with their rewards.
 
-A model that met its questions in plain text (pretraining, or reinforcement learning of a base model) meets them so
-here; any other meets them as a user's turn.
+A model trained on questions in plain text (pretraining, or reinforcement learning of a base model) gets prompts in this
+form; any other gets them as user messages.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REWARD_SCHEMA = pa.schema([("total", pa.float64()), ("parts", pa.list_(pa.float6
 BITS_SCHEMA = pa.schema([("bits_per_byte", pa.float64())])
 BASE_STAGE = "pretrain"
 ANSWERS_PER_CHUNK = 512
-"""Answers scored between two points from which a killed run continues."""
+"""Completions scored per chunk; a killed run resumes after its finished chunks."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Candidate:
     name: str
     artifact: Artifact
     form: PromptForm
-    """How it meets a question."""
+    """Form of its prompts: plain text or chat."""
 
     @property
     def is_base(self) -> bool:
-        """Whether it is pretrained and nothing more: it takes part in no game."""
+        """Whether the model is only pretrained; base models take no part in games."""
         return self.artifact.manifest.stage == BASE_STAGE
 
 
 def as_candidate(artifact: Artifact) -> Candidate:
-    """A checkpoint under the name of the step that made it."""
+    """Return a checkpoint as a candidate, named after the step that made it."""
     manifest = artifact.manifest
     in_text = manifest.stage == BASE_STAGE or manifest.config.get("prompt_form") == "text"
     return Candidate(manifest.step, artifact, "text" if in_text else "chat")
@@ -70,7 +70,7 @@ def _load(directory: Path) -> tuple[Transformer, Tokenizer]:
 def sample_all(
     candidates: Sequence[Candidate], prompts: Sequence[Prompt], config: EvaluateConfig, workspace: Workspace
 ) -> dict[str, list[Row]]:
-    """By model: for each prompt the greedy answer and ``num_generations`` drawn ones, as rows."""
+    """Return for each model one greedy and ``num_generations`` sampled completions per prompt, as rows."""
     assert config.seed is not None
     seed, size = config.seed, config.prompts_per_chunk
     num_parts = -(-len(prompts) // size)
@@ -102,8 +102,9 @@ def sample_all(
 def add_rewards(
     rows: Mapping[str, Sequence[Row]], prompts: Sequence[Prompt], rewards: Rewards, workspace: Workspace
 ) -> dict[str, list[Row]]:
-    """The rows with ``rewards`` (each by its name, and of several their weighted sum as ``total``), and with what is
-    known of the prompt: its ``difficulty``, and whether it is ``verifiable``.
+    """Return the rows with ``rewards``, ``difficulty`` and ``verifiable``.
+
+    ``rewards`` maps the name of each reward to its value; if several have a weight, ``total`` is their weighted sum.
     """
     by_id = {prompt.id: prompt for prompt in prompts}
     flat = [row for model_rows in rows.values() for row in model_rows]
@@ -135,15 +136,15 @@ def add_rewards(
 def validation_bits(
     candidates: Sequence[Candidate], tokens: Artifact, config: EvaluateConfig, workspace: Workspace
 ) -> dict[str, float]:
-    """By model: bits per byte on ``validation_rows`` rows of the corpus's validation split."""
+    """Return each model's bits per byte on ``validation_rows`` rows of the corpus's validation split."""
     shards = TokenShards.open(tokens.path)
 
     def work(index: int) -> list[Row]:
         model, tokenizer = _load(candidates[index].artifact.path)
         if tokenizer.digest != shards.tokenizer_digest:
             raise ConfigError(
-                f"evaluate: model {candidates[index].name!r} and the tokens were made with different tokenizers; "
-                "check the step's inputs"
+                f"evaluate: model {candidates[index].name!r} and the tokens were made with different tokenizers, "
+                "expected the same; check the step's inputs"
             )
         return [{"bits_per_byte": _bits(model, shards, config.validation_rows)}]
 

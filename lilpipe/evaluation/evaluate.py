@@ -1,9 +1,9 @@
-"""Stage ``evaluate``: how good the model is after each training stage, on the same held-out prompts.
+"""Stage ``evaluate``: scores the model after each training stage on the same held-out prompts.
 
-For each model: bits per byte of validation text, accuracy of the greedy completion, mean accuracy of sampled answers,
-pass@k, the mean of each reward, all of them by family and difficulty too, each with its number of prompts and its
-standard error. Each chat model's sampled answers are set against a reference (``games``). A model is called better than
-the one before it only outside of the noise (``comparison``).
+For each model: bits per byte of validation text, accuracy of the greedy completion, mean accuracy of sampled
+completions, pass@k, and the mean of each reward; all but bits per byte also by family and difficulty, with number of
+prompts and standard error. Sampled completions of each chat model are compared with a reference (``games``). A model is
+called better than the previous one only beyond the noise (``comparison``).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from lilpipe.schemas.examples import Prompt, read_prompts
 from lilpipe.stage import Metrics, Stage, Workspace
 
 REFERENCE_ANSWERS = "reference answers"
-"""Under this name the answers that come with prompts take part in games."""
+"""Name under which the prompts' reference answers take part in games."""
 
 
 def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Evaluate every model of ``models``, in their order. Raises ``ConfigError`` for inputs that do not fit."""
+    """Evaluate every model of input ``models``, in order. Raises ``ConfigError`` for inconsistent inputs."""
     candidates, reference = _candidates(inputs)
     source, tokens = one_input(inputs, "prompts"), optional_input(inputs, "tokens")
     prompts = read_prompts(source.path, config.split)
@@ -70,7 +70,7 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
 def _count_without_reference(prompts: Sequence[Prompt], workspace: Workspace) -> Metrics:
     count = sum(not prompt.reference for prompt in prompts)
     if count:
-        workspace.log(f"{count} of {len(prompts)} prompts have no reference answer and take no part in the win rate")
+        workspace.log(f"{count} of {len(prompts)} prompts have no reference answer and are left out of the win rate")
     return {"prompts_without_reference": count}
 
 
@@ -90,10 +90,12 @@ def _candidates(inputs: Inputs) -> tuple[list[Candidate], Candidate | None]:
 
 
 def _rewards(config: EvaluateConfig, inputs: Inputs) -> Rewards:
-    """The rewards of the section, and the score of a reward model wherever one is given."""
+    """Load the section's rewards, and the reward model's score if a reward model is an input."""
     has_model = "reward_model" in inputs
     if config.win_by == "reward_model" and not has_model:
-        raise ConfigError("evaluate.win_by: got 'reward_model', but the step has none; give it an input `reward_model`")
+        raise ConfigError(
+            "evaluate.win_by: got 'reward_model', but the step has none; add an input `reward_model` to the step"
+        )
     configs = list(config.rewards)
     if has_model and not any(reward.kind == "reward_model" for reward in configs):
         configs.append(RewardConfig(kind="reward_model", weight=0.0))
@@ -108,7 +110,7 @@ def _play(
     rewards: Rewards,
     workspace: Workspace,
 ) -> dict[str, Outcomes]:
-    """By chat model: how its games against the opponent ended."""
+    """Return for each chat model the outcomes of its games against the opponent."""
     if opponent is None:
         return {}
     games = {c.name: set_against(rows[c.name], rows[opponent]) for c in candidates if not c.is_base}
@@ -120,14 +122,14 @@ def _play(
     return play(games, by_reward(name))
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def flat_metrics(scores: Mapping[str, Estimates], bits: Mapping[str, float], *, num_prompts: int) -> Metrics:
-    """``<metric>/<model>`` and ``<metric>_stderr/<model>``; ``final_accuracy`` is the last model's.
+    """Return ``<metric>/<model>`` and ``<metric>_stderr/<model>``; ``final_accuracy`` is the last model's.
 
-    What compares a model has ``<metric>_beyond_noise`` too: 1 if it is better, -1 if it is worse, 0 if no difference
-    can be told from noise. A win rate is compared with one half.
+    Comparisons also have ``<metric>_beyond_noise``: 1 if the model is better, -1 if it is worse, 0 if the difference is
+    within the noise. A win rate is compared with 0.5.
     """
     metrics: Metrics = {}
     for model, estimates in scores.items():
@@ -175,8 +177,8 @@ def _nested(found: Evaluation, model: str) -> dict[str, Any]:
 
 
 def side_by_side(prompts: Sequence[Prompt], rows: Mapping[str, Sequence[Row]], outcomes: Mapping[str, Outcomes]) -> str:
-    """JSON lines, one a prompt: what each model answered, greedily and in its first draw, and how that draw's game
-    ended.
+    """Return JSON lines, one per prompt: each model's greedy completion, first sampled completion, and the outcome of
+    its game.
     """
     answers: dict[str, dict[str, dict[str, Any]]] = {prompt.id: {} for prompt in prompts}
     for model, model_rows in rows.items():

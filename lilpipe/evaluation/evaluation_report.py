@@ -1,4 +1,4 @@
-"""The report of an evaluation: scores by model, what may be said of their differences, and answers side by side."""
+"""Report of an evaluation: scores of each model, their differences, and completions side by side."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from lilpipe.schemas.chunks import Row
 
 NUM_EXAMPLES = 20
 RULES = {
-    "brevity": "well-formed before malformed, then the fewer words",
+    "brevity": "well-formed beats malformed, then fewer words win",
     "reward_model": "the reward model's higher score",
-    "judge": "a language model asked twice, with the places swapped",
+    "judge": "a language model asked twice, in both orders",
 }
 GAME_SCORES = ("win_rate", "tie_rate", "flip_rate", "unreadable_ratio")
 
 
 def write_page(found: Evaluation) -> str:
-    """The whole page."""
+    """Return the page as HTML."""
     note = f"{len(found.prompts):,} prompts of the {found.config.split} split; ± is one standard error over prompts."
     sections: dict[str, page.Body] = {
         "After each stage": [page.note(note), _stages(found), *_chart(found.scores)],
-        "What may be said": _comparisons(found),
+        "Comparisons": _comparisons(found),
         "Rewards of sampled answers": _table(found.scores, [name for name in _names(found) if _is_reward(name)]),
     }
     if found.outcomes:
-        rule = f"Sampled answers against {found.opponent}, by {RULES[found.config.win_by]}; ties count as half."
+        rule = f"Sampled answers against {found.opponent}, by {RULES[found.config.win_by]}; ties count as half a win."
         sections["Games"] = [page.note(rule), _table(found.scores, [n for n in GAME_SCORES if n in _names(found)])]
     for key in ("family", "difficulty"):
         if len({row[key] for row in next(iter(found.rows.values()))}) > 1:
             sections[f"Greedy accuracy by {key}"] = _by(found, key)
-    sections["The same prompts, model by model"] = side_by_side(found)
+    sections["Answers side by side"] = side_by_side(found)
     last = found.scores[found.models[-1]]
     shown = [name for name in last if name in ("accuracy", "sampled_accuracy", "win_rate") or name.startswith("pass_")]
     figures = {name.replace("_", " "): f"{last[name].value:.3f}" for name in shown}
@@ -78,10 +78,16 @@ def _stages(found: Evaluation) -> page.Fragment:
 
 def _comparisons(found: Evaluation) -> list[page.Fragment]:
     rows: list[dict[str, page.Cell]] = [
-        {"measure": each.measure, "model": each.model, "beside": each.than, "": each.word, "difference": each.amount}
+        {
+            "measure": each.measure,
+            "model": each.model,
+            "compared with": each.than,
+            "": each.word,
+            "difference": each.amount,
+        }
         for each in comparisons(found)
     ]
-    return [page.note("A difference of less than two standard errors is noise."), page.table(rows)]
+    return [page.note("A difference of less than two standard errors is within the noise."), page.table(rows)]
 
 
 def _by(found: Evaluation, key: str) -> page.Fragment:
@@ -109,7 +115,7 @@ def _chart(scores: Mapping[str, Estimates]) -> list[page.Fragment]:
 
 
 def side_by_side(found: Evaluation) -> list[page.Fragment]:
-    """A folded table for each of the first prompts: each model's greedy answer and its first sample."""
+    """Return a folded table for each of the first prompts: each model's greedy and first sampled completion."""
     answers = {
         (model, row["prompt_id"], row["greedy"]): row
         for model, rows in found.rows.items()
@@ -127,7 +133,7 @@ def side_by_side(found: Evaluation) -> list[page.Fragment]:
                 rows.append(
                     {
                         "model": model,
-                        "draw": "greedy" if greedy else "sample",
+                        "decoding": "greedy" if greedy else "sample",
                         "answer": row["completion"],
                         "verifier": _verdict(row),
                         **{label(f"reward_{name}"): f"{value:.3g}" for name, value in row["rewards"].items()},

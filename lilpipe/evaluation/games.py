@@ -1,7 +1,7 @@
-"""Win rates: each chat model's sampled answers set against another's, or against a reference answer, by a rule.
+"""Win rates: each chat model's sampled completions against another model's or reference answers, decided by a rule.
 
-Sample i of a model meets sample i + 1 of the reference model: two draws that do not share a random stream, so that
-the reference against itself is a fair game of its own. A prompt counts once, whatever the number of its games.
+Sample i of a model plays sample i + 1 of the reference model. The two do not share a random stream, so the reference
+also plays a fair game against itself. A prompt counts once, whatever its number of games.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from lilpipe.stage import Workspace
 
 OUTCOME_SCHEMA = pa.schema([("win", pa.float64()), ("flipped", pa.bool_())])
 GAMES_PER_CHUNK = 16
-"""Games that a language model judges between two signs of life."""
+"""Games that a language model judges per chunk; progress is reported and saved after each chunk."""
 UNREADABLE_ALARM = 0.1
-"""Share of games without a verdict above which the run says so."""
+"""Share of games without a verdict above which the run logs a warning."""
 
 
 @dataclass(frozen=True)
 class Game:
-    """Two answers to one prompt."""
+    """Two completions of one prompt."""
 
     mine: Row
     other: Row
 
 
 Games = dict[str, list[Game]]
-"""By prompt: the games there."""
+"""Games of each prompt."""
 Outcomes = dict[str, list[Outcome]]
-"""By prompt: how they ended."""
+"""Outcomes of each prompt's games."""
 
 
 def set_against(rows: Sequence[Row], opponent: Sequence[Row]) -> Games:
-    """Each sampled answer against the next sample of the opponent, at the prompts that the opponent has answered."""
+    """Pair each sampled completion with the opponent's next sample, for prompts that the opponent has."""
     theirs = {group[0]["prompt_id"]: group for group in by_prompt([row for row in opponent if not row["greedy"]])}
     games = {}
     for mine in by_prompt([row for row in rows if not row["greedy"]]):
@@ -56,14 +56,14 @@ def set_against(rows: Sequence[Row], opponent: Sequence[Row]) -> Games:
 
 
 def reference_answers(prompts: Sequence[Prompt], *, num_generations: int) -> list[Row]:
-    """The reference answers that come with prompts, as rows of a model that gives the same answer each time.
+    """Return the prompts' reference answers as rows of a model that always gives the same answer.
 
     Raises ``ConfigError`` if no prompt has one.
     """
     if not any(prompt.reference for prompt in prompts):
         raise ConfigError(
-            "evaluate.win_against: got 'answer', but no prompt of the split has a reference answer; set answers "
-            "against a 'model' instead"
+            "evaluate.win_against: got 'answer', but no prompt of the split has a reference answer; set it to 'model' "
+            "instead"
         )
     return [
         {
@@ -85,13 +85,13 @@ def reference_answers(prompts: Sequence[Prompt], *, num_generations: int) -> lis
 
 
 def by_brevity(game: Game) -> Outcome:
-    """Well-formed before malformed, then the fewer words (``rewards.brevity_win``)."""
+    """Decide by brevity: well-formed beats malformed, then fewer words win (``brevity_win``)."""
     a, b = game.mine, game.other
     return Outcome(brevity_win((a["well_formed"], b["well_formed"]), (a["num_words"], b["num_words"])))
 
 
 def by_reward(name: str) -> Callable[[Game], Outcome]:
-    """The higher value of one reward."""
+    """Return a rule: the higher value of the reward wins."""
 
     def rule(game: Game) -> Outcome:
         mine, other = game.mine["rewards"][name], game.other["rewards"][name]
@@ -101,7 +101,7 @@ def by_reward(name: str) -> Callable[[Game], Outcome]:
 
 
 def play(games: Mapping[str, Games], rule: Callable[[Game], Outcome]) -> dict[str, Outcomes]:
-    """By model: the outcomes by a rule."""
+    """Return each model's outcomes by a rule."""
     return {
         model: {prompt: [rule(game) for game in group] for prompt, group in groups.items()}
         for model, groups in games.items()
@@ -109,10 +109,10 @@ def play(games: Mapping[str, Games], rule: Callable[[Game], Outcome]) -> dict[st
 
 
 def play_before_judge(games: Mapping[str, Games], config: JudgeConfig, workspace: Workspace) -> dict[str, Outcomes]:
-    """By model: the outcomes by a language model, of the first ``games_per_prompt`` at the first ``num_prompts``.
+    """Return each model's outcomes by a language model, for ``games_per_prompt`` games of ``num_prompts`` prompts.
 
-    Raises ``ConfigError`` if the judge refuses, ``StageFailure`` if it cannot be reached, ``DataError`` if none of its
-    verdicts can be read.
+    Raises ``ConfigError`` if the judge rejects a request, ``StageFailure`` if it is not reachable, ``DataError`` if
+    none of its verdicts is readable.
     """
     cut = {
         model: {
@@ -132,11 +132,11 @@ def play_before_judge(games: Mapping[str, Games], config: JudgeConfig, workspace
     num_chunks = -(-len(flat) // GAMES_PER_CHUNK)
     table = run_chunks(work, num_chunks, name="verdicts", schema=OUTCOME_SCHEMA, workspace=workspace)
     outcomes = [Outcome(**row) for row in table]
-    # Equal answers tie unasked: what the judge said is in the other games.
+    # Equal answers tie without asking the judge, so the readable share is that of the other games.
     asked = [o for game, o in zip(flat, outcomes, strict=True) if game.mine["completion"] != game.other["completion"]]
     if (share := check_readable(asked)) > UNREADABLE_ALARM:
         workspace.log(
-            f"the judge gave no verdict that can be read in {share:.0%} of {len(asked)} games, which are left out; "
+            f"the judge gave no readable verdict in {share:.0%} of {len(asked)} games, which are left out; "
             "raise evaluate.judge.max_new_tokens, or change its template or model"
         )
     each = iter(outcomes)
@@ -150,8 +150,11 @@ def play_before_judge(games: Mapping[str, Games], config: JudgeConfig, workspace
 
 
 def win_scores(outcomes: Outcomes, *, judged: bool = False) -> dict[str, Estimate]:
-    """Win rate with ties as half, and the share of ties; of a language model also how often its verdict went with the
-    place, and how often it had none. Games without a verdict are left out of the first three.
+    """Return the win rate (a tie is half a win) and the tie rate.
+
+    With a language model as judge, also the share of verdicts that changed with the order of the answers
+    (``flip_rate``), and the share of games without a verdict (``unreadable_ratio``). Games without a verdict are left
+    out of the other rates.
     """
     read = [[outcome for outcome in group if outcome.win is not None] for group in outcomes.values()]
     read = [group for group in read if group]
@@ -169,7 +172,7 @@ def win_scores(outcomes: Outcomes, *, judged: bool = False) -> dict[str, Estimat
 
 
 def ending(outcome: Outcome) -> str:
-    """How a game ended, in words."""
+    """Return a game's outcome in words."""
     if outcome.win is None:
         return "no verdict"
     if outcome.flipped:

@@ -1,9 +1,9 @@
-"""EleutherAI's evaluation harness (Gao et al. 2021) on our models, for the tasks that it knows and for your own.
+"""Runs EleutherAI's lm-evaluation-harness (Gao et al. 2021) on our models, with its tasks or your own.
 
-``lm_eval`` is an extra (`eval`), which this module alone needs. An exported checkpoint can as well be given to the
-harness's own ``hf`` model, which must come to the same results.
+Only this module needs ``lm_eval`` (extra ``eval``). The harness's own ``hf`` model also loads an exported checkpoint,
+and must give the same results.
 
-Dimensions: B rows, T tokens, N tokens that are scored, D width, V vocabulary.
+Dimensions: B rows, T tokens, N scored tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE
 
 MAX_NEW_TOKENS = 256
-"""Longest answer where a task does not say, as the harness's own models have it."""
+"""Default maximum length of completions; the same as in the harness's own models."""
 
 Scored = tuple[float, bool]
 """Log-likelihood of a continuation, and whether greedy decoding gives it."""
 
 
 class HarnessModel(TemplateLM):
-    """A model of ours as the harness wants it: strings in, log-likelihoods and strings out."""
+    """Adapter of our model to the harness's interface."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, batch_size: int = 16, seed: int = 0) -> None:
         super().__init__()
@@ -50,32 +50,32 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text and after it."""
+        """Id of the token before and after a text."""
         return self.tokens.document_end_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:  # noqa: ARG002
-        """Ids of a text, in which a special token's name is the token: a rendered conversation is such a text."""
+        """Encode text in which names of special tokens are special tokens, such as a rendered conversation."""
         return self.tokens.encode_marked(string)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
+        """Decode ids to text without special tokens."""
         special = set(self.tokens.special_ids.values())
         return self.tokens.decode([token for token in ids if token not in special])
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation in writing. Without a prompt for an answer the last message is left open."""
+        """Render a conversation as text. Without ``add_generation_prompt`` the last message stays open."""
         if not self.tokens.has_turns:
             raise DataError("--chat: got a vocabulary without tokens for conversations, expected one with them")
         turns = "".join(f"<|{message['role']}|>{message['content']}<|end_of_turn|>" for message in chat_history)
         return turns + "<|assistant|>" if add_generation_prompt else turns.removesuffix("<|end_of_turn|>")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """For the harness's records."""
+        """Chat template, for the harness's records."""
         return CHAT_TEMPLATE if chat_template else ""
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
+        """Tokenizer digest, for the harness's caches."""
         return self.tokens.digest
 
     # --- log-likelihoods ------------------------------------------------------------------------------------------
@@ -86,11 +86,11 @@ class HarnessModel(TemplateLM):
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         **kwargs: Any,  # noqa: ARG002
     ) -> list[Scored]:
-        """Scores of continuations after their contexts, of which as many tokens count as the model takes."""
+        """Return scores of continuations; contexts are truncated on the left to fit the model."""
         if too_long := max((len(ids) for _, _, ids in requests if len(ids) > self.max_length), default=0):
             raise DataError(
                 f"a continuation of {too_long} tokens: the model takes at most max_seq_len = {self.max_length}; "
-                "leave the task out or take a model with more"
+                "leave out the task or use a model with a larger max_seq_len"
             )
         rows = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         scores: dict[int, Scored] = {}
@@ -107,7 +107,7 @@ class HarnessModel(TemplateLM):
         return [scores[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:  # noqa: ARG002
-        """Log-likelihoods of whole texts, each cut into windows that hold as much as the model takes."""
+        """Return log-likelihoods of whole texts, split into windows of at most ``max_length`` tokens."""
         windows = [
             [(None, *make_disjoint_window(window)) for window in self._windows(request.args[0])] for request in requests
         ]
@@ -118,28 +118,29 @@ class HarnessModel(TemplateLM):
         return totals
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
-        """Inputs and the targets among them, such that each token of the text is a target once."""
+        """Yield windows as (inputs, targets), such that each token of the text is a target once."""
         ids = self.tok_encode(text)
         return get_rolling_token_windows(
             ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
         )
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Tokens ``[B, T]``, filled on the right, where nothing looks at them."""
+        """Return tokens [B, T], padded on the right, where attention does not reach."""
         longest = max(map(len, rows))
         filled = [[*row, *[self.tokens.padding_id] * (longest - len(row))] for row in rows]
         return torch.tensor(filled, device=self.model.device)
 
     def _remember(self, kind: str, request: Any, result: Any) -> None:
-        """Give a result to the harness's cache, if it keeps one."""
+        """Add a result to the harness's cache, if there is one."""
         if request is not None:
             self.cache_hook.add_partial(kind, request, result)
 
     # --- generation -----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
-        """Answers up to a stop string or the end of the document or turn. Raises ``ConfigError`` for settings of
-        sampling that the engine does not have.
+        """Generate until a stop string or the end of the document or turn.
+
+        Raises ``ConfigError`` for generation settings that the engine does not support.
         """
         answers: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
@@ -154,7 +155,7 @@ class HarnessModel(TemplateLM):
         return [answers[index] for index in range(len(requests))]
 
     def _answers(self, contexts: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
-        """An answer to each context, under the same settings."""
+        """Yield a completion of each context, with the same settings."""
         settings = {**normalize_gen_kwargs(settings, MAX_NEW_TOKENS)}
         stops = handle_stop_sequences(settings.pop("until", None), eos=self.tokens.document_end)
         num_tokens = settings.pop("max_gen_toks")
@@ -172,8 +173,8 @@ class HarnessModel(TemplateLM):
         settings.pop("temperature", None)
         if settings:
             raise ConfigError(
-                f"generation_kwargs: got {', '.join(settings)}, expected until, max_gen_toks, do_sample, temperature "
-                "and top_p alone; leave the others out"
+                f"generation_kwargs: got {', '.join(settings)}, expected only until, max_gen_toks, do_sample, "
+                "temperature and top_p; remove the others"
             )
         room = self.max_length - num_tokens
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
@@ -183,7 +184,7 @@ class HarnessModel(TemplateLM):
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of rows, those of like length together, the longest first."""
+    """Yield batches of row indices, sorted by length, longest first."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -199,9 +200,9 @@ def run_harness(
     batch_size: int = 16,
     chat: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """Results of the tasks by name, and a table of them.
+    """Run tasks of the harness; return results by task, and a table of them.
 
-    ``include_path`` is a folder of task files of your own. Raises ``ConfigError`` for a task that is not known.
+    ``include_path`` is a folder with your own task files. Raises ``ConfigError`` for an unknown task.
     """
     manager = _task_manager(tasks, include_path)
     model, tokenizer = load_model(checkpoint)
@@ -219,15 +220,15 @@ def run_harness(
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
-    """What knows the tasks: the files in ``include_path``, or those and the harness's own, which take long to list."""
+    """Return a manager of the tasks in ``include_path`` if it has all of them, else also of the harness's (slow)."""
     own = str(include_path) if include_path else None
     if own and not _unknown(tasks, manager := TaskManager(include_path=own, include_defaults=False)):
         return manager
     manager = TaskManager(include_path=own)
     if unknown := _unknown(tasks, manager):
         raise ConfigError(
-            f"--task: got {', '.join(unknown)}, expected names that the harness knows or that a file in --include-path "
-            "gives; `lm-eval ls tasks` lists its own"
+            f"--task: got {', '.join(unknown)}, expected tasks of the harness or of files in --include-path; "
+            "`lm-eval ls tasks` lists the harness's tasks"
         )
     return manager
 

@@ -1,11 +1,11 @@
-"""A language model as judge: which of two answers to a question is better, asked by OpenAI's chat protocol.
+"""LLM as a judge: asks a language model which of two answers is better, by OpenAI's chat completions API.
 
-After Zheng et al. 2023 ("Judging LLM-as-a-judge with MT-Bench and Chatbot Arena"), who found that judges favour the
-place in which an answer stands. So each pair is asked about twice, with the places swapped, and an answer wins only if
-it wins in both; a verdict that goes with the place is a tie, and how often that happens is reported.
+Judges have a position bias (Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena"). So each pair
+is judged twice, in both orders, and an answer wins only if it wins in both. If the verdict changes with the order, the
+game is a tie, and the share of such games is reported.
 
-A judge's replies need not be the same when asked again, not even at temperature 0. Each is kept in scratch under the
-digest of what was asked, so that a killed evaluation asks for none of them twice.
+A judge may reply differently when asked again, even at temperature 0. Each reply is cached in scratch by the digest of
+its request, so a resumed evaluation repeats no request.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lilpipe.config.evaluate import JudgeConfig
 from lilpipe.errors import ConfigError, DataError, StageFailure
 
 Place = Literal["A", "B", "C"]
-"""The answer that stands first, the one that stands second, neither."""
+"""First answer, second answer, neither."""
 
 FIRST_DELAY_SECONDS = 1.0
-"""Before the second try of a request; doubled before each further one."""
+"""Delay before the first retry of a request; doubled before each further retry."""
 BUSY = frozenset({408, 409, 425, 429})
-"""Statuses, beside those from 500, after which another try may succeed."""
+"""HTTP status codes to retry, in addition to those from 500."""
 SHOWN_CHARS = 300
 
 _VERDICT = re.compile(r"\[\[([ABC])\]\]")
@@ -51,18 +51,18 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a game between two answers ended."""
+    """Outcome of a game between two answers."""
 
     win: float | None
-    """1 if the first answer won, 0 if the second did, 0.5 for a tie, none if no verdict could be read."""
+    """1 if the first answer won, 0 if the second won, 0.5 for a tie, ``None`` if no verdict was readable."""
     flipped: bool = False
-    """Whether the verdict went with the place."""
+    """Whether the verdict changed with the order of the answers (position bias)."""
 
 
 def parse_verdict(reply: str) -> Place | None:
-    """The verdict that ends a reply. None if there is none there, or if the reply holds another one as well.
+    """Return the verdict at the end of a reply; ``None`` if there is none, or if the reply contains different ones.
 
-    What a model thought before it replied, up to ``</think>``, does not count.
+    Reasoning up to ``</think>`` is ignored.
     """
     said = reply.rpartition("</think>")[2].rstrip()
     found = set(_VERDICT.findall(said))
@@ -72,7 +72,7 @@ def parse_verdict(reply: str) -> Place | None:
 
 
 def settle(straight: Place | None, swapped: Place | None) -> Outcome:
-    """The outcome of two verdicts on the same answers, the second with their places swapped."""
+    """Return the outcome of two verdicts on the same answers, the second one in swapped order."""
     if straight is None or swapped is None:
         return Outcome(None)
     if (straight, swapped) == ("A", "B"):
@@ -83,16 +83,16 @@ def settle(straight: Place | None, swapped: Place | None) -> Outcome:
 
 
 class Judge:
-    """Asks, keeps what was replied under ``cache``, and reads the verdicts."""
+    """Sends requests, caches replies under ``cache``, and parses verdicts."""
 
     def __init__(self, config: JudgeConfig, cache: Path, *, concurrency: int) -> None:
         self.config, self.cache, self.concurrency = config, cache, concurrency
         self._key = _read_key(config.api_key_variable)
 
     def decide(self, pairings: Sequence[Pairing]) -> list[Outcome]:
-        """An outcome for each pairing. Equal answers tie without being asked about.
+        """Return an outcome for each pairing. Equal answers tie without a request.
 
-        Raises ``ConfigError`` if the address refuses what is asked, ``StageFailure`` if it cannot be reached.
+        Raises ``ConfigError`` if the server rejects a request, ``StageFailure`` if it is not reachable.
         """
         asked = [pairing for pairing in pairings if pairing.first != pairing.second]
         swapped = [Pairing(pairing.question, pairing.second, pairing.first) for pairing in asked]
@@ -105,7 +105,7 @@ class Judge:
         return [Outcome(0.5) if p.first == p.second else settle(*next(settled)) for p in pairings]
 
     def _body(self, pairing: Pairing) -> str:
-        """The request as JSON: the same text for the same question."""
+        """Return the request body as JSON; equal pairings give equal bodies."""
         content = self.config.template.format(**vars(pairing))
         return json.dumps(
             {
@@ -118,7 +118,7 @@ class Judge:
         )
 
     def _reply(self, body: str) -> str:
-        """The reply to a request, from scratch if it is there."""
+        """Return the reply to a request, from the cache if it is there."""
         path = self.cache / f"{hashlib.sha256(body.encode()).hexdigest()}.json"
         if path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
@@ -138,11 +138,11 @@ class Judge:
                 if error.code < 500 and error.code not in BUSY:
                     raise self._refused(error) from None
                 problem = f"HTTP {error.code} {error.reason}"
-            except (OSError, http.client.HTTPException) as error:  # not reached, cut off, too late
+            except (OSError, http.client.HTTPException) as error:  # unreachable, connection lost, timeout
                 problem = f"{type(error).__name__}: {error}"
         raise StageFailure(
             f"evaluate.judge.address: {self.config.address} did not answer in {self.config.max_retries + 1} tries, the "
-            f"last ended in {problem}; check that it runs there. What it has answered is kept, and not asked again"
+            f"last ended in {problem}; check that the server runs. Received replies are cached and not requested again"
         )
 
     def _post(self, body: str) -> bytes:
@@ -164,21 +164,21 @@ class Judge:
 
 
 def read_reply(answer: bytes, *, address: str) -> str:
-    """The text of a chat completion; empty where the model gave none. Raises ``ConfigError`` for anything else."""
+    """Return the text of a chat completion, empty if there is none. Raises ``ConfigError`` for other responses."""
     try:
         document: Any = json.loads(answer)
         content = document["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         shown = answer[:SHOWN_CHARS].decode("utf-8", "replace")
         raise ConfigError(
-            f"evaluate.judge.address: {address} answered {shown!r}, expected a chat completion of OpenAI's protocol; "
-            "the address ends in /v1 for most servers"
+            f"evaluate.judge.address: {address} answered {shown!r}, expected a chat completion of OpenAI's API; "
+            "for most servers the address ends in /v1"
         ) from error
     return content if isinstance(content, str) else ""
 
 
 def check_readable(outcomes: Sequence[Outcome]) -> float:
-    """The share of games without a verdict. Raises ``DataError`` if that is all of them."""
+    """Return the share of games without a verdict. Raises ``DataError`` if no game has one."""
     unread = sum(outcome.win is None for outcome in outcomes)
     if outcomes and unread == len(outcomes):
         raise DataError(
@@ -193,6 +193,6 @@ def _read_key(variable: str | None) -> str | None:
         return None
     if not (key := os.environ.get(variable)):
         raise ConfigError(
-            f"evaluate.judge.api_key_variable: the environment has no {variable}, expected it to hold the key; set it"
+            f"evaluate.judge.api_key_variable: the environment has no {variable}, expected the API key; set it"
         )
     return key

@@ -1,4 +1,4 @@
-"""Estimates over prompts from one model's answers, and the differences between models on the same prompts."""
+"""Estimates of one model's scores over prompts, and paired differences between models on the same prompts."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ Estimates = dict[str, Estimate]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that an evaluation found."""
+    """Results of an evaluation."""
 
     config: EvaluateConfig
     prompts: Sequence[Prompt]
     rows: Mapping[str, Sequence[Row]]
-    """By model, in the order of the stages."""
+    """Rows of each model, in the order of the stages."""
     scores: Mapping[str, Estimates]
     bits: Mapping[str, float]
     outcomes: Mapping[str, Outcomes]
-    """By model that took part in games."""
+    """Outcomes of each model that took part in games."""
     opponent: str | None
-    """Whom the games were against."""
+    """Name of the opponent in the games."""
 
     @property
     def models(self) -> list[str]:
-        """Their names."""
+        """Names of the models."""
         return list(self.rows)
 
 
 def score(rows: Sequence[Row]) -> Estimates:
-    """Estimates from one model's rows; pass@k for k of 2, 4, 8 and so on up to the number of samples.
+    """Return estimates from one model's rows; pass@k for k = 2, 4, 8, ... and the number of samples.
 
-    What a verifier says is left out of prompts that have none, and each reward is that of sampled answers.
+    Prompts without a verifier are left out of verifier scores. Rewards are those of sampled completions.
     """
     greedy = [row for row in rows if row["greedy"]]
     checked = [row for row in greedy if row["verifiable"]]
@@ -63,14 +63,14 @@ def score(rows: Sequence[Row]) -> Estimates:
 
 
 def _sizes(num_generations: int) -> list[int]:
-    """Powers of two below the number of samples, and it; that of one sample is the sampled accuracy."""
+    """Return k: powers of two from 2, and the number of samples; pass@1 is the sampled accuracy."""
     return [*(1 << bits for bits in range(1, (num_generations - 1).bit_length())), num_generations]
 
 
 def gains(rows: Sequence[Row], before: Sequence[Row]) -> Estimates:
-    """Differences to another model on the same prompts: greedy accuracy, and each reward of sampled answers.
+    """Return paired differences to another model on the same prompts: greedy accuracy, and rewards of samples.
 
-    Being paired, their errors are below those of two means.
+    Their standard errors are below those of two unpaired means.
     """
     pairs = [pair for pair in zip(rows, before, strict=True) if pair[0]["greedy"] and pair[0]["verifiable"]]
     estimates: Estimates = {}
@@ -90,7 +90,7 @@ def _mean_reward(group: Sequence[Row], name: str) -> float:
 def score_all(
     rows: Mapping[str, Sequence[Row]], outcomes: Mapping[str, Outcomes], *, judged: bool
 ) -> dict[str, Estimates]:
-    """By model, in their order: ``score``, the gains over the model before it, and how its games ended."""
+    """Return for each model, in order: ``score``, gains over the previous model, and win rates."""
     scores: dict[str, Estimates] = {}
     before: Sequence[Row] | None = None
     for model, mine in rows.items():
@@ -104,13 +104,13 @@ def score_all(
 
 
 def score_by(rows: Sequence[Row], key: str) -> dict[str, Estimates]:
-    """``score`` for each family, or each difficulty."""
+    """Return ``score`` for each value of ``key``: family or difficulty."""
     values = sorted({row[key] for row in rows})
     return {str(value): score([row for row in rows if row[key] == value]) for value in values}
 
 
 def comparisons(found: Evaluation) -> Iterator[Comparison]:
-    """Each model with the one before it, and with whom it played."""
+    """Yield comparisons of each model with the previous one, and with its opponent in games."""
     for before, model in pairwise(found.models):
         for name, estimate in found.scores[model].items():
             if name.endswith("_gain"):
@@ -123,5 +123,5 @@ def comparisons(found: Evaluation) -> Iterator[Comparison]:
 
 
 def label(name: str) -> str:
-    """A metric's name for people; the reward of a reward model needs the word once."""
+    """Return a metric's display name; ``reward_reward`` becomes ``reward``."""
     return name.replace("reward_reward", "reward").replace("_", " ")

@@ -69,7 +69,7 @@ def generate(
             rooms=[_room(model, index, prompt, sampling) for index, prompt in enumerate(prompts)],
             tokenizer=tokenizer,
         )
-    engine = Engine(model, max_rows=sampling.batch_size, num_pages=num_pages)
+    engine = Engine(model, max_rows=sampling.batch_size, num_pages=num_pages, cuda_graphs=sampling.cuda_graphs)
     requests = [
         engine.submit(
             prompt,
@@ -96,8 +96,8 @@ def stream(
     seed: int,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[int]:
-    """Yield the tokens of one completion as they are sampled; the same tokens as ``generate``."""
-    engine = Engine(model, max_rows=1)
+    """The tokens of one completion, each as soon as it is drawn; the same as ``generate`` gives."""
+    engine = Engine(model, max_rows=1, cuda_graphs=sampling.cuda_graphs)
     request = engine.submit(prompt, sampling=sampling, stop_ids=stop_ids, seed=seed, tokenizer=tokenizer)
     tokens, num_sent = request.samples[0].tokens, 0
     while not request.done:
@@ -109,16 +109,19 @@ def stream(
 class Engine:
     """Decodes requests together; call ``step`` until it returns False.
 
-    ``num_pages`` limits the number of pages in use, each of ``PAGE_SIZE`` tokens.
+    ``num_pages`` limits the pages of ``PAGE_SIZE`` tokens that are in use at once. ``cuda_graphs`` (experimental)
+    replays the decode step of a dense model on a GPU.
     """
 
-    def __init__(self, model: Transformer, *, max_rows: int, num_pages: int | None = None) -> None:
+    def __init__(
+        self, model: Transformer, *, max_rows: int, num_pages: int | None = None, cuda_graphs: bool = False
+    ) -> None:
         self.model = model
         self.max_rows = max_rows
         self.num_pages = num_pages
         self.waiting: deque[Request] = deque()
-        """Requests with completions that have not started, oldest first."""
-        self.graphs = DecodeGraphs(model) if fits(model) else None
+        """Requests of which not all completions have begun, the first come first."""
+        self.graphs = DecodeGraphs(model) if cuda_graphs and fits(model) else None
         self.fused = FusedDecoder(model) if is_fusable(model) else None
         self.rows = Rows(model, padded=self.graphs is not None)
 

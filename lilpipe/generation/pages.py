@@ -32,12 +32,6 @@ def cache_widths(config: ModelConfig) -> tuple[int, int, int]:
     return config.num_kv_heads, config.head_size, config.head_size
 
 
-def cache_bytes_per_token(model: Transformer) -> int:
-    """Return the bytes that a cached token takes in all layers."""
-    heads, key_width, value_width = cache_widths(model.config)
-    return model.config.num_layers * heads * (key_width + value_width) * next(model.parameters()).element_size()
-
-
 def pages_for(num_tokens: int) -> int:
     """Return the number of pages for ``num_tokens`` tokens."""
     return -(-num_tokens // PAGE_SIZE)

@@ -89,6 +89,8 @@ def describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
     )
     shutil.rmtree(job.heartbeats, ignore_errors=True)
     described = {"module": stage.run.__module__, "config": config.model_dump(), "inputs": _paths(inputs)}
+    if stage.extension is not None:
+        described["extension"] = {"name": stage.extension.name, "file": stage.extension.file}
     write_atomically(job.file, json.dumps(described))
     return job
 

@@ -1,7 +1,7 @@
-"""Bits per byte: the loss in a unit that does not depend on the tokenizer.
+"""Bits per byte: a loss that does not depend on the tokenizer.
 
-The negative log-likelihood of the validation tokens in bits, over the bytes of text that they stand for. Two models
-with different vocabularies can be compared by it; perplexities per token cannot.
+It is the negative log-likelihood of the validation tokens in bits, divided by the number of bytes of their text. It
+compares models with different vocabularies; perplexity per token does not.
 
 Dimensions: B rows, T tokens.
 """
@@ -17,17 +17,17 @@ ROWS_AT_ONCE = 32
 
 
 def bits_per_byte(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor, num_bytes: int) -> float:
-    """Bits per byte of ``targets_BT`` given ``inputs_BT``; targets below 0 do not count.
+    """Return the bits per byte of ``targets_BT`` given ``inputs_BT``; targets below 0 are ignored.
 
-    ``num_bytes`` is the number of bytes of text behind the targets that count. No rows are 0 bits: a
-    worker's share may be empty, and the shares of all add up.
+    ``num_bytes`` is the number of bytes of text of the targets that are not ignored. Without rows the result is 0: a
+    worker may have no rows, and the results of all workers are summed.
     """
     return nats(model, inputs_BT, targets_BT) / math.log(2) / num_bytes
 
 
 @torch.no_grad()
 def nats(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> float:
-    """Negative log-likelihood of all targets in nats; targets below 0 do not count."""
+    """Return the summed negative log-likelihood of the targets in nats; targets below 0 are ignored."""
     total = torch.zeros((), dtype=torch.float64)
     for inputs, targets in zip(inputs_BT.split(ROWS_AT_ONCE), targets_BT.split(ROWS_AT_ONCE), strict=True):
         if len(inputs):

@@ -1,4 +1,4 @@
-"""pass@k: the chance that at least one of k sampled answers is right (Chen et al. 2021, section 2.1)."""
+"""pass@k: the probability that at least one of k sampled completions is correct (Chen et al. 2021, section 2.1)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Estimate:
 
 
 def pass_at_k(num_generations: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of pass@k from ``num_correct`` of ``num_generations`` answers to one prompt.
+    """Return the unbiased estimate of pass@k from ``num_correct`` of ``num_generations`` completions of one prompt.
 
-    The share of the subsets of k samples that hold a correct one: 1 - C(n-c, k) / C(n, k).
+    This is the fraction of subsets of k samples that contain a correct one: 1 - C(n-c, k) / C(n, k).
     """
     if not 0 <= num_correct <= num_generations or not 1 <= k <= num_generations:
         raise ValueError(
@@ -30,7 +30,7 @@ def pass_at_k(num_generations: int, num_correct: int, k: int) -> float:
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:
-    """Mean over prompts; the standard error is that of the mean of independent draws, 0 for a single one."""
+    """Return the mean over prompts with the standard error of the mean; the standard error is 0 for one value."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:
@@ -40,6 +40,6 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
 
 
 def ratio_estimate(successes: int, n: int) -> Estimate:
-    """A share with its binomial standard error."""
+    """Return a proportion with its binomial standard error."""
     share = successes / n
     return Estimate(share, math.sqrt(share * (1 - share) / n), n)

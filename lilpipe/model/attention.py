@@ -1,11 +1,11 @@
-"""Causal self-attention with rotary positions, grouped key/value heads and a cache of keys and values.
+"""Causal self-attention with RoPE, grouped-query attention and a key/value cache.
 
-Sources: Vaswani et al. 2017 (attention), Su et al. 2021 (RoPE, in Hugging Face's rotate-half pairing), Ainslie et al.
-2023 (GQA), Henry et al. 2020 (queries and keys normalised, with Qwen 3's names), Dao 2023 (the fused kernel behind
+Sources: Vaswani et al. 2017 (attention), Su et al. 2021 (RoPE, in Hugging Face's rotate-half form), Ainslie et al. 2023
+(GQA), Henry et al. 2020 (QK norm, with Qwen 3's names), Dao 2023 (FlashAttention-2, behind
 ``scaled_dot_product_attention``).
 
-Dimensions: B sequences, T tokens, S cached positions, D width of the residual stream, H query heads, K key/value
-heads, E size of one head.
+Dimensions: B sequences, T tokens, S cached positions, D width of the residual stream, H query heads, K key/value heads,
+E size of one head.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 
 Angles = tuple[Tensor, Tensor]
-"""Cosines and sines of the tokens' rotation, ``[B or 1, T, 1, E]`` each."""
+"""RoPE cosines and sines, ``[B or 1, T, 1, E]`` each."""
 
 
 def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[max_seq_len, E]`` of position times frequency, as float32.
+    """Return cosines and sines ``[max_seq_len, E]`` of position times frequency, in float32.
 
-    Elements i and i + E/2 of a head form a pair that turns by ``position / theta**(2i/E)``. The sine of the first
-    half is negative, so that ``x * cos + swap(x) * sin``, with the halves of x swapped, turns every pair.
+    Elements i and i + E/2 of a head are a pair that rotates by ``position / theta**(2i/E)``. The sine of the first half
+    is negated, so that ``x * cos + swap(x) * sin``, where ``swap`` exchanges the halves, rotates every pair.
     """
-    if torch.get_default_device().type == "meta":  # where torch would import its compiler to compute nothing
+    if torch.get_default_device().type == "meta":  # torch would import its compiler
         return torch.empty(max_seq_len, head_size), torch.empty(max_seq_len, head_size)
     frequency = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     angle = torch.arange(max_seq_len, dtype=torch.float32)[:, None] * frequency
@@ -44,45 +44,45 @@ def rope_table(max_seq_len: int, head_size: int, theta: float) -> tuple[Tensor, 
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``x [B, T, heads, E]`` by the angles of ``cos`` and ``sin [B or 1, T, 1, E]``."""
+    """Rotate ``x [B, T, heads, E]`` by the angles of ``cos`` and ``sin [B or 1, T, 1, E]``."""
     return rotate(x, cos, sin)
 
 
 class Cache(Protocol):
-    """What a forward pass may be given to read and write keys and values in."""
+    """Key/value cache of a forward pass."""
 
     def view(self, num_tokens: int, positions_BT: Tensor | None) -> KeysAndValues:
-        """What the layers see of it in one pass."""
+        """Return the layers' view of the cache for one forward pass."""
         ...
 
 
 class KeysAndValues(Protocol):
-    """Where a layer finds keys and values beyond those it has just made: in a cache, or on other workers."""
+    """Source of keys and values beyond those of the current tokens: a cache, or other workers."""
 
     mask_B1TS: Mask | None
-    """What each token may attend to; None is what came before it."""
+    """What each token may attend to; None is causal."""
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Take new keys and values, and return all that may be attended to: two tensors ``[B, S, K, E]``."""
+        """Store new keys and values; return all that may be attended to: two tensors ``[B, S, K, E]``."""
         ...
 
 
 class AttendingView(ABC):
-    """Keys and values that are not to be gathered: what holds them computes the attention itself."""
+    """Keys and values that are not gathered: the view computes the attention itself."""
 
     mask_B1TS: Mask | None
 
     @abstractmethod
     def attend(self, layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
-        """Take new keys and values, and attend to all that each token may see: ``[B, T, H, E]``."""
+        """Store new keys and values; return attention ``[B, T, H, E]`` over all that each token may attend to."""
 
     @abstractmethod
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """As of ``KeysAndValues``, for attention of another kind."""
+        """As in ``KeysAndValues``, for other kinds of attention."""
 
 
 class Attention(nn.Module):
-    """One layer's self-attention."""
+    """Self-attention of one layer."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -101,13 +101,13 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: Angles | None, mask: Mask | None = None, view: KeysAndValues | None = None
     ) -> Tensor:
-        """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows.
+        """Attend within each row: causally, or as ``mask [B, 1, T, S]`` allows.
 
-        Without ``rope``, queries and keys are not rotated: positions are then in the residual stream.
+        Without ``rope``, queries and keys are not rotated: positions are already in the residual stream.
         """
         B, T, _ = x_BTD.shape
-        H, K, E = -1, -1, self.head_size  # all the heads that this process holds
-        # One product for all three, with the weights put together, was measured: no faster at width 96.
+        H, K, E = -1, -1, self.head_size  # -1: the number of heads on this process
+        # One fused QKV product was measured: no faster at width 96.
         q_BTHE = self.q_proj(x_BTD).view(B, T, H, E)
         k_BTKE = self.k_proj(x_BTD).view(B, T, K, E)
         if self.q_norm is not None and self.k_norm is not None:

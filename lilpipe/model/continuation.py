@@ -1,8 +1,8 @@
-"""Training a model on from a checkpoint: which models and vocabularies can follow on which.
+"""Initialization from a checkpoint (continued pretraining): which models and vocabularies are compatible.
 
-What tokens mean must stay, so the vocabulary must be the checkpoint's or add to it: a tokenizer with the checkpoint's
-as ``tokenizer.base`` has its ids, and special tokens behind them. Sequences may grow longer and be rotated by another
-base.
+Token ids must keep their meaning, so the vocabulary must be the checkpoint's or extend it: a tokenizer whose
+``tokenizer.base`` is the checkpoint's has the same ids, followed by its added special tokens. Sequence length and RoPE
+base may change.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from lilpipe.model.hub import copy_into, read_model_config, read_tensors
 from lilpipe.tokenizer.encoding import Tokenizer
 
 MAY_DIFFER = ("dropout", "rope_theta", "max_seq_len")
-"""Settings that the weights do not hang on; GPT-2 alone has weights for each position."""
+"""Settings that the weights do not depend on. GPT-2 has position embeddings, so its ``max_seq_len`` may not differ."""
 
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @torch.no_grad()
 def start_from(into: Mapping[str, Tensor], directory: Path, *, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Copy a checkpoint's weights into a model that has its initial ones, one tensor after another.
+    """Copy a checkpoint's weights into an initialized model, one tensor at a time.
 
-    ``into`` is as for ``load_weights``. Rows of tokens that the checkpoint does not have stay as they are. Raises
-    ``ConfigError`` for a model of another shape, ``ArtifactError`` for a vocabulary that does not follow on.
+    ``into`` is as in ``load_weights``. Rows of tokens that the checkpoint does not have keep their initial values.
+    Raises ``ConfigError`` for a model of another shape, ``ArtifactError`` for an incompatible vocabulary.
     """
     check_shape(config, directory)
     check_vocabulary(tokenizer, directory)
@@ -58,16 +58,16 @@ def check_shape(config: ModelConfig, directory: Path) -> None:
         name = differing[0]
         raise ConfigError(
             f"pretrain.model.{name}: got {got[name]!r}, expected {wanted[name]!r} as in the checkpoint {directory}; "
-            f"set what differs ({', '.join(differing)}) as it is there, or start without it"
+            f"set {', '.join(differing)} to the checkpoint's values, or train without it"
         )
 
 
 def check_vocabulary(tokenizer: Tokenizer, directory: Path) -> None:
-    """Raise ``ArtifactError`` if a token would mean another than to the checkpoint."""
+    """Raise ``ArtifactError`` if token ids have other meanings than in the checkpoint."""
     stored = Tokenizer.load(directory)
     if (tokenizer.ranks, tokenizer.pattern) != (stored.ranks, stored.pattern):
         raise ArtifactError(
             f"{directory}: got a vocabulary of {len(stored.ranks):,} tokens, expected the {len(tokenizer.ranks):,} of "
-            "the token shards; make these with a tokenizer whose tokenizer.base is the checkpoint's tokenizer.json and "
+            "the token shards; tokenize with a tokenizer whose tokenizer.base is the checkpoint's tokenizer.json and "
             "which adds no merges"
         )

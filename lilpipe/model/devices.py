@@ -1,7 +1,7 @@
-"""Peak arithmetic and memory of accelerators, and how much of the peak a run reaches.
+"""Peak FLOP/s and memory of accelerators, and model FLOPs utilization (MFU).
 
-Peaks are the vendors' figures for dense matrices (where a data sheet gives them with sparsity, half of that). A CPU
-has no figure that fits its clock and its threads, so its peak is measured on a matrix product.
+Peaks are the vendors' figures for dense matrices (half the figure where a data sheet gives it with sparsity). A CPU's
+peak depends on clock and threads, so it is measured with a matrix product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from lilpipe.errors import ConfigError
 
 Arithmetic = Literal["fp32", "tf32", "bf16", "fp8"]
-"""`fp32` is torch's default on a GPU, without tensor cores; `tf32` is what it takes when allowed."""
+"""`fp32` is torch's default on a GPU, without tensor cores; `tf32` is used when it is allowed."""
 
 TERA = 1e12
 GIBI = 2**30
@@ -28,19 +28,21 @@ GIBI = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, or the part of a CPU's host that one process has."""
+    """One accelerator, or one process's share of a CPU host."""
 
     name: str
     peaks: Mapping[str, float]
-    """Arithmetic to floating-point operations per second; what is absent the device does not have."""
+    """Arithmetic to floating-point operations per second; unsupported arithmetic is absent."""
     memory_bytes: int
     source: str
-    """Where the peaks are from."""
+    """Source of the peaks."""
 
     def peak(self, arithmetic: Arithmetic) -> float:
-        """Operations per second. Raises ``ConfigError`` if the device does not have this arithmetic."""
+        """Return operations per second. Raises ``ConfigError`` if the device does not support this arithmetic."""
         if arithmetic not in self.peaks:
-            raise ConfigError(f"precision {arithmetic!r}: {self.name} has {', '.join(self.peaks)} alone; take another")
+            raise ConfigError(
+                f"precision {arithmetic!r}: {self.name} supports only {', '.join(self.peaks)}; choose one of these"
+            )
         return self.peaks[arithmetic]
 
 
@@ -83,24 +85,24 @@ _BY_WORDS = {
     "RTX 3090": "rtx-3090",
     "MI300X": "mi300x",
 }
-"""Words of what torch calls a GPU, to its name here; the first of which all are there."""
+"""Words in torch's name of a GPU, to its key in ``GPUS``. The first entry whose words all occur is used."""
 
 
 def get_device(name: str) -> Device:
-    """The GPU of that name; `cpu` is one process with one thread on this host. Raises ``ConfigError``."""
+    """Return the GPU of that name; `cpu` is one process with one thread on this host. Raises ``ConfigError``."""
     if name == "cpu":
         return this_cpu()
     if name not in GPUS:
         close = difflib.get_close_matches(name.lower(), GPUS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: cpu, {', '.join(GPUS)}"
-        raise ConfigError(f"budget.device {name!r}: there is no such device; {hint}")
+        raise ConfigError(f"budget.device: unknown device {name!r}; {hint}")
     return GPUS[name]
 
 
 def device_at_hand(*, num_threads: int = 1, num_processes: int = 1) -> Device:
-    """The GPU of this host; without one its CPU, for one of ``num_processes`` with ``num_threads`` each.
+    """Return this host's GPU; without one, the CPU share of one of ``num_processes`` with ``num_threads`` each.
 
-    Raises ``ConfigError`` for a GPU whose peak is not known here.
+    Raises ``ConfigError`` for a GPU of unknown peak.
     """
     if not torch.cuda.is_available():
         return this_cpu(num_threads=num_threads, num_processes=num_processes)
@@ -110,23 +112,21 @@ def device_at_hand(*, num_threads: int = 1, num_processes: int = 1) -> Device:
         if found.issuperset(words.split()) and not found & {"Laptop", "MIG"}:
             known = GPUS[name]
             return Device(name, known.peaks, properties.total_memory, known.source)
-    raise ConfigError(
-        f"budget.device: the peak of {properties.name!r} is not known; name the nearest of {', '.join(GPUS)}"
-    )
+    raise ConfigError(f"budget.device: unknown peak of {properties.name!r}; set the most similar of {', '.join(GPUS)}")
 
 
 def this_cpu(*, num_threads: int = 1, num_processes: int = 1) -> Device:
-    """One of ``num_processes`` on this host: its part of the memory, its peak measured."""
+    """Return the CPU share of one of ``num_processes``: its part of the memory, and its measured peak."""
     peaks = {"fp32": measure_peak(torch.float32, num_threads=num_threads)}
     peaks["bf16"] = measure_peak(torch.bfloat16, num_threads=num_threads)
-    source = f"measured here: matrix products on {num_threads} thread{'s' if num_threads > 1 else ''}"
+    source = f"measured: matrix products on {num_threads} thread{'s' if num_threads > 1 else ''}"
     return Device("cpu", peaks, psutil.virtual_memory().total // num_processes, source)
 
 
 def measure_peak(dtype: torch.dtype = torch.float32, *, num_threads: int = 1, seconds: float = 0.2) -> float:
-    """Operations per second of products of two square matrices of 1024: 2 x 1024^3 over the time of the fastest.
+    """Measure FLOP/s of 1024 x 1024 matrix products: 2 x 1024^3 over the fastest time.
 
-    Takes about ``seconds``. A step cannot come near it on small matrices, and it is the roof that it works under.
+    Takes about ``seconds``. It is an upper bound: a training step with small matrices stays well below it.
     """
     size, before = 1024, torch.get_num_threads()
     torch.set_num_threads(min(num_threads, len(os.sched_getaffinity(0))))
@@ -143,8 +143,8 @@ def measure_peak(dtype: torch.dtype = torch.float32, *, num_threads: int = 1, se
 
 
 def mfu(tokens_per_second: float, *, flops_per_token: float, num_devices: int, peak: float) -> float:
-    """Model FLOPs utilisation: tokens/s x operations per token over the peak of all devices (PaLM, appendix B).
+    """Return model FLOPs utilization: tokens/s x FLOPs per token over the peak of all devices (PaLM, appendix B).
 
-    ``flops_per_token`` is ``training_flops_per_token`` without recomputation, ``peak`` of one device.
+    ``flops_per_token`` is ``training_flops_per_token`` without recomputation; ``peak`` is that of one device.
     """
     return tokens_per_second * flops_per_token / (num_devices * peak)

@@ -1,8 +1,8 @@
-"""What a model costs: parameters, and the operations that training takes.
+"""Number of parameters and FLOPs of a model.
 
-Source: Chowdhery et al. 2022 (PaLM), appendix B. One multiplication with one addition counts as two operations.
-Shapes are those of the decoder in ``lilpipe.model``: Llama's, GPT-2's (Radford et al. 2019), with the mixture of
-experts of DeepSeek-V3 (2024) and the multi-head latent attention of DeepSeek-V2 (2024).
+Source: Chowdhery et al. 2022 (PaLM), appendix B. A multiply-add counts as two operations. Shapes are those of the
+decoder in ``lilpipe.model``: Llama, GPT-2 (Radford et al. 2019), the mixture of experts of DeepSeek-V3 (2024) and the
+multi-head latent attention of DeepSeek-V2 (2024).
 """
 
 from __future__ import annotations
@@ -16,44 +16,44 @@ Recomputed = Literal["none", "selective", "full"]
 
 
 class Shape(NamedTuple):
-    """A matrix that a token's vector is multiplied by."""
+    """Shape of a weight matrix."""
 
     inputs: int
     outputs: int
 
 
 def num_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """All weights; the output layer counts only where it has weights of its own."""
+    """Return the number of all parameters; a tied output layer adds none."""
     blocks = sum(block_parameters(config, layer) for layer in range(config.num_layers))
     return embedding_parameters(config, vocab_size) + blocks + head_parameters(config, vocab_size)
 
 
 def num_active_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """The weights that one token meets: all but the routed experts that it is not sent to."""
+    """Return the number of parameters used per token: without the routed experts that a token is not sent to."""
     blocks = sum(block_parameters(config, layer, active=True) for layer in range(config.num_layers))
     return embedding_parameters(config, vocab_size) + blocks + head_parameters(config, vocab_size)
 
 
 def embedding_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """The table of tokens, and GPT-2's of positions."""
+    """Return the parameters of the token embedding and of GPT-2's position embedding."""
     num_positions = config.max_seq_len if config.architecture == "gpt2" else 0
     return (vocab_size + num_positions) * config.hidden_size
 
 
 def head_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """The last norm, and the output layer where it is not the embedding's table."""
+    """Return the parameters of the final norm and of an output layer that is not tied."""
     return _norm(config) + (0 if config.tie_embeddings else vocab_size * config.hidden_size)
 
 
 def block_parameters(config: ModelConfig, layer: int, *, active: bool = False) -> int:
-    """Weights, biases and norms of one block; ``active``: of its routed experts only as many as a token is sent to."""
+    """Return the parameters of one block; with ``active``, only as many routed experts as a token uses."""
     matrices = block_matrices(config, layer, active=active)
     biases = sum(matrix.outputs for matrix in matrices) if config.architecture == "gpt2" else 0
     return _size(matrices) + biases + 2 * _norm(config) + _attention_norms(config)
 
 
 def block_matrices(config: ModelConfig, layer: int, *, active: bool = False) -> list[Shape]:
-    """The matrices of one block; ``active`` as in ``block_parameters``."""
+    """Return the matrices of one block; ``active`` as in ``block_parameters``."""
     if config.moe is None or layer < config.moe.first_k_dense_replace:
         return attention_matrices(config) + _dense_matrices(config)
     return attention_matrices(config) + _moe_matrices(config.hidden_size, config.moe, active=active)
@@ -62,11 +62,11 @@ def block_matrices(config: ModelConfig, layer: int, *, active: bool = False) -> 
 def training_flops_per_token(
     config: ModelConfig, vocab_size: int, *, seq_len: int | None = None, recomputed: Recomputed = "none"
 ) -> int:
-    """Floating-point operations per token of a forward and a backward pass, which takes twice the forward's.
+    """Return FLOPs per token of a forward and a backward pass; the backward pass costs twice the forward.
 
-    For dense attention that is PaLM's 6 N + 12 L H E T, where N is the number of weights that a token is multiplied
-    by. ``recomputed`` adds what activation checkpointing does again: under `full` the forward pass of the blocks,
-    under `selective` no matrix product. Utilisation by convention leaves it out (MFU; with it, HFU).
+    For dense attention this is PaLM's 6 N + 12 L H E T, where N is the number of weights that a token is multiplied by.
+    ``recomputed`` adds the recomputation of activation checkpointing: `full` repeats the forward pass of the blocks,
+    `selective` no matrix product. MFU excludes it by convention; HFU includes it.
     """
     forward = forward_flops_per_token(config, vocab_size, seq_len=seq_len)
     head = 2 * vocab_size * config.hidden_size
@@ -74,12 +74,11 @@ def training_flops_per_token(
 
 
 def forward_flops_per_token(config: ModelConfig, vocab_size: int, *, seq_len: int | None = None) -> int:
-    """Floating-point operations per token of a forward pass over rows of ``seq_len`` (``max_seq_len``) tokens.
+    """Return FLOPs per token of a forward pass over rows of ``seq_len`` (default ``max_seq_len``) tokens.
 
-    Each weight that a token is multiplied by, the output layer's included, tied or not, takes 2; attention's two
-    products take 2 L H T (width of a key + width of a value). Left out are look-ups, norms, biases and all that works
-    element by element. As in PaLM, attention counts in full, though half of it is masked, so that utilisations can
-    be compared.
+    Each weight that a token is multiplied by costs 2, including the output layer, tied or not. Attention's two products
+    cost 2 L H T (width of a key + width of a value). Lookups, norms, biases and elementwise operations are excluded. As
+    in PaLM, attention is counted without the causal mask, so that utilizations are comparable.
     """
     blocks = sum(_size(block_matrices(config, layer, active=True)) for layer in range(config.num_layers))
     key, value = head_widths(config)
@@ -88,14 +87,14 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, *, seq_len: in
 
 
 def head_widths(config: ModelConfig) -> tuple[int, int]:
-    """Width of one head of queries and keys, and of one head of values."""
+    """Return the width of one head of queries and keys, and of one head of values."""
     if config.mla is None:
         return config.head_size, config.head_size
     return config.mla.qk_nope_head_dim + config.mla.qk_rope_head_dim, config.mla.v_head_dim
 
 
 def attention_matrices(config: ModelConfig) -> list[Shape]:
-    """Attention's matrices in the order in which a token meets them."""
+    """Return attention's matrices in the order of computation."""
     width, heads = config.hidden_size, config.num_heads
     if config.architecture == "gpt2":
         return [Shape(width, 3 * width), Shape(width, width)]
@@ -121,7 +120,7 @@ def _dense_matrices(config: ModelConfig) -> list[Shape]:
 
 
 def _moe_matrices(width: int, moe: MoEConfig, *, active: bool) -> list[Shape]:
-    """The router's, the routed experts' and the shared experts' matrices; the shared ones are one wide expert."""
+    """Return matrices of the router, the routed experts and the shared experts (one wide expert)."""
     routed = (moe.num_experts_per_tok if active else moe.num_experts) * _swiglu(width, moe.moe_intermediate_size)
     shared = _swiglu(width, moe.n_shared_experts * moe.moe_intermediate_size) if moe.n_shared_experts else []
     return [Shape(width, moe.num_experts), *routed, *shared]
@@ -132,12 +131,12 @@ def _swiglu(width: int, inner: int) -> list[Shape]:
 
 
 def _norm(config: ModelConfig) -> int:
-    """RMSNorm has a scale, LayerNorm a shift as well."""
+    """RMSNorm has a weight, LayerNorm a weight and a bias."""
     return (2 if config.architecture == "gpt2" else 1) * config.hidden_size
 
 
 def _attention_norms(config: ModelConfig) -> int:
-    """Norms inside attention: of the latents of MLA, or of a head of queries and of keys."""
+    """Return parameters of the norms inside attention: MLA's latent norms, or the QK norms."""
     if config.mla is not None:
         return (config.mla.q_lora_rank or 0) + config.mla.kv_lora_rank
     return 2 * config.head_size if config.qk_norm else 0

@@ -1,8 +1,7 @@
-"""GPT-2's weights (Radford et al. 2019) between Hugging Face's names and ours.
+"""Conversion of GPT-2 weights (Radford et al. 2019) between Hugging Face's names and ours.
 
-Hugging Face keeps OpenAI's layout: one matrix makes queries, keys and values, and matrices lie as [inputs, outputs].
-Here the three are apart and lie as [outputs, inputs], as in every other decoder, so that the plans of parallelism
-know them.
+Hugging Face keeps OpenAI's layout: queries, keys and values are one fused matrix, and matrices are [inputs, outputs].
+Here they are three matrices of [outputs, inputs], as in the other decoders, so that the same parallelism plans apply.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ _MATRICES = {"attn.c_proj.": "self_attn.o_proj.", "mlp.c_fc.": "mlp.up_proj.", "
 _QKV = "attn.c_attn."
 _QKV_PARTS = ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")
 _MASKS = ("attn.bias", "attn.masked_bias")
-"""Constants that older files hold beside the weights."""
+"""Constant buffers in older files."""
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights from those of ``GPT2LMHeadModel`` or, without ``transformer.``, of ``GPT2Model``."""
+    """Convert weights of ``GPT2LMHeadModel``, or of ``GPT2Model`` (without ``transformer.``), to ours."""
     result: dict[str, Tensor] = {}
     for given, tensor in state.items():
         name = given if given.startswith(("transformer.", "lm_head.")) else f"transformer.{given}"
@@ -49,7 +48,7 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``from_huggingface``: the state dict of ``GPT2LMHeadModel``, but for a tied output layer."""
+    """Invert ``from_huggingface``: the state dict of ``GPT2LMHeadModel`` without a tied output layer."""
     result: dict[str, Tensor] = {}
     outside, norms, matrices = (
         {ours: theirs for theirs, ours in names.items()} for names in (_OUTSIDE, _NORMS, _MATRICES)
@@ -63,7 +62,7 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = [_turned(state[f"model.layers.{block}.{part}{kind}"]) for part in _QKV_PARTS]
             result[f"transformer.h.{block}.{_QKV}{kind}"] = torch.cat(parts, dim=-1)
         elif inside.startswith(_QKV_PARTS):
-            continue  # taken with the queries
+            continue  # fused with the queries
         elif inside.startswith(tuple(matrices)):
             result[f"transformer.h.{block}.{_renamed(inside, matrices)}"] = _turned(tensor)
         else:
@@ -72,13 +71,13 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split(name: str, prefix: str) -> tuple[str | None, str]:
-    """Number of the block that a name belongs to, and the rest of the name."""
+    """Return the block's index and the rest of the name."""
     match = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", name)
     return (match[1], match[2]) if match else (None, name)
 
 
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """A name with another beginning; one that is not known stays, for the reader to refuse."""
+    """Replace the prefix of a name. Unknown names are kept; the reader rejects them."""
     for old, new in prefixes.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -86,5 +85,5 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def _turned(tensor: Tensor) -> Tensor:
-    """A matrix with inputs and outputs exchanged; a bias as it is."""
+    """Transpose a matrix; a bias is unchanged."""
     return tensor.T.contiguous() if tensor.dim() == 2 else tensor.contiguous()

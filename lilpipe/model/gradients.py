@@ -1,7 +1,7 @@
-"""Gradients written down by hand, where autograd's chain of small operations costs a CPU more passes over memory.
+"""Hand-written gradients for operations where autograd needs more passes over memory on a CPU.
 
-Compiled code and a GPU's kernels fuse such chains themselves, so these are for eager training on a CPU. Results are
-the same bits as those of the plain forms.
+Used for eager training on a CPU only: compilers and GPU kernels fuse these operations themselves. Results
+are bitwise equal to those of the plain operations.
 
 Dimensions: N rows, D width, E size of one head.
 """
@@ -17,13 +17,13 @@ from torch.autograd.function import once_differentiable
 
 
 def by_hand(x: Tensor) -> bool:
-    """Whether ``x`` is of those for which a gradient by hand is worth it."""
+    """Return whether the hand-written gradient is faster for ``x``."""
     return type(x) is Tensor and x.requires_grad and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """``x [..., D]`` over its root mean square, times ``weight_D`` (Zhang & Sennrich 2019)."""
-    if by_hand(x) and x.dtype == weight_D.dtype != torch.bfloat16:  # which torch takes to float32 on the way
+    """Divide ``x [..., D]`` by its root mean square and multiply by ``weight_D`` (Zhang & Sennrich 2019)."""
+    if by_hand(x) and x.dtype == weight_D.dtype != torch.bfloat16:  # torch computes it in float32
         return _RMSNorm.apply(x, weight_D, eps)
     return F.rms_norm(x, weight_D.shape, weight_D, eps)
 
@@ -51,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x * cos + swap(x) * sin``, with the halves of ``x [..., E]`` swapped."""
+    """Return ``x * cos + swap(x) * sin``, where ``swap`` exchanges the halves of ``x [..., E]``."""
     if by_hand(x):
         return _Rotation.apply(x, cos, sin)
     return _rotate(x, cos, sin)
@@ -63,7 +63,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """Its gradient is the rotation back."""
+    """RoPE; its gradient is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Matrix products of groups of rows, each with a matrix of its own.
+"""Grouped matrix products: each group of rows has its own matrix.
 
-It is one operator to autograd and to the compiler, because the sizes of the groups are known only when it runs.
+A custom operator for autograd and the compiler, because the group sizes are known only at run time.
 
 Dimensions: N rows, E groups, D inputs, O outputs.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def grouped_linear(x_ND: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
-    """``x @ weight[e].T`` for the rows of each group e, ``[N, O]``.
+    """Return ``x @ weight[e].T`` for the rows of each group e, ``[N, O]``.
 
-    Rows of group e end before row ``ends_E[e]`` and begin where those of the group before end; the last end is N.
+    Group e is rows ``ends_E[e - 1]`` (0 for the first) to ``ends_E[e]``, exclusive; the last end is N.
     """
     return _linear(x_ND, weight_EOD, ends_E)
 

@@ -1,8 +1,8 @@
-"""The decoder with a linear head in place of the output layer: rewards, values and classes.
+"""Decoder with a linear head instead of the output layer: reward, value and classification models.
 
-A checkpoint of it is laid out as any other (``lilpipe.model.hub``), with the head as ``score.weight`` and the class of
-``transformers`` that computes the same, such as ``LlamaForSequenceClassification``: that one reads the head at the last
-token, as ``last_outputs`` does.
+Checkpoints have the usual layout (``lilpipe.model.hub``), with the head as ``score.weight`` and the corresponding class
+of ``transformers``, such as ``LlamaForSequenceClassification``. That class reads the head at the last token, as
+``last_outputs`` does.
 
 Dimensions: B sequences, T tokens, D width, O outputs.
 """
@@ -30,19 +30,19 @@ from lilpipe.tokenizer.encoding import Tokenizer
 
 HEAD = "score.weight"
 TOKENS_AT_ONCE = 8_192
-"""Tokens, padding among them, of a batch that is only scored."""
+"""Tokens per batch, with padding, in inference."""
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-"""Ends of the names of classes in ``transformers`` that our head replaces the output layer of."""
+"""Suffixes of ``transformers`` class names that become ``ForSequenceClassification``."""
 
 
 class HeadModel(Transformer):
-    """A decoder, or a pipeline stage of it, that ends in ``num_outputs`` linear functions of its final hidden states.
+    """Decoder, or a pipeline stage of it, with a linear head of ``num_outputs`` on the final hidden states.
 
-    It gives outputs ``[B, T, O]`` in float32 at each token where ``Transformer`` gives logits or scores.
+    Returns outputs ``[B, T, O]`` in float32 where ``Transformer`` returns logits or scores.
     """
 
     score: Linear
-    """The head, which the last stage alone has."""
+    """The head; only on the last stage."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, num_outputs: int, part: ModelPart | None = None) -> None:
         super().__init__(config, vocab_size, part)
@@ -52,16 +52,16 @@ class HeadModel(Transformer):
             self.score = Linear(config.hidden_size, num_outputs)
 
     def forward(self, tokens_BT: Tensor, *, targets_BT: Tensor | None = None, **inputs: Any) -> Tensor:  # noqa: ARG002
-        """Outputs at each token, given those before it, whatever the targets; further inputs as ``Transformer``'s."""
+        """Return outputs at each token. Ignores targets; other inputs as in ``Transformer``."""
         return super().forward(tokens_BT, **inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Outputs ``[..., O]`` in float32 of final hidden states ``[..., D]``."""
+        """Return outputs ``[..., O]`` in float32 for final hidden states ``[..., D]``."""
         return self.score(hidden).float()
 
 
 def with_head(model: Transformer, num_outputs: int, *, seed: int) -> HeadModel:
-    """The decoder of ``model``, shared and not copied, with a fresh head in place of the output layer."""
+    """Replace the output layer by a newly initialized head. The result shares the decoder of ``model``."""
     with torch.device("meta"):
         result = HeadModel(model.config, model.vocab_size, num_outputs)
     result.model = model.model
@@ -73,12 +73,12 @@ def with_head(model: Transformer, num_outputs: int, *, seed: int) -> HeadModel:
 
 
 def last_outputs(outputs_BTO: Tensor, lengths_B: Tensor) -> Tensor:
-    """Outputs ``[B, O]`` at the last token of each row, of rows that are padded on the right."""
+    """Return outputs ``[B, O]`` at the last token of each right-padded row."""
     return outputs_BTO[torch.arange(len(lengths_B), device=outputs_BTO.device), lengths_B - 1]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], *, padding_id: int) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T], padded on the right, and the rows' lengths [B]."""
+    """Return tokens [B, T], padded on the right, and the lengths of the rows [B]."""
     lengths_B = torch.tensor([len(row) for row in rows])
     tokens_BT = torch.full((len(rows), int(lengths_B.max())), padding_id)
     for row, ids in enumerate(rows):
@@ -88,7 +88,7 @@ def pad_rows(rows: Sequence[Sequence[int]], *, padding_id: int) -> tuple[Tensor,
 
 @torch.inference_mode()
 def outputs_of_rows(model: HeadModel, rows: Sequence[Sequence[int]], *, padding_id: int) -> Tensor:
-    """Outputs ``[N, O]`` on the CPU at the last token of each of N rows of ids, rows of like lengths at a time."""
+    """Return outputs ``[N, O]`` on the CPU at the last token of N rows; batches rows of similar length."""
     outputs_NO = torch.zeros(len(rows), model.num_outputs)
     for batch in _batches(rows):
         tokens_BT, lengths_B = pad_rows([rows[row] for row in batch], padding_id=padding_id)
@@ -98,7 +98,7 @@ def outputs_of_rows(model: HeadModel, rows: Sequence[Sequence[int]], *, padding_
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices by rising length, as many together as make ``TOKENS_AT_ONCE``."""
+    """Yield row indices sorted by length, in batches of up to ``TOKENS_AT_ONCE`` tokens."""
     batch: list[int] = []
     for row in sorted(range(len(rows)), key=lambda row: len(rows[row])):
         if batch and (len(batch) + 1) * len(rows[row]) > TOKENS_AT_ONCE:
@@ -115,7 +115,7 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 def save_head_model(
     model: HeadModel, tokenizer: Tokenizer, directory: Path, *, labels: Sequence[str] | None = None
 ) -> None:
-    """Write model and tokenizer, each file atomically; ``labels`` are the names of the outputs."""
+    """Write model and tokenizer, each file atomically. ``labels`` names the outputs."""
     labels = labels or [f"output_{index}" for index in range(model.num_outputs)]
     save_head_tensors(model.config, model.vocab_size, model.state_dict().items(), tokenizer, directory, labels=labels)
 
@@ -129,7 +129,7 @@ def save_head_tensors(
     *,
     labels: Sequence[str],
 ) -> None:
-    """``save_head_model`` for a model whose tensors come one by one, as in ``save_tensors``."""
+    """``save_head_model`` for a stream of tensors, as in ``save_tensors``."""
     save_tensors(config, vocab_size, tensors, tokenizer, directory)
     path = directory / CONFIG_FILE
     stated = json.loads(path.read_text(encoding="utf-8"))
@@ -147,9 +147,9 @@ def _class_name(language_model: str) -> str:
 
 
 def load_head_model(directory: Path) -> tuple[HeadModel, Tokenizer]:
-    """The model in float32, on the CPU in evaluation mode, and its tokenizer.
+    """Load the model in float32 on the CPU, in evaluation mode, and its tokenizer.
 
-    Raises ``ArtifactError`` if the directory holds no decoder with a head, such as a language model.
+    Raises ``ArtifactError`` if the directory holds no decoder with a head, for example a language model.
     """
     config, vocab_size, tensors = _read_checked(directory)
     model = HeadModel(config, vocab_size, len(tensors[HEAD]))
@@ -166,31 +166,31 @@ def load_head_weights(into: Mapping[str, Tensor], directory: Path) -> None:
 
 
 def read_labels(directory: Path) -> list[str]:
-    """The names of a model's outputs, in their order."""
+    """Return the names of a model's outputs, in order."""
     names: dict[str, str] = _stated(directory).get("id2label", {})
     return [names[str(index)] for index in range(len(names))]
 
 
 def _read_checked(directory: Path) -> tuple[ModelConfig, int, dict[str, Tensor]]:
-    """Shape, vocabulary size and tensors by our names, of which none is missing, left over or of another shape."""
+    """Return config, vocabulary size and tensors, after checking that names and shapes are as expected."""
     config, vocab_size = read_model_config(directory)
     tensors = _read(directory, config)
     if HEAD not in tensors:
         raise ArtifactError(
-            f"{directory}: holds no {HEAD}, expected a model with a head, as the stages reward_model and classify "
-            "make; check the step's inputs"
+            f"{directory}: {HEAD} is missing, expected a model with a head, as from stage reward_model or classify; "
+            "check the step's inputs"
         )
     with torch.device("meta"):
         expected = HeadModel(config, vocab_size, len(tensors[HEAD])).state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (tensors, expected))
         if got != wanted:
-            raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} by {CONFIG_FILE}")
+            raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} from {CONFIG_FILE}")
     return config, vocab_size, tensors
 
 
 def _read(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Tensors by our names; the head's is the same everywhere."""
+    """Return tensors by the decoder's names; the head has the same name in all layouts."""
     stored = dict(stored_tensors(directory))
     head = {HEAD: stored.pop(HEAD)} if HEAD in stored else {}
     return adapter_for(config).from_hf(stored, config, _stated(directory)) | head

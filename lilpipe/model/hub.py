@@ -1,9 +1,9 @@
-"""Models as directories in Hugging Face's layout: what ``transformers`` and vLLM load, read and written.
+"""Models in Hugging Face's directory layout, as ``transformers`` and vLLM load them.
 
-``config.json``, weights in safetensors (one file, or shards with an index), ``generation_config.json`` and the
-tokenizer's files. Every stage here reads and writes this, so a model that the pipeline made never needs conversion,
-and one from elsewhere (Llama, GPT-2, Qwen 3, and small ones of DeepSeek-V3's and GLM-4.5's architecture) loads where
-the decoder computes it exactly. Weights are never pickles. The same weights give the same bytes.
+A directory holds ``config.json``, weights in safetensors (one file, or shards with an index),
+``generation_config.json`` and the tokenizer's files. All stages read and write this layout, so models need no
+conversion. Checkpoints of other projects (Llama, GPT-2, Qwen 3, and small ones with the architecture of DeepSeek-V3 or
+GLM-4.5) load if the decoder computes them exactly. Weights are never pickles. Equal weights give equal bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
 def model_files(directory: Path) -> list[str]:
-    """Names of all that ``save_model`` wrote there. Raises ``ArtifactError`` if there are no weights."""
+    """Return the names of all files that ``save_model`` wrote. Raises ``ArtifactError`` if there are no weights."""
     names = [CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES]
     return [*weight_files(directory), *(name for name in names if (directory / name).exists())]
 
@@ -60,10 +60,10 @@ def save_tensors(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a model whose tensors come one by one, by the decoder's names, those of a layer one after the other.
+    """Write a model from a stream of tensors by the decoder's names, grouped by layer.
 
-    So a sharded model need never be whole: one file's worth of tensors is in memory. Weights of more than
-    ``max_shard_bytes`` become several files.
+    So a sharded model is never gathered whole: memory holds the tensors of one file. Weights larger than
+    ``max_shard_bytes`` are split into several files.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
@@ -86,13 +86,13 @@ def save_tensors(
 
 
 def _by_layer(tensors: NamedTensors) -> Iterator[dict[str, Tensor]]:
-    """Tensors of each layer, and of what stands between layers, as they come."""
+    """Group consecutive tensors by layer."""
     for _, group in groupby(tensors, key=lambda item: _layer(item[0])):
         yield dict(group)
 
 
 def _layer(name: str) -> int:
-    """Number of the layer that a tensor belongs to, -1 outside of them."""
+    """Return the index of the tensor's layer, or -1 outside of layers."""
     match = _LAYER.search(name)
     return int(match[1]) if match else -1
 
@@ -101,7 +101,7 @@ def _layer(name: str) -> int:
 
 
 def load_model(directory: Path) -> tuple[Transformer, Tokenizer]:
-    """The model in float32, on the CPU in evaluation mode, and its tokenizer.
+    """Load the model in float32 on the CPU, in evaluation mode, and its tokenizer.
 
     Raises ``ArtifactError`` naming file and key if the directory holds no checkpoint that this decoder computes
     exactly.
@@ -113,17 +113,16 @@ def load_model(directory: Path) -> tuple[Transformer, Tokenizer]:
 
 
 def check_model(directory: Path) -> tuple[ModelConfig, int, Tokenizer]:
-    """The shape, the vocabulary size and the tokenizer of a checkpoint whose weights are not read yet.
+    """Return config, vocabulary size and tokenizer of a checkpoint, without reading its weights.
 
-    Raises ``ArtifactError`` if they do not belong together, or if the files are not those of a checkpoint that this
-    decoder computes exactly.
+    Raises ``ArtifactError`` if model and tokenizer do not match, or if the decoder does not compute the model exactly.
     """
     config, vocab_size = read_model_config(directory)
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > vocab_size:
         raise ArtifactError(
-            f"{directory / CONFIG_FILE}: vocab_size: got {vocab_size}, expected at least the tokenizer's "
-            f"{tokenizer.vocab_size}; model and tokenizer do not belong together"
+            f"{directory / CONFIG_FILE}: vocab_size: got {vocab_size}, expected at least the "
+            f"{tokenizer.vocab_size} of the tokenizer; use the tokenizer of this model"
         )
     _check_shapes(directory, config, vocab_size)
     return config, vocab_size, tokenizer
@@ -131,19 +130,19 @@ def check_model(directory: Path) -> tuple[ModelConfig, int, Tokenizer]:
 
 @torch.no_grad()
 def load_weights(into: Mapping[str, Tensor], directory: Path) -> None:
-    """Copy a checkpoint's weights into parameters and buffers, one tensor after another.
+    """Copy a checkpoint's weights into parameters and buffers, one tensor at a time.
 
-    ``into`` is by the decoder's names and may be a part of the model (a pipeline stage), and may hold DTensors, of
-    which each process fills its own part. Raises ``ArtifactError`` if the files do not hold what ``config.json`` says.
+    ``into`` maps the decoder's names to tensors. It may hold only a pipeline stage, and DTensors, of which each process
+    fills its own shard. Raises ``ArtifactError`` if the files do not match ``config.json``.
     """
     for name, tensor in read_tensors(directory):
         copy_into(into.get(name), tensor)
 
 
 def copy_into(target: Any, tensor: Tensor) -> None:
-    """Fill a tensor, or this process's part of a DTensor, from a whole one; nothing if there is no target."""
+    """Copy a whole tensor into a tensor or into this process's shard of a DTensor; None is ignored."""
     if hasattr(target, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor  # takes 0.6 s
+        from torch.distributed.tensor import distribute_tensor  # the import takes 0.6 s
 
         whole = tensor.to(target.device, target.dtype)
         target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
@@ -152,9 +151,9 @@ def copy_into(target: Any, tensor: Tensor) -> None:
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a checkpoint by the decoder's name, one after another, mapped from the disk where it can be.
+    """Yield a checkpoint's tensors by the decoder's names, memory-mapped where possible.
 
-    All names and shapes are checked before the first is given. Raises ``ArtifactError``.
+    Checks all names and shapes before the first tensor. Raises ``ArtifactError``.
     """
     config, vocab_size = read_model_config(directory)
     _check_shapes(directory, config, vocab_size)
@@ -162,20 +161,20 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int) -> None:
-    """Raise ``ArtifactError`` for a tensor that is missing, left over or of another shape."""
+    """Raise ``ArtifactError`` for a missing or unexpected tensor, or one of another shape."""
     given = dict(_renamed(directory, config, shapes_only=True))
     with torch.device("meta"):
         expected = dict(Transformer(config, vocab_size).state_dict())
     for name in sorted(expected.keys() | given.keys()):
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (given, expected))
         if got != wanted:
-            raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} by {CONFIG_FILE}")
+            raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} from {CONFIG_FILE}")
 
 
 def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Tensors by the decoder's names; what files hold twice or beside the weights is left out."""
+    """Yield tensors by the decoder's names, without duplicates of tied weights and without RoPE buffers."""
     layout, stated = _read_config(directory)
-    # What is mapped takes no memory, so all may be sorted by layer, which shards need not be.
+    # Memory-mapped tensors take no memory, so all can be sorted by layer; shards need not be sorted.
     stored = sorted(stored_tensors(directory, shapes_only=shapes_only), key=lambda item: (_layer(item[0]), item[0]))
     for group in _by_layer(stored):
         for name, tensor in layout.from_hf(group, config, stated).items():
@@ -188,7 +187,7 @@ def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False)
 
 
 def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
-    """The shape and the vocabulary size that ``config.json`` states. Raises ``ArtifactError`` naming the key."""
+    """Return the config and the vocabulary size from ``config.json``. Raises ``ArtifactError`` naming the key."""
     path = directory / CONFIG_FILE
     layout, stated = _read_config(directory)
     try:
@@ -199,36 +198,38 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
         raise ArtifactError(f"{path}: {error}") from error
     vocab_size = stated.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1:
-        raise ArtifactError(f"{path}: vocab_size: got {vocab_size!r}, expected a positive whole number")
+        raise ArtifactError(f"{path}: vocab_size: got {vocab_size!r}, expected a positive integer")
     return config, vocab_size
 
 
 def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
-    """The layout that ``config.json`` names, and what it states."""
+    """Return the adapter for the ``model_type`` in ``config.json``, and the file's content."""
     path = directory / CONFIG_FILE
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read ({error}); the directory holds no checkpoint") from error
+        raise ArtifactError(f"{path}: cannot be read ({error}); expected the directory of a checkpoint") from error
     if not isinstance(stated, dict):
         raise ArtifactError(f"{path}: got a JSON {type(stated).__name__}, expected an object")
     layouts = {layout.model_type: layout for layout in LAYOUTS}
     if (model_type := stated.get("model_type")) not in layouts:
         raise ArtifactError(
-            f"{path}: model_type: got {model_type!r}, expected one of {', '.join(layouts)}; the decoder computes no "
-            "other architecture"
+            f"{path}: model_type: got {model_type!r}, expected one of {', '.join(layouts)}; other "
+            "architectures are not supported"
         )
     if stated.get("quantization_config"):
-        raise ArtifactError(f"{path}: quantization_config: got quantized weights, expected none; take the full ones")
+        raise ArtifactError(
+            f"{path}: quantization_config: got quantized weights, expected none; use the unquantized checkpoint"
+        )
     return layouts[model_type], {key: value for key, value in stated.items() if value is not None or key in _NULLABLE}
 
 
 _NULLABLE = ("q_lora_rank",)
-"""Keys whose null says something; elsewhere it is as good as silence."""
+"""Keys whose null is meaningful; other keys with null count as absent."""
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A text begins after, and ends with, the document's end; an answer ends with the turn's end."""
+    """A text starts after and ends with the end-of-document token; an answer ends with the end-of-turn token."""
     talks = tokenizer.has_turns or tokenizer.template is not None
     ends = list(dict.fromkeys([tokenizer.document_end_id, *([tokenizer.turn_end_id] if talks else [])]))
     return {

@@ -1,6 +1,6 @@
-"""Stage ``import_model``: a checkpoint from elsewhere, in Hugging Face's layout, as an artifact of the store.
+"""Stage ``import_model``: imports a checkpoint in Hugging Face's layout as an artifact.
 
-Weights are copied as they are, in their files and precision, after it has been checked that the decoder computes the
+Weights are copied unchanged, in their files and precision. Before that, the stage checks that the decoder computes the
 model exactly and that the tokenizer gives the ids that the model was trained on.
 """
 
@@ -20,10 +20,10 @@ from lilpipe.tokenizer.encoding import TOKENIZER_FILES
 
 
 def run(config: ImportModelConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001
-    """Check the directory and copy it. Raises ``ArtifactError`` for a model that the decoder does not compute."""
+    """Check the directory and copy it. Raises ``ArtifactError`` for a model that the decoder does not support."""
     source = Path(config.path)
     shape, vocab_size, tokenizer = check_model(source)
-    # A run that was killed starts over: copying is all the work there is.
+    # A retry starts over, because copying is all the work.
     shutil.rmtree(workspace.output)
     workspace.output.mkdir()
     names = [name for name in model_files(source) if name not in TOKENIZER_FILES]
@@ -36,7 +36,7 @@ def run(config: ImportModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
 
 
 def external(config: ImportModelConfig) -> dict[str, str]:
-    """Digests of the directory's files. Raises ``DataError`` where there is no checkpoint."""
+    """Return digests of the directory's files. Raises ``DataError`` if it holds no checkpoint."""
     source = Path(config.path)
     try:
         names = model_files(source)

@@ -1,6 +1,6 @@
-"""What every weight is before training: a function of the seed and of its name.
+"""Initial weights as a function of the seed and the parameter's name.
 
-So a weight does not depend on the order of modules, nor on which process holds it or a part of it.
+So they do not depend on the order of modules or on which process holds which shard.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.seeds import derive_seed
 
 INIT_STD = 0.02
-"""Standard deviation of fresh weights (Radford et al. 2019, GPT-2; Hugging Face's default for Llama)."""
+"""Standard deviation of initial weights (Radford et al. 2019, GPT-2; Hugging Face's default for Llama)."""
 _WRITES_RESIDUAL = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 
 
 def initial_value(name: str, shape: Sequence[int], *, seed: int, config: ModelConfig) -> Tensor:
-    """The whole tensor of that name, float32 on the CPU, for a parameter or a buffer that is saved.
+    """Return the initial value of a parameter or saved buffer: the whole tensor, float32, on the CPU.
 
-    Biases are zeros and norms ones. Matrices, stacked ones too, are normal with ``INIT_STD``; those that write to the
-    residual stream are divided by sqrt(2 x num_layers), the number of summands there (Radford et al. 2019). Of an
-    adapter (``lora``) A is uniform within +- 1 / sqrt(inputs), as ``peft`` has it, and B zeros.
+    Biases are 0 and norm weights 1. Matrices, also stacked ones, are normal with ``INIT_STD``; output projections to
+    the residual stream are divided by sqrt(2 * num_layers) (Radford et al. 2019). LoRA's A is uniform in +- 1 /
+    sqrt(inputs), as in ``peft``, and B is 0.
     """
     layer, _, kind = name.rpartition(".")
     if kind == "lora_A":

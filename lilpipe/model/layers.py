@@ -1,6 +1,6 @@
-"""Layers that the parts of a block are made of.
+"""Basic layers of a transformer block.
 
-All start as constants: weights come from ``init_weights`` or from a file, never from the global random generator.
+All have constant initial weights. ``init_weights`` or a checkpoint sets them, never the global random generator.
 
 Dimensions: B sequences, T tokens, D width of the residual stream.
 """
@@ -16,7 +16,7 @@ from lilpipe.model.gradients import rms_norm
 
 
 class Linear(nn.Linear):
-    """A matrix, without bias but where one is asked for, that starts as zeros."""
+    """Linear layer, by default without bias, initialized to zeros."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
@@ -28,7 +28,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table that starts as zeros."""
+    """Embedding initialized to zeros."""
 
     def reset_parameters(self) -> None:
         """Fill with zeros."""
@@ -36,7 +36,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square over D, and scale each element (Zhang & Sennrich 2019)."""
+    """Divide by the root mean square over D and scale each element (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -44,19 +44,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to the same shape."""
+        """Map ``[..., D]`` to the same shape."""
         return rms_norm(x, self.weight, self.eps)
 
 
 def residual_norm(config: ModelConfig) -> nn.Module:
-    """The norm of the residual stream: LayerNorm in GPT-2, else RMSNorm."""
+    """Return the norm of the residual stream: LayerNorm for GPT-2, else RMSNorm."""
     if config.architecture == "gpt2":
         return nn.LayerNorm(config.hidden_size, config.norm_eps)
     return RMSNorm(config.hidden_size, config.norm_eps)
 
 
 class SwiGLU(nn.Module):
-    """Llama's feed-forward layer: one product gates the other (Shazeer 2020)."""
+    """Llama's gated feed-forward layer (Shazeer 2020)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -65,12 +65,12 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to the same shape."""
+        """Map ``[..., D]`` to the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class GELULayer(nn.Module):
-    """GPT-2's feed-forward layer, with biases and GELU by its tanh approximation (Hendrycks & Gimpel 2016)."""
+    """GPT-2's feed-forward layer, with biases and the tanh approximation of GELU (Hendrycks & Gimpel 2016)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
@@ -78,5 +78,5 @@ class GELULayer(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., D]`` to the same shape."""
+        """Map ``[..., D]`` to the same shape."""
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))

@@ -1,9 +1,8 @@
-"""LoRA: low-rank adapters beside frozen weights (Hu et al. 2021).
+"""LoRA: low-rank adapters for frozen weights (Hu et al. 2021).
 
-A layer of weight W adds ``alpha / rank * B A x`` to ``W x``. It keeps W under its own name, so that a checkpoint's
-tensors are the model's and the adapters'. B starts as zeros: the model is what it was. Before it is exported the
-adapters are added to the weights, tensor by tensor, since no worker may hold the whole. They are also written in
-``peft``'s format.
+A layer of weight W adds ``alpha / rank * B A x`` to ``W x``. W keeps its name, so a checkpoint holds the model's and
+the adapters' tensors. B starts as zeros, so the model is unchanged at first. Export merges the adapters into the
+weights tensor by tensor, because the whole model may not fit on one worker, and also writes them in ``peft``'s format.
 
 Dimensions: R rank, I inputs, O outputs.
 """
@@ -33,7 +32,7 @@ ADAPTABLE = ("llama", "qwen3")
 
 
 class LoRALinear(Linear):
-    """A linear layer with an adapter."""
+    """Linear layer with a LoRA adapter."""
 
     def __init__(self, base: Linear, config: LoRAConfig) -> None:
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
@@ -43,24 +42,24 @@ class LoRALinear(Linear):
         self.scale, self.dropout = config.alpha / config.rank, config.dropout
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """``[..., I]`` to ``[..., O]``."""
+        """Map ``[..., I]`` to ``[..., O]``."""
         return super().forward(input) + self.change(input, self.lora_A, self.lora_B)
 
     def change(self, x: Tensor, lora_A_RI: Tensor, lora_B_OR: Tensor) -> Tensor:
-        """What the adapter adds, ``[..., O]``; the matrices may be a worker's parts of its own."""
+        """Return the adapter's output, ``[..., O]``. The matrices may be shards (tensor parallelism)."""
         x = F.dropout(x, self.dropout, training=self.training) if self.dropout else x
         return self.scale * F.linear(F.linear(x, lora_A_RI), lora_B_OR)
 
 
 def add_adapters(model: Transformer, config: LoRAConfig, *, seed: int) -> None:
-    """Freeze the model, or a pipeline stage of it, and give its linear layers adapters, in place.
+    """Freeze the model, or a pipeline stage of it, and add adapters to its linear layers, in place.
 
-    They get their ``initial_value``. Raises ``ConfigError`` for a model whose layers ``peft`` calls otherwise.
+    Adapters get their ``initial_value``. Raises ``ConfigError`` for a model whose layers have other names in ``peft``.
     """
     if (kind := adapter_for(model.config).model_type) not in ADAPTABLE:
         raise ConfigError(
-            f"sft.lora: got a model of type {kind!r}, expected one of {', '.join(ADAPTABLE)}; leave sft.lora out, "
-            "which trains all weights"
+            f"sft.lora: got a model of type {kind!r}, expected one of {', '.join(ADAPTABLE)}; remove sft.lora "
+            "to train all weights"
         )
     model.requires_grad_(False)
     for name, layer in list(model.named_modules()):
@@ -74,9 +73,9 @@ def add_adapters(model: Transformer, config: LoRAConfig, *, seed: int) -> None:
 
 
 def merge(tensors: NamedTensors, config: LoRAConfig, adapters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an adapted model, those of a layer one after the other, to the tensors of a plain one.
+    """Merge the adapters into the weights of a stream of tensors that is grouped by layer.
 
-    A weight becomes ``W + alpha / rank * B A``, summed in float64. What is left out is put into ``adapters``.
+    A weight becomes ``W + alpha / rank * B A``, computed in float64. The adapters' tensors are put into ``adapters``.
     """
     for layer, members in groupby(tensors, key=lambda item: item[0].rpartition(".")[0]):
         found = dict(members)
@@ -91,7 +90,7 @@ def merge(tensors: NamedTensors, config: LoRAConfig, adapters: dict[str, Tensor]
 
 
 def save_adapters(adapters: Mapping[str, Tensor], config: LoRAConfig, directory: Path) -> None:
-    """Write the adapters as ``peft`` reads them: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    """Write the adapters in ``peft``'s format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{name}.weight": tensor.cpu().contiguous() for name, tensor in adapters.items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

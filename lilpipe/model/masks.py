@@ -1,8 +1,8 @@
-"""What a token may attend to: one predicate, and the two ways in which attention takes it.
+"""Attention masks and the attention call: boolean masks on a CPU, FlexAttention on a GPU.
 
-A query sees a key whose position is not after its own and whose document is its own. On a CPU that becomes a boolean
-mask once for a forward pass. On a GPU it goes into the kernel (FlexAttention, Dong et al. 2024), so that a long
-sequence needs no mask of its length squared, and blocks of keys that no query sees are left out.
+A query attends to keys of its own document at positions up to its own. On a CPU this is a boolean mask, built once per
+forward pass. On a GPU it is a predicate inside the kernel (FlexAttention, Dong et al. 2024): a long sequence needs no T
+x T mask, and fully masked blocks of keys are skipped.
 
 Dimensions: B sequences, T queries, S keys, H query heads, K key/value heads, E size of one head.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     Mask = Tensor | BlockMask
-    """Boolean ``[B or 1, 1, T, S]``, True where a query may attend; or the same as a predicate, of a GPU's kernel."""
+    """Boolean ``[B or 1, 1, T, S]``, True where a query may attend; on a GPU, a ``BlockMask``."""
 
 
 def allow(
@@ -30,7 +30,7 @@ def allow(
     documents_BT: Tensor | None = None,
     documents_BS: Tensor | None = None,
 ) -> Mask:
-    """The mask for queries and keys at these positions, of these documents if they are given."""
+    """Return the causal mask for queries and keys at these positions; with documents, also restricted to them."""
     if positions_BT.device.type == "cuda":
         return block_mask(positions_BT, positions_BS, documents_BT, documents_BS, compiled=True)
     allowed_BTS = positions_BS[:, None, :] <= positions_BT[:, :, None]
@@ -40,7 +40,7 @@ def allow(
 
 
 def document_mask(documents_BT: Tensor) -> Mask:
-    """``allow`` for whole rows: a token attends to those before it of its own document, and to itself."""
+    """Return the causal mask within documents, for whole rows."""
     positions_1T = torch.arange(documents_BT.shape[1], device=documents_BT.device)[None]
     positions_BT = positions_1T.expand(documents_BT.shape)
     return allow(positions_BT, positions_BT, documents_BT, documents_BT)
@@ -55,7 +55,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Attention ``[B, H, T, E]`` to what ``mask`` allows, or, with none, to the keys up to one's own."""
+    """Return attention outputs ``[B, H, T, E]``; without ``mask``, causal attention."""
     if mask is None or isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(
             q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
@@ -72,7 +72,7 @@ def block_mask(
     *,
     compiled: bool,
 ) -> BlockMask:
-    """The predicate as FlexAttention takes it; ``compiled``, it is never made whole on the way."""
+    """Return the mask for FlexAttention; ``compiled`` avoids building the full mask."""
 
     def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:  # noqa: ARG001 (all heads alike)
         seen = positions_BS[b, s] <= positions_BT[b, t]

@@ -1,14 +1,14 @@
-"""Multi-head latent attention: keys and values of all heads come from one small latent of each token.
+"""Multi-head latent attention (MLA): one small latent per token holds the keys and values of all heads.
 
-Source: DeepSeek-V2 (2024, section 2.1), with DeepSeek-V3's names for parameters. A head of queries and keys has a part
-without position, and a part that is rotated; the rotated part of the key is one for all heads. What a cache holds of
-a token is its latent and that rotated part, ``kv_lora_rank + qk_rope_head_dim`` numbers a layer.
+Source: DeepSeek-V2 (2024, section 2.1), with DeepSeek-V3's parameter names. A head of queries and keys has a part
+without RoPE and a part with it; all heads share the key's RoPE part. The cache holds the latent and that RoPE part of
+each token, ``kv_lora_rank + qk_rope_head_dim`` numbers per layer.
 
-Rotation pairs elements i and i + half, as elsewhere here; DeepSeek's own weights pair 2i and 2i + 1, and
-``from_interleaved`` reorders them.
+RoPE pairs elements i and i + half, as elsewhere here; DeepSeek's weights pair 2i and 2i + 1, and ``from_interleaved``
+reorders them.
 
-Dimensions: B sequences, T tokens, S tokens that may be attended to, D width, H heads, N the part of a head without
-position, P the part with it, V width of a head's values, R width of the latent, C = R + P what is cached.
+Dimensions: B sequences, T tokens, S keys, D width, H heads, N head size without RoPE, P head size with RoPE, V head
+size of values, R width of the latent, C = R + P cached numbers.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from lilpipe.model.masks import Mask
 
 LATENT_NORM_EPS = 1e-6
-"""As in DeepSeek's code, where the config's epsilon is that of the residual stream alone."""
+"""As in DeepSeek's code; the config's epsilon applies only to the residual stream's norms."""
 
 
 class LatentAttention(nn.Module):
-    """One layer's self-attention."""
+    """Multi-head latent attention of one layer."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class LatentAttention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: Angles | None, mask: Mask | None = None, view: KeysAndValues | None = None
     ) -> Tensor:
-        """Attend within each row: to positions up to one's own, or to what ``mask [B, 1, T, S]`` allows."""
+        """Attend within each row: causally, or as ``mask [B, 1, T, S]`` allows."""
         assert rope is not None
         q_BTHE = self._queries(x_BTD).unflatten(-1, (-1, self.nope_size + self.rope_size))
         q_BTHN, q_BTHP = q_BTHE.split([self.nope_size, self.rope_size], dim=-1)
         latent_BTR, k_BTP = self.kv_a_proj_with_mqa(x_BTD).split([self.latent_size, self.rope_size], dim=-1)
         k_BT1P = apply_rope(k_BTP[:, :, None], *rope)
         kv_BS1C = torch.cat([self.kv_a_layernorm(latent_BTR)[:, :, None], k_BT1P], dim=-1)
-        if view is not None:  # to a cache this is one head of keys; its values, the latent, are a part of them
+        if view is not None:  # the cache stores one key head; the values (the latent) are part of it
             kv_BS1C, _ = view.update(self.layer, kv_BS1C, kv_BS1C[..., :0])
             mask = view.mask_B1TS
         q_BTHP = apply_rope(q_BTHP, *rope)
@@ -79,12 +79,12 @@ class LatentAttention(nn.Module):
         return self.q_proj(x_BTD)
 
     def _attend_to_heads(self, q_BTHN: Tensor, q_BTHP: Tensor, kv_BS1C: Tensor, mask: Mask | None) -> Tensor:
-        """Values ``[B, T, H, V]``, from keys and values made whole: the fewest operations for many tokens."""
+        """Return values ``[B, T, H, V]`` from expanded keys and values: the fewest operations for many tokens."""
         latent_BS1R, k_BS1P = kv_BS1C.split([self.latent_size, self.rope_size], dim=-1)
         kv_BSHE = self.kv_b_proj(latent_BS1R[:, :, 0]).unflatten(-1, (-1, self.nope_size + self.value_size))
         k_BSHN, v_BSHV = kv_BSHE.split([self.nope_size, self.value_size], dim=-1)
         k_BSHE = torch.cat([k_BSHN, k_BS1P.expand(-1, -1, k_BSHN.shape[2], -1)], dim=-1)
-        # The fused kernel wants values as wide as keys: widened by zeros, both passes took half the time on a CPU.
+        # The fused kernel needs values as wide as keys: with zero padding, both passes took half the time on a CPU.
         padding = max(0, self.nope_size + self.rope_size - self.value_size)
         y_BHTV = attend(
             torch.cat([q_BTHN, q_BTHP], dim=-1).transpose(1, 2),
@@ -96,12 +96,12 @@ class LatentAttention(nn.Module):
         return y_BHTV[..., : self.value_size].transpose(1, 2)
 
     def _attend_to_latents(self, q_B1HN: Tensor, q_B1HP: Tensor, kv_BS1C: Tensor, mask: Mask | None) -> Tensor:
-        """Values ``[B, 1, H, V]`` of one token, from the latents themselves (DeepSeek-V2, section 2.1.2).
+        """Return values ``[B, 1, H, V]`` of one token, from the latents directly (DeepSeek-V2, section 2.1.2).
 
-        The matrix that makes keys is applied to the query in place of every key, and the one that makes values to
-        their weighted sum. To attention the heads then are H queries of one head.
+        The key projection is absorbed into the query and the value projection into the output: multi-query attention
+        with H queries and one head of keys.
         """
-        assert mask is None or isinstance(mask, Tensor), "a cache comes with a boolean mask"
+        assert mask is None or isinstance(mask, Tensor), "attention to a cache requires a boolean mask"
         weight_HER = self.kv_b_proj.weight.unflatten(0, (-1, self.nope_size + self.value_size))
         to_key_HNR, to_value_HVR = weight_HER.split([self.nope_size, self.value_size], dim=1)
         q_B1HR = torch.einsum("bthn,hnr->bthr", q_B1HN, to_key_HNR)
@@ -117,9 +117,9 @@ class LatentAttention(nn.Module):
 
 
 def from_interleaved(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights whose rotation pairs elements 2i and 2i + 1 (Hugging Face's ``rope_interleave``), in our pairing.
+    """Convert weights whose RoPE pairs elements 2i and 2i + 1 (Hugging Face's ``rope_interleave``) to our pairs.
 
-    Only the rows that make the rotated parts of queries and keys change places.
+    Only the rows of the RoPE parts of queries and keys move.
     """
     assert config.mla is not None
     nope_size, rope_size, latent_size = (

@@ -1,9 +1,9 @@
-"""Mixture of experts in place of the feed-forward layer: each token goes to a few of many small SwiGLU layers.
+"""Mixture of experts instead of the feed-forward layer: a router sends each token to a few of many small SwiGLU layers.
 
-Router, shared experts and balancing without an auxiliary loss are those of DeepSeek-V3 (2024, section 2.1.2). A
-token's affinity to an expert is a sigmoid. It goes to the experts with the highest affinity plus bias and sums their
-outputs by affinity alone. After each optimizer step the bias of an expert that got too few tokens goes up, and down
-where it got too many. No token is dropped. Parameters have DeepSeek-V3's names, with the experts' matrices stacked.
+Router, shared experts and auxiliary-loss-free load balancing follow DeepSeek-V3 (2024, section 2.1.2). Affinity is the
+sigmoid of the router's logit. The top experts by affinity plus bias are chosen; their outputs are weighted by affinity
+alone. After each optimizer step, the bias of an underloaded expert increases and that of an overloaded one decreases.
+No token is dropped. Parameters have DeepSeek-V3's names, with the experts' matrices stacked.
 
 Dimensions: B sequences, T tokens, N = B T tokens, D width, E experts, K experts of a token, I width of an expert.
 """
@@ -25,7 +25,7 @@ EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
 class Router(nn.Module):
-    """Which experts each token goes to, and with what weight."""
+    """Top-k router."""
 
     e_score_correction_bias: Tensor
 
@@ -37,9 +37,9 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of the experts chosen and their weights, ``[N, K]`` both.
+        """Return indices and weights of the chosen experts, both ``[N, K]``.
 
-        Affinities are computed in float32 at least, whatever the precision of the rest.
+        Computes affinities in at least float32.
         """
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
@@ -53,7 +53,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, their matrices stacked so that each kind is one grouped product."""
+    """The routed experts, with stacked matrices for grouped matrix products."""
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(moe.num_experts, hidden_size, moe.moe_intermediate_size))
 
     def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor, loads_E: Tensor) -> Tensor:
-        """Weighted sums over each token's experts ``[N, D]``; ``loads_E`` is how often each expert was chosen."""
+        """Return weighted sums over each token's experts ``[N, D]``; ``loads_E`` is the tokens per expert."""
         N, K = chosen_NK.shape
-        order = chosen_NK.flatten().argsort(stable=True)  # [N K]: by expert
+        order = chosen_NK.flatten().argsort(stable=True)  # [N K]: sorted by expert
         inverse = order.argsort()
         ends_E = loads_E.cumsum(0)
         x = reorder(x_ND[:, None].expand(-1, K, -1).flatten(0, 1), order, inverse)
@@ -74,7 +74,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """The routed experts, and those that every token goes to, which are one SwiGLU layer of their summed width."""
+    """Routed experts plus shared experts, which are one SwiGLU layer of their total width."""
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
@@ -84,10 +84,9 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(hidden_size, shared_size) if shared_size else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's output ``[B, T, D]``, and how many tokens went to each expert, int64 ``[E]``.
+        """Return the layer's output ``[B, T, D]`` and the tokens per expert, int64 ``[E]``.
 
-        The loads are an output, not added up in here, so that they count once when the layer is recomputed in the
-        backward pass.
+        The loads are returned instead of accumulated here, so that activation checkpointing does not count them twice.
         """
         x_ND = x_BTD.flatten(0, -2)
         chosen_NK, weights_NK = self.gate(x_ND)
@@ -100,7 +99,7 @@ class MoE(nn.Module):
 
 
 class _Reorder(torch.autograd.Function):
-    """Rows in another order. Indexing would add up gradients as if a row could be taken twice, serially on a CPU."""
+    """Permute rows. The gradient of plain indexing accumulates, since rows may repeat; on a CPU it does so serially."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -113,22 +112,22 @@ class _Reorder(torch.autograd.Function):
 
 
 def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """``x[order]``, where ``inverse`` is the permutation that undoes ``order``."""
+    """Return ``x[order]``; ``inverse`` is the inverse permutation of ``order``."""
     return _Reorder.apply(x, order, inverse)
 
 
 def balanced_bias(bias_LE: Tensor, loads_LE: Tensor, rate: float) -> Tensor:
-    """The biases after a step in which each expert of L layers got so many tokens (DeepSeek-V3, 2.1.2)."""
+    """Return the updated biases of L layers, given the tokens per expert in a step (DeepSeek-V3, 2.1.2)."""
     return bias_LE + rate * (loads_LE.double().mean(-1, keepdim=True) - loads_LE).sign().to(bias_LE.dtype)
 
 
 def imbalance(loads_LE: Tensor) -> Tensor:
-    """Tokens of the busiest expert over those of the average one, float64 [L]; 1 is even, E all to one."""
+    """Return the largest over the mean number of tokens per expert, float64 [L]: 1 if balanced, E if all go to one."""
     return loads_LE.amax(-1).double() / loads_LE.double().mean(-1).clamp(min=1e-9)
 
 
 def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each expert's matrices as tensors of their own, ``...experts.<number>.gate_proj.weight``; others as they are."""
+    """Unstack the experts' matrices to ``...experts.<number>.gate_proj.weight``; other tensors are unchanged."""
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         prefix, _, matrix = name.rpartition(".")
@@ -140,7 +139,7 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``to_huggingface``."""
+    """Invert ``to_huggingface``."""
     result: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in state.items():

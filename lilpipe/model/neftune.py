@@ -1,8 +1,8 @@
 """NEFTune: uniform noise on the embeddings in fine-tuning (Jain et al. 2023).
 
-Each number of a conversation of T tokens and width D gets noise within +- alpha / sqrt(T D). It is drawn for a
-conversation's number in its step, so that neither packing nor the layout of the workers changes it. Where tensor
-parallelism gives each worker a part of every row's embeddings, each adds its part of the same noise.
+Each embedding element of a conversation of T tokens and width D gets uniform noise within +- alpha / sqrt(T D). The
+noise is seeded by the conversation's index in its step, so packing and the parallel layout do not change it. Where
+tensor parallelism shards the embeddings along T, each worker adds its shard of the same noise.
 
 Dimensions: B rows, T tokens, D width.
 """
@@ -19,26 +19,26 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 
 Places = list[list[tuple[int, int]]]
-"""For each row of a batch its conversations: number in the step, and length."""
+"""Per row of a batch: the index in the step and the length of each conversation."""
 
 
 class EmbeddingNoise:
-    """Noise on the embeddings of a model in training; the forward passes to come must be ``expect``ed."""
+    """Forward hook that adds noise to embeddings in training. Announce each step's forward passes with ``expect``."""
 
     def __init__(self, *, alpha: float, seed: int, part: int = 0) -> None:
-        """``part``: which part of the rows' embeddings this worker has, where they are cut along T."""
+        """``part`` is the index of this worker's shard of the embeddings along T."""
         self._alpha, self._seed, self._part = alpha, seed, part
         self._step = 0
         self._coming: deque[Places] = deque()
 
     def install(self, model: Transformer) -> None:
-        """Add noise to what the model's embedding gives; of a pipeline's stages the first alone has use for it."""
+        """Add the hook to the embedding; only a pipeline's first stage has one."""
         if model.part.first:
             assert model.model.embed_tokens is not None
             model.model.embed_tokens.register_forward_hook(self._add)
 
     def expect(self, step: int, batches: list[Places]) -> None:
-        """Say what the micro-batches of a step hold, in the order in which they go through the model."""
+        """Set the conversations of the step's micro-batches, in the order of their forward passes."""
         self._step, self._coming = step, deque(batches)
 
     def _add(self, module: nn.Module, arguments: tuple[Tensor], embedded_BTD: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class EmbeddingNoise:
         return embedded_BTD + noise_BTD.to(embedded_BTD)
 
     def _noise(self, num_rows: int, num_tokens: int, size: int) -> Tensor:
-        """What whole rows get, ``[B, T, D]``: padding gets zeros."""
+        """Return noise for whole rows, ``[B, T, D]``; 0 at padding."""
         noise_BTD = torch.zeros(num_rows, num_tokens, size)
         for row, places in enumerate(self._coming.popleft()):
             start = 0

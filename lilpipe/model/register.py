@@ -1,6 +1,6 @@
-"""Stage ``register``: the released model, a checkpoint with a model card, checked as its users will load it.
+"""Stage ``register``: writes the released model, a checkpoint with a model card, and checks that it loads.
 
-Its name and alias in the MLflow registry are the tracker's part.
+The tracker sets its name and alias in the MLflow registry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CARD_FILE = "README.md"
 REPORT_METRICS = "metrics.json"
 
 SAMPLE_TEXT = "Reverse the list 3, 14, 15.\n\tÉtude in naïve 日本語 🙂 <|user|>"
-"""Numbers, white space, letters of several bytes, and the name of a special token."""
+"""Digits, whitespace, multi-byte characters, and the name of a special token."""
 
 CARD = """\
 ---
@@ -83,10 +83,10 @@ WITHOUT_TRANSFORMERS = "No class of transformers computes this model: lilpipe al
 
 
 def run(config: RegisterConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001
-    """Copy the model, describe it, and load it back. Raises ``ArtifactError`` if it comes back different."""
+    """Copy the model, write its card, and load it back. Raises ``ArtifactError`` if the loaded model differs."""
     source, report = one_input(inputs, "model"), optional_input(inputs, "report")
     model, tokenizer = load_model(source.path)
-    # A run that was killed starts over: copying is all the work there is.
+    # A retry starts over, because copying is all the work.
     shutil.rmtree(workspace.output)
     workspace.output.mkdir()
     for name in model_files(source.path):
@@ -100,39 +100,43 @@ def run(config: RegisterConfig, inputs: Inputs, workspace: Workspace) -> Metrics
 
 
 def verify(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Load the directory and hold it against the model and tokenizer that it must be, on fixed input."""
+    """Load the directory and compare model and tokenizer with the expected ones on a fixed input."""
     loaded, loaded_tokenizer = load_model(directory)
     ids = loaded_tokenizer.encode(SAMPLE_TEXT)
     if ids != tokenizer.encode(SAMPLE_TEXT) or loaded_tokenizer.decode(ids) != SAMPLE_TEXT:
         raise ArtifactError(
-            f"{directory}: its tokenizer gives {ids[:8]}... for a fixed text, expected the ids of the input's that "
-            "decode to the text again; the model must be made again"
+            f"{directory}: the tokenizer gives {ids[:8]}... for a fixed text, expected the same ids as the input's, "
+            "which decode to the same text; rerun the stage that produced the model"
         )
     tokens_BT = fixed_batch(model)
     with torch.inference_mode():
         got, expected = loaded(tokens_BT), model(tokens_BT)
     if not torch.isfinite(expected).all():
-        raise ArtifactError(f"{directory}: the logits are not finite; training has diverged, train the model again")
+        raise ArtifactError(
+            f"{directory}: got logits that are not finite; training has diverged, train the model again"
+        )
     if not torch.equal(got, expected):
         difference = (got - expected).abs().max().item()
-        raise ArtifactError(f"{directory}: logits differ from the input's by {difference:.3g}, expected the same")
+        raise ArtifactError(
+            f"{directory}: logits differ from those of the input model by {difference:.3g}, expected equal ones"
+        )
 
 
 def fixed_batch(model: Transformer) -> Tensor:
-    """Two rows of tokens spread over the vocabulary, ``[2, T]``."""
+    """Return two rows of tokens spread over the vocabulary, ``[2, T]``."""
     num_tokens = min(64, model.config.max_seq_len)
     return (torch.arange(2 * num_tokens) * 7919 % model.vocab_size).view(2, num_tokens)
 
 
 def read_metrics(directory: Path) -> dict[str, float]:
-    """The numbers in a report's ``metrics.json``, by dotted name; none if there is no such file."""
+    """Return the numbers in a report's ``metrics.json`` by dotted name; empty if there is no file."""
     path = directory / REPORT_METRICS
     if not path.exists():
         return {}
     try:
         return dict(_numbers(json.loads(path.read_text(encoding="utf-8"))))
     except ValueError as error:
-        raise ArtifactError(f"{path}: is not valid JSON ({error}); the report must be made again") from error
+        raise ArtifactError(f"{path}: is not valid JSON ({error}); rerun the stage that produced the report") from error
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -144,7 +148,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float]) -> str:
-    """The text of the card: a function of what is trained alone, without times, paths or the registry's name."""
+    """Return the text of the card. It has no times, paths or registry names, so equal models give equal cards."""
     shape = model.config
     layout = adapter_for(shape)
     own = isinstance(layout, Lilpipe)

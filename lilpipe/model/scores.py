@@ -1,11 +1,10 @@
-"""How likely each target token is: all that any objective here needs of the output layer.
+"""Log-probabilities of target tokens, without materializing the logits: a chunked linear cross-entropy.
 
-Logits of a large vocabulary are most of a step's memory. Asked for scores, the model computes them for some tokens at
-a time, so that they are never whole, and for a large batch once more in the backward pass. Their gradient is written
-down by hand, the softmax less one at the target, so that all passes over a part's logits but one are in place.
+For a large vocabulary, logits take most of a step's memory. The scores are computed for chunks of tokens, so that the
+logits of all tokens never exist at once; for a large batch the backward pass recomputes them. The gradient is written
+by hand (softmax minus one-hot target), so that all passes but one over a chunk's logits are in place.
 
-Dimensions: B sequences, T tokens, N tokens of all of them or of a part, K those that are scored, D width, V
-vocabulary.
+Dimensions: B sequences, T tokens, N tokens (all or a chunk), K tokens with a target, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-"""Target that counts for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
+"""Ignore index, as in ``torch.nn.functional.cross_entropy``: targets without a loss."""
 LOGITS_AT_ONCE = 2**25
-"""Logits that may be in memory at once: 128 MiB in float32. More if ``LEAST_TOKENS`` make more."""
+"""Most logits in memory at once: 128 MiB in float32. Exceeded if ``LEAST_TOKENS`` requires it."""
 LOGITS_IN_CACHE = 2**20
-"""Logits of a part on a CPU, 4 MiB in float32: with a quarter of that the products took 15 % longer, with four times
-as much the rest did."""
+"""Logits of a chunk on a CPU, 4 MiB in float32. With a quarter of it the matrix products took 15 % longer; with four
+times as much the elementwise operations did."""
 LEAST_TOKENS = {"cpu": 128, "cuda": 2048}
-"""Tokens of a part however large the vocabulary: with fewer the time goes into reading the weights."""
+"""Minimum tokens of a chunk for any vocabulary; smaller chunks spend the time reading the weights."""
 
 
 class Scores(NamedTuple):
-    """Of each target, float32 [B, T] each; 0 for a target that is ``IGNORED``."""
+    """Scores of each target, float32 [B, T]; 0 where the target is ``IGNORED``."""
 
     logprobs: Tensor
     """Log-probability given the tokens before."""
     normaliser: Tensor
-    """Logarithm of the softmax's denominator."""
+    """Log of the softmax denominator (log-sum-exp of the logits)."""
 
 
 def token_scores(
@@ -47,10 +46,10 @@ def token_scores(
     softcap: float | None = None,
     compiled: bool = False,
 ) -> Scores:
-    """Scores of targets under the logits ``hidden @ weight.T``; differentiable, once, in both.
+    """Return scores of targets under the logits ``hidden @ weight.T``; differentiable once.
 
-    They are float64 where the hidden states are. ``compiled`` fuses the passes over a part's logits; without it, the
-    output layer is left out where nothing is scored, as in prompts and padding.
+    Scores are float64 if the hidden states are. ``compiled`` fuses the passes over a chunk's logits. Without it, tokens
+    without a target, such as prompts and padding, skip the output layer.
     """
     device = hidden_BTD.device.type
     if torch.is_autocast_enabled(device):
@@ -65,32 +64,32 @@ def token_scores(
 
 
 def gather_scores(parts: Sequence[tuple[Tensor, Tensor]], targets_BT: Tensor) -> Scores:
-    """Log-probabilities and normalisers of all parts, zeros where a target does not count."""
+    """Concatenate the scores of all chunks; 0 where the target is ignored."""
     counts_BT = targets_BT >= 0
     logprobs, normaliser = (torch.cat(column).view(targets_BT.shape) for column in zip(*parts, strict=True))
     return Scores(logprobs.where(counts_BT, 0.0), normaliser.where(counts_BT, 0.0))
 
 
 def soften(logits: Tensor, cap: float | None) -> Tensor:
-    """Logits bent into +- ``cap``."""
+    """Softcap logits to +- ``cap``."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class PartScores(NamedTuple):
-    """The softmax of some tokens, as its gradient needs it."""
+    """Softmax of a chunk of tokens, as needed for its gradient."""
 
     logprobs_N: Tensor
     normaliser_N: Tensor
     exponentials_NV: Tensor
-    """Of the softened logits less the largest, times the softening's slope."""
+    """Exponentials of the softcapped logits minus their maximum, times the derivative of the softcap."""
     sums_N: Tensor
-    """Of the exponentials without the slope."""
+    """Sum of the exponentials, without that derivative."""
     target_slopes_N: Tensor
-    """The softening's slope at the target."""
+    """Derivative of the softcap at the target."""
 
 
 def score_part(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None) -> PartScores:
-    """Score some targets, with all logits and sums in float32 (float64 if the hidden states are)."""
+    """Score a chunk of targets, with logits and sums in float32 (float64 if the hidden states are)."""
     logits_NV = F.linear(hidden_ND, weight_VD)
     logits_NV = soften(logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float(), softcap)
     chosen_N = _at(logits_NV, targets_N)
@@ -108,7 +107,7 @@ def score_part(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap:
 
 
 def logits_gradient(part: PartScores, targets_N: Tensor, logprob_grad_N: Tensor, normaliser_grad_N: Tensor) -> Tensor:
-    """Gradient ``[N, V]`` by the logits before softening, from those by log-probabilities and normalisers."""
+    """Return the gradient ``[N, V]`` with respect to the logits before the softcap."""
     factor_N = (normaliser_grad_N - logprob_grad_N) / part.sums_N
     gradient_NV = part.exponentials_NV * factor_N[:, None]
     at_target_N = logprob_grad_N * part.target_slopes_N
@@ -116,7 +115,7 @@ def logits_gradient(part: PartScores, targets_N: Tensor, logprob_grad_N: Tensor,
 
 
 class _Scores(torch.autograd.Function):
-    """Part by part. Parts stay for the backward pass if all of them together are within ``LOGITS_AT_ONCE``."""
+    """Scores by chunks. Chunks are kept for the backward pass if all logits fit in ``LOGITS_AT_ONCE``."""
 
     @staticmethod
     def forward(
@@ -145,7 +144,7 @@ class _Scores(torch.autograd.Function):
         score = _compiled(score_part) if ctx.compiled else score_part
         gradient = _compiled(logits_gradient) if ctx.compiled else logits_gradient
         hidden_grad_ND = torch.empty_like(hidden_ND)
-        weight_grad_VD = torch.zeros_like(weight_VD, dtype=logprob_grad_N.dtype)  # parts are summed in float32
+        weight_grad_VD = torch.zeros_like(weight_VD, dtype=logprob_grad_N.dtype)  # chunks are summed in float32
         by_token = (hidden_ND, targets_N, logprob_grad_N, normaliser_grad_N, hidden_grad_ND)
         rows = zip(*(tensor.split(ctx.num_at_once) for tensor in by_token), strict=True)
         for number, (hidden, targets, logprob_grad, normaliser_grad, hidden_grad) in enumerate(rows):
@@ -160,7 +159,7 @@ class _Scores(torch.autograd.Function):
 
 
 def tokens_at_once(vocab_size: int, device: torch.device) -> int:
-    """Tokens of a part: on a CPU as many as its caches hold, elsewhere as memory is to hold."""
+    """Return tokens per chunk: on a CPU as many as fit in its caches, elsewhere limited by memory."""
     if device.type == "cpu":
         return max(LEAST_TOKENS["cpu"], LOGITS_IN_CACHE // vocab_size)
     return max(LEAST_TOKENS["cuda"], LOGITS_AT_ONCE // vocab_size)

@@ -1,7 +1,7 @@
-"""How Hugging Face's architectures write our decoder down: their settings, and their names of tensors.
+"""Conversion between our config and tensor names and those of Hugging Face's architectures.
 
-Each ``StateDictAdapter`` stands for a class of ``transformers`` that computes what our decoder computes under some
-settings. What no class computes, such as bent logits, has a layout of our own that this package alone reads.
+Each ``StateDictAdapter`` represents a class of ``transformers`` that computes the same as our decoder with certain
+settings. Models that no class computes, for example with logit softcapping, use a layout that only this package reads.
 """
 
 from __future__ import annotations
@@ -15,56 +15,56 @@ from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model import gpt2, mla, moe
 
 Stated = Mapping[str, Any]
-"""The content of a ``config.json``."""
+"""Content of a ``config.json``."""
 Tensors = dict[str, Tensor]
-"""Tensors of one layer, or of what stands outside the layers."""
+"""Tensors of one layer, or those outside the layers."""
 
 
 class StateDictAdapter:
-    """One class of ``transformers``: which of our models it computes, and how it says so."""
+    """Adapter for one class of ``transformers``: supported models, and conversion of config and tensors."""
 
     model_type: ClassVar[str]
     class_name: ClassVar[str]
     keys: ClassVar[Mapping[str, str]] = {}
     """Our settings to theirs."""
     fixed: ClassVar[Mapping[str, Any]] = {}
-    """What their settings must be for our decoder to compute the same."""
+    """Required values of their settings."""
     defaults: ClassVar[Mapping[str, Any]] = {}
-    """What the class takes where ``config.json`` is silent; what is fixed and not here may be left out."""
+    """Defaults of the class for keys missing in ``config.json``. Fixed keys without a default may be missing."""
 
     def computes(self, config: ModelConfig) -> bool:
-        """Whether the class computes the same as a decoder of this configuration."""
+        """Return whether the class computes the same as a decoder with this config."""
         raise NotImplementedError
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """The settings of ``config.json`` that are this class's."""
+        """Return the class's keys of ``config.json``."""
         return {**self.fixed, **{theirs: getattr(config, ours) for ours, theirs in self.keys.items()}}
 
     def read(self, stated: Stated) -> dict[str, Any]:
-        """The values of a ``ModelConfig``. Raises ``ValueError`` that names the key for what is missing or other."""
+        """Return the values of a ``ModelConfig``. Raises ``ValueError`` naming a missing or unsupported key."""
         for key, expected in self.fixed.items():
             if (got := stated.get(key, self.defaults.get(key, expected))) != expected:
                 raise ValueError(f"{key}: got {got!r}, expected {expected!r}")
         return self.values(stated, self.keys)
 
     def values(self, stated: Stated, keys: Mapping[str, str]) -> dict[str, Any]:
-        """What is stated under ``keys``, by our names."""
+        """Return the values of ``keys``, by our names."""
         stated = {**self.defaults, **stated}
         if missing := [theirs for theirs in keys.values() if theirs not in stated]:
             raise ValueError(f"{missing[0]}: missing")
         return {ours: stated[theirs] for ours, theirs in keys.items()}
 
     def from_hf(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
-        """Tensors by the names in the files to tensors by the decoder's names."""
+        """Rename and convert tensors from the files to the decoder's."""
         return tensors
 
     def to_hf(self, tensors: Tensors) -> Tensors:
-        """The other way."""
+        """Invert ``from_hf``."""
         return tensors
 
 
 class Llama(StateDictAdapter):
-    """Touvron et al. 2023, Grattafiori et al. 2024; files of the first two Llamas leave some settings out."""
+    """Llama (Touvron et al. 2023, Grattafiori et al. 2024). Files of Llama 1 and 2 omit some settings."""
 
     model_type = "llama"
     class_name = "LlamaForCausalLM"
@@ -82,35 +82,35 @@ class Llama(StateDictAdapter):
     defaults: ClassVar = {"tie_word_embeddings": False, "rope_theta": 10_000.0, "head_dim": None}
 
     def computes(self, config: ModelConfig) -> bool:
-        """A dense decoder without options."""
+        """Dense decoders without options."""
         return _is_dense(config) and not config.qk_norm
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """The base of the rotation is said twice: for transformers before version 5, and since."""
+        """Write the RoPE base twice: for transformers before version 5, and since."""
         return {
             **super().write(config),
             "head_dim": config.head_size,
             "attention_dropout": 0.0,
             "rope_theta": config.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-            # For stages here that train on; transformers has no such dropout.
+            # Read by later stages only; transformers has no such dropout.
             **({"dropout": config.dropout} if config.dropout else {}),
         }
 
     def read(self, stated: Stated) -> dict[str, Any]:
-        """Refuses scaled rotation (Llama 3.1 and later) and heads that are not as wide as D over their number."""
+        """Raise ``ValueError`` for RoPE scaling (Llama 3.1 and later) or if head_dim is not hidden_size / num_heads."""
         stated = {"num_key_value_heads": stated.get("num_attention_heads"), **self.defaults, **stated}
         values = super().read(stated)
         rope = stated.get("rope_parameters") or {}
         scaling = stated.get("rope_scaling") or rope
         if (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
-            raise ValueError(f"rope_type: got {kind!r}, expected 'default'; the decoder scales no rotation")
+            raise ValueError(f"rope_type: got {kind!r}, expected 'default'; RoPE scaling is not supported")
         self.check_heads(stated, values)
         theta = rope.get("rope_theta", stated["rope_theta"])
         return {**values, "rope_theta": theta, "dropout": stated.get("dropout", 0.0)}
 
     def check_heads(self, stated: Stated, values: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` for heads of another width than ours."""
+        """Raise ``ValueError`` for an unsupported head size."""
         expected = values["hidden_size"] // values["num_heads"]
         if stated["head_dim"] not in (None, expected):
             raise ValueError(f"head_dim: got {stated['head_dim']}, expected {expected}")
@@ -125,16 +125,16 @@ class Qwen3(Llama):
     defaults: ClassVar = {**Llama.defaults, "head_dim": 128}
 
     def computes(self, config: ModelConfig) -> bool:
-        """A dense decoder with norms on queries and keys."""
+        """Dense decoders with ``qk_norm``."""
         return _is_dense(config) and config.qk_norm
 
     def read(self, stated: Stated) -> dict[str, Any]:
-        """As Llama."""
+        """As in Llama."""
         return {**super().read(stated), "qk_norm": True}
 
 
 class GPT2(StateDictAdapter):
-    """Radford et al. 2019."""
+    """GPT-2 (Radford et al. 2019)."""
 
     model_type = "gpt2"
     class_name = "GPT2LMHeadModel"
@@ -158,29 +158,29 @@ class GPT2(StateDictAdapter):
     defaults: ClassVar = {"tie_word_embeddings": True, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-5}
 
     def computes(self, config: ModelConfig) -> bool:
-        """GPT-2 as it was."""
+        """GPT-2 without options."""
         return config.architecture == "gpt2" and config.logit_softcap is None
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Dropout stands after each part of a block alone."""
+        """Dropout applies only to the outputs of attention and feed-forward layers."""
         return {**super().write(config), "attn_pdrop": 0.0, "embd_pdrop": 0.0}
 
     def read(self, stated: Stated) -> dict[str, Any]:
-        """The feed-forward layer is four times as wide where its width is not said."""
+        """The default of ``n_inner`` is 4 * ``n_embd``."""
         inner = stated.get("n_inner") or 4 * stated.get("n_embd", 0)
         return {**super().read({**stated, "n_inner": inner}), "architecture": "gpt2"}
 
     def from_hf(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
-        """One matrix becomes queries, keys and values."""
+        """Split the fused matrix of queries, keys and values."""
         return gpt2.from_huggingface(tensors)
 
     def to_hf(self, tensors: Tensors) -> Tensors:
-        """The inverse."""
+        """Invert ``from_hf``."""
         return gpt2.to_huggingface(tensors)
 
 
 class Glm4Moe(Llama):
-    """DeepSeek-V3's mixture of experts behind grouped-query attention (GLM-4.5 Team 2025)."""
+    """DeepSeek-V3's mixture of experts with grouped-query attention (GLM-4.5 Team 2025)."""
 
     model_type = "glm4_moe"
     class_name = "Glm4MoeForCausalLM"
@@ -203,20 +203,20 @@ class Glm4Moe(Llama):
     }
 
     def computes(self, config: ModelConfig) -> bool:
-        """A mixture with a shared expert, behind grouped-query attention."""
+        """Mixture of experts with a shared expert and grouped-query attention."""
         return config.mla is None and config.moe is not None and _is_plain_moe(config)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Without a mixture, which multi-head latent attention may do, all blocks count as dense ones at the bottom."""
+        """Without a mixture of experts (possible with MLA), ``first_k_dense_replace`` covers all blocks."""
         experts = config.moe or MoEConfig(first_k_dense_replace=config.num_layers)
         stated = super().write(config) | {theirs: getattr(experts, ours) for ours, theirs in self.moe_keys.items()}
         stated["rope_parameters"]["partial_rotary_factor"] = 1.0
         if config.moe is not None:
-            stated["bias_update_rate"] = config.moe.bias_update_rate  # for stages here that train on
+            stated["bias_update_rate"] = config.moe.bias_update_rate  # read by later stages only
         return {**stated, "use_qk_norm": config.qk_norm, "num_nextn_predict_layers": 0}
 
     def read(self, stated: Stated) -> dict[str, Any]:
-        """Where every block is dense there is no mixture."""
+        """If all blocks are dense, ``moe`` is None."""
         values = super().read({**(stated.get("rope_parameters") or {}), **stated})
         experts = self.values(stated, self.moe_keys)
         if "bias_update_rate" in stated:
@@ -225,16 +225,16 @@ class Glm4Moe(Llama):
         return {**values, "moe": experts if mixes else None, "qk_norm": stated.get("use_qk_norm", False)}
 
     def from_hf(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:  # noqa: ARG002
-        """The experts' matrices become one tensor of each kind."""
+        """Stack the experts' matrices."""
         return moe.from_huggingface(tensors)
 
     def to_hf(self, tensors: Tensors) -> Tensors:
-        """The inverse."""
+        """Invert ``from_hf``."""
         return moe.to_huggingface(tensors)
 
 
 class DeepseekV3(Glm4Moe):
-    """Multi-head latent attention (DeepSeek-V2, 2024), with the mixture of experts (DeepSeek-V3, 2024) or without."""
+    """Multi-head latent attention (DeepSeek-V2, 2024), optionally with a mixture of experts (DeepSeek-V3, 2024)."""
 
     model_type = "deepseek_v3"
     class_name = "DeepseekV3ForCausalLM"
@@ -249,11 +249,11 @@ class DeepseekV3(Glm4Moe):
     mla_keys: ClassVar[Mapping[str, str]] = {name: name for name in MLAConfig.model_fields}
 
     def computes(self, config: ModelConfig) -> bool:
-        """Multi-head latent attention; a mixture must have a shared expert."""
+        """Multi-head latent attention; a mixture of experts must have a shared expert."""
         return config.mla is not None and _is_plain_moe(config)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Heads have no one width; rotation pairs elements as everywhere here, not as in DeepSeek's own files."""
+        """MLA has no ``head_dim``. RoPE pairs halves as everywhere here, unlike DeepSeek's own files."""
         assert config.mla is not None
         stated = super().write(config) | {theirs: getattr(config.mla, ours) for ours, theirs in self.mla_keys.items()}
         for key in ("head_dim", "use_qk_norm"):
@@ -261,56 +261,56 @@ class DeepseekV3(Glm4Moe):
         return {**stated, "num_key_value_heads": config.num_heads, "rope_interleave": False}
 
     def read(self, stated: Stated) -> dict[str, Any]:
-        """With the widths of the latents."""
+        """Also reads the settings of MLA."""
         return {**super().read(stated), "mla": self.values(stated, self.mla_keys)}
 
     def check_heads(self, stated: Stated, values: Mapping[str, Any]) -> None:
-        """The parts of a head say their own widths."""
+        """MLA's config states its own head sizes."""
 
     def from_hf(self, tensors: Tensors, config: ModelConfig, stated: Stated) -> Tensors:
-        """Rotated rows change places where the files pair neighbours."""
+        """Reorder the RoPE rows if the file's pairs are interleaved."""
         tensors = super().from_hf(tensors, config, stated)
         return mla.from_interleaved(tensors, config) if stated.get("rope_interleave", True) else tensors
 
 
 class Lilpipe(StateDictAdapter):
-    """What no class of ``transformers`` computes, under the decoder's own names."""
+    """Models that no class of ``transformers`` computes, with the decoder's own names."""
 
     model_type = "lilpipe"
     class_name = "Transformer"
 
     def computes(self, config: ModelConfig) -> bool:  # noqa: ARG002
-        """Everything."""
+        """All models."""
         return True
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """The configuration as it is."""
+        """Write the config as it is."""
         return {"model": config.model_dump(mode="json")}
 
     def read(self, stated: Stated) -> dict[str, Any]:
-        """The configuration as it was."""
+        """Read the config as it is."""
         if not isinstance(stated.get("model"), dict):
             raise ValueError("model: missing")
         return stated["model"]
 
 
 LAYOUTS: tuple[StateDictAdapter, ...] = (Llama(), Qwen3(), GPT2(), DeepseekV3(), Glm4Moe(), Lilpipe())
-"""In the order in which they are asked whether they compute a model."""
+"""In order of preference: the first that computes a model is used."""
 
 
 def adapter_for(config: ModelConfig) -> StateDictAdapter:
-    """The layout in which a model of this configuration is written."""
+    """Return the adapter for a model with this config."""
     return next(layout for layout in LAYOUTS if layout.computes(config))
 
 
 def _is_dense(config: ModelConfig) -> bool:
-    """Whether a decoder is Llama's but for norms on queries and keys."""
+    """Return whether a decoder is Llama, with or without ``qk_norm``."""
     plain = config.architecture == "llama" and config.logit_softcap is None
     return plain and config.moe is None and config.mla is None
 
 
 def _is_plain_moe(config: ModelConfig) -> bool:
-    """Whether the mixture, if there is one, is one that transformers has: experts to choose from and a shared one."""
+    """Return whether transformers supports the mixture of experts: several routed experts and a shared one."""
     experts = config.moe
     counted = experts is None or (experts.num_experts > 1 and experts.n_shared_experts > 0)
     return config.logit_softcap is None and counted

@@ -1,11 +1,12 @@
-"""The decoder: Llama's (Touvron et al. 2023; Grattafiori et al. 2024), GPT-2's (Radford et al. 2019), and options.
+"""Decoder-only transformer: Llama (Touvron et al. 2023; Grattafiori et al. 2024), GPT-2 (Radford et al. 2019),
+variants.
 
-Llama: RMSNorm before each part, rotary positions, grouped key/value heads, SwiGLU, no biases. GPT-2: LayerNorm,
-learned positions, GELU, biases. Options are normalised queries and keys, a mixture of experts (``moe``), latent
-attention (``mla``) and dropout. The output layer may share the embedding's weights.
+Llama: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases. GPT-2: LayerNorm, learned positions, GELU,
+biases. Options: RMSNorm on queries and keys (``qk_norm``), mixture of experts (``moe``), multi-head latent attention
+(``mla``), dropout, logit softcapping and tied embeddings.
 
-Parameters have Hugging Face's names: of ``LlamaForCausalLM``, and for the options of ``Qwen3ForCausalLM`` and
-``DeepseekV3ForCausalLM``. What is stored otherwise there is mapped in ``gpt2``, ``moe`` and ``mla``.
+Parameters have Hugging Face's names: those of ``LlamaForCausalLM``, and for the options those of ``Qwen3ForCausalLM``
+and ``DeepseekV3ForCausalLM``. ``gpt2``, ``moe`` and ``mla`` convert the weights that are stored differently.
 
 Dimensions: B sequences, T tokens, D width, V vocabulary, E size of one head.
 """
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each added to the residual stream."""
+    """Attention and a feed-forward layer, each with a residual connection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -53,9 +54,9 @@ class Block(nn.Module):
         view: KeysAndValues | None,
         draws_2BT: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """One layer's output, and of a mixture of experts how many tokens went to each expert, int64 [experts].
+        """Return the block's output and, for a mixture of experts, the tokens per expert, int64 [experts].
 
-        ``draws_2BT`` are the ``layer_numbers`` by which elements are dropped; none leaves all in place.
+        ``draws_2BT`` are the random numbers from ``layer_numbers`` for dropout; None applies no dropout.
         """
         y_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, mask, view)
         x_BTD = x_BTD + (y_BTD if draws_2BT is None else dropout(y_BTD, draws_2BT[0], self.dropout))
@@ -66,7 +67,7 @@ class Block(nn.Module):
 
 
 def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
-    """The feed-forward layer of one block."""
+    """Return the feed-forward layer of one block."""
     if config.architecture == "gpt2":
         return GELULayer(config.hidden_size, config.intermediate_size)
     if config.moe is None or layer < config.moe.first_k_dense_replace:
@@ -75,18 +76,19 @@ def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
 
 
 class ModelPart(NamedTuple):
-    """What of the model a pipeline stage holds."""
+    """The part of the model that a pipeline stage holds."""
 
     layers: range
-    """Numbers of its blocks."""
+    """Indices of its blocks."""
     first: bool
-    """Whether it begins with the embedding."""
+    """Whether it contains the embedding."""
     last: bool
-    """Whether it ends with the last norm and the output layer; if that is tied, it holds an embedding of its own."""
+    """Whether it contains the final norm and the output layer. With tied embeddings it holds its own copy of the
+    embedding."""
 
 
 class Decoder(nn.Module):
-    """Everything below the output layer, or the part of it that a pipeline stage holds."""
+    """All layers below the output layer, or a pipeline stage of them."""
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -96,10 +98,11 @@ class Decoder(nn.Module):
         self.config = config
         self.part = part
         self.context: Callable[[Tensor, Tensor | None], KeysAndValues] | None = None
-        """Under context parallelism, (positions, documents) of the tokens at hand to those of the whole rows."""
+        """Under context parallelism: maps positions and documents of the local tokens to the keys and values of whole
+        rows."""
         embeds = part.first or (part.last and config.tie_embeddings)
         self.embed_tokens = Embedding(vocab_size, config.hidden_size) if embeds else None
-        # By their numbers in the whole model, so that a name means the same in every layout.
+        # Keyed by the index in the whole model, so that parameter names do not depend on the parallel layout.
         self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in part.layers})
         self.norm = residual_norm(config) if part.last else None
         learned = part.first and config.architecture == "gpt2"
@@ -109,10 +112,10 @@ class Decoder(nn.Module):
         self.set_rope(config.rope_theta)
         self.dropout_seed: int | None = None
         self.expert_loads: dict[str, Tensor] = {}
-        """Tokens that went to each expert of a layer since ``balance_experts``, int64 [experts]."""
+        """Tokens routed to each expert of a layer since ``balance_experts``, int64 [experts]."""
 
     def set_rope(self, theta: float) -> None:
-        """Make the rotary embedding's tables anew, for another base; GPT-2 has none."""
+        """Recompute the RoPE tables for another base. Does nothing for GPT-2."""
         if self.config.architecture == "gpt2":
             return
         size = self.config.head_size if self.config.mla is None else self.config.mla.qk_rope_head_dim
@@ -128,21 +131,22 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         rows_B: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states ``[B, T, D]``, normalised; of a stage that is not the last, what goes to the next.
+        """Return final hidden states ``[B, T, D]`` after the norm; a stage that is not the last returns its block
+        output.
 
-        ``x`` is tokens ``[B, T]``, or for a stage that is not the first what came from the one before.
+        ``x`` is tokens ``[B, T]``; for a stage that is not the first, the output of the previous stage.
         """
         num_tokens = x.shape[1]
         if num_tokens > self.config.max_seq_len:
             raise DataError(
-                f"sequence of {num_tokens} tokens: the model takes at most max_seq_len = {self.config.max_seq_len}; "
-                "cut the sequence or raise model.max_seq_len"
+                f"sequence of {num_tokens} tokens: expected at most model.max_seq_len = {self.config.max_seq_len}; "
+                "shorten the sequence or increase model.max_seq_len"
             )
         view = None if cache is None else cache.view(num_tokens, positions_BT)
         x_BTD = self._embed(x, positions_BT) if self.part.first else x
         rope = self._angles(num_tokens, positions_BT, x_BTD.dtype)
         if self.context is not None:
-            assert positions_BT is not None, "context parallelism needs the tokens' positions"
+            assert positions_BT is not None, "context parallelism requires positions_BT"
             view = self.context(positions_BT, documents_BT)
         elif documents_BT is not None:
             mask = document_mask(documents_BT)
@@ -155,7 +159,7 @@ class Decoder(nn.Module):
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
-        """The residual stream ``[B, T, D]`` below the first block."""
+        """Return the embeddings ``[B, T, D]``, the input of the first block."""
         assert self.embed_tokens is not None
         if self.embed_positions is None:
             return self.embed_tokens(tokens_BT)
@@ -166,7 +170,7 @@ class Decoder(nn.Module):
     def _token_numbers(
         self, x: Tensor, rows_B: Tensor | None, documents_BT: Tensor | None, positions_BT: Tensor | None
     ) -> Tensor | None:
-        """What dropout draws by, ``[B, T]``; none where nothing is dropped."""
+        """Return random numbers for dropout, ``[B, T]``; None without dropout."""
         if not self.training or self.config.dropout == 0:
             return None
         assert self.dropout_seed is not None, "call set_dropout_seed before each step"
@@ -176,7 +180,7 @@ class Decoder(nn.Module):
         return token_numbers(self.dropout_seed, rows_B, documents_BT, positions)
 
     def _angles(self, num_tokens: int, positions_BT: Tensor | None, dtype: torch.dtype) -> Angles | None:
-        """Cosines and sines for the tokens' positions; none where positions are learned."""
+        """Return RoPE cosines and sines for the tokens' positions; None for learned positions."""
         if self.config.architecture == "gpt2":
             return None
         cos, sin = self.rope_cos.to(dtype), self.rope_sin.to(dtype)
@@ -188,7 +192,7 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """The language model, or one pipeline stage of it.
 
-    Its weights are zeros until ``init_weights`` or a checkpoint fills them.
+    Weights are zero until ``init_weights`` or a checkpoint sets them.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, part: ModelPart | None = None) -> None:
@@ -200,22 +204,22 @@ class Transformer(nn.Module):
         own_head = self.part.last and not config.tie_embeddings
         self.lm_head = Linear(config.hidden_size, vocab_size) if own_head else None
         self.token_scores: Callable[..., Scores] = token_scores
-        """Replaced under tensor parallelism, where a worker holds a part of the vocabulary."""
+        """Tensor parallelism replaces it, because each worker then holds a shard of the vocabulary."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def set_rope(self, theta: float) -> None:
-        """Give the rotary embedding another base: a phase of pretraining with longer context raises it."""
+        """Change the RoPE base. Pretraining phases with a longer context use a larger base."""
         if theta != self.config.rope_theta:
             self.config = self.config.model_copy(update={"rope_theta": theta})
             self.model.set_rope(theta)
 
     @property
     def output_weight(self) -> Tensor:
-        """The output layer's matrix ``[V, D]``."""
+        """Weight of the output layer, ``[V, D]``."""
         if self.lm_head is not None:
             return self.lm_head.weight
         assert self.model.embed_tokens is not None, "a pipeline stage without the embedding cannot share its weights"
@@ -232,16 +236,17 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         rows_B: Tensor | None = None,
     ) -> Any:
-        """Logits ``[B, T, V]`` in float32 of the token that follows each token, or ``Scores`` of ``targets_BT``.
+        """Return next-token logits ``[B, T, V]`` in float32, or ``Scores`` of ``targets_BT`` if given.
 
-        ``positions_BT`` is the place of each token in its row, 0..T-1 where it is not given. ``documents_BT`` numbers
-        the documents of a row: attention then stays within each. ``mask`` is boolean, ``[B or 1, 1, T, T]``, True
-        where a token may attend, and takes the place of the causal mask (it must be causal itself). With a ``cache``,
-        keys and values are written to it at ``positions_BT`` and each token attends to the positions of its row up to
-        its own; ``mask`` then is not used. A pipeline stage that is not the first takes hidden states ``[B, T, D]``
-        in place of tokens, and one that is not the last returns them. ``rows_B`` numbers the rows for dropout, 0..B-1
-        where it is not given: rows of one ``set_dropout_seed`` need numbers of their own. Raises ``DataError`` for a
-        sequence longer than ``max_seq_len``.
+        ``positions_BT`` is the position of each token in its row, by default 0..T-1. ``documents_BT`` holds document
+        ids: attention stays within a document. ``mask`` is boolean, ``[B or 1, 1, T, T]``, True where a token may
+        attend; it replaces the causal mask and must be causal itself. With a ``cache``, keys and values are written at
+        ``positions_BT``, each token attends to the cached positions of its row up to its own, and ``mask`` is ignored.
+        ``rows_B`` holds row ids for dropout, by default 0..B-1; rows that share a ``set_dropout_seed`` call need
+        distinct ids.
+
+        A pipeline stage that is not the first takes hidden states ``[B, T, D]`` instead of tokens; one that is not the
+        last returns them. Raises ``DataError`` for a sequence longer than ``max_seq_len``.
         """
         hidden_BTD = self.model(tokens_BT, positions_BT, documents_BT, mask, cache, rows_B)
         if not self.part.last:
@@ -251,21 +256,22 @@ class Transformer(nn.Module):
         return self.token_scores(hidden_BTD, self.output_weight, targets_BT, softcap=self.config.logit_softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` in float32 of final hidden states ``[..., D]``."""
+        """Return logits ``[..., V]`` in float32 for final hidden states ``[..., D]``."""
         return soften(F.linear(hidden, self.output_weight).float(), self.config.logit_softcap)
 
     def set_dropout_seed(self, *parts: int) -> None:
-        """Let what dropout draws follow from these numbers: of the run, the step and, without ``rows_B``, the
-        micro-batch and the worker.
+        """Set the dropout seed from these numbers.
+
+        Pass the run's seed and the step and, unless the forward pass gets ``rows_B``, the micro-batch and the worker.
         """
         self.model.dropout_seed = dropout_seed(*parts)
 
     @torch.no_grad()
     def balance_experts(self, reduce: Callable[[Tensor], Tensor]) -> dict[int, float]:
-        """After an optimizer step, move each router's biases by what its experts got in the step, and forget that.
+        """Update each router's bias from the expert loads since the last call, then reset the loads.
 
-        ``reduce`` sums an int64 tensor [layers, experts] over the workers that hold other tokens. Gives each layer's
-        imbalance: tokens of the busiest expert over those of the average one.
+        Call it after each optimizer step. ``reduce`` sums an int64 tensor [layers, experts] over the workers that hold
+        different tokens. Returns the load imbalance of each layer: largest over mean number of tokens per expert.
         """
         moe, loads = self.config.moe, self.model.expert_loads
         if moe is None or not loads:
@@ -282,20 +288,20 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill all that is saved with its ``initial_value``."""
+        """Set every parameter and saved buffer to its ``initial_value``."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(initial_value(name, tensor.shape, seed=seed, config=self.config))
 
 
 def token_logprobs(model: Transformer, tokens_BT: Tensor) -> Tensor:
-    """Log-probability ``[B, T-1]`` in float32 of each token after the first, given those before it.
+    """Return the log-probability ``[B, T-1]``, float32, of each token after the first given the tokens before it.
 
-    Differentiable. Rows may be padded on the right; what is computed for padding is to be masked by the caller.
+    Differentiable. Rows may be padded on the right; the caller masks the values at padding.
     """
     logits = model(tokens_BT[:, :-1])
     return gather_logprobs(logits, tokens_BT[:, 1:])
 
 
 def gather_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of ``tokens [...]`` under ``logits [..., V]``, at temperature 1."""
+    """Return the log-probability of ``tokens [...]`` under ``logits [..., V]``, at temperature 1."""
     return -F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none").view(tokens.shape)

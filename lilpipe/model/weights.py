@@ -1,7 +1,6 @@
-"""Weights in safetensors: in one file, or in shards with an index, read and written a tensor at a time.
+"""Weights in safetensors, in one file or in shards with an index, read and written one tensor at a time.
 
-The layout of files is Hugging Face's. Pickles (``pytorch_model.bin``), which can run code when they are read, are
-refused.
+Files have Hugging Face's layout. Pickles (``pytorch_model.bin``) are rejected, because reading one can run code.
 """
 
 from __future__ import annotations
@@ -22,34 +21,34 @@ from lilpipe.errors import ArtifactError
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-"""Largest file of weights, as in transformers before version 5; a larger tensor has a file of its own."""
+"""Maximum bytes of a weights file, as in transformers before version 5; a larger tensor gets its own file."""
 
 KEPT_IN_FLOAT32 = "e_score_correction_bias"
-"""End of the name of tensors that are written in float32 in any case."""
+"""Suffix of tensor names that are always written in float32."""
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 def weight_files(directory: Path) -> list[str]:
-    """Names of the files that hold the weights, the index among them. Raises ``ArtifactError`` if there are none."""
+    """Return the names of the weight files, including the index. Raises ``ArtifactError`` if there are none."""
     if (directory / WEIGHTS_FILE).exists():
         return [WEIGHTS_FILE]
     if (directory / INDEX_FILE).exists():
         return [INDEX_FILE, *sorted(set(_read_index(directory / INDEX_FILE).values()))]
     if pickled := sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth")):
         raise ArtifactError(
-            f"{directory / pickled[0]}: got pickled weights, which can run code when they are read, expected "
-            f"{WEIGHTS_FILE} or {INDEX_FILE}; take the checkpoint's safetensors, or convert it where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) of transformers writes them"
+            f"{directory / pickled[0]}: got pickled weights, which can run code when read, expected "
+            f"{WEIGHTS_FILE} or {INDEX_FILE}; use the checkpoint's safetensors, or convert it if you trust it: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...) in transformers writes safetensors"
         )
     raise ArtifactError(f"{directory}: got no weights, expected {WEIGHTS_FILE} or {INDEX_FILE}; check the path")
 
 
 def stored_tensors(directory: Path, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under the name that the files give it, one by one, mapped from the disk on the CPU.
+    """Yield every tensor by its name in the files, memory-mapped on the CPU.
 
-    Memory is taken where a tensor is read. With ``shapes_only`` they are on the meta device, in float32. Raises
-    ``ArtifactError`` for a file that is missing, damaged, or not what the index says.
+    With ``shapes_only``, tensors are on the meta device in float32. Raises ``ArtifactError`` for a file that is
+    missing, damaged or inconsistent with the index.
     """
     files = weight_files(directory)
     index = _read_index(directory / INDEX_FILE) if files[0] == INDEX_FILE else None
@@ -60,14 +59,14 @@ def stored_tensors(directory: Path, *, shapes_only: bool = False) -> Iterator[tu
 
 def _tensors_of(path: Path, expected: set[str] | None, *, shapes_only: bool) -> Iterator[tuple[str, Tensor]]:
     if not path.exists():
-        raise ArtifactError(f"{path}: missing, though {INDEX_FILE} names it; copy all of the checkpoint's files")
+        raise ArtifactError(f"{path}: missing, but {INDEX_FILE} names it; copy all of the checkpoint's files")
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if expected is not None and (wrong := expected.symmetric_difference(names)):
                 raise ArtifactError(
-                    f"{path}: {min(wrong)} is in this file or in {INDEX_FILE}, expected in both; "
-                    "copy all of the checkpoint's files from one place"
+                    f"{path}: {min(wrong)} is only in this file or only in {INDEX_FILE}, expected in both; "
+                    "copy all files from the same checkpoint"
                 )
             for name in names:
                 if shapes_only:
@@ -76,29 +75,29 @@ def _tensors_of(path: Path, expected: set[str] | None, *, shapes_only: bool) -> 
                     yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"{path}: cannot be read as safetensors ({error}); it is damaged or was not copied whole: copy it again, "
-            "or run the stage again that made it"
+            f"{path}: cannot be read as safetensors ({error}); it is damaged or incomplete: copy it again, "
+            "or rerun the stage that produced it"
         ) from error
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor to file."""
+    """Return tensor name to file."""
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not files or any(Path(file).name != file for file in files.values()):
-            raise ValueError("weight_map: expected names of tensors, and of files beside this one")
+            raise ValueError("weight_map: expected tensor names to names of files in this directory")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: cannot be read as an index of shards ({error!r}); copy it again") from error
+        raise ArtifactError(f"{path}: cannot be read as a safetensors index ({error!r}); copy it again") from error
     return files
 
 
 def write_tensors(
     tensors: NamedTensors, directory: Path, *, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write tensors in their order, cast to ``dtype``, with one file's worth of them in memory at a time.
+    """Write tensors in order, cast to ``dtype``; memory holds one file's tensors.
 
-    The same tensors give the same bytes. Files take their names when all are whole, and the index is written after
-    them; weights that lay there before are gone afterwards.
+    Equal tensors give equal bytes. Files are renamed after all are complete, then the index is written; older weights
+    in the directory are deleted.
     """
     held: list[list[str]] = []
     num_bytes = 0
@@ -111,7 +110,7 @@ def write_tensors(
     names = [f"model-{number + 1:05}-of-{len(held):05}.safetensors" for number in range(len(held))]
     names = names if len(held) > 1 else [WEIGHTS_FILE]
     before = {path.name for path in directory.glob("model*.safetensors")}
-    (directory / INDEX_FILE).unlink(missing_ok=True)  # or a kill between two files would leave a mixture
+    (directory / INDEX_FILE).unlink(missing_ok=True)  # otherwise a kill between two renames would leave mixed files
     for number, name in enumerate(names):
         _temporary(directory, number).replace(directory / name)
     if len(names) > 1:
@@ -124,16 +123,16 @@ def write_tensors(
 
 
 def _temporary(directory: Path, number: int) -> Path:
-    """A file in the making. The next try after a kill writes it anew, so that none is left behind."""
+    """Return the path of a temporary file. A retry after a kill overwrites it."""
     return directory / f".{WEIGHTS_FILE}.{number}.tmp"
 
 
 def _shards(tensors: NamedTensors, *, dtype: torch.dtype, max_shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors as they are stored, as many together as go into a file."""
+    """Group tensors, as stored, into files."""
     shard: dict[str, Tensor] = {}
     num_bytes = 0
     for name, tensor in tensors:
-        # The router's correction stays as it is: which experts a token goes to hangs on its last digits.
+        # The router's bias stays in float32: its last digits decide which experts are chosen.
         stored = tensor.detach().to("cpu", torch.float32 if name.endswith(KEPT_IN_FLOAT32) else dtype).contiguous()
         if shard and num_bytes + stored.nbytes > max_shard_bytes:
             yield shard

@@ -1,4 +1,5 @@
-"""Training a model that is cut over processes, along five dimensions in any product.
+"""Parallel training in five dimensions, in any combination.
 
-``apply`` builds it, ``model`` runs it; the mathematics is that of one process, which the tests hold to rounding.
+``training.build_sharded`` builds the model, ``training.sharded`` runs it. Results match those of one process up to
+rounding, which the tests check.
 """

@@ -1,6 +1,6 @@
-"""Collectives with a gradient, for sequences that lie in parts on several processes.
+"""Differentiable collectives for sequences that are sharded over processes.
 
-Dimensions: B sequences, T tokens of a part, P parts.
+Dimensions: B sequences, T tokens of a shard, P shards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 
 def gather(part: Tensor, group: ProcessGroup) -> Tensor:
-    """Parts ``[B, T, ...]`` of all processes to the whole ``[B, P x T, ...]``, in the order of ranks; no gradient."""
+    """All-gather shards ``[B, T, ...]`` to ``[B, P x T, ...]``, in the order of ranks; no gradient."""
     num_parts = dist.get_world_size(group)
     parts = part.new_empty(num_parts * part.shape[0], *part.shape[1:])
     dist.all_gather_single(parts, part.contiguous(), group=group)
@@ -22,7 +22,7 @@ def gather(part: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def scatter(whole: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum ``[B, P x T, ...]`` over processes, of which each gets its part ``[B, T, ...]``; no gradient."""
+    """Reduce-scatter ``[B, P x T, ...]`` to shards ``[B, T, ...]``; no gradient."""
     parts = whole.chunk(dist.get_world_size(group), dim=1)
     part = whole.new_empty(parts[0].shape)
     dist.reduce_scatter_single(part, torch.cat(parts), group=group)
@@ -64,21 +64,21 @@ class _SumOfParts(torch.autograd.Function):
 
 
 def gather_sequence(part: Tensor, group: ProcessGroup) -> Tensor:
-    """``gather`` with a gradient.
+    """Differentiable ``gather``.
 
-    What a process does with the whole adds to the gradient of every part: these are summed over processes.
+    The backward pass reduce-scatters: it sums the gradients that all processes have for a shard.
     """
     return _Gather.apply(part, group)  # type: ignore[return-value]
 
 
 def scatter_sequence(whole: Tensor, group: ProcessGroup) -> Tensor:
-    """``scatter`` with a gradient: that of all parts, for each process."""
+    """Differentiable ``scatter``; the backward pass all-gathers."""
     return _Scatter.apply(whole, group)  # type: ignore[return-value]
 
 
 def sum_of_parts(part: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over processes, for a computation that goes on alike on each of them; differentiable.
+    """Differentiable all-reduce sum, for a computation that is replicated on all processes afterwards.
 
-    Each part then has the gradient of the sum.
+    Each summand gets the gradient of the sum.
     """
     return _SumOfParts.apply(part, group)  # type: ignore[return-value]

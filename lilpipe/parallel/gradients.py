@@ -1,7 +1,7 @@
-"""Gradients of a model that is cut over processes: their sum and their norm.
+"""Sum and norm of the gradients of a sharded model.
 
-Every process computes the gradient of a sum of losses over its own tokens; the gradients are added up, never averaged,
-and divided once by the count of all targets.
+Every process computes the gradient of a sum of losses over its own tokens. Gradients are summed, never averaged, and
+divided once by the count of all targets.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch.distributed.tensor import DTensor
 from lilpipe.parallel.mesh import Mesh
 
 ELEMENTS_AT_ONCE = 2**25
-"""Elements of gradients that are put together for one all-reduce: 128 MiB in float32."""
+"""Elements of gradients per all-reduce bucket: 128 MiB in float32."""
 
 
 def fill_in(parameters: Sequence[Tensor]) -> None:
-    """Give each parameter a gradient, of zeros where none came about."""
+    """Set missing gradients to zero."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
 def undivided(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parameters that tensor parallelism leaves whole, whether FSDP shards them or not."""
+    """Return the parameters that tensor parallelism does not shard, whether FSDP shards them or not."""
     return [p for p in parameters if not (isinstance(p, DTensor) and "tensor" in (p.device_mesh.mesh_dim_names or ()))]
 
 
 def sum_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
-    """Add tensors up over the processes of a group, in place, some of them at a time."""
+    """All-reduce tensors over a group, in place, in buckets."""
     if dist.get_world_size(group) == 1:
         return
     sizes = torch.tensor([tensor.numel() for tensor in tensors]).cumsum(0) // ELEMENTS_AT_ONCE
@@ -47,19 +47,19 @@ def sum_over(tensors: Sequence[Tensor], group: ProcessGroup) -> None:
 
 
 def local_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The parts of gradients that this process holds, sharing their memory."""
+    """Return the local shards of gradients, sharing their memory."""
     return [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory."""
+    """Return the local shard of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def norm(parameters: Sequence[Tensor], mesh: Mesh) -> float:
-    """Norm of the gradients of the whole model, the same bits on every process.
+    """Return the gradient norm of the whole model, bitwise equal on every process.
 
-    A gradient that several processes hold counts for each of them with its share.
+    Each copy of a gradient counts with weight 1 / number of copies.
     """
     squares = torch.stack([torch.linalg.vector_norm(part) for part in local_gradients(parameters)]).double().square()
     shares = torch.tensor([1 / _num_copies(parameter, mesh) for parameter in parameters], dtype=torch.float64)
@@ -68,7 +68,7 @@ def norm(parameters: Sequence[Tensor], mesh: Mesh) -> float:
 
 
 def _num_copies(parameter: Tensor, mesh: Mesh) -> int:
-    """Processes of this pipeline stage that hold the same part of the parameter."""
+    """Return the number of processes of this pipeline stage that hold the same shard of the parameter."""
     parts = 1
     if isinstance(parameter, DTensor):
         for size, placement in zip(parameter.device_mesh.shape, parameter.placements, strict=True):

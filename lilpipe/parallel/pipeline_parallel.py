@@ -1,10 +1,10 @@
-"""Pipeline parallelism: each process holds some of the layers, and micro-batches pass through (Narayanan et al. 2021).
+"""Pipeline parallelism: processes hold different layers, and micro-batches pass through them (Narayanan et al. 2021).
 
-The schedules are torch's: one forward one backward; interleaved, where a process holds several stages that do not
-follow each other and the bubbles are shorter; zero bubble (Qi et al. 2023), where the gradients of weights are computed
-where there would be a bubble. ``torch.distributed.pipelining`` is experimental in torch 2.13 and used nowhere else.
+The schedules are torch's: 1F1B (one forward, one backward); interleaved 1F1B, where a process holds several
+non-consecutive stages, with smaller bubbles; zero bubble (Qi et al. 2023), which computes weight gradients in the
+bubbles. ``torch.distributed.pipelining`` is experimental in torch 2.13 and used only here.
 
-Dimensions: B rows of a micro-batch, T tokens that a process holds of each, D width.
+Dimensions: B rows of a micro-batch, T tokens of each row on this process, D width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INTERLEAVED = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleI
 
 
 def split_model(num_layers: int, num_stages: int) -> list[ModelPart]:
-    """Layers as evenly as may be over stages; earlier stages, which lack the output layer, take what is left over."""
+    """Divide layers evenly over stages; earlier stages, which have no output layer, take the remainder."""
     each, left_over = divmod(num_layers, num_stages)
     stops = [each * (stage + 1) + min(stage + 1, left_over) for stage in range(num_stages)]
     starts = [0, *stops[:-1]]
@@ -46,15 +46,15 @@ def split_model(num_layers: int, num_stages: int) -> list[ModelPart]:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the stages take, on every process alike."""
+    """Inputs of a micro-batch, the same on every process of the pipeline."""
 
     tokens_BT: Tensor
     inputs: dict[str, Tensor]
-    """Further inputs of every stage, by the names of ``Transformer.forward``."""
+    """Further inputs of every stage, by the names in ``Transformer.forward``."""
 
 
 class Pipeline:
-    """The stages of this process and their neighbours."""
+    """The stages of this process, and communication with the others."""
 
     def __init__(self, parts: Sequence[Transformer], config: ParallelConfig, mesh: Mesh, *, dtype: torch.dtype) -> None:
         """``dtype`` is that of the hidden states that stages exchange."""
@@ -68,9 +68,9 @@ class Pipeline:
         self._schedule = lru_cache(maxsize=1)(self._build_schedule)
 
     def forward_backward(self, batches: Sequence[MicroBatch], loss: Callable[[Any, int], Tensor]) -> None:
-        """Run the schedule; ``loss`` is called where the last stage is.
+        """Run the schedule. ``loss`` is called on the last stage.
 
-        It takes the scores, or the outputs of a head, and the number of the micro-batch.
+        It takes the scores, or a head's outputs, and the index of the micro-batch.
         """
         self._loss = loss
         shape = batches[0].tokens_BT.shape
@@ -82,7 +82,7 @@ class Pipeline:
         self._loss = None
 
     def forward(self, batch: MicroBatch) -> Scores:
-        """Scores of one micro-batch, the same on every process of the pipeline; without a gradient."""
+        """Return scores of one micro-batch, the same on every process of the pipeline; without gradients."""
         rank, group = self.mesh.coordinate.pipeline, self.mesh.pipeline_group
         peers = dist.get_process_group_ranks(group)
         shape = batch.inputs["targets_BT"].shape
@@ -111,7 +111,7 @@ class Pipeline:
         return _INTERLEAVED[self._config.schedule](stages, **options)
 
     def _stage(self, local: int, part: Transformer, num_rows: int, num_tokens: int) -> PipelineStage:
-        """With the shapes of what comes in and goes out, so that torch does not run the model to learn them."""
+        """Return a stage with given input and output shapes, so that torch does not run the model to infer them."""
         hidden = torch.empty(self._hidden_shape(num_rows, num_tokens), dtype=self._dtype, device="meta")
         tokens = torch.empty(num_rows, num_tokens, dtype=torch.int64, device="meta")
         return _Stage(
@@ -125,7 +125,7 @@ class Pipeline:
         )
 
     def _outputs(self, part: Transformer, num_rows: int, num_tokens: int) -> Tensor | tuple[Tensor, Tensor]:
-        """What the last stage gives, on the meta device: scores, or the outputs of a head."""
+        """Return the last stage's outputs on the meta device: scores, or a head's outputs."""
         if isinstance(part, HeadModel):
             return torch.empty(num_rows, num_tokens, part.num_outputs, device="meta").requires_grad_()
         score = torch.empty(num_rows, num_tokens, dtype=self._score_dtype, device="meta")
@@ -140,7 +140,7 @@ class Pipeline:
 
 
 class _Stage(PipelineStage):
-    """A stage whose scores are a plain tuple; torch takes another kind of tuple for a single output."""
+    """A stage that returns scores as a plain tuple; torch treats a named tuple as a single output."""
 
     def forward_maybe_with_nosync(self, *args: Any, **inputs: Any) -> Any:
         """Run the module."""

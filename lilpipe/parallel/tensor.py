@@ -1,12 +1,13 @@
-"""Tensor parallelism: each process holds a part of every matrix (Shoeybi et al. 2019).
+"""Tensor parallelism: each process holds a shard of every matrix (Shoeybi et al. 2019).
 
-Where norms and residuals work on single tokens, each process holds a part of the sequence (Korthikanti et al. 2022). It
-is gathered before the matrices of attention and of the feed-forward layer, and what these give is summed and scattered.
-In between, tensors are whole on each process and their gradients are parts to be added up. So are the gradients of the
-parameters that are not divided (norms, latents, experts), which ``ParallelModel.reduce`` adds up at the end of a step.
+With sequence parallelism (Korthikanti et al. 2022): where norms and residuals act on single tokens, each process holds
+a slice of the sequence. It is gathered before the matrices of attention and of the feed-forward layer, and their
+outputs are reduce-scattered. In between, activations are whole on each process and their gradients are partial sums. So
+are the gradients of unsharded parameters (norms, latents, experts), which ``ParallelModel.reduce`` sums at the end of a
+step.
 
-A divided parameter is a DTensor, by which optimizer and checkpoints know its part; the arithmetic is on plain tensors.
-Experts are not divided: each process sends its part of the sequence through all of them.
+A sharded parameter is a DTensor, so that optimizer and checkpoints know its shard; the arithmetic uses plain tensors.
+Experts are not sharded: each process sends its slice of the sequence through all of them.
 
 Dimensions: B sequences, T tokens, D width.
 """
@@ -35,13 +36,13 @@ BY_OUTPUTS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_b_proj", "self_attn.kv_b_proj"),
     *("mlp.gate_proj", "mlp.up_proj"),
 )
-"""Matrices of a block that lead into heads and hidden units, of which each process has some."""
+"""Column-parallel matrices: their outputs are heads or hidden units, divided among the processes."""
 BY_INPUTS = ("self_attn.o_proj", "mlp.down_proj")
-"""Matrices that lead out of them."""
+"""Row-parallel matrices."""
 
 
 def divide_matrices(stage: Transformer, mesh: DeviceMesh) -> None:
-    """Cut the matrices of a pipeline stage, or of the whole model, over ``mesh``, in place."""
+    """Shard the matrices of a pipeline stage, or of the whole model, over ``mesh``, in place."""
     group, decoder = mesh.get_group(), stage.model
     if decoder.embed_tokens is not None:
         _divide(decoder.embed_tokens, "weight", 0, mesh)
@@ -83,7 +84,7 @@ def _divide(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
         setattr(module, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
-# --- forward passes on the parts --------------------------------------------------------------------------------------
+# --- forward passes with shards ---------------------------------------------------------------------------------------
 
 
 def _to_own_outputs(linear: nn.Linear, x_BTD: Tensor) -> Tensor:
@@ -91,15 +92,15 @@ def _to_own_outputs(linear: nn.Linear, x_BTD: Tensor) -> Tensor:
 
 
 def _from_own_inputs(linear: nn.Linear, group: ProcessGroup, x_BTD: Tensor) -> Tensor:
-    """The sum over processes, of which each gets its part of the sequence; a bias is added once."""
+    """Reduce-scatter the product over the sequence; a bias is added once."""
     y_BTD = scatter_sequence(_product(linear, x_BTD), group)
     return y_BTD if linear.bias is None else y_BTD + linear.bias
 
 
 def _product(linear: nn.Linear, x_BTD: Tensor, bias: Tensor | None = None) -> Tensor:
-    """By this process's part of the matrix and of its adapter, one of whose matrices is divided as the layer's is.
+    """Multiply by this process's shard of the matrix and of its adapter.
 
-    The other is whole, and its gradient a part to be added up.
+    One of the adapter's matrices is sharded like the layer's. The other is whole, and its gradient is a partial sum.
     """
     y_BTD = F.linear(x_BTD, _own(linear.weight), bias)
     if isinstance(linear, LoRALinear):
@@ -108,7 +109,7 @@ def _product(linear: nn.Linear, x_BTD: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _embed(embedding: nn.Embedding, group: ProcessGroup, tokens_BT: Tensor) -> Tensor:
-    """Vectors of this process's words, zeros for the others', summed: each process gets its part of the sequence."""
+    """Embed the tokens in this process's vocabulary shard, zeros for others, and reduce-scatter over the sequence."""
     words = _own(embedding.weight)
     numbers_BT = tokens_BT - dist.get_rank(group) * len(words)
     own_BT = (numbers_BT >= 0) & (numbers_BT < len(words))
@@ -120,7 +121,7 @@ def _own(parameter: Tensor) -> Tensor:
     return parameter.to_local()
 
 
-# --- the sequence and its parts ---------------------------------------------------------------------------------------
+# --- sequence parallelism ---------------------------------------------------------------------------------------------
 
 
 def _gather_output(group: ProcessGroup, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
@@ -128,7 +129,7 @@ def _gather_output(group: ProcessGroup, module: nn.Module, args: Any, output: Te
 
 
 def _whole_rows(group: ProcessGroup, module: nn.Module, args: Any, output_BTO: Tensor) -> Tensor:  # noqa: ARG001
-    """A head's outputs at all tokens; their loss is computed alike on each process."""
+    """Gather a head's outputs at all tokens; the loss is computed on each process."""
     before, after = dist.get_rank(group), dist.get_world_size(group) - dist.get_rank(group) - 1
     num_tokens = output_BTO.shape[1]
     return sum_of_parts(F.pad(output_BTO, (0, 0, before * num_tokens, after * num_tokens)), group)
@@ -139,7 +140,7 @@ def _take_part_of_positions(group: ProcessGroup, module: nn.Module, args: tuple[
 
 
 def _take_part_of_draws(group: ProcessGroup, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001
-    """What dropout draws by: the last argument of a block, ``[2, B, T]`` if there is one."""
+    """Slice the random numbers of dropout: the last argument of a block, ``[2, B, T]`` or None."""
     return None if args[-1] is None else (*args[:-1], _part(args[-1], 2, group))
 
 

@@ -1,9 +1,9 @@
-"""Scores under tensor parallelism: each process holds a part of the vocabulary, and no logits are ever gathered.
+"""Scores under tensor parallelism: each process holds a shard of the vocabulary, and logits are never gathered.
 
-The maximum, the softmax's denominator and the target's logit are what processes exchange: three numbers a token
-(Shoeybi et al. 2019, section 3).
+Processes exchange three numbers per token: the maximum, the softmax denominator and the target's logit (Shoeybi et al.
+2019, section 3).
 
-Dimensions: B sequences, T tokens, N tokens of all of them, D width, W words of this process's part of the vocabulary.
+Dimensions: B sequences, T tokens, N tokens of all sequences, D width, W tokens of this process's vocabulary shard.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from lilpipe.parallel.collectives import gather_sequence, sum_of_parts
 
 
 class VocabularyScores:
-    """``lilpipe.model.scores.token_scores`` for an output layer whose words are divided over ``group``.
+    """``lilpipe.model.scores.token_scores`` for an output layer whose vocabulary is sharded over ``group``.
 
-    Hidden states come in parts of the sequence, as the sequence-parallel norm leaves them; targets are of the whole.
+    Hidden states are slices of the sequence, as from the sequence-parallel norm; targets are whole.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -33,7 +33,7 @@ class VocabularyScores:
     def score(
         self, hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, *, softcap: float | None = None
     ) -> Scores:
-        """Scores of all targets, the same on every process of the group."""
+        """Return scores of all targets, the same on every process of the group."""
         assert isinstance(weight_VD, DTensor)
         weight_WD = weight_VD.to_local()
         hidden_ND, targets_N = gather_sequence(hidden_BTD, self.group).flatten(0, -2), targets_BT.flatten()

@@ -1,1 +1,1 @@
-"""Plan and run the steps of a pipeline: the command line, a Prefect task and a test all go through here."""
+"""Plan and run the steps of a pipeline. The command line, the Prefect task and the tests all use this package."""

@@ -1,4 +1,4 @@
-"""The manifest of a finished step: its origin, its files, and the environment that it ran in."""
+"""Manifest of a finished step: its provenance, files and environment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOGS = ("events.jsonl", ATTEMPTS, "worker.log")
 
 
 def collect_logs(work: Path) -> None:
-    """Copy the logs of a workspace into its output."""
+    """Copy the logs of a workspace to its output."""
     logs = work / "output" / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for name in LOGS:
@@ -32,7 +32,7 @@ def collect_logs(work: Path) -> None:
 
 
 def make_manifest(step: PlannedStep, work: Path, files: dict[str, FileEntry], metrics: Metrics) -> Manifest:
-    """The manifest of a step that ended in ``work`` with these files and metrics."""
+    """Return the manifest of a step that finished in ``work`` with these files and metrics."""
     cache_key, section = step.cache_key, step.config
     identity = section.identity()
     return Manifest(
@@ -68,7 +68,9 @@ def make_manifest(step: PlannedStep, work: Path, files: dict[str, FileEntry], me
 
 
 def _attempt_seconds(work: Path) -> list[float]:
-    """Seconds of each try. One whose parent was killed ends with its last recorded event."""
+    """Return the duration of each attempt. If the parent process was killed, an attempt ends at its last recorded
+    event.
+    """
     attempts = [json.loads(line) for line in (work / ATTEMPTS).read_text().splitlines()]
     events = work / "events.jsonl"
     times = [json.loads(line)["time"] for line in events.read_text().splitlines()] if events.exists() else []
@@ -85,7 +87,7 @@ def _attempt_seconds(work: Path) -> list[float]:
 
 @functools.cache
 def _git_commit() -> str | None:
-    """The checkout's commit, with ``+changes`` where files differ from it."""
+    """Return the commit of the checkout, with ``+changes`` if files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

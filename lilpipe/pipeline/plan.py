@@ -1,4 +1,4 @@
-"""Which steps are cached, which will run, and why."""
+"""Determine which steps are cached, which will run, and why."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any, Literal
 from lilpipe.artifact import Artifact, Inputs, Manifest, all_inputs
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.section import Section
+from lilpipe.extensions import load
 from lilpipe.fingerprint import CacheKey, code_and_packages, difference
-from lilpipe.pipeline.wiring import check_wiring, fill_roles, sources
-from lilpipe.stage import Stage, get_stage
+from lilpipe.pipeline.wiring import check_wiring, fill_roles, sources, stage_of
+from lilpipe.stage import Stage
 from lilpipe.store import Store
 
 CACHE_KEY = "cache_key.json"
-"""In a workspace: the key of the artifact in progress."""
+"""File in a workspace with the key of the artifact in progress."""
 
 
 @dataclass(frozen=True)
 class WaitingStep:
-    """A step whose inputs are not made yet, so that its fingerprint is unknown."""
+    """A step whose inputs do not exist yet, so its fingerprint is unknown."""
 
     name: str
     stage: Stage
@@ -42,7 +43,7 @@ class PlannedStep:
     inputs: Inputs
     cache_key: CacheKey
     artifact: Artifact | None
-    """The cached output; none if the step has to run."""
+    """The cached output; None if the step has to run."""
 
     @property
     def status(self) -> Literal["cached", "run"]:
@@ -51,15 +52,15 @@ class PlannedStep:
 
     @property
     def workspace(self) -> str:
-        """Name of the workspace: the fingerprint without settings that change rounding alone.
+        """Name of the workspace: the fingerprint without settings that change only rounding.
 
-        So unfinished work may resume with another number of workers.
+        So unfinished work can resume with another number of workers.
         """
         return _workspace(self.cache_key, self.config)
 
 
 def plan(config: PipelineConfig, store: Store, *, until: str | None = None) -> dict[str, PlannedStep | WaitingStep]:
-    """The state of each step, up to and including ``until``."""
+    """Return the state of each step, up to and including ``until``."""
     planned: dict[str, PlannedStep | WaitingStep] = {}
     made: dict[str, Artifact] = {}
     for name in config.steps:
@@ -74,10 +75,12 @@ def plan(config: PipelineConfig, store: Store, *, until: str | None = None) -> d
 def plan_step(
     config: PipelineConfig, store: Store, name: str, made: Mapping[str, Artifact]
 ) -> PlannedStep | WaitingStep:
-    """The state of one step; ``made`` has the artifacts of the steps before it, by name."""
+    """Return the state of one step; ``made`` has the artifacts of the steps before it, by name."""
     check_wiring(config, name)
-    stage = get_stage(config.steps[name].stage)
+    stage = stage_of(config, name)
     section = config.section(name)
+    for extension in section.extensions():
+        load(extension, object)  # reports one that cannot be imported before anything runs
     missing = [source for source in sources(config, name) if source not in made]
     if missing:
         stage.external(section)  # reports a path that does not exist before anything runs
@@ -99,19 +102,21 @@ def plan_step(
 
 
 def changes(store: Store, step: str, cache_key: CacheKey) -> list[str]:
-    """Differences from the nearest earlier artifact of the step, the newest of equals; empty if there is none."""
+    """Return the differences from the most similar earlier artifact of the step (the newest of equals); empty if there
+    is none.
+    """
     earlier = [manifest for manifest in reversed(store.manifests(cache_key.stage)) if manifest.step == step]
     return min((difference(_key_of(manifest), cache_key) for manifest in earlier), key=len, default=[])
 
 
 def _unfinished(store: Store, step: str, cache_key: CacheKey) -> list[str]:
-    """Differences from the nearest unfinished work of the step; empty if there is none."""
+    """Return the differences from the most similar unfinished work of the step; empty if there is none."""
     found = []
     for path in store.workspaces(cache_key.stage):
         try:
             left = json.loads((path / CACHE_KEY).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # killed before it began
+            continue  # killed before it started
         if left.pop("step") == step:
             found.append(difference(CacheKey(**left), cache_key))
     return min(found, key=len, default=[])
@@ -132,5 +137,6 @@ def _cache_key(stage: Stage, section: Section, inputs: Inputs) -> CacheKey:
     if stage.names_inputs:
         for role in inputs:
             external |= {f"name of {role}.{n}": each.manifest.step for n, each in enumerate(all_inputs(inputs, role))}
-    code, packages = code_and_packages(stage.name)
+    extensions = [*section.extensions(), *([stage.extension] if stage.extension else [])]
+    code, packages = code_and_packages(stage.name, extensions)
     return CacheKey(stage.name, section.identity(), digests, external, code, packages)

@@ -20,27 +20,27 @@ from lilpipe.store import Store
 
 
 class Listener(Protocol):
-    """Something that is told what happens to steps: the display, the tracker, Prefect."""
+    """Receives the events of steps: the display, the MLflow tracker, Prefect."""
 
     def stage_started(self, step: str, planned: PlannedStep) -> None:
-        """A step that is not cached begins."""
+        """Called when a step that is not cached starts."""
 
     def stage_event(self, step: str, event: dict[str, Any]) -> None:
-        """The stage recorded a line in ``events.jsonl``."""
+        """Called for each line that the stage appends to ``events.jsonl``."""
 
     def stage_finished(self, step: str, artifact: Artifact, *, cached: bool, seconds: float) -> None:
-        """The step has its artifact."""
+        """Called when the step has its artifact."""
 
     def stage_failed(self, step: str, error: BaseException) -> None:
-        """The step ended without one."""
+        """Called when the step failed."""
 
 
 def run_step(
     config: PipelineConfig, step: str, *, store: Store, pipeline_run: str, listeners: Sequence[Listener] = ()
 ) -> tuple[Artifact, bool]:
-    """The artifact of one step, and whether it was cached. The steps before it must have theirs.
+    """Return the artifact of one step, and whether it was cached. The steps before it must be finished.
 
-    Raises ``LilpipeError`` for what the user can correct, ``StageFailure`` for what a retry may correct.
+    Raises ``LilpipeError`` for errors that the user must fix, and ``StageFailure`` for retryable failures.
     """
     if step not in config.steps:
         raise ConfigError(f"step {step!r}: there is no such step; known: {', '.join(config.steps)}")
@@ -60,10 +60,10 @@ def run_step(
 
 
 def _plan(config: PipelineConfig, step: str, store: Store, pipeline_run: str) -> PlannedStep:
-    """The step with its inputs: those that this pipeline run has used already, else those that the plan finds.
+    """Return the step with its inputs: those that this pipeline run has already used, otherwise those of the plan.
 
-    So the inputs of a pipeline run do not change if code or settings are edited meanwhile, and raw sources are
-    digested once.
+    So the inputs of a pipeline run stay the same if code or settings are edited meanwhile, and raw sources are hashed
+    only once.
     """
     refs = {name: ref for name, ref in store.refs(pipeline_run).items() if name in sources(config, step)}
     used = {name: store.find(ref["stage"], ref["fingerprint"]).artifact for name, ref in refs.items()}
@@ -74,7 +74,7 @@ def _plan(config: PipelineConfig, step: str, store: Store, pipeline_run: str) ->
         if isinstance(planned, WaitingStep):
             missing = [f"{name} ({steps[name].reason})" for name in sources(config, step) if not steps[name].artifact]
             raise ArtifactError(
-                f"step {step}: its inputs are still to be run: {', '.join(missing)}; run them first, or the full "
+                f"step {step}: its inputs are not built yet: {', '.join(missing)}; run these steps first, or the full "
                 "pipeline"
             )
     return planned

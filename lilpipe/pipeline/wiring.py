@@ -1,4 +1,4 @@
-"""Which steps a step reads, and the artifacts that fill its roles."""
+"""Inputs of a step: the steps that it reads, and the artifacts of its input roles."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from dataclasses import replace
 from lilpipe.artifact import Artifact, Inputs
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
-from lilpipe.stage import get_stage
+from lilpipe.stage import Stage, get_stage
+
+
+def stage_of(config: PipelineConfig, step: str) -> Stage:
+    """The stage that a step runs, built-in or the user's own."""
+    return get_stage(config.steps[step].stage, config.steps[step].file)
 
 
 def sources(config: PipelineConfig, step: str) -> list[str]:
-    """The steps that a step reads, each once."""
+    """Return the steps that a step reads, without duplicates."""
     names: list[str] = []
     for value in config.steps[step].inputs.values():
         names += [value] if isinstance(value, str) else value
@@ -21,29 +26,29 @@ def sources(config: PipelineConfig, step: str) -> list[str]:
 
 def check_wiring(config: PipelineConfig, step: str) -> None:
     """Raise ``ConfigError`` if a step's inputs are not what its stage takes."""
-    stage = get_stage(config.steps[step].stage)
+    stage = stage_of(config, step)
     roles = config.steps[step].inputs
     known = {**stage.inputs, **stage.optional_inputs}
     if unknown := roles.keys() - known.keys():
         raise ConfigError(
-            f"steps.{step}.inputs: got {', '.join(sorted(unknown))}; stage {stage.name} takes {', '.join(known)}"
+            f"steps.{step}.inputs: got {', '.join(sorted(unknown))}; stage {stage.name} accepts {', '.join(known)}"
         )
     if absent := stage.inputs.keys() - roles.keys():
-        raise ConfigError(f"steps.{step}.inputs: {', '.join(sorted(absent))} missing; name the step that makes it")
+        raise ConfigError(f"steps.{step}.inputs: {', '.join(sorted(absent))} missing; set it to the step that makes it")
     for role, value in roles.items():
         names = (value,) if isinstance(value, str) else value
         if len(names) != 1 and role not in stage.several:
             raise ConfigError(f"steps.{step}.inputs.{role}: got {len(names)} steps, expected one: {', '.join(names)}")
         for name in names:
-            kind = get_stage(config.steps[name].stage).output
+            kind = stage_of(config, name).output
             if kind != known[role]:
                 raise ConfigError(f"steps.{step}.inputs.{role}: step {name} makes a {kind}, expected a {known[role]}")
 
 
 def fill_roles(config: PipelineConfig, step: str, made: Mapping[str, Artifact]) -> Inputs:
-    """The inputs of a step. Each artifact has the name of its step in this pipeline.
+    """Return the inputs of a step. Each artifact has the name of its step in this pipeline.
 
-    It may come from another pipeline, or from a step of another name with the same fingerprint.
+    The artifact may have been made by another pipeline, or by a step of another name with the same fingerprint.
     """
 
     def named(source: str) -> Artifact:

@@ -1,1 +1,1 @@
-"""From small models to larger ones: a dial that derives settings from depth, and a law that predicts the loss."""
+"""Scaling: settings derived from depth, and a scaling law that predicts the loss of larger models."""

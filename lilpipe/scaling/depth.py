@@ -1,19 +1,19 @@
-"""One dial: the model's shape and the way it is trained, from its depth or from a number of parameters.
+"""Settings of model and training derived from depth or from a number of parameters.
 
 | setting | rule | source |
 | --- | --- | --- |
 | width | 64 x depth, rounded up to whole heads | nanochat (Karpathy 2025); Kaplan et al. 2020, 3.1: the loss hardly \
 depends on this ratio |
-| head | 64 wide, from a width of 1024 on 128 | GPT-2 small (Radford et al. 2019) and Llama 3 (2024) |
-| key/value heads | one to four query heads, as near as it divides | Llama 3 8B: 8 for 32 |
+| head | 64 wide; 128 from width 1024 | GPT-2 small (Radford et al. 2019) and Llama 3 (2024) |
+| key/value heads | one per four query heads, or the nearest divisor | Llama 3 8B: 8 for 32 |
 | feed-forward width | 8/3 x width, rounded up to 64; GPT-2: 4 x width | Shazeer 2020; Radford et al. 2019 |
-| tokens | 20 a parameter, those active for one token | Hoffmann et al. 2022 (Chinchilla) |
+| tokens | 20 per active parameter | Hoffmann et al. 2022 (Chinchilla) |
 | batch | 0.2920 C^0.3271 tokens | DeepSeek LLM (Bi et al. 2024), equation 1 |
 | learning rate (AdamW) | 0.3118 C^-0.1250 | the same |
-| warmup | 2,000 steps, at most a twentieth of all | the same; the limit is ours |
+| warmup | 2,000 steps, at most 1/20 of all steps | the same; the limit is ours |
 
-C is the run's training FLOPs. DeepSeek fitted its laws to budgets of 1e17 to 2e19 FLOPs; what is far below is
-extrapolated. Muon's learning rate stays: its update has the same size at any width (Jordan et al. 2024).
+C is the run's training FLOPs. DeepSeek fitted its laws to budgets of 1e17 to 2e19 FLOPs; far smaller budgets are
+extrapolations. Muon's learning rate does not change: its update has the same size at any width (Jordan et al. 2024).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FEED_FORWARD_MULTIPLE = 64
 TOKENS_PER_PARAMETER = 20
 MAX_WARMUP_STEPS, MAX_WARMUP_SHARE = 2_000, 0.05
 MAX_DEPTH = 256
-"""Where the search for a number of parameters ends."""
+"""Largest depth in the search for a number of parameters."""
 _COUNTS = {
     "depth",
     "tokenizer.vocab_size",
@@ -51,21 +51,26 @@ _COUNTS = {
     "pretrain.parallel.tensor",
     *(f"pretrain.model.{name}" for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "max_seq_len")),
 }
-"""Settings that others are computed from, which must be whole numbers before the configuration is checked."""
+"""Settings from which others are computed; checked to be positive integers before the configuration is validated."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def derive(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """Dotted settings that follow from `depth` or `params` in ``values``; none where neither is set.
+    """Return the dotted settings that follow from `depth` or `params` in ``values``; empty if neither is set.
 
-    ``values`` is the whole configuration as plain values, the user's laid over the recipe's; settings whose dotted
-    names are in ``given`` are the user's own: they stand, and the others follow from them. Raises ``ConfigError``.
+    Args:
+        values: The whole configuration as plain values, the user's settings merged into the recipe's.
+        given: Dotted names of the user's own settings. They are not changed, and others are derived from them.
+
+    Raises ``ConfigError`` for invalid values, or if both are set.
     """
     depth, params = values.get("depth"), values.get("params")
     if depth is None and params is None:
         return {}
     if depth is not None and params is not None:
-        raise ConfigError(f"depth {depth} and params {params}: one follows from the other; leave one of them out")
+        raise ConfigError(
+            f"depth and params: got {depth} and {params}, expected only one, the other follows from it; remove either"
+        )
     for name in sorted(_COUNTS & set(given)):
         _check_count(name, values)
     if params is not None:
@@ -78,7 +83,7 @@ def derive(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
 
 
 def parse_count(count: str | float) -> int:
-    """A number of parameters: 350_000_000, or "350M"; K, M, B and T are thousands, millions and so on."""
+    """Return a number of parameters: 350_000_000 or "350M"; K, M, B and T are 10^3, 10^6, 10^9 and 10^12."""
     match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*([KMBT]?)\s*", str(count), re.IGNORECASE)
     number = float(count) if isinstance(count, int | float) else 0.0
     if match:
@@ -89,7 +94,7 @@ def parse_count(count: str | float) -> int:
 
 
 def nearest_depth(values: Mapping[str, Any], given: Collection[str], *, target: int) -> int:
-    """The depth whose model is, as a ratio, nearest to ``target`` parameters."""
+    """Return the depth whose number of parameters is nearest to ``target`` (smallest ratio)."""
     best, off = 1, math.inf
     for depth in range(1, MAX_DEPTH + 1):
         model = _model(values, derive_shape(depth, values, given))
@@ -105,9 +110,9 @@ def nearest_depth(values: Mapping[str, Any], given: Collection[str], *, target: 
 
 
 def derive_shape(depth: int, values: Mapping[str, Any], given: Collection[str]) -> dict[str, int]:
-    """Layers, width, heads and feed-forward width; those in ``given`` as they are.
+    """Return layers, width, heads and feed-forward width; those in ``given`` are not changed.
 
-    Heads divide among the processes of tensor parallelism.
+    The number of heads is a multiple of the tensor-parallel degree.
     """
     model = values["pretrain"]["model"]
     own = {name.removeprefix("pretrain.model.") for name in given}
@@ -141,7 +146,7 @@ def _round_up(value: float, multiple: int) -> int:
 
 
 def _divisor(number: int, *, near: float, multiple_of: int) -> int:
-    """The divisor of ``number`` that is, as a ratio, nearest; a multiple of ``multiple_of`` where there is one."""
+    """Return the divisor of ``number`` nearest to ``near`` by ratio; a multiple of ``multiple_of`` if possible."""
     divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
     fitting = [divisor for divisor in divisors if divisor % multiple_of == 0] or divisors
     return min(fitting, key=lambda divisor: (abs(math.log(divisor / near)), -divisor))
@@ -155,7 +160,7 @@ def _model(values: Mapping[str, Any], shape: Mapping[str, int]) -> ModelConfig:
 
 
 def derive_training(model: ModelConfig, values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """Dotted settings of batch, steps, warmup and learning rate; what is in ``given`` counts where others follow."""
+    """Return dotted settings of batch, steps, warmup and learning rate; settings in ``given`` are used where needed."""
     pretrain, vocab_size = values["pretrain"], values["tokenizer"]["vocab_size"]
     seq_len = pretrain["seq_len"] or model.max_seq_len
     tokens = TOKENS_PER_PARAMETER * num_active_parameters(model, vocab_size)
@@ -174,12 +179,12 @@ def derive_training(model: ModelConfig, values: Mapping[str, Any], given: Collec
 
 
 def batch_tokens(compute: float) -> float:
-    """Tokens of a batch for a run of ``compute`` FLOPs (Bi et al. 2024)."""
+    """Return tokens per batch for a run of ``compute`` FLOPs (Bi et al. 2024)."""
     return 0.2920 * compute**0.3271
 
 
 def learning_rate(compute: float) -> float:
-    """Peak learning rate of AdamW for a run of ``compute`` FLOPs (Bi et al. 2024)."""
+    """Return AdamW's peak learning rate for a run of ``compute`` FLOPs (Bi et al. 2024)."""
     return 0.3118 * compute**-0.1250
 
 
@@ -192,7 +197,7 @@ def _check_count(name: str, values: Mapping[str, Any]) -> None:
 
 
 def _row_parts(pretrain: Mapping[str, Any]) -> int:
-    """What a batch's rows must divide by."""
+    """Return the number that the rows of a batch must be a multiple of."""
     parallel = _validated(ParallelConfig, pretrain["parallel"], "pretrain.parallel")
     try:
         return parallel.layout(pretrain["num_workers"]).data * pretrain["accumulation_steps"]

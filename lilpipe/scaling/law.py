@@ -1,9 +1,9 @@
-"""A law of the loss, fitted to small runs: L = E + sum over features x of A x^-alpha.
+"""A scaling law of the loss, fitted to small runs: L = E + sum over features x of A x^-alpha.
 
-With one feature, training FLOPs, that is the compute law along a line of runs that are scaled alike; with two,
-parameters and tokens, it is Hoffmann et al. 2022, section 3.3 (approach 3), which needs runs that vary both apart.
-As there, the sum of Huber losses between logarithms is made least, from many starts. Here each start goes down by
-Levenberg-Marquardt steps with the Huber loss's weights, all starts at once.
+With one feature, training FLOPs, it is the compute law of runs that are scaled alike. With two, parameters and tokens,
+it is Hoffmann et al. 2022, section 3.3 (approach 3), which needs runs that vary them independently. As there, the fit
+minimizes the sum of Huber losses between logarithms from many starts. Here, Levenberg-Marquardt steps with Huber
+weights are vectorized over all starts.
 
 Dimensions: S starts or samples, R runs, X features, P = 1 + 2 X parameters: log E, then for each feature the
 logarithm of its term at the runs' mean and the logarithm of its exponent.
@@ -20,30 +20,30 @@ import numpy as np
 from lilpipe.errors import DataError
 
 Features = Mapping[str, Sequence[float]]
-"""Name of a feature to its value in each run."""
+"""Maps the name of a feature to its value in each run."""
 HUBER_DELTA = 1e-3
-"""Residual of the logarithm from which on the loss is linear (Hoffmann et al. 2022)."""
+"""Residual of the logarithm above which the Huber loss is linear (Hoffmann et al. 2022)."""
 START_FLOORS = (0.1, 0.5, 0.8, 0.95)
-"""Where E starts, as a share of the least loss."""
+"""Initial values of E, as fractions of the smallest loss."""
 START_EXPONENTS = (0.05, 0.15, 0.4, 0.8)
 NUM_ITERATIONS = 300
 TOLERANCE, PATIENCE = 1e-6, 15
-"""A descent ends when so many steps in a row lower no objective by this share."""
+"""Descent stops after ``PATIENCE`` consecutive steps that lower no objective by a relative ``TOLERANCE``."""
 SHARE = 0.9
-"""Of predictions that an interval shall hold."""
+"""Coverage of prediction intervals."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """A fitted law; ``predict`` gives the loss of other runs."""
+    """A fitted scaling law."""
 
     floor: float
-    """E, the loss that no scale takes away."""
+    """E, the irreducible loss."""
     coefficients: Mapping[str, float]
     exponents: Mapping[str, float]
 
     def predict(self, features: Features) -> np.ndarray:
-        """Loss of each run, float64 [R]."""
+        """Return the loss of each run, float64 [R]."""
         terms = (
             self.coefficients[name] * np.asarray(x, float) ** -self.exponents[name] for name, x in features.items()
         )
@@ -55,12 +55,12 @@ class Law:
 
 
 def num_unknowns(features: Features) -> int:
-    """Numbers that a fit determines; it takes as many runs, and an interval one more."""
+    """Return the number of fitted parameters; a fit needs as many runs, an interval one more."""
     return 1 + 2 * len(features)
 
 
 def fit(features: Features, losses: Sequence[float]) -> Law:
-    """The law nearest to the runs. Raises ``DataError`` for too few runs, or ones that do not differ."""
+    """Fit the law to runs. Raises ``DataError`` for too few runs, or runs that do not differ."""
     check(features)
     if min(losses) <= 0:
         raise DataError(f"scaling: got a loss of {min(losses)}, expected losses above 0")
@@ -74,11 +74,12 @@ def fit(features: Features, losses: Sequence[float]) -> Law:
 def predict_interval(
     features: Features, losses: Sequence[float], at: Features, *, num_samples: int = 400, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Between which losses a new run ``at`` these features falls in 9 of 10 cases; none if the runs are too few.
+    """Return the interval that contains the loss of a new run ``at`` these features with probability ``SHARE``.
 
-    Parametric bootstrap: noise of the size of the fit's residuals on the fitted losses, fitted again; the noise of
-    the new run comes on top. With d = runs - unknowns degrees of freedom that size is known badly itself, so each
-    sample draws it from its scaled inverse chi-square. That the law holds at all is taken for granted.
+    Returns ``None`` if there are too few runs. Parametric bootstrap: adds noise of the size of the fit's residuals to
+    the fitted losses, refits, and adds the noise of the new run. With d = runs - unknowns degrees of freedom, the size
+    of the noise is itself uncertain, so each sample draws it from its scaled inverse chi-square distribution. The
+    interval assumes that the law holds.
     """
     law, scaled = fit(features, losses), _Scaled(features)
     freedom = len(losses) - num_unknowns(features)
@@ -97,23 +98,23 @@ def predict_interval(
 
 
 def check(features: Features) -> None:
-    """Raise ``DataError`` where a law in these features cannot be told from the runs."""
+    """Raise ``DataError`` if the runs do not determine a law in these features."""
     num_runs, least = len(next(iter(features.values()))), num_unknowns(features)
     if num_runs < least:
         raise DataError(
-            f"scaling: got {num_runs} runs, expected at least {least} for a law in {' and '.join(features)}; take more "
+            f"scaling: got {num_runs} runs, expected at least {least} for a law in {' and '.join(features)}; add more "
             "depths"
         )
     for name, values in features.items():
         if len(set(values)) < 3:
             raise DataError(
-                f"scaling: got runs with {len(set(values))} different values of {name}, expected 3 or more; take other "
-                "depths, and leave what they set, such as num_layers, out of the configuration"
+                f"scaling: got runs with {len(set(values))} different values of {name}, expected 3 or more; use other "
+                "depths, and remove settings that depth derives, such as num_layers, from the configuration"
             )
 
 
 class _Scaled:
-    """Logarithms of the features around their means, in which the parameters hardly depend on each other."""
+    """Logarithms of the features, centred, so that the fitted parameters are nearly independent."""
 
     def __init__(self, features: Features) -> None:
         self.names = list(features)
@@ -148,7 +149,7 @@ def _starts(losses: Sequence[float], num_features: int) -> np.ndarray:
 
 
 def _terms(parameters_SP: np.ndarray, logs_XR: np.ndarray) -> np.ndarray:
-    """Logarithms of E and of each feature's term, [S, 1 + X, R]."""
+    """Return the logarithms of E and of each feature's term, [S, 1 + X, R]."""
     heights_SX, exponents_SX = parameters_SP[:, 1::2], np.exp(parameters_SP[:, 2::2])
     terms_SXR = heights_SX[..., None] - exponents_SX[..., None] * logs_XR
     floor_S1R = np.broadcast_to(parameters_SP[:, :1, None], (len(parameters_SP), 1, logs_XR.shape[1]))
@@ -160,7 +161,7 @@ def _residuals(parameters_SP: np.ndarray, logs_XR: np.ndarray, log_losses_SR: np
 
 
 def _jacobian(parameters_SP: np.ndarray, logs_XR: np.ndarray) -> np.ndarray:
-    """Of the residuals by the parameters, [S, R, P]: each term's share of the loss, times its inner derivative."""
+    """Return the residuals' Jacobian, [S, R, P]: each term's share of the loss, times its inner derivative."""
     terms = _terms(parameters_SP, logs_XR)
     shares = np.exp(terms - np.logaddexp.reduce(terms, axis=1, keepdims=True))
     columns = [shares[:, 0]]
@@ -178,7 +179,7 @@ def _huber(residuals: np.ndarray) -> np.ndarray:
 def _descend(
     parameters_SP: np.ndarray, logs_XR: np.ndarray, log_losses_SR: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters where the Huber losses are least, from each start, and their sums [S]."""
+    """Minimize the sum of Huber losses from each start; return parameters [S, P] and the sums [S]."""
     parameters_SP = parameters_SP.copy()
     damping_S = np.full(len(parameters_SP), 1e-2)
     residuals_SR = _residuals(parameters_SP, logs_XR, log_losses_SR)

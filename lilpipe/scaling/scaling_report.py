@@ -1,4 +1,4 @@
-"""A scaling study on disk: ``report.html`` for people, ``scaling.json`` for programs, and the plot, ``scaling.png``."""
+"""Files of a scaling study: ``report.html``, ``scaling.json`` and the plot ``scaling.png``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CURVE_POINTS = 100
 
 
 def write_study(study: Study, directory: Path, *, title: str = "Scaling law") -> Path:
-    """Write all three files; gives the report's path."""
+    """Write all three files; return the path of the report."""
     directory.mkdir(parents=True, exist_ok=True)
     write_atomically(directory / "scaling.json", json.dumps(study.as_json(), indent=2) + "\n")
     draw(study).savefig(directory / "scaling.png", dpi=150)
@@ -38,7 +38,7 @@ def write_study(study: Study, directory: Path, *, title: str = "Scaling law") ->
 
 
 def show(prediction: Prediction) -> str:
-    """A predicted loss with its interval."""
+    """Return a predicted loss with its interval, as text."""
     if prediction.interval is None:
         return f"{prediction.loss:.4g} (too few runs for an interval)"
     low, high = prediction.interval
@@ -48,8 +48,8 @@ def show(prediction: Prediction) -> str:
 def _explanation(study: Study) -> str:
     in_what = " and ".join(study.law.coefficients)
     return (
-        f"Points are runs; lines are the law in {in_what}, dashed beyond the runs. Bars hold 9 of 10 new runs, if the "
-        "law holds: they tell of noise, not of a law that bends."
+        f"Points are runs; lines are the law in {in_what}, dashed beyond the runs. Error bars contain 9 of 10 new runs "
+        "if the law holds: they cover noise, not deviations from the law."
     )
 
 
@@ -86,18 +86,18 @@ def _row(run: Run, study: Study) -> dict[str, page.Cell]:
         "tokens / parameter": run.ratio,
         "FLOPs": f"{run.flops:.3g}",
         study.metric: run.loss,
-        "by the law": fitted,
+        "fitted": fitted,
         "fingerprint": run.fingerprint[:12],
     }
 
 
 def draw(study: Study) -> Figure:
-    """Loss against FLOPs, both logarithmic, with the law, the run held out and the target."""
+    """Return the plot of loss against FLOPs (log-log) with the law, the held-out run and the target."""
     drawn: list[charts.Line] = []
     for colour, ratio in zip(charts.COLOURS, tokens_per_parameter(study.runs), strict=False):
         alike = [run for run in study.runs if ratio <= run.ratio <= 1.1 * ratio]
         losses = [run.loss for run in alike if run.loss is not None]
-        drawn.append(charts.Line(f"{ratio:.0f} tokens a parameter", [r.flops for r in alike], losses, "o", colour))
+        drawn.append(charts.Line(f"{ratio:.0f} tokens per parameter", [r.flops for r in alike], losses, "o", colour))
         drawn += _law_line(study, alike, colour, "-")
         if study.target is not None and ratio <= study.target.run.ratio <= 1.1 * ratio:
             drawn += _law_line(study, [alike[-1], study.target.run], colour, "--")
@@ -107,7 +107,7 @@ def draw(study: Study) -> Figure:
 
 
 def _law_line(study: Study, runs: Sequence[Run], colour: str, style: str) -> list[charts.Line]:
-    """The law from the first of these runs to the last, along a straight line between their logarithms."""
+    """Return the law's line from the first run to the last; features are interpolated geometrically."""
     if len(runs) < 2:
         return []
 

@@ -1,4 +1,4 @@
-"""The runs that a law is fitted to, what it says of a larger one, and how it did on the largest that was held back."""
+"""Scaling study: the runs, the law fitted to them, its prediction of a larger run, and a check on the largest run."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ from lilpipe.store import Store
 
 @dataclass(frozen=True)
 class Run:
-    """One run of pretraining, or one that is only planned."""
+    """A pretraining run, finished or planned."""
 
     num_layers: int
     parameters: int
-    """Active for one token."""
+    """Active parameters (those used for one token)."""
     tokens: int
     flops: float
     """Model FLOPs of the whole run."""
     loss: float | None = None
-    """The metric that the law is about; none where it was not run."""
+    """Value of the metric that the law predicts; ``None`` for a planned run."""
     fingerprint: str = ""
 
     @property
     def ratio(self) -> float:
-        """Tokens a parameter."""
+        """Tokens per parameter."""
         return self.tokens / self.parameters
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the law says of a run."""
+    """The law's prediction for a run."""
 
     run: Run
     loss: float
     interval: tuple[float, float] | None
-    """Where the loss falls in 9 of 10 cases; none if there were too few runs to tell."""
+    """90 % prediction interval of the loss; ``None`` if there are too few runs."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A law and how far it can be trusted."""
+    """A law and the evidence for it."""
 
     metric: str
     runs: tuple[Run, ...]
-    """By FLOPs, the smallest first."""
+    """In order of FLOPs, smallest first."""
     law: Law
     target: Prediction | None
     held_out: Prediction | None
-    """The largest run as predicted from the others; none if these are too few."""
+    """Prediction of the largest run from the others; ``None`` if there are too few."""
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain values."""
+        """Return the study as plain values."""
         return asdict(self)
 
 
 def study(runs: Sequence[Run], *, metric: str, target: Run | None = None) -> Study:
-    """Fit the law to ``runs``. Raises ``DataError`` if they are too few or too much alike."""
+    """Fit the law to ``runs``. Raises ``DataError`` if they are too few or too similar."""
     ordered = tuple(sorted(runs, key=lambda run: run.flops))
     law = fit(features(ordered, like=ordered), _losses(ordered))
     try:
@@ -78,17 +78,17 @@ def study(runs: Sequence[Run], *, metric: str, target: Run | None = None) -> Stu
 
 
 def predict(runs: Sequence[Run], run: Run) -> Prediction:
-    """What the law of ``runs`` says of another."""
+    """Return the prediction for ``run`` by the law fitted to ``runs``."""
     known, at = features(runs, like=runs), features([run], like=runs)
     loss = float(fit(known, _losses(runs)).predict(at)[0])
     return Prediction(run, loss, predict_interval(known, _losses(runs), at))
 
 
 def features(runs: Sequence[Run], *, like: Sequence[Run]) -> Features:
-    """The features of ``runs`` in which a law of the runs ``like`` is.
+    """Return the features of ``runs`` for a law fitted to the runs ``like``.
 
-    Parameters and tokens, where these vary apart and the runs are more than that law's five unknowns; else FLOPs,
-    which takes for granted that all runs are scaled alike.
+    These are parameters and tokens if both vary independently and there are more runs than that law's five unknowns.
+    Otherwise FLOPs, which assumes that all runs are scaled alike.
     """
     counts = [{run.parameters for run in like}, {run.tokens for run in like}, tokens_per_parameter(like)]
     if len(like) > 5 and all(len(values) >= least for values, least in zip(counts, (3, 3, 2), strict=True)):
@@ -97,7 +97,7 @@ def features(runs: Sequence[Run], *, like: Sequence[Run]) -> Features:
 
 
 def tokens_per_parameter(runs: Sequence[Run]) -> list[float]:
-    """The ratios there are, the least first; those within a tenth of each other count once."""
+    """Return the distinct ratios of tokens to parameters, ascending; ratios within 10 % of each other count once."""
     ratios: list[float] = []
     for run in sorted(runs, key=lambda run: run.ratio):
         if not ratios or run.ratio > 1.1 * ratios[-1]:
@@ -113,7 +113,7 @@ def _losses(runs: Sequence[Run]) -> list[float]:
 
 
 def planned_run(config: PipelineConfig) -> Run:
-    """The pretraining of a configuration, not run."""
+    """Return the pretraining run of a configuration, without running it."""
     section, vocab_size = config.section(pretrain_step(config)), config.tokenizer.vocab_size
     tokens = sum((phase.stop - phase.first) * phase.batch_size * phase.seq_len for phase in section.resolved_phases)
     return _run(section.model, vocab_size, tokens, seq_len=section.seq_len)
@@ -122,9 +122,9 @@ def planned_run(config: PipelineConfig) -> Run:
 def trained_runs(
     configs: Sequence[PipelineConfig], *, metric: str, store: Store, listeners: Sequence[Listener] = ()
 ) -> list[Run]:
-    """Run the steps of each configuration up to pretraining; what is cached is not run again.
+    """Run the steps of each configuration up to pretraining; cached steps are not run again.
 
-    Raises ``DataError`` before anything runs if no law could be fitted to these runs.
+    Raises ``DataError`` before anything runs if these runs do not determine a law.
     """
     planned = [planned_run(config) for config in configs]
     check(features(planned, like=planned))
@@ -143,13 +143,13 @@ def trained_runs(
 
 
 def stored_runs(store: Store, *, metric: str) -> list[Run]:
-    """Every finished pretraining in the store on the same tokens as the newest.
+    """Return the finished pretraining runs in the store on the same tokens as the newest run.
 
-    Of several with the same parameters and tokens the newest counts.
+    Of several runs with the same parameters and tokens, the newest counts. Raises ``DataError`` if there is none.
     """
     manifests = store.manifests("pretrain")
     if not manifests:
-        raise DataError(f"scaling: {store.root} holds no finished pretraining; train some, with --depths 2,3,4,6")
+        raise DataError(f"scaling: {store.root} contains no finished pretraining run; train some with --depths 2,3,4,6")
     tokens = [entry.content_digest for entry in manifests[-1].inputs["tokens"]]
     alike = [m for m in manifests if [entry.content_digest for entry in m.inputs["tokens"]] == tokens]
     found = [finished_run(manifest, metric) for manifest in alike]
@@ -157,11 +157,11 @@ def stored_runs(store: Store, *, metric: str) -> list[Run]:
 
 
 def finished_run(manifest: Manifest, metric: str) -> Run:
-    """The run that made a checkpoint. Raises ``ConfigError`` for a metric that it does not have."""
+    """Return the run that made a checkpoint. Raises ``ConfigError`` if it has no such metric."""
     if metric not in manifest.metrics:
         raise ConfigError(f"scaling: metric {metric!r}: there is no such metric; known: {', '.join(manifest.metrics)}")
     model = ModelConfig.model_validate(manifest.config["model"])
-    # The vocabulary is what the parameters leave: tables have a column for each word.
+    # The vocabulary size follows from the number of parameters: embedding tables have one row per token.
     per_word = num_parameters(model, 1) - num_parameters(model, 0)
     vocab_size = round((manifest.metrics["num_parameters"] - num_parameters(model, 0)) / per_word)
     tokens = round(manifest.metrics["tokens"])
@@ -195,17 +195,17 @@ def _run(
 
 
 def pretrain_step(config: PipelineConfig) -> str:
-    """The first step that pretrains."""
+    """Return the name of the first pretraining step."""
     for name, step in config.steps.items():
         if step.stage == "pretrain":
             return name
-    raise ConfigError("scaling: no step of this configuration pretrains; add one of stage 'pretrain'")
+    raise ConfigError("scaling: no step of this configuration pretrains; add a step of stage 'pretrain'")
 
 
 def configurations(
     load: Callable[[dict[str, Any]], PipelineConfig], *, depths: Sequence[int], ratios: Sequence[float]
 ) -> list[PipelineConfig]:
-    """A configuration for each depth and number of tokens a parameter; ``load`` takes further overrides."""
+    """Return a configuration for each depth and tokens-per-parameter ratio; ``load`` applies overrides."""
     found = []
     for depth in depths:
         config = load({"depth": depth})

@@ -1,1 +1,1 @@
-"""Tables that stages exchange: documents, prompts, conversations, preferences; and the order of their rows."""
+"""Schemas of the tables that stages exchange (documents, prompts, conversations, preferences) and the row order."""

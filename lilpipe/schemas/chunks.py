@@ -1,7 +1,7 @@
-"""Work in chunks: divided among processes, each chunk a file, so that a killed run continues where it was.
+"""Resumable work in chunks: chunks are divided among workers, and each chunk is saved as a file.
 
-Chunk i is worked by rank i modulo the world size and depends on i alone, so the result does not depend on how many
-processes there were, nor on how often they were killed.
+Rank r computes the chunks i with i modulo the world size = r. Chunk i depends on i alone, so the result depends neither
+on the world size nor on the number of restarts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def run_chunks(
     schema: pa.Schema,
     workspace: Workspace,
 ) -> list[Row]:
-    """The rows of all chunks in order, on every rank; a chunk whose file is in scratch is not worked again."""
+    """Return the rows of all chunks in order, on every rank. A chunk whose file exists in scratch is not recomputed."""
     paths = [workspace.scratch / name / f"{index:06d}.arrow" for index in range(num_chunks)]
     for index in range(distributed.rank(), num_chunks, distributed.world_size()):
         if not paths[index].exists():
             write_rows(paths[index], work(index), schema)
-        # The last chunk of rank 0 speaks for its peers', which end at about the same time.
+        # Rank 0 reports for all ranks: they finish a round of chunks at about the same time.
         done = min(index + distributed.world_size(), num_chunks)
         workspace.progress(done, num_chunks, unit=f"chunks of {name}")
     distributed.barrier()

@@ -1,7 +1,7 @@
 """The tables of a ``Corpus`` artifact.
 
 ``documents/NNNNN.arrow`` holds the kept documents and ``rejected/NNNNN.arrow`` the rejected ones, one row per
-document. Files and rows are sorted by a hash of the text, so any prefix of the corpus is a random sample of it.
+document. Kept documents are sorted by a hash of their text, so any prefix of the corpus is a random sample.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ ORIGIN = pa.schema(
         pa.field("date", pa.string(), nullable=False),
         pa.field("file", pa.string(), nullable=False),
         pa.field("row", pa.int64(), nullable=False),
-        pa.field("num_bytes", pa.int64(), nullable=False),  # of the text as read
+        pa.field("num_bytes", pa.int64(), nullable=False),  # size of the original text
     ]
 )
-"""What a document brings along. ``text`` is as the filters left it where it was kept, and as read where not."""
+"""Provenance columns. ``text`` is the filtered text of a kept document, and the original text of a rejected one."""
 
 
 def documents_schema(scores: Sequence[str]) -> pa.Schema:
-    """The columns of kept documents; ``scores`` are the scores that the filters note, null where not taken."""
-    schema = ORIGIN.append(pa.field("language", pa.string()))  # null where rejected before it was known
+    """Return the schema of kept documents; ``scores`` are the filters' scores, null if not computed."""
+    schema = ORIGIN.append(pa.field("language", pa.string()))  # null if rejected before language identification
     schema = schema.append(pa.field("language_score", pa.float64()))
     return schema.append(pa.field("scores", pa.struct([pa.field(name, pa.float32()) for name in scores])))
 
 
 def rejected_schema(scores: Sequence[str]) -> pa.Schema:
-    """The columns of rejected documents; ``detail`` is for duplicates the id of the document that was kept."""
+    """Return the schema of rejected documents; for a duplicate, ``detail`` is the id of the kept document."""
     schema = documents_schema(scores)
     for name in ("stage", "reason", "detail"):
         schema = schema.append(pa.field(name, pa.string(), nullable=False))
@@ -50,23 +50,23 @@ def rejected_schema(scores: Sequence[str]) -> pa.Schema:
 
 
 def read_documents(directory: Path) -> Iterator[pa.RecordBatch]:
-    """The kept documents of a Corpus artifact, in corpus order, as memory-mapped batches of ``documents_schema``."""
+    """Read the kept documents of a Corpus artifact, in corpus order, as memory-mapped ``documents_schema`` batches."""
     return _read(directory / "documents")
 
 
 def read_rejected(directory: Path) -> Iterator[pa.RecordBatch]:
-    """The rejected documents of a Corpus artifact as batches of ``rejected_schema``."""
+    """Read the rejected documents of a Corpus artifact as batches of ``rejected_schema``."""
     return _read(directory / "rejected")
 
 
 def _read(folder: Path) -> Iterator[pa.RecordBatch]:
     files = sorted(folder.glob("*.arrow"))
     if not files:
-        raise ArtifactError(f"{folder}: holds no .arrow files; it is no Corpus artifact, or the stage must run again")
+        raise ArtifactError(f"{folder}: no .arrow files found, expected a Corpus artifact; run the corpus stage again")
     for file in files:
         yield from read_table(file).to_batches()
 
 
 def score_values(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """One score (``<stage>.<score>``) of the documents of a batch that have it, float32."""
+    """Return the non-null values of one score (``<stage>.<score>``) in a batch, float32."""
     return batch["scores"].field(name).drop_null().to_numpy(zero_copy_only=False)

@@ -1,7 +1,7 @@
-"""What the stages behind pretraining learn from and are measured by: prompts, conversations, and their files.
+"""Prompts and conversations for post-training, their files, and the check that held-out prompts are not trained on.
 
-Questions are the same if they differ by case, white space, the Unicode form or punctuation alone; a training stage that
-meets one of the validation or test split refuses to go on.
+Questions that differ only in case, white space, Unicode form or punctuation are the same. A training stage raises an
+error if its data contains a question of the validation or test split.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ Verifier = Literal["answer", "numeric", "program", "none"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, and what is known of its answer."""
+    """A question with its reference answer and verifier."""
 
     id: str
     family: str
     question: str
     answer: str
-    """What the verifier compares with; the tests for ``program``."""
+    """Expected answer that the verifier compares with; for ``program``, the tests."""
     difficulty: int = 0
-    """Items or steps of a generated task; 0 where it is not known."""
+    """Number of items or steps of a generated task; 0 if unknown."""
     reference: str = ""
-    """An answer in words, by a person or by the task's author."""
+    """Full-text answer, written by a person or by the task's author."""
     verifier: str = "answer"
-    """What decides whether a response is correct, a ``Verifier``: the stated answer word for word, its number, a
-    program's tests, or nothing (an instruction that has many good answers)."""
+    """How a response is checked, a ``Verifier``: exact match of the stated answer (`answer`), its number (`numeric`), a
+    program's tests (`program`), or not at all (`none`: open-ended instructions)."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with role and content; ``origin`` says who wrote the answers."""
+    """Messages with role and content; ``origin`` names the author of the answers."""
 
     id: str
     prompt_id: str
@@ -70,7 +70,7 @@ class Conversation:
 
 
 def read_prompts(directory: Path, split: Split) -> list[Prompt]:
-    """The prompts of one split of a Prompts artifact, in their order."""
+    """Read the prompts of one split of a Prompts artifact, in file order."""
     rows = read_rows(directory / "prompts.arrow")
     return [
         Prompt(
@@ -88,13 +88,13 @@ def read_prompts(directory: Path, split: Split) -> list[Prompt]:
 
 
 def read_exercises(directory: Path) -> Iterator[tuple[str, str]]:
-    """Id and text of each plain-text exercise of a Prompts artifact."""
+    """Yield the id and text of each plain-text exercise of a Prompts artifact."""
     for row in read_rows(directory / "documents.arrow"):
         yield row["id"], row["text"]
 
 
 def read_conversations(directory: Path) -> list[Conversation]:
-    """The conversations of a Conversations artifact, or the demonstrations of a Prompts artifact."""
+    """Read the conversations of a Conversations artifact, or the demonstrations of a Prompts artifact."""
     path = directory / "conversations.arrow"
     rows = read_rows(path if path.exists() else directory / "demonstrations.arrow")
     return [Conversation(**row) for row in rows]
@@ -109,19 +109,17 @@ def write_conversations(path: Path, conversations: Sequence[Conversation]) -> No
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PUNCTUATION = re.compile(r"[,;:!?\"'“”„‘’«»`…¿¡]|\.(?!\d)")
-"""Marks that change no task: signs, brackets and decimal points stay."""
+"""Punctuation that does not change a task. Signs, brackets and decimal points are kept."""
 
 
 def normalise_question(question: str) -> str:
-    """What two questions must share to count as the same."""
+    """Normalise a question for comparison: case, white space, Unicode form, punctuation, thousands separators."""
     text = _THOUSANDS.sub("", unicodedata.normalize("NFKC", question).casefold())
     return " ".join(_PUNCTUATION.sub(" ", text).split())
 
 
 def assert_not_held_out(questions: Iterable[str], prompts_directory: Path) -> None:
-    """Raise ``DataError`` if a question of the validation or test split is among those a training stage is about to
-    use.
-    """
+    """Raise ``DataError`` if a training question is in the validation or test split of the Prompts artifact."""
     splits: tuple[Split, ...] = ("validation", "test")
     held_out = {
         normalise_question(prompt.question) for split in splits for prompt in read_prompts(prompts_directory, split)
@@ -130,10 +128,10 @@ def assert_not_held_out(questions: Iterable[str], prompts_directory: Path) -> No
 
 
 def refuse_held_out(questions: Iterable[str], held_out: set[str], *, where: str) -> None:
-    """Raise ``DataError`` if a question is among those held out, which are normalised."""
+    """Raise ``DataError`` if a question is in ``held_out``, a set of normalised questions."""
     found = [question for question in questions if normalise_question(question) in held_out]
     if found:
         raise DataError(
             f"{where}: {len(found)} training questions occur in the validation or test split, expected none; the first "
-            f"is {found[0]!r}. Remove them from the training data: scores on them would mean nothing"
+            f"is {found[0]!r}. Remove them from the training data: they make evaluation scores meaningless"
         )

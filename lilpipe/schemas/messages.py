@@ -9,5 +9,5 @@ class Message(TypedDict):
     """One turn of a conversation."""
 
     role: str
-    """`system`, `user`, `assistant`, or `tool` for what a program answered the assistant."""
+    """`system`, `user`, `assistant`, or `tool` for the output of a tool call."""
     content: str

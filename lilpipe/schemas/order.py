@@ -1,4 +1,4 @@
-"""The order of rows as a pure function of the position: resuming needs one integer."""
+"""Row order as a pure function of the step: resuming needs only the step number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lilpipe.seeds import derive_seed
 
 
 def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:
-    """Indices of the rows of one step; each epoch goes through all rows in an order of its own."""
+    """Return the row indices of one optimizer step; each epoch shuffles all rows with its own seed."""
     orders: dict[int, list[int]] = {}
     rows = []
     for position in range(step * batch_size, (step + 1) * batch_size):
@@ -27,9 +27,9 @@ def rows_of_step(step: int, *, num_rows: int, batch_size: int, seed: int) -> lis
 def rows_by_micro_batch(
     step: int, lengths: Sequence[int], config: RewardModelConfig | ClassifyConfig, *, rank: int, world_size: int
 ) -> list[list[int]]:
-    """Indices of the rows of each micro-batch of a step, for one of ``world_size`` data ranks.
+    """Return the row indices of each micro-batch of an optimizer step, for one of ``world_size`` data ranks.
 
-    Ranks get rows of like lengths, and so do micro-batches.
+    Rows are sorted by length, so ranks get similar lengths, and each micro-batch has rows of similar length.
     """
     rows = rows_of_step(step, num_rows=len(lengths), batch_size=config.batch_size, seed=config.seed or 0)
     rows.sort(key=lengths.__getitem__)
@@ -39,7 +39,7 @@ def rows_by_micro_batch(
 
 
 def count_steps(num_rows: int, *, num_epochs: int, batch_size: int, stage: str, rows: str, remedy: str) -> int:
-    """Optimizer steps of all epochs together. Raises ``DataError`` for fewer rows than a batch."""
+    """Return the number of optimizer steps of all epochs. Raises ``DataError`` if there are fewer rows than a batch."""
     if num_rows < batch_size:
         raise DataError(
             f"{stage}: got {num_rows} {rows}, expected at least one batch of {batch_size}; lower {stage}.batch_size or "

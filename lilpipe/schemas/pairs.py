@@ -1,4 +1,4 @@
-"""Preferences as tables: pairs of completions to a prompt, and unpaired completions that are desirable or not."""
+"""Preference tables: pairs of completions to a prompt, and unpaired completions labelled desirable or undesirable."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ EXAMPLE_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions to one prompt, the first preferred."""
+    """A chosen and a rejected completion to one prompt."""
 
     prompt_id: str
     split: str
@@ -49,22 +49,22 @@ class Pair:
     chosen: str
     rejected: str
     edited: str | None = None
-    """The chosen completion as a person improved it: edited > chosen > rejected (Grattafiori et al. 2024, 4.2.1)."""
+    """The chosen completion, improved by a person: edited > chosen > rejected (Grattafiori et al. 2024, 4.2.1)."""
 
     @property
     def ranking(self) -> list[str]:
-        """The completions, the best first."""
+        """The completions, best first."""
         return [completion for completion in (self.edited, self.chosen, self.rejected) if completion is not None]
 
     @property
     def questions(self) -> list[str]:
-        """What the user says in the prompt."""
+        """The user messages of the prompt."""
         return _questions(self.prompt)
 
 
 @dataclass(frozen=True)
 class UnpairedExample:
-    """One completion to a prompt, desirable or not."""
+    """One completion to a prompt, with a label: true if desirable."""
 
     prompt_id: str
     split: str
@@ -74,7 +74,7 @@ class UnpairedExample:
 
     @property
     def questions(self) -> list[str]:
-        """What the user says in the prompt."""
+        """The user messages of the prompt."""
         return _questions(self.prompt)
 
 
@@ -83,42 +83,40 @@ def _questions(prompt: Sequence[Message]) -> list[str]:
 
 
 def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
-    """The pairs of one split of a Preferences or Prompts artifact, in their order."""
+    """Read the pairs of one split of a Preferences or Prompts artifact, in file order."""
     if not (directory / PAIRS_FILE).exists() and (directory / EXAMPLES_FILE).exists():
         raise DataError(
-            f"{directory}: holds unpaired completions ({EXAMPLES_FILE}) and no pairs; only dpo.loss_type = 'kto' "
-            "learns from them: take it, or make pairs (preferences.unpaired = false)"
+            f"{directory}: got unpaired completions ({EXAMPLES_FILE}), expected pairs; only dpo.loss_type = 'kto' "
+            "trains on unpaired completions: set it, or make pairs (preferences.unpaired = false)"
         )
     return [Pair(**row) for row in read_rows(directory / PAIRS_FILE) if row["split"] == split]
 
 
 def check_pairs(train: Sequence[Pair], validation: Sequence[Pair]) -> None:
-    """Raise ``DataError`` for completions that are the same, and for prompts that are both learnt from and held out."""
+    """Raise ``DataError`` if a pair has identical completions, or a validation prompt is also in the training split."""
     same = [pair for pair in (*train, *validation) if len({text.strip() for text in pair.ranking}) < len(pair.ranking)]
     if same:
         raise DataError(
-            f"{len(same)} of {len(train) + len(validation)} pairs hold the same completion twice, expected none; the "
-            f"first is {same[0].prompt_id}. Remove them: nothing can be learnt from a preference of a text to itself"
+            f"{len(same)} of {len(train) + len(validation)} pairs have identical completions, expected none; the first "
+            f"is {same[0].prompt_id}. Remove them: they express no preference"
         )
     _check_apart(train, validation, what="pairs")
 
 
 def read_examples(directory: Path, split: PairSplit) -> list[UnpairedExample]:
-    """The unpaired completions of one split of a Preferences or Prompts artifact, in their order."""
+    """Read the unpaired completions of one split of a Preferences or Prompts artifact, in file order."""
     return [UnpairedExample(**row) for row in read_rows(directory / EXAMPLES_FILE) if row["split"] == split]
 
 
 def check_examples(train: Sequence[UnpairedExample], validation: Sequence[UnpairedExample]) -> None:
-    """Raise ``DataError`` for completions that are called both, and for prompts that are both learnt from and held
-    out.
-    """
+    """Raise ``DataError`` if a completion has both labels, or if a validation prompt is also in the training split."""
     verdicts: dict[tuple[str, str], set[bool]] = {}
     for example in (*train, *validation):
         verdicts.setdefault((str(example.prompt), example.completion.strip()), set()).add(example.label)
     if found := [completion for (_, completion), values in verdicts.items() if len(values) > 1]:
         raise DataError(
-            f"{len(found)} of {len(verdicts)} completions are both desirable and undesirable, expected none; the first "
-            f"is {found[0]!r}. Decide for one where they are made"
+            f"{len(found)} of {len(verdicts)} completions are labelled both desirable and undesirable, expected one "
+            f"label; the first is {found[0]!r}. Correct the labels in the source"
         )
     _check_apart(train, validation, what="completions")
 
@@ -129,6 +127,7 @@ def _check_apart(
     learnt = {str(item.prompt) for item in train}
     if shared := [item for item in validation if str(item.prompt) in learnt]:
         raise DataError(
-            f"{len(shared)} of {len(validation)} held-out {what} have a prompt that is trained on, expected none; the "
-            f"first is {shared[0].prompt_id}. Split the {what} by prompt: what is measured on them would mean nothing"
+            f"{len(shared)} of {len(validation)} validation {what} have a prompt that is in the training split, "
+            f"expected none; the first is {shared[0].prompt_id}. Split the {what} by prompt: metrics on "
+            "training prompts mean nothing"
         )

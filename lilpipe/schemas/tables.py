@@ -1,4 +1,4 @@
-"""Tables as Arrow IPC files: memory-mapped for reading, written whole and atomically."""
+"""Tables as Arrow IPC files: read memory-mapped, written atomically."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ROWS_PER_BATCH = 1_000
 
 
 def read_table(path: Path) -> pa.Table:
-    """A table whose columns are memory-mapped."""
+    """Read an Arrow IPC file as a memory-mapped table."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an Arrow IPC file. Raises ``DataError`` if it is missing or damaged."""
+    """Read the rows of an Arrow IPC file. Raises ``DataError`` if the file is missing or damaged."""
     try:
         return read_table(path).to_pylist()
     except (OSError, pa.ArrowInvalid) as error:
@@ -34,25 +34,25 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write rows as ``write_table`` does; keys that are not in the schema are ignored."""
+    """Write rows with ``write_table``; keys that are not in the schema are ignored."""
     write_table(path, pa.Table.from_pylist(list(rows), schema=schema))
 
 
 def write_table(path: Path, table: pa.Table, *, rows_per_batch: int = ROWS_PER_BATCH) -> None:
-    """Write an Arrow IPC file atomically. The bytes depend on the rows alone, not on how the table is chunked."""
+    """Write an Arrow IPC file atomically. The bytes depend only on the rows, not on the table's chunks."""
     starts = range(0, table.num_rows, rows_per_batch)
     write_batches(path, table.schema, (_compact(table.slice(start, rows_per_batch)) for start in starts))
 
 
 def write_batches(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write an Arrow IPC file of these batches atomically."""
+    """Write record batches to an Arrow IPC file atomically."""
     with TableWriter(path, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
 
 class TableWriter:
-    """Writes an Arrow IPC file batch by batch; it appears when the context ends, and not where it ends in an error."""
+    """Context manager that writes an Arrow IPC file batch by batch. The file appears only on exit without an error."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ class TableWriter:
         self._writer = pa.ipc.new_file(self._file, schema)
 
     def write_batch(self, batch: pa.RecordBatch) -> None:
-        """Write a batch as it is."""
+        """Write a batch unchanged."""
         self._writer.write_batch(batch)
 
     def write(self, table: pa.Table) -> None:
@@ -87,6 +87,6 @@ class TableWriter:
 
 
 def _compact(table: pa.Table) -> pa.RecordBatch:
-    """One batch with buffers of its own: a slice's offsets and padding would tell where it was cut from."""
+    """Copy the table into one batch with its own buffers; a slice's offsets and padding would depend on its origin."""
     taken = table.take(pa.array(np.arange(table.num_rows))).combine_chunks()
     return taken.to_batches()[0]

@@ -1,1 +1,1 @@
-"""Text to token ids: training of byte-level BPE, encoding, and the chat template."""
+"""Byte-level BPE training, encoding of text to token ids, and chat templates."""

@@ -1,8 +1,8 @@
-"""Stage ``tokenizer``: train byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), or extend a vocabulary by it.
+"""Stage ``tokenizer``: trains byte-level BPE (Sennrich et al. 2016; Radford et al. 2019), or extends a vocabulary.
 
-It learns from the corpus and, where a Prompts artifact is an input, from its exercises as well, so that the words of
-the tasks are in the vocabulary: exercises are taken in their order up to ``max_exercise_ratio`` of the bytes. rustbpe
-trains; a vocabulary given as ``base`` is extended by ``extension``.
+It trains on the corpus and, if a Prompts artifact is an input, on its exercises, so that their words are in the
+vocabulary. Exercises are read in order, up to ``max_exercise_ratio`` of the bytes. rustbpe trains;
+``lilpipe.tokenizer.extension`` extends the vocabulary given as ``base``.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from lilpipe.tokenizer.vocabulary import TIKTOKEN_FILE, Vocabulary, read_vocabul
 DEFAULT_PATTERN = resolve_pattern(TokenizerConfig().pattern)
 
 MEASURED_BYTES = 32_000_000
-"""Of the training text, how much the usage of tokens is measured on."""
+"""Maximum bytes of training text on which token usage is measured."""
 
 MAX_METRICS = 20
-"""Sources, and languages, with a metric of their own: those of most bytes."""
+"""Maximum number of sources, and of languages, with their own metric: those with the most bytes."""
 
 
 def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Train on the inputs and save. Raises ``DataError`` where there is too little text for the vocabulary."""
+    """Train on the inputs, save the tokenizer and its report. Raises ``DataError`` if the text has too few merges."""
     corpus = _path(inputs, "corpus")
     assert corpus is not None
     base = _read_base(config)
@@ -70,7 +70,7 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
 
 
 def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None) -> Tokenizer:
-    """Train a tokenizer as the section says."""
+    """Train a tokenizer with the section's settings; extend ``base`` if given."""
     if base is None:
         return train_tokenizer(
             texts, vocab_size=config.vocab_size, pattern=config.pattern, num_reserved=config.num_reserved
@@ -83,8 +83,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Train a tokenizer of exactly ``vocab_size`` ids: 256 bytes, merges, special tokens.
 
-    The result depends on neither the order of the texts nor the number of threads. Raises ``DataError`` where the
-    texts hold fewer pairs than there are merges to find, ``ConfigError`` for a pattern that does not compile.
+    The result depends on neither the order of the texts nor the number of threads. Raises ``DataError`` if the texts
+    have too few pairs to merge, ``ConfigError`` if the pattern does not compile.
     """
     num_ranks = vocab_size - len(special_tokens(num_reserved))
     trainer = RustTokenizer()
@@ -98,7 +98,7 @@ def train_tokenizer(
 
 
 def train_extension(texts: Iterable[str], base: Vocabulary, config: TokenizerConfig) -> Tokenizer:
-    """Extend ``base`` to exactly ``config.vocab_size`` ids; raises as ``train`` does."""
+    """Extend ``base`` to exactly ``config.vocab_size`` ids; raises the errors of ``train_tokenizer``."""
     num_merges = config.vocab_size - len(special_tokens(config.num_reserved)) - len(base.ranks)
     ranks = extend(texts, base.ranks, num_merges, pattern=config.pattern)
     _check_size(len(ranks), config.vocab_size, num_reserved=config.num_reserved, num_base=len(base.ranks))
@@ -117,18 +117,18 @@ def _check_size(num_ranks: int, vocab_size: int, *, num_reserved: int, num_base:
 
 
 def _check_lossless(tokenizer: Tokenizer, usage: Usage) -> None:
-    """Raise ``ConfigError`` if text was dropped, which is what encoding does where the pattern matches nothing."""
+    """Raise ``ConfigError`` if encoding dropped text, which happens where the pattern does not match."""
     lengths = np.array([len(token) for token in tokenizer.ranks])
     got, expected = int(usage.token_counts @ lengths), usage.total.num_bytes
     if got != expected:
         raise ConfigError(
             f"tokenizer.pattern: got {tokenizer.pattern!r}, which matches {got:,} of {expected:,} bytes of text, "
-            r"expected a pattern that matches all, or the rest is lost; add an alternative for it, such as `|[\s\S]`"
+            r"expected a pattern that matches all text; add an alternative for the rest, such as `|[\s\S]`"
         )
 
 
 def _compression(usage: Usage, others: list[str]) -> Metrics:
-    """Bytes per token, of all and by source and language, and by the tokenizers to compare with."""
+    """Return bytes per token: in total, by source, by language, and of the tokenizers in ``compare``."""
     named = {
         **{f"bytes_per_token_{name}": totals for name, totals in _largest(usage.by_source)},
         **{f"bytes_per_token_language_{name}": totals for name, totals in _largest(usage.by_language)},
@@ -148,7 +148,7 @@ def _largest(totals: Mapping[str, Totals]) -> list[tuple[str, Totals]]:
 
 
 def counted(texts: Iterable[Text], taken: Counter[str], workspace: Workspace, *, total: int) -> Iterator[Text]:
-    """Pass texts through, add up their bytes by group in ``taken``, and report each megabyte of them."""
+    """Yield the texts, add their bytes by group to ``taken``, and report progress each megabyte."""
     done = 0
     for text in texts:
         num_bytes = len(text.text.encode())
@@ -179,14 +179,14 @@ def _read_base(config: TokenizerConfig) -> Vocabulary | None:
 
 
 def _read_others(config: TokenizerConfig) -> dict[str, tiktoken.Encoding]:
-    """The tokenizers to compare with. Raises ``ConfigError`` for one without a pattern."""
+    """Return the tokenizers in ``compare``. Raises ``ConfigError`` if one has no pattern."""
     encodings = {}
     for name, other in config.compare.items():
         vocabulary = read_vocabulary(Path(other.path))
         pattern = other.pattern or vocabulary.pattern
         if pattern is None:
             raise ConfigError(
-                f"tokenizer.compare.{name}.pattern: got none, expected one: {other.path} has none; name it"
+                f"tokenizer.compare.{name}.pattern: got none, expected one: {other.path} has no pattern; set it"
             )
         encodings[name] = tiktoken.Encoding(
             name, pat_str=resolve_pattern(pattern), mergeable_ranks=vocabulary.ranks, special_tokens={}
@@ -195,7 +195,7 @@ def _read_others(config: TokenizerConfig) -> dict[str, tiktoken.Encoding]:
 
 
 def external(config: TokenizerConfig) -> dict[str, str]:
-    """Digests of the vocabularies that are read from outside the store. Raises ``DataError`` if one is missing."""
+    """Return digests of the vocabularies read from outside the store. Raises ``DataError`` if one is missing."""
     named = {f"compare {name}": other.path for name, other in config.compare.items()}
     if config.base is not None:
         named["base"] = config.base

@@ -1,9 +1,9 @@
-"""Conversations to token ids, with the mask of what is supervised.
+"""Conversations to token ids, with the mask of assistant tokens.
 
-``render`` is the template that training uses; ``CHAT_TEMPLATE`` is the same in Jinja for ``transformers``, vLLM
-and others. They give the same ids except where a message spells out a special token: ``render`` keeps that as
-ordinary text, while a Jinja template is a string before it is tokens and cannot. A tokenizer from elsewhere has a
-template of its own (``jinja_template``), which ``render`` then follows.
+Training uses ``render``; ``CHAT_TEMPLATE`` is the same template in Jinja for ``transformers``, vLLM and others. They
+give the same ids unless a message contains the text of a special token: ``render`` encodes it as ordinary text; a
+Jinja template, which renders to a string before tokenization, cannot. For an imported tokenizer with its own chat
+template, ``render`` uses that (``jinja_template``).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.encoding import Tokenizer
 
 TOOL_HEADER = "<|reserved_0|>"
-"""Begins what a tool says: the token was set aside for roles to come, so other turns have the ids that they had."""
+"""Header of a tool's turn. A reserved token, so that the ids of all other turns are unchanged."""
 
 
 def render(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and for each whether the assistant is to be trained on it.
+    """Return the token ids of a conversation, and the mask of tokens with a loss.
 
-    A turn is ``<|role|>content<|end_of_turn|>``; that of a tool begins with the first reserved token. The mask is True
-    on an assistant's content and on the end of its turn. ``add_generation_prompt`` adds a last ``<|assistant|>``.
-    Raises ``DataError`` for an unknown role, or a conversation that a template from elsewhere refuses.
+    A turn is ``<|role|>content<|end_of_turn|>``; a tool's turn starts with ``TOOL_HEADER``. The mask is True for an
+    assistant's content and its end-of-turn token. ``add_generation_prompt`` appends ``<|assistant|>``.
+    Raises ``DataError`` for an unknown role, or if an imported template rejects the conversation.
     """
     if tokenizer.template is not None:
         return tokenizer.template.render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
@@ -43,16 +43,16 @@ def render(
 
 
 def render_completion(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation that ends in an answer: those before the answer, and the answer's to the end of its
-    turn. What a template has behind that, such as a line break, is left out: nothing writes it.
+    """Return the token ids of the prompt, and of the answer with its end of turn, for a conversation that ends in one.
 
-    Raises ``DataError`` where the template leaves the answer out.
+    Text that a template adds after the end of turn, such as a line break, is left out: the model never generates it.
+    Raises ``DataError`` if the template leaves out the answer.
     """
     ids, mask = render(tokenizer, messages)
     if not any(mask):
         raise DataError(
-            f"the answer {messages[-1]['content'][:60]!r}: the chat template gives no token of it to be learnt, "
-            "expected those of its text and of its end; take another template"
+            f"the answer {messages[-1]['content'][:60]!r}: the chat template marks none of its tokens as assistant "
+            "tokens, expected those of its text and its end; use another template"
         )
     end = len(mask) - mask[::-1].index(True)
     start = end - [*mask[:end][::-1], False].index(False)
@@ -60,7 +60,7 @@ def render_completion(tokenizer: Tokenizer, messages: Sequence[Message]) -> tupl
 
 
 def _header(tokenizer: Tokenizer, role: str, position: int) -> int:
-    """The token that begins a message of this role."""
+    """Return the token that starts a message of this role."""
     headers = {
         "system": tokenizer.system_id,
         "user": tokenizer.user_id,
@@ -73,7 +73,7 @@ def _header(tokenizer: Tokenizer, role: str, position: int) -> int:
         )
     if (header := headers[role]) is None:
         raise DataError(
-            f"message {position}: got role {role!r}, but the vocabulary has no {TOOL_HEADER} to begin it with; train "
+            f"message {position}: got role {role!r}, but the vocabulary has no {TOOL_HEADER} to start it; train "
             "the tokenizer with tokenizer.num_reserved above 0"
         )
     return header

@@ -1,16 +1,16 @@
 """Byte-level BPE: text to token ids and back.
 
-tiktoken encodes. On disk the vocabulary is Hugging Face's ``tokenizer.json``, so that this package and
-``transformers`` read one file and cannot disagree about a vocabulary; ``tokenizer_config.json`` and
-``chat_template.jinja`` beside it are for ``transformers`` alone, and a ``.tiktoken`` file is an export for others.
+tiktoken encodes. On disk the vocabulary is Hugging Face's ``tokenizer.json``, which this package and ``transformers``
+both read. ``tokenizer_config.json`` and ``chat_template.jinja`` are for ``transformers``; ``.tiktoken`` files are
+exports for other tools.
 
-A token's id is its rank: merges of lower rank are applied first. Ids 0 to 255 are the single bytes (in an order of
-their own where a vocabulary was extended), then come the merges, then the special tokens. All bytes are there, so no
-text is unknown. Text is never read as a special token: ``"<|user|>"`` in a document encodes as the eight characters
-that it is (``transformers`` does so with ``split_special_tokens=True``).
+A token's id is its rank: merges of lower rank are applied first. Ids 0 to 255 are the single bytes (in the base's
+order if a vocabulary was extended), followed by the merges and the special tokens. Since all bytes are tokens, no
+text is unknown. Text is never encoded as a special token: ``"<|user|>"`` in a document encodes as eight ordinary
+characters (``transformers`` does this with ``split_special_tokens=True``).
 
-A vocabulary from elsewhere keeps its own special tokens. One of them ends a document; tokens for turns of a
-conversation it may lack.
+An imported vocabulary keeps its own special tokens. One of them ends a document; it may have no tokens for turns of a
+conversation.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ NUM_RESERVED = 2
 
 
 def special_tokens(num_reserved: int = NUM_RESERVED) -> tuple[str, ...]:
-    """Names of the special tokens in order of their ids: those with a meaning, then those that are reserved."""
+    """Return the names of the special tokens in order of their ids: named tokens, then reserved ones."""
     return (*NAMED_TOKENS, *(f"<|reserved_{index}|>" for index in range(num_reserved)))
 
 
 class Tokenizer:
-    """A vocabulary of bytes, merges and special tokens, with tiktoken underneath."""
+    """A vocabulary of bytes, merges and special tokens; encodes with tiktoken."""
 
     def __init__(
         self,
@@ -71,11 +71,15 @@ class Tokenizer:
         document_end: str = NAMED_TOKENS[0],
         template: JinjaTemplate | None = None,
     ) -> None:
-        """Make a tokenizer of ``ranks`` (token bytes to id, the 256 bytes among them, ids without gaps).
+        """Create a tokenizer.
 
-        ``pattern`` cuts text into pieces before merging: a preset's name or a regular expression. ``special`` are the
-        names of other special tokens than ours, of which ``document_end`` ends a document, and ``template`` is how
-        they put a conversation.
+        Args:
+            ranks: Token bytes to id; contains the 256 bytes, ids without gaps.
+            pattern: Splits text into pieces before merging: name of a preset, or a regular expression.
+            num_reserved: Number of reserved special tokens.
+            special: Names of an imported vocabulary's special tokens; ``None`` means ours.
+            document_end: Name of the special token that ends a document.
+            template: Chat template of an imported tokenizer.
         """
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.pattern = resolve_pattern(pattern)
@@ -93,45 +97,45 @@ class Tokenizer:
 
     @property
     def has_turns(self) -> bool:
-        """Whether there are our tokens for a conversation."""
+        """Whether the vocabulary has our special tokens for conversations."""
         return set(NAMED_TOKENS) <= self.special_ids.keys()
 
     @property
     def system_id(self) -> int:
-        """Begins a system message."""
+        """Id of the token that starts a system message."""
         return self._turn_token("<|system|>")
 
     @property
     def user_id(self) -> int:
-        """Begins a user's message."""
+        """Id of the token that starts a user message."""
         return self._turn_token("<|user|>")
 
     @property
     def assistant_id(self) -> int:
-        """Begins the model's answer."""
+        """Id of the token that starts an assistant message."""
         return self._turn_token("<|assistant|>")
 
     @cached_property
     def turn_end_id(self) -> int:
-        """Ends a message."""
+        """Id of the token that ends a message."""
         return self._turn_token("<|end_of_turn|>") if self.template is None else self.template.end_of_turn_id(self)
 
     def _turn_token(self, name: str) -> int:
         if name not in self.special_ids:
             raise DataError(
-                f"tokenizer: got a vocabulary from elsewhere without {name}, expected one with tokens for "
-                "conversations; train the model on with a tokenizer that extends this one (tokenizer.base)"
+                f"tokenizer: got an imported vocabulary without {name}, expected one with tokens for conversations; "
+                "continue pretraining with a tokenizer that extends this one (tokenizer.base)"
             )
         return self.special_ids[name]
 
     @cached_property
     def merges(self) -> tuple[Merge, ...]:
-        """The pair that makes each token, in order of rank; known from the file where there is one."""
+        """The pair that forms each token, in order of rank; read from the file if it has merges, else recovered."""
         return tuple(recover_merges(self.ranks))
 
     @property
     def digest(self) -> str:
-        """SHA-256 over pattern, tokens and special tokens: equal exactly for tokenizers that give the same ids."""
+        """SHA-256 over pattern, tokens and special tokens; equal if and only if tokenizers give the same ids."""
         content = [self.pattern, *self.special_ids, *(token.hex() for token in self.ranks)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -143,35 +147,35 @@ class Tokenizer:
     # --- text and ids ---------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text. A lone surrogate, which no UTF-8 can hold, counts as U+FFFD."""
+        """Encode text to ids. A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD."""
         return self._encoding.encode_ordinary(text)
 
     def encode_marked(self, text: str) -> list[int]:
-        """Ids of text in which the name of a special token stands for it, such as a conversation put in writing."""
+        """Encode text in which names of special tokens are special tokens, such as a rendered conversation."""
         return self._encoding.encode(text, allowed_special="all")
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Ids of the text as uint32, without a Python object for each; threads can do this side by side."""
+        """Encode text to ids as uint32, without a Python object per id; threads can run it in parallel."""
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # a lone surrogate, which `encode` replaces
             return np.array(self.encode(text), dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special tokens show by name, and bytes that are no UTF-8 as U+FFFD."""
+        """Decode ids to text; special tokens appear by name, invalid UTF-8 as U+FFFD."""
         return self._encoding.decode(list(ids))
 
     def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
-        """What each id stands for."""
+        """Return the bytes of each id."""
         return self._encoding.decode_tokens_bytes(list(ids))
 
     # --- files ----------------------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read the tokenizer of a Tokenizer or Checkpoint artifact, or of a model from elsewhere.
+        """Load the tokenizer of a Tokenizer or Checkpoint artifact, or of an imported model.
 
-        Raises ``ArtifactError`` for what is none, and for one whose ids tiktoken would not give.
+        Raises ``ArtifactError`` if there is no tokenizer, or if tiktoken would give other ids.
         """
         path = directory / TOKENIZER_FILE
         if not path.exists() and (directory / "vocab.json").exists():
@@ -186,16 +190,16 @@ class Tokenizer:
                 vocabulary, ignore_merges = read_vocabulary(path), False
             return cls._of(vocabulary, directory, ignore_merges=ignore_merges)
         except FileNotFoundError as error:
-            raise ArtifactError(f"{path}: missing; expected a directory that holds a tokenizer") from error
+            raise ArtifactError(f"{path}: missing; expected a directory that contains a tokenizer") from error
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
             raise ArtifactError(
-                f"{path}: got something that is no byte-level BPE of this package ({error!r}); expected the file that "
-                "the tokenizer stage writes, or one from elsewhere that tiktoken can follow; run that stage again"
+                f"{path}: got something other than byte-level BPE ({error!r}); expected the file that "
+                "stage `tokenizer` writes, or an imported one that tiktoken supports; run that stage again"
             ) from error
 
     @classmethod
     def _of(cls, vocabulary: Vocabulary, directory: Path, *, ignore_merges: bool) -> Tokenizer:
-        """The tokenizer of a vocabulary that was read there."""
+        """Create the tokenizer of a vocabulary that was read from ``directory``."""
         assert vocabulary.pattern is not None
         special = dict(sorted(vocabulary.special))
         names = tuple(special.values())
@@ -216,14 +220,17 @@ class Tokenizer:
 
     @classmethod
     def load_tiktoken(cls, path: Path, pattern: str, *, num_reserved: int = NUM_RESERVED) -> Tokenizer:
-        """Read a ``.tiktoken`` file, which holds no pattern, and add the special tokens. Raises ``DataError``."""
+        """Read a ``.tiktoken`` file, which has no pattern, and add our special tokens.
+
+        Raises ``DataError`` if it is not a vocabulary or its ids have gaps.
+        """
         ranks = read_vocabulary(path).ranks
         if list(ranks.values()) != list(range(len(ranks))):
-            raise DataError(f"{path}: got ids with gaps, expected 0 to {len(ranks) - 1}; another vocabulary is needed")
+            raise DataError(f"{path}: got ids with gaps, expected 0 to {len(ranks) - 1}; use another vocabulary")
         return cls(ranks, pattern, num_reserved=num_reserved)
 
     def save(self, directory: Path) -> None:
-        """Write ``tokenizer.json``, ``tokenizer_config.json`` and, for conversations, ``chat_template.jinja``."""
+        """Write ``tokenizer.json``, ``tokenizer_config.json`` and, if there is a template, ``chat_template.jinja``."""
         content = to_hugging_face(self.ranks, self.pattern, self.special, self.merges)
         write_atomically(directory / TOKENIZER_FILE, _json(content))
         names = {"eos_token": self.document_end, "pad_token": "<|padding|>" if self.has_turns else self.document_end}
@@ -234,12 +241,12 @@ class Tokenizer:
             write_atomically(directory / "chat_template.jinja", source)
 
     def save_tiktoken(self, path: Path) -> None:
-        """Write tokens and ranks in tiktoken's format; pattern and special tokens have no place in it."""
+        """Write tokens and ranks in tiktoken's format, which stores neither pattern nor special tokens."""
         write_atomically(path, to_tiktoken(self.ranks))
 
 
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja")
-"""What ``Tokenizer.save`` writes, the last where there are tokens for conversations."""
+"""Files that ``Tokenizer.save`` writes, the last one only if the tokenizer has a chat template."""
 
 HUGGING_FACE_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",

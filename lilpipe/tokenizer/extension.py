@@ -1,9 +1,9 @@
-"""Extension of a vocabulary: more merges, learnt on the corpus above those of the base (Llama 3, section 3.3).
+"""Extension of a vocabulary: learns more merges on the corpus, after those of the base (Llama 3, section 3.3).
 
-The corpus is cut into pieces, each distinct piece is encoded by the base, and merging goes on from there: byte-pair
-encoding (Sennrich et al. 2016) whose symbols to begin with are the base's tokens instead of bytes. A new token ranks
-above all of the base, so that whatever the base merges it still merges first: the ids of any text are the base's with
-runs of them replaced by new ones.
+The corpus is split into pieces, the base encodes each distinct piece, and merging continues from there: byte-pair
+encoding (Sennrich et al. 2016) with the base's tokens as initial symbols instead of bytes. New tokens rank above all
+tokens of the base, so the base's merges are still applied first: the ids of any text are the base's ids with runs of
+them replaced by new ones.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from lilpipe.tokenizer.patterns import PATTERNS, resolve_pattern
 from lilpipe.tokenizer.vocabulary import Ranks, Vocabulary
 
 MAX_UNREACHABLE_SHARE = 0.005
-"""Of the base's tokens, how many may never come out under the pattern. Of o200k's 12 do not under its own, 0.006 %;
-under another preset's 1.1 to 22 % of its or cl100k's do not."""
+"""Maximum share of the base's tokens that the pattern makes unreachable. Under its own pattern, 12 tokens of o200k
+(0.006 %) are unreachable; under another preset, 1.1 to 22 % of o200k or cl100k."""
 
 WHOLE = r"[\s\S]+"
-"""A pattern that cuts nothing."""
+"""A pattern that does not split text."""
 
 Pair = tuple[int, int]
 
 
 def extend(texts: Iterable[str], base: Ranks, num_merges: int, *, pattern: str) -> dict[bytes, int]:
-    """The base's ranks with up to ``num_merges`` more; fewer where the texts hold no further pair.
+    """Return the base's ranks with up to ``num_merges`` more; fewer if the texts have no further pair.
 
-    Raises ``ConfigError`` for a pattern that does not compile.
+    Raises ``ConfigError`` if the pattern does not compile.
     """
     tokens = list(base)
     if num_merges:
@@ -46,23 +46,23 @@ def extend(texts: Iterable[str], base: Ranks, num_merges: int, *, pattern: str) 
 
 
 def count_pieces(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each piece occurs in the texts."""
+    """Return how often each piece occurs in the texts."""
     try:
         compiled = regex.compile(resolve_pattern(pattern))
     except regex.error as error:
         raise ConfigError(f"tokenizer.pattern: got {pattern!r}, expected a regular expression ({error})") from error
     counts: Counter[str] = Counter()
     for text in texts:
-        # With groups in it, `findall` would give the groups.
+        # If the pattern has groups, `findall` returns the groups instead of the match.
         counts.update((match[0] for match in compiled.finditer(text)) if compiled.groups else compiled.findall(text))
     return counts
 
 
 def learn_merges(words: Iterable[tuple[list[int], int]], num_merges: int, *, first_id: int) -> list[Pair]:
-    """The most frequent pair, again and again, each merged to a new id before the next is sought.
+    """Merge the most frequent pair to a new id, repeatedly; return the merged pairs in order.
 
-    ``words`` are ids and how often they occur; their lists are changed. Of equally frequent pairs the one of lowest
-    ids goes first. The list is shorter than ``num_merges`` where no pair is left.
+    ``words`` are lists of ids with their number of occurrences; the lists are modified. Ties go to the pair with the
+    lowest ids. Returns fewer than ``num_merges`` pairs if none is left.
     """
     merging = _Merging(words)
     merges: list[Pair] = []
@@ -73,10 +73,10 @@ def learn_merges(words: Iterable[tuple[list[int], int]], num_merges: int, *, fir
 
 
 class _Merging:
-    """Words on their way from base tokens to merged ones, with the count of every pair in them.
+    """Words during merging, with the count of every pair in them.
 
-    A pair's count only falls once it is in the heap, since pairs that come up hold a new id; so an entry of the heap
-    says at least what the count is, and one that says more is put back with the true one.
+    Once a pair is in the heap its count only falls, since later pairs contain a new id. So a heap entry is an upper
+    bound of the count; an entry that is too high is pushed back with the current count.
     """
 
     def __init__(self, words: Iterable[tuple[list[int], int]]) -> None:
@@ -84,7 +84,7 @@ class _Merging:
         self.occurrences: list[int] = []
         self.pair_counts: defaultdict[Pair, int] = defaultdict(int)
         self.found_in: defaultdict[Pair, list[int]] = defaultdict(list)
-        """Words that held the pair when it came up; it may have left some since."""
+        """Words that contained the pair when it first occurred; some may no longer contain it."""
         for ids, count in words:
             if len(ids) > 1:
                 self.words.append(ids)
@@ -95,7 +95,7 @@ class _Merging:
         heapq.heapify(self.heap)
 
     def pop(self) -> Pair | None:
-        """The most frequent pair, or None where none is left."""
+        """Remove and return the most frequent pair, or ``None`` if none is left."""
         while self.heap:
             negative, pair = heapq.heappop(self.heap)
             count = self.pair_counts[pair]
@@ -106,7 +106,7 @@ class _Merging:
         return None
 
     def merge(self, pair: Pair, new: int) -> None:
-        """Replace the pair by ``new`` wherever it stands, leftmost first."""
+        """Replace all occurrences of the pair by ``new``, leftmost first."""
         came_up: set[Pair] = set()
         for index in self.found_in.pop(pair):
             self._merge_in(index, pair, new, came_up)
@@ -145,23 +145,23 @@ class _Merging:
 
 
 def check_base(base: Vocabulary, pattern: str, *, where: str) -> None:
-    """Raise ``ConfigError`` where the ids have gaps, or where ``pattern`` is not what the base was made with."""
+    """Raise ``ConfigError`` if the ids have gaps, or if ``pattern`` is not the base's pattern."""
     if (got := list(base.ranks.values())) != list(range(len(got))):
         raise ConfigError(
             f"tokenizer.base: got {where} with {len(got):,} tokens and ids up to {max(got):,}, expected ids without "
-            "gaps below its special tokens; take another base"
+            "gaps below its special tokens; use another base"
         )
     lost = unreachable_tokens(base.ranks, pattern)
     if len(lost) > MAX_UNREACHABLE_SHARE * len(got):
         own = f"{base.pattern!r}" if base.pattern else f"one of {', '.join(PATTERNS)}, or its regular expression"
         raise ConfigError(
             f"tokenizer.pattern: got {pattern!r}, under which {len(lost):,} of the {len(got):,} tokens of {where} "
-            f"never come out (such as {lost[0]!r}), expected the pattern that it was made with; set it to {own}"
+            f"are unreachable (such as {lost[0]!r}), expected the pattern of the base; set it to {own}"
         )
 
 
 def unreachable_tokens(ranks: Ranks, pattern: str) -> Sequence[bytes]:
-    """Tokens of whole characters whose own text does not encode to them (Land & Bartolo 2024)."""
+    """Return tokens that are valid UTF-8 but whose text does not encode to them (Land and Bartolo 2024)."""
     encode = tiktoken.Encoding(
         "base", pat_str=resolve_pattern(pattern), mergeable_ranks=dict(ranks), special_tokens={}
     ).encode_ordinary

@@ -1,7 +1,7 @@
-"""Vocabularies that were made elsewhere, such as GPT-2's and Llama 3's: whether tiktoken gives the same ids.
+"""Imported vocabularies, such as those of GPT-2 and Llama 3: checks that tiktoken gives the same ids.
 
-``tokenizer.json`` can say more than ranks, a pattern and special tokens. What would change ids is refused, so that an
-imported model reads text as it was trained to.
+``tokenizer.json`` can contain more than ranks, a pattern and special tokens. Whatever would change ids is rejected, so
+that an imported model gets the ids that it was trained on.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from typing import Any
 from lilpipe.tokenizer.vocabulary import Merge, Vocabulary, recover_merges
 
 TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-"""Special tokens that ``transformers`` gives a template by these names."""
+"""Special tokens that ``transformers`` passes to a chat template by these names."""
 
 
 def exact_merges(vocabulary: Vocabulary, *, ignore_merges: bool) -> tuple[Merge, ...]:
-    """The merges by which tokens come about. Raises ``ValueError`` if the file's would not give tiktoken's ids.
+    """Return the vocabulary's merges. Raises ``ValueError`` if the file's merges would not give tiktoken's ids.
 
-    tiktoken merges by nothing but the pairs of ``recover_merges``, so a file that lists these among its own, in the
-    order of ranks, merges alike. A token that no merge makes is found only as a whole piece, and ``ignore_merges``
-    says that whole pieces are looked for.
+    tiktoken applies exactly the merges of ``recover_merges``, so a file gives the same ids if it contains these in
+    order of rank. A token without a merge is only found as a whole piece, which ``ignore_merges`` enables.
     """
     merges = tuple(recover_merges(vocabulary.ranks))
     if vocabulary.merges is not None and (absent := set(merges) - set(vocabulary.merges)):
         raise ValueError(f"merges: got none of {min(absent)}, by which tiktoken would merge")
     if not ignore_merges and len(merges) + 256 < len(vocabulary.ranks):
-        raise ValueError("ignore_merges: got false and tokens that no merge makes, expected true or no such token")
+        raise ValueError("ignore_merges: got false and tokens that no merge forms, expected true or no such token")
     return merges
 
 
 def check_added_tokens(added: list[Mapping[str, Any]]) -> None:
-    """Raise ``ValueError`` for added tokens that are looked for in plain text or take the spaces around them."""
+    """Raise ``ValueError`` for added tokens that match in plain text or strip surrounding spaces."""
     for token in added:
         flags = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip")}
         if not token.get("special", True) or any(flags.values()):
@@ -41,7 +40,7 @@ def check_added_tokens(added: list[Mapping[str, Any]]) -> None:
 
 
 def document_end(directory: Path, special: Mapping[int, str]) -> str:
-    """Name of the token that ends a text: the first end that ``config.json`` or ``tokenizer_config.json`` names.
+    """Return the name of the end-of-text token: the first one in ``config.json``, else in ``tokenizer_config.json``.
 
     Raises ``ValueError`` if there is none.
     """
@@ -57,9 +56,9 @@ def document_end(directory: Path, special: Mapping[int, str]) -> str:
 
 
 def chat_template(directory: Path) -> tuple[str, dict[str, str]] | None:
-    """The template of a model that talks, in Jinja, and the names of the special tokens by which it calls them.
+    """Return the chat template in Jinja and the special tokens that it refers to, or ``None`` if there is no template.
 
-    Of several by name, for tools and the like, it is the one named ``default``, which ``transformers`` takes too.
+    Of several named templates it is ``default``, as in ``transformers``.
     """
     stated = _read(directory / "tokenizer_config.json")
     path = directory / "chat_template.jinja"
@@ -77,6 +76,6 @@ def chat_template(directory: Path) -> tuple[str, dict[str, str]] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if there is no such file."""
+    """Return the JSON object in a file; empty if the file does not exist."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return content if isinstance(content, dict) else {}

@@ -1,9 +1,9 @@
-"""Patterns that cut text into pieces before merging, by name.
+"""Named patterns (regular expressions) that split text into pieces before merging.
 
-Merges never cross the pieces, so a pattern decides what a token may be: whether digits stand alone, whether a word
-takes the space before it, how runs of white space are kept. Rust's ``fancy-regex`` reads these when training
-(rustbpe) and encoding (tiktoken), Oniguruma in ``transformers``; the presets cut alike in all of them, which a pattern
-of your own may not: the three differ in possessive counts such as ``{1,3}+``.
+Merges never cross pieces, so the pattern decides what a token can be: single digits or groups, words with or without
+the space before them, how white space is kept. Rust's ``fancy-regex`` runs the pattern in training (rustbpe) and
+encoding (tiktoken), Oniguruma in ``transformers``. The presets split alike in both. Your own pattern may not:
+the engines differ in possessive quantifiers such as ``{1,3}+``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ PATTERNS = {
     ),
     "llama3": _CL100K,
 }
-"""Digits one by one (the default), and the patterns of GPT-2, of GPT-4 (cl100k), of GPT-4o (o200k) and of Llama 3,
-which took GPT-4's."""
+"""Single digits (the default), and the patterns of GPT-2, GPT-4 (cl100k), GPT-4o (o200k) and Llama 3, which uses
+GPT-4's."""
 
 
 def resolve_pattern(pattern: str) -> str:
-    """The regular expression of a preset, or ``pattern`` itself where it is one."""
+    """Return the regular expression of a preset, or ``pattern`` itself if it is not a preset's name."""
     return PATTERNS.get(pattern, pattern)
 
 
 def pattern_name(pattern: str) -> str:
-    """The first preset that is this regular expression, else the expression."""
+    """Return the name of the first preset with this regular expression, else the expression."""
     return next((name for name, preset in PATTERNS.items() if preset == pattern), pattern)

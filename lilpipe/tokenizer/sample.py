@@ -1,7 +1,7 @@
-"""What a tokenizer learns from: documents of the corpus, by weight where weights are given, and exercises.
+"""Training text of the tokenizer: documents of the corpus, weighted if weights are given, and exercises.
 
-Documents are taken in the order of the corpus, which is random, each group of them until its bytes are used up. So a
-limit takes a random sample, and the same one however the corpus is cut into files.
+Documents are read in the order of the corpus, which is random, until the bytes of their group are used up. So a limit
+takes a random sample, which does not depend on how the corpus is split into files.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from lilpipe.schemas.documents import read_documents
 from lilpipe.schemas.examples import read_exercises
 
 ALL = ""
-"""The one group of documents where nothing is weighed."""
+"""The single group of all documents if there are no weights."""
 EXERCISES = "exercises"
 
 
 class Text(NamedTuple):
-    """A text to learn from or to measure."""
+    """A text to train on or to measure."""
 
     group: str
-    """What its weight goes by."""
+    """Value of the column that weights refer to."""
     source: str
     language: str | None
     text: str
@@ -37,36 +37,36 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizerShare:
-    """What was asked of a group of documents, and what there is."""
+    """Requested and available bytes of a group of documents."""
 
     asked: float
-    """TokenizerShare of the bytes."""
+    """Requested share of the bytes."""
     wanted: int
-    """Bytes that the share comes to."""
+    """Requested bytes."""
     available: int
     """Bytes in the corpus."""
 
     @property
     def limit(self) -> int:
-        """Bytes to take."""
+        """Bytes to read."""
         return min(self.wanted, self.available)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Texts of the corpus and the exercises, the same at each reading."""
+    """Texts of the corpus and the exercises; each iteration gives the same texts."""
 
     corpus: Path
     prompts: Path | None
     weights_by: str | None
     shares: Mapping[str, TokenizerShare]
-    """By group."""
+    """Share of each group."""
     exercise_bytes: int
-    """At most so much of the exercises."""
+    """Maximum bytes of exercises."""
 
     @classmethod
     def plan(cls, config: TokenizerConfig, corpus: Path, prompts: Path | None) -> Sample:
-        """Decide how much to take of what. Raises ``DataError`` for a weight of what the corpus has not."""
+        """Decide how many bytes to read of each group. Raises ``DataError`` if a weighted group has no documents."""
         by = config.weights_by if config.weights else None
         shares = share_out(count_bytes(corpus, by), config.weights or {ALL: 1.0}, config.max_bytes, by or "")
         total = sum(share.limit for share in shares.values())
@@ -74,20 +74,20 @@ class Sample:
         return cls(corpus, prompts, by, shares, exercise_bytes)
 
     def shortages(self) -> list[str]:
-        """A line for each group that holds less than its weight asks for."""
+        """Return a message for each group with fewer bytes than its weight requests."""
         return [
-            f"tokenizer.weights: {name} was to give {share.wanted:,} bytes and has {share.available:,}"
+            f"tokenizer.weights: {name}: requested {share.wanted:,} bytes, but the corpus has {share.available:,}"
             for name, share in self.shares.items()
             if share.wanted > share.available and self.weights_by
         ]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes at most."""
+        """Maximum bytes of the sample."""
         return sum(share.limit for share in self.shares.values()) + self.exercise_bytes
 
     def texts(self, max_bytes: int | None = None) -> Iterator[Text]:
-        """The texts; ``max_bytes`` makes the sample smaller, in the same proportions."""
+        """Yield the texts; ``max_bytes`` shrinks the sample in the same proportions."""
         part = 1.0 if max_bytes is None else min(1.0, max_bytes / max(1, self.num_bytes))
         yield from take_bytes(self._documents(), {name: int(s.limit * part) for name, s in self.shares.items()})
         if self.prompts is not None:
@@ -105,7 +105,7 @@ def _exercises(directory: Path) -> Iterator[Text]:
 
 
 def count_bytes(corpus: Path, by: str | None) -> Counter[str]:
-    """Bytes of text for each value of a column, or of all. They are read off Arrow's offsets, not off the text."""
+    """Return bytes of text per value of a column, or in total. Reads Arrow's offsets, not the text."""
     counts: Counter[str] = Counter({ALL: 0} if by is None else {})
     for batch in read_documents(corpus):
         lengths = pc.call_function("binary_length", [batch["text"]])
@@ -121,15 +121,15 @@ def count_bytes(corpus: Path, by: str | None) -> Counter[str]:
 def share_out(
     available: Mapping[str, int], weights: Mapping[str, float], max_bytes: int | None, by: str
 ) -> dict[str, TokenizerShare]:
-    """Bytes to take of each group that has a weight.
+    """Return the bytes to read of each group that has a weight.
 
-    Without ``max_bytes`` the weights are met exactly, by as many bytes as the scarcest group allows. With it, a group
-    that holds less than its share gives what it has, and the others give no more for that. Raises ``DataError`` for a
-    weight of a group that is not there.
+    Without ``max_bytes``, the shares equal the weights, and the scarcest group sets the total. With it, a group with
+    fewer bytes than its share contributes all of them, and other groups do not make up for it. Raises ``DataError`` if
+    a weighted group has no documents.
     """
     if missing := sorted(set(weights) - set(available)):
         raise DataError(
-            f"tokenizer.weights: got {', '.join(missing)}, of which the corpus has no document by {by}, "
+            f"tokenizer.weights: got {', '.join(missing)}, for which the corpus has no document by {by}, "
             f"expected names out of {', '.join(sorted(available))}; correct or remove them"
         )
     total = sum(weights.values())
@@ -139,7 +139,7 @@ def share_out(
 
 
 def take_bytes(texts: Iterable[Text], limits: Mapping[str, int]) -> Iterator[Text]:
-    """Texts in their order, of each group as many bytes of UTF-8 as its limit at most; the last one is cut to fit."""
+    """Yield texts in order until each group reaches its limit in UTF-8 bytes; the last text is truncated."""
     left = dict(limits)
     for text in texts:
         if not (allowed := left.get(text.group)):

@@ -1,4 +1,4 @@
-"""The tokenizer stage's page: how far it compresses, beside others, and what becomes of its tokens."""
+"""Report of stage ``tokenizer``: compression, also of other tokenizers, and usage of tokens."""
 
 from __future__ import annotations
 
@@ -28,10 +28,16 @@ def build_report(
     others: Sequence[str],
     num_base: int,
 ) -> str:
-    """The page as HTML.
+    """Return the report as HTML.
 
-    ``shares`` is what was asked of each group of documents, empty where nothing was weighed, and ``taken`` the bytes
-    that each gave; ``others`` names the tokenizers to compare with; tokens from ``num_base`` on were learnt.
+    Args:
+        tokenizer: Trained tokenizer.
+        usage: Its token counts.
+        suspects: Its glitch-token suspects.
+        shares: Requested share of each group of documents; empty without weights.
+        taken: Bytes read of each group.
+        others: Names of the tokenizers to compare with.
+        num_base: Id of the first learnt token.
     """
     tokens = _Tokens(tokenizer, usage)
     longest = sorted(range(len(tokens.names)), key=lambda rank: (-tokens.lengths[rank], rank))
@@ -41,11 +47,11 @@ def build_report(
         "By source": page.table(_compression("source", usage.by_source, others)),
         "By language": page.table(_compression("language", usage.by_language, others)),
         "Training text by weight": _shares(shares, taken),
-        "How often each token occurs": _occurrences(usage, suspects),
+        "Token frequencies": _occurrences(usage, suspects),
         "Glitch-token suspects": _suspects(suspects, tokens, usage),
         "Longest tokens": page.table(tokens.rows(longest)),
         "Most frequent tokens": page.table(tokens.rows(frequent)),
-        "Never used in the text measured": _unused(usage, tokens, num_base),
+        "Unused tokens": _unused(usage, tokens, num_base),
     }
     if not shares:
         del sections["Training text by weight"]
@@ -65,7 +71,7 @@ def build_report(
 
 
 class _Tokens:
-    """Rows of tables about tokens."""
+    """Table rows about tokens."""
 
     def __init__(self, tokenizer: Tokenizer, usage: Usage) -> None:
         self.names = list(tokenizer.ranks)
@@ -109,18 +115,18 @@ def _by_size(totals: Mapping[str, Totals]) -> list[tuple[str, Totals]]:
 
 
 def _pictures(usage: Usage, others: Sequence[str]) -> list[page.Fragment]:
-    """A picture by source and one by language, of each where there is more than one or something to compare with."""
+    """Return a chart by source and one by language, each only if it has several entries or tokenizers to compare."""
     parts = []
     for what, totals in (("source", usage.by_source), ("language", usage.by_language)):
         if len(totals) > 1 or (totals and others):
             parts += [page.heading(f"By {what}"), _bars(_by_size(totals)[:MAX_BARS], others)]
-    meaning = "More bytes per token are fewer tokens for the same text."
-    bias = " Measured on text that this tokenizer has learnt from, which favours it over the others." if others else ""
+    meaning = "More bytes per token means fewer tokens for the same text."
+    bias = " Measured on this tokenizer's training text, which favours it over the others." if others else ""
     return [page.note(meaning + bias), *parts]
 
 
 def _bars(totals: Sequence[tuple[str, Totals]], others: Sequence[str]) -> page.Fragment:
-    """Bytes per token, a group of bars for each name and a bar for each tokenizer."""
+    """Return a chart of bytes per token: a group of bars per name, a bar per tokenizer."""
     series = {THIS: [each.bytes_per_token for _, each in totals]}
     series |= {other: [each.bytes_per_token_of(other) for _, each in totals] for other in others}
     return charts.svg(charts.bars([name for name, _ in totals], {"bytes per token": series}))
@@ -146,10 +152,10 @@ def _shares(shares: Mapping[str, TokenizerShare], taken: Mapping[str, int]) -> p
 
 
 def _occurrences(usage: Usage, suspects: Suspects) -> page.Fragment:
-    """Occurrences by id, both logarithmic; a token that never occurs is drawn at one half."""
+    """Return a log-log chart of occurrences by id; tokens that never occur are drawn at 0.5."""
     drawn = {
         "tokens": np.arange(0, len(usage.token_counts), max(1, len(usage.token_counts) // MAX_POINTS)),
-        "never or hardly": np.array([*suspects.never, *suspects.hardly], dtype=int),
+        "never or rarely": np.array([*suspects.never, *suspects.hardly], dtype=int),
         "in one document": np.array(suspects.one_document, dtype=int),
     }
     dots = [
@@ -160,23 +166,23 @@ def _occurrences(usage: Usage, suspects: Suspects) -> page.Fragment:
 
 
 def _suspects(suspects: Suspects, tokens: _Tokens, usage: Usage) -> list[page.Fragment]:
-    """What the suspects are, and the first of each kind."""
+    """Return an explanation of the suspects, and the first tokens of each kind."""
     kinds = {
-        "Never": (suspects.never, "learnt, and not in the text measured"),
-        "Hardly": (
+        "Never": (suspects.never, "learnt, but not in the measured text"),
+        "Rarely": (
             suspects.hardly,
-            f"less than {HARDLY:.0%} as often as the {NUM_NEIGHBOURS} tokens nearest in rank do in the median: most "
-            "are steps on the way to a longer token",
+            f"less than {HARDLY:.0%} of the median count of the {NUM_NEIGHBOURS} tokens nearest in rank: most "
+            "are intermediate merges of a longer token",
         ),
         "In one document": (
             suspects.one_document,
-            f"more than once, and in one of the {usage.num_documents:,} documents alone",
+            f"more than once, but in only one of the {usage.num_documents:,} documents",
         ),
     }
     parts = [
         page.note(
-            "Tokens that a model will see too rarely to learn (Land and Bartolo 2024). Remove what repeats itself from "
-            "the corpus, or take a smaller vocabulary."
+            "Tokens that a model will see too rarely to learn (Land and Bartolo 2024). Remove repeated text from "
+            "the corpus, or use a smaller vocabulary."
         )
     ]
     for name, (ids, meaning) in kinds.items():
@@ -190,11 +196,11 @@ def _unused(usage: Usage, tokens: _Tokens, num_base: int) -> list[page.Fragment]
     unused = [rank for rank in np.flatnonzero(usage.token_counts == 0).tolist() if tokens.lengths[rank] > 1]
     of_base = sum(rank < num_base for rank in unused)
     where = f", {of_base:,} of them from the base" if num_base > 256 else ""
-    return [page.note(f"{len(unused):,} tokens of more than a byte{where}; the first:"), tokens.block(unused)]
+    return [page.note(f"{len(unused):,} tokens of more than one byte{where}; the first:"), tokens.block(unused)]
 
 
 def _show(token: bytes) -> str:
-    """A token in quotes, with what is invisible or no UTF-8 escaped."""
+    """Return a token in quotes; invisible characters and invalid UTF-8 are escaped."""
     try:
         return repr(token.decode())
     except UnicodeDecodeError:

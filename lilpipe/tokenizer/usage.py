@@ -1,8 +1,8 @@
-"""What a tokenizer makes of text: how far it compresses, which tokens it uses, and which of them look like glitches.
+"""Token usage: compression, token counts, and glitch-token suspects.
 
-A token that was learnt and hardly ever occurs has hardly ever been trained on by the model, which then does odd things
-where it meets it: a glitch token (Land and Bartolo 2024, Fishing for Magikarp). Byte-pair encoding makes such tokens as
-steps towards longer ones, and from a text that one document repeats.
+A learnt token that almost never occurs is almost never trained on, and a model behaves erratically when it meets one:
+a glitch token (Land and Bartolo 2024, Fishing for Magikarp). Byte-pair encoding creates such tokens as intermediate
+merges of longer ones, and from text that one document repeats.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lilpipe.tokenizer.sample import Text
 CHUNK_BYTES = 4_000_000
 NUM_NEIGHBOURS = 200
 HARDLY = 0.01
+"""A token is a suspect below this fraction of the median count of its neighbours by rank."""
 
 SPACES = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
 
@@ -33,25 +34,25 @@ class Totals:
     """Counts over some of the text."""
 
     num_bytes: int = 0
-    """Of UTF-8."""
+    """Bytes of UTF-8."""
     num_words: int = 0
-    """Runs of bytes without ASCII white space; languages that put no spaces have few."""
+    """Runs of bytes without ASCII white space; languages that do not separate words by spaces have few."""
     num_tokens: int = 0
     others: Counter[str] = field(default_factory=Counter)
-    """Tokens by the tokenizers to compare with."""
+    """Tokens by each tokenizer to compare with."""
 
     @property
     def bytes_per_token(self) -> float:
-        """Compression."""
+        """Compression: bytes per token."""
         return self.num_bytes / max(1, self.num_tokens)
 
     @property
     def tokens_per_word(self) -> float:
-        """Fertility."""
+        """Fertility: tokens per word."""
         return self.num_tokens / max(1, self.num_words)
 
     def bytes_per_token_of(self, other: str) -> float:
-        """Compression by another tokenizer."""
+        """Return the compression of another tokenizer."""
         return self.num_bytes / max(1, self.others[other])
 
 
@@ -60,11 +61,11 @@ class Usage:
     """Counts over all of the text."""
 
     token_counts: np.ndarray
-    """How often each id that is no special token occurs, int64 [ids]."""
+    """Occurrences of each id, special tokens excluded; int64 [ids]."""
     first_document: np.ndarray
-    """Number of the first document with each id, int64 [ids]; -1 for none."""
+    """Number of the first document with each id, int64 [ids]; -1 if there is none."""
     last_document: np.ndarray
-    """Number of the last one."""
+    """Number of the last document with each id, int64 [ids]; -1 if there is none."""
     num_documents: int = 0
     total: Totals = field(default_factory=Totals)
     by_source: defaultdict[str, Totals] = field(default_factory=lambda: defaultdict(Totals))
@@ -72,7 +73,7 @@ class Usage:
 
     @property
     def unused_ratio(self) -> float:
-        """TokenizerShare of the ids that do not occur."""
+        """Share of the ids that do not occur."""
         return float((self.token_counts == 0).mean())
 
 
@@ -86,7 +87,7 @@ class _Counted(NamedTuple):
 def measure_usage(
     tokenizer: Tokenizer, texts: Iterable[Text], *, others: Encodings | None = None, num_threads: int = 2
 ) -> Usage:
-    """Encode texts and count."""
+    """Encode texts and count tokens."""
     num_ids = len(tokenizer.ranks)
     none = np.full(num_ids, -1, dtype=np.int64)
     usage = Usage(np.zeros(num_ids, dtype=np.int64), first_document=none, last_document=none.copy())
@@ -124,7 +125,7 @@ def _add_ids(usage: Usage, documents: list[np.ndarray]) -> None:
     ids = np.concatenate(documents)
     numbers = np.repeat(np.arange(len(documents)) + usage.num_documents, [len(each) for each in documents])
     usage.token_counts += np.bincount(ids, minlength=len(usage.token_counts))
-    usage.last_document[ids] = numbers  # of equal ids the last assignment stands
+    usage.last_document[ids] = numbers  # for repeated ids the last assignment wins
     first = np.full_like(usage.first_document, -1)
     first[ids[::-1]] = numbers[::-1]
     usage.first_document = np.where(usage.first_document < 0, first, usage.first_document)
@@ -147,26 +148,26 @@ def _add_totals(usage: Usage, text: Text, counted: _Counted) -> None:
 
 @dataclass(frozen=True)
 class Suspects:
-    """Ids of learnt tokens that a model will hardly have been trained on."""
+    """Ids of learnt tokens that a model will rarely be trained on."""
 
     never: list[int]
-    """Do not occur in the text."""
+    """Ids that do not occur in the text."""
     hardly: list[int]
-    """Occur, but less than ``HARDLY`` times as often as the tokens learnt at about the same time do in the median."""
+    """Ids that occur, but less than ``HARDLY`` times the median count of their neighbours by rank."""
     one_document: list[int]
-    """Occur in one document alone, and more than once; those of ``hardly`` apart."""
+    """Ids that occur more than once, but only in one document; without those of ``hardly``."""
 
     @property
     def total(self) -> int:
-        """How many there are."""
+        """Number of suspects."""
         return len(self.never) + len(self.hardly) + len(self.one_document)
 
 
 def find_suspects(usage: Usage, first_learnt: int) -> Suspects:
-    """Glitch-token suspects among ids from ``first_learnt``.
+    """Return glitch-token suspects among ids from ``first_learnt``.
 
-    Tokens learnt one after the other were about as frequent as each other when they were learnt. One that occurs far
-    less often than its neighbours by rank (``NUM_NEIGHBOURS`` of them) has since gone into longer tokens.
+    Tokens that were learnt consecutively had similar frequencies at the time. One that occurs far less often than its
+    ``NUM_NEIGHBOURS`` neighbours by rank has since been merged into longer tokens.
     """
     counts = usage.token_counts[first_learnt:]
     usual = _running_median(counts, NUM_NEIGHBOURS)
@@ -177,7 +178,7 @@ def find_suspects(usage: Usage, first_learnt: int) -> Suspects:
 
 
 def _running_median(values: np.ndarray, width: int) -> np.ndarray:
-    """Median over a window of ``width`` around each value, float [values]; at both ends the window stays inside."""
+    """Return the median of ``width`` values around each value, float [values]; windows stay inside at both ends."""
     if len(values) <= width:
         return np.full(len(values), np.median(values) if len(values) else 0.0)
     windows = np.lib.stride_tricks.sliding_window_view(values, width)

@@ -1,8 +1,8 @@
-"""Vocabularies in files: Hugging Face's ``tokenizer.json``, tiktoken's ``.tiktoken`` and GPT-2's pair of files.
+"""Vocabulary files: Hugging Face's ``tokenizer.json``, tiktoken's ``.tiktoken`` and GPT-2's pair of files.
 
-A vocabulary is here what tiktoken takes it for: tokens with ranks, where of all neighbours in a piece that are a token
-together those of the lowest rank merge first, and a piece that is a token as a whole is that token. Hugging Face's
-format lists pairs instead; ``recover_merges`` finds them.
+A vocabulary has tiktoken's semantics: tokens with ranks. Of all adjacent pairs in a piece that form a token, the one of
+the lowest rank merges first; a piece that is a token as a whole becomes that token. Hugging Face's format lists merges
+instead of ranks; ``recover_merges`` computes them.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from lilpipe.tokenizer.patterns import PATTERNS
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tokenizer.tiktoken"
 GPT2_FILES = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
-"""Files of ids, and the files of merges beside them, as OpenAI and Hugging Face name them."""
+"""Files of ids, and the files of merges next to them, as OpenAI and Hugging Face name them."""
 
 Ranks = Mapping[bytes, int]
 Merge = tuple[bytes, bytes]
 
 NEVER = 2**32
-"""Above every rank: tiktoken's are of 32 bits."""
+"""Above every rank: tiktoken's ranks have 32 bits."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a file says of a tokenizer."""
+    """The contents of a tokenizer file."""
 
     ranks: dict[bytes, int]
-    """Token to id, by id; lower ones merge first."""
+    """Token to id, sorted by id; lower ids merge first."""
     pattern: str | None = None
-    """The regular expression that cuts text into pieces; None where the file does not say."""
+    """Regular expression that splits text into pieces; ``None`` if the file has none."""
     special: tuple[tuple[int, str], ...] = ()
     """Ids and names of special tokens."""
     merges: tuple[Merge, ...] | None = None
-    """Pairs in the order in which they merge; None where the file does not say, which the ranks make up for."""
+    """Pairs in merge order; ``None`` if the file has none, in which case the ranks determine them."""
 
 
 def vocabulary_file(path: Path) -> Path:
-    """The file that ``path``, a file or a folder, stands for. Raises ``DataError`` if there is none."""
+    """Return the vocabulary file at ``path``, a file or a folder. Raises ``DataError`` if there is none."""
     names = (TOKENIZER_FILE, *GPT2_FILES)
     found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
     if not found:
@@ -58,7 +58,7 @@ def vocabulary_file(path: Path) -> Path:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """The byte-level BPE vocabulary of a file or folder. Raises ``DataError`` for what is none."""
+    """Read the byte-level BPE vocabulary of a file or folder. Raises ``DataError`` if it is not one."""
     path = vocabulary_file(path)
     try:
         if path.name in GPT2_FILES:
@@ -80,14 +80,14 @@ def _check(ranks: Ranks) -> None:
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise ValueError(f"{len(missing)} of the 256 bytes are missing, first {missing[0]}")
     if len(set(ranks.values())) < len(ranks):
-        raise ValueError("two tokens have one id")
+        raise ValueError("two tokens have the same id")
 
 
 # --- .tiktoken ----------------------------------------------------------------------------------------------------
 
 
 def to_tiktoken(ranks: Ranks) -> str:
-    """The content of a ``.tiktoken`` file: each token in base64 and its rank on a line, by rank."""
+    """Return the content of a ``.tiktoken`` file: a line per token, sorted by rank, with its base64 and rank."""
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in _by_rank(ranks))
 
 
@@ -110,7 +110,7 @@ def _by_rank(ranks: Ranks) -> list[tuple[bytes, int]]:
 
 
 def _byte_characters() -> dict[int, str]:
-    """GPT-2's name for each byte: printable Latin-1 stands for itself, the rest is moved to U+0100 and up."""
+    """Return GPT-2's character for each byte: printable Latin-1 is itself, other bytes are moved to U+0100 and up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(moved)}
@@ -129,7 +129,7 @@ def _token(name: str) -> bytes:
 
 
 def _named_ranks(ids: Mapping[str, int], merges: Iterable[Sequence[str]], leave_out: set[str]) -> dict[bytes, int]:
-    """Tokens by id. Raises ``ValueError`` where ids do not rise with the merges: they are no ranks then."""
+    """Return tokens sorted by id. Raises ``ValueError`` if the ids of merges do not ascend: then they are not ranks."""
     made = [ids["".join(pair)] for pair in merges]
     if any(before > after for before, after in pairwise(made)):
         raise ValueError("ids are not in the order of the merges, which tiktoken merges by")
@@ -157,9 +157,9 @@ def _read_gpt2(path: Path) -> Vocabulary:
 def to_hugging_face(
     ranks: Ranks, pattern: str, special: Sequence[tuple[int, str]], merges: Sequence[Merge] | None = None
 ) -> dict[str, Any]:
-    """The content of ``tokenizer.json``, with which ``transformers`` gives the ids that tiktoken gives.
+    """Return the content of ``tokenizer.json``, for which ``transformers`` gives the same ids as tiktoken.
 
-    ``merges`` are those of ``recover_merges``, if they are known.
+    ``merges`` are those of ``recover_merges``, if known.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     merges = recover_merges(ranks) if merges is None else merges
@@ -186,7 +186,7 @@ def to_hugging_face(
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            # A token that no merge makes is found as a whole piece alone, which tiktoken always looks for.
+            # A token without a merge is only found as a whole piece; tiktoken always looks for whole pieces.
             "ignore_merges": len(merges) + 256 < len(ranks),
             "vocab": {_name(token): rank for token, rank in ranks.items()},
             "merges": [[_name(left), _name(right)] for left, right in merges],
@@ -195,7 +195,7 @@ def to_hugging_face(
 
 
 def from_hugging_face(content: Mapping[str, Any]) -> Vocabulary:
-    """What ``tokenizer.json`` says. Raises ``ValueError`` or ``LookupError`` for what is no plain byte-level BPE."""
+    """Read ``tokenizer.json``. Raises ``ValueError`` or ``LookupError`` if it is not plain byte-level BPE."""
     model = content["model"]
     if model.get("type") != "BPE" or content.get("normalizer") is not None:
         raise ValueError(f"got model {model.get('type')!r}, normalizer {content.get('normalizer')}, expected BPE, none")
@@ -206,7 +206,7 @@ def from_hugging_face(content: Mapping[str, Any]) -> Vocabulary:
 
 
 def _pattern_of(pre_tokenizer: Mapping[str, Any]) -> str:
-    """The pattern of a byte-level pre-tokenizer; ``ByteLevel`` alone means GPT-2's."""
+    """Return the pattern of a byte-level pre-tokenizer; ``ByteLevel`` alone means GPT-2's."""
     *splits, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if last["type"] != "ByteLevel" or last["add_prefix_space"] or len(splits) > 1:
         raise ValueError(f"pre_tokenizer: got {pre_tokenizer}, expected ByteLevel after at most one Split")
@@ -214,17 +214,17 @@ def _pattern_of(pre_tokenizer: Mapping[str, Any]) -> str:
 
 
 def recover_merges(ranks: Ranks) -> list[Merge]:
-    """The pair that makes each token longer than a byte, in order of rank; none for a token that merging never makes.
+    """Return the pair that forms each token longer than a byte, in order of rank; skip tokens that no merge forms.
 
-    Merges inside a piece go their way whatever stands around them, until one crosses its border. So wherever merging
-    makes a token, it does so by the steps, and with the last pair, by which it makes the token's bytes on their own.
+    Merges inside a piece do not depend on the surrounding bytes until one crosses the piece's border. So whenever
+    merging forms a token, it takes the same steps, and the same last pair, as merging the token's bytes alone.
     """
     found = (_last_pair(token, ranks) for token, _ in _by_rank(ranks) if len(token) > 1)
     return [pair for pair in found if pair is not None]
 
 
 def _last_pair(token: bytes, ranks: Ranks) -> Merge | None:
-    """Merge a token's bytes by rank, leftmost first, until two parts are left; None where more stay."""
+    """Merge a token's bytes by rank, leftmost first, until two parts are left; ``None`` if more remain."""
     parts = [token[index : index + 1] for index in range(len(token))]
     while len(parts) > 2:
         rank, index = min((ranks.get(a + b, NEVER), index) for index, (a, b) in enumerate(pairwise(parts)))

@@ -1,9 +1,10 @@
-"""Stage ``tokens``: documents to token shards, split into training and validation by a hash of the text.
+"""Stage ``tokens``: encodes documents into token shards, split into training and validation by a hash of the text.
 
-The split looks at the text alone, so that a document stays on its side whatever else the corpus holds, and equal
-texts never straddle it. One pass encodes a source and hands each document to the shard that is open for its stream
-and split; a shard says where in the source its stream goes on, so a killed run skips what is in finished shards.
-Threads encode (tiktoken lets go of the interpreter's lock); the order of the rows does not depend on their number.
+The split depends on the text alone: a document stays in its split whatever else the corpus contains, and equal texts
+are in the same split. The stage reads each source once and appends each document to the open shard of its stream and
+split. Each shard stores the source position at which the next shard of its stream starts, so a resumed run skips
+documents in finished shards. Threads encode in parallel (tiktoken releases the GIL); the order of rows does not
+depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ from lilpipe.tokens.shards import (
 from lilpipe.tokens.tokens_report import write_report
 
 CHARS_PER_TASK = 2**18
-"""A thread encodes so much at once: a few hundredths of a second, so that none is long idle at the end."""
+"""Characters per encoding task: a few hundredths of a second, so that no thread is idle for long at the end."""
 TASKS_AHEAD = 8
-"""Tasks for each thread that may wait, so that none is idle while a shard is written."""
+"""Maximum queued tasks per thread, so that no thread is idle while a shard is written."""
 MAX_OPEN_SHARDS = 8
-"""Shards being filled hold at most as many tokens as this many full ones: the memory of a corpus of many streams."""
+"""Limit of tokens in all open shards, in units of ``shard_tokens``; bounds memory if there are many streams."""
 
 Place = tuple[str, Split]
 """A stream and split."""
 
 
 class Text(NamedTuple):
-    """A document before it is encoded."""
+    """A document before encoding."""
 
     id: str
     source: str
@@ -65,9 +66,9 @@ class Text(NamedTuple):
 
 
 def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Encode the corpus and, where given, the exercises.
+    """Encode the corpus and, if given, the exercises.
 
-    Raises ``DataError`` for a source too small to be split, ``ConfigError`` for streams by a column that is not there.
+    Raises ``DataError`` if a source is too small to split, ``ConfigError`` if ``streams_by`` is not a column.
     """
     tokenizer = Tokenizer.load(_path(inputs, "tokenizer"))
     corpus = _path(inputs, "corpus")
@@ -88,7 +89,7 @@ def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 
 
 def measure(shards: TokenShards) -> Metrics:
-    """Tokens and documents by stream and split, and bytes per token over all of them."""
+    """Return tokens and documents per stream and split, and bytes per token over all streams."""
     metrics: Metrics = {}
     num_bytes = num_tokens = 0
     for name in shards.streams:
@@ -109,12 +110,15 @@ def _path(inputs: Inputs, role: str) -> Path:
 
 
 def read_corpus(directory: Path, streams_by: str) -> Iterator[Text]:
-    """The documents of a Corpus artifact, each with its stream. Raises ``ConfigError``."""
+    """Yield the documents of a Corpus artifact with their streams.
+
+    Raises ``ConfigError`` if ``streams_by`` is not a column, or a value of it is the name of the exercises' stream.
+    """
     for batch in read_documents(directory):
         if streams_by != "none" and streams_by not in batch.schema.names:
             raise ConfigError(
                 f"tokens.streams_by: got {streams_by!r}, expected a column of the corpus: "
-                f"{', '.join(batch.schema.names)}; run stage `corpus` again, or choose one of these"
+                f"{', '.join(batch.schema.names)}; run stage `corpus` again, or choose one of these columns"
             )
         ids, sources, texts = (batch.column(name).to_pylist() for name in ("id", "source", "text"))
         values = repeat(None) if streams_by == "none" else batch.column(streams_by).to_pylist()
@@ -123,13 +127,13 @@ def read_corpus(directory: Path, streams_by: str) -> Iterator[Text]:
             if text.stream == EXERCISES:
                 raise ConfigError(
                     f"tokens.streams_by: got {streams_by!r}, but document {text.id!r} has the {streams_by} "
-                    f"{EXERCISES!r}, expected any other: it is the name of the stream of stage `prompts`"
+                    f"{EXERCISES!r}, expected any other value: this name is reserved for the stream of stage `prompts`"
                 )
             yield text
 
 
 def stream_name(value: str | None) -> str:
-    """A value of a column as a name for folders and metrics: ``CC BY 4.0`` is ``CC-BY-4.0``, none is ``unknown``.
+    """Convert a column value to a name for folders and metrics: ``CC BY 4.0`` to ``CC-BY-4.0``, none to ``unknown``.
 
     Values with the same name share a stream.
     """
@@ -142,14 +146,14 @@ def _read_exercises(directory: Path) -> Iterator[Text]:
 
 
 def is_validation(text: str | bytes, share: float) -> bool:
-    """Whether a text belongs to validation: its hash, as a number in [0, 1), is below ``share``."""
+    """Return whether a text belongs to the validation split: its hash, scaled to [0, 1), is below ``share``."""
     data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
     digest = hashlib.blake2b(data, digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def _check_split(source: str, counts: Mapping[Place, int], share: float) -> None:
-    """Both splits must have documents of the source; one of several streams may lack them."""
+    """Raise ``DataError`` if a split has no documents of the source; single streams may be empty in a split."""
     for split in SPLITS:
         if not any(count for (_, each), count in counts.items() if each == split):
             name, change = ("validation", "raise") if split == "validation" else ("training", "lower")
@@ -163,13 +167,13 @@ def _check_split(source: str, counts: Mapping[Place, int], share: float) -> None
 
 
 class Progress:
-    """Counts documents over all streams."""
+    """Reports the number of processed documents over all streams."""
 
     def __init__(self, workspace: Workspace, *, total: int) -> None:
         self.workspace, self.total, self.done = workspace, total, 0
 
     def add(self, num_documents: int) -> None:
-        """So many more are through."""
+        """Add to the count and report it."""
         self.done += num_documents
         self.workspace.progress(self.done, self.total, "documents")
 
@@ -178,14 +182,14 @@ class Encoded(NamedTuple):
     """A document of a source after encoding."""
 
     position: int
-    """In the source."""
+    """Index of the document in the source."""
     place: Place
     document: Document | None
-    """None where it is in a finished shard."""
+    """``None`` if the document is in a finished shard."""
 
 
 class _OpenShard:
-    """The shard that is being filled for one stream and split."""
+    """The shard being filled for one stream and split."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -199,7 +203,7 @@ class _OpenShard:
         self.next_document = position + 1
 
     def close(self, *, vocab_size: int) -> int:
-        """Write it and begin another; returns its number of documents."""
+        """Write the shard, start the next one, and return the number of documents written."""
         path = self.folder / f"{self.num_finished:05d}.arrow"
         write_shard(path, self.documents, vocab_size=vocab_size, next_document=self.next_document)
         closed = len(self.documents)
@@ -210,10 +214,10 @@ class _OpenShard:
 def write_streams(
     output: Path, texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, progress: Progress
 ) -> Counter[Place]:
-    """Write the shards of a source that are not there yet; returns its documents by stream and split.
+    """Write the missing shards of a source; return its number of documents per stream and split.
 
-    A shard is closed when it is full, or when it is the fullest of too many. Both depend on the documents so far and
-    nothing else, so that a run which goes on after a kill closes them at the same documents.
+    A shard is closed when it is full, or when it is the largest and all open shards exceed ``MAX_OPEN_SHARDS``. Both
+    depend only on the preceding documents, so a resumed run closes shards at the same documents.
     """
     counts: Counter[Place] = Counter()
     shards: dict[Place, _OpenShard] = {}
@@ -240,7 +244,7 @@ def write_streams(
 def encode_in_order(
     texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, finished: Mapping[tuple[str, str], int]
 ) -> Iterator[Encoded]:
-    """The documents encoded, in their order, by threads that run a few tasks ahead of what is taken."""
+    """Yield encoded documents in input order; threads encode a few tasks ahead of the consumer."""
     work = partial(_encode, tokenizer=tokenizer, validation_ratio=config.validation_ratio, finished=finished)
     pending: deque[Future[list[Encoded]]] = deque()
     with ThreadPoolExecutor(config.num_workers) as pool:
@@ -253,7 +257,7 @@ def encode_in_order(
 
 
 def _groups(texts: Iterable[Text]) -> Iterator[tuple[int, list[Text]]]:
-    """Texts that are encoded together, with the position of the first."""
+    """Yield groups of texts to encode together, each with the position of its first text."""
     first, group, num_chars = 0, [], 0
     for text in texts:
         group.append(text)
@@ -289,14 +293,14 @@ def _encode(
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Put the tokenizer's files beside the shards; to save it anew, its merges would have to be found again."""
+    """Copy the tokenizer's files next to the shards; saving the loaded tokenizer would recompute its merges."""
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copyfile(source / name, target / name)
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove half-written files of a run that was killed, which must not become part of the artifact."""
+    """Delete temporary files of a killed run, so that they do not become part of the artifact."""
     for path in directory.rglob(".*.tmp"):
         path.unlink()
 

@@ -1,10 +1,10 @@
-"""A data phase of a run: consecutive steps that take their rows from the same packings in the same shares.
+"""A data phase: consecutive training steps that read rows from the same packings in the same shares.
 
-A run without phases is one, and a batch ramp is too: its rows come in the order that they would have without the
-ramp, each step a longer piece of it. A data phase says which row stands at which place, and where any row stands;
-both are pure functions.
+A run without phases is a single data phase. So is a batch ramp: the order of rows is the same as without the ramp,
+and only the number of rows per step changes. A data phase maps a position in this order to a row, and a row to its
+positions; both are pure functions.
 
-Shapes: R rows of a step, N places.
+Shapes: R rows of a step, N positions.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lilpipe.tokens.order import Interleaving, permute, unpermute
 from lilpipe.tokens.packing import Packing
 
 STEPS_AT_ONCE = 16
-"""Steps whose order is computed together: of a small batch numpy takes about as long for one as for these."""
+"""Steps whose row order is computed together: for small batches, numpy takes about as long for one step as for 16."""
 
 
 class Steps(NamedTuple):
-    """The steps ``first`` to ``stop - 1`` of a run, with batches of one size."""
+    """The steps ``first`` to ``stop - 1`` of a run, with one batch size."""
 
     first: int
     stop: int
@@ -36,32 +36,39 @@ class Rows(NamedTuple):
     """Where rows come from; int64 [R] each."""
 
     streams: np.ndarray
-    """Number of the stream in ``PretrainLoader.streams``."""
+    """Index of the stream in ``PretrainLoader.streams``."""
     epochs: np.ndarray
-    """How many passes over the stream come before, in the data phase's packing."""
+    """Number of earlier epochs over the stream, in the data phase's packing."""
     rows: np.ndarray
-    """Number of the row in the stream's packing."""
+    """Index of the row in the stream's packing."""
 
 
 class Source(NamedTuple):
     """A stream as a data phase reads it."""
 
     number: int
-    """Of the stream in ``PretrainLoader.streams``."""
+    """Index of the stream in ``PretrainLoader.streams``."""
     packing: Packing
     key: int
-    """64-bit key of the order of its rows."""
+    """64-bit key of the permutation of its rows."""
     begin: int
-    """Rows of this order that earlier data phases took."""
+    """Number of rows of this order that earlier data phases read."""
 
 
 class DataPhase:
-    """Rows from sources in given shares, step by step."""
+    """Rows from several sources in given shares, step by step."""
 
     def __init__(
         self, steps: Sequence[Steps], sources: Mapping[str, Source], *, shares: Mapping[str, float], seq_len: int
     ) -> None:
-        """``shares`` of rows add up to 1; ``steps`` follow each other. Sources by the name of their stream."""
+        """Create the order of rows.
+
+        Args:
+            steps: Consecutive groups of steps.
+            sources: Sources by stream name.
+            shares: Share of rows of each source; they add up to 1.
+            seq_len: Input tokens per row.
+        """
         self.steps, self.seq_len = tuple(steps), seq_len
         self.interleaving = Interleaving(shares)
         self.sources = {name: sources[name] for name in self.interleaving.names}
@@ -70,28 +77,28 @@ class DataPhase:
             for values in zip(*((s.number, s.packing.num_rows, s.begin) for s in self.sources.values()), strict=True)
         )
         self._keys = np.array([source.key for source in self.sources.values()], dtype=np.uint64)
-        # The place of the first row of each of `steps`, and the end.
+        # Position of the first row of each of `steps`, and the end.
         self._places = list(accumulate(((s.stop - s.first) * s.batch_size for s in steps), initial=0))
         self._rows_of_block = lru_cache(maxsize=2)(self._compute_rows_of_block)
 
     @property
     def stop(self) -> int:
-        """The first step after it."""
+        """The first step after the data phase."""
         return self.steps[-1].stop
 
     def count(self, name: str) -> int:
-        """How many of its rows a stream gives."""
+        """Return the number of rows that a stream contributes."""
         return self.interleaving.count(name, self._places[-1])
 
     def num_targets(self, name: str) -> float:
-        """Targets that come from a stream: those of its rows, and of a pass that is cut off its share."""
+        """Return the number of targets from a stream; a partial epoch counts in proportion to its rows."""
         if name not in self.sources:
             return 0.0
         packing = self.sources[name].packing
         return self.count(name) * packing.num_targets / packing.num_rows
 
     def rows(self, step: int) -> Rows:
-        """Where the rows of a step come from, R = its batch size."""
+        """Return where the rows of a step come from; R is the step's batch size."""
         part = next(index for index, steps in enumerate(self.steps) if step < steps.stop)
         block, within = divmod(step - self.steps[part].first, STEPS_AT_ONCE)
         size = self.steps[part].batch_size
@@ -106,8 +113,10 @@ class DataPhase:
         return Rows(self._numbers[chosen], epochs, permute(indices, sizes, self._keys[chosen], epochs))
 
     def sightings(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-        """When rows of a stream's packing are read, int64 [sightings] each: step and row in its batch, in that order,
-        and at each the epoch and which of ``rows`` it is.
+        """Return when rows of a stream's packing are read.
+
+        Returns four int64 [sightings] arrays, sorted by step and row: step, row in its batch, epoch, and row of the
+        packing (one of ``rows``).
         """
         source, count = self.sources[name], self.count(name)
         size, begin = source.packing.num_rows, source.begin
@@ -121,7 +130,7 @@ class DataPhase:
         return *self._steps_at(places[order]), epochs[here][order], images[here][order]
 
     def _steps_at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Step and row in its batch of each place, int64 [N] each."""
+        """Return step and row in its batch of each position, int64 [N] each."""
         parts = np.searchsorted(self._places, places, side="right") - 1
         firsts, _, sizes = (np.array(column)[parts] for column in zip(*self.steps, strict=True))
         steps, rows = np.divmod(places - np.array(self._places)[parts], sizes)

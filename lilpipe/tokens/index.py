@@ -1,11 +1,11 @@
-"""The index of a stream: two memory-mapped arrays beside its shards.
+"""Index of a stream: two memory-mapped arrays next to its shards.
 
-``offsets.npy``, int64 [documents + 1], holds the first token of each document, counted from the stream's start, so
-that document to tokens is one look-up and token to document one binary search.
+``offsets.npy``, int64 [documents + 1], holds the first token of each document, counted from the start of the stream.
+It maps a document to its tokens by one lookup, and a token to its document by binary search.
 
-``ids.npy``, uint64 [2, documents], finds documents by id. Each shard has its columns: hashes of its ids ascending,
-and below each the document's number. A look-up searches each shard's part. One order over the whole stream would
-save that loop, and take a sort of all its ids, which need not fit in memory.
+``ids.npy``, uint64 [2, documents], finds documents by id. The columns are grouped by shard: row 0 holds the hashes of
+the shard's ids in ascending order, row 1 the document numbers. A lookup searches each shard's columns. A single order
+over the whole stream would avoid this loop, but would need a sort of all ids, which may not fit in memory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ from lilpipe.errors import ArtifactError
 
 
 def id_hash(document_id: str) -> int:
-    """64-bit hash of a document's id."""
+    """Return the 64-bit hash of a document id."""
     return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "little")
 
 
 def find_id(ids: np.ndarray, shard_starts: Sequence[int], document_id: str) -> list[int]:
-    """Numbers of the documents whose id has the hash of this one: nearly always those with the id itself.
+    """Return the numbers of the documents whose id has the same hash; collisions are rare.
 
-    ``ids`` is the array of ``ids.npy``; ``shard_starts`` is the number of each shard's first document, and the end.
+    Args:
+        ids: Array of ``ids.npy``.
+        shard_starts: Number of each shard's first document, and the total number of documents.
+        document_id: Id to find.
     """
     wanted = np.uint64(id_hash(document_id))
     found: list[int] = []
@@ -44,18 +47,18 @@ def find_id(ids: np.ndarray, shard_starts: Sequence[int], document_id: str) -> l
 
 
 def read_index_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Memory-map an array of the index. Raises ``ArtifactError`` where it is not there or of another shape."""
+    """Memory-map an array of the index. Raises ``ArtifactError`` if it is missing or has another shape."""
     try:
         array = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot be read as an index ({error}); run stage `tokens` again") from error
     if array.shape != shape:
         raise ArtifactError(f"{path}: got shape {array.shape}, expected {shape}; run stage `tokens` again")
-    return np.asarray(array)  # a view as a plain array, which numpy handles faster than a memmap
+    return np.asarray(array)  # a plain array view: numpy handles it faster than a memmap
 
 
 def write_stream_index(folder: Path, shards: Sequence[tuple[np.ndarray, pa.Array]]) -> None:
-    """Write ``offsets.npy`` and ``ids.npy`` of the shards in ``folder``, each given by its offsets and ids."""
+    """Write ``offsets.npy`` and ``ids.npy`` to ``folder``; ``shards`` holds the offsets and ids of each shard."""
     num_documents = sum(len(ids) for _, ids in shards)
     folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -76,7 +79,7 @@ def write_stream_index(folder: Path, shards: Sequence[tuple[np.ndarray, pa.Array
 
 @contextmanager
 def _writing(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """An array on disk to be filled, which takes its name once it is complete."""
+    """Yield an array on disk to fill; rename the file to ``path`` when it is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
     yield array

@@ -1,8 +1,8 @@
 """Batches of pretraining rows: a pure function of (seed, step).
 
-``lilpipe.tokens.data_phase`` says which row of which stream stands where, ``lilpipe.tokens.packing`` which parts of
-documents a row holds. The loader has no state: resuming is an integer, the world size does not matter, and
-``lilpipe.tokens.trace`` says which documents any row of any step held.
+``lilpipe.tokens.data_phase`` maps steps to rows of streams, ``lilpipe.tokens.packing`` maps rows to parts of
+documents. The loader has no state: a run resumes from its step number, and the batch does not depend on the world
+size. ``lilpipe.tokens.trace`` finds the documents of any row of any step.
 
 Shapes: B rows of a batch, T tokens of a row (``seq_len``), N pieces of documents in them.
 """
@@ -25,8 +25,9 @@ from lilpipe.tokens.packing import BestFit, Concat, Packing, Pieces
 from lilpipe.tokens.shards import TokenShards, TokenStream
 
 IGNORED = -100
-"""Target that counts for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
+"""Target without loss: the default ``ignore_index`` of ``torch.nn.functional.cross_entropy``."""
 PADDING_DOCUMENT = -1
+"""Document id of padding."""
 
 
 class Batch(NamedTuple):
@@ -34,29 +35,29 @@ class Batch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
-    """The tokens one on; ``IGNORED`` where there is nothing to predict."""
+    """Next tokens; ``IGNORED`` where no loss is computed."""
     documents: Tensor
-    """Which document of its row an input belongs to, from 0; ``PADDING_DOCUMENT`` for padding. Attention stays inside
-    a document where a query and a key have the same number (Llama 3)."""
+    """Document id of each input within its row, from 0; ``PADDING_DOCUMENT`` for padding. With document masking, a
+    query attends only to keys of the same document (Llama 3)."""
     positions: Tensor
-    """Place of an input in what the row holds of its document, from 0."""
+    """Position of each input in its document's part of the row, from 0."""
 
 
 class DataPhasePlan(NamedTuple):
-    """What a data phase of a run is to be."""
+    """Plan of a data phase."""
 
     steps: Sequence[Steps]
     seq_len: int
-    """Inputs of a row."""
+    """Input tokens per row."""
     shares: Mapping[str, float]
     """Share of the training tokens of each stream; they add up to 1."""
 
 
 class PretrainLoader:
-    """Batches of training rows, from streams in given shares.
+    """Batches of training rows from streams in given shares.
 
-    A data phase goes on in each stream where the last one of the same ``seq_len`` left it, so that no row comes again
-    before all others came. Rows of another length have an order of their own.
+    A data phase continues each stream where the previous data phase of the same ``seq_len`` stopped, so no row repeats
+    before all others are read. Rows of different ``seq_len`` have independent orders.
     """
 
     def __init__(
@@ -68,18 +69,18 @@ class PretrainLoader:
         packing: Literal["concat", "best_fit"] = "concat",
         stride: int | None = None,
     ) -> None:
-        """Pack the streams, and check that they can fill batches.
+        """Pack the streams and check that they can fill batches.
 
         Args:
-            shards: Where tokens come from.
-            plans: The data phases of the run, which hold all its steps from 0 on.
-            seed: Seed of the order of rows.
+            shards: Token shards to read.
+            plans: Data phases of the run, in order, covering all steps from 0.
+            seed: Seed of the row order.
             packing: How documents fill rows; see ``lilpipe.tokens.packing``.
-            stride: Tokens between windows of ``concat``; ``seq_len`` where none is given.
+            stride: Tokens between window starts of ``concat``; ``None`` means ``seq_len``.
 
         Raises:
-            ConfigError: The shares do not add up to 1 or name a stream that is not there.
-            DataError: A stream has fewer rows than one batch takes of it.
+            ConfigError: The shares do not add up to 1 or name an unknown stream.
+            DataError: A stream has fewer rows than its share of one batch.
         """
         for plan in plans:
             _check_shares(plan.shares, shards.streams)
@@ -97,7 +98,7 @@ class PretrainLoader:
         self.num_steps = self.data_phases[-1].stop
 
     def _data_phase(self, plan: DataPhasePlan, packings: Mapping[str, Packing]) -> DataPhase:
-        """What follows the data phases that there are."""
+        """Create the data phase that follows the existing ones."""
         alike = [data_phase for data_phase in self.data_phases if data_phase.seq_len == plan.seq_len]
         is_first = not self.data_phases or self.data_phases[0].seq_len == plan.seq_len
         sources = {
@@ -113,9 +114,9 @@ class PretrainLoader:
         return DataPhase(plan.steps, sources, shares=shares, seq_len=plan.seq_len)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
-        """The rows of a step for one worker, B = the step's batch size / world_size.
+        """Return the rows of a step for one worker; B is the step's batch size / ``world_size``.
 
-        Worker ``rank`` holds the batch's rows ``rank``, ``rank + world_size``, ...
+        Worker ``rank`` gets the rows ``rank``, ``rank + world_size``, ... of the batch.
         """
         rows = self.rows(step)
         assert len(rows.rows) % world_size == 0, f"batch_size {len(rows.rows)} over {world_size} workers"
@@ -124,28 +125,28 @@ class PretrainLoader:
     # --- order ----------------------------------------------------------------------------------------------------
 
     def data_phase_of(self, step: int) -> DataPhase:
-        """The data phase that holds a step."""
+        """Return the data phase of a step."""
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
         return next(data_phase for data_phase in self.data_phases if step < data_phase.stop)
 
     def rows(self, step: int) -> Rows:
-        """Where the rows of a step come from."""
+        """Return where the rows of a step come from."""
         return self.data_phase_of(step).rows(step)
 
     # --- amounts --------------------------------------------------------------------------------------------------
 
     def num_targets(self, name: str) -> float:
-        """Targets of the run that come from a stream: those of its rows, and of a pass that is cut off its share."""
+        """Return the number of targets of the run from a stream; a partial epoch counts in proportion to its rows."""
         return sum(data_phase.num_targets(name) for data_phase in self.data_phases)
 
     def epochs(self, name: str) -> float:
-        """How often the run trains on a token of a stream, on average."""
+        """Return how often the run trains on a token of a stream, on average."""
         return self.num_targets(name) / self.streams[name].num_tokens
 
     # --- tokens ---------------------------------------------------------------------------------------------------
 
     def pieces(self, data_phase: DataPhase, rows: Rows) -> tuple[np.ndarray, Pieces]:
-        """What rows of a data phase hold: of each piece the number of its stream, int64 [N], and where it lies."""
+        """Return the pieces in rows of a data phase, and the stream index of each piece, int64 [N]."""
         parts, streams = [], []
         for source in data_phase.sources.values():
             chosen = np.flatnonzero(rows.streams == source.number)
@@ -189,9 +190,9 @@ class PretrainLoader:
 def _number(
     rows_N: np.ndarray, lengths_N: np.ndarray, firsts_B: np.ndarray, used_B: np.ndarray, *, seq_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``documents`` and ``positions`` of a batch, [B, T] each, padding counted with the last document of its row."""
+    """Return ``documents`` and ``positions`` of a batch, [B, T] each; padding counts as the row's last document."""
     lengths_N = lengths_N.copy()
-    lengths_N[np.append(firsts_B[1:], len(lengths_N)) - 1] += seq_len - used_B  # the last target is no input
+    lengths_N[np.append(firsts_B[1:], len(lengths_N)) - 1] += seq_len - used_B  # the last target is not an input
     documents = np.repeat(np.arange(len(lengths_N)) - firsts_B[rows_N], lengths_N)
     positions = np.arange(len(documents))
     positions -= np.repeat(np.cumsum(lengths_N) - lengths_N, lengths_N)
@@ -199,7 +200,7 @@ def _number(
 
 
 def _reads(streams_N: np.ndarray, pieces: Pieces, begins: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Stream, place in the rows end to end, first token and end of each read; pieces that lie end to end are one."""
+    """Return reads as (stream, offset in the flattened rows, first token, end); contiguous pieces are one read."""
     new = np.ones(len(begins), dtype=bool)
     new[1:] = (pieces.rows[1:] != pieces.rows[:-1]) | (pieces.starts[1:] != pieces.stops[:-1])
     last = np.append(new[1:], True)
@@ -211,11 +212,11 @@ def _reads(streams_N: np.ndarray, pieces: Pieces, begins: np.ndarray) -> Iterato
 
 
 def validation_rows(shards: TokenShards, stream: str, *, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor, int]:
-    """Held-out rows for bits per byte, spread evenly over the stream's validation split.
+    """Return validation rows for bits per byte, evenly spaced over the stream's validation split.
 
-    Returns inputs and targets, int64 [B, T], and the bytes of text that the targets stand for. A document's end is
-    a target of no bytes: what it costs is part of what the text costs. B is ``num_rows``, or all the windows that
-    there are. Raises ``DataError`` where there is none.
+    Returns inputs and targets, int64 [B, T], and the number of text bytes that the targets encode. End-of-document
+    targets have 0 bytes, but their loss counts. B is ``num_rows``, or the number of available windows if smaller.
+    Raises ``DataError`` if the split does not fill a row.
     """
     tokens = shards.stream(stream, "validation")
     num_windows = tokens.num_windows(seq_len)
@@ -232,10 +233,11 @@ def validation_rows(shards: TokenShards, stream: str, *, num_rows: int, seq_len:
 
 
 def corpus_validation_shares(shards: TokenShards, *, seq_len: int) -> dict[str, float]:
-    """Weights of the corpus's streams in its bits per byte: their shares of the bytes of validation text.
+    """Return the weight of each corpus stream in the corpus bits per byte: its share of the bytes of validation text.
 
-    The mixture has no part in it, so that runs with different ones can be compared. A stream that does not fill a
-    row is left out; where none does, the first stands for all, and ``validation_rows`` says what it lacks.
+    The weights do not depend on the mixture, so runs with different mixtures are comparable. Streams that do not fill
+    a row are left out. If no stream fills a row, the first one gets weight 1, and ``validation_rows`` raises
+    ``DataError``.
     """
     streams = {name: shards.stream(name, "validation") for name in shards.corpus_streams}
     num_bytes = {name: stream.num_bytes for name, stream in streams.items() if stream.num_windows(seq_len)}
@@ -253,7 +255,7 @@ def _pack(stream: TokenStream, *, seq_len: int, packing: str, stride: int | None
 
 
 def _row_shares(shares: Mapping[str, float], packings: Mapping[str, Packing]) -> dict[str, float]:
-    """Shares of rows for shares of tokens: rows of some streams hold more padding than those of others."""
+    """Convert shares of tokens to shares of rows: the amount of padding per row differs between streams."""
     rows = {name: share * packings[name].num_rows / packings[name].num_targets for name, share in shares.items()}
     return {name: count / sum(rows.values()) for name, count in rows.items()}
 

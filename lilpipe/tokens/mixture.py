@@ -1,9 +1,9 @@
-"""The mixture: what share of the training tokens each stream of the corpus gives.
+"""The mixture: each corpus stream's share of the training tokens.
 
-Weights are what is asked for; a limit on epochs bounds what a stream can give. What one cannot give is shared out
-among the others in proportion to their weights, so that those stay as they were to each other. Llama 3 (Grattafiori
-et al. 2024, 3.1.2) took 50 % general, 25 % mathematics and reasoning, 17 % code and 8 % multilingual tokens; up to
-4 epochs, repeated tokens are worth nearly as much as new ones (Muennighoff et al. 2023).
+Weights set the requested shares; a limit on epochs bounds how many tokens a stream can contribute. The other streams
+take over the tokens above a stream's limit in proportion to their weights. Llama 3 (Grattafiori et al. 2024, 3.1.2)
+used 50 % general, 25 % mathematics and reasoning, 17 % code and 8 % multilingual tokens. Up to 4 epochs, repeated
+tokens are worth nearly as much as new ones (Muennighoff et al. 2023).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from lilpipe.errors import ConfigError
 
 @dataclass(frozen=True)
 class MixtureComponent:
-    """What was asked of a stream, and what it gives."""
+    """Requested and actual share of a stream."""
 
     tokens: int
-    """Tokens that there are."""
+    """Tokens in the stream."""
     asked: float
-    """Share of the training tokens by its weight."""
+    """Requested share of the training tokens, from the weight."""
     reached: float
-    """Share that it gives."""
+    """Actual share of the training tokens."""
     epochs: float
-    """How often each of its tokens is trained on, in all phases up to this one."""
+    """Epochs over the stream, in all phases up to this one."""
     max_epochs: float
-    """Most that ``epochs`` should come to."""
+    """Limit on ``epochs``."""
     reason: str = ""
-    """Why the share is not the one asked for; empty where it is."""
+    """Why the actual share differs from the requested one; empty if it does not."""
 
 
 def mixture(
@@ -41,12 +41,17 @@ def mixture(
     max_epochs: Mapping[str, float],
     used: Mapping[str, float] | None = None,
 ) -> dict[str, MixtureComponent]:
-    """Shares of ``total_tokens`` training tokens by stream, which add up to 1.
+    """Return the share of each stream of ``total_tokens`` training tokens; the shares add up to 1.
 
-    ``weights``, ``tokens`` and ``max_epochs`` have the same streams; weights need not add up to 1. ``used`` is how many
-    tokens of a stream were trained on before: they count towards its limit. Where all streams together cannot give
-    the tokens within their limits, each passes its limit by the same factor, and the reason says so: a limit that
-    must hold is for the caller to check.
+    If the streams together cannot provide ``total_tokens`` within their limits, each exceeds its limit by the same
+    factor, and ``reason`` says so. The caller must check limits that must hold.
+
+    Args:
+        weights: Weight of each stream; they need not add up to 1.
+        tokens: Tokens of each stream in ``weights``.
+        total_tokens: Training tokens to distribute.
+        max_epochs: Limit on epochs of each stream in ``weights``.
+        used: Tokens of each stream trained on in earlier phases; they count towards its limit.
     """
     used = used or {}
     asked = {name: weight / sum(weights.values()) for name, weight in weights.items()}
@@ -72,7 +77,7 @@ def mixture(
 
 
 def _exceed(names: Sequence[str], limits: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
-    """Shares that add up to 1 with which all pass their limits by one factor, but for those that are past it."""
+    """Return shares that add up to 1 and exceed all limits by one factor; streams already above that get 0."""
     names = [name for name in names if limits[name] > 0]
     while names:
         total, limit = 1 + sum(before[name] for name in names), sum(limits[name] for name in names)
@@ -84,7 +89,7 @@ def _exceed(names: Sequence[str], limits: Mapping[str, float], before: Mapping[s
 
 
 def _fill(asked: Mapping[str, float], most: Mapping[str, float]) -> dict[str, float]:
-    """Shares in proportion to those asked for, but none over its most; the most add up to more than 1."""
+    """Return shares in proportion to ``asked``, each at most ``most``; ``most`` adds up to more than 1."""
     reached = dict.fromkeys(asked, 0.0)
     free = [name for name, share in asked.items() if share > 0]
     while free:
@@ -99,14 +104,14 @@ def _reason(asked: float, reached: float, most: float, *, is_empty: bool) -> str
     if abs(reached - asked) < 1e-9 and reached <= most + 1e-9:
         return ""
     if reached > most + 1e-9:
-        return "all streams together hold too few tokens: each passes its limit by the same factor"
+        return "all streams together hold too few tokens: each exceeds its limit by the same factor"
     if is_empty:
         return "holds too few tokens for a row"
-    return "at its limit of epochs" if reached >= most - 1e-9 else "takes what others cannot give"
+    return "at its limit of epochs" if reached >= most - 1e-9 else "takes tokens that other streams cannot provide"
 
 
 def largest_total(weights: Mapping[str, float], tokens: Mapping[str, int], max_epochs: Mapping[str, float]) -> int:
-    """The most training tokens at which the weights can be kept within the limits."""
+    """Return the largest number of training tokens for which the weights stay within the limits on epochs."""
     total = sum(weights.values())
     return int(min(tokens[name] * max_epochs[name] * total / weight for name, weight in weights.items() if weight > 0))
 
@@ -114,9 +119,10 @@ def largest_total(weights: Mapping[str, float], tokens: Mapping[str, int], max_e
 def resolve(
     config: MixtureConfig, tokens: Mapping[str, int], *, setting: str = "mixture"
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights and limits of all streams that there are; ``setting`` is where they stand in the section.
+    """Return weights and limits on epochs of all streams.
 
-    Raises ``ConfigError`` for a stream that is not there.
+    ``setting`` is the path of the mixture in section ``pretrain``, for error messages. Raises ``ConfigError`` if the
+    mixture names an unknown stream or has no weight above 0.
     """
     for field, names in (("weights", config.weights), ("max_epochs_of", config.max_epochs_of)):
         if missing := sorted(names.keys() - tokens.keys()):

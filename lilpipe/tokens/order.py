@@ -1,9 +1,9 @@
-"""The order of rows: which row of which stream stands at any place of a run, and where any row stands.
+"""The order of rows: maps a position in a run to a row of a stream, and a row to its positions.
 
-Both directions are pure functions of the place, so a run resumes from an integer, and a document is traced to the
-steps that saw it without a log. The row at place k of a run takes its stream from a fixed interleaving that keeps to
-the shares at every prefix, and its place within the stream from a permutation of the stream's rows, another one in
-each epoch. All functions work on arrays: a batch costs about as much as a row.
+Both directions are pure functions, so a run resumes from its step number, and no log is needed to find the steps that
+saw a document. The stream of position k comes from a fixed interleaving that keeps the shares in every prefix. The
+row within the stream comes from a permutation of the stream's rows, a different one in each epoch. All functions are
+vectorized: a batch costs about as much as a row.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from itertools import accumulate
 import numpy as np
 
 PARTS = 1_000_000
-"""Shares are whole parts of this many, so that the arithmetic is exact: 2 x rows x PARTS stays below 2**63."""
+"""Shares are rounded to multiples of 1 / PARTS, so that integer arithmetic is exact: 2 x rows x PARTS < 2**63."""
 NUM_ROUNDS = 6
-"""Rounds of the Feistel network; four make it pseudo-random (Luby and Rackoff 1988), small domains take more."""
+"""Rounds of the Feistel network: four make it pseudo-random (Luby and Rackoff 1988), small domains need more."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the increment of SplitMix64
 _MULTIPLIER_1, _MULTIPLIER_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -34,12 +34,13 @@ _Network = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray
 class Interleaving:
     """Streams interleaved in given shares.
 
-    Of any first n places a stream of two has its share to within half a place (Bresenham's line). Of more streams,
-    the first is set apart from the rest, then the second from what is left, and so on, half a place each time.
+    With two streams, each has its share of any first n positions to within half a position (Bresenham's line). With
+    more streams, the first is separated from the rest, then the second from the remainder, and so on; each separation
+    adds an error of at most half a position.
     """
 
     def __init__(self, shares: Mapping[str, float]) -> None:
-        """``shares`` add up to 1; a stream of less than half a millionth is left out."""
+        """``shares`` add up to 1; streams with a share below half a millionth are left out."""
         bounds = [round(total * PARTS) for total in accumulate(shares.values(), initial=0.0)]
         parts = {name: after - before for name, before, after in zip(shares, bounds, bounds[1:], strict=False)}
         self.parts = {name: part for name, part in parts.items() if part > 0}
@@ -47,7 +48,7 @@ class Interleaving:
         self.names = tuple(self.parts)
 
     def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For int64 places [N]: number of the stream [N], and how many places of that stream come before [N]."""
+        """Return for each position its stream number and the count of that stream's earlier positions; int64 [N]."""
         streams = np.full(len(places), len(self.names) - 1)
         before = np.empty_like(streams)
         undecided, left = np.arange(len(places)), PARTS
@@ -61,19 +62,19 @@ class Interleaving:
         return streams, before
 
     def places(self, name: str, before: np.ndarray) -> np.ndarray:
-        """The inverse of ``at``: the place at which a stream stands for the ``before + 1``-th time, int64 [N]."""
+        """Invert ``at``: return the positions of the stream's occurrences ``before`` (counted from 0), int64 [N]."""
         number = self.names.index(name)
         parts = list(self.parts.values())
         lefts = [PARTS - taken for taken in accumulate(parts, initial=0)]
         places = before
-        if number < len(parts) - 1:  # the first x with _ratio_of(x) > before, less one
+        if number < len(parts) - 1:  # the first x with _ratio_of(x) > before, minus one
             places = -(-lefts[number] * (2 * before + 1) // (2 * parts[number])) - 1
         for part, left in reversed(list(zip(parts[:number], lefts[:number], strict=True))):
-            places = left * (2 * places + 1) // (2 * (left - part))  # of what that stream leaves over
+            places = left * (2 * places + 1) // (2 * (left - part))  # from the positions that this stream leaves over
         return places
 
     def count(self, name: str, num_places: int) -> int:
-        """How many of the first ``num_places`` places are the stream's."""
+        """Return how many of the first ``num_places`` positions belong to the stream."""
         left, places = PARTS, num_places
         for other, part in self.parts.items():
             taken = places if part == left else (2 * places * part + left) // (2 * left)
@@ -84,7 +85,7 @@ class Interleaving:
 
 
 def _ratio_of(count: np.ndarray, part: int, whole: int) -> np.ndarray:
-    """``count * part / whole`` to the nearest integer, halves upwards."""
+    """Return ``count * part / whole`` rounded to the nearest integer, halves up."""
     return (2 * part * count + whole) // (2 * whole)
 
 
@@ -92,25 +93,26 @@ def _ratio_of(count: np.ndarray, part: int, whole: int) -> np.ndarray:
 
 
 def stream_key(seed: int, name: str) -> int:
-    """64-bit key of a stream's permutations."""
+    """Return the 64-bit key of a stream's permutations."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
 def permute(indices: np.ndarray, sizes: np.ndarray, keys: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """Image of each index under a random permutation of ``range(size)`` that its key and epoch pick.
+    """Map each index by a pseudo-random permutation of ``range(size)``, chosen by its key and epoch.
 
-    Each of the N places has a size, key and epoch of its own: int64 [N], but for the keys, uint64 [N]; returns int64
-    [N]. A Feistel network over Z_a x Z_b, with a and b near the square root of the size and a x b just above it, is
-    walked until it comes out below the size (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). It
-    takes no memory; a shuffled list of the rows of a large corpus would take gigabytes on each worker. The round
-    function is after SplitMix64 (Steele et al. 2014): random to statistics, no cipher. Of fewer than eight rows some
-    orders come up oftener than others.
+    All arguments are [N], one value per index: int64, but ``keys`` uint64. Returns int64 [N].
+
+    A Feistel network over Z_a x Z_b, with a and b near the square root of the size and a x b just above it, is applied
+    until the result is below the size (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    It needs no memory; a shuffled list of the rows of a large corpus would take gigabytes on each worker. The round
+    function follows SplitMix64 (Steele et al. 2014): statistically random, not cryptographic. With fewer than eight
+    rows, the permutations are not equally frequent.
     """
     return _walk(_feistel, indices, sizes, keys, epochs)
 
 
 def unpermute(images: np.ndarray, sizes: np.ndarray, keys: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-    """The inverse of ``permute``."""
+    """Invert ``permute``."""
     return _walk(_inverse_feistel, images, sizes, keys, epochs)
 
 
@@ -146,14 +148,14 @@ def _inverse_feistel(
 
 
 def _scatter(half: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """48 pseudo-random bits for each half, which leave room to add the other half."""
+    """Return 48 pseudo-random bits for each half, so that adding the other half does not overflow."""
     mixed = _mix(half ^ keys)
     mixed >>= _KEEP_HIGH
     return mixed
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """Scatter the low bits over all 64, in place."""
+    """Mix the low bits into all 64 bits, in place."""
     values *= _MULTIPLIER_1
     values ^= values >> _SHIFT
     values *= _MULTIPLIER_2

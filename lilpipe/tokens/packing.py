@@ -1,11 +1,11 @@
 """Packing: how the documents of a stream fill rows of ``seq_len + 1`` tokens.
 
-``Concat`` cuts windows out of all documents end to end, as GPT-3 did. ``BestFit`` keeps documents whole (Ding et
-al. 2024, "Fewer truncations improve language modeling"): one longer than a row is cut, and the parts are put into
-rows by best-fit decreasing. Both say of any row, in arrays over many rows at once, which parts of which documents it
-holds, and of any document, which rows hold it.
+``Concat`` cuts windows from the concatenated documents, as GPT-3 did. ``BestFit`` keeps documents whole (Ding et al.
+2024, "Fewer truncations improve language modeling"): it cuts documents longer than a row, and packs the parts into
+rows by best-fit decreasing. Both map rows to the parts of documents that they hold, vectorized over rows, and a
+document to the rows that hold it.
 
-Shapes: R rows asked for, N pieces in them.
+Shapes: R requested rows, N pieces in them.
 """
 
 from __future__ import annotations
@@ -18,44 +18,45 @@ import numpy as np
 
 WINDOW_DOCUMENTS = 2**16
 WINDOW_ROWS = 2**16
-"""Best fit packs consecutive documents that are at most so many, or fill about so many rows: what bounds its memory."""
+"""Best fit packs consecutive documents together up to either limit, which bounds its memory."""
 
 
 class Pieces(NamedTuple):
-    """Parts of documents, row by row in the order in which they lie there; int64 [N] each."""
+    """Parts of documents in row order; int64 [N] each, but ``follows``."""
 
     rows: np.ndarray
-    """Which of the rows asked for, from 0, ascending."""
+    """Index into the requested rows, ascending."""
     documents: np.ndarray
     """Number of the document in the stream."""
     starts: np.ndarray
-    """First token of the part, counted from the stream's start."""
+    """First token of the part, counted from the start of the stream."""
     stops: np.ndarray
+    """End of the part (exclusive)."""
     follows: np.ndarray
-    """bool: whether the first token is a target of what stands before it in the row, where something does."""
+    """bool: whether the part's first token is a valid target of the token before it in the row, if any."""
 
 
 class Packing(Protocol):
-    """The rows of one pass over a stream."""
+    """The rows of one epoch over a stream."""
 
     num_rows: int
     num_targets: int
-    """Targets that count, over all rows."""
+    """Targets with a loss, over all rows."""
 
     def pieces(self, rows_R: np.ndarray) -> Pieces:
-        """What the rows hold."""
+        """Return the parts of documents in the rows."""
         ...
 
     def rows_of(self, document: int) -> np.ndarray:
-        """Numbers of the rows that hold a token of the document, ascending."""
+        """Return the numbers of the rows that hold a token of the document, ascending."""
         ...
 
 
 class Concat:
-    """Windows at a stride; at one of ``seq_len`` each token but the first is a target once.
+    """Windows at a stride. With stride ``seq_len``, each token but the first is a target once.
 
-    With a smaller stride windows overlap, and a token that lies in several is a target in each. What is left at the
-    end is in no row.
+    With a smaller stride windows overlap, and a token in several windows is a target in each. Tokens after the last
+    full window are not used.
     """
 
     def __init__(self, offsets: np.ndarray, *, seq_len: int, stride: int) -> None:
@@ -65,7 +66,7 @@ class Concat:
         self.num_targets = self.num_rows * seq_len
 
     def pieces(self, rows_R: np.ndarray) -> Pieces:
-        """What the windows hold, by a binary search for each."""
+        """Return the parts of documents in the windows; takes a binary search per window."""
         first_R = rows_R * self._stride
         last_R = first_R + self._width
         low_R = np.searchsorted(self._offsets, first_R, side="right") - 1
@@ -77,7 +78,7 @@ class Concat:
         return Pieces(rows, documents, starts, stops, follows=np.ones(len(rows), dtype=bool))
 
     def rows_of(self, document: int) -> np.ndarray:
-        """The windows that reach into the document."""
+        """Return the windows that overlap the document."""
         start, stop = int(self._offsets[document]), int(self._offsets[document + 1])
         first = max(0, (start - self._width) // self._stride + 1)
         last = min(self.num_rows - 1, (stop - 1) // self._stride)
@@ -87,10 +88,10 @@ class Concat:
 class BestFit:
     """Whole documents, and parts of longer ones.
 
-    A part begins with the last token of the part before it, so that each token of a document but the first is a
-    target once. The first is one where a document's beginning follows another one's end in a row, as it does in
-    windows of documents end to end; after a document that was cut, or at the head of a later part, what stands before
-    it says nothing of it. The plan lies in temporary files, memory-mapped, 12 bytes a part; 8 a row are in memory.
+    Each part repeats the last token of the previous part, so that each token of a document but the first is a target
+    once. The first token is a target only if it follows the end of another document in its row, as with ``Concat``. It
+    is not a target after a document that was cut, and the first token of a later part never is: the tokens before it do
+    not predict it. The plan is in memory-mapped temporary files (12 bytes per part) and in memory (8 bytes per row).
     """
 
     def __init__(self, offsets: np.ndarray, *, seq_len: int) -> None:
@@ -111,7 +112,7 @@ class BestFit:
         self.num_targets = self._count_targets()
 
     def pieces(self, rows_R: np.ndarray) -> Pieces:
-        """What the rows hold, the longest part first."""
+        """Return the parts in the rows, longest first within a row."""
         counts_R = self._firsts[rows_R + 1] - self._firsts[rows_R]
         chosen = _ranges(self._firsts[rows_R], counts_R)
         rows = np.repeat(np.arange(len(rows_R)), counts_R)
@@ -127,7 +128,7 @@ class BestFit:
         return Pieces(rows, documents, starts, stops, follows)
 
     def rows_of(self, document: int) -> np.ndarray:
-        """The rows that hold a part of the document, by a pass over the plan."""
+        """Return the rows that hold a part of the document; scans the whole plan."""
         start, stop = self._offsets[document], self._offsets[document + 1]
         found = np.flatnonzero((self._starts >= start) & (self._starts < stop))
         return np.unique(np.searchsorted(self._firsts, found, side="right") - 1)
@@ -144,8 +145,8 @@ class BestFit:
 
 
 def cut(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Starts int64 and lengths int32 of the parts of at most ``seq_len + 1`` tokens that documents are cut into."""
-    num_pairs = np.diff(offsets) - 1  # of a token and the one before it
+    """Cut documents into parts of at most ``seq_len + 1`` tokens; return their starts (int64) and lengths (int32)."""
+    num_pairs = np.diff(offsets) - 1  # pairs of a token and its predecessor
     counts = np.maximum(1, -(-num_pairs // seq_len))
     within = _ranges(np.zeros_like(counts), counts) * seq_len
     starts = np.repeat(offsets[:-1], counts) + within
@@ -154,11 +155,11 @@ def cut(offsets: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def best_fit(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
-    """Row of each piece, int64 [N], by best-fit decreasing (Johnson 1974), equal lengths in their order.
+    """Return the row of each piece, int64 [N], by best-fit decreasing (Johnson 1974); equal lengths keep their order.
 
-    A piece goes into the row with the least space that holds it, of several into the one filled last. Rows are kept
-    by their space, and a bit for each space that some row has: finding one takes a few operations on an integer of
-    ``capacity`` bits, whatever the number of rows.
+    A piece goes into the row with the least sufficient space; among equal rows, into the one filled last. Rows are
+    grouped by free space, and a bitmask of ``capacity`` bits marks the spaces in use: finding a row takes a few
+    integer operations, independent of the number of rows.
     """
     row_of_piece = np.empty(len(lengths), dtype=np.int64)
     rows_by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -182,7 +183,7 @@ def best_fit(lengths: np.ndarray, *, capacity: int) -> np.ndarray:
 
 
 def _windows(offsets: np.ndarray, seq_len: int) -> Iterator[tuple[int, int]]:
-    """First and last + 1 of consecutive documents that are packed together."""
+    """Yield (first, last + 1) of consecutive documents that are packed together."""
     first, end = 0, len(offsets) - 1
     while first < end:
         full = int(np.searchsorted(offsets, offsets[first] + WINDOW_ROWS * seq_len))
@@ -192,7 +193,7 @@ def _windows(offsets: np.ndarray, seq_len: int) -> Iterator[tuple[int, int]]:
 
 
 def _ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``first, first + 1, ...`` of each count, end to end."""
+    """Return the concatenation of ``range(first, first + count)`` for each first and count."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(firsts - (ends - counts), counts)
 
@@ -204,11 +205,11 @@ class _Spool:
         self._file, self._dtype = tempfile.TemporaryFile(), dtype  # noqa: SIM115 (the memory map outlives it)
 
     def append(self, values: np.ndarray) -> None:
-        """Add values at the end."""
+        """Append values."""
         self._file.write(values.astype(self._dtype, copy=False).tobytes())
 
     def array(self) -> np.ndarray:
-        """All that was added, memory-mapped."""
+        """Return all appended values, memory-mapped."""
         size = self._file.tell()
         self._file.flush()
         return np.asarray(np.memmap(self._file, self._dtype, mode="r")) if size else np.empty(0, self._dtype)

@@ -1,8 +1,8 @@
-"""What a pretraining run trains on: the shares of its streams, and the loader, from config and shards alone.
+"""The training data of a pretraining run: stream shares and the loader, derived from config and shards alone.
 
-Training and ``lilpipe.tokens.trace`` both start here, so that they cannot disagree. Phases with the same length of
-sequence and the same mixture are one data phase: their tokens are shared out together, and what earlier data phases
-took of a stream counts towards its limit of epochs.
+Training and ``lilpipe.tokens.trace`` both use this module, so they cannot disagree. Consecutive phases with the same
+``seq_len`` and mixture form one data phase: their tokens are distributed together. Tokens that earlier data phases
+took from a stream count towards its limit on epochs.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ from lilpipe.tokens.shards import CORPUS, EXERCISES, TokenShards
 
 @dataclass(frozen=True)
 class PlannedDataPhase:
-    """Consecutive phases that differ neither in length of sequence nor in mixture, and what they are to read."""
+    """Consecutive phases with the same ``seq_len`` and mixture, and the streams that they read."""
 
     phases: tuple[Phase, ...]
     parts: Mapping[str, MixtureComponent]
-    """What each stream of the corpus is asked for and gives; shares are of the corpus's part of the tokens."""
+    """Requested and actual share of each corpus stream; shares of the corpus's part of the tokens."""
     shares: Mapping[str, float]
-    """Share of the training tokens of each stream that gives any, the exercises among them."""
+    """Share of the training tokens of each stream with a share above 0, including the exercises."""
 
     @property
     def exercise_ratio(self) -> float:
-        """Share of the tokens from exercises."""
+        """Share of the training tokens from exercises."""
         return self.phases[0].exercise_ratio
 
     @property
     def seq_len(self) -> int:
-        """Inputs of a row."""
+        """Input tokens per row."""
         return self.phases[0].seq_len
 
     @property
     def steps(self) -> tuple[Steps, ...]:
-        """Where each phase begins and ends, and its batch size."""
+        """First step, end and batch size of each phase."""
         return tuple(Steps(phase.first, phase.stop, phase.batch_size) for phase in self.phases)
 
 
 def open_loader(config: PretrainConfig, shards: TokenShards) -> PretrainLoader:
-    """The loader of a run. Raises ``ConfigError`` for shares of what is not there, ``DataError`` for too few tokens."""
+    """Return the loader. Raises ``ConfigError`` for shares of unknown streams, ``DataError`` for too few tokens."""
     assert config.seed is not None
     plans = [DataPhasePlan(each.steps, each.seq_len, each.shares) for each in plan_data_phases(config, shards)]
     return PretrainLoader(shards, plans, seed=config.seed, packing=config.packing, stride=config.stride)
 
 
 def plan_data_phases(config: PretrainConfig, shards: TokenShards) -> list[PlannedDataPhase]:
-    """The data phases of a run, in order.
+    """Return the data phases of a run, in order.
 
-    A row counts as full of tokens, so with padding (``best_fit``) epochs come out a little below what stands here.
-    Raises ``ConfigError`` for shares of what is not there.
+    Rows are assumed to be full, so with padding (``best_fit``) the actual epochs are slightly below the planned ones.
+    Raises ``ConfigError`` for shares of unknown streams.
     """
     used: Counter[str] = Counter()
     planned = []
@@ -83,7 +83,7 @@ def _corpus_mixture(
 
 
 def usable_tokens(shards: TokenShards, *, seq_len: int) -> dict[str, int]:
-    """Training tokens of each stream of the corpus; 0 where they do not fill a row."""
+    """Return the training tokens of each corpus stream; 0 if they do not fill a row."""
     counts = {name: shards.stream(name, "train").num_tokens for name in shards.corpus_streams}
     return {name: count if count > seq_len else 0 for name, count in counts.items()}
 
@@ -95,7 +95,7 @@ def _stream_shares(phase: Phase, parts: Mapping[str, MixtureComponent], shards: 
         if wanted[part] and not there[part]:
             _refuse(part, phase, shards)
     reached: Mapping[str, float] = {name: part.reached for name, part in parts.items()}
-    if wanted[CORPUS] and not any(reached.values()):  # none fills a row: the loader says of the first what it lacks
+    if wanted[CORPUS] and not any(reached.values()):  # none fills a row: the loader raises DataError for the first
         asked = [name for name, part in parts.items() if part.asked > 0] or shards.corpus_streams
         reached = {asked[0]: 1.0}
     shares = {name: share * (1 - phase.exercise_ratio) for name, share in reached.items()}
@@ -104,10 +104,10 @@ def _stream_shares(phase: Phase, parts: Mapping[str, MixtureComponent], shards: 
 
 def _refuse(part: str, phase: Phase, shards: TokenShards) -> None:
     remedy = {
-        CORPUS: "set it below 1 only where the tokens hold a corpus",
-        EXERCISES: "set it to 0, or give the step `tokens` an input `prompts`",
+        CORPUS: "set it below 1 only if the tokens contain a corpus",
+        EXERCISES: "set it to 0, or add an input `prompts` to the step `tokens`",
     }[part]
     raise ConfigError(
         f"pretrain.{phase.setting('exercise_ratio')}: got {phase.exercise_ratio}, which takes rows from {part!r}, but "
-        f"the tokens hold {', '.join(shards.streams) or 'nothing'} alone; {remedy}"
+        f"the tokens contain only {', '.join(shards.streams) or 'nothing'}; {remedy}"
     )

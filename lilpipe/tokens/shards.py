@@ -1,15 +1,15 @@
 """Token shards: documents as token ids in memory-mapped Arrow IPC files.
 
-A ``TokenShards`` artifact holds streams (``corpus``, or one for each of its sources, languages, ...; ``exercises``),
-each in two splits (``train``, ``validation``), cut into shards ``shards/<stream>/<split>/NNNNN.arrow``; and the
-tokenizer that made them in ``tokenizer/``. A shard is one record batch with one row per document: ``id``,
-``source`` (as the corpus names it), ``num_bytes`` of its text, and ``tokens``, uint16 where the vocabulary allows
-it and uint32 otherwise. Each document ends with ``<|end_of_document|>``, so that the values of the ``tokens``
-column lie in the file as one sequence that training reads without a copy.
+A ``TokenShards`` artifact contains streams (``corpus``, or one per source, language, ...; and ``exercises``), each in
+two splits (``train``, ``validation``), as shards ``shards/<stream>/<split>/NNNNN.arrow``. ``tokenizer/`` contains the
+tokenizer that encoded them. A shard is one record batch with one row per document: ``id``, ``source`` (from the
+corpus), ``num_bytes`` of its text, and ``tokens``, uint16 if the vocabulary allows it, else uint32. Each document
+ends with ``<|end_of_document|>``, so training reads the values of the ``tokens`` column as one contiguous sequence,
+without a copy.
 
-Beside a stream's shards lie ``offsets.npy``, which says where each document begins, and ``ids.npy``, in which
-documents are found by id (``lilpipe.tokens.index``). With them, and the counts in ``index.json``, an artifact of any
-number of shards opens without reading one; a shard is mapped when something of it is asked for.
+Each stream's folder also contains ``offsets.npy``, the start of each document, and ``ids.npy``, an index by document
+id (``lilpipe.tokens.index``). With these and the counts in ``index.json``, opening an artifact reads no shard; a
+shard is memory-mapped on first access.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
 CORPUS, EXERCISES = "corpus", "exercises"
-"""Streams: the corpus where it is not cut into several, and the exercises of the `prompts` stage."""
+"""Names of streams: the corpus if ``streams_by`` is ``none``, and the exercises of stage ``prompts``."""
 
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -44,7 +44,7 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class Document:
-    """A row of a shard; ``tokens`` ends with ``<|end_of_document|>``, which ``num_bytes`` does not count."""
+    """A row of a shard. ``tokens`` ends with ``<|end_of_document|>``, which ``num_bytes`` does not count."""
 
     id: str
     source: str
@@ -69,34 +69,34 @@ class Shard:
 
 
 class TokenStream:
-    """The documents of one stream and split, end to end, as one sequence of tokens."""
+    """The concatenated documents of one stream and split, as one sequence of tokens."""
 
     def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
         self.folder = folder
         self.num_bytes: int = entry["num_bytes"]
         self._names: list[str] = [shard["name"] for shard in entry["shards"]]
-        # Where each shard begins, and the end; as lists, in which one value is found faster than in arrays.
+        # Start of each shard, and the end. Lists, because single lookups in lists are faster than in arrays.
         self._documents = list(accumulate((shard["num_documents"] for shard in entry["shards"]), initial=0))
         self._tokens = list(accumulate((shard["num_tokens"] for shard in entry["shards"]), initial=0))
         self._shards: list[Shard | None] = [None] * len(self._names)
 
     @property
     def num_documents(self) -> int:
-        """Documents of all shards."""
+        """Number of documents in all shards."""
         return self._documents[-1]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents, their ends included."""
+        """Number of tokens of all documents, including ``<|end_of_document|>``."""
         return self._tokens[-1]
 
     @property
     def num_shards(self) -> int:
-        """Files."""
+        """Number of shards."""
         return len(self._names)
 
     def shard(self, index: int) -> Shard:
-        """One shard, which is mapped at the first call."""
+        """Return one shard; it is memory-mapped on the first call."""
         shard = self._shards[index]
         if shard is None:
             shard = self._shards[index] = Shard(self.folder / self._names[index])
@@ -104,7 +104,7 @@ class TokenStream:
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
-        """First token of each document in the stream, and the end, int64 [documents + 1], memory-mapped."""
+        """First token of each document in the stream, and the end; int64 [documents + 1], memory-mapped."""
         return read_index_array(self.folder / "offsets.npy", (self.num_documents + 1,))
 
     @functools.cached_property
@@ -114,11 +114,11 @@ class TokenStream:
     # --- tokens ---------------------------------------------------------------------------------------------------
 
     def num_windows(self, seq_len: int) -> int:
-        """Windows of ``seq_len + 1`` tokens at a stride of ``seq_len``; the rest at the end is not used."""
+        """Return the number of windows of ``seq_len + 1`` tokens at stride ``seq_len``; the remainder is not used."""
         return max(0, (self.num_tokens - 1) // seq_len)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start`` to ``stop``, [stop - start]: a view into the file, or a copy where it spans shards."""
+        """Return tokens ``start`` to ``stop - 1``: a view into the file, or a copy if they span shards."""
         assert 0 <= start < stop <= self.num_tokens, f"[{start}, {stop}) of {self.num_tokens} tokens"
         index = bisect_right(self._tokens, start) - 1
         begin, end = self._tokens[index], self._tokens[index + 1]
@@ -128,7 +128,7 @@ class TokenStream:
     # --- documents ------------------------------------------------------------------------------------------------
 
     def document(self, number: int) -> Document:
-        """A document by its number in the stream; its tokens are a view into the file."""
+        """Return a document by its number in the stream; its tokens are a view into the file."""
         assert 0 <= number < self.num_documents, f"document {number} of {self.num_documents}"
         index = bisect_right(self._documents, number) - 1
         shard, row = self.shard(index), number - self._documents[index]
@@ -140,7 +140,7 @@ class TokenStream:
         )
 
     def find(self, document_id: str) -> list[int]:
-        """Numbers of the documents with that id, ascending; none where it is not in the stream."""
+        """Return the numbers of the documents with the id, ascending; empty if there are none."""
         found = find_id(self._ids, self._documents, document_id)
         return [number for number in found if self.document(number).id == document_id]
 
@@ -157,7 +157,7 @@ class TokenShards:
 
     @classmethod
     def open(cls, directory: Path) -> TokenShards:
-        """Open an artifact's directory. Raises ``ArtifactError`` if it holds no shards that can be read."""
+        """Open an artifact's directory. Raises ``ArtifactError`` if its index cannot be read."""
         path = directory / INDEX_FILE
         try:
             return cls(directory, json.loads(path.read_text(encoding="utf-8")))
@@ -166,30 +166,30 @@ class TokenShards:
 
     @property
     def corpus_streams(self) -> tuple[str, ...]:
-        """The streams that the corpus is cut into."""
+        """Streams of the corpus: all but the exercises."""
         return tuple(name for name in self.streams if name != EXERCISES)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the shards. Raises ``ArtifactError`` if the one beside them is another."""
+        """The tokenizer that encoded the shards. Raises ``ArtifactError`` if its digest is not that of the index."""
         tokenizer = Tokenizer.load(self.directory / TOKENIZER_FOLDER)
         if tokenizer.digest != self.tokenizer_digest:
             raise ArtifactError(
                 f"{self.directory / TOKENIZER_FOLDER}: got tokenizer {tokenizer.digest[:12]}, expected "
-                f"{self.tokenizer_digest[:12]}, which made the shards; run stage `tokens` again"
+                f"{self.tokenizer_digest[:12]}, which encoded the shards; run stage `tokens` again"
             )
         return tokenizer
 
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text that each token stands for, int64 [vocab_size]; 0 for special tokens."""
+        """Text bytes of each token, int64 [vocab_size]; 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, rank in self.tokenizer.ranks.items():
             lengths[rank] = len(token)
         return lengths
 
     def stream(self, name: str, split: Split) -> TokenStream:
-        """The tokens of one stream and split."""
+        """Return the tokens of one stream and split."""
         return TokenStream(self.directory / shard_folder(name, split), self._entries[name][split])
 
 
@@ -197,17 +197,17 @@ class TokenShards:
 
 
 def token_type(vocab_size: int) -> pa.DataType:
-    """The smallest of uint16 and uint32 that holds every id."""
+    """Return the smaller of uint16 and uint32 that holds all token ids."""
     return pa.uint16() if vocab_size <= 2**16 else pa.uint32()
 
 
 def shard_folder(stream: str, split: Split) -> str:
-    """Where a stream's shards lie in the artifact."""
+    """Return the path of a stream's shards in the artifact."""
     return f"shards/{stream}/{split}"
 
 
 def write_shard(path: Path, documents: Sequence[Document], *, vocab_size: int, next_document: int) -> None:
-    """Write one shard atomically. ``next_document``, kept in its schema, says where in the source the next begins."""
+    """Write one shard atomically. Its schema stores ``next_document``: where in the source the next shard starts."""
     offsets = np.cumsum([0, *(len(document.tokens) for document in documents)])
     values = pa.array(np.concatenate([document.tokens for document in documents]), type=token_type(vocab_size))
     columns = {
@@ -221,7 +221,7 @@ def write_shard(path: Path, documents: Sequence[Document], *, vocab_size: int, n
 
 
 def finished_shards(folder: Path) -> tuple[int, int]:
-    """How many shards of a stream are written, and the first document of its source that is in none of them."""
+    """Return the number of finished shards of a stream, and the first source document after them."""
     files = sorted(folder.glob("*.arrow"))
     if not files:
         return 0, 0
@@ -230,7 +230,7 @@ def finished_shards(folder: Path) -> tuple[int, int]:
 
 
 def write_index(directory: Path, tokenizer: Tokenizer, streams: Sequence[str]) -> None:
-    """Count the shards of each stream, write its ``offsets.npy`` and ``ids.npy``, and then ``index.json``."""
+    """Write ``offsets.npy`` and ``ids.npy`` of each stream, and then ``index.json`` with the counts."""
     index = {
         "vocab_size": tokenizer.vocab_size,
         "token_type": str(token_type(tokenizer.vocab_size)),

@@ -1,4 +1,4 @@
-"""The report of the tokens stage: how many tokens there are, of what, and how long the documents are."""
+"""Report of stage ``tokens``: tokens by stream and source, and lengths of documents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lilpipe.tokens.shards import SPLITS, TokenShards, TokenStream
 
 
 def write_report(shards: TokenShards, path: Path) -> None:
-    """Write the page that people read."""
+    """Write the report as an HTML page."""
     streams = {(name, split): shards.stream(name, split) for name in shards.streams for split in SPLITS}
     total = sum(stream.num_tokens for stream in streams.values())
     rows: list[dict[str, page.Cell]] = [
@@ -25,7 +25,7 @@ def write_report(shards: TokenShards, path: Path) -> None:
             "% of tokens": 100 * stream.num_tokens / total,
             "bytes": stream.num_bytes,
             "bytes per token": stream.num_bytes / stream.num_tokens,
-            "median tokens of a document": float(np.median(np.diff(stream.offsets))),
+            "median tokens per document": float(np.median(np.diff(stream.offsets))),
             "shards": stream.num_shards,
         }
         for (name, split), stream in streams.items()
@@ -38,9 +38,9 @@ def write_report(shards: TokenShards, path: Path) -> None:
         "Tokens",
         {
             "Streams": page.table(rows),
-            "Tokens by origin": page.bar_table(dict(origins.most_common()), total=total),
+            "Tokens by source": page.bar_table(dict(origins.most_common()), total=total),
             "Lengths of documents": [
-                page.note("Documents of the training split by tokens."),
+                page.note("Number of documents of the training split by length in tokens."),
                 _length_chart(shards),
             ],
         },
@@ -51,7 +51,7 @@ def write_report(shards: TokenShards, path: Path) -> None:
 
 
 def _tokens_by_source(stream: TokenStream) -> Counter[str]:
-    """Tokens by the source that the corpus names."""
+    """Return the number of tokens of each source named in the corpus."""
     counts: Counter[str] = Counter()
     for index in range(stream.num_shards):
         shard = stream.shard(index)

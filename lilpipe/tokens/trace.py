@@ -1,7 +1,7 @@
-"""Which documents a step of a pretraining run saw, and which steps saw a document.
+"""Finds the documents that a pretraining step read, and the steps that read a document.
 
-Nothing is logged for it: the order of rows is a function that can be inverted (``lilpipe.tokens.order``), and
-documents are found by id in the stream's index. A question costs milliseconds whatever the length of the run.
+This needs no log: the order of rows is an invertible function (``lilpipe.tokens.order``), and the stream's index
+finds documents by id. A query takes milliseconds, independent of the length of the run.
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from lilpipe.tokens.shards import SPLITS, Split, TokenShards
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens ``first`` to ``stop`` of a document, counted within it, in a row of a run; the last is a target alone."""
+    """Tokens ``first`` to ``stop - 1`` of a document in a row of a run; the row's last token is only a target."""
 
     document_id: str
     source: str
     stream: str
     number: int
-    """Of the document in the stream's training split."""
+    """Number of the document in the stream's training split."""
     first: int
+    """Counted from the start of the document."""
     stop: int
     num_tokens: int
-    """Of the document, its end included."""
+    """Tokens of the document, including ``<|end_of_document|>``."""
 
 
 @dataclass(frozen=True)
 class TracedRow:
-    """What one row of a step held, in order."""
+    """The documents of one row of a step, in order."""
 
     step: int
     row: int
     stream: str
     epoch: int
-    """Passes over the stream before this one, in rows of this length."""
+    """Number of earlier epochs over the stream, in rows of this length."""
     spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
 class Sighting:
-    """Tokens ``first`` to ``stop`` of a document, as a row held them."""
+    """Tokens ``first`` to ``stop - 1`` of a document in a row of a step."""
 
     step: int
     row: int
@@ -59,7 +60,7 @@ class Sighting:
 
 @dataclass(frozen=True)
 class TracedDocument:
-    """Where a document is, and what a run saw of it."""
+    """A document and the steps that read it."""
 
     document_id: str
     source: str
@@ -68,11 +69,11 @@ class TracedDocument:
     number: int
     num_tokens: int
     sightings: tuple[Sighting, ...]
-    """By step and row; none where the document is held out for validation or the run did not get to it."""
+    """In order of step and row; empty if the document is in the validation split or the run did not read it."""
 
 
 def trace_row(shards: TokenShards, config: PretrainConfig, *, step: int, row: int) -> TracedRow:
-    """The documents of one row; steps and rows count from 0. Raises ``ConfigError`` for a place that the run lacks."""
+    """Return the documents of one row; steps and rows count from 0. Raises ``ConfigError`` if out of range."""
     _check_place("step", step, config.num_steps, of="the run")
     _check_place("row", row, config.phase_of(step).batch_size, of="the step")
     loader = open_loader(config, shards)
@@ -83,7 +84,7 @@ def trace_row(shards: TokenShards, config: PretrainConfig, *, step: int, row: in
 
 
 def documents_of(loader: PretrainLoader, step: int) -> list[str]:
-    """Ids of the documents in the batch of a step, over all workers, in the order in which they lie there."""
+    """Return the ids of the documents in the batch of a step, over all workers, in order of first occurrence."""
     return list(dict.fromkeys(span.document_id for span in _spans(loader, step, loader.rows(step))))
 
 
@@ -111,7 +112,7 @@ def _spans(loader: PretrainLoader, step: int, rows: Rows) -> Iterator[Span]:
 
 
 def trace_document(shards: TokenShards, config: PretrainConfig, document_id: str) -> list[TracedDocument]:
-    """Every document of that id, with the steps that saw it. Raises ``DataError`` where no stream holds it."""
+    """Return every document with the id and the steps that read it. Raises ``DataError`` if no stream contains it."""
     places: list[tuple[str, Split, int]] = [
         (stream, split, number)
         for stream in shards.streams
@@ -120,8 +121,8 @@ def trace_document(shards: TokenShards, config: PretrainConfig, document_id: str
     ]
     if not places:
         raise DataError(
-            f"document {document_id!r}: in none of the streams {', '.join(shards.streams)}; check the id, or ask the "
-            "corpus why it rejected the document"
+            f"document {document_id!r}: in none of the streams {', '.join(shards.streams)}; check the id, or look it "
+            "up in the corpus: it may have been rejected"
         )
     loader = open_loader(config, shards)
     found = []

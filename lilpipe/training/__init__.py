@@ -1,1 +1,1 @@
-"""Training: one loop, shared by pretraining, fine-tuning, preference and policy optimisation."""
+"""Training: one loop, shared by pretraining, fine-tuning, preference and policy optimization."""

@@ -1,7 +1,7 @@
-"""Memory for time: what the backward pass needs of a block is computed again instead of kept (Chen et al. 2016).
+"""Activation checkpointing: the backward pass recomputes activations instead of storing them (Chen et al. 2016).
 
-``full`` keeps the inputs of blocks alone. ``selective`` keeps what is dear to compute, the results of matrix products
-and of attention, and computes the rest again (Korthikanti et al. 2022).
+``full`` stores only the inputs of blocks. ``selective`` stores what is expensive to recompute, the results of matrix
+products and of attention, and recomputes the rest (Korthikanti et al. 2022).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ DEAR = frozenset(
         _aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""Operations whose results ``selective`` keeps."""
+"""Operations whose results ``selective`` stores."""
 
 
 def apply(model: Transformer, mode: Mode) -> None:
-    """Have the blocks of ``model`` compute again in the backward pass, in place; names of parameters stay.
+    """Apply activation checkpointing to the blocks of ``model``, in place; names of parameters stay.
 
-    Losses and gradients are the same bits: dropout is drawn by the numbers of tokens and layers, not by a state.
+    Losses and gradients are bitwise the same: dropout is a function of token and layer, not of a random state.
     """
     if mode == "none":
         return

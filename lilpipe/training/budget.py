@@ -1,7 +1,7 @@
-"""What pretraining will take, before anything runs: parameters, tokens, operations, time, money and memory.
+"""Estimate of a pretraining run before it starts: parameters, tokens, FLOPs, time, cost and memory.
 
-Time is operations over what the devices reach: model FLOPs (``lilpipe.model.flops``) / (devices x peak x MFU), with
-the MFU that `pretrain.budget` expects. Validation, checkpoints and restarts come on top.
+Time is model FLOPs (``lilpipe.model.flops``) / (devices x peak x MFU), with the MFU of `pretrain.budget`. Validation,
+checkpoints and restarts are extra.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lilpipe.training.memory import STANDING, Term, peak_memory, total
 
 GIBI = 2**30
 SPARE_MEMORY = 0.05
-"""Share of a device's memory that the context, the collectives and the allocator's gaps take."""
+"""Share of a device's memory for the context, the collectives and allocator fragmentation."""
 _UNITS = {
     "num_parameters": ("parameters", 1),
     "tokens": ("tokens", 1),
@@ -33,31 +33,31 @@ _UNITS = {
     "cost": ("cost", 1),
     "peak_memory_bytes": ("peak memory per worker, MiB", 2**20),
 }
-"""What can be set beside the plan: its name and unit in a report."""
+"""Quantities that can be compared with the plan: label and unit in a report."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The plan of one pretraining run; see ``budget``."""
+    """Estimate of one pretraining run; see ``budget``."""
 
     num_parameters: int
     num_active_parameters: int
     num_steps: int
     tokens: int
     flops: float
-    """Model FLOPs of the whole run, recomputation left out."""
+    """Model FLOPs of the whole run, without recomputation."""
     executed_flops: float
-    """With what activation checkpointing computes again."""
+    """FLOPs with the recomputation of activation checkpointing."""
     device: Device
     peak: float
-    """Operations per second of one device in the run's arithmetic."""
+    """FLOP/s of one device in the run's arithmetic."""
     num_devices: int
     mfu: float
     price_per_hour: float
     memory: tuple[Term, ...]
-    """Of the fullest worker; the terms add up."""
+    """Memory of the worker that needs most; the terms sum to it."""
     remedies: tuple[str, ...]
-    """What could be changed to take less memory."""
+    """Settings that would reduce memory."""
 
     @property
     def seconds(self) -> float:
@@ -76,31 +76,31 @@ class Budget:
 
     @property
     def peak_memory_bytes(self) -> float:
-        """Of the fullest worker."""
+        """Peak memory of the worker that needs most."""
         return total(self.memory)
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the plan impossible."""
+        """Reasons why the run cannot work."""
         free = self.device.memory_bytes * (1 - SPARE_MEMORY)
         if self.peak_memory_bytes <= free:
             return []
         return [
-            f"peak memory {_gib(self.peak_memory_bytes)} is more than the {_gib(free)} that {self.device.name} has for "
-            f"one worker ({_gib(self.device.memory_bytes)} less {SPARE_MEMORY:.0%}): {'; or '.join(self.remedies)}"
+            f"peak memory {_gib(self.peak_memory_bytes)} exceeds the {_gib(free)} that {self.device.name} has for "
+            f"one worker ({_gib(self.device.memory_bytes)} minus {SPARE_MEMORY:.0%}): {'; or '.join(self.remedies)}"
         ]
 
     def lines(self) -> list[tuple[str, str, str]]:
-        """Each quantity: its name, its value, and the arithmetic behind it."""
+        """Return name, value and calculation of each quantity."""
         active = self.num_active_parameters
         per_token = self.flops / self.tokens
         again = self.executed_flops / self.flops - 1
         rate = f"{self.num_devices} x {self.device.name} x {self.peak:.3g} FLOP/s x MFU {self.mfu:.2g}"
-        recomputed = f"; {again:.0%} more computed again" if again else ""
+        recomputed = f"; {again:.0%} more with recomputation" if again else ""
         return [
-            ("parameters", f"{self.num_parameters:,}", f"{active:,} of them for one token"),
-            ("tokens", f"{self.tokens:,}", f"{self.tokens / active:.3g} a parameter"),
-            ("steps", f"{self.num_steps:,}", f"{self.tokens / self.num_steps:,.0f} tokens a step"),
+            ("parameters", f"{self.num_parameters:,}", f"{active:,} active per token"),
+            ("tokens", f"{self.tokens:,}", f"{self.tokens / active:.3g} per parameter"),
+            ("steps", f"{self.num_steps:,}", f"{self.tokens / self.num_steps:,.0f} tokens per step"),
             ("FLOPs", f"{self.flops:.3g}", f"{per_token:.3g} x {self.tokens:,} tokens{recomputed}"),
             ("time", _duration(self.seconds), f"{self.flops:.3g} / ({rate})"),
             ("tokens/s", f"{self.tokens_per_second:,.0f}", self.device.source),
@@ -115,10 +115,10 @@ class Budget:
 
 
 def budget(config: PretrainConfig, vocab_size: int) -> Budget:
-    """The plan of a run. Raises ``ConfigError`` for a device that is not known or lacks the precision."""
+    """Return the estimate of a run. Raises ``ConfigError`` for a device that is unknown or lacks the precision."""
     settings, model = config.budget, config.model
     if not settings.mfu:
-        raise ConfigError("pretrain.budget.mfu: got 0, which never ends; expected a share above 0, such as 0.4")
+        raise ConfigError("pretrain.budget.mfu: got 0, expected a ratio above 0, such as 0.4")
     processes = -(-config.num_workers // config.launch.num_nodes)
     named = get_device(settings.device) if settings.device else None
     device = named or device_at_hand(num_threads=config.threads_per_worker, num_processes=processes)
@@ -145,7 +145,7 @@ def _tokens(phase: Phase) -> int:
 
 
 def _flops(config: PretrainConfig, vocab_size: int, recomputed: Recomputed) -> float:
-    """Operations of the whole run, each phase at its length of a sequence."""
+    """Return the FLOPs of the whole run, each phase at its sequence length."""
     return float(
         sum(
             _tokens(phase)
@@ -156,25 +156,27 @@ def _flops(config: PretrainConfig, vocab_size: int, recomputed: Recomputed) -> f
 
 
 def _remedies(config: PretrainConfig, memory: tuple[Term, ...]) -> list[str]:
-    """What would help, the most first: each setting by the size of the terms that it divides."""
+    """Return settings that reduce memory, ordered by the size of the terms that they divide."""
     sizes = {term.name: term.bytes for term in memory}
     rows = max(p.batch_size // (config.layout.data * p.accumulation_steps) for p in config.resolved_phases)
     standing = math.fsum(sizes[name] for name in STANDING)
-    options = {f"raise parallel.shard from {config.layout.shard}, with more workers": standing}
+    options = {f"increase parallel.shard from {config.layout.shard}, with more workers": standing}
     activations = sizes.get("activations", 0.0)
     if config.activation_checkpointing != "full":
         options["set activation_checkpointing to 'selective' or 'full'"] = activations
     if rows > 1:
-        options[f"raise accumulation_steps: a micro-batch has {rows} rows"] = activations
+        options[f"increase accumulation_steps: a micro-batch has {rows} rows"] = activations
     else:
-        options["raise parallel.context or parallel.tensor: a micro-batch is one row already"] = activations
+        options["increase parallel.context or parallel.tensor: a micro-batch is already one row"] = activations
     if "gathered gradients" in sizes:
-        options["lower accumulation_steps to 1, as FSDP keeps gradients whole in between"] = sizes["gathered gradients"]
+        options["reduce accumulation_steps to 1: in between, FSDP keeps unsharded gradients"] = sizes[
+            "gathered gradients"
+        ]
     return sorted(options, key=lambda option: -options[option])
 
 
 def budget_table(plan: Budget, *, title: str) -> Table:
-    """The plan for a terminal."""
+    """Return the estimate as a table for a terminal."""
     table = Table(title=title, title_justify="left")
     for header, justify in (("", "left"), ("planned", "right"), ("arithmetic", "left")):
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
@@ -185,8 +187,10 @@ def budget_table(plan: Budget, *, title: str) -> Table:
 
 
 def planned_beside_actual(plan: Budget, actual: Mapping[str, float]) -> list[dict[str, Cell]]:
-    """Rows for a report's table. ``actual`` maps what was measured to its value: any of num_parameters, tokens,
-    tokens_per_second, seconds, mfu, cost and peak_memory_bytes.
+    """Return rows of a report's table of estimated and measured values.
+
+    ``actual`` maps any of num_parameters, tokens, tokens_per_second, seconds, mfu, cost and peak_memory_bytes to its
+    measured value.
     """
     rows: list[dict[str, Cell]] = []
     for name, (label, unit) in _UNITS.items():
@@ -198,12 +202,12 @@ def planned_beside_actual(plan: Budget, actual: Mapping[str, float]) -> list[dic
 
 
 def _gib(count: float) -> str:
-    """Bytes for people."""
+    """Format bytes."""
     return f"{count / GIBI:,.2f} GiB" if count >= GIBI / 10 else f"{count / 2**20:,.2f} MiB"
 
 
 def _duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Format seconds."""
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"

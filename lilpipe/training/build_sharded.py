@@ -1,8 +1,8 @@
-"""Building a model that is cut over processes, none of which ever holds the whole of it.
+"""Construction of a model that is sharded over processes; none of them ever holds the whole model.
 
-The order matters: the stages of this process without memory (on the meta device), then adapters and what is frozen,
-tensor parallelism, context parallelism, activation checkpointing, compilation, sharding, and only then memory and
-weights. A weight's value is a function of the seed and of its name, so every layout starts from the same model.
+The order matters: build this process's stages on the meta device, then add adapters and freeze parameters, apply tensor
+parallelism, context parallelism, activation checkpointing, compilation and FSDP, and only then allocate memory and
+initialize weights. An initial value depends on the seed and the name, so every layout starts from the same model.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ def parallelize(
     head: int | None = None,
     prepare: Callable[[Transformer], None] | None = None,
 ) -> ParallelModel:
-    """A model with fresh weights, cut over ``mesh``.
+    """Return a model with initial weights, sharded over ``mesh``.
 
     Args:
-        section: ParallelDims, precision and seed.
-        model: Its shape.
-        vocab_size: Words of the embedding.
-        batches: The micro-batches of a step for this process's data rank.
-        loss: Their loss.
-        mesh: The processes; all of them in the layout of ``section`` if none is given.
-        intra_document_masking: Whether attention stays inside the documents of a row.
-        compiled: Whether blocks are compiled.
+        section: Parallel layout, precision and seed.
+        model: Config of the model.
+        vocab_size: Vocabulary size.
+        batches: Returns the micro-batches of a step for this process's data rank.
+        loss: Returns the loss of a micro-batch.
+        mesh: The processes; by default all of them in the layout of ``section``.
+        intra_document_masking: Whether attention stays within the documents of a row.
+        compiled: Whether to compile the blocks.
         dtype: Of the weights.
-        head: Outputs of a head in place of the output layer; none keeps that.
-        prepare: Changes each stage while it is whole and on the meta device.
+        head: Outputs of a head that replaces the output layer; None keeps the output layer.
+        prepare: Modifies each stage while it is whole and on the meta device.
 
     Raises:
-        ConfigError: The vocabulary cannot be divided.
+        ConfigError: The vocabulary size is not divisible by the layout.
     """
     assert section.seed is not None
     try:
@@ -100,13 +100,13 @@ def _stage(model: ModelConfig, vocab_size: int, head: int | None, part: ModelPar
 
 
 def _parts(section: ParallelSection, num_layers: int, mesh: Mesh) -> Sequence[ModelPart]:
-    """What the stages of this process hold: every ``pipeline``-th of all."""
+    """Return the parts of this process's stages: every ``pipeline``-th of all."""
     pipeline, per_worker = section.layout.pipeline, section.parallel.stages_per_worker
     return split_model(num_layers, pipeline * per_worker)[mesh.coordinate.pipeline :: pipeline]
 
 
 def _cut(stage: Transformer, section: ParallelSection, mesh: Mesh) -> None:
-    """Divide matrices and sequences, and mark what is computed again."""
+    """Apply tensor and context parallelism and activation checkpointing."""
     if mesh.layout.tensor > 1:
         divide_matrices(stage, mesh.tensor)
     if mesh.layout.context > 1:
@@ -116,21 +116,21 @@ def _cut(stage: Transformer, section: ParallelSection, mesh: Mesh) -> None:
 
 
 def _shard(stage: Transformer, mesh: Mesh, compute_dtype: torch.dtype, *, reduce_dtype: torch.dtype) -> None:
-    """Shard parameters over the mesh, each block by itself; gradients are summed, not averaged."""
+    """Apply FSDP to each block and to the stage; gradients are summed, not averaged."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=reduce_dtype)
-    # In a pipeline a stage is used by one micro-batch after the other, so what is gathered stays.
+    # In a pipeline all micro-batches use a stage in turn, so gathered weights are kept.
     reshard = mesh.layout.pipeline == 1
     for module in [*stage.model.layers.values(), stage]:
         fully_shard(module, mesh=mesh.sharding, mp_policy=policy, reshard_after_forward=reshard)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other sum with a factor
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports no other scaled reduction
 
 
 @torch.no_grad()
 def _fill(stage: Transformer, seed: int) -> None:
-    """Give a stage memory for what this process holds, and fill it one tensor at a time."""
+    """Allocate memory for this process's shards, and initialize one tensor at a time."""
     stage.to_empty(device=distributed.device())
     stage.model.set_rope(stage.config.rope_theta)
     saved = stage.state_dict().keys()
@@ -140,7 +140,7 @@ def _fill(stage: Transformer, seed: int) -> None:
 
 
 def _assign(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be a part of it."""
+    """Copy a whole tensor into a tensor or into a shard of it."""
     if isinstance(tensor, DTensor):
         value = value.to(tensor.device)
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)

@@ -1,17 +1,16 @@
 """One checkpoint on disk: a directory of safetensors and JSON, never pickle.
 
     step-00000200/
-        index.json                   step, identity of the run; of each tensor its dtype, global shape and chunks; of
-                                     each file its size and SHA-256; and the SHA-256 of all this
-        record.json                  what the run remembers beside tensors
-        model-00000.safetensors      what rank 0 holds of the model, each chunk under the name of its tensor
-        optimizer-00000.safetensors  and of the optimizer's state; so that this can be dropped without the model
+        index.json                   step, identity of the run; dtype, global shape and chunks of each tensor; size and
+                                     SHA-256 of each file; and the SHA-256 of all this
+        record.json                  training state other than tensors
+        model-00000.safetensors      rank 0's chunks of the model, each under the name of its tensor
+        optimizer-00000.safetensors  rank 0's chunks of the optimizer state; separate, so that it can be deleted
 
-What each rank writes and reads is planned by torch.distributed.checkpoint (DCP): its save planner shares replicated
-tensors out among the ranks, its load planner finds which parts of which chunks make up a tensor of another layout.
-DCP's own writers do not serve. The default one pickles its metadata and saves tensors by torch.save. The one for
-Hugging Face files keeps no index and no checksum, neither flushes nor commits, and cannot tell an absent file from
-one that never was.
+torch.distributed.checkpoint (DCP) plans what each rank writes and reads: its save planner divides replicated tensors
+among the ranks, its load planner finds the chunks of a tensor of another layout. DCP's own writers are not used. The
+default one pickles its metadata and saves tensors by torch.save. The one for Hugging Face files has no index and no
+checksums, neither flushes nor commits, and cannot detect a missing file.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ from lilpipe.digests import digest_file
 INDEX = "index.json"
 RECORD = "record.json"
 DAMAGED = "damaged"
-"""Beside the checkpoints: those that failed verification."""
+"""Subdirectory for checkpoints that failed verification."""
 OPTIMIZER = "optimizer"
-"""First part of the names of tensors that only going on with training needs."""
+"""First part of the names of tensors that only resuming needs."""
 
 
 class Chunk(NamedTuple):
@@ -61,7 +60,7 @@ class Chunk(NamedTuple):
 
 
 class TensorEntry(BaseModel):
-    """A tensor as a whole and the chunks that it was cut into."""
+    """Dtype and global shape of a tensor, and its chunks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -76,7 +75,7 @@ class TensorEntry(BaseModel):
 
 
 class Index(BaseModel):
-    """What a checkpoint holds."""
+    """Index of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -86,36 +85,36 @@ class Index(BaseModel):
     files: dict[str, FileEntry]
 
     def write(self, directory: Path) -> None:
-        """Write it so that a reader sees the old index or this one."""
+        """Write the index atomically."""
         content = self.model_dump(mode="json")
         text = json.dumps({**content, "sha256": digest_json(content)}, sort_keys=True)
         write_atomically(directory / INDEX, text)
 
     @classmethod
     def read(cls, directory: Path) -> Index:
-        """Read it. Raises ``OSError`` or ``ValueError`` if it is missing or damaged."""
+        """Read the index. Raises ``OSError`` or ``ValueError`` if it is missing or damaged."""
         content = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("sha256", None) != digest_json(content):
-            raise ValueError(f"{INDEX}: its checksum differs")
+            raise ValueError(f"{INDEX}: checksum mismatch")
         return cls.model_validate(content)
 
     def check_files(self, directory: Path, names: Collection[str]) -> None:
-        """Raise ``OSError`` or ``ValueError`` if one of the files is missing or holds other bytes."""
+        """Raise ``OSError`` or ``ValueError`` if a file is missing or its checksum differs."""
         for name in names:
             if digest_file(directory / name) != self.files[name].sha256:
-                raise ValueError(f"{name}: its checksum differs")
+                raise ValueError(f"{name}: checksum mismatch")
 
     def mismatch(self, tensors: Mapping[str, Tensor]) -> str:
-        """In what the tensors differ from those of the checkpoint by name or shape; empty if in nothing."""
+        """Return how the tensors differ from the checkpoint's in name or shape; empty if they match."""
         for name, tensor in tensors.items():
             if name not in self.tensors:
-                return f"it has no tensor {name}"
+                return f"tensor {name} is missing"
             if self.tensors[name].shape != tuple(tensor.shape):
-                return f"{name} has the shape {list(self.tensors[name].shape)} there and {list(tensor.shape)} here"
+                return f"{name}: got shape {list(self.tensors[name].shape)}, expected {list(tensor.shape)}"
         return ""
 
     def metadata(self, names: Collection[str]) -> Metadata:
-        """The same for DCP's planner."""
+        """Return the metadata for DCP's planner."""
         return Metadata(
             {
                 name: TensorStorageMetadata(
@@ -133,21 +132,21 @@ class Index(BaseModel):
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Who writes what."""
+    """Which rank writes which chunk."""
 
     names: list[str]
-    """Tensors of which this rank writes the chunk that it holds."""
+    """Tensors whose local chunk this rank writes."""
     tensors: dict[str, TensorEntry]
-    """All tensors of all ranks; known to rank 0 alone."""
+    """All tensors of all ranks; only on rank 0."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a checkpoint; known to rank 0 alone."""
+        """Bytes of a checkpoint; only on rank 0."""
         return sum(entry.num_bytes for entry in self.tensors.values())
 
 
 def plan_writes(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> WritePlan:
-    """Share the tensors out among the ranks of ``group``, each chunk to one that holds it. Collective."""
+    """Divide the tensors among the ranks of ``group``, each chunk to one rank that holds it. Collective."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=group is None or dist.get_rank(group) == 0)
     plan = planner.create_local_plan()
@@ -164,7 +163,7 @@ def plan_writes(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) 
 
 
 def _scattered(names: list[list[str]] | None, group: dist.ProcessGroup) -> list[str]:
-    """The list that rank 0 has for this rank."""
+    """Return rank 0's list for this rank."""
     mine: list[Any] = [None]
     dist.scatter_object_list(mine, names, group=group, group_src=0)
     return mine[0]
@@ -184,13 +183,13 @@ def _entries(plans: Sequence[SavePlan]) -> dict[str, TensorEntry]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, without its history."""
+    """Return this rank's shard of a tensor, detached."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, rank: int) -> dict[str, FileEntry]:
-    """Write one rank's chunks, flushed to the disk; gives the files' entries."""
+    """Write one rank's chunks and flush them to disk; returns the entries of the files."""
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         groups[file_name(name, rank)][name] = tensor
@@ -200,19 +199,19 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], *, rank: int) 
 
 
 def file_name(tensor: str, rank: int) -> str:
-    """The file of the chunk that a rank wrote of a tensor."""
+    """Return the name of the file for a rank's chunk of a tensor."""
     return f"{tensor.partition('/')[0]}-{rank:05d}.safetensors"
 
 
 def flushed(path: Path) -> FileEntry:
-    """The entry of a file that is now on the disk."""
+    """Flush a file to disk and return its entry."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileEntry(size=path.stat().st_size, sha256=digest_file(path))
 
 
 def read_tensors(directory: Path, index: Index, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors of any layout in place, each rank its part."""
+    """Load tensors of any layout in place, each rank its shards."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), index.metadata(tensors.keys()))
     items: dict[str, list[ReadItem]] = defaultdict(list)
@@ -227,7 +226,7 @@ def read_tensors(directory: Path, index: Index, tensors: Mapping[str, Tensor]) -
 
 
 def _read(file: safe_open, item: ReadItem) -> Tensor:
-    """The part of a chunk that is asked for."""
+    """Return the requested part of a chunk."""
     if not item.lengths:
         return file.get_tensor(item.storage_index.fqn)
     box = zip(item.storage_offsets, item.lengths, strict=True)
@@ -235,7 +234,7 @@ def _read(file: safe_open, item: ReadItem) -> Tensor:
 
 
 def drop_optimizer(directory: Path) -> None:
-    """Leave the model alone of a checkpoint. Killed midway and called again, it comes to the same."""
+    """Delete the optimizer state of a checkpoint. Can be repeated after a kill."""
     superfluous = [*directory.glob(f"{OPTIMIZER}-*"), *directory.glob(f".{INDEX}.*")]
     if not superfluous:
         return
@@ -258,7 +257,7 @@ def set_aside(directory: Path) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Delete a checkpoint; at no time is there half of one under its name."""
+    """Delete a checkpoint atomically: it is renamed first."""
     doomed = directory.with_name(f".{directory.name}.old")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)

@@ -1,7 +1,7 @@
-"""Stage ``classify``: fine-tuning for classification, with a head of one output per label in place of the output layer.
+"""Stage ``classify``: fine-tuning for text classification, with a head of one output per label.
 
-The label is read at the last token of the text, which alone has seen all of it. Texts are held out by a hash of what
-they say, so that the same text is never on both sides.
+The label is predicted at the last token, the only one that attends to the whole text. The validation split is chosen by
+a hash of the normalized text, so that equal texts are in the same split.
 
 Dimensions: B texts, T tokens, O labels.
 """
@@ -42,12 +42,12 @@ from lilpipe.training.replica import Loss, TrainerModule
 from lilpipe.training.training_report import write_report
 
 SHOWN = 30
-"""Wrongly classified texts in the report."""
+"""Misclassified texts in the report."""
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A text and what it is."""
+    """A text and its label."""
 
     text: str
     label: str
@@ -66,17 +66,17 @@ class ClassifierExample:
 
 
 def read_texts(config: ClassifyConfig, inputs: Inputs) -> list[LabelledText]:
-    """The texts of ``classify.path``, or else the questions of the train split by their families."""
+    """Return the texts of ``classify.path``, or else the questions of the train split with their families as labels."""
     source = optional_input(inputs, "prompts")
     if config.path is not None:
         return read_jsonl(Path(config.path), text_key=config.text_key, label_key=config.label_key)
     if source is None:
-        raise ConfigError("classify.path: got none, and the step has no input `prompts`; give one of the two")
+        raise ConfigError("classify.path: got none, and the step has no input `prompts`; set one of them")
     return [LabelledText(prompt.question, prompt.family) for prompt in read_prompts(source.path, "train")]
 
 
 def read_jsonl(path: Path, *, text_key: str, label_key: str) -> list[LabelledText]:
-    """A text and a label from each line. Raises ``DataError`` naming the line for a row that has not both."""
+    """Read a text and a label from each line. Raises ``DataError`` naming the line if one of them is missing."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -85,11 +85,11 @@ def read_jsonl(path: Path, *, text_key: str, label_key: str) -> list[LabelledTex
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"{path}:{number}: got {line[:80]!r} ({error!r}), expected a JSON object with {text_key!r} and "
-                f"{label_key!r}; mend the row, or set classify.text_key and classify.label_key"
+                f"{label_key!r}; fix the row, or set classify.text_key and classify.label_key"
             ) from error
         if not isinstance(text, str) or not text.strip() or isinstance(label, dict | list | None):
             raise DataError(
-                f"{path}:{number}: got text {str(text)[:80]!r} and label {label!r}, expected a text that is not empty "
+                f"{path}:{number}: got text {str(text)[:80]!r} and label {label!r}, expected a non-empty text "
                 "and a label; remove the row"
             )
         found.append(LabelledText(text, str(label)))
@@ -97,7 +97,7 @@ def read_jsonl(path: Path, *, text_key: str, label_key: str) -> list[LabelledTex
 
 
 def distinct_texts(texts: Sequence[LabelledText]) -> list[LabelledText]:
-    """Each text once. Raises ``DataError`` for a text under two labels, and where there are not two labels."""
+    """Remove duplicate texts. Raises ``DataError`` for a text with two labels, or fewer than two labels in total."""
     by_text: dict[str, LabelledText] = {}
     contradictions = []
     for item in texts:
@@ -107,8 +107,8 @@ def distinct_texts(texts: Sequence[LabelledText]) -> list[LabelledText]:
     if contradictions:
         text, first, second = contradictions[0]
         raise DataError(
-            f"classify: {len(contradictions)} of {len(texts)} texts occur under another label too, expected none; the "
-            f"first is {text[:80]!r}: {first!r} and {second!r}. Decide for one of them"
+            f"classify: {len(contradictions)} of {len(texts)} texts occur with two labels, expected one; the "
+            f"first is {text[:80]!r}: {first!r} and {second!r}; keep one of them"
         )
     labels = sorted({item.label for item in texts})
     if len(labels) < 2:
@@ -117,7 +117,7 @@ def distinct_texts(texts: Sequence[LabelledText]) -> list[LabelledText]:
 
 
 def is_validation(text: str, share: float) -> bool:
-    """Whether a text is held out: a function of what it says and of the share alone."""
+    """Return whether a text belongs to the validation split; depends only on the text and the ratio."""
     digest = hashlib.sha256(f"classify/{_normalise(text)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
@@ -129,13 +129,13 @@ def _normalise(text: str) -> str:
 def check_classes(
     labels: Sequence[str], train: Sequence[ClassifierExample], validation: Sequence[ClassifierExample]
 ) -> None:
-    """Raise ``DataError`` if a label has no text to learn it from, or none to measure it on."""
-    for name, part in (("trained on", train), ("held out", validation)):
+    """Raise ``DataError`` if a label has no training text or no validation text."""
+    for name, part in (("training", train), ("validation", validation)):
         missing = set(range(len(labels))) - {example.label for example in part}
         if missing:
             raise DataError(
-                f"classify: of {len(part)} texts {name} none has the label {labels[min(missing)]!r}, expected at least "
-                "one of each; add texts of it, remove it, or change classify.validation_ratio"
+                f"classify: none of {len(part)} {name} texts has the label {labels[min(missing)]!r}, expected at least "
+                "one per label; add texts with it, remove it, or change classify.validation_ratio"
             )
 
 
@@ -143,9 +143,9 @@ def check_classes(
 
 
 def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Replace the head, train, and measure on texts held out.
+    """Train a classification head and measure it on the validation split.
 
-    Raises ``DataError`` for texts that are too few, contradict each other or lack a label, ``ConfigError`` for settings
+    Raises ``DataError`` for too few texts, contradictory labels or a label without texts, ``ConfigError`` for settings
     that do not fit the model or the workers.
     """
     source = one_input(inputs, "model")
@@ -210,10 +210,10 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
 
 
 def _freeze(stage: Transformer, *, num_layers: int, embedding: bool) -> None:
-    """Leave the first blocks, and the embedding, out of training: what a stage of the pipeline has of them."""
+    """Freeze the first blocks and the embedding, as far as this pipeline stage holds them."""
     if num_layers > stage.config.num_layers:
         raise ConfigError(
-            f"classify.frozen_layers: got {num_layers}, the model has {stage.config.num_layers} blocks; lower it"
+            f"classify.frozen_layers: got {num_layers}, the model has {stage.config.num_layers} blocks; reduce it"
         )
     for layer, block in stage.model.layers.items():
         block.requires_grad_(int(layer) >= num_layers)
@@ -224,7 +224,7 @@ def _freeze(stage: Transformer, *, num_layers: int, embedding: bool) -> None:
 
 
 def count_trained(shape: ModelConfig, vocab_size: int, num_labels: int, freeze: Callable[[Transformer], None]) -> int:
-    """Parameters that are trained, in all of the model."""
+    """Return the number of trainable parameters of the whole model."""
     model = HeadModel(shape, vocab_size, num_labels)
     freeze(model)
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -242,12 +242,12 @@ def _num_steps(config: ClassifyConfig, num_texts: int) -> int:
 
 
 def _digest(texts: Sequence[LabelledText]) -> str:
-    """Of what is learnt from, so that a checkpoint of other texts is refused."""
+    """Digest of the training data, so that a checkpoint of other texts is rejected."""
     return hashlib.sha256(json.dumps([[item.text, item.label] for item in texts]).encode()).hexdigest()
 
 
 class _Labels(NamedTuple):
-    """What the loss of a micro-batch needs beside the outputs."""
+    """Inputs of the loss of a micro-batch besides the outputs."""
 
     lengths_B: Tensor
     labels_B: Tensor
@@ -255,7 +255,7 @@ class _Labels(NamedTuple):
 
 
 class LabelObjective:
-    """The texts of one data rank; see ``lilpipe.training.finetune.Objective``."""
+    """Batches and loss of one data rank; see ``lilpipe.training.finetune.Objective``."""
 
     def __init__(
         self, examples: Sequence[ClassifierExample], config: ClassifyConfig, *, padding_id: int, workers: Workers
@@ -264,7 +264,7 @@ class LabelObjective:
         self._lengths = [len(example.ids) for example in examples]
 
     def batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of a step."""
+        """Return the micro-batches of a step."""
         rank, world_size = self._workers.data_rank, self._workers.num_data_ranks
         parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
         return [self._batch([self._examples[row] for row in part]) for part in parts]
@@ -278,7 +278,7 @@ class LabelObjective:
         return TokenBatch(tokens_BT, torch.full_like(tokens_BT, IGNORED), extra=extra)
 
     def loss(self, outputs_BTO: Tensor, batch: TokenBatch) -> Loss:
-        """Cross-entropy, summed over texts."""
+        """Return the cross-entropy, summed over texts."""
         lengths_B, labels_B, num_tokens = batch.extra
         outputs_BO = last_outputs(outputs_BTO, lengths_B)
         right, count = float((outputs_BO.argmax(-1) == labels_B).sum()), float(len(labels_B))
@@ -290,16 +290,16 @@ class LabelObjective:
         )
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------
+# --- evaluation ---------------------------------------------------------------------------------------------------
 
 
 def predictions(model: HeadModel, examples: Sequence[ClassifierExample], *, padding_id: int) -> list[int]:
-    """The label of the highest output of each text."""
+    """Return the predicted label index of each text."""
     return outputs_of_rows(model, [example.ids for example in examples], padding_id=padding_id).argmax(-1).tolist()
 
 
 def confusion(model: HeadModel, examples: Sequence[ClassifierExample], *, padding_id: int) -> Confusion:
-    """How often each label is taken for each."""
+    """Return the confusion matrix: counts by true and predicted label."""
     matrix = [[0] * model.num_outputs for _ in range(model.num_outputs)]
     for example, label in zip(examples, predictions(model, examples, padding_id=padding_id), strict=True):
         matrix[example.label][label] += 1
@@ -322,16 +322,16 @@ def _sections(
         "Classes": page.table(class_table(labels, training, matrix)),
         "Confusion matrix": [
             page.table(confusion_table(labels, matrix)),
-            charts.svg(charts.matrix(labels, matrix, rows="class", columns="taken for")),
+            charts.svg(charts.matrix(labels, matrix, rows="class", columns="predicted")),
         ],
-        "Taken for another class": page.table(_mistakes(model, labels, validation, padding_id=padding_id)),
+        "Misclassified texts": page.table(_mistakes(model, labels, validation, padding_id=padding_id)),
     }
 
 
 def class_table(
     labels: Sequence[str], training: Sequence[ClassifierExample], matrix: Confusion
 ) -> list[dict[str, page.Cell]]:
-    """How many texts each class has, and how well it is told from the others."""
+    """Return a table of counts, precision, recall and F1 per class."""
     counts = Counter(example.label for example in training)
     rows: list[dict[str, page.Cell]] = []
     for index, label in enumerate(labels):
@@ -339,9 +339,9 @@ def class_table(
         rows.append(
             {
                 "class": label,
-                "trained on": counts[index],
+                "training texts": counts[index],
                 "share": f"{counts[index] / len(training):.1%}",
-                "held out": sum(matrix[index]),
+                "validation texts": sum(matrix[index]),
                 "precision": precision,
                 "recall": recall,
                 "F1": f1,
@@ -356,13 +356,13 @@ def _mistakes(
     found = zip(validation, predictions(model, validation, padding_id=padding_id), strict=True)
     wrong = [(example, label) for example, label in found if example.label != label]
     return [
-        {"text": example.text[:200], "class": labels[example.label], "taken for": labels[label]}
+        {"text": example.text[:200], "class": labels[example.label], "predicted": labels[label]}
         for example, label in wrong[:SHOWN]
     ]
 
 
 def external(config: ClassifyConfig) -> dict[str, str]:
-    """The digest of the texts' file. Raises ``DataError`` where there is none."""
+    """Return the digest of the texts' file. Raises ``DataError`` if it cannot be read."""
     if config.path is None:
         return {}
     try:

@@ -1,7 +1,7 @@
-"""Compiling the block that a decoder repeats: once for all layers, so that a cold start is short.
+"""Compilation of the transformer blocks: compiled once for all layers, so that a cold start is short.
 
-A compiled run sums in another order than an eager one; whether a run is compiled therefore follows from its
-configuration alone, and a resumed run is compiled as it was.
+A compiled run adds in another order than an eager one. So the config alone decides whether a run is compiled, and a
+resumed run makes the same choice.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from lilpipe.model.scores import token_scores
 from lilpipe.model.transformer import Transformer
 
 WORTH_FLOPS = {"cpu": 1e13, "cuda": 5e17}
-"""Operations of one worker from which compiling pays: about twenty times what the device does in a cold compile."""
+"""FLOPs per worker from which compiling pays off: about twenty times what the device computes during a cold compile."""
 
 
 PROVEN_COMPILER = 12
-"""Version of g++ from which it knows every instruction of x86-64 that torch asks for."""
+"""First g++ version that supports all x86-64 instructions that torch uses."""
 
 
 def is_wanted(config: PretrainConfig, vocab_size: int) -> bool:
-    """As ``config.compile`` says, else whether the run is long enough to earn the time of compiling."""
+    """Return ``config.compile`` if set, else whether the run is long enough for compilation to pay off."""
     if config.compile is not None:
         return config.compile
     flops = sum(
@@ -42,9 +42,9 @@ def is_wanted(config: PretrainConfig, vocab_size: int) -> bool:
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compile the blocks of ``model`` in place; those of one kind share what is compiled.
+    """Compile the blocks of ``model`` in place; blocks of one kind share the compiled code.
 
-    On a GPU the passes over logits are fused as well. On a CPU that gained nothing: they are in its caches.
+    On a GPU the passes over logits are fused as well. On a CPU this gained nothing, because they fit in its caches.
     """
     _trust_compiler()
     for block in model.model.layers.values():
@@ -55,8 +55,8 @@ def compile_blocks(model: Transformer) -> None:
 
 
 def _trust_compiler() -> None:
-    """Spare torch from compiling samples for every vector unit that the processor says it has: 10 s of a cold start."""
-    from torch._inductor import config  # takes half a second, and only what compiles needs it
+    """Skip torch's test compilations for each vector instruction set of the CPU, which take 10 s of a cold start."""
+    from torch._inductor import config  # the import takes 0.5 s and is needed only for compilation
 
     if platform.machine() != "x86_64" or config.cpp.vec_isa_ok is not None:
         return
@@ -65,4 +65,4 @@ def _trust_compiler() -> None:
         version = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
         config.cpp.vec_isa_ok = int(version.split(".")[0]) >= PROVEN_COMPILER or None
     except (OSError, ValueError, subprocess.SubprocessError):
-        return  # clang numbers its versions otherwise; torch finds out what it can do
+        return  # clang has other version numbers; torch then runs its tests

@@ -1,4 +1,4 @@
-"""What a classifier takes for what: a matrix of counts, and what is read from it."""
+"""Confusion matrix of a classifier, and metrics derived from it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from lilpipe import page
 from lilpipe.metrics.pass_at_k import ratio_estimate
 
 Confusion = list[list[int]]
-"""Row i, column j: texts of label i that are taken for label j."""
+"""Row i, column j: texts of label i predicted as label j."""
 
 
 def precision_recall_f1(matrix: Confusion, label: int) -> tuple[float, float, float]:
-    """Of one label; 0 where a share is of nothing."""
+    """Return precision, recall and F1 of one label; 0 where the denominator is 0."""
     right, taken, there = matrix[label][label], sum(row[label] for row in matrix), sum(matrix[label])
     precision, recall = right / taken if taken else 0.0, right / there if there else 0.0
     return precision, recall, 2 * right / (taken + there) if taken + there else 0.0
 
 
 def confusion_metrics(matrix: Confusion) -> dict[str, float]:
-    """Accuracy with its standard error, and F1 averaged over labels, each the same weight."""
+    """Return accuracy with its standard error, and macro F1."""
     accuracy = ratio_estimate(sum(matrix[i][i] for i in range(len(matrix))), sum(map(sum, matrix)))
     scores = [precision_recall_f1(matrix, label)[2] for label in range(len(matrix))]
     return {
@@ -30,8 +30,8 @@ def confusion_metrics(matrix: Confusion) -> dict[str, float]:
 
 
 def confusion_table(labels: Sequence[str], matrix: Confusion) -> list[dict[str, page.Cell]]:
-    """A row for each class, a column for what it is taken for."""
+    """Return a row per true class with a column per predicted class."""
     return [
-        {"class": label, **{f"taken for {other}": count for other, count in zip(labels, row, strict=True)}}
+        {"class": label, **{f"predicted {other}": count for other, count in zip(labels, row, strict=True)}}
         for label, row in zip(labels, matrix, strict=True)
     ]

@@ -1,7 +1,7 @@
-"""Conversations as tokens for fine-tuning: gathered, mixed, encoded, and held against what they must be.
+"""Conversations for fine-tuning: gathered, mixed, tokenized, and checked.
 
-The gates read off the ids again what must be learnt: each answer, whole, with the token that ends its turn, and no
-token else.
+The checks verify on the token ids that each answer is supervised completely, with the token that ends its turn, and
+that no other token is.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
 
 ROUND_TRIPS = 64
-"""Conversations that are rendered again with the tokenizer as it is exported."""
+"""Conversations that are rendered again with the exported tokenizer."""
 
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A conversation as token ids, and for each whether it is supervised."""
+    """A conversation as token ids with a mask of supervised tokens."""
 
     id: str
     ids: list[int]
     mask: list[bool]
     messages: Sequence[Message] = ()
-    """What was encoded."""
+    """The encoded messages."""
 
 
 # --- gathering ----------------------------------------------------------------------------------------------------
 
 
 def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> list[Conversation]:
-    """Sampled conversations, each once though several rounds may have kept it; then written ones.
+    """Return sampled conversations, deduplicated over rounds, followed by written ones.
 
     Raises ``DataError`` if there are none, or one is held out.
     """
@@ -61,7 +61,7 @@ def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> l
     if not conversations:
         raise DataError(
             "sft: got no conversations, expected at least one; give the step an input `conversations` or `prompts`, "
-            "and leave sft.max_demonstrations above 0"
+            "and set sft.max_demonstrations above 0"
         )
     questions = [turn["content"] for item in conversations for turn in item.messages if turn["role"] == "user"]
     for source in prompts:
@@ -70,9 +70,9 @@ def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> l
 
 
 def mix(conversations: Sequence[Conversation], mixture: dict[str, float], *, seed: int) -> list[Conversation]:
-    """What an epoch shows: each origin's conversations as often as ``mixture`` says, once where it says nothing.
+    """Return the conversations of an epoch: each origin as often as ``mixture`` says, by default once.
 
-    Of a part of an origin, which conversations it holds is drawn from the seed. Raises ``ConfigError`` for an origin
+    For a fractional weight, the seed decides which conversations are included. Raises ``ConfigError`` for an origin
     that does not occur.
     """
     if not mixture:
@@ -82,7 +82,7 @@ def mix(conversations: Sequence[Conversation], mixture: dict[str, float], *, see
         by_origin.setdefault(item.origin, []).append(item)
     if unknown := mixture.keys() - by_origin.keys():
         raise ConfigError(
-            f"sft.mixture: got the origin {min(unknown)!r}, expected one of the conversations': "
+            f"sft.mixture: got the origin {min(unknown)!r}, expected an origin of the conversations: "
             f"{', '.join(sorted(by_origin))}"
         )
     chosen: list[Conversation] = []
@@ -92,7 +92,7 @@ def mix(conversations: Sequence[Conversation], mixture: dict[str, float], *, see
         drawn = torch.randperm(len(items), generator=generator)[: round(part * len(items))].tolist()
         chosen += items * int(whole) + [items[number] for number in sorted(drawn)]
     if not chosen:
-        raise ConfigError(f"sft.mixture: got {mixture}, which leaves no conversation; raise a weight above 0")
+        raise ConfigError(f"sft.mixture: got {mixture}, which selects no conversation; set a weight above 0")
     return chosen
 
 
@@ -102,9 +102,9 @@ def mix(conversations: Sequence[Conversation], mixture: dict[str, float], *, see
 def encode(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_len: int
 ) -> tuple[list[EncodedConversation], list[EncodedConversation]]:
-    """Conversations as tokens: those that fit in ``max_len``, and those that do not. None is ever cut.
+    """Tokenize conversations. Returns those that fit in ``max_len``, and those that do not; none is truncated.
 
-    Raises ``DataError`` naming a conversation that the chat template refuses, or if none fits.
+    Raises ``DataError`` naming a conversation that the chat template rejects, or if none fits.
     """
     examples = [_encode(tokenizer, item) for item in conversations]
     fitting = [example for example in examples if len(example.ids) <= max_len]
@@ -124,15 +124,15 @@ def _encode(tokenizer: Tokenizer, conversation: Conversation) -> EncodedConversa
         raise DataError(f"conversation {conversation.id}: {error}") from error
 
 
-# --- gates --------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
 def check_masks(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], *, min_ratio: float = 0.0) -> float:
-    """The share of supervised tokens, once every mask is found right.
+    """Check every mask and return the ratio of supervised tokens.
 
-    Under our own template, what must be supervised is read off the ids again: all that follows an assistant's header,
-    up to and with the end of that turn, and nothing else. Under another, each supervised run must end a turn. Raises
-    ``DataError`` naming the conversation, or for a share below ``min_ratio``.
+    With our own template, the expected mask follows from the ids: all tokens after an assistant's header up to and
+    including the end of that turn, and no others. With another template, each supervised run must end a turn. Raises
+    ``DataError`` naming the conversation, or for a ratio below ``min_ratio``.
     """
     for example in examples:
         if tokenizer.has_turns:
@@ -143,7 +143,7 @@ def check_masks(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], *
     if share < min_ratio:
         raise DataError(
             f"sft: {share:.2%} of the tokens are supervised, expected at least sft.min_supervised_ratio = "
-            f"{min_ratio:.2%}; look at report.html whether answers are cut short, or lower the setting"
+            f"{min_ratio:.2%}; check for truncated answers, or lower the setting"
         )
     return share
 
@@ -151,14 +151,16 @@ def check_masks(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], *
 def _check_turns(tokenizer: Tokenizer, example: EncodedConversation) -> None:
     expected = assistant_turns(tokenizer, example.ids)
     if not any(expected):
-        raise DataError(f"conversation {example.id}: has no finished answer of the assistant; remove it")
+        raise DataError(
+            f"conversation {example.id}: got no finished assistant answer, expected at least one; remove it"
+        )
     if example.mask != expected:
         position = next(i for i, pair in enumerate(zip(example.mask, expected, strict=True)) if pair[0] != pair[1])
         got = "supervised" if example.mask[position] else "not supervised"
         token = tokenizer.decode([example.ids[position]])
         raise DataError(
             f"conversation {example.id}: token {position} ({token!r}) is {got}, expected the opposite: answers and "
-            "their ends are learnt, prompts are not; the chat template and its mask disagree"
+            "their end-of-turn tokens alone are supervised; fix the chat template or its mask"
         )
 
 
@@ -166,13 +168,13 @@ def _check_ends(tokenizer: Tokenizer, example: EncodedConversation) -> None:
     found = [tokenizer.decode(run[-1:]) for run in _supervised_runs(example)]
     if set(found) != {expected := tokenizer.decode([tokenizer.turn_end_id])}:
         raise DataError(
-            f"conversation {example.id}: what is supervised ends in {found}, expected an answer or more that each end "
-            f"in {expected!r}; the chat template leaves ends out of what it marks"
+            f"conversation {example.id}: the supervised runs end in {found}, expected one run or more that each end "
+            f"in {expected!r}; the chat template must mark end-of-turn tokens too"
         )
 
 
 def assistant_turns(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
-    """For each token, whether it belongs to an assistant's finished turn, its end included and its header not."""
+    """Return for each token whether it belongs to a finished assistant turn, including its end but not its header."""
     mask = [False] * len(ids)
     start = None
     for position, token in enumerate(ids):
@@ -185,10 +187,10 @@ def assistant_turns(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
 
 
 def check_answers(tokenizer: Tokenizer, examples: Sequence[EncodedConversation]) -> None:
-    """Hold what is learnt against what the assistant said, every answer whole and nothing beside it, and what stands
-    before each answer against what others said.
+    """Compare the supervised text with the assistant's messages, and the text before each answer with the other
+    messages.
 
-    White space around a turn is the template's to trim. Raises ``DataError`` naming the conversation.
+    The template may strip whitespace around a turn. Raises ``DataError`` naming the conversation.
     """
     special = set(tokenizer.special_ids.values())
     for example in examples:
@@ -198,15 +200,15 @@ def check_answers(tokenizer: Tokenizer, examples: Sequence[EncodedConversation])
         ]
         if [text.strip() for text in learnt] != [_as_encoded(text).strip() for text in said]:
             raise DataError(
-                f"conversation {example.id}: {_first_difference(learnt, said)}; an answer must be learnt whole and "
-                "alone: the chat template loses or adds text, or the conversation was cut"
+                f"conversation {example.id}: {_first_difference(learnt, said)}; answers must be supervised whole, with "
+                "no other text; the chat template loses or adds text, or the conversation is truncated"
             )
         _check_others(tokenizer, example, special)
 
 
 def _check_others(tokenizer: Tokenizer, example: EncodedConversation, special: set[int]) -> None:
-    """Some templates pass over roles that they do not know; JSON is how others write what tools say."""
-    before = [""]  # each answer, and behind the last
+    """Some templates omit unknown roles; others write tool results as JSON."""
+    before = [""]  # before each answer, and after the last
     for supervised, run in groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1)):
         if supervised:
             before.append("")
@@ -220,17 +222,17 @@ def _check_others(tokenizer: Tokenizer, example: EncodedConversation, special: s
         said = _as_encoded(turn["content"]).strip()
         if said not in before[number] and json.dumps(said, ensure_ascii=False)[1:-1] not in before[number]:
             raise DataError(
-                f"conversation {example.id}: what the {turn['role']} says in message {position} is not among the "
-                "tokens, so that the next answer would be learnt out of nothing: the chat template leaves it out; take "
+                f"conversation {example.id}: the {turn['role']}'s message {position} is not among the "
+                "tokens, so the next answer would be trained without it: the chat template omits it; use "
                 "another template, or remove such conversations"
             )
 
 
 def check_export(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], directory: Path) -> None:
-    """Render the first conversations again with nothing but the tokenizer's files, as ``transformers`` will.
+    """Render the first conversations again with only the tokenizer's files, as ``transformers`` will.
 
-    Those that spell out a special token are passed over: a template in Jinja cannot keep it as text. Raises
-    ``DataError`` if other ids or masks come out than are trained on.
+    Skips those that contain the text of a special token, which a Jinja template cannot keep as text. Raises
+    ``DataError`` if ids or masks differ from those in training.
     """
     tokenizer.save(directory)
     exported = Tokenizer.load(directory)
@@ -244,8 +246,8 @@ def check_export(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], 
             place = next((i for i, pair in enumerate(zip(ids, example.ids, strict=False)) if pair[0] != pair[1]), None)
             what = "other masks" if place is None and ids == example.ids else f"other ids from token {place or 0} on"
             raise DataError(
-                f"conversation {example.id}: the exported tokenizer gives {what} than are trained on; "
-                f"{directory / 'chat_template.jinja'} and the tokenizer do not belong together"
+                f"conversation {example.id}: the exported tokenizer gives {what} than in training; "
+                f"{directory / 'chat_template.jinja'} does not match the tokenizer"
             )
 
 
@@ -261,15 +263,15 @@ def _as_encoded(text: str) -> str:
 def _first_difference(learnt: Sequence[str], said: Sequence[str]) -> str:
     for number, (got, expected) in enumerate(zip(learnt, said, strict=False)):
         if got.strip() != expected.strip():
-            return f"of answer {number} {got[-60:]!r} is learnt, expected {expected[-60:]!r}"
-    return f"{len(learnt)} answers are learnt, expected {len(said)}"
+            return f"answer {number}: {got[-60:]!r} is supervised, expected {expected[-60:]!r}"
+    return f"{len(learnt)} answers are supervised, expected {len(said)}"
 
 
 # --- report -------------------------------------------------------------------------------------------------------
 
 
 def quarantine(too_long: Sequence[EncodedConversation], workspace: Workspace, *, max_len: int) -> None:
-    """List the conversations that were left out, in ``report/too_long.jsonl``, and say so."""
+    """List the conversations that were too long in ``report/too_long.jsonl``, and log their number."""
     if too_long:
         workspace.log(f"skipped {len(too_long)} conversations of more than {max_len} tokens (report/too_long.jsonl)")
         lines = [json.dumps({"id": example.id, "tokens": len(example.ids), "max": max_len}) for example in too_long]
@@ -277,6 +279,6 @@ def quarantine(too_long: Sequence[EncodedConversation], workspace: Workspace, *,
 
 
 def show(tokenizer: Tokenizer, example: EncodedConversation) -> page.Fragment:
-    """A conversation, the supervised tokens highlighted."""
+    """Render a conversation with highlighted supervised tokens."""
     runs = groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1))
     return page.highlighted([(tokenizer.decode([token for token, _ in run]), bool(mask)) for mask, run in runs])

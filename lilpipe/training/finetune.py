@@ -1,8 +1,7 @@
-"""Training a checkpoint further, whatever the layout of workers: what post-training has in common.
+"""Training from a checkpoint in any parallel layout: the common part of post-training.
 
-An objective says what is scored and what the loss of the scores is, or of what a head gives in their place. It sees
-the rows of its data rank and no worker group, so that one worker, replicas, and a model that is cut over a mesh train
-on the same thing.
+An objective defines what is scored, and the loss of the scores or of a head's outputs. It sees the rows of its data
+rank and no process groups, so that one worker, replicas and a sharded model train on the same data.
 
 Dimensions: B rows, T tokens.
 """
@@ -38,48 +37,49 @@ if TYPE_CHECKING:
 
 
 Head = int | Literal["stored"] | None
-"""What a model ends in: a fresh head of so many outputs, the head that the checkpoint has, or the output layer."""
+"""Output of a model: a new head with this many outputs, the checkpoint's head, or the output layer (None)."""
 
 
 class TokenBatch(NamedTuple):
-    """A micro-batch: what goes in, and which tokens are scored; int64 [B, T] each."""
+    """A micro-batch; int64 [B, T] each unless stated."""
 
     inputs: Tensor
     targets: Tensor
-    """The token that follows; ``IGNORED`` where it is not scored. A head takes no notice of them."""
+    """Next tokens; ``IGNORED`` where not scored. Models with a head ignore them."""
     documents: Tensor | None = None
-    """Which sequence of its row a token belongs to; attention stays inside. None where a row holds one sequence."""
+    """Sequence id of each token in its row; attention stays within a sequence. None if a row holds one sequence."""
     positions: Tensor | None = None
-    """Place in its sequence, where rows hold several and positions are learned."""
+    """Position in the sequence, if rows hold several sequences and positions are learned."""
     mask: Tensor | None = None
-    """What may attend to what, [B, 1, T, T], in place of ``documents``; whole models alone take it."""
+    """Attention mask [B, 1, T, T] instead of ``documents``; only for models that are not sharded."""
     extra: Any = None
-    """What the loss needs beside the scores: advantages, stored log-probabilities."""
+    """Further inputs of the loss: advantages, stored log-probabilities."""
 
 
 class Objective(Protocol):
-    """What to train on, for one data rank."""
+    """Batches and loss of one data rank."""
 
     def batches(self, step: int, /) -> Sequence[TokenBatch]:
-        """The micro-batches of a step: as many on every data rank."""
+        """Return the micro-batches of a step; equally many on every data rank."""
         ...
 
     def loss(self, scores: Any, batch: TokenBatch, /) -> Loss:
-        """The loss of a micro-batch, summed; the names of metrics do not depend on the batch.
+        """Return the loss of a micro-batch, summed. The names of metrics must not depend on the batch.
 
-        It takes ``Scores``, or of a model with a head its outputs [B, T, O]; both may be padded on the right and below.
+        ``scores`` are ``Scores``, or for a model with a head its outputs [B, T, O]; both may be padded on the right and
+        with rows.
         """
         ...
 
 
 class Workers:
-    """The processes of a stage, and this one's place among them."""
+    """The processes of a stage, and the data rank of this one."""
 
     def __init__(self, section: ParallelSection) -> None:
         self.mesh: Mesh | None = None
         self.data_rank, self.num_data_ranks = distributed.rank(), distributed.world_size()
         if section.layout.replicate < section.num_workers:
-            from lilpipe.parallel.mesh import Mesh  # experimental parts of torch, which others do without
+            from lilpipe.parallel.mesh import Mesh  # torch modules that other layouts do not need
 
             self.mesh = Mesh(section.layout)
             self.data_rank, self.num_data_ranks = self.mesh.data_rank, section.layout.data
@@ -95,11 +95,11 @@ def build(
     head: Head = None,
     prepare: Callable[[Transformer], None] | None = None,
 ) -> TrainerModule:
-    """The checkpoint of ``source`` as this worker holds it in training.
+    """Load the checkpoint ``source`` as a trainer module of this worker.
 
-    ``prepare`` changes the model, or each pipeline stage of it that this worker holds, before it is trained, as LoRA
-    does; where it is cut the stage has no memory yet, and new parameters get their ``initial_value``.
-    Raises ``ConfigError``, naming the setting of ``stage``, for a layout in which the model cannot be cut.
+    ``prepare`` modifies the model, or each pipeline stage of this worker, before training, for example with LoRA.
+    Sharded stages are then on the meta device, and new parameters get their ``initial_value``. Raises ``ConfigError``,
+    naming the setting of ``stage``, for a layout that does not fit the model.
     """
     precision.check(section, distributed.device())
     if workers.mesh is not None:
@@ -112,7 +112,7 @@ def build(
         precision.convert_fp8(model)
     if section.compile:
         compilation.compile_blocks(model)
-    # A step's micro-batches are made once, when the first is asked for.
+    # A step's micro-batches are created once, when the first is requested.
     current: dict[int, Sequence[TokenBatch]] = {}
 
     def batches(step: int) -> Sequence[TokenBatch]:
@@ -163,7 +163,7 @@ def _build_cut(
         raise ConfigError(f"{stage}: {error}") from error
     if section.layout.context > 1:
         raise ConfigError(
-            f"{stage}.parallel.context: got {section.layout.context}, expected 1: an answer is kept whole"
+            f"{stage}.parallel.context: got {section.layout.context}, expected 1: only pretraining splits sequences"
         )
     trainer_module = parallelize(
         section,
@@ -182,7 +182,7 @@ def _build_cut(
 
 
 def _even(batches: Sequence[TokenBatch], section: ParallelSection) -> list[TokenBatch]:
-    """Rows as long as tensor parallelism can divide; micro-batches of a pipeline alike in shape."""
+    """Pad rows to a length divisible by tensor parallelism, and a pipeline's micro-batches to one shape."""
     multiple, alike = section.layout.seq_len_multiple, section.layout.pipeline > 1
     num_rows = max(len(batch.inputs) for batch in batches) if alike else 0
     num_tokens = max(batch.inputs.shape[1] for batch in batches) if alike else 0
@@ -202,9 +202,10 @@ def _even(batches: Sequence[TokenBatch], section: ParallelSection) -> list[Token
 
 
 def whole_model(trainer_module: TrainerModule, into: Transformer | None = None) -> Transformer:
-    """The model on every worker, to sample from or to measure; ``into`` is filled where the trainer module's is cut.
+    """Return the whole model on every worker, for sampling or evaluation.
 
-    Where it is cut, all workers must call this together, and each has memory for the whole.
+    If the model is sharded, this is collective, every worker needs memory for the whole, and ``into`` is filled if
+    given.
     """
     if isinstance(trainer_module, Replica):
         assert isinstance(trainer_module.model, Transformer)
@@ -212,7 +213,7 @@ def whole_model(trainer_module: TrainerModule, into: Transformer | None = None) 
     part = trainer_module.parts[0]
     assert isinstance(part, Transformer)
     model = into or _whole_like(part).to(distributed.device())
-    # Sharded tensors are no tensors of inference, and an evaluation is in that mode.
+    # Sharded tensors are not inference tensors, but evaluation runs in inference mode.
     with torch.inference_mode(mode=False), torch.no_grad():
         found = dict(trainer_module.full_tensors())
         for name, tensor in model.state_dict().items():
@@ -223,7 +224,7 @@ def whole_model(trainer_module: TrainerModule, into: Transformer | None = None) 
 
 
 def whole_head_model(trainer_module: TrainerModule, into: HeadModel | None = None) -> HeadModel:
-    """``whole_model`` of a model with a head."""
+    """``whole_model`` for a model with a head."""
     model = whole_model(trainer_module, into)
     assert isinstance(model, HeadModel)
     return model
@@ -244,10 +245,10 @@ def export(
     folder: str = "",
     change: Callable[[NamedTensors], NamedTensors] | None = None,
 ) -> None:
-    """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole.
+    """Write the model in Hugging Face's layout, tensor by tensor if it is sharded.
 
-    ``labels`` are the names of a head's outputs, ``folder`` is where in the output the model goes. ``change`` makes
-    the tensors that are written of those that were trained, on the first worker.
+    ``labels`` names a head's outputs; ``folder`` is the model's directory in the output. ``change`` transforms the
+    tensors before they are written, on the first worker.
     """
     part = trainer_module.parts[0]
     assert isinstance(part, Transformer)
@@ -257,5 +258,5 @@ def export(
         save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)
         save(part.config, part.vocab_size, tensors, tokenizer, workspace.output / folder)
     else:
-        for _ in tensors:  # the others' part in gathering
+        for _ in tensors:  # gathering is collective
             pass

@@ -1,4 +1,4 @@
-"""What a training run is watched by beside its loss: utilisation, memory, and how long it waited for data."""
+"""Metrics of a training run besides its loss: MFU, memory, and time waiting for data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KIBI, GIBI = 2**10, 2**30
 
 
 class Gauges:
-    """Numbers of the steps since the last report."""
+    """Metrics of the steps since the last report."""
 
     def __init__(self, plan: Budget | None, objective: NextToken) -> None:
         self._plan = plan
@@ -23,7 +23,7 @@ class Gauges:
         self._waited = 0.0
 
     def __call__(self, num_tokens: int, seconds: float) -> Mapping[str, float]:
-        """`mfu`, `memory_gib` (the most of this process so far: of its GPU, or resident) and `data_wait_ratio`."""
+        """Return `mfu`, `memory_gib` (peak so far, on the GPU or resident) and `data_wait_ratio`."""
         waited = self._objective.waited - self._waited
         self._waited = self._objective.waited
         return {
@@ -33,9 +33,9 @@ class Gauges:
         }
 
     def mfu(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilisation of all workers together (Chowdhery et al. 2022), attention counted.
+        """Return the model FLOPs utilization of all workers, attention included (Chowdhery et al. 2022).
 
-        0 where the device's peak is not known.
+        0 if the device's peak is unknown.
         """
         if self._plan is None:
             return 0.0
@@ -44,7 +44,7 @@ class Gauges:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that was allocated on the GPU, or without one, the largest resident set."""
+    """Return peak memory in bytes: allocated on the GPU, or without one, the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIBI

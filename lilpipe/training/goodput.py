@@ -1,6 +1,6 @@
-"""Where the time of a run went: useful steps, and each loss by its cause, over all its tries.
+"""Goodput: the time of a run by cause, over all its attempts.
 
-Goodput is the share of the wall time, from the first try's start, in steps that were not done before.
+Goodput is the share of wall time, from the start of the first attempt, in steps that were not done before.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from lilpipe.artifact import write_atomically
 
 USEFUL = "step"
 CAUSES = (USEFUL, "setup", "restart", "replay", "save", "evaluation", "rollback")
-"""`setup`: up to the first step of the first try. `restart`: from the last sign of life of a try to the first step of
-the next. `replay`: steps that an earlier try had done already. `rollback`: steps that were undone, and left out."""
+"""`setup`: before the first step of the first attempt. `restart`: from the last recorded time of an attempt to the
+first step of the next. `replay`: steps that an earlier attempt had done. `rollback`: steps that were undone or left
+out."""
 WRITE_SECONDS = 1.0
 
 
 class Goodput:
-    """The account of one run, kept in a file that outlives a kill; without a path it is not kept."""
+    """Time accounting of one run, in a file that survives a kill; without a path it is only in memory."""
 
     def __init__(self, path: Path | None, *, process_started: float) -> None:
         self._path = path
         self.seconds: dict[str, float] = dict.fromkeys(CAUSES, 0.0)
         self.furthest = 0
-        """Most steps that any try has done."""
+        """Largest number of steps done by any attempt."""
         self.started = process_started
         self._restarted_from: float | None = None
         if path is not None and path.exists():
@@ -39,14 +40,14 @@ class Goodput:
         self._written = 0.0
 
     def first_step(self) -> None:
-        """The first step of this try begins: what lies before was setting up."""
+        """Record the start of this attempt's first step; the time before is setup or restart."""
         if self._restarted_from is None:
             self.seconds["setup"] += time.time() - self._process_started
         else:
             self.seconds["restart"] += time.time() - self._restarted_from
 
     def step(self, done: int, seconds: float, *, undone: bool = False) -> None:
-        """A step, the ``done``th, has been taken."""
+        """Record step number ``done``."""
         cause = "rollback" if undone else USEFUL if done > self.furthest else "replay"
         self.furthest = max(self.furthest, done)
         self.seconds[cause] += seconds
@@ -54,13 +55,13 @@ class Goodput:
             self.write()
 
     def undo(self, seconds: float) -> None:
-        """Useful steps of so many seconds were undone by a roll-back."""
+        """Move the time of useful steps undone by a rollback to its cause."""
         self.seconds[USEFUL] -= seconds
         self.seconds["rollback"] += seconds
 
     @contextmanager
     def measure(self, cause: str) -> Iterator[None]:
-        """Account the time in the block to a cause."""
+        """Add the time in the block to a cause."""
         begun = time.perf_counter()
         try:
             yield
@@ -74,7 +75,7 @@ class Goodput:
         return self.seconds[USEFUL] / max(time.time() - self.started, 1e-9)
 
     def write(self) -> None:
-        """Put the account on disk."""
+        """Write the account to disk."""
         self._written = time.time()
         account = {
             "time": self._written,

@@ -1,6 +1,6 @@
-"""Steps that would spoil the weights: what counts as one, and what is to be done about it.
+"""Detection of bad steps (non-finite values, loss and gradient spikes), and what to do about them.
 
-A decision depends on the losses and norms so far alone, so a run that is killed and resumed decides the same again.
+A decision depends only on the losses and norms so far, so a resumed run makes the same decisions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Action = Literal["ignore", "stop", "skip", "rollback"]
 
 
 class Finding(NamedTuple):
-    """What is wrong with a step."""
+    """A bad step: the action to take and the reason."""
 
     action: Action
     reason: str
@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 def examine(
     loss: float, grad_norm: float, *, losses: Sequence[float], grad_norms: Sequence[float], config: HealthConfig
 ) -> Finding | None:
-    """What is wrong with a step of this loss and norm, after steps of those; none if nothing is."""
+    """Check the loss and gradient norm of a step against those of the steps before it; None if it is healthy."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Finding(config.on_nan, f"loss {loss}, gradient norm {grad_norm}: not finite")
     if config.on_spike == "ignore":
@@ -39,7 +39,7 @@ def examine(
         if value > limit:
             return Finding(
                 config.on_spike,
-                f"{name} {value:.4g} is a spike: the last {config.window} steps had {window.mean():.4g} "
-                f"+- {window.std():.2g}, {config.spike_deviations:g} deviations end at {limit:.4g}",
+                f"{name} {value:.4g} is a spike: the last {config.window} steps had a mean of {window.mean():.4g} "
+                f"+- {window.std():.2g}, the limit at {config.spike_deviations:g} standard deviations is {limit:.4g}",
             )
     return None

@@ -1,8 +1,7 @@
-"""The training loop that pretraining, fine-tuning, preference and policy optimisation share.
+"""The training loop shared by pretraining, fine-tuning, preference and policy optimization.
 
-A step sums the loss and its gradient over all micro-batches of all workers and divides by the global count (of
-tokens, pairs, ...). One rule then covers accumulation and every layout of workers: however a batch is cut, the update
-is the same.
+A step sums the loss and its gradient over all micro-batches of all workers and divides by the global count (of tokens,
+pairs, ...). So gradient accumulation and every parallel layout give the same update.
 """
 
 from __future__ import annotations
@@ -31,25 +30,25 @@ from lilpipe.training.replica import TrainerModule
 from lilpipe.training.schedule import lr_scale
 
 Evaluation = Callable[[Any, int], Mapping[str, float]]
-"""(what is trained, number of steps done) to metrics; called on every worker, and the same on each."""
+"""Maps (model, number of steps done) to metrics. Called on every worker, with the same result on each."""
 Gauges = Callable[[int, float], Mapping[str, float]]
-"""(tokens, seconds) of the steps since the last report to further numbers of that time."""
+"""Maps (tokens, seconds) since the last report to further metrics of that interval."""
 
 
 @dataclass
 class TrainingResult:
-    """How a run went, its interrupted parts included."""
+    """Statistics of a run, including the attempts before a resume."""
 
     losses: list[float] = field(default_factory=list)
     """Loss of each step."""
     num_tokens: int = 0
-    """Tokens through the model over all workers."""
+    """Tokens processed on all workers."""
     seconds: float = 0.0
-    """Time in steps; evaluations and checkpoints are left out."""
+    """Time in steps, without evaluations and checkpoints."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of the last evaluation."""
     skipped: list[int] = field(default_factory=list)
-    """Steps, from 0, whose batches have no part in the weights; see ``HealthConfig``."""
+    """Steps, from 0, whose batches did not update the weights; see ``HealthConfig``."""
     goodput: float = 0.0
     """Share of the wall time in useful steps."""
     time: dict[str, float] = field(default_factory=dict)
@@ -57,11 +56,11 @@ class TrainingResult:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all steps."""
+        """Mean over all steps."""
         return self.num_tokens / self.seconds
 
     def final_loss(self, num_steps: int = 50) -> float:
-        """Mean loss of the last steps."""
+        """Return the mean loss of the last steps."""
         tail = [loss for loss in self.losses[-num_steps:] if math.isfinite(loss)]
         return math.fsum(tail) / len(tail)
 
@@ -82,31 +81,31 @@ def train(
     describe: Callable[[int], str] | None = None,
     gauges: Gauges | None = None,
 ) -> TrainingResult:
-    """Train ``model`` in place for ``num_steps`` and say how it went.
+    """Train ``model`` in place for ``num_steps`` and return statistics.
 
-    State goes to ``workspace.scratch`` every ``section.checkpoint_every`` steps and at the end; called again after
-    a kill, the run goes on from there and ends in the same weights, bit for bit.
+    State is saved to ``workspace.scratch`` every ``section.checkpoint_every`` steps and at the end. Called again after
+    a kill, the run resumes from the last checkpoint and ends in the same weights, bit for bit.
 
     Args:
-        model: What is trained, and on what.
-        num_steps: Optimizer steps, skipped ones included.
-        workspace: Where checkpoints and progress go.
+        model: The model and its objective.
+        num_steps: Optimizer steps, including skipped ones.
+        workspace: Directory for checkpoints and progress.
         section: The stage's settings.
         optimizer: Optimizer and schedule.
         evaluate: Called every ``eval_every`` steps (0: never) and at the end.
         eval_every: Steps between evaluations.
-        milestones: Numbers of steps done after which it is called as well.
-        identity: With the section's own, marks the checkpoints; those of another run are refused.
-        health: What to do about steps that would spoil the weights.
-        before_step: Called with each step's number before it is taken.
-        describe: What a step's batch was made of, for the log of a bad one.
-        gauges: Further numbers for each report.
+        milestones: Further numbers of steps after which to evaluate.
+        identity: Identifies the run, together with the section's identity; checkpoints of another run are rejected.
+        health: How to handle non-finite values and spikes.
+        before_step: Called with the index of each step before it.
+        describe: Returns the contents of a step's batch, for the log of a bad step.
+        gauges: Further metrics for each report.
 
     Raises:
         ArtifactError: The workspace holds checkpoints of another run.
-        ConfigError: The loss or a gradient is bad, and ``health`` says stop; names the step.
-        DataError: A step's count is zero.
-        Preempted: A SIGTERM came; the state is saved.
+        ConfigError: The loss or a gradient is bad and ``health`` says stop; names the step.
+        DataError: The count of a step is zero.
+        Preempted: The process received SIGTERM; the state is saved.
     """
     run = _Run(model, workspace, section, optimizer, num_steps=num_steps, identity=identity or {}, health=health)
     meter = _Meter(workspace, num_steps=num_steps, log_every=section.log_every, gauges=gauges)
@@ -150,7 +149,7 @@ def train(
             if done % section.checkpoint_every == 0 or done == num_steps or totals.stop:
                 run.save(done)
             if totals.stop and done < num_steps:
-                raise distributed.Preempted(f"pre-empted after step {done} of {num_steps}; it is saved")
+                raise distributed.Preempted(f"preempted after step {done} of {num_steps}; the state is saved")
             is_due = done in milestones or (eval_every > 0 and done % eval_every == 0)
             if evaluate and is_due and done < num_steps:
                 workspace.progress(done, num_steps, "steps", **run.evaluate(evaluate, done))
@@ -163,7 +162,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Totals:
-    """One step over all micro-batches and workers."""
+    """Totals of one step over all micro-batches and workers."""
 
     loss: float
     count: float
@@ -174,7 +173,7 @@ class _Totals:
 
 
 def _accumulate(model: TrainerModule, step: int) -> _Totals:
-    """Add up gradients over this worker's micro-batches, and the numbers beside them over all workers."""
+    """Accumulate gradients over this worker's micro-batches, and sum losses and metrics over all workers."""
     for part in model.parts:
         part.train()
     sums: dict[str, float] = {"loss": 0.0, "count": 0.0, "tokens": 0.0}
@@ -187,7 +186,9 @@ def _accumulate(model: TrainerModule, step: int) -> _Totals:
     sums["stop"] = float(distributed.stop_requested())
     sums = dict(zip(sums, distributed.sum_floats(list(sums.values())), strict=True))
     if sums["count"] <= 0:
-        raise DataError(f"step {step + 1}: there is nothing to learn from in this batch; check the data's masks")
+        raise DataError(
+            f"step {step + 1}: got a batch without targets, expected at least one; check the loss masks of the data"
+        )
     names = [name.removeprefix("sum/") for name in sums if name.startswith("sum/")]
     return _Totals(
         loss=sums["loss"] / sums["count"],
@@ -210,7 +211,7 @@ def _lr_scale(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
 
 
 class _Run:
-    """What must outlive a kill: weights, optimizer state, and the record of losses."""
+    """State of a run that survives a kill: weights, optimizer state, and recorded losses."""
 
     def __init__(
         self,
@@ -228,7 +229,7 @@ class _Run:
         self.health = health or HealthConfig()
         self.result = TrainingResult()
         self.undone_steps: set[int] = set()
-        """Steps that a roll-back has decided to leave out."""
+        """Steps to leave out after a rollback."""
         self._learning_rate = optimizer.learning_rate
         self._seed = section.seed or 0
         self._workspace = workspace
@@ -247,7 +248,7 @@ class _Run:
         )
 
     def examine(self, step: int, loss: float, grad_norm: float) -> Finding | None:
-        """Whether the step would spoil the weights. Loss and norm are global, so all workers decide alike."""
+        """Return a finding if the step is bad. Loss and norm are global, so all workers decide alike."""
         used = [done for done in range(max(0, step - 2 * self.health.window), step) if done not in self.undone_steps]
         finding = examine(
             loss,
@@ -259,19 +260,19 @@ class _Run:
         if finding is not None and (finding.action == "stop" or len(self.result.skipped) >= self.health.max_events):
             raise ConfigError(
                 f"step {step + 1}: {finding.reason}: training has diverged; lower optimizer.learning_rate (now "
-                f"{self._learning_rate}) or lengthen optimizer.warmup_steps"
+                f"{self._learning_rate}) or increase optimizer.warmup_steps"
             )
         return finding
 
     def note_bad_step(self, step: int, finding: Finding, describe: Callable[[int], str] | None) -> None:
-        """Log it, with what its batch was made of."""
+        """Log a bad step and the contents of its batch."""
         self.result.skipped.append(step)
         self.undone_steps.add(step)
-        made_of = f"; its batch: {describe(step)}" if describe else ""
+        made_of = f"; batch: {describe(step)}" if describe else ""
         self._workspace.log(f"step {step + 1}: {finding.reason}; {finding.action}{made_of}")
 
     def roll_back(self, step: int) -> int:
-        """Take up the last checkpoint; the batches from there to ``step`` are left out. Gives the step to go on at."""
+        """Load the last checkpoint and leave out the batches from there to ``step``. Returns the step to resume at."""
         skipped, undone_steps = list(self.result.skipped), set(self.undone_steps)
         undone = float(torch.nansum(self._step_seconds[:step]))
         self.checkpoints.wait()
@@ -282,22 +283,22 @@ class _Run:
         return done
 
     def seed_dropout(self, step: int) -> None:
-        """Let what is dropped in a step be a function of the seed, the step and the worker."""
+        """Seed dropout from the seed, the step and the worker."""
         for module in (module for part in self.model.parts for module in part.modules()):
             if isinstance(module, Transformer) and module.config.dropout:
                 module.set_dropout_seed(self._seed, step, distributed.rank())
 
     def record(self, step: int, totals: _Totals, *, grad_norm: float, seconds: float) -> None:
-        """Note down one step."""
+        """Record one step."""
         self._losses[step], self._grad_norms[step], self._step_seconds[step] = totals.loss, grad_norm, seconds
         self.result.num_tokens += totals.num_tokens
         self.goodput.step(step + 1, seconds, undone=step in self.undone_steps)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Inside, saves go on in the background; they have ended when it is left, also by an error of all workers.
+        """Context in which saves run in the background; waits for them on exit, also on an error of all workers.
 
-        By an error of one worker of several they have not: a save would wait for the others.
+        It does not wait on an error of a single worker, because a save is collective.
         """
         try:
             yield
@@ -308,7 +309,7 @@ class _Run:
         self.checkpoints.wait()
 
     def save(self, done: int) -> None:
-        """Write the state after ``done`` steps, in the background."""
+        """Save the state after ``done`` steps, in the background."""
         with self.goodput.measure("save"):
             record = {
                 "num_tokens": self.result.num_tokens,
@@ -318,11 +319,11 @@ class _Run:
             self.checkpoints.save(done, self._tensors(), record)
 
     def resume(self) -> int:
-        """Take over the last state that can be read; gives the number of steps done."""
+        """Load the last readable checkpoint; returns the number of steps done."""
         self.checkpoints.check_space(self._tensors())
         done = self._load()
         if done:
-            self._workspace.log(f"going on from the checkpoint after step {done}")
+            self._workspace.log(f"resuming from the checkpoint after step {done}")
         elif self.health.on_nan == "rollback" or self.health.on_spike == "rollback":
             self.save(0)
         return done
@@ -331,7 +332,7 @@ class _Run:
         found = self.checkpoints.load_latest(self._tensors())
         done, record = found or (0, {})
         if distributed.sum_floats([float(done)]) != [float(done) * distributed.world_size()]:
-            raise RuntimeError("workers found different checkpoints; they must share the workspace's folder")
+            raise RuntimeError("workers found different checkpoints; they must share the workspace's directory")
         self.result.num_tokens = record.get("num_tokens", 0)
         self.result.skipped = list(record.get("skipped", []))
         self.undone_steps = set(record.get("undone_steps", []))
@@ -346,14 +347,14 @@ class _Run:
         return tensors | {f"record/{name}": tensor for name, tensor in record.items()}
 
     def evaluate(self, evaluate: Evaluation, done: int) -> dict[str, float]:
-        """Call it without gradients, in evaluation mode."""
+        """Call ``evaluate`` without gradients, in evaluation mode."""
         for part in self.model.parts:
             part.eval()
         with self.goodput.measure("evaluation"), torch.inference_mode():
             return dict(evaluate(self.model, done))
 
     def finish(self) -> TrainingResult:
-        """The result, complete."""
+        """Return the completed result."""
         self.goodput.write()
         self.result.losses = self._losses.tolist()
         self.result.seconds = float(torch.nansum(self._step_seconds))
@@ -363,7 +364,7 @@ class _Run:
 
 
 class _Meter:
-    """Reports every ``log_every`` steps, with means over the steps since the last report."""
+    """Reports progress every ``log_every`` steps, with means over the interval."""
 
     def __init__(self, workspace: Workspace, *, num_steps: int, log_every: int, gauges: Gauges | None) -> None:
         self._workspace = workspace
@@ -374,7 +375,7 @@ class _Meter:
         self._seconds = 0.0
 
     def record(self, done: int, totals: _Totals, *, seconds: float, **values: float) -> None:
-        """One step has ended."""
+        """Record one step; report if due."""
         self._window.append(totals)
         self._seconds += seconds
         if done % self._log_every == 0 or done == self._num_steps:

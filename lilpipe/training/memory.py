@@ -1,12 +1,12 @@
-"""Peak memory of one worker of pretraining, by arithmetic alone.
+"""Estimate of a pretraining worker's peak memory, by arithmetic alone.
 
-A step's memory is what always lies there (weights, gradients, optimizer state) and, at the start of the backward
-pass, what the forward pass saved for it: counted tensor by tensor for this decoder run eagerly, in the way of
-Korthikanti et al. 2022. Sharding divides the first as in ZeRO (Rajbhandari et al. 2020). `torch.compile` saves less
-than this; what the allocator and the collectives keep for themselves comes on top.
+A step needs persistent memory (weights, gradients, optimizer state) and, at the start of the backward pass, the
+activations saved by the forward pass: counted tensor by tensor for this decoder in eager mode, as in Korthikanti et al.
+2022. Sharding divides the persistent part as in ZeRO (Rajbhandari et al. 2020). `torch.compile` saves less; memory of
+the allocator and the collectives is extra.
 
 Sizes in formulas: n tokens of a micro-batch on this worker, D width, H query heads, K key/value heads, E size of a
-head, F width of the feed-forward layer, V vocabulary; c bytes of an element in the arithmetic's precision.
+head, F width of the feed-forward layer, V vocabulary; c bytes of an element in the compute precision.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from lilpipe.model.scores import LOGITS_AT_ONCE, tokens_at_once
 
 FP32 = 4
 STANDING = ("weights", "gradients", "optimizer state")
-"""Names of the terms that lie there all the time."""
+"""Names of the persistent terms."""
 LOGIT_COPIES = 5
-"""Float32 tensors of the logits' size alive at once where autograd makes their gradient (torch 2.13, eager)."""
+"""Float32 tensors of the logits' size alive at once when autograd computes their gradient (torch 2.13, eager)."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Term:
     name: str
     bytes: float
     arithmetic: str
-    """How it comes about, for people."""
+    """The calculation, for people."""
 
 
 def peak_memory(config: PretrainConfig, vocab_size: int, *, on_cpu: bool = False) -> tuple[Term, ...]:
-    """What the fullest worker holds at the fullest moment of the run; the terms add up."""
+    """Return the memory of the worker that needs most, at the peak of the run; the terms sum to it."""
     worker = _Worker(config, vocab_size, on_cpu=on_cpu)
     passing = max((worker.of_phase(phase) for phase in config.resolved_phases), key=total)
     update = worker.update()
@@ -55,12 +55,12 @@ def peak_memory(config: PretrainConfig, vocab_size: int, *, on_cpu: bool = False
 
 
 def total(terms: tuple[Term, ...]) -> float:
-    """Bytes of all terms."""
+    """Return the bytes of all terms."""
     return math.fsum(term.bytes for term in terms)
 
 
 class _Worker:
-    """The worker of the layout that holds most."""
+    """The worker of the layout that needs most memory."""
 
     def __init__(self, config: PretrainConfig, vocab_size: int, *, on_cpu: bool) -> None:
         self.config = config
@@ -71,15 +71,15 @@ class _Worker:
         self.element_bytes = FP32 if config.precision == "fp32" else 2
         low_and_cut = self.element_bytes < FP32 and self.layout.pipeline * self.layout.context * self.layout.tensor > 1
         self.gathers = self.layout.shard > 1 or low_and_cut
-        """Whether FSDP holds the weights, which it does for lower precision too wherever the model is cut."""
+        """Whether FSDP holds the weights. With lower precision it does so for every sharded model."""
         stages = self.layout.pipeline * config.parallel.stages_per_worker
         self.blocks_per_stage = math.ceil(self.model.num_layers / stages)
         self.num_blocks = self.blocks_per_stage * config.parallel.stages_per_worker
 
-    # --- what always lies there -----------------------------------------------------------------------------------
+    # --- persistent memory ------------------------------------------------------------------------------------------
 
     def standing(self) -> tuple[Term, ...]:
-        """Weights, gradients and optimizer state, in fp32."""
+        """Return weights, gradients and optimizer state, in fp32."""
         parts = self.layout.shard * self.layout.tensor
         weights, matrices = self._parameters(), self._block_matrices()
         held = f"{_millions(weights)} parameters" + (f" / {self._divisor()}" if parts > 1 else "")
@@ -100,31 +100,31 @@ class _Worker:
         return "(" + " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) + ")"
 
     def _parameters(self) -> int:
-        """Of this worker's pipeline stages, before sharding: the first has the embedding, the last the head."""
+        """Return this worker's parameters before sharding: those of the larger of the first and the last stage."""
         blocks = sum(self._per_block(layer) for layer in self._layers())
         first, last = embedding_parameters(self.model, self.vocab_size), head_parameters(self.model, self.vocab_size)
         if self.layout.pipeline == 1:
             return blocks + first + last
-        if self.model.tie_embeddings:  # both ends hold the table
+        if self.model.tie_embeddings:  # both ends hold the embedding
             last += embedding_parameters(self.model, self.vocab_size)
         return blocks + max(first, last)
 
     def _block_matrices(self) -> int:
-        """Weights of the blocks' matrices, which Muon updates."""
+        """Return the weights of the blocks' matrices, which Muon updates."""
         matrices = (matrix for layer in self._layers() for matrix in block_matrices(self.model, layer))
         return sum(matrix.inputs * matrix.outputs for matrix in matrices)
 
     def _layers(self) -> range:
-        """As many blocks as a worker holds, the last ones: with a mixture of experts they are the largest."""
+        """Return the last blocks, as many as a worker holds: with a mixture of experts they are the largest."""
         return range(self.model.num_layers - self.num_blocks, self.model.num_layers)
 
     def _per_block(self, layer: int) -> int:
         return block_parameters(self.model, max(layer, 0))
 
-    # --- in a step ------------------------------------------------------------------------------------------------
+    # --- forward and backward pass -----------------------------------------------------------------------------------
 
     def of_phase(self, phase: Phase) -> tuple[Term, ...]:
-        """What comes on top in the forward and backward pass."""
+        """Return the additional memory of the forward and backward pass."""
         rows = phase.batch_size // (self.layout.data * phase.accumulation_steps)
         num_tokens = rows * math.ceil(phase.seq_len / self.layout.context)
         return (
@@ -135,7 +135,7 @@ class _Worker:
         )
 
     def _copies(self) -> Term:
-        """Weights beside the sharded or fp32 ones: gathered by FSDP, or cast for lower precision."""
+        """Return copies of the weights: gathered by FSDP, or cast to lower precision."""
         c = self.element_bytes
         weights = self._parameters() / self.layout.tensor
         if not self.gathers:
@@ -145,22 +145,22 @@ class _Worker:
         rest = weights - self.num_blocks * block
         largest = max(block, rest)
         gradients = f"{c + FP32} B x gradients of {_millions(largest)}"
-        if self.layout.pipeline > 1:  # what is gathered stays for the next micro-batch
+        if self.layout.pipeline > 1:  # gathered weights are kept for the next micro-batch
             size, how = c * weights, f"{c} B x {_millions(weights)}"
         else:
             size, how = c * (2 * block + rest), f"{c} B x (2 blocks of {_millions(block)} + {_millions(rest)})"
         return Term("gathered weights", size + (c + FP32) * largest, f"{how} + {gradients}")
 
     def _unsharded_gradients(self, phase: Phase) -> Term:
-        """FSDP adds the micro-batches' gradients up whole, and shards them with the last one."""
+        """Return unsharded gradients: FSDP accumulates them whole, and shards them in the last micro-batch."""
         if not self.gathers or phase.accumulation_steps == 1:
             return Term("gathered gradients", 0, "")
         weights = self._parameters() / self.layout.tensor
-        how = f"4 B x {_millions(weights)}, whole until the last of {phase.accumulation_steps} micro-batches"
+        how = f"4 B x {_millions(weights)}, unsharded until the last of {phase.accumulation_steps} micro-batches"
         return Term("gathered gradients", FP32 * weights, how)
 
     def _kept(self, phase: Phase, num_tokens: int) -> Term:
-        """What the forward pass keeps of blocks, for all micro-batches in flight."""
+        """Return saved activations of blocks, for all micro-batches in flight."""
         passes, in_flight = self._passes_in_flight(phase.accumulation_steps)
         blocks = passes * self.blocks_per_stage
         mode = self.config.activation_checkpointing
@@ -173,19 +173,19 @@ class _Worker:
         return Term("activations", per_token * num_tokens * blocks, how)
 
     def _passes_in_flight(self, micro_batches: int) -> tuple[int, str]:
-        """Forward passes of a stage that wait for their backward pass on the first worker of the pipeline."""
+        """Return the forward passes in flight on the first worker of the pipeline."""
         size, chunks = self.layout.pipeline, self.config.parallel.stages_per_worker
         if size == 1:
             return 1, ""
         if chunks == 1:
             passes, how = size, f"pipeline {size}"
-        else:  # Narayanan et al. 2021, 2.2: those of the warm-up and the one that follows
+        else:  # Narayanan et al. 2021, 2.2: the warmup and one more
             passes, how = (chunks - 1) * size + 2 * (size - 1) + 1, f"{chunks} x {size} stages"
         passes = min(passes, micro_batches * chunks)
         return passes, f" ({passes} passes in flight: {how}, {micro_batches} micro-batches)"
 
     def _of_block(self, phase: Phase) -> float:
-        """Bytes that the largest block saves for each token, of a kind that is first or last."""
+        """Return the bytes per token saved by the larger of the first and the last block."""
         saved = (
             activation_bytes(
                 self.model,
@@ -200,56 +200,58 @@ class _Worker:
         return max(saved) + self._mask(phase)
 
     def _stream_bytes(self) -> int:
-        """Of an element of the residual stream: autocast leaves it in fp32, FSDP does not."""
+        """Return bytes per element of the residual stream: autocast keeps it in fp32, FSDP does not."""
         return self.element_bytes if self.gathers else FP32
 
     def _stream(self) -> int:
         return self.model.hidden_size * self._stream_bytes()
 
     def _selective(self) -> float:
-        """The block's input, and what its matrix products and its attention put out."""
+        """Return bytes per token of the block's input and the outputs of its matrix products and attention."""
         _, value = head_widths(self.model)
         matrices = block_matrices(self.model, self.model.num_layers - 1, active=True)
         outputs = sum(matrix.outputs for matrix in matrices) + self.model.num_heads * value
         return (self._stream() + outputs * self.element_bytes) / self.layout.tensor
 
     def _mask(self, phase: Phase) -> float:
-        """On a CPU a mask within documents is a tensor [rows, T, T], which attention turns into floats."""
+        """Return bytes per token of a document mask: on a CPU [rows, T, T], converted to float by attention."""
         if not self.on_cpu or not (self.config.intra_document_masking or self.layout.context > 1):
             return 0.0
         return FP32 * phase.seq_len
 
     def _logits(self, num_tokens: int) -> tuple[Term, ...]:
-        """What comes on top when the output layer's backward pass begins: exponentials, of all tokens or of a part,
-        their gradient a part at a time, and that of the matrix.
+        """Return the memory at the start of the output layer's backward pass.
+
+        That is the exponentials (of all tokens or of a chunk), a chunk of their gradient, and the gradient of the
+        matrix.
         """
         vocab = self.vocab_size // self.layout.tensor
         if self.layout.tensor > 1:
             at_once = min(num_tokens, max(1, LOGITS_AT_ONCE // vocab))
-            how = f"{LOGIT_COPIES} x 4 B x {at_once:,} tokens at once x {vocab:,} words of this worker"
+            how = f"{LOGIT_COPIES} x 4 B x {at_once:,} tokens at once x {vocab:,} vocabulary entries of this worker"
             return (Term("logits", LOGIT_COPIES * FP32 * at_once * vocab, how),)
         at_once = min(num_tokens, tokens_at_once(vocab, torch.device("cpu" if self.on_cpu else "cuda")))
         kept = num_tokens if num_tokens * vocab <= LOGITS_AT_ONCE else at_once
         gradient = FP32 if self.element_bytes == FP32 else FP32 + self.element_bytes
         matrix, width = FP32 * vocab * self.model.hidden_size, self.model.hidden_size
-        how = f"(4 B x {kept:,} tokens + {gradient} B x {at_once:,} at once + 4 B x {width:,}) x {vocab:,} words"
+        how = f"(4 B x {kept:,} tokens + {gradient} B x {at_once:,} at once + 4 B x {width:,}) x vocabulary {vocab:,}"
         return (Term("logits", vocab * (FP32 * kept + gradient * at_once) + matrix, how),)
 
     def _one_block(self, phase: Phase, num_tokens: int) -> tuple[Term, ...]:
-        """What comes on top in the backward pass of a block: itself computed again, and its working tensors."""
+        """Return the memory of a block's backward pass: its recomputed activations and its working tensors."""
         c, again = self.element_bytes, self._of_block(phase)
         checkpoints = self.config.activation_checkpointing != "none"
         widest, width = max(matrix.outputs for matrix in block_matrices(self.model, 0)), self.model.hidden_size
         working = c * num_tokens * 2 * (widest + width) / self.layout.tensor
         return (
-            Term("one block again", again * num_tokens * checkpoints, f"{again:,.0f} B x {num_tokens:,} tokens"),
+            Term("recomputed block", again * num_tokens * checkpoints, f"{again:,.0f} B x {num_tokens:,} tokens"),
             Term("working tensors", working, f"{c} B x {num_tokens:,} tokens x 2 x (widest {widest:,} + {width:,})"),
         )
 
-    # --- between steps --------------------------------------------------------------------------------------------
+    # --- optimizer step -----------------------------------------------------------------------------------------------
 
     def update(self) -> tuple[Term, ...]:
-        """What comes on top while the optimizer runs: Muon's updates of all matrices, before and after."""
+        """Return the additional memory of the optimizer step: Muon's updates of all matrices."""
         if self.config.optimizer.kind != "muon":
             return ()
         matrices = self._block_matrices() / (self.layout.shard * self.layout.tensor)
@@ -265,12 +267,12 @@ def activation_bytes(
     tensor: int = 1,
     context: int = 1,
 ) -> float:
-    """Bytes that one block saves for its backward pass, for each token on the worker.
+    """Return the bytes per token that one block saves for its backward pass.
 
-    Norms save their input and what they put out, the next matrices' input. Attention saves queries, keys, values, its
-    output, and a number for each head. SwiGLU saves gate, its SiLU, up and their product; GELU its input and output.
-    With tensor parallelism and the sequence parallel in between, all is divided but what is gathered: the input of
-    both parts.
+    Norms save their input and their output, which is the input of the next matrices. Attention saves queries, keys,
+    values, its output, and a number per head. SwiGLU saves gate, its SiLU, up and their product; GELU its input and
+    output. Tensor parallelism with sequence parallelism divides all but the gathered inputs of attention and
+    feed-forward layer.
     """
     gpt2 = model.architecture == "gpt2"
     c, s, width = element_bytes, stream_bytes, model.hidden_size
@@ -291,14 +293,17 @@ def _attention_bytes(model: ModelConfig, c: int, *, context: int) -> float:
 
 
 def _latent_attention_bytes(model: ModelConfig, mla: MLAConfig, c: int, *, context: int) -> float:
-    """Latents before and after their norm; queries, keys, values and output, as wide as the wider of them."""
+    """Return bytes of latents before and after their norm, and of queries, keys, values and output.
+
+    Values and output have the width of keys if these are wider.
+    """
     heads = model.num_heads
     key, value = head_widths(model)
     queries = 2 * c * mla.q_lora_rank + FP32 if mla.q_lora_rank else 0
     latent = mla.kv_lora_rank + mla.qk_rope_head_dim
     latents = c * latent * (1 + context) + FP32
     wide = max(key, value)
-    cut = value if value < key else 0  # the output without the zeros that values are widened by
+    cut = value if value < key else 0  # the output without the padding of the values
     return queries + latents + c * heads * (key + (key + wide) * context + wide + cut) + FP32 * heads
 
 
@@ -307,7 +312,7 @@ def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> float:
         return 2 * c * model.intermediate_size
     if (moe := model.moe) is None or layer < moe.first_k_dense_replace:
         return 4 * c * model.intermediate_size
-    # Of each routed copy of a token the input, SwiGLU, and the output, which its weight multiplies.
+    # Per routed copy of a token: the input, SwiGLU, and the output that is multiplied by its weight.
     routed = moe.num_experts_per_tok * (2 * model.hidden_size + 4 * moe.moe_intermediate_size)
     shared = 4 * moe.n_shared_experts * moe.moe_intermediate_size
     router = moe.num_experts + 8 * moe.num_experts_per_tok + 1  # affinities, weights, and the order by expert in int64

@@ -1,4 +1,4 @@
-"""What a pretraining run takes from each stream, for people: in metrics, in the log, and as tables of the report."""
+"""Mixture of a pretraining run: metrics, log lines and report tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lilpipe.tokens.plan import PlannedDataPhase
 
 
 def measure_mixture(loader: PretrainLoader) -> Metrics:
-    """Of each stream the share of the training tokens that it gives, and how often each of its tokens is a target."""
+    """Return each stream's share of the training tokens, and its number of epochs."""
     targets = {name: loader.num_targets(name) for name in loader.streams}
     metrics: Metrics = {}
     for name, count in targets.items():
@@ -23,19 +23,19 @@ def measure_mixture(loader: PretrainLoader) -> Metrics:
 
 
 def unmet_shares(planned: Sequence[PlannedDataPhase]) -> Iterator[str]:
-    """A line for each stream that does not give the share asked of it."""
+    """Yield a line for each stream that does not reach its requested share."""
     for data_phase in planned:
         where = f" from step {data_phase.phases[0].first:,}" if len(planned) > 1 else ""
         for name, part in data_phase.parts.items():
             if part.reason:
-                reached = f"{part.reached:.1%} of {part.asked:.1%} asked for"
+                reached = f"{part.reached:.1%} of the requested {part.asked:.1%}"
                 yield f"mixture{where}: {name} gives {reached}: {part.reason}"
 
 
 def mixture_section(planned: Sequence[PlannedDataPhase], loader: PretrainLoader) -> list[page.Fragment]:
-    """What was asked of each stream, what was reached, and why not; and how far the weights would go.
+    """Return a table of requested and reached shares, with reasons, and the largest token count for the weights.
 
-    With phases, a table for each length of sequence and mixture; epochs are those up to its end.
+    With phases, there is a table per sequence length and mixture; epochs count up to the end of each.
     """
     parts = []
     done = dict.fromkeys(loader.streams, 0.0)
@@ -60,11 +60,11 @@ def _rows(
         {
             "stream": name,
             "tokens": loader.shards.stream(name, "train").num_tokens,
-            "% asked": 100 * (parts[name].asked * corpus if name in parts else plan.exercise_ratio),
+            "% requested": 100 * (parts[name].asked * corpus if name in parts else plan.exercise_ratio),
             "% reached": 100 * targets.get(name, 0.0) / sum(targets.values()),
             "epochs": epochs.get(name, 0.0),
-            "most epochs": parts[name].max_epochs if name in parts else "",
-            "why": parts[name].reason if name in parts else "",
+            "max epochs": parts[name].max_epochs if name in parts else "",
+            "reason": parts[name].reason if name in parts else "",
         }
         for name in loader.shards.streams
         if name in parts or targets.get(name)
@@ -76,4 +76,4 @@ def _reach(plan: PlannedDataPhase) -> str:
     limits = {name: part.max_epochs for name, part in plan.parts.items()}
     tokens = {name: part.tokens for name, part in plan.parts.items()}
     most = largest_total(weights, tokens, limits) / (1 - plan.exercise_ratio)
-    return f"These weights can be kept, within the limits on epochs, up to {most:,.0f} training tokens."
+    return f"Within the epoch limits, these weights are possible up to {most:,.0f} training tokens."

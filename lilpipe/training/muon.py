@@ -1,12 +1,12 @@
-"""Muon: momentum, orthogonalised by Newton-Schulz iterations (Jordan et al. 2024).
+"""Muon: momentum orthogonalized by Newton-Schulz iterations (Jordan et al. 2024).
 
-The same update as ``torch.optim.Muon`` with its default learning-rate adjustment. That one takes the matrices one by
-one in bfloat16, which on a CPU without bfloat16 arithmetic is slower than the whole backward pass of a small model
-(184 ms against 11 ms a step for 21 matrices of about 96 x 256, one core with AVX2). Here matrices of one shape go
-together, in float32 on a CPU, and each worker orthogonalises its share of them.
+The update is that of ``torch.optim.Muon`` with its default learning-rate adjustment. torch processes the matrices one
+by one in bfloat16, which on a CPU without bfloat16 arithmetic is slower than the whole backward pass of a small model
+(184 ms against 11 ms a step for 21 matrices of about 96 x 256, one core with AVX2). Here matrices of one shape are
+batched, in float32 on a CPU, and each worker orthogonalizes its share of them.
 
-A matrix that lies in parts on several workers (a DTensor) is orthogonalised whole: those of one layout are stacked,
-redistributed so that each worker has some of them whole, and brought back (an all-to-all there and one back).
+A sharded matrix (a DTensor) must be whole to be orthogonalized: matrices of one layout are stacked, redistributed so
+that each worker has some of them whole, and redistributed back (two all-to-alls).
 
 Dimensions: M matrices of one shape, R rows, C columns, R <= C; E experts, O outputs, I inputs.
 """
@@ -26,15 +26,15 @@ from torch.optim.optimizer import ParamsT
 from lilpipe import distributed
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic; chosen for the steepest slope at zero, so singular values end in about 0.7 to 1.2, not at 1."""
+"""Coefficients of the quintic, with the steepest slope at zero; singular values end in about 0.7 to 1.2, not at 1."""
 NUM_ITERATIONS = 5
 EPSILON = 1e-7
 ELEMENTS_AT_ONCE = 2**26
-"""Elements of matrices in parts that a worker takes whole at one time, unless one matrix alone has more."""
+"""Maximum elements of sharded matrices that a worker gathers at a time, but at least one matrix."""
 
 
 def orthogonalize(x_MRC: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values are moved towards 1. R <= C."""
+    """Return approximately the nearest semi-orthogonal matrices: moves singular values towards 1. R <= C."""
     a, b, c = COEFFICIENTS
     x_MRC = x_MRC / x_MRC.norm(dim=(-2, -1), keepdim=True).clamp(min=EPSILON)
     for _ in range(NUM_ITERATIONS):
@@ -45,11 +45,11 @@ def orthogonalize(x_MRC: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For the matrices of hidden layers, ``[O, I]``, and for those of experts, ``[E, O, I]``, each on its own.
+    """Optimizer for the matrices of hidden layers, ``[O, I]``, and of experts, ``[E, O, I]``, each on its own.
 
     ``lr`` follows Jordan et al.: the update is scaled by sqrt(max(1, outputs / inputs)), and 0.02 is the usual value.
-    Decay is decoupled, ``lr * weight_decay`` a step. ``replicas``: the processes that hold the same matrices, where
-    these are no DTensors; all processes if none are given.
+    Weight decay is decoupled, ``lr * weight_decay`` per step. ``replicas`` is the group of processes that hold the same
+    plain tensors; None means all processes.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add matrices, with the state that they have before the first step."""
+        """Add matrices, with initial state."""
         super().add_param_group(param_group)
         for matrix in self.param_groups[-1]["params"]:
             self.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the matrices that have gradients; gives the loss of ``closure``, which computes these again."""
+        """Update the matrices that have gradients. Returns the loss of ``closure``, which recomputes gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
             part.add_(updates[index], alpha=-group["lr"] * scale)
 
     def _nesterov(self, matrix: Tensor, momentum: float) -> Tensor:
-        """The gradient and the momentum that it has just entered, mixed; of what lies here."""
+        """Update the momentum buffer; return the local shard of the Nesterov momentum."""
         gradient = matrix.grad
         assert gradient is not None
         if isinstance(matrix, DTensor) and isinstance(gradient, DTensor):
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonalize_all(matrices: Sequence[Tensor], replicas: dist.ProcessGroup | None) -> list[Tensor]:
-    """Each matrix orthogonalised; those of one shape in one call, each of the replicas its share."""
+    """Orthogonalize matrices, batched by shape and divided among the replicas."""
     if not matrices:
         return []
     sizes = [matrix.numel() for matrix in matrices]
@@ -131,12 +131,12 @@ def _orthogonalize_all(matrices: Sequence[Tensor], replicas: dist.ProcessGroup |
             for index, result in zip(mine, wide, strict=True):
                 _wide(targets[index]).copy_(result)
     if dist.is_initialized():
-        dist.all_reduce(buffer, group=replicas)  # the others' parts are zeros here, so this gathers without rounding
+        dist.all_reduce(buffer, group=replicas)  # the other workers' slices are zeros here, so the sum gathers exactly
     return results
 
 
 def _by_layout(matrices: Sequence[Tensor]) -> dict[tuple[object, ...], list[int]]:
-    """The matrices that lie in parts, by what must be equal for them to move together; not too many at a time."""
+    """Group indices of sharded matrices by layout, with a limited number of elements per group."""
     groups: dict[tuple[object, ...], list[int]] = {}
     counts: dict[tuple[object, ...], int] = {}
     for index, matrix in enumerate(matrices):
@@ -149,9 +149,9 @@ def _by_layout(matrices: Sequence[Tensor]) -> dict[tuple[object, ...], list[int]
 
 
 def _orthogonalize_parts(matrices: Sequence[Tensor], momenta: Sequence[Tensor]) -> list[Tensor]:
-    """Matrices of one layout orthogonalised; from this worker's parts of the momenta to its parts of the results.
+    """Orthogonalize sharded matrices of one layout; takes and returns this worker's shards.
 
-    Stacked along a new last dimension, the tensors keep the numbers of the dimensions along which they are cut.
+    Matrices are stacked along a new last dimension, so that the sharded dimensions keep their indices.
     """
     like = matrices[0]
     assert isinstance(like, DTensor)
@@ -159,7 +159,7 @@ def _orthogonalize_parts(matrices: Sequence[Tensor], momenta: Sequence[Tensor]) 
     stride = torch.empty(shape, device="meta").stride()
     parts = torch.stack(list(momenta), dim=-1)
     stacked = DTensor.from_local(parts.to(_dtype(parts)), mesh, like.placements, shape=shape, stride=stride)
-    apart = [Shard(0 if like.ndim == 3 else 2)] * mesh.ndim  # by experts, or by matrices
+    apart = [Shard(0 if like.ndim == 3 else 2)] * mesh.ndim  # by expert, or by matrix
     x_RCM = stacked.redistribute(placements=apart).to_local().movedim(-1, 0)
     if x_RCM.numel():
         wide = _wide(x_RCM)
@@ -169,20 +169,20 @@ def _orthogonalize_parts(matrices: Sequence[Tensor], momenta: Sequence[Tensor]) 
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies here, sharing its memory."""
+    """Return the local shard of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:
-    """In which matrices like this one are orthogonalised."""
+    """Return the dtype for orthogonalization."""
     return torch.bfloat16 if tensor.is_cuda else tensor.dtype
 
 
 def _single(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Matrices as they are, and those of experts as views of each."""
+    """Return matrices as they are, and views of each expert's matrix."""
     return [matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else [tensor])]
 
 
 def _wide(matrix: Tensor) -> Tensor:
-    """The matrices as a view with no more rows than columns."""
+    """Return a view with no more rows than columns."""
     return matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix

@@ -1,9 +1,9 @@
-"""Needle in a haystack: whether a model still knows, at the end of a long text, a fact that stood somewhere in it.
+"""Needle in a haystack: whether a model retrieves, at the end of a long text, a fact from somewhere in it.
 
-After Kamradt 2023 ("Needle in a haystack: pressure testing LLMs"), made for models that cannot answer questions yet.
-A sentence that no one could guess is set in held-out text, the text ends with the beginning of that sentence, and
-its true end has to be likelier than other ends of the same kind and length. Nothing is sampled, and all answers to
-a question have as many tokens, so that their log-probabilities can be compared.
+After Kamradt 2023 ("Needle in a haystack: pressure testing LLMs"), adapted to models that cannot answer questions yet.
+A sentence with a random number is inserted into validation text, and the text ends with the beginning of that sentence.
+The true number must be more likely than other numbers. Nothing is sampled, and all answers to a question have the same
+number of tokens, so that their log-probabilities are comparable.
 
 Dimensions: N texts, A answers (the true one first), T tokens of a row (``seq_len``), K tokens of an answer.
 """
@@ -27,42 +27,42 @@ from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.shards import TokenShards
 
 NUM_ANSWERS = 4
-"""The true one and three others: chance is a quarter."""
+"""The true answer and three others: chance is 25 %."""
 TOKENS_AT_ONCE = 2**15
-"""Tokens of a forward pass, or one text with its answers where that is more."""
+"""Maximum tokens of a forward pass, but at least one text with its answers."""
 CITIES = ("Lisbon", "Oslo", "Nairobi", "Lima", "Hanoi", "Quito", "Riga", "Accra", "Perth", "Turin", "Bergen", "Kyoto")
 
 
 class Needle(NamedTuple):
-    """What a model found of the facts at one depth."""
+    """Results at one depth."""
 
     depth: float
     accuracy: float
-    """Share of the texts in which the true answer is the likeliest; one of several equals counts by their number."""
+    """Share of texts in which the true answer is the most likely; ties count as 1 / number of tied answers."""
     margin: float
-    """Log-probability of the true answer less the mean of the others, in nats, on average over the texts."""
+    """Log-probability of the true answer minus the mean of the others, in nats, averaged over texts."""
 
 
 class Texts(NamedTuple):
-    """Texts with their facts; int64."""
+    """Texts with their answers; int64."""
 
     contexts: Tensor
     """[N, T + 1 - K], up to the answer."""
     answers: Tensor
     """[N, A, K]."""
     depths: Tensor
-    """Where each fact stands, float64 [N]: 0 at the beginning of the filler, 1 at its end."""
+    """Position of each fact, float64 [N]: 0 at the start of the filler, 1 at its end."""
 
 
 Score = Callable[[Tensor, Tensor], Scores]
-"""Inputs and targets [B, T] to the model's scores of the targets."""
+"""Maps inputs and targets [B, T] to the model's scores of the targets."""
 
 
 def needle(score: Score, texts: Texts, *, rank: int = 0, world_size: int = 1) -> list[Needle]:
-    """How well a model finds facts at each depth.
+    """Measure at each depth how well a model retrieves facts.
 
-    The texts are divided among ``world_size`` groups of workers, of which this one is in group ``rank``; all workers
-    call this, run the model equally often, and get the same.
+    The texts are divided among ``world_size`` data ranks; this worker belongs to ``rank``. All workers must call this;
+    they run equally many forward passes and get the same result.
     """
     num_texts, num_answers, _ = texts.answers.shape
     num_each = -(-num_texts // world_size)
@@ -76,7 +76,7 @@ def needle(score: Score, texts: Texts, *, rank: int = 0, world_size: int = 1) ->
 
 
 def metrics(needles: Sequence[Needle], *, seq_len: int) -> Mapping[str, float]:
-    """``needle_<seq_len>_accuracy`` and ``_margin``, and the accuracy at each depth in percent of the text."""
+    """Return ``needle_<seq_len>_accuracy``, ``_margin``, and the accuracy at each depth in percent of the text."""
     found = {
         f"needle_{seq_len}_accuracy": sum(each.accuracy for each in needles) / len(needles),
         f"needle_{seq_len}_margin": sum(each.margin for each in needles) / len(needles),
@@ -85,11 +85,11 @@ def metrics(needles: Sequence[Needle], *, seq_len: int) -> Mapping[str, float]:
 
 
 def read_filler(shards: TokenShards, *, num_tokens: int) -> np.ndarray:
-    """Held-out text from the largest stream of the corpus: its first tokens, without the ends of documents."""
+    """Return the first validation tokens of the largest corpus stream, without end-of-document tokens."""
     streams = [shards.stream(name, "validation") for name in shards.corpus_streams or shards.streams]
     largest = max(streams, key=lambda stream: stream.num_tokens)
     if largest.num_tokens == 0:
-        raise DataError("needle: got no held-out text, expected some; raise tokens.validation_ratio")
+        raise DataError("needle: got no validation text; raise tokens.validation_ratio")
     tokens = largest.read(0, min(num_tokens, largest.num_tokens)).astype(np.int64)
     return tokens[tokens != shards.tokenizer.document_end_id]
 
@@ -98,13 +98,13 @@ def read_filler(shards: TokenShards, *, num_tokens: int) -> np.ndarray:
 
 
 def make_texts(tokenizer: Tokenizer, filler: np.ndarray, *, seq_len: int, config: NeedleConfig, seed: int) -> Texts:
-    """``config.num_samples`` facts, each in one text for each depth, which differ in nothing but the fact's place.
+    """Return texts for ``config.num_samples`` facts, each at every depth in otherwise equal text.
 
-    ``filler``, int64 [tokens], is held-out text; where it is short it is repeated. Raises ``ConfigError`` where
-    ``seq_len`` has no room for a fact and its question, ``DataError`` without filler.
+    ``filler``, int64 [tokens], is validation text; if it is short it is repeated. Raises ``ConfigError`` if ``seq_len``
+    is too short for a fact and its question, ``DataError`` without filler.
     """
     if len(filler) == 0:
-        raise DataError("needle: got no held-out text, expected some; raise tokens.validation_ratio")
+        raise DataError("needle: got no validation text; raise tokens.validation_ratio")
     draw = np.random.default_rng(derive_seed(seed, "needle", seq_len))
     numbers = _numbers(tokenizer)
     contexts, answers = [], []
@@ -116,7 +116,7 @@ def make_texts(tokenizer: Tokenizer, filler: np.ndarray, *, seq_len: int, config
         if room < 0:
             raise ConfigError(
                 f"needle: got seq_len {seq_len}, expected at least {seq_len - room} for a fact and its question; "
-                "leave pretrain.needle out"
+                "remove pretrain.needle"
             )
         hay = filler.take(draw.integers(len(filler)) + np.arange(room), mode="wrap").tolist()
         for before in (round(depth * room) for depth in config.depths):
@@ -127,7 +127,7 @@ def make_texts(tokenizer: Tokenizer, filler: np.ndarray, *, seq_len: int, config
 
 
 def _numbers(tokenizer: Tokenizer) -> list[list[int]]:
-    """Tokens of numbers of four digits: those that are as long as most are."""
+    """Return tokens of four-digit numbers, only those of the most common token count."""
     encoded = [tokenizer.encode(f" {number}") for number in range(1000, 10_000, 7)]
     ((length, _),) = Counter(map(len, encoded)).most_common(1)
     return [tokens for tokens in encoded if len(tokens) == length]
@@ -138,7 +138,7 @@ def _numbers(tokenizer: Tokenizer) -> list[list[int]]:
 
 @torch.no_grad()
 def log_probs(score: Score, texts: Texts, indices_N: Tensor) -> Tensor:
-    """Log-probability of each answer of some texts, by their numbers; float64 [N, A]."""
+    """Return the log-probability of each answer of some texts, given their indices; float64 [N, A]."""
     _, num_answers, num_last = texts.answers.shape
     seq_len = texts.contexts.shape[1] + num_last - 1
     at_once = max(1, TOKENS_AT_ONCE // (num_answers * seq_len))
@@ -154,7 +154,7 @@ def log_probs(score: Score, texts: Texts, indices_N: Tensor) -> Tensor:
 
 
 def by_depth(texts: Texts, log_probs_NA: Tensor) -> list[Needle]:
-    """Accuracy and margin at each depth, in the order in which the depths first come."""
+    """Return accuracy and margin at each depth, in order of first occurrence."""
     best_NA = log_probs_NA == log_probs_NA.amax(dim=-1, keepdim=True)
     right_N = best_NA[:, 0].double() / best_NA.sum(-1)
     margin_N = log_probs_NA[:, 0] - log_probs_NA[:, 1:].mean(-1)

@@ -1,4 +1,4 @@
-"""The objective of pretraining: the likelihood of the next token.
+"""The objective of pretraining: next-token prediction.
 
 Dimensions: B rows, T tokens.
 """
@@ -19,7 +19,7 @@ from lilpipe.training.replica import Loss
 
 
 class NextToken:
-    """Batches of one data rank, the next one made while this one is trained on, and their loss."""
+    """Batches and loss of one data rank. A thread prepares the next batch during training."""
 
     def __init__(
         self, config: PretrainConfig, loader: PretrainLoader, *, rank: int, world_size: int, device: torch.device
@@ -34,11 +34,11 @@ class NextToken:
         self._current: tuple[int, list[Batch]] = (-1, [])
 
     def accumulation_steps(self, step: int) -> int:
-        """Micro-batches of a step."""
+        """Return the number of micro-batches of a step."""
         return self._config.phase_of(step).accumulation_steps
 
     def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of a step for this data rank."""
+        """Return the micro-batches of a step for this data rank."""
         if step != self._current[0]:
             begun = time.perf_counter()
             coming = self._coming.pop(step, None)
@@ -57,14 +57,14 @@ class NextToken:
         return [Batch(*parts) for parts in zip(*(part.chunk(num_parts) for part in whole), strict=True)]
 
     def loss(self, scores: Scores, batch: Batch) -> Loss:
-        """Cross-entropy, summed over the targets that count, and the z-loss (Chowdhery et al. 2022, 5)."""
+        """Return the cross-entropy summed over targets, plus the z-loss (Chowdhery et al. 2022, 5)."""
         total = -scores.logprobs.sum()
         if self._config.z_loss:
             total = total + self._config.z_loss * scores.normaliser.square().sum()
         return Loss(total, count=int((batch.targets != IGNORED).sum()), num_tokens=batch.targets.numel())
 
     def loss_of_replica(self, model: nn.Module, step: int, micro: int) -> Loss:
-        """The loss of a micro-batch by a model of which this worker holds the whole."""
+        """Return the loss of a micro-batch for a model that this worker holds whole."""
         batch = self.batches(step)[micro]
         options: dict[str, Tensor] = {"targets_BT": batch.targets}
         if self._config.intra_document_masking:
@@ -78,5 +78,5 @@ class NextToken:
 
 
 def rows_of(first: int, num_rows: int, *, rank: int, world_size: int) -> Tensor:
-    """Numbers in the step's batch of a data rank's rows ``first`` and following, for what is drawn row by row."""
+    """Return the indices in the step's global batch of a data rank's rows from ``first`` on, as row ids for dropout."""
     return rank + world_size * torch.arange(first, first + num_rows)

@@ -1,10 +1,10 @@
-"""The optimizers of a model: which parameters are decayed, which are orthogonalised, and their state by name.
+"""Optimizers: which parameters get weight decay, which get Muon, and the optimizer state by name.
 
-`adamw` (Loshchilov & Hutter 2019) updates everything. `muon` (Jordan et al. 2024) updates the matrices of the
-blocks by their orthogonalised momentum and leaves embeddings, norms, routers and the output layer to AdamW.
+`adamw` (Loshchilov & Hutter 2019) updates everything. `muon` (Jordan et al. 2024) updates the matrices of the blocks by
+their orthogonalized momentum, and AdamW the embeddings, norms, routers and the output layer.
 
-Each is a ``torch.optim.Optimizer`` with named parameters, for torch's schedulers, hooks and profiler. The first that a
-process makes imports torch's compiler, which takes 0.6 s (torch 2.13).
+Each is a ``torch.optim.Optimizer`` with named parameters, compatible with torch's schedulers, hooks and profiler. The
+first one in a process imports torch's compiler, which takes 0.6 s (torch 2.13).
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lilpipe.training.muon import Muon
 OUTPUT_LAYERS = ("lm_head.", "score.")
 ROUTER = ".gate.weight"
 FUSED_DEVICES = ("cpu", "cuda")
-"""Where AdamW is one kernel; elsewhere torch chooses (for-each, where there is one)."""
+"""Devices with a fused AdamW; on others torch chooses (for-each if available)."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
 def split_parameters(parts: Sequence[nn.Module]) -> tuple[NamedParameters, NamedParameters, NamedParameters]:
-    """Trainable parameters as (matrices of the blocks, other matrices, the rest).
+    """Return trainable parameters as (matrices of the blocks, other matrices, the rest).
 
-    The first two are decayed. Embeddings, which stay tied to rare tokens that get no gradient for long, belong to
-    the rest, with norms and biases. Routers are no layers whose outputs should be orthogonal, but a choice.
+    The first two get weight decay. Embeddings belong to the rest, with norms and biases: rare tokens get no gradient
+    for many steps. Routers are not orthogonalized, because their outputs are choices.
     """
     modules = [module for part in parts for module in part.modules()]
     embeddings = {id(p) for m in modules if isinstance(m, nn.Embedding) for p in m.parameters()}
@@ -56,10 +56,11 @@ def make_optimizers(
     *,
     replicas: dist.ProcessGroup | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW, or AdamW alone, with the state that they have before the first step.
+    """Return Muon and AdamW, or AdamW alone, with initial state.
 
-    ``parts``: the model, or the stages of it that this process holds; names are those of the whole model. Parameters
-    may be DTensors. ``replicas``: see ``Muon``. Each group's ``initial_lr`` is its peak learning rate.
+    ``parts`` is the model, or the pipeline stages that this process holds; names are those of the whole model.
+    Parameters may be DTensors. ``replicas``: see ``Muon``. Each group's ``initial_lr`` is its peak learning rate.
+    Raises ``ConfigError`` if no parameter is trainable.
     """
     blocks, matrices, rest = split_parameters([parts] if isinstance(parts, nn.Module) else parts)
     optimizers: list[torch.optim.Optimizer] = []
@@ -74,14 +75,14 @@ def make_optimizers(
     if groups:
         optimizers.append(_adamw(groups, config))
     if not optimizers:
-        raise ConfigError("the model has no trainable parameter")
+        raise ConfigError("got a model without trainable parameters, expected at least one; check what is frozen")
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"] = group["lr"]
     return optimizers
 
 
 def take_step(optimizers: Sequence[torch.optim.Optimizer], lr_scale: float = 1.0) -> None:
-    """Update the parameters by their gradients, at ``lr_scale`` times the peak learning rates."""
+    """Take an optimizer step at ``lr_scale`` times the peak learning rates."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_scale
@@ -89,7 +90,7 @@ def take_step(optimizers: Sequence[torch.optim.Optimizer], lr_scale: float = 1.0
 
 
 def named_state(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """State tensors as ``<parameter name>/<key>``, sharing memory with the optimizers'."""
+    """Return state tensors as ``<parameter name>/<key>``; they share memory with the optimizers."""
     return {
         f"{name}/{key}": value
         for optimizer in optimizers
@@ -100,7 +101,7 @@ def named_state(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with the state that its first step would make, so that a checkpoint can be read into it."""
+    """Return AdamW with the state that its first step would create, so that a checkpoint can be loaded into it."""
     fused = groups[0]["params"][0][1].device.type in FUSED_DEVICES
     betas = (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused or None)
@@ -114,7 +115,7 @@ def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim
 
 
 def _by_mesh(parameters: NamedParameters) -> list[NamedParameters]:
-    """Parameters that one kernel can take together: plain tensors, or DTensors of one mesh."""
+    """Group parameters that one fused kernel can update: plain tensors, or DTensors of one mesh."""
     groups: dict[object, NamedParameters] = {}
     for name, parameter in parameters:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None

@@ -1,7 +1,7 @@
-"""Stage ``pretrain``: next-token training on token shards, of a fresh model or of a checkpoint.
+"""Stage ``pretrain``: next-token training on token shards, from initial weights or from a checkpoint.
 
-Tokens come from the streams of the corpus and from the exercises in stated shares; validation is in bits per byte of
-each. One trainer serves every layout of workers; see ``lilpipe.parallel``.
+Tokens come from the corpus streams and the exercises in configured ratios; validation measures bits per byte of each
+stream. One trainer supports every parallel layout; see ``lilpipe.parallel``.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ from lilpipe.training.training_report import write_report
 from lilpipe.training.validation import Validation
 
 DOCUMENTS_SHOWN = 20
-"""Documents of a bad batch that the log names."""
+"""Documents of a bad batch that the log lists."""
 
 
 def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Train. Raises ``ConfigError`` if the shares ask for exercises that are not there, ``DataError`` for too little
-    text, ``ArtifactError`` if the shards and their tokenizer do not belong together.
+    """Train the model.
+
+    Raises ``ConfigError`` if the mixture needs exercises that the shards do not have, ``DataError`` for too little
+    text, ``ArtifactError`` if the shards do not match their tokenizer.
     """
     tokens = one_input(inputs, "tokens")
     shards = TokenShards.open(tokens.path)
-    tokenizer = shards.tokenizer  # checked now and not after hours of training
+    tokenizer = shards.tokenizer  # checked now, not after hours of training
     loader = open_loader(config, shards)
     planned = plan_data_phases(config, shards)
     for line in unmet_shares(planned):
@@ -92,7 +94,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
             },
             sections={
                 "Planned and actual": plan_section(plan, metrics, result),
-                "Where the time went": time_section(result),
+                "Wall time by cause": time_section(result),
                 "Mixture": mixture_section(planned, loader),
             },
         )
@@ -100,13 +102,13 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
 
 
 def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tuple[TrainerModule, NextToken]:
-    """The fresh model as this worker holds it, and its objective."""
+    """Return the initialized model as this worker holds it, and its objective."""
     assert config.seed is not None
     device = distributed.device()
     precision.check(config, device)
     if config.layout.replicate < config.num_workers:
         from lilpipe.parallel.mesh import Mesh
-        from lilpipe.training.build_sharded import parallelize  # experimental parts of torch, which others do without
+        from lilpipe.training.build_sharded import parallelize  # experimental modules of torch
 
         mesh = Mesh(config.layout)
         objective = NextToken(config, loader, rank=mesh.data_rank, world_size=config.layout.data, device=device)
@@ -135,7 +137,7 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
 
 
 def _enter_phase(trainer_module: TrainerModule, config: PretrainConfig, step: int) -> None:
-    """Give every part the rotary base of the step's phase; let dropout follow from the row, whoever holds it."""
+    """Set the step's RoPE base, and a dropout seed that does not depend on the worker."""
     assert config.seed is not None
     for part in trainer_module.parts:
         assert isinstance(part, Transformer)
@@ -144,42 +146,42 @@ def _enter_phase(trainer_module: TrainerModule, config: PretrainConfig, step: in
 
 
 def trained_config(config: PretrainConfig) -> ModelConfig:
-    """The model's shape with the rotary base that it ends with."""
+    """Return the model's config with its final RoPE base."""
     return config.model.model_copy(update={"rope_theta": config.resolved_phases[-1].rope_theta})
 
 
 def _describe(loader: PretrainLoader, step: int) -> str:
-    """The documents of a batch."""
+    """Return the documents of a batch."""
     documents = documents_of(loader, step)
     more = f" and {len(documents) - DOCUMENTS_SHOWN} more" if len(documents) > DOCUMENTS_SHOWN else ""
     return ", ".join(documents[:DOCUMENTS_SHOWN]) + more
 
 
 def _export(trainer_module: TrainerModule, config: ModelConfig, shards: TokenShards, workspace: Workspace) -> None:
-    """Write the model in Hugging Face layout, tensor by tensor where no worker holds the whole."""
+    """Write the model in Hugging Face's layout, tensor by tensor if it is sharded."""
     tensors = trainer_module.full_tensors()
     if distributed.is_main():
         save_tensors(config, shards.vocab_size, tensors, shards.tokenizer, workspace.output)
     else:
-        for _ in tensors:  # the others' part in gathering
+        for _ in tensors:  # gathering is collective
             pass
 
 
 def _plan(config: PretrainConfig, vocab_size: int, workspace: Workspace) -> Budget | None:
-    """What the run is reckoned to take, for the worker that reports; none on a device whose peak is not known."""
+    """Return the estimate of the run on the main worker; None on a device with unknown peak."""
     if not distributed.is_main():
         return None
     try:
         return budget(config, vocab_size)
     except ConfigError as error:
-        workspace.log(f"no utilisation is shown: {error}")
+        workspace.log(f"MFU is not shown: {error}")
         return None
 
 
 def plan_section(plan: Budget | None, metrics: Metrics, result: TrainingResult) -> list[page.Fragment]:
-    """The budget beside what the run took."""
+    """Return a table of the estimate and the measured values."""
     if plan is None:
-        return [page.note("Without a known device there was no plan.")]
+        return [page.note("There is no estimate for an unknown device.")]
     actual = {
         "num_parameters": metrics["num_parameters"],
         "tokens": metrics["tokens"],
@@ -191,19 +193,19 @@ def plan_section(plan: Budget | None, metrics: Metrics, result: TrainingResult) 
     }
     note = f"Planned for {plan.num_devices} x {plan.device.name} ({plan.device.source}) at an MFU of {plan.mfu:.0%}."
     if plan.device.name == "cpu":
-        note += " Memory is planned for tensors; the actual is all that the process holds, its libraries too."
+        note += " The planned memory is that of tensors; the actual memory includes the process and its libraries."
     return [page.table(planned_beside_actual(plan, actual)), page.note(note)]
 
 
 def time_section(result: TrainingResult) -> list[page.Fragment]:
-    """Wall time by cause, over all tries."""
+    """Return a table of wall time by cause, over all attempts."""
     total = sum(result.time.values())
     rows: list[dict[str, page.Cell]] = [
         {"cause": cause, "seconds": seconds, "% of all": 100 * seconds / total}
         for cause, seconds in result.time.items()
         if seconds
     ]
-    note = f"Goodput, the share of wall time in steps that were not done before: {result.goodput:.1%}."
+    note = f"Goodput, the share of wall time in useful steps: {result.goodput:.1%}."
     return [page.table(rows), page.note(note)]
 
 

@@ -1,7 +1,7 @@
-"""Plain data parallelism: every worker holds the whole model and trains on its rows of the batch.
+"""Data parallelism with replicas: every worker holds the whole model and trains on its rows of the batch.
 
-Gradients lie in one flat buffer, so that the all-reduce, the norm and the clipping are one call each.
-``lilpipe.parallel`` does the same for models that are cut over workers.
+Gradients are views of one flat buffer, so that all-reduce, norm and clipping are one call each. ``lilpipe.parallel`` is
+the equivalent for sharded models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lilpipe.metrics.bits_per_byte import nats
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 
-CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,42 @@ class Loss:
     """The loss of one micro-batch on one worker."""
 
     total: Tensor
-    """Scalar with a gradient: the loss summed, not averaged."""
+    """Scalar with a gradient: the sum of the loss, not the mean."""
     count: float
-    """What the sum is divided by, once added up over the whole step: tokens, pairs, ..."""
+    """Divisor of the loss after summing both over the whole step: tokens, pairs, ..."""
     num_tokens: int
-    """Tokens that went through the model, for tokens/s."""
+    """Tokens processed by the model, for tokens/s."""
     metrics: Mapping[str, tuple[float | Tensor, float]] = field(default_factory=dict)
     """Further metrics as (sum, count), averaged like the loss; the same names on every worker."""
 
 
 LossFunction = Callable[[nn.Module, int, int], Loss]
-"""(model, step from 0, micro-batch from 0) to the loss of this worker's rows; a pure function of the three."""
+"""Maps (model, step from 0, micro-batch from 0) to the loss of this worker's rows; a pure function."""
 
 
 class TrainerModule(Protocol):
-    """A model in training, however it lies over the workers."""
+    """A model in training, independent of the parallel layout."""
 
     @property
     def parts(self) -> list[nn.Module]:
-        """The modules that this worker holds: the model, or stages of a pipeline."""
+        """The modules that this worker holds: the model, or pipeline stages of it."""
         ...
 
     @property
     def replicas(self) -> ProcessGroup | None:
-        """The workers that hold the same plain tensors; none is all of them."""
+        """The workers that hold the same plain tensors; None means all workers."""
         ...
 
     def forward_backward(self, step: int) -> list[Loss]:
-        """Add the gradients of this worker's micro-batches up, and give their losses."""
+        """Accumulate gradients over this worker's micro-batches and return their losses."""
         ...
 
     def zero_grad(self) -> None:
-        """Forget the last step's gradients."""
+        """Reset the gradients."""
         ...
 
     def sum_gradients(self) -> float:
-        """Sum gradients over workers; gives the global norm of the sum."""
+        """Sum gradients over workers; return the global norm of the sum."""
         ...
 
     def scale_gradients(self, factor: float) -> None:
@@ -70,41 +70,41 @@ class TrainerModule(Protocol):
         ...
 
     def reduce(self, *, count: float, max_norm: float) -> float:
-        """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
+        """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; return the norm before clipping."""
         ...
 
     def after_update(self) -> Mapping[str, float]:
-        """What follows an optimizer step, the same on all workers: experts are balanced. Gives metrics."""
+        """Balance experts after an optimizer step, alike on all workers. Returns metrics."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers of this worker by their names in the whole model."""
+        """Return this worker's parameters and persistent buffers by their names in the whole model."""
         ...
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the whole model by name, one at a time; all workers run through it, the first gets them."""
+        """Yield every tensor of the whole model by name. Collective; only the first worker gets them."""
         ...
 
 
 class Scorer(TrainerModule, Protocol):
-    """A language model in training that can be asked how likely texts are."""
+    """A language model in training that scores tokens."""
 
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
-        """Negative log-likelihood of all targets; every worker is given all rows and gets the same number."""
+        """Return the negative log-likelihood of all targets. Every worker gets all rows and returns the same number."""
         ...
 
     @property
     def data_ranks(self) -> tuple[int, int]:
-        """Which part of a batch's rows this worker has, and how many parts there are."""
+        """Rank and number of data ranks."""
         ...
 
     def score(self, inputs_BT: Tensor, targets_BT: Tensor) -> Scores:
-        """Scores of targets, on the workers of one data rank; they give the same rows, and all ranks as many."""
+        """Return scores of targets. Workers of one data rank pass the same rows; all ranks pass equally many."""
         ...
 
 
 class Replica:
-    """A model of which every worker holds the whole."""
+    """Trainer module for a model that every worker holds whole."""
 
     def __init__(self, model: nn.Module, loss: LossFunction, *, accumulation_steps: Callable[[int], int]) -> None:
         self.model = model
@@ -115,7 +115,7 @@ class Replica:
         self._gradients = FlatGradients(model)
 
     def forward_backward(self, step: int) -> list[Loss]:
-        """Add the gradients of this worker's micro-batches up, and give their losses."""
+        """Accumulate gradients over this worker's micro-batches and return their losses."""
         losses = []
         for micro in range(self._accumulation_steps(step)):
             loss = self._loss(self.model, step, micro)
@@ -124,17 +124,17 @@ class Replica:
         return losses
 
     def zero_grad(self) -> None:
-        """Forget the last step's gradients."""
+        """Reset the gradients."""
         self._gradients.buffer.zero_()
         if isinstance(self.model, Transformer):
-            self.model.model.expert_loads.clear()  # of a step that was skipped
+            self.model.model.expert_loads.clear()  # from a skipped step
 
     def reduce(self, *, count: float, max_norm: float) -> float:
-        """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
+        """Sum gradients over workers, divide by ``count``, clip to ``max_norm``; return the norm before clipping."""
         return clip_sum(self, count=count, max_norm=max_norm)
 
     def sum_gradients(self) -> float:
-        """Sum gradients over workers; gives the norm of the sum."""
+        """Sum gradients over workers; return the norm of the sum."""
         distributed.all_reduce_sum(self._gradients.buffer)
         return torch.linalg.vector_norm(self._gradients.buffer).item()
 
@@ -143,35 +143,35 @@ class Replica:
         self._gradients.buffer.mul_(factor)
 
     def after_update(self) -> Mapping[str, float]:
-        """Balance the experts, where there are any; `expert_imbalance` is that of the worst layer."""
+        """Balance the experts, if any; `expert_imbalance` is the maximum over layers."""
         if not isinstance(self.model, Transformer):
             return {}
         imbalances = self.model.balance_experts(distributed.all_reduce_sum)
         return {"expert_imbalance": max(imbalances.values())} if imbalances else {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers by name."""
+        """Return parameters and persistent buffers by name."""
         names = self.model.state_dict().keys()
         found = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         return {name: tensor.detach() for name, tensor in found.items() if name in names}
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and persistent buffers by name, once each."""
+        """Yield parameters and persistent buffers by name."""
         yield from self.tensors().items()
 
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
-        """Negative log-likelihood of all targets; the rows are divided among the workers."""
+        """Return the negative log-likelihood of all targets; the rows are divided among the workers."""
         mine, device = slice(distributed.rank(), None, distributed.world_size()), distributed.device()
         return distributed.sum_floats([nats(self.model, inputs_BT[mine].to(device), targets_BT[mine].to(device))])[0]
 
     @property
     def data_ranks(self) -> tuple[int, int]:
-        """Each worker has rows of its own."""
+        """The worker's rank and the number of workers: each has its own rows."""
         return distributed.rank(), distributed.world_size()
 
     @torch.no_grad()
     def score(self, inputs_BT: Tensor, targets_BT: Tensor) -> Scores:
-        """Scores of targets."""
+        """Return scores of targets."""
         device = distributed.device()
         return self.model(inputs_BT.to(device), targets_BT=targets_BT.to(device))
 
@@ -188,7 +188,7 @@ class FlatGradients:
 
 
 def clip_sum(trainer_module: TrainerModule, *, count: float, max_norm: float) -> float:
-    """``TrainerModule.reduce`` by the two steps that it is made of."""
+    """Implement ``TrainerModule.reduce`` with ``sum_gradients`` and ``scale_gradients``."""
     norm = trainer_module.sum_gradients() / count
     trainer_module.scale_gradients(min(1.0, max_norm / (norm + CLIP_EPSILON)) / count)
     return norm

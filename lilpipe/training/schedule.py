@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that resuming needs nothing but an integer."""
+"""Learning-rate schedules as pure functions of the step, so that resuming needs only the step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Shape = Literal["cosine", "linear", "constant", "wsd"]
 def lr_scale(
     step: int, *, num_steps: int, warmup_steps: int, shape: Shape, min_ratio: float, decay_ratio: float = 0.0
 ) -> float:
-    """Learning rate of a step as a share of the peak.
+    """Return the learning rate of a step as a fraction of the peak.
 
-    Rises linearly over steps 0 to ``warmup_steps - 1``, is 1 at step ``warmup_steps``, and then falls along
-    ``shape`` towards ``min_ratio``, which it would reach at step ``num_steps``, the first that is not taken.
+    It increases linearly over steps 0 to ``warmup_steps - 1``, is 1 at step ``warmup_steps``, and then decays with
+    ``shape`` towards ``min_ratio``, which it would reach at step ``num_steps`` (after the last step).
 
-    ``wsd`` (warmup, stable, decay; Hu et al. 2024, "MiniCPM") stays at 1 until the last ``decay_ratio`` of all steps,
-    which the other shapes do not use, and falls there as 1 - sqrt, the best of the shapes that Hägele et al. 2024
-    ("Scaling laws and compute-optimal training beyond fixed training durations") set side by side. Up to its fall a
-    run does not depend on how long it is to be.
+    ``wsd`` (warmup, stable, decay; Hu et al. 2024, "MiniCPM") stays at 1 until the last ``decay_ratio`` of all steps
+    and decays there as 1 - sqrt, the best shape in the comparison of Hägele et al. 2024 ("Scaling laws and
+    compute-optimal training beyond fixed training durations"). Until the decay starts, a run does not depend on its
+    total length. The other shapes ignore ``decay_ratio``.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -1,8 +1,8 @@
-"""Stage ``sft``: supervised fine-tuning on conversations, with the loss on the assistant's tokens alone.
+"""Stage ``sft``: supervised fine-tuning on conversations, with the loss only on the assistant's tokens.
 
-Conversations come from rejection sampling, from written demonstrations, or from both. Before a step is taken the
-masks are checked against the turns that the token ids themselves show (``conversations``). All weights are trained, or
-low-rank adapters, which are then added to the weights and also written by themselves, in ``output/adapter/``.
+Conversations come from rejection sampling, from written demonstrations, or from both. Before training, the masks are
+checked against the turns in the token ids (``conversations``). All weights are trained, or LoRA adapters, which are
+merged into the weights and also written to ``output/adapter/``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ SHOWN = 5
 
 
 def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Fine-tune. Raises ``ConfigError`` for settings that the model or the data cannot follow, ``DataError`` for
-    conversations that are too few, all too long, wrongly masked, or held out.
+    """Fine-tune the model.
+
+    Raises ``ConfigError`` for settings that do not fit the model or the data, ``DataError`` for conversations that are
+    too few, all too long, wrongly masked, or held out.
     """
     source = one_input(inputs, "model")
     assert config.seed is not None
@@ -98,7 +100,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
             losses=result.losses,
             config=config,
             key_figures=metrics,
-            sections={"What is learnt from": [show(tokenizer, example) for example in examples[:SHOWN]]},
+            sections={"Training conversations": [show(tokenizer, example) for example in examples[:SHOWN]]},
         )
     return metrics
 
@@ -110,7 +112,7 @@ def _build(
     tokenizer: Tokenizer,
     examples: list[EncodedConversation],
 ) -> TrainerModule:
-    """The model as this worker trains it, with what it trains on."""
+    """Return the model as this worker trains it, with its objective."""
     assert config.seed is not None
     workers = finetune.Workers(config)
     noise = None
@@ -125,7 +127,7 @@ def _build(
         rank=workers.data_rank,
         world_size=workers.num_data_ranks,
         accumulation_steps=config.accumulation_steps,
-        # Where a model is cut, positions are those of the row, which rotation alone can do with.
+        # A sharded model uses positions in the row; only RoPE supports row-relative positions for packed documents.
         packing=config.packing and not (shape.architecture == "gpt2" and workers.mesh),
         device=distributed.device(),
         watch=noise.expect if noise else None,
@@ -135,7 +137,7 @@ def _build(
 
 
 def _prepare(config: SFTConfig, noise: EmbeddingNoise | None) -> Callable[[Transformer], None]:
-    """What is done to the model before it is trained."""
+    """Return a function that adds adapters and noise to the model."""
 
     def prepare(model: Transformer) -> None:
         assert config.seed is not None
@@ -148,7 +150,7 @@ def _prepare(config: SFTConfig, noise: EmbeddingNoise | None) -> Callable[[Trans
 
 
 def _seed_dropout(config: SFTConfig) -> Callable[[int], None] | None:
-    """Let what adapters drop in a step be a function of the seed, the step and the worker."""
+    """Return a function that seeds the adapters' dropout from the seed, the step and the worker."""
     if config.lora is None or not config.lora.dropout:
         return None
     assert config.seed is not None
@@ -157,7 +159,7 @@ def _seed_dropout(config: SFTConfig) -> Callable[[int], None] | None:
 
 
 def _export(config: SFTConfig, trainer_module: TrainerModule, tokenizer: Tokenizer, workspace: Workspace) -> None:
-    """Write the model, the adapters added to its weights, and the adapters."""
+    """Write the model, with merged adapters, and the adapters."""
     if config.lora is None:
         finetune.export(trainer_module, tokenizer, workspace)
         return

@@ -1,4 +1,4 @@
-"""A model that is cut over processes, as the training loop sees it.
+"""A model sharded over processes, as a trainer module.
 
 Dimensions: B rows, T tokens of a row.
 """
@@ -30,16 +30,16 @@ from lilpipe.training.next_token import rows_of
 from lilpipe.training.replica import Loss, clip_sum
 
 Batches = Callable[[int], Sequence[Any]]
-"""Step, from 0, to the micro-batches of this process's data rank, whole rows each: named tuples with
-``inputs``, ``targets`` and ``documents`` [B, T]; under context parallelism all their columns are such."""
+"""Maps a step, from 0, to the micro-batches of this process's data rank, each of whole rows: named tuples with
+``inputs``, ``targets`` and ``documents`` [B, T]. Under context parallelism every column must have this shape."""
 Objective = Callable[[Any, Any], Loss]
-"""Scores of a micro-batch's targets, or the outputs of a head, to its loss; both may be parts of the rows."""
+"""Maps the scores of a micro-batch's targets, or a head's outputs, to its loss; both may be slices of the rows."""
 ROWS_AT_ONCE = 32
-"""Rows of a data rank that go through the model together in an evaluation."""
+"""Rows of a data rank per forward pass in evaluation."""
 
 
 class ParallelModel:
-    """The stages of the model that this process holds, and what it takes to train them with the others."""
+    """The pipeline stages that this process holds, with forward, backward and collectives."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class ParallelModel:
         intra_document_masking: bool,
         dtype: torch.dtype,
     ) -> None:
-        """Take the stages over; ``dtype`` is that of hidden states. Made by ``parallelize``."""
+        """Take the stages over from ``parallelize``. ``dtype`` is that of hidden states."""
         self.parts: list[nn.Module] = list(stages)
-        """For the optimizer and the checkpoints: their parameters have their names in the whole model."""
+        """For the optimizer and checkpoints: parameters have their names in the whole model."""
         self.mesh = mesh
         self._model = stages[0].config
         self._within_documents = intra_document_masking
@@ -64,13 +64,13 @@ class ParallelModel:
         self._loss = loss
         self._pipeline = Pipeline(stages, section.parallel, mesh, dtype=dtype) if mesh.layout.pipeline > 1 else None
 
-    # --- a training step ------------------------------------------------------------------------------------------
+    # --- training step ----------------------------------------------------------------------------------------------
 
     def forward_backward(self, step: int) -> list[Loss]:
-        """Add the gradients of this process's micro-batches up, and give their losses.
+        """Accumulate gradients over this process's micro-batches and return their losses.
 
-        The losses of all processes add up to those of the step: one that computes what another does too, or has no
-        part in the output layer, gives zeros.
+        The losses of all processes sum to those of the step. A process that repeats the computation of another, or does
+        not hold the output layer, returns zeros.
         """
         batches = [self._part_of_rows(batch) for batch in self._batches(step)]
         inputs = [self._inputs(batch, number) for number, batch in enumerate(batches)]
@@ -91,21 +91,21 @@ class ParallelModel:
         return [self._weigh(losses[number]) if number in losses else _no_loss(names) for number in range(len(batches))]
 
     def zero_grad(self) -> None:
-        """Forget the last step's gradients."""
+        """Delete the last step's gradients."""
         for parameter in self._parameters():
             parameter.grad = None
         for stage in self._stages:
-            stage.model.expert_loads.clear()  # of a step that was skipped
+            stage.model.expert_loads.clear()  # from a skipped step
 
     def reduce(self, *, count: float, max_norm: float) -> float:
-        """Sum gradients over processes, divide by ``count``, clip to ``max_norm``; the global norm before clipping."""
+        """Sum gradients over processes, divide by ``count``, clip to ``max_norm``; return the norm before clipping."""
         return clip_sum(self, count=count, max_norm=max_norm)
 
     def sum_gradients(self) -> float:
-        """Sum gradients over processes; gives the global norm of the sum."""
+        """Sum gradients over processes; return the global norm of the sum."""
         parameters = self._parameters()
         gradients.fill_in(parameters)
-        if not self._sharded():  # which FSDP has summed in the backward pass
+        if not self._sharded():  # FSDP sums in the backward pass
             gradients.sum_over(gradients.local_gradients(parameters), self.mesh.summing_group)
         gradients.sum_over(gradients.local_gradients(gradients.undivided(parameters)), self.mesh.tensor_group)
         counted = parameters
@@ -123,11 +123,11 @@ class ParallelModel:
 
     @property
     def replicas(self) -> ProcessGroup:
-        """The processes that hold the same stages, and of plain tensors the same values."""
+        """The processes that hold the same stages, and the same values of plain tensors."""
         return self.mesh.stage_group
 
     def after_update(self) -> Mapping[str, float]:
-        """Balance the experts by the tokens of all processes; `expert_imbalance` is that of the worst layer."""
+        """Balance the experts by the token counts of all processes; `expert_imbalance` is the maximum over layers."""
         if self._model.moe is None:
             return {}
 
@@ -142,7 +142,7 @@ class ParallelModel:
         return {"expert_imbalance": worst.item()}
 
     def _metric_names(self, losses: Mapping[int, Loss]) -> list[str]:
-        """The names of a loss's metrics, which the end of the pipeline knows: of the first step, and so of all."""
+        """Return the metric names of the loss, broadcast from the last stage once; they are the same in all steps."""
         if self._names is None:
             found: list[Any] = [list(losses[0].metrics) if losses else None]
             if self._pipeline is not None:
@@ -154,15 +154,15 @@ class ParallelModel:
         return self._names
 
     def _weigh(self, loss: Loss) -> Loss:
-        """The loss, for one process of those that compute it; a loss of zeros for the others."""
+        """Return the loss on one of the processes that compute it, and a zero loss on the others."""
         if self.mesh.coordinate.tensor == 0 and self.mesh.holds_last_stage:
             return replace(loss, total=loss.total.detach())
         return _no_loss(list(loss.metrics))
 
-    # --- rows and their parts -------------------------------------------------------------------------------------
+    # --- rows and their slices --------------------------------------------------------------------------------------
 
     def _part_of_rows(self, batch: Any) -> Any:
-        """The tokens of this process under context parallelism."""
+        """Return this process's slice of the tokens under context parallelism."""
         if self.mesh.layout.context == 1:
             return batch
         places = self._places(batch.inputs.shape[1], self.mesh.coordinate.context).to(batch.inputs.device)
@@ -172,7 +172,7 @@ class ParallelModel:
         return head_and_tail(seq_len, part=part, num_parts=self.mesh.layout.context)
 
     def _inputs(self, batch: Any, number: int) -> MicroBatch:
-        """What the stages take of a micro-batch, ``number`` in its step."""
+        """Return the stages' inputs of micro-batch ``number`` of the step."""
         inputs = {"targets_BT": batch.targets, **self._positions(batch.inputs)}
         if self._within_documents:
             inputs["documents_BT"] = batch.documents
@@ -183,7 +183,7 @@ class ParallelModel:
         return MicroBatch(batch.inputs, inputs)
 
     def _positions(self, tokens_BT: Tensor) -> dict[str, Tensor]:
-        """Places of tokens in their rows, where they do not follow from the shape of what a stage takes."""
+        """Return positions of tokens in their rows, if a stage cannot derive them from the shape of its input."""
         layout = self.mesh.layout
         if layout.context == 1 and (layout.tensor == 1 or layout.pipeline == 1):
             return {}
@@ -194,7 +194,7 @@ class ParallelModel:
 
     @torch.no_grad()
     def nats(self, inputs_BT: Tensor, targets_BT: Tensor) -> float:
-        """Negative log-likelihood of all targets; every process is given all rows and gets the same number.
+        """Return the negative log-likelihood of all targets. Every process gets all rows and returns the same number.
 
         The rows are divided among the data ranks.
         """
@@ -210,17 +210,17 @@ class ParallelModel:
 
     @property
     def data_ranks(self) -> tuple[int, int]:
-        """Which part of a batch's rows this process has, and how many parts there are."""
+        """Rank and number of data ranks."""
         return self.mesh.data_rank, self.mesh.layout.data
 
     @torch.no_grad()
     def score(self, inputs_BT: Tensor, targets_BT: Tensor) -> Scores:
-        """Scores of targets, on every process of this data rank; all of its processes give the same rows.
+        """Return scores of targets. All processes of a data rank pass the same rows.
 
-        All data ranks must call this together, with as many rows as the others.
+        Collective: all data ranks must pass the same number of rows.
         """
         seq_len, device = inputs_BT.shape[1], distributed.device()
-        # What is added on the right is not seen from the left.
+        # Padding on the right does not change earlier tokens.
         padding = (0, -seq_len % self.mesh.layout.seq_len_multiple)
         inputs_BT, targets_BT = F.pad(inputs_BT, padding), F.pad(targets_BT, padding, value=IGNORED)
         places = self._places(inputs_BT.shape[1], self.mesh.coordinate.context)
@@ -237,13 +237,13 @@ class ParallelModel:
         for part, training in zip(self.parts, was_training, strict=True):
             part.train(training)
         for module in self._sharded():
-            module.reshard()  # else weights that are loaded after this would not be seen
+            module.reshard()  # otherwise weights loaded later would be ignored
         found_2TB = gather(found_2BT.transpose(1, 2), self.mesh.context_group)
         order = torch.cat([self._places(inputs_BT.shape[1], part) for part in range(self.mesh.layout.context)])
         return Scores(*found_2TB[:, order.argsort()[:seq_len]].transpose(1, 2))
 
     def _score_part(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Log-probabilities and normalisers ``[2, B, T]`` of the tokens of this process."""
+        """Return log-probabilities and normalizers ``[2, B, T]`` of this process's tokens."""
         batch = MicroBatch(tokens_BT, {"targets_BT": targets_BT, **self._positions(tokens_BT)})
         if self._pipeline is not None:
             return torch.stack(self._pipeline.forward(batch))
@@ -252,7 +252,7 @@ class ParallelModel:
     # --- names and tensors ----------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers of this process by their names in the whole model."""
+        """Return this process's parameters and persistent buffers by their names in the whole model."""
         found: dict[str, Tensor] = {}
         for part in self.parts:
             saved = part.state_dict().keys()
@@ -261,9 +261,9 @@ class ParallelModel:
         return found
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the whole model on the CPU of the mesh's first process, one at a time.
+        """Yield every tensor of the whole model on the CPU of the mesh's first process, one at a time.
 
-        All processes must run through it together; to the others it gives nothing.
+        Collective: all processes must iterate; the others get nothing.
         """
         held = self.tensors()
         stage = self.mesh.coordinate.pipeline
@@ -280,7 +280,7 @@ class ParallelModel:
                     dist.send(whole, senders[0])
 
     def _tensors_by_stage(self, held: Mapping[str, Tensor]) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
-        """What each process of the pipeline holds; what several hold, tied embeddings, stands with the first."""
+        """Return what each pipeline process holds; tied embeddings, which two hold, are listed with the first."""
         own = {name: (tensor.shape, tensor.dtype) for name, tensor in held.items()}
         found: list[Any] = [own] * self.mesh.layout.pipeline
         dist.all_gather_object(found, own, group=self.mesh.pipeline_group)
@@ -299,7 +299,7 @@ class ParallelModel:
 
 
 def _no_loss(names: Sequence[str]) -> Loss:
-    """Of a process whose loss is another's too, or that has no part in the output layer."""
+    """Zero loss of a process that repeats another's loss or does not hold the output layer."""
     return Loss(torch.zeros(()), count=0.0, num_tokens=0, metrics=dict.fromkeys(names, (0.0, 0.0)))
 
 

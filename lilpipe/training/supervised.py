@@ -1,7 +1,8 @@
-"""The objective of supervised fine-tuning: the likelihood of the assistant's tokens.
+"""The objective of supervised fine-tuning: cross-entropy of the assistant's tokens.
 
-In a micro-batch whole conversations fill rows as wide as the longest of them by best-fit decreasing, so that little is
-padding; attention stays inside each. Without packing a row holds one, and a micro-batch those of like lengths.
+With packing, the conversations of a micro-batch fill rows as long as the longest of them by best-fit decreasing, with
+little padding; attention stays within each conversation. Without packing, a row holds one conversation, and
+micro-batches group similar lengths.
 
 Dimensions: B rows, T tokens.
 """
@@ -23,11 +24,11 @@ from lilpipe.training.finetune import TokenBatch
 from lilpipe.training.replica import Loss
 
 PADDING_DOCUMENT = -1
-"""Number of what is no conversation."""
+"""Document id of padding."""
 
 
 class SupervisedTokens:
-    """The conversations of one data rank, step by step, and their loss."""
+    """Batches of one data rank, and their loss."""
 
     def __init__(
         self,
@@ -43,17 +44,17 @@ class SupervisedTokens:
         device: torch.device | None = None,
         watch: Callable[[int, list[Places]], None] | None = None,
     ) -> None:
-        """``watch`` is told what a step's micro-batches hold."""
+        """``watch`` is called with each step and the conversations of its micro-batches."""
         self._rows = [_shifted(example) for example in examples]
         self._batch_size, self._seed, self._padding_id = batch_size, seed, padding_id
         self._rank, self._world_size, self._accumulation_steps = rank, world_size, accumulation_steps
         self._packing, self._device, self._watch = packing, device, watch
 
     def batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of a step for this data rank."""
+        """Return the micro-batches of a step for this data rank."""
         rows = rows_of_step(step, num_rows=len(self._rows), batch_size=self._batch_size, seed=self._seed)
         order = sorted(range(len(rows)), key=lambda number: len(self._rows[rows[number]][0]))
-        mine = order[self._rank :: self._world_size]  # ranks get rows of like lengths
+        mine = order[self._rank :: self._world_size]  # ranks get similar lengths
         parts = self._micro_batches(mine)
         layouts = [self._layout([(number, len(self._rows[rows[number]][0])) for number in part]) for part in parts]
         if self._watch:
@@ -61,17 +62,17 @@ class SupervisedTokens:
         return [self._collate(rows, layout) for layout in layouts]
 
     def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
-        """Cross-entropy, summed over the supervised tokens."""
+        """Return the cross-entropy, summed over the supervised tokens."""
         return Loss(-scores.logprobs.sum(), count=int((batch.targets >= 0).sum()), num_tokens=batch.extra)
 
     def _micro_batches(self, numbers: list[int]) -> list[list[int]]:
-        """Conversations in order of length divided: like lengths together, or apart where they are packed."""
+        """Divide conversations, sorted by length: similar lengths together, or spread if they are packed."""
         if self._packing:
             return [numbers[part :: self._accumulation_steps] for part in range(self._accumulation_steps)]
         return [part.tolist() for part in np.array_split(np.array(numbers), self._accumulation_steps)]
 
     def _layout(self, conversations: list[tuple[int, int]]) -> Places:
-        """Which conversations each row holds."""
+        """Return the conversations of each row."""
         if not self._packing:
             return [[item] for item in conversations]
         lengths = np.array([length for _, length in conversations])
@@ -84,7 +85,7 @@ class SupervisedTokens:
     def _collate(self, rows: Sequence[int], layout: Places) -> TokenBatch:
         batch = collate([[self._rows[rows[n]] for n, _ in places] for places in layout], padding_id=self._padding_id)
         num_tokens = sum(length + 1 for places in layout for _, length in places)
-        if all(len(places) == 1 for places in layout):  # what pads a row stands behind all that could see it
+        if all(len(places) == 1 for places in layout):  # padding is after the conversation, so nothing attends to it
             batch = batch._replace(documents=None, positions=None)
         documents, positions = (
             None if part is None else part.to(self._device) for part in (batch.documents, batch.positions)
@@ -95,7 +96,7 @@ class SupervisedTokens:
 
 
 Row = tuple[Tensor, Tensor]
-"""A conversation's inputs and targets, int64 [T - 1] each."""
+"""Inputs and targets of a conversation, int64 [T - 1] each."""
 
 
 def _shifted(example: EncodedConversation) -> Row:
@@ -104,9 +105,9 @@ def _shifted(example: EncodedConversation) -> Row:
 
 
 def collate(rows: Sequence[Sequence[Row]], *, padding_id: int) -> TokenBatch:
-    """Rows of conversations one after the other, padded on the right.
+    """Concatenate the conversations of each row, and pad on the right.
 
-    A conversation's number in its row is its document, and that of padding ``PADDING_DOCUMENT``.
+    The document id is the index of the conversation in its row; padding has ``PADDING_DOCUMENT``.
     """
     num_tokens = max(sum(len(inputs) for inputs, _ in row) for row in rows)
     shape = (len(rows), num_tokens)

@@ -1,4 +1,4 @@
-"""The report of a training stage: its curves and settings on one page, for people."""
+"""HTML report of a training stage: loss, evaluation curves and settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lilpipe.config.section import Section
 from lilpipe.stage import Workspace
 
 SMOOTHING = 0.95
-"""Share of the past in the thick line of the loss."""
+"""Weight of the past in the smoothed loss."""
 
 Curve = list[tuple[int, float]]
 
@@ -26,7 +26,7 @@ def write_report(
     key_figures: Mapping[str, page.Cell],
     sections: page.Sections | None = None,
 ) -> None:
-    """Write ``report/report.html``: the loss of each step, what else was logged, further sections, the settings."""
+    """Write ``report/report.html``: loss per step, other logged metrics, further sections, and the settings."""
     curves = read_curves(workspace)
     training = {name: curves.pop(name) for name in ("lr", "grad_norm", "tokens_per_second") if name in curves}
     curves.pop("loss", None)
@@ -42,13 +42,13 @@ def write_report(
 
 
 def read_curves(workspace: Workspace) -> dict[str, Curve]:
-    """Metric to its (step, value) points as recorded; where a step was recorded twice, the last stands."""
+    """Return each metric's (step, value) points; for a step recorded twice, the last value."""
     points: dict[str, dict[int, float]] = {}
     if workspace.events.exists():
         for line in workspace.events.read_text(encoding="utf-8").splitlines():
             try:
                 event = json.loads(line)
-            except ValueError:  # cut off by a kill
+            except ValueError:  # truncated by a kill
                 continue
             for name, value in event.get("metrics", {}).items() if event.get("unit") == "steps" else ():
                 points.setdefault(name, {})[event["done"]] = value
@@ -56,7 +56,7 @@ def read_curves(workspace: Workspace) -> dict[str, Curve]:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Exponential moving average without the bias towards its start (Kingma & Ba 2015, section 3)."""
+    """Return the bias-corrected exponential moving average (Kingma & Ba 2015, section 3)."""
     result, mean, weight = [], 0.0, 0.0
     for value in values:
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value

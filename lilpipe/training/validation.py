@@ -1,4 +1,4 @@
-"""What is measured of a model while it is pretrained: bits per byte of held-out text, needles found, and samples.
+"""Validation during pretraining: bits per byte, needle in a haystack, and text samples.
 
 Dimensions: B rows, T tokens.
 """
@@ -24,27 +24,27 @@ from lilpipe.training import needle
 from lilpipe.training.replica import Replica, Scorer
 
 SAMPLE_TOKENS = 64
-"""Length of a sample of text."""
+"""Length of a text sample."""
 FILLER_TOKENS = 2**20
-"""Most held-out text that needles are hidden in."""
+"""Maximum tokens of validation text that needles are hidden in."""
 
 
 class Validation:
-    """What ``train`` calls for at its intervals and at the end of each phase."""
+    """Evaluation for ``train``, at its intervals and at the end of each phase."""
 
     def __init__(self, config: PretrainConfig, shards: TokenShards, tokenizer: Tokenizer, workspace: Workspace) -> None:
         self._config = config
         self._shards = shards
         self._tokenizer = tokenizer
         self._workspace = workspace
-        # All of them now: what cannot be measured must not come out in the middle of a run.
+        # Prepare all inputs now, so that an error does not occur in the middle of a run.
         lengths = {phase.seq_len for phase in config.resolved_phases}
         self._rows = {seq_len: self._read_rows(seq_len) for seq_len in lengths}
         self._texts = {seq_len: self._make_texts(config.needle, seq_len) for seq_len in lengths if config.needle}
 
     def __call__(self, subject: Scorer, done: int) -> Mapping[str, float]:
-        """``validation_bits_per_byte_<stream>`` of every stream at the length of the present phase, and the rest."""
-        # Rows of other shapes would be compiled anew.
+        """Return bits per byte of every stream at the phase's sequence length; needle metrics at the end of a phase."""
+        # Rows of other shapes would be compiled again.
         with torch.compiler.set_stance("force_eager"):
             return self._measure(subject, done)
 
@@ -55,15 +55,15 @@ class Validation:
             rank, world_size = subject.data_ranks
             found = needle.needle(subject.score, self._texts[phase.seq_len], rank=rank, world_size=world_size)
             metrics |= needle.metrics(found, seq_len=phase.seq_len)
-        if isinstance(subject, Replica):  # a model that is cut over workers may be too large to sample from on one
+        if isinstance(subject, Replica):  # a sharded model may be too large to sample from on one worker
             assert isinstance(subject.model, Transformer)
             self._sample(subject.model, done)
         return metrics
 
     def bits_per_byte(self, subject: Scorer, *, seq_len: int) -> dict[str, float]:
-        """Of each stream, the rows divided among the workers.
+        """Return bits per byte of each stream; the rows are divided among the workers.
 
-        ``validation_bits_per_byte_corpus`` of a corpus in several streams is their mean by
+        For a corpus of several streams, ``validation_bits_per_byte_corpus`` is their mean weighted by
         ``corpus_validation_shares``.
         """
         shares, rows = self._rows[seq_len]
@@ -87,7 +87,7 @@ class Validation:
         return needle.make_texts(self._tokenizer, filler, seq_len=seq_len, config=config, seed=self._config.seed)
 
     def _sample(self, model: Transformer, done: int) -> None:
-        """What the model makes of the beginnings in ``sample_prompts``, for people."""
+        """Generate text for each of ``sample_prompts``, for people."""
         if not distributed.is_main() or not self._config.sample_prompts:
             return
         assert self._config.seed is not None

@@ -23,7 +23,7 @@ import torch
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import Engine
-from lilpipe.generation.pages import PAGE_SIZE, cache_bytes_per_token
+from lilpipe.generation.pages import PAGE_SIZE, cache_widths
 from lilpipe.launch.run import KEEP_MEMORY
 from lilpipe.model.transformer import Transformer
 from tests.benchmarks.tables import markdown, ratio, spread
@@ -52,6 +52,12 @@ KINDS = {
     "transformers, 512 rows": ("transformers", 512, {}),
     "transformers, 512 rows, our memory settings": ("transformers", 512, KEEP_MEMORY),
 }
+
+
+def cache_bytes_per_token(model):
+    """Bytes that a cached token takes in all layers, without what is free in its page."""
+    heads, key_width, value_width = cache_widths(model.config)
+    return model.config.num_layers * heads * (key_width + value_width) * next(model.parameters()).element_size()
 
 
 def build(shape: str) -> tuple[Transformer, list[list[int]]]:

@@ -105,7 +105,7 @@ def test_unreadable_rows_are_quarantined_by_file_and_line(built):
         ("two", "c.jsonl", 6),
         ("two", "c.jsonl", 7),
     ]
-    assert "no JSON" in lines[0]["error"]
+    assert "not JSON" in lines[0]["error"]
     assert "has no 'text'" in lines[1]["error"]
 
 
@@ -169,7 +169,7 @@ def test_the_same_documents_in_other_files_give_the_same_kept_texts(built, small
 
 def test_too_many_unreadable_rows_fail_the_stage_with_examples(tmp_path):
     with pytest.raises(
-        DataError, match=r"source 'two': 2 of 7 rows.*28\.6%.*c\.jsonl:6 is no JSON.*max_malformed_ratio"
+        DataError, match=r"source 'two': 2 of 7 rows.*28\.6%.*c\.jsonl:6 is not JSON.*max_malformed_ratio"
     ):
         build(settings(tmp_path, max_malformed_ratio=0.1), tmp_path / "work")
 
@@ -179,7 +179,7 @@ def test_a_file_that_breaks_off_counts_as_a_share_of_the_files(tmp_path):
         content = gzip.compress("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(200)).encode())
         (tmp_path / f"{i}.jsonl.gz").write_bytes(content if i else content[:-2_000])
     config = CorpusConfig(sources=(Source(kind="jsonl", name="mine", path=str(tmp_path)),), num_workers=1)
-    with pytest.raises(DataError, match=r"33\.3% of its files.*0\.jsonl\.gz:\d+ file breaks off after line"):
+    with pytest.raises(DataError, match=r"33\.3% of its files.*0\.jsonl\.gz:\d+ cannot be read after line"):
         build(config, tmp_path / "work")
 
 
@@ -196,7 +196,7 @@ def test_a_missing_source_fails_before_any_work_and_already_when_planning(tmp_pa
 def test_a_source_without_documents_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n\n")
     config = CorpusConfig(sources=(Source(kind="jsonl", name="blank", path=str(tmp_path / "x.jsonl")),), num_workers=1)
-    with pytest.raises(DataError, match=r"source 'blank': path .*x\.jsonl holds no documents"):
+    with pytest.raises(DataError, match=r"source 'blank': got no documents in path .*x\.jsonl"):
         build(config, tmp_path / "work")
 
 
@@ -267,14 +267,14 @@ def test_what_is_not_turned_on_is_not_digested(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"classifier": {"min_score": 0.5}}, "got one without examples, expected `good` and `bad`"),
-        ({"classifier": {"keep_ratio": 0.5}}, "got one without examples, expected `good` and `bad`"),
-        ({"classifier": {"good": ["a"], "bad": ["b"]}}, "got both or neither, expected one of them"),
-        ({"classifier": {"good": ["a"], "min_score": 0.5}}, "got examples of one alone"),
-        ({"classifier": {"good": ["a", "a"], "bad": ["a"], "min_score": 0.5}}, r"good: names must differ.*'a', 'a'"),
-        ({"classifier": {"good": ["a"], "bad": ["b", "b"], "min_score": 0.5}}, r"bad: names must differ.*'b', 'b'"),
-        ({"decontamination": {"sets": ["quiz", "quiz"]}}, r"sets: names must differ.*'quiz', 'quiz'"),
-        ({"sources": ["a", "a"]}, r"sources: names must differ.*'a', 'a'"),
+        ({"classifier": {"min_score": 0.5}}, "got one without examples; set `good` and `bad`"),
+        ({"classifier": {"keep_ratio": 0.5}}, "got one without examples; set `good` and `bad`"),
+        ({"classifier": {"good": ["a"], "bad": ["b"]}}, "got both or neither, expected exactly one"),
+        ({"classifier": {"good": ["a"], "min_score": 0.5}}, "only one of them has examples"),
+        ({"classifier": {"good": ["a", "a"], "bad": ["a"], "min_score": 0.5}}, r"good: names must be unique.*'a', 'a'"),
+        ({"classifier": {"good": ["a"], "bad": ["b", "b"], "min_score": 0.5}}, r"bad: names must be unique.*'b', 'b'"),
+        ({"decontamination": {"sets": ["quiz", "quiz"]}}, r"sets: names must be unique.*'quiz', 'quiz'"),
+        ({"sources": ["a", "a"]}, r"sources: names must be unique.*'a', 'a'"),
         ({"sources": []}, "sources: got none, expected at least one"),
     ],
 )
@@ -305,7 +305,7 @@ def test_max_bytes_does_not_make_bad_rows_a_larger_ratio(tmp_path):
     source = Source(kind="jsonl", name="mine", path=str(path), max_bytes=2_000)
     metrics, _ = build(CorpusConfig(sources=(source,), num_workers=1, max_malformed_ratio=0.05), tmp_path / "work")
     assert 0 < metrics["bytes_read"] <= 2_000
-    with pytest.raises(DataError, match="max_bytes = 10 is less than its first document"):
+    with pytest.raises(DataError, match="max_bytes = 10 is smaller than its first document"):
         build(
             CorpusConfig(
                 sources=(source.model_copy(update={"max_bytes": 10}),), num_workers=1, max_malformed_ratio=0.05

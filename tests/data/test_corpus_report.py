@@ -213,7 +213,7 @@ def test_a_corpus_of_one_plain_document_has_a_report_too(tmp_path):
     _, page, _ = report(tmp_path, [document("only")], [], sources=("books",))
     assert "None." in page.sections["Why documents were rejected"]
     assert "None." in page.sections["Samples of rejected documents"]
-    assert "No filter took a score." in page.sections["Scores and thresholds"]
+    assert "No filter computed a score." in page.sections["Scores and thresholds"]
     assert "Labels" not in page.sections
 
 

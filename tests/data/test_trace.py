@@ -87,11 +87,11 @@ def test_a_detail_that_names_no_document_is_not_looked_up(corpus, name):
 
 
 def test_an_id_that_is_not_there_is_an_error_with_those_that_hold_it(corpus):
-    with pytest.raises(DataError, match=r"'kept': .*none of that id.*: (kept/\d, ){4}kept/\d$"):
+    with pytest.raises(DataError, match=r"'kept': id not found.*: (kept/\d, ){4}kept/\d$"):
         trace_document(corpus, "kept")
     with pytest.raises(DataError, match=r"'ort': .*: short, copy of short$"):
         trace_document(corpus, "ort")
-    with pytest.raises(DataError, match=r"'absent': .*rows that could not be read: quarantine\.jsonl"):
+    with pytest.raises(DataError, match=r"'absent': .*unreadable rows are in quarantine\.jsonl"):
         trace_document(corpus, "absent")
 
 

@@ -184,9 +184,9 @@ def test_what_is_asked_is_in_the_fingerprint_and_how_it_is_delivered_is_not():
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
-        ("{question} {first}", r"lacks \{second\}"),
-        ("{question} {first} {second} {x}", "cannot be filled in"),
-        ("{question} {first} {second} {", "cannot be filled in"),
+        ("{question} {first}", r"has no placeholder \{second\}"),
+        ("{question} {first} {second} {x}", "cannot be formatted"),
+        ("{question} {first} {second} {", "cannot be formatted"),
     ],
 )
 def test_a_template_that_hides_what_is_compared_is_refused(template, problem):

@@ -2,9 +2,15 @@ import pytest
 import torch
 
 from lilpipe.generation import pages as module
-from lilpipe.generation.pages import CLOSED, PAGE_SIZE, PagePool, cache_bytes_per_token, pages_for
+from lilpipe.generation.pages import CLOSED, PAGE_SIZE, PagePool, cache_widths, pages_for
 from tests.model.checkpoints import SMALL, small_model
 from tests.model.options import SMALL_MLA
+
+
+def cache_bytes_per_token(model):
+    """Bytes that a cached token takes in all layers, without what is free in its page."""
+    heads, key_width, value_width = cache_widths(model.config)
+    return model.config.num_layers * heads * (key_width + value_width) * next(model.parameters()).element_size()
 
 
 @pytest.fixture(scope="module")

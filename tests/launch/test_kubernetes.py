@@ -242,7 +242,7 @@ def test_the_pods_command_finds_the_others_by_what_the_operator_says_and_all_sta
     assert [pod.wait(200) for pod in pods] == [0, 0]
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"total": toy.expected(), "first": 5.0}
     # An agent that sees the other's workers go starts its own again, and may do so once more when the other has joined.
-    assert set(toy.messages(tmp_path)) == {"all workers start again from the last checkpoint"}
+    assert set(toy.messages(tmp_path)) == {"all workers restart from the last checkpoint"}
 
 
 def free_port():

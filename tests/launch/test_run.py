@@ -11,9 +11,7 @@ from tests.launch import toy
 
 
 def test_torchrun_on_several_hosts_is_refused_with_what_to_take_instead():
-    with pytest.raises(
-        ValidationError, match="num_nodes 2: launcher torchrun starts processes on this host alone; take"
-    ):
+    with pytest.raises(ValidationError, match="num_nodes 2: launcher torchrun starts workers on this host only; use"):
         LaunchConfig(num_nodes=2)
 
 

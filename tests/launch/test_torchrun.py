@@ -65,7 +65,7 @@ def test_a_hung_collective_ends_with_the_names_of_those_who_came_and_those_who_d
         toy.launch_toy(tmp_path, fault="hang", once=False, settings={"timeout_seconds": 5})
     first, rank0, rank1 = str(error.value).splitlines()
     assert first.startswith("all_reduce (step 5, launch/toy.py:")
-    assert first.endswith("in run) did not end in launch.timeout_seconds (5): rank 0 came to it, rank 1 did not")
+    assert first.endswith("in run) did not end in launch.timeout_seconds (5): rank 0 reached it, rank 1 did not")
     assert "rank 0: step 5, sum, for" in rank0
     assert "waits in all_reduce at launch/toy.py:" in rank0
     assert "rank 1: step 5, data, for" in rank1

@@ -230,10 +230,10 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
         ({"hidden_size": ...}, r"hidden_size: missing"),
         ({"num_attention_heads": 5, "head_dim": ...}, r"hidden_size 32 must be a multiple of num_heads 5"),
         ({"head_dim": 16}, r"head_dim: got 16, expected 8"),
-        ({"vocab_size": "many"}, r"vocab_size: got 'many', expected a positive whole number"),
+        ({"vocab_size": "many"}, r"vocab_size: got 'many', expected a positive integer"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type: got 'llama3'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_type: got 'linear'"),
-        ({"vocab_size": 100}, r"vocab_size: got 100, expected at least the tokenizer's 270"),
+        ({"vocab_size": 100}, r"vocab_size: got 100, expected at least the 270 of the tokenizer"),
         ({"vocab_size": 300}, r"embed_tokens\.weight: got \(270, 32\), expected \(300, 32\)"),
         ({"num_hidden_layers": 2}, r"layers\.2\..*: got \(.*\), expected nothing"),
         ({"num_hidden_layers": 4}, r"layers\.3\..*: got nothing, expected"),
@@ -275,7 +275,7 @@ def test_weights_of_another_precision_load_as_float32(checkpoint):
 
 def test_a_model_smaller_than_its_tokenizers_vocabulary_is_refused(tmp_path):
     save_model(small_model(vocab_size=260), small_tokenizer(), tmp_path)
-    with pytest.raises(ArtifactError, match="vocab_size: got 260, expected at least the tokenizer's 270"):
+    with pytest.raises(ArtifactError, match="vocab_size: got 260, expected at least the 270 of the tokenizer"):
         load_model(tmp_path)
 
 

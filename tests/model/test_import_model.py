@@ -48,7 +48,7 @@ def test_a_model_from_elsewhere_becomes_a_checkpoint_with_the_way_back(directory
     assert manifest.kind == "Checkpoint"
     assert manifest.external.keys() >= {"config.json", "model.safetensors.index.json", "tokenizer.json"}
     assert manifest.files.keys() >= set(manifest.external) - {"vocab.json", "merges.txt"}
-    assert imported(directory)[0] == "already there"
+    assert imported(directory)[0] == "cached"
 
 
 def test_stages_that_read_a_checkpoint_take_it(directory):

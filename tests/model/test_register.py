@@ -134,7 +134,7 @@ def test_a_damaged_copy_is_refused(tmp_path, source, monkeypatch):
             target.write_bytes(origin.read_bytes())
 
     monkeypatch.setattr(register.shutil, "copyfile", copy_wrongly)
-    with pytest.raises(ArtifactError, match="logits differ from the input's by"):
+    with pytest.raises(ArtifactError, match="logits differ from those of the input model by"):
         run(tmp_path, model=source)
 
 

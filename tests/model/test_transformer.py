@@ -191,7 +191,7 @@ def test_token_logprobs_are_those_of_the_log_softmax(model):
 
 
 def test_a_sequence_longer_than_the_model_takes_is_refused(model):
-    with pytest.raises(DataError, match="sequence of 65 tokens: the model takes at most max_seq_len = 64"):
+    with pytest.raises(DataError, match=r"sequence of 65 tokens: expected at most model\.max_seq_len = 64"):
         model(random_tokens(1, 65))
 
 

@@ -139,7 +139,7 @@ def test_numbers_of_parameters_are_read_as_people_write_them(text, count):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"depth": 3, "params": "1M"}, "depth 3 and params 1M: one follows from the other"),
+        ({"depth": 3, "params": "1M"}, "depth and params: got 3 and 1M, expected only one"),
         ({"depth": 0}, "depth: got 0, expected a whole number above 0"),
         ({"depth": "deep"}, "depth: got 'deep'"),
         ({"params": "many"}, "params: got 'many', expected a number of parameters"),

@@ -132,7 +132,7 @@ def test_runs_in_the_store_are_those_on_the_newest_tokens_each_shape_once(store,
 
 
 def test_an_empty_store_is_answered_with_what_to_do(store):
-    with pytest.raises(DataError, match="holds no finished pretraining; train some, with --depths"):
+    with pytest.raises(DataError, match="contains no finished pretraining run; train some with --depths"):
         stored_runs(store, metric=METRIC)
 
 

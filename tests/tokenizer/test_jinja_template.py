@@ -111,7 +111,7 @@ def test_an_answer_goes_from_behind_the_prompt_to_the_end_of_its_turn(source):
         before, answer = render_completion(ours, talk)
         assert before == render(ours, talk[:-1], add_generation_prompt=True)[0]
         assert answer == [*ours.encode(space + talk[-1]["content"]), ours.turn_end_id]
-    with pytest.raises(DataError, match="gives no token of it to be learnt"):
+    with pytest.raises(DataError, match="marks none of its tokens as assistant"):
         render_completion(ours, TALK[:1])
 
 
@@ -201,14 +201,14 @@ def test_a_token_across_the_border_of_prompt_and_answer_is_refused():
     ],
 )
 def test_a_template_runs_in_a_sandbox(source):
-    with pytest.raises(DataError, match="chat template: refuses a conversation of user"):
+    with pytest.raises(DataError, match="chat template: rejects a conversation of user"):
         render(tokenizer(source), TALK[:1])
 
 
 def test_what_is_no_template_and_what_a_template_refuses_are_errors():
     with pytest.raises(DataError, match="cannot be read as Jinja"):
         tokenizer("{% for %}")
-    with pytest.raises(DataError, match="refuses a conversation of user, user: roles must alternate"):
+    with pytest.raises(DataError, match="rejects a conversation of user, user: roles must alternate"):
         render(tokenizer(INSTRUCTIONS), [TALK[0], TALK[0]])
 
 
@@ -272,7 +272,7 @@ def test_published_templates_give_the_ids_of_transformers_and_learn_the_answers_
     talks = {"": TALK, "system": [SYSTEM, *TALK], "tool": TOOL_TALK}
     for role, talk in talks.items():
         if role in REFUSED.get(name, ()):
-            with pytest.raises(DataError, match="chat template: refuses a conversation of"):
+            with pytest.raises(DataError, match="chat template: rejects a conversation of"):
                 render(ours, talk)
             continue
         ids, mask = render(ours, talk)

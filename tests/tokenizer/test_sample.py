@@ -118,7 +118,7 @@ def test_the_stage_learns_from_what_has_weight_and_says_what_is_short(tmp_path):
     config = TokenizerConfig(vocab_size=280, weights={"code": 0.5, "web": 0.5}, max_bytes=2_400)
     metrics = STAGE.run(config, {"corpus": corpus_of(tmp_path, ROWS)}, workspace)
     assert metrics["training_bytes"] == 600 + 1_200
-    assert "code was to give 1,200 bytes and has 600" in workspace.events.read_text()
+    assert "code: requested 1,200 bytes, but the corpus has 600" in workspace.events.read_text()
     page = (workspace.report / "report.html").read_text()
     assert "Training text by weight" in page
     assert "33.3%" in page

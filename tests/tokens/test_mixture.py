@@ -31,7 +31,7 @@ def test_what_a_stream_cannot_give_goes_to_the_others_in_proportion_to_their_wei
     assert parts["mathematics"].reason == "at its limit of epochs"
     assert parts["mathematics"].asked == 0.25
     assert parts["mathematics"].epochs == pytest.approx(2.0)
-    assert parts["general"].reason == "takes what others cannot give"
+    assert parts["general"].reason == "takes tokens that other streams cannot provide"
 
 
 def test_a_stream_that_passes_its_limit_only_by_what_others_leave_is_capped_too():

@@ -87,7 +87,7 @@ def test_the_tokenizer_beside_the_shards_must_be_theirs(built, tmp_path):
     assert TokenShards.open(directory).tokenizer.digest == built.shards.tokenizer_digest
     index = json.loads((directory / "index.json").read_text())
     (directory / "index.json").write_text(json.dumps(index | {"tokenizer_digest": "0" * 64}))
-    with pytest.raises(ArtifactError, match="expected 000000000000, which made the shards"):
+    with pytest.raises(ArtifactError, match="expected 000000000000, which encoded the shards"):
         _ = TokenShards.open(directory).tokenizer
 
 

@@ -50,7 +50,7 @@ STAGES = {
             "prompts_per_step": 4,
             "num_generations": 4,
             "sampling": {"max_new_tokens": 8},
-            "rewards": [{"kind": "file", "path": __file__, "function": "letters"}],
+            "rewards": [{"kind": "letters", "file": __file__}],
             "beta": 0.05,
         },
     ),
@@ -62,7 +62,7 @@ STAGES = {
             "num_iterations": 2,
             "prompts_per_step": 8,
             "sampling": {"max_new_tokens": 8},
-            "rewards": [{"kind": "file", "path": __file__, "function": "letters"}],
+            "rewards": [{"kind": "letters", "file": __file__}],
         },
     ),
 }

@@ -96,5 +96,5 @@ def test_planned_stands_beside_what_was_measured():
 
 
 def test_a_utilisation_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="mfu: got 0, which never ends"):
+    with pytest.raises(ConfigError, match="mfu: got 0, expected a ratio above 0"):
         budget(config_of_8b(budget=BudgetConfig(device="h100", mfu=0)), VOCAB)

@@ -113,7 +113,7 @@ def test_the_last_ones_are_kept_and_multiples_without_the_optimizers_state(tmp_p
     state = small_state(-1)
     assert checkpoints.load(2, {"model/matrix": state["model/matrix"]}) == {"losses": [2.1], "note": None}
     assert state["model/matrix"].unique().tolist() == [2.0]
-    with pytest.raises(ArtifactError, match="it has no tensor optimizer/matrix/step"):
+    with pytest.raises(ArtifactError, match="tensor optimizer/matrix/step is missing"):
         checkpoints.load(2, state)
 
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_without_the_optimizers_state_is_not_resumed_from(tmp_path)
     shutil.rmtree(tmp_path / "step-00000003")
     said = []
     assert load(tmp_path, log=said.append) is None
-    assert "step-00000002 cannot be resumed (it was kept without the optimizer's state)" in said[0]
+    assert "step-00000002 cannot be resumed (it was kept without optimizer state)" in said[0]
 
 
 def _flip_a_bit(path):
@@ -199,7 +199,7 @@ def test_a_changed_setting_is_named_with_those_that_are_safe_to_change(tmp_path)
     other = {"pretrain": {**IDENTITY["pretrain"], "batch_size": 32, "dropout": 0.1}, "num_steps": 9}
     with pytest.raises(ArtifactError) as caught:
         load(tmp_path, identity=other, safe=safe)
-    assert "pretrain.batch_size was 16 and is 32, pretrain.dropout was None and is 0.1; " in str(caught.value)
+    assert "pretrain.batch_size was 16 and is now 32, pretrain.dropout was None and is now 0.1; " in str(caught.value)
     assert "(safe to change: num_steps, pretrain.parallel)" in str(caught.value)
 
 
@@ -208,18 +208,18 @@ def test_a_safe_change_is_logged_and_gone_along_with(tmp_path):
     other = {"pretrain": {**IDENTITY["pretrain"], "parallel": {"shard": 2}}, "num_steps": 9}
     said = []
     assert load(tmp_path, identity=other, safe=["pretrain.parallel"], log=said.append)
-    assert said == ["resuming step-00000005 with changed settings: pretrain.parallel.shard was 4 and is 2"]
+    assert said == ["resuming step-00000005 with changed settings: pretrain.parallel.shard was 4 and is now 2"]
 
 
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
-        ("model/matrix", torch.zeros(3, 3), r"model/matrix has the shape \[2, 3\] there and \[3, 3\] here"),
-        ("model/other", torch.zeros(1), "it has no tensor model/other"),
+        ("model/matrix", torch.zeros(3, 3), r"model/matrix: got shape \[2, 3\], expected \[3, 3\]"),
+        ("model/other", torch.zeros(1), "tensor model/other is missing"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(tmp_path, name, tensor, message):
-    with pytest.raises(ArtifactError, match=f"step-00000005: holds another model: {message}"):
+    with pytest.raises(ArtifactError, match=f"step-00000005: belongs to another model: {message}"):
         save(tmp_path, 5).load_latest({**small_state(0), name: tensor})
 
 
@@ -242,7 +242,9 @@ def test_room_is_asked_for_before_the_first_step_and_before_each_save(tmp_path, 
     num_bytes = 6 * 4 + 4 + 6 * 8
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=3 * num_bytes - 1))
     checkpoints = open_checkpoints(tmp_path / "new", keep_last=2)
-    with pytest.raises(StoreError, match="3 x 76 = 228 bytes are needed for checkpoints and 227 are free; make room"):
+    with pytest.raises(
+        StoreError, match="3 x 76 = 228 bytes are needed for checkpoints and 227 are free; free some space"
+    ):
         checkpoints.check_space(small_state(0))
     checkpoints.save(5, small_state(5), {})
     checkpoints.wait()
@@ -256,7 +258,7 @@ def test_room_is_asked_for_before_the_first_step_and_before_each_save(tmp_path, 
 
 def test_space_is_asked_of_the_disk_that_a_missing_folder_will_lie_on(tmp_path):
     check_space(tmp_path / "a" / "b", 1, 1)
-    with pytest.raises(StoreError, match="lower keep_last, or move the store"):
+    with pytest.raises(StoreError, match="reduce keep_last, or move the store"):
         check_space(tmp_path / "a" / "b", 2**60, 2)
 
 
@@ -347,5 +349,5 @@ def test_what_goes_wrong_on_one_process_is_told_to_all(world):
             "rank 2 cannot write a checkpoint (OSError: [Errno 28] No space left on device)"
             in (report["failures"]["disk"])
         )
-        assert "seed was 1 and is 2" in report["failures"]["setting"]
+        assert "seed was 1 and is now 2" in report["failures"]["setting"]
         assert report["failures"]["found"] == 1

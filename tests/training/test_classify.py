@@ -83,7 +83,7 @@ def test_spam_is_told_from_ham_in_texts_held_out_and_the_report_shows_how(tmp_pa
         outputs = loaded(torch.tensor([tokenizer.encode("Win $999 now!!! Call 5")]))[0, -1]
     assert outputs.argmax() == 1
     html = (tmp_path / "output" / "report" / "report.html").read_text()
-    for part in ("Confusion matrix", "taken for spam", "precision", "Classes"):
+    for part in ("Confusion matrix", "predicted spam", "precision", "Classes"):
         assert part in html
 
 
@@ -167,10 +167,10 @@ def test_a_text_is_held_out_by_what_it_says():
     [
         (
             [*messages(), {"text": "SEE you at 1 o'clock, 91", "label": "spam"}],
-            "1 of 61 texts occur under another label",
+            "1 of 61 texts occur with two labels",
         ),
         ([{"text": f"a{i}", "label": "ham"} for i in range(30)], r"got the labels \['ham'\] in 30 texts"),
-        ([*messages(), {"text": "once", "label": "rare"}], "none has the label 'rare'"),
+        ([*messages(), {"text": "once", "label": "rare"}], "texts has the label 'rare'"),
         (messages(20), "expected at least one batch of 32"),
         ([*messages(), {"text": "no label"}], r"texts.jsonl:61: got .*expected a JSON object with 'text' and 'label'"),
         ([*messages(), {"text": " ", "label": "ham"}], "texts.jsonl:61: got text ' '"),

@@ -65,7 +65,7 @@ def test_which_part_of_an_origin_is_shown_is_drawn_from_the_seed():
 def test_a_mixture_that_would_be_ignored_or_leaves_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"sft.mixture: got the origin 'written', expected .*: sampled"):
         mix(TALKS, {"written": 2.0}, seed=0)
-    with pytest.raises(ConfigError, match="leaves no conversation"):
+    with pytest.raises(ConfigError, match="selects no conversation"):
         mix(TALKS, {"sampled": 0.0}, seed=0)
 
 
@@ -94,11 +94,11 @@ def test_under_another_template_each_answer_must_end_its_turn():
     assert check_masks(chatml, examples) > 0
     check_answers(chatml, examples)
     endless = replace(examples[0], mask=[*examples[0].mask[:-1], False])
-    with pytest.raises(DataError, match=r"talk/0: what is supervised ends in \['<\|im_end\|>', '2'\]"):
+    with pytest.raises(DataError, match=r"talk/0: the supervised runs end in \['<\|im_end\|>', '2'\]"):
         check_masks(chatml, [endless])
     # The header is within what the template marks: that is text that the assistant never said.
     wide = tokenizer_of(MARKED_TOO_WIDE)
-    with pytest.raises(DataError, match=r"talk/0: of answer 0 'assistant: 1' is learnt, expected '1'"):
+    with pytest.raises(DataError, match=r"talk/0: answer 0: 'assistant: 1' is supervised, expected '1'"):
         check_answers(wide, examples_of(wide, [talk(0, "one", "1")]))
 
 
@@ -145,7 +145,7 @@ def test_an_answer_that_was_cut_is_refused_though_its_mask_is_right(tokenizer):
     examples = examples_of(tokenizer)
     examples[7] = cut_inside_the_answer(examples[7], tokenizer.turn_end_id)
     check_masks(tokenizer, examples)
-    with pytest.raises(DataError, match=r"talk/7: of answer 0 'Answe.*' is learnt, expected 'Answer: 2'"):
+    with pytest.raises(DataError, match=r"talk/7: answer 0: 'Answe.*' is supervised, expected 'Answer: 2'"):
         check_answers(tokenizer, examples)
 
 
@@ -154,7 +154,7 @@ def test_an_answer_that_got_lost_is_refused(tokenizer):
     half = len(examples[0].ids) // 2
     lost = replace(examples[0], ids=examples[0].ids[:half], mask=examples[0].mask[:half])
     check_masks(tokenizer, [lost])
-    with pytest.raises(DataError, match="talk/0: 1 answers are learnt, expected 2"):
+    with pytest.raises(DataError, match="talk/0: 1 answers are supervised, expected 2"):
         check_answers(tokenizer, [lost])
 
 
@@ -172,7 +172,7 @@ def test_a_turn_that_the_template_leaves_out_is_refused(role):
     silent.messages.insert(2 if role == "tool" else 0, {"role": role, "content": 'be "brief"'})
     examples = examples_of(other, [silent])
     check_masks(other, examples)
-    with pytest.raises(DataError, match=rf"talk/0: what the {role} says in message . is not among the tokens"):
+    with pytest.raises(DataError, match=rf"talk/0: the {role}'s message . is not among the tokens"):
         check_answers(other, examples)
     as_json = source.replace(f" if m.role != '{role}'", "").replace("m.content +", "(m.content | tojson)[1:-1] +")
     spoken = Tokenizer(ranks, ".", special=names, document_end=names[1], template=JinjaTemplate(as_json, {}))

@@ -90,6 +90,6 @@ def compare(model, one, tolerance):
 @pytest.mark.parametrize("stage", RESUMED)
 def test_a_sharded_run_that_stopped_halfway_ends_in_the_bytes_of_one_that_did_not(root, stage):
     stopped, whole = (root / f"{stage} {name}" for name in ("resumed", "sharded"))
-    assert "going on from the checkpoint after step 2" in (stopped / "events.jsonl").read_text()
+    assert "resuming from the checkpoint after step 2" in (stopped / "events.jsonl").read_text()
     for name in ("model.safetensors", "config.json"):
         assert (stopped / "output" / name).read_bytes() == (whole / "output" / name).read_bytes()

@@ -100,7 +100,7 @@ def test_a_batch_with_nothing_to_learn_from_is_named(tmp_path):
     def loss(model, step, micro):
         return Loss(toy.loss(model, step, micro).total * 0, 0, 40)
 
-    with pytest.raises(DataError, match=r"step 1: .*nothing to learn"):
+    with pytest.raises(DataError, match=r"step 1: .*a batch without targets"):
         toy.run(tmp_path, loss=loss)
 
 

@@ -144,7 +144,7 @@ class TestLayouts:
 
     def test_a_run_killed_between_steps_ends_in_the_same_bytes(self, root):
         parts = root / "dropping in two parts"
-        assert "going on from the checkpoint" in (parts / "events.jsonl").read_text()
+        assert "resuming from the checkpoint" in (parts / "events.jsonl").read_text()
         whole = content_digest(list_files(root / "dropping sharded" / "output"))
         assert content_digest(list_files(parts / "output")) == whole
 

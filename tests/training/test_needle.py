@@ -186,5 +186,5 @@ def test_a_length_without_room_for_a_fact_is_an_error_with_the_least_that_has(wo
 
 
 def test_no_held_out_text_is_an_error(words):
-    with pytest.raises(DataError, match="got no held-out text"):
+    with pytest.raises(DataError, match="got no validation text"):
         make_texts(words, np.array([], dtype=np.int64), seq_len=SEQ_LEN, config=CONFIG, seed=1)

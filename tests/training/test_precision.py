@@ -35,6 +35,6 @@ def test_bf16_multiplies_in_bfloat16_and_keeps_float32_gradients_and_scores():
 
 
 def test_fp8_is_refused_where_it_cannot_be():
-    with pytest.raises(ConfigError, match="fp8 takes a GPU of Ada or Hopper, got a CPU; take bf16"):
+    with pytest.raises(ConfigError, match="fp8 requires an Ada or Hopper GPU, got a CPU; use bf16"):
         precision.check(PretrainConfig(precision="fp8"), CPU)
     precision.check(PretrainConfig(precision="bf16"), CPU)

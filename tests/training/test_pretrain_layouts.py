@@ -75,7 +75,7 @@ def test_every_layout_trains_validates_and_exports_the_model_of_one_process(root
     metrics = json.loads((root / name / "metrics.json").read_text())
     assert_metrics(metrics, expected)
     assert_weights(root / name / "output", workspace.output, atol=2e-4)
-    assert "Where the time went" in (root / name / "output" / "report" / "report.html").read_text()
+    assert "Wall time by cause" in (root / name / "output" / "report" / "report.html").read_text()
 
 
 def test_a_run_killed_in_one_layout_and_taken_up_in_another_ends_as_one_process_does(root, tokens, tmp_path):
@@ -87,7 +87,7 @@ def test_a_run_killed_in_one_layout_and_taken_up_in_another_ends_as_one_process_
     assert_weights(root / "changed" / "output", workspace.output, atol=1e-4)
     messages = [json.loads(line).get("message", "") for line in (root / "changed" / "events.jsonl").open()]
     assert any("parallel" in message for message in messages)
-    assert "going on from the checkpoint after step 10" in messages
+    assert "resuming from the checkpoint after step 10" in messages
 
 
 def test_a_sharded_run_that_was_interrupted_ends_in_the_same_bytes(root):
@@ -103,7 +103,7 @@ def test_another_number_of_workers_goes_on_with_the_same_losses_and_another_batc
     folder = root / "sharded" / "scratch" / "checkpoints"
     (folder / "LATEST").write_text("step-00000008\n")
     changed = config({}, num_workers=1).model_copy(update={"batch_size": 16})
-    with pytest.raises(ArtifactError, match="batch_size was 8 and is 16"):
+    with pytest.raises(ArtifactError, match="batch_size was 8 and is now 16"):
         pretrain.run(changed, {"tokens": tokens}, Workspace(root / "sharded"))
     pretrain.run(config({}, num_workers=1), {"tokens": tokens}, Workspace(root / "sharded"))
     assert losses(root / "sharded") == pytest.approx(losses(alone[0].root), abs=2e-6)

@@ -1,1 +1,1 @@
-"""Learning from preferences: pairs, DPO and its family."""
+"""Preference training: pairs, DPO and variants."""

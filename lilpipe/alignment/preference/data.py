@@ -1,7 +1,7 @@
-"""Preferences as tokens, and how completions lie in a batch.
+"""Tokenization and packing of preferences.
 
-All losses of the family take rows of two prompted completions: a pair's chosen and rejected one or, for ``kto``, a
-completion and the completion to another prompt by which the KL divergence is estimated.
+Each row has two completions with their prompts: the chosen and the rejected one or, for ``kto``, a completion and a
+mismatched completion that estimates the KL divergence.
 
 Dimensions: S completions, A tokens of the longest completion, B rows of a batch, T tokens.
 """
@@ -28,54 +28,59 @@ from lilpipe.training.finetune import TokenBatch
 from lilpipe.training.supervised import Row, collate
 
 ROW_TOKENS = 128
-"""Short completions are packed into rows of at least so many tokens. In batches of 16 pairs of 16 to 70 tokens that
-took 0.76 of the CPU time of padded rows, and rows as long as the longest sequence 0.99. Completions that share one copy
-of their prompt, under a mask of its own, took 0.66; with sequences of 40 to 330 tokens both took 0.7.
+"""Minimum capacity, in tokens, of a packed row.
+
+Relative to padded rows, batches of 16 pairs of 16 to 70 tokens took 0.76 of the CPU time, and 0.99 when the capacity
+was the longest sequence. Sharing one copy of the prompt between two completions, with a custom mask, took 0.66; with
+sequences of 40 to 330 tokens both took 0.7.
 """
 
 Skipped = dict[str, list[str]]
-"""Reason to the prompts of what is not used."""
+"""Prompt ids by the reason for skipping."""
 
 
 @dataclass(frozen=True)
 class PromptCompletion:
-    """Token ids."""
+    """Token ids of a prompt and its completion."""
 
     prompt: list[int]
-    """With the assistant's header."""
+    """Ends with the assistant's header."""
     completion: list[int]
-    """With the turn's end."""
+    """Ends with the end-of-turn token."""
 
     @property
     def num_tokens(self) -> int:
-        """Of both together."""
+        """Tokens of prompt and completion."""
         return len(self.prompt) + len(self.completion)
 
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """What a batch is counted in: two prompted completions."""
+    """Row of a preference dataset: two completions with their prompts."""
 
     prompt_id: str
     first: PromptCompletion
-    """The chosen completion, of ``kto`` the completion."""
+    """Chosen completion; for ``kto`` the completion."""
     second: PromptCompletion
-    """The rejected completion, of ``kto`` a completion to another prompt after this one."""
+    """Rejected completion; for ``kto`` a mismatched completion, sampled for another prompt."""
     desirable: bool = True
-    """Whether the first is to become likelier."""
+    """Whether the first completion is desirable (``kto``)."""
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
 def as_examples(pairs: Sequence[Pair]) -> list[UnpairedExample]:
-    """A desirable and an undesirable completion of each pair; all chosen ones first: neighbours differ in prompt."""
+    """Split each pair into a desirable and an undesirable example.
+
+    All chosen completions come first, so that neighbours have different prompts.
+    """
     chosen = [UnpairedExample(pair.prompt_id, pair.split, pair.prompt, pair.chosen, True) for pair in pairs]
     return chosen + [UnpairedExample(pair.prompt_id, pair.split, pair.prompt, pair.rejected, False) for pair in pairs]
 
 
 def in_rounds(examples: Sequence[UnpairedExample]) -> list[UnpairedExample]:
-    """The first completion to each prompt, then the second, and so on: neighbours differ in prompt where they can."""
+    """Order examples by their index within their prompt, so that neighbours have different prompts where possible."""
     rounds: Counter[str] = Counter()
     ranked = []
     for example in examples:
@@ -89,12 +94,12 @@ def in_rounds(examples: Sequence[UnpairedExample]) -> list[UnpairedExample]:
 
 
 def encode_completion(tokenizer: Tokenizer, prompt: Sequence[Message], completion: str) -> PromptCompletion:
-    """The prompt with the assistant's header, and the completion with its end."""
+    """Tokenize a prompt with the assistant's header, and a completion with its end-of-turn token."""
     return PromptCompletion(*render_completion(tokenizer, [*prompt, Message(role="assistant", content=completion)]))
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], *, max_len: int) -> tuple[list[PreferenceRow], Skipped]:
-    """Pairs as rows, and what was left out; no completion is ever cut."""
+    """Tokenize pairs; return the rows and the skipped prompt ids. Completions are never truncated."""
     rows: list[PreferenceRow] = []
     skipped: Skipped = {}
     for pair in pairs:
@@ -109,7 +114,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], *, max_len: int) -
 def encode_examples(
     tokenizer: Tokenizer, examples: Sequence[UnpairedExample], *, max_len: int
 ) -> tuple[list[tuple[UnpairedExample, PromptCompletion]], Skipped]:
-    """Single completions with their tokens, and what was left out."""
+    """Tokenize unpaired completions; return those kept and the skipped prompt ids."""
     kept: list[tuple[UnpairedExample, PromptCompletion]] = []
     skipped: Skipped = {}
     for example in examples:
@@ -124,10 +129,10 @@ def encode_examples(
 def with_mismatched(
     examples: Sequence[tuple[UnpairedExample, PromptCompletion]], *, max_len: int
 ) -> list[PreferenceRow]:
-    """Single completions as rows, each with the nearest completion before it that belongs to another prompt and fits.
+    """Return a row for each completion, with the closest previous completion to another prompt that fits.
 
-    So almost every completion is once a completion and once a mismatched one, as Ethayarajh et al. 2024 and TRL have
-    it. Raises ``DataError`` where there is no such completion.
+    "Previous" wraps around at the start. Almost every completion then serves once as a mismatched completion, as in
+    Ethayarajh et al. 2024 and TRL. Raises ``DataError`` if no such completion exists.
     """
     rows = []
     for index, (example, encoded) in enumerate(examples):
@@ -138,8 +143,8 @@ def with_mismatched(
         mismatched = next((other for other in others if other.num_tokens <= max_len), None)
         if mismatched is None:
             raise DataError(
-                f"dpo: no completion to another prompt fits behind prompt {example.prompt_id} in {max_len} tokens; kto "
-                "estimates the KL divergence by such completions: give it several prompts, or a model of longer context"
+                f"dpo: no completion to another prompt fits after prompt {example.prompt_id} in {max_len} tokens; kto "
+                "estimates the KL divergence from such completions: add prompts, or use a model with a longer context"
             )
         rows.append(PreferenceRow(example.prompt_id, encoded, mismatched, example.label))
     return rows
@@ -155,22 +160,22 @@ def _reason_against(texts: Sequence[str], completions: Sequence[PromptCompletion
 
 
 class Places(NamedTuple):
-    """Where in a batch the completions' tokens are scored."""
+    """Positions at which a batch scores the tokens of its completions."""
 
     rows_S1: Tensor
     columns_SA: Tensor
     present_SA: Tensor
-    """Boolean: the completion has so many tokens."""
+    """Boolean mask of the completion's tokens; false for padding."""
     counted_SA: Tensor
-    """Boolean: the token counts in the completion's log-probability."""
+    """Boolean mask of the tokens that count in the completion's log-probability."""
 
     def read(self, scores: Scores) -> Tensor:
-        """Log-probabilities [S, A] of the completions' tokens, 0 where there are none."""
+        """Return the log-probabilities [S, A] of the completions' tokens, 0 for padding."""
         return scores.logprobs[self.rows_S1, self.columns_SA] * self.present_SA
 
 
 class Packer:
-    """Lays prompted completions in rows, several in one where the model's positions allow it."""
+    """Builds batches of completions; packs several into a row where the model's positions allow it."""
 
     def __init__(
         self, *, padding_id: int, max_len: int, packed: bool, mask_formatting: bool, device: torch.device
@@ -182,11 +187,11 @@ class Packer:
         self._device = device
 
     def __call__(self, completions: Sequence[PromptCompletion]) -> tuple[TokenBatch, Places]:
-        """One micro-batch, in which only completions are scored, and the places of these completions in their order.
+        """Return a micro-batch that scores only completions, and the positions of the completions in order.
 
-        Positions run on over a row: rotary attention sees their differences alone.
+        Position ids are not reset within a packed row: RoPE depends only on position differences.
         """
-        lengths = np.array([completion.num_tokens - 1 for completion in completions])  # the last token is not put in
+        lengths = np.array([completion.num_tokens - 1 for completion in completions])  # the last token is only a target
         row_of = self._rows(lengths)
         rows: list[list[Row]] = [[] for _ in range(int(row_of.max()) + 1)]
         used = [0] * len(rows)
@@ -204,7 +209,7 @@ class Packer:
         return batch, self._places(starts, [len(completion.completion) for completion in completions], max(used))
 
     def _rows(self, lengths: np.ndarray) -> np.ndarray:
-        """The row of each completion."""
+        """Return the row index of each completion."""
         if not self._packed:
             return np.arange(len(lengths))
         return best_fit(lengths, capacity=max(int(lengths.max()), min(ROW_TOKENS, self._max_len)))

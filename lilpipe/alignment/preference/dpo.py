@@ -1,12 +1,12 @@
-"""Stage ``dpo``: direct preference optimisation (Rafailov et al. 2023) and its family, with Llama 3's two changes.
+"""Stage ``dpo``: direct preference optimization (Rafailov et al. 2023) and variants, with two changes from Llama 3.
 
-They are a negative log-likelihood term on the chosen completions (after Pang et al. 2024) and formatting tokens left
-out of the log-probabilities that are compared (Grattafiori et al. 2024, section 4.1.4). The turn's header belongs to
-the prompt and never counts. The turn's end is left out of the ratios, where it would be pushed up in one completion and
-down in the other at once; it stays in the likelihood term, so that the model goes on ending its completions.
+Llama 3 adds a negative log-likelihood (NLL) term on chosen completions (after Pang et al. 2024) and masks formatting
+tokens in the log-probabilities of the preference loss (Grattafiori et al. 2024, section 4.1.4). The assistant's header
+is part of the prompt and never counts. The end-of-turn token is masked in the preference loss, which would raise it in
+one completion and lower it in the other. The NLL term keeps it, so that the model still ends its completions.
 
-The losses are in ``preference_losses``, their batches in ``preference_objective``. Log-probabilities under the
-reference are computed once, before training, and end in the output as ``reference.arrow``.
+``losses`` defines the losses, ``objective`` the batches. Log-probabilities under the reference model are computed once,
+before training, and saved as ``reference.arrow``.
 
 Dimensions: R rows of the training data.
 """
@@ -59,27 +59,27 @@ from lilpipe.training.training_report import read_curves, write_report
 
 ROWS_AT_ONCE = 32
 EVALUATIONS = 8
-"""Of the held-out completions, over the run."""
+"""Number of evaluations on validation completions per run."""
 SKIPPED_FILE = "skipped.jsonl"
 REFERENCE_FILE = "reference.arrow"
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What is trained on and measured, as tokens."""
+    """Tokenized training and validation data."""
 
     train: list[PreferenceRow]
     validation: PreferenceValidation
     skipped: Skipped
     questions: list[str]
-    """Of the prompts that are trained on."""
+    """Questions of the training prompts."""
 
 
 def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Train on the preferences.
+    """Train on preferences.
 
-    Raises ``DataError`` if they are fewer than one batch, hold the same completion on both sides, or prompts that are
-    held out; and if the chosen completions become more unlikely than ``max_chosen_fall`` allows.
+    Raises ``DataError`` if the preferences are fewer than one batch, have identical chosen and rejected completions, or
+    contain held-out prompts, or if the log-probability of chosen completions falls by more than ``max_chosen_fall``.
     """
     source, preferences = one_input(inputs, "model"), one_input(inputs, "preferences")
     model, tokenizer = load_model(source.path)
@@ -145,7 +145,7 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 
 
 def _read(config: DPOConfig, inputs: Inputs, tokenizer: Tokenizer, *, max_len: int) -> _Data:
-    """The preferences, once they have passed the gates."""
+    """Read and check the preferences."""
     preferences, prompts = one_input(inputs, "preferences"), optional_input(inputs, "prompts")
     single = config.loss_type == "kto" and (preferences.path / EXAMPLES_FILE).exists()
     data = (_read_single if single else _read_paired)(config, preferences.path, tokenizer, max_len=max_len)
@@ -153,8 +153,8 @@ def _read(config: DPOConfig, inputs: Inputs, tokenizer: Tokenizer, *, max_len: i
         assert_not_held_out(data.questions, prompts.path)
     if config.max_chosen_fall is not None and not data.validation.chosen:
         raise DataError(
-            "dpo.max_chosen_fall: the preferences hold no held-out completions to measure a fall on; raise "
-            "preferences.num_validation, or leave max_chosen_fall out"
+            "dpo.max_chosen_fall: the preferences have no validation completions to measure it on; raise "
+            "preferences.num_validation, or remove max_chosen_fall"
         )
     return data
 
@@ -208,7 +208,7 @@ def _num_steps(config: DPOConfig, num_rows: int, *, num_parts: int) -> int:
         batch_size=config.batch_size,
         stage="dpo",
         rows=what,
-        remedy=f"raise preferences.num_prompts; what was left out is in report/{SKIPPED_FILE}",
+        remedy=f"raise preferences.num_prompts; report/{SKIPPED_FILE} lists the skipped preferences",
     )
 
 
@@ -229,7 +229,7 @@ def _validation_count(validation: PreferenceValidation) -> Metrics:
 
 
 def _write_skipped(data: _Data, workspace: Workspace) -> None:
-    """List what was left out, and say so."""
+    """Write the skipped prompt ids to the report and log their number."""
     lines = [json.dumps({"prompt_id": name, "reason": reason}) for reason, ids in data.skipped.items() for name in ids]
     if lines:
         reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in data.skipped.items())
@@ -246,11 +246,11 @@ def _reference_schema(config: DPOConfig) -> pa.Schema:
 
 
 def make_packer(model: Transformer, tokenizer: Tokenizer, config: DPOConfig) -> Packer:
-    """How completions lie in the batches of a model."""
+    """Return the packer for a model."""
     return Packer(
         padding_id=tokenizer.padding_id,
         max_len=model.config.max_seq_len,
-        packed=model.config.architecture != "gpt2",  # whose positions are learned
+        packed=model.config.architecture != "gpt2",  # GPT-2 has learned absolute positions
         mask_formatting=config.mask_formatting_tokens,
         device=model.device,
     )
@@ -259,9 +259,9 @@ def make_packer(model: Transformer, tokenizer: Tokenizer, config: DPOConfig) -> 
 def compute_reference(
     model: Transformer, rows: Sequence[PreferenceRow], packer: Packer, config: DPOConfig, workspace: Workspace
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """The rows' log-probabilities under the reference, as a table and [R, 2].
+    """Return log-probabilities of the rows under the reference model, as a table and as a tensor [R, 2].
 
-    They lie in scratch for a run that continues.
+    Chunks are cached in the workspace's scratch directory for resuming.
     """
     schema = _reference_schema(config)
 
@@ -295,7 +295,7 @@ def _write_report(
     shown += ("validation_chosen_change", "chosen_fall_alarm", "too_long", "empty_completions")
     write_report(
         workspace,
-        title=f"Preference optimisation: {config.loss_type}",
+        title=f"Preference optimization: {config.loss_type}",
         losses=losses,
         config=config,
         key_figures={name.replace("_", " "): metrics[name] for name in shown if name in metrics},

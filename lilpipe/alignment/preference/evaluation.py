@@ -1,6 +1,6 @@
-"""What training on preferences does to held-out completions: metrics, the alarm, curves and examples.
+"""Evaluation of preference training on validation completions: metrics, alarm, curves and examples.
 
-Dimensions: N chosen completions, M rejected ones (of pairs as many), S completions of one kind.
+Dimensions: N chosen completions, M rejected ones (equal for pairs), S completions of one kind.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from lilpipe.training.precision import autocast
 from lilpipe.training.training_report import Curve
 
 CHOSEN_FALL_ALARM = 1.0
-"""Nats. A fall of the held-out chosen completions' mean log-probability by more than this is reported: DPO can widen
-its margin while both completions become unlikely, and accuracy falls with them."""
+"""Maximum fall, in nats, of the mean log-probability of chosen validation completions before a warning.
+
+DPO can widen its margin while both completions become unlikely; accuracy falls with them.
+"""
 COMPLETIONS_AT_ONCE = 64
 EXAMPLES = 6
 
@@ -32,7 +34,7 @@ EXAMPLES = 6
 def score_completions(
     model: Transformer, completions: Sequence[PromptCompletion], packer: Packer, config: DPOConfig
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each completion and the number of tokens that count in it [S], on the CPU."""
+    """Return the log-probability of each completion and its number of counted tokens [S], on the CPU."""
     sums, lengths = [torch.empty(0)], [torch.empty(0)]
     for start in range(0, len(completions), COMPLETIONS_AT_ONCE):
         batch, places = packer(completions[start : start + COMPLETIONS_AT_ONCE])
@@ -45,26 +47,26 @@ def score_completions(
 
 @dataclass(frozen=True)
 class PreferenceValidation:
-    """Held-out completions; ``paired`` if the chosen and the rejected one at a place belong to one prompt."""
+    """Validation completions; if ``paired``, the chosen and the rejected one at an index share a prompt."""
 
     chosen: Sequence[PromptCompletion]
     rejected: Sequence[PromptCompletion]
     paired: bool
 
     def score(self, model: Transformer, packer: Packer, config: DPOConfig) -> ValidationScores:
-        """Log-probabilities of all."""
+        """Return the log-probabilities of all completions."""
         return ValidationScores(
             *score_completions(model, self.chosen, packer, config),
             *score_completions(model, self.rejected, packer, config),
         )
 
     def metrics(self, now: ValidationScores, before: ValidationScores, config: DPOConfig) -> dict[str, float]:
-        """Metrics of a model, ``before`` those of the one that training began with; none where there are no
-        completions.
+        """Return the metrics of a model; empty without completions.
 
-        ``validation_preference_accuracy`` is the share of pairs in which the chosen completion has the higher reward
-        (ties count half: against itself as the reference, a model has 0.5), ``validation_likelihood_accuracy`` the
-        share in which it is the likelier one. Without pairs, each chosen completion is compared with each rejected one.
+        ``before`` are the scores of the initial model. ``validation_preference_accuracy`` is the share of pairs whose
+        chosen completion has the higher reward (ties count half, so the initial model has 0.5 against itself as
+        reference). ``validation_likelihood_accuracy`` is the share whose chosen completion is more likely. Unpaired,
+        each chosen completion is compared with each rejected one.
         """
         if not self.chosen or not self.rejected:
             return {}
@@ -84,7 +86,7 @@ class PreferenceValidation:
         }
 
     def _differences(self, chosen_N: Tensor, rejected_M: Tensor) -> Tensor:
-        """Of all comparisons."""
+        """Return chosen minus rejected for all comparisons."""
         return chosen_N - rejected_M if self.paired else (chosen_N[:, None] - rejected_M).flatten()
 
     def sections(
@@ -96,7 +98,7 @@ class PreferenceValidation:
         after: ValidationScores,
         config: DPOConfig,
     ) -> page.Sections:
-        """For the report: curves over the steps, and the first completions with their log-probabilities."""
+        """Return report sections: curves over optimizer steps, and examples with their log-probabilities."""
         if not self.chosen or not self.rejected:
             return {}
         start = self.metrics(before, before, config)
@@ -118,11 +120,11 @@ class PreferenceValidation:
             for side, completion, earlier, later in group
         ]
         return {
-            "Held-out completions": [
-                page.note("Means over held-out completions, after each part of the training."),
+            "Validation completions": [
+                page.note("Means over the validation completions at each evaluation."),
                 _chart(drawn),
             ],
-            "Log-probability of the first held-out completions, in nats": page.table(examples),
+            "Log-probability of the first validation completions, in nats": page.table(examples),
         }
 
     @staticmethod
@@ -134,7 +136,7 @@ class PreferenceValidation:
 
 @dataclass(frozen=True)
 class ValidationScores:
-    """Log-probabilities, sums over the tokens that count, and the numbers of these."""
+    """Log-probabilities, summed over counted tokens, and the numbers of counted tokens."""
 
     chosen_N: Tensor
     chosen_tokens_N: Tensor
@@ -142,7 +144,7 @@ class ValidationScores:
     rejected_tokens_M: Tensor
 
     def ratios(self, before: ValidationScores, config: DPOConfig) -> tuple[Tensor, Tensor]:
-        """What rewards are made of: log-ratios to ``before`` where the loss has a reference."""
+        """Return log-ratios to ``before`` or, without a reference, log-probabilities; rewards are beta times these."""
         chosen_N, rejected_M = self.chosen_N, self.rejected_M
         if config.uses_reference:
             chosen_N, rejected_M = chosen_N - before.chosen_N, rejected_M - before.rejected_M
@@ -152,19 +154,20 @@ class ValidationScores:
 
 
 def check_fall(metrics: dict[str, float], config: DPOConfig) -> str:
-    """A warning where chosen completions have become unlikely. Raises ``DataError`` beyond
-    ``config.max_chosen_fall``.
+    """Return a warning if chosen completions became unlikely, else an empty string.
+
+    Raises ``DataError`` if the fall exceeds ``config.max_chosen_fall``.
     """
     fall = -metrics.get("validation_chosen_change", 0.0)
     advice = "raise dpo.rpo_alpha or lower the learning rate"
     if config.max_chosen_fall is not None and fall > config.max_chosen_fall:
         raise DataError(
-            f"dpo: the log-probability of held-out chosen completions fell by {fall:.2f} nats, expected at most "
-            f"dpo.max_chosen_fall = {config.max_chosen_fall}: the margin is won by making both completions unlikely; "
+            f"dpo: the log-probability of chosen validation completions fell by {fall:.2f} nats, expected at most "
+            f"dpo.max_chosen_fall = {config.max_chosen_fall}: the margin grows by making both completions unlikely; "
             f"{advice}"
         )
     if metrics.get("chosen_fall_alarm"):
-        return f"the log-probability of held-out chosen completions fell by {fall:.2f} nats; {advice}"
+        return f"the log-probability of chosen validation completions fell by {fall:.2f} nats; {advice}"
     return ""
 
 
@@ -175,11 +178,11 @@ _DRAWN = {
     "validation_preference_accuracy": ("accuracy", "by reward"),
     "validation_likelihood_accuracy": ("accuracy", "by likelihood"),
 }
-"""Metric to its panel and its name there."""
+"""Panel and line label of each plotted metric."""
 
 
 def _chart(curves: dict[str, Curve]) -> page.Fragment:
-    """A panel each for margin, log-probabilities and accuracies, over the steps."""
+    """Plot margin, log-probabilities and accuracies over optimizer steps, one panel each."""
     panels: dict[str, list[charts.Line]] = {}
     for name, (panel, label) in _DRAWN.items():
         members = panels.setdefault(panel, [])

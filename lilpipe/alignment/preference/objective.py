@@ -1,7 +1,7 @@
-"""The objective of direct preference optimisation and its family: batches of rows, their loss and its metrics.
+"""Objective of direct preference optimization and variants: batches, loss and metrics.
 
-Dimensions: N rows of a micro-batch, each of a first and a second completion; S = 2N completions, the first ones in
-front; A tokens of the longest completion.
+Dimensions: N rows of a micro-batch, each with a first and a second completion; S = 2N completions, all first ones
+before all second ones; A tokens of the longest completion.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from torch import Tensor
 from lilpipe.alignment.preference.data import Packer, Places, PreferenceRow
 from lilpipe.alignment.preference.losses import ipo_loss, kto_baseline, kto_loss, orpo_loss, sigmoid_loss, simpo_loss
 from lilpipe.config.dpo import DPOConfig
+from lilpipe.errors import DataError
+from lilpipe.extensions import load
 from lilpipe.model.scores import Scores
 from lilpipe.schemas.order import rows_of_step
 from lilpipe.training.finetune import TokenBatch
 from lilpipe.training.replica import Loss
 
 TIE_NATS = 1e-4
-"""Smaller differences of log-probability are rounding: the reference against itself is a tie."""
+"""Differences of log-probability up to this size are rounding errors and count as ties."""
 
 
 class Extra(NamedTuple):
-    """What the loss of a micro-batch needs beside the scores."""
+    """Inputs of the loss of a micro-batch other than the scores."""
 
     places: Places
     reference_S: Tensor
-    """Log-probabilities of the completions under the reference, sums; zeros where there is none."""
+    """Log-probabilities of the completions under the reference, summed over tokens; zeros without a reference."""
     desirable_N: Tensor
     nll_weights_N: Tensor
-    """Of the likelihood of each first completion; they make its mean over the step's batch."""
+    """Weights of the NLL of each first completion; they average it over the optimizer step's batch."""
     num_tokens: int
 
 
 class PreferenceObjective:
-    """For one data rank."""
+    """Preference objective of one data rank."""
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class PreferenceObjective:
         rank: int,
         world_size: int,
     ) -> None:
-        """``reference_R2`` are log-probabilities of each row's completions, for the losses that use a reference."""
+        """``reference_R2``: log-probabilities of each row's completions, required by losses with a reference."""
         assert config.seed is not None
         self._rows = rows
         self._config = config
@@ -61,10 +63,11 @@ class PreferenceObjective:
     # --- batches --------------------------------------------------------------------------------------------------
 
     def batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of a step.
+        """Return the micro-batches of an optimizer step.
 
-        Its rows are dealt out by length, so that all workers have about as much to do. Those of ``kto`` that share an
-        estimate of the KL divergence stay together: the loss does not depend on how the batch is divided.
+        Rows are distributed by length, so that workers have similar amounts of work. For ``kto``, rows that share an
+        estimate of the KL divergence stay together: the loss does not depend on the number of workers or
+        micro-batches.
         """
         config = self._config
         rows = rows_of_step(step, num_rows=len(self._rows), batch_size=config.batch_size, seed=self._seed)
@@ -92,7 +95,7 @@ class PreferenceObjective:
         return batch._replace(extra=extra)
 
     def _nll_weights(self, rows: Sequence[int]) -> dict[int, float]:
-        """Weight of each row's NLL, a sum over tokens, in the sum of the step's losses."""
+        """Return the weight of each row's NLL (summed over tokens) in the total loss of the optimizer step."""
         by_sequence = self._config.nll_normalisation == "sequence"
         learnt = {row: len(self._rows[row].first.completion) for row in rows if self._rows[row].desirable}
         total = len(learnt) if by_sequence else sum(learnt.values())
@@ -105,7 +108,7 @@ class PreferenceObjective:
     # --- loss -----------------------------------------------------------------------------------------------------
 
     def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
-        """Preference loss and likelihood term, summed over the rows."""
+        """Return the preference loss plus the NLL term, summed over rows."""
         config, extra = self._config, batch.extra
         assert isinstance(extra, Extra)
         logprobs_SA = extra.places.read(scores)
@@ -123,13 +126,13 @@ class PreferenceObjective:
 
 
 def log_ratios(logprobs_S: Tensor, reference_S: Tensor, places: Places, config: DPOConfig) -> Tensor:
-    """Log-ratios to the reference [S], normalised by length where that is asked for."""
+    """Return log-ratios to the reference [S], length-normalised if configured."""
     ratios_S = logprobs_S - reference_S
     return ratios_S / places.counted_SA.sum(dim=1) if config.normalises_length else ratios_S
 
 
 def preference_loss(ratios_S: Tensor, desirable_N: Tensor, config: DPOConfig) -> Tensor:
-    """The loss of each row [N] by ``config.loss_type``."""
+    """Return the loss of each row [N] for ``config.loss_type``."""
     first_N, second_N = ratios_S.chunk(2)
     match config.loss_type:
         case "sigmoid":
@@ -154,20 +157,35 @@ def preference_loss(ratios_S: Tensor, desirable_N: Tensor, config: DPOConfig) ->
                 desirable_weight=config.desirable_weight,
                 undesirable_weight=config.undesirable_weight,
             )
+        case _:
+            return _own_loss(first_N, second_N, config)
+
+
+def _own_loss(chosen_N: Tensor, rejected_N: Tensor, config: DPOConfig) -> Tensor:
+    """The loss of a user's function. Raises ``DataError`` if it is not one value for each pair."""
+    extension = config.extension()
+    assert extension is not None
+    loss_N = load(extension)(chosen_N, rejected_N, beta=config.beta, **config.options)
+    if not isinstance(loss_N, Tensor) or loss_N.shape != chosen_N.shape:
+        got = list(loss_N.shape) if isinstance(loss_N, Tensor) else type(loss_N).__name__
+        raise DataError(
+            f"dpo.loss_type {config.loss_type!r}: got {got}, expected a tensor of shape {list(chosen_N.shape)}"
+        )
+    return loss_N
 
 
 def positive_ratio(values_N: Tensor) -> float:
-    """Share of positive values; a tie counts half."""
+    """Return the share of positive values; a tie counts half."""
     wins = (values_N > TIE_NATS).sum() + 0.5 * (values_N.abs() <= TIE_NATS).sum()
     return wins.item() / len(values_N)
 
 
 Metrics = dict[str, tuple[float | Tensor, float]]
-"""(sum, count) by name. Names as TRL's, but the margin is in nats; rewards are beta times log-ratios."""
+"""(sum, count) by name. Names follow TRL, but margins are in nats; rewards are beta times log-ratios."""
 
 
 def pair_metrics(logprobs_S: Tensor, ratios_S: Tensor, extra: Extra, config: DPOConfig) -> Metrics:
-    """Metrics of pairs."""
+    """Return the metrics of pairs."""
     chosen_N, rejected_N = logprobs_S.chunk(2)
     count = float(len(chosen_N))
     margin_N = torch.sub(*ratios_S.chunk(2))
@@ -186,7 +204,7 @@ def pair_metrics(logprobs_S: Tensor, ratios_S: Tensor, extra: Extra, config: DPO
 
 
 def completion_metrics(logprobs_S: Tensor, ratios_S: Tensor, extra: Extra, config: DPOConfig) -> Metrics:
-    """Metrics of the unpaired completions of ``kto``; `kl` is its reference point."""
+    """Return the metrics of ``kto``'s unpaired completions; `kl` is the reference point."""
     answer_N, ratio_N = logprobs_S.chunk(2)[0], ratios_S.chunk(2)[0]
     baseline_N = kto_baseline(ratios_S.chunk(2)[1], num_examples=config.kl_examples)
     metrics: Metrics = {"kl": (baseline_N.sum(), float(len(baseline_N)))}

@@ -1,10 +1,10 @@
-"""Stage ``preferences``: pairs of answers, one preferred to the other by a stated rule.
+"""Stage ``preferences``: pairs of a chosen and a rejected completion, by a configured rule.
 
-Answers are sampled from the model that DPO will start from, so that pairs show what it does. ``brevity`` pairs two
-answers to one prompt that a verifier judges alike, and prefers the one with fewer words: what differs is style, which
-likelihood on correct answers does not teach. ``reward`` pairs the best answer with the worst, by whatever rewards the
-section names, and ``correctness`` a right one with a wrong one. ``data`` takes pairs that people made. ``unpaired``
-judges each answer by itself instead (``examples.arrow``), as KTO learns from it (Ethayarajh et al. 2024).
+Completions are sampled from the model that DPO starts from, so that pairs reflect its behaviour. ``brevity`` pairs two
+completions to a prompt with the same verdict of the verifier and prefers the one with fewer words: they differ in
+style, which SFT on correct completions does not teach. ``reward`` pairs the completion of the highest reward with that
+of the lowest. ``correctness`` pairs a correct with an incorrect completion. ``data`` reads human preference pairs.
+``unpaired`` labels each completion separately instead (``examples.arrow``), for KTO (Ethayarajh et al. 2024).
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ from lilpipe.stage import Metrics, Stage, Workspace
 __all__ = ["PAIR_SCHEMA", "STAGE", "Pair", "brevity_pairs", "read_pairs", "run"]
 
 VERDICTS = ((True, True), (True, False), (False, False))
-"""(well-formed, correct), the best first."""
+"""(well-formed, correct), best first."""
 
 
 def brevity_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
-    """(chosen, rejected) among the answers to one prompt, at most ``max_pairs_per_prompt``.
+    """Return (chosen, rejected) pairs among the completions to one prompt, at most ``max_pairs_per_prompt``.
 
-    Both ended, have the same verdict, and differ by ``min_words_apart``; no answer is used twice. Correct answers
-    are paired first, then, unless ``only_correct``, wrong ones of the right form, then malformed ones.
+    Both completions ended, have the same verdict and differ by at least ``min_words_apart``; each is used at most once.
+    Correct completions are paired first, then, unless ``only_correct``, well-formed incorrect ones, then malformed
+    ones.
     """
     pairs: list[tuple[Row, Row]] = []
     take = _widest if config.contrast == "widest" else _nearest
@@ -65,14 +66,14 @@ def brevity_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[
 
 
 def _widest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | None:
-    """The shortest answer and the longest."""
+    """Return the shortest and the longest completion if they differ by ``min_words_apart``."""
     ranked = sorted(rows, key=lambda row: (row["num_words"], row["sample"]))
     apart = ranked[-1]["num_words"] - ranked[0]["num_words"] if ranked else 0
     return (ranked[0], ranked[-1]) if apart >= min_words_apart else None
 
 
 def _nearest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | None:
-    """The first answer sampled that has a longer one far enough away, and the nearest such."""
+    """Return the first completion with another at least ``min_words_apart`` longer, and the shortest such other."""
     for row in rows:
         longer = [other for other in rows if other["num_words"] - row["num_words"] >= min_words_apart]
         if longer:
@@ -81,9 +82,9 @@ def _nearest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | Non
 
 
 def reward_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
-    """(chosen, rejected): the best answer against the worst, the second best against the second worst, and so on.
+    """Return (chosen, rejected): the best completion with the worst, the second best with the second worst, and so on.
 
-    Both ended, are worth different rewards, ``min_margin`` apart at least, and no answer is used twice.
+    Both ended and their rewards differ, by at least ``min_margin``; each completion is used at most once.
     """
     ranked = sorted(_distinct(rows), key=lambda row: (-row["reward"], row["sample"]))
     pairs = list(zip(ranked, reversed(ranked), strict=True))[: len(ranked) // 2]
@@ -92,14 +93,14 @@ def reward_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[R
 
 
 def correctness_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
-    """(chosen, rejected): a right answer against a wrong one, in the order sampled; both ended, none is used twice."""
+    """Return (chosen, rejected): correct and incorrect completions that ended, each used at most once, in order."""
     distinct = _distinct(rows)
     right, wrong = ([row for row in distinct if row["correct"] is verdict] for verdict in (True, False))
     return list(zip(right, wrong, strict=False))[: config.max_pairs_per_prompt]
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:
-    """The answers that ended and say something, each text once, in the order sampled."""
+    """Return the ended, non-empty completions in sampling order, without duplicates up to whitespace."""
     found: dict[str, Row] = {}
     for row in rows:
         if row["ended"] and row["completion"]:
@@ -112,33 +113,33 @@ RULES: dict[str, Callable[[Sequence[Row], PreferencesConfig], list[tuple[Row, Ro
     "reward": reward_pairs,
     "correctness": correctness_pairs,
 }
-"""Rules to functions from the answers to one prompt to its pairs."""
+"""Pairing function of each rule: from the completions to one prompt to its pairs."""
 
 NO_PAIR = {
-    "brevity": "the same verdict and different length",
-    "reward": "rewards that are far enough apart",
+    "brevity": "the same verdict and different lengths",
+    "reward": "sufficiently different rewards",
     "correctness": "different verdicts",
 }
-"""What two answers of a pair must have."""
+"""Requirement on the two completions of a pair, for error messages."""
 
 REMEDY = {
-    "brevity": "allow pairs of wrong answers (preferences.only_correct = false)",
-    "reward": "lower preferences.min_margin, or take rewards that tell more answers apart",
-    "correctness": "take another preferences.rule",
+    "brevity": "allow pairs of incorrect completions (preferences.only_correct = false)",
+    "reward": "lower preferences.min_margin, or use rewards that distinguish more completions",
+    "correctness": "use another preferences.rule",
 }
-"""What else can be done where there is no pair."""
+"""Remedy if no prompt has a pair, for error messages."""
 
 
 def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Sample and pair, or read pairs. Raises ``DataError`` if there is none to train on."""
+    """Sample completions and pair them, or read pairs. Raises ``DataError`` if there are no training pairs."""
     source = one_input(inputs, "prompts")
     if config.rule == "data":
         return (_examples_of_data if config.unpaired else _from_data)(source, workspace)
     model = optional_input(inputs, "model")
     if model is None:
         raise ConfigError(
-            f"preferences.rule: {config.rule!r} samples answers, but the step has no model; give it an input `model`, "
-            "or take the rule 'data'"
+            f"preferences.rule: {config.rule!r} samples completions, but the step has no model; add an input `model`, "
+            "or use rule 'data'"
         )
     train = _take(read_prompts(source.path, "train")[::-1], config.num_prompts, "num_prompts", "train")
     validation = _take(read_prompts(source.path, "validation"), config.num_validation, "num_validation", "validation")
@@ -170,8 +171,8 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
     }
     if not pairs["train"]:
         raise DataError(
-            f"preferences: none of {len(train)} prompts gave two answers with {NO_PAIR[config.rule]}; sample more "
-            f"answers (preferences.num_generations), train the model further, or {REMEDY[config.rule]}"
+            f"preferences: none of {len(train)} prompts gave two completions with {NO_PAIR[config.rule]}; sample more "
+            f"completions (preferences.num_generations), train the model further, or {REMEDY[config.rule]}"
         )
     metrics = _metrics(rows, pairs, num_train=len(train), num_validation=len(validation)) | reward_metrics(
         groups, rewards
@@ -184,17 +185,17 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
 
 
 def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
-    """The pairs that people made, once they are found to be fit for training."""
+    """Read and check human preference pairs."""
     if not (source.path / PAIRS_FILE).exists():
         raise DataError(
-            f"preferences.rule: 'data' reads {PAIRS_FILE} of the input `prompts`, which has none ({source.uri}); make "
-            "the prompts from a preference set, or take a rule that samples"
+            f"preferences.rule: 'data' reads {PAIRS_FILE} of the input `prompts`, which does not exist ({source.uri}); "
+            "make the prompts from a preference dataset, or use a rule that samples"
         )
     train, validation = read_pairs(source.path, "train"), read_pairs(source.path, "validation")
     if not train:
         raise DataError(
-            f"preferences: {source.uri} holds no pairs of the train split; raise the share of training, or take "
-            "preferences.unpaired where the set holds unpaired completions"
+            f"preferences: {source.uri} has no pairs in the train split; raise the share of training, or set "
+            "preferences.unpaired if the dataset has unpaired completions"
         )
     check_pairs(train, validation)
     assert_not_held_out((text for pair in train for text in pair.questions), source.path)
@@ -211,21 +212,20 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
             {"question": pair.prompt[-1]["content"], "chosen": pair.ranking[0], "rejected": pair.rejected}
             for pair in train[:30]
         ]
-        html = page.render("Preferences", {"The first pairs": page.table(examples)}, key_figures=dict(metrics))
+        html = page.render("Preferences", {"First pairs": page.table(examples)}, key_figures=dict(metrics))
         write_atomically(workspace.report / "report.html", html)
     return metrics
 
 
-# --- unpaired completions
-# -----------------------------------------------------------------------------------------------
+# --- unpaired completions -----------------------------------------------------------------------------------------
 
 
 def judged_examples(
     groups: Sequence[Sequence[Row]], prompts: Sequence[Prompt], config: PreferencesConfig, *, split: PairSplit
 ) -> list[UnpairedExample]:
-    """Every distinct answer that ended, desirable or not, of the groups of answers to each prompt.
+    """Return every distinct completion that ended, labelled desirable or not.
 
-    Where correctness decides, prompts that no verifier can judge are left out: all their answers would be wrong.
+    Rule ``correctness`` skips prompts without a verifier: all their completions would count as incorrect.
     """
     return [
         UnpairedExample(
@@ -242,12 +242,12 @@ def judged_examples(
 
 
 def _examples_of_data(source: Artifact, workspace: Workspace) -> Metrics:
-    """The unpaired completions that people judged."""
+    """Read human-labelled unpaired completions."""
     if not (source.path / EXAMPLES_FILE).exists():
         raise DataError(
-            f"preferences.unpaired: rule 'data' reads {EXAMPLES_FILE} of the input `prompts`, which has none "
-            f"({source.uri}); make the prompts from a preference set whose rows have a `label`, or leave unpaired out "
-            "(`kto` makes two answers of a pair)"
+            f"preferences.unpaired: rule 'data' reads {EXAMPLES_FILE} of the input `prompts`, which does not exist "
+            f"({source.uri}); make the prompts from a preference dataset whose rows have a `label`, or remove unpaired "
+            "(`kto` splits a pair into two completions)"
         )
     train = read_examples(source.path, "train")
     assert_not_held_out((text for example in train for text in example.questions), source.path)
@@ -257,13 +257,13 @@ def _examples_of_data(source: Artifact, workspace: Workspace) -> Metrics:
 def _write_examples(
     train: Sequence[UnpairedExample], validation: Sequence[UnpairedExample], workspace: Workspace
 ) -> Metrics:
-    """Write unpaired completions that are fit for training. Raises ``DataError`` where they are not."""
+    """Check and write unpaired completions. Raises ``DataError`` if they are unfit for training."""
     check_examples(train, validation)
     num_desirable = sum(example.label for example in train)
     if num_desirable in (0, len(train)):
         raise DataError(
-            f"preferences: {num_desirable} of {len(train)} answers are desirable, expected some of each kind; sample "
-            "more (preferences.num_generations), set another preferences.threshold, or take another rule"
+            f"preferences: {num_desirable} of {len(train)} completions are desirable, expected some of each label; "
+            "sample more (preferences.num_generations), change preferences.threshold, or use another rule"
         )
     metrics: Metrics = {
         "unpaired_examples": len(train),
@@ -277,7 +277,7 @@ def _write_examples(
             {"question": item.prompt[-1]["content"], "completion": item.completion, "label": str(item.label)}
             for item in train[:30]
         ]
-        html = page.render("Preferences", {"The first answers": page.table(shown)}, key_figures=dict(metrics))
+        html = page.render("Preferences", {"First completions": page.table(shown)}, key_figures=dict(metrics))
         write_atomically(workspace.report / "report.html", html)
     return metrics
 
@@ -292,7 +292,7 @@ def _user(question: str) -> Message:
 def _take(prompts: list[Prompt], count: int, name: str, split: str) -> list[Prompt]:
     if count > len(prompts):
         raise ConfigError(
-            f"preferences.{name}: got {count}, the {split} split holds {len(prompts)}; lower it or raise "
+            f"preferences.{name}: got {count}, but the {split} split has {len(prompts)}; lower it or raise "
             f"prompts.num_{split}"
         )
     return prompts[:count]
@@ -332,11 +332,11 @@ def _report(pairs: Sequence[tuple[Row, Row]], metrics: Metrics) -> str:
     ]
     figures = {
         "pairs": metrics["pairs"],
-        "of the prompts gave a pair": f"{metrics['prompts_with_pair_ratio']:.1%}",
-        "words chosen": metrics["chosen_words"],
-        "words rejected": metrics["rejected_words"],
+        "prompts with a pair": f"{metrics['prompts_with_pair_ratio']:.1%}",
+        "words of chosen": metrics["chosen_words"],
+        "words of rejected": metrics["rejected_words"],
     }
-    return page.render("Preferences", {"The first pairs": page.table(examples)}, key_figures=figures)
+    return page.render("Preferences", {"First pairs": page.table(examples)}, key_figures=figures)
 
 
 STAGE = Stage(

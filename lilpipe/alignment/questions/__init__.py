@@ -1,1 +1,1 @@
-"""Prompts with verifiable answers: generated families, data sets, and the stage that splits them."""
+"""Prompts with verifiable answers: generated families, datasets, and the stage that splits them."""

@@ -1,12 +1,12 @@
-"""Families of tasks whose answers a program can check, from list skills to word problems.
+"""Task families with verifiable answers, from list skills to word problems.
 
-A family draws a ``Task`` from a random generator. Each task has a key, its arguments in canonical form: two tasks
-that are the same question in other words (a sort of the same numbers in another order, ``7 + 5`` and ``5 + 7``)
-have one key. Splits are made by the hash of the key, so that no test question has a twin in training.
+A family generates a ``Task`` from a random generator. A task's key is its arguments in canonical form: tasks that ask
+the same in other words (sorting the same numbers in another order, ``7 + 5`` and ``5 + 7``) share a key. Tasks are
+split by the hash of the key, so that no test question has an equivalent in training.
 
-Difficulty is a whole number that each family counts in its own unit: items of a list, digits of a number, operations of
-an expression. A model of 0.4 M parameters learns the list skills and small sums in a few minutes of two cores;
-comparisons and counting need more.
+Difficulty is an integer in a unit of the family: items of a list, digits of a number, operations of an expression. A
+model of 0.4 M parameters learns the list skills and small sums in a few minutes on two cores; comparisons and counting
+take longer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
+from lilpipe.config.prompts import PromptsConfig
+from lilpipe.extensions import load
+
 LARGEST_NUMBER = 19
-"""Numbers in lists are 0 to this."""
+"""Maximum of numbers in lists; the minimum is 0."""
 
 LARGEST_TERM = 10
-"""Word problems add numbers from 2 to this: tables that a model of 0.4 M parameters learns (up to 20 it did not)."""
+"""Maximum of addends in word problems; the minimum is 2. A model of 0.4 M parameters learns these sums (up to 20 it did
+not)."""
 
 NAMES = (
     "Ann", "Ben", "Carl", "Dora", "Emma", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kate", "Leo",
@@ -37,10 +41,10 @@ _PLURALS = {"leaf": "leaves"}
 
 @dataclass(frozen=True)
 class Task:
-    """One question with its answer."""
+    """A question with its answer."""
 
     key: str
-    """The arguments in canonical form, within the family."""
+    """Arguments in canonical form, unique within the family."""
     question: str
     answer: str
     prose: str
@@ -49,18 +53,18 @@ class Task:
 
 
 class Difficulty(NamedTuple):
-    """The least and the most of a family's unit."""
+    """Range of difficulty, in the family's unit."""
 
     least: int
     most: int
 
     @property
     def easy(self) -> Difficulty:
-        """All but the hardest: pretraining's exercises leave that for post-training to teach."""
+        """Range without the hardest level, for pretraining exercises; post-training teaches that level."""
         return Difficulty(self.least, max(self.least, self.most - 1))
 
     def draw(self, random: Random) -> int:
-        """One of them; nothing is drawn where there is no choice."""
+        """Sample a level; does not use the generator if there is only one."""
         return random.randint(self.least, self.most) if self.least < self.most else self.least
 
 
@@ -69,13 +73,13 @@ Draw = Callable[[Random, Difficulty], Task]
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of task."""
+    """Type of task."""
 
     draw: Draw
     unit: str
-    """What its difficulty counts."""
+    """Unit of its difficulty."""
     least: int
-    """Smallest difficulty that has a meaning."""
+    """Minimum valid difficulty."""
     default: Difficulty
 
 
@@ -88,7 +92,7 @@ def _objects(random: Random, difficulty: Difficulty) -> list[str]:
 
 
 def _of_digits(digits: int) -> range:
-    """The numbers that are written with so many digits."""
+    """Return the numbers with this many digits."""
     return range(10 ** (digits - 1), 10**digits)
 
 
@@ -229,7 +233,7 @@ def _base(random: Random, difficulty: Difficulty) -> Task:
 
 
 def in_base(number: int, base: int) -> str:
-    """A positive number's digits in a base from 2 to 10."""
+    """Return the digits of a positive number in a base from 2 to 10."""
     digits = ""
     while number:
         number, digit = divmod(number, base)
@@ -238,7 +242,7 @@ def in_base(number: int, base: int) -> str:
 
 
 class _Expression(NamedTuple):
-    """An arithmetic expression; ``key`` has the operands of sums and products in one order."""
+    """Arithmetic expression; ``key`` sorts the operands of sums and products."""
 
     text: str
     key: str
@@ -286,5 +290,13 @@ FAMILIES: dict[str, Family] = {
     "base": Family(_base, "digits", 1, Difficulty(1, 3)),
     "expression": Family(_expression, "operations", 1, Difficulty(2, 3)),
 }
-"""Every family by name. Sums and comparisons of people hold names and objects in their key, so that the tables of sums
-are there to be learned while the problem itself is new."""
+"""Task families by name.
+
+The keys of word problems include the names and the object: the model can learn the sums, although each problem is new.
+"""
+
+
+def find_families(config: PromptsConfig) -> dict[str, Family]:
+    """Return the families of a config section, built-in ones and extensions."""
+    own = {extension.name: load(extension, Family) for extension in config.extensions()}
+    return {name: own[name] if name in own else FAMILIES[name] for name in config.families}

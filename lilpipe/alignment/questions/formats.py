@@ -1,6 +1,6 @@
-"""The forms in which data sets write questions and answers, read into one.
+"""Dataset formats of questions and answers, parsed into a common form.
 
-A row that has none of the forms, or whose answer is no answer, raises ``Malformed`` with what is wrong.
+Raises ``Malformed`` with the reason for a row that does not match its format.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lilpipe.schemas.messages import Message
 ROLES = ("system", "user", "assistant", "tool")
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
-"""GSM8K's notes for a calculator, which are no part of the text."""
+"""GSM8K's calculator annotations, which are removed."""
 
 
 class Malformed(Exception):
-    """A row that is no question with an answer; ``excerpt`` is its beginning, where it could not even be parsed."""
+    """A row that does not match its format; ``excerpt`` is its beginning if it could not be parsed."""
 
     def __init__(self, reason: str, excerpt: str = "") -> None:
         super().__init__(reason)
@@ -30,50 +30,50 @@ class Malformed(Exception):
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """A row of a data set, whatever its form."""
+    """Row of a dataset in any format."""
 
     prompt: list[Message]
-    """The turns before the answer."""
+    """Turns before the answer."""
     reference: str
-    """The answer in words; the chosen one of a preference; nothing where there are only tests."""
+    """Answer in words; for a preference the chosen completion; empty if there are only tests."""
     answer: str = ""
-    """What the verifier compares with."""
+    """Reference answer for the verifier."""
     verifier: str = "none"
     difficulty: int = 0
     rejected: str | None = None
     edited: str | None = None
     desirable: bool | None = None
-    """Whether the answer is; None where it is no unpaired completion of a preference set."""
+    """Label of an unpaired completion; None for other rows."""
 
     @property
     def question(self) -> str:
-        """The first user's words."""
+        """First user turn."""
         return next(turn["content"] for turn in self.prompt if turn["role"] == "user")
 
     @property
     def best_answer(self) -> str:
-        """The best answer in words, if there is any that is worth showing."""
+        """Best answer in words; empty if there is no good one."""
         return "" if self.desirable is False else self.edited or self.reference
 
     @property
     def is_preference(self) -> bool:
-        """Whether it says what is preferred."""
+        """Whether the row is a preference."""
         return self.rejected is not None or self.desirable is not None
 
     @property
     def is_single_question(self) -> bool:
-        """Whether nothing stands before the answer but a user's turn, so that it can be asked by itself."""
+        """Whether the prompt is a single user turn, so that it can be used as a prompt on its own."""
         return len(self.prompt) == 1
 
 
 def parse(kind: str, values: Any, columns: PromptColumns) -> ParsedRow:
-    """A row's values as an example. Raises ``Malformed``."""
+    """Parse a row. Raises ``Malformed``."""
     if not isinstance(values, Mapping):
-        raise Malformed(f"is of type {type(values).__name__}, expected an object")
+        raise Malformed(f"got {type(values).__name__}, expected an object")
     return _KINDS[kind](values, columns)
 
 
-# --- forms --------------------------------------------------------------------------------------------------------
+# --- formats ------------------------------------------------------------------------------------------------------
 
 
 def _gsm8k(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
@@ -110,7 +110,7 @@ def _preference(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
 def _single(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     label = values[columns.label]
     if label not in (True, False):
-        raise Malformed(f"{columns.label!r} is {label!r}, expected true or false")
+        raise Malformed(f"{columns.label!r}: got {label!r}, expected true or false")
     prompt, (answer,) = _prompt_and_answers(values, [columns.completion], columns)
     return ParsedRow(prompt, answer, desirable=bool(label))
 
@@ -119,14 +119,14 @@ def _pair(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     names = [columns.chosen, columns.rejected, *([columns.edited] if values.get(columns.edited) else [])]
     prompt, answers = _prompt_and_answers(values, names, columns)
     if len({answer.strip() for answer in answers}) < len(answers):
-        raise Malformed(f"two of {', '.join(names)} are the same")
+        raise Malformed(f"two of {', '.join(names)} are equal")
     return ParsedRow(prompt, answers[0], rejected=answers[1], edited=answers[2] if len(answers) > 2 else None)
 
 
 def _prompt_and_answers(
     values: Mapping[str, Any], names: list[str], columns: PromptColumns
 ) -> tuple[list[Message], list[str]]:
-    """The answers under some names, and what all of them answer."""
+    """Return the common prompt of several answers, and the answers."""
     prompts, answers = [], []
     for name in names:
         prompt, answer = _answer(values, name)
@@ -157,22 +157,22 @@ def _asked(question: str) -> list[Message]:
 
 def _text(values: Mapping[str, Any], name: str) -> str:
     if name not in values:
-        raise Malformed(f"has no {name!r}; it has {', '.join(map(str, values)) or 'nothing'}")
+        raise Malformed(f"missing {name!r}; got {', '.join(map(str, values)) or 'no keys'}")
     return _checked(values[name], name)
 
 
 def _checked(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise Malformed(f"{name!r} is of type {type(value).__name__}, expected a string")
+        raise Malformed(f"{name!r}: got {type(value).__name__}, expected a string")
     if not value.strip():
         raise Malformed(f"{name!r} is empty")
     if re.search("[\0\ud800-\udfff]", value):
-        raise Malformed(f"{name!r} holds a NUL or half a surrogate pair, which is no text")
+        raise Malformed(f"{name!r} contains a NUL or an unpaired surrogate, expected valid text")
     return value.strip()
 
 
 def _instruction_text(values: Mapping[str, Any], columns: PromptColumns) -> str:
-    """Alpaca's instruction, and what it is about below it (Taori et al. 2023)."""
+    """Return Alpaca's instruction followed by its input, if any (Taori et al. 2023)."""
     instruction = _text(values, columns.instruction)
     return f"{instruction}\n\n{_text(values, columns.input)}" if values.get(columns.input) else instruction
 
@@ -185,36 +185,36 @@ def _prompt(values: Mapping[str, Any], columns: PromptColumns) -> list[Message]:
         return _asked(_text(values, columns.prompt))
     turns = _turns(given, columns.prompt)
     if turns[-1]["role"] == "assistant":
-        raise Malformed(f"{columns.prompt!r} ends in the assistant's turn, expected the user's")
+        raise Malformed(f"{columns.prompt!r} ends with an assistant turn, expected a user turn")
     return turns
 
 
 def _answer(values: Mapping[str, Any], name: str) -> tuple[list[Message], str]:
-    """An answer, and the turns before it where it is given with them."""
+    """Return an answer and the turns before it, if given in the same list."""
     given = values.get(name)
     if not isinstance(given, list):
         return [], _text(values, name)
     turns = _turns(given, name, asked=False)
     if turns[-1]["role"] != "assistant":
-        raise Malformed(f"{name!r} ends in a turn of {turns[-1]['role']!r}, expected the assistant's")
+        raise Malformed(f"{name!r} ends with a turn of {turns[-1]['role']!r}, expected the assistant's")
     return turns[:-1], turns[-1]["content"]
 
 
 def _conversation(given: Any, name: str) -> tuple[list[Message], str]:
     turns = _turns(given, name)
     if turns[-1]["role"] != "assistant":
-        raise Malformed(f"{name!r} ends in a turn of {turns[-1]['role']!r}, expected the assistant's")
+        raise Malformed(f"{name!r} ends with a turn of {turns[-1]['role']!r}, expected the assistant's")
     return turns[:-1], turns[-1]["content"]
 
 
 def _turns(given: Any, name: str, *, asked: bool = True) -> list[Message]:
     if not isinstance(given, list) or not given:
-        raise Malformed(f"{name!r} is no list of messages")
+        raise Malformed(f"{name!r} is not a list of messages")
     turns: list[Message] = []
     for position, turn in enumerate(given):
         if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
-            raise Malformed(f"{name!r}: message {position} has no role among {', '.join(ROLES)}")
+            raise Malformed(f"{name!r}: message {position} has no valid role, expected one of {', '.join(ROLES)}")
         turns.append({"role": turn["role"], "content": _checked(turn.get("content"), f"{name}.{position}.content")})
     if asked and all(turn["role"] != "user" for turn in turns):
-        raise Malformed(f"{name!r} has no turn of the user")
+        raise Malformed(f"{name!r} has no user turn")
     return turns

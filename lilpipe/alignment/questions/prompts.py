@@ -1,14 +1,14 @@
-"""Stage ``prompts``: questions and answers, generated or from data sets, split once for the whole pipeline.
+"""Stage ``prompts``: questions and answers, generated or from datasets, split once for the whole pipeline.
 
-The artifact holds exercises in plain text for pretraining (``documents.arrow``), conversations with a written
-answer for supervised fine-tuning (``demonstrations.arrow``), and questions for sampling and evaluation
-(``prompts.arrow``, with splits train, validation and test). Which of the five a task may enter is decided by a hash of
-its family and canonical arguments alone: it depends neither on the seed nor on the counts, so that no test question can
-have been seen by any model of this pipeline. Data sets (``sources.py``) are split by the hash of the question; they may
-add preferences (``pairs.arrow``, ``examples.arrow``). Rows that cannot be read are in ``quarantine.jsonl``.
+The artifact has plain-text exercises for pretraining (``documents.arrow``), conversations with a written answer for SFT
+(``demonstrations.arrow``), and questions for sampling and evaluation (``prompts.arrow``, with splits train, validation
+and test). A hash of a generated task's family and canonical arguments decides its split. It does not depend on seed or
+counts, so that no model of this pipeline can have seen a test question. Datasets (``sources.py``) are split by the hash
+of the question; they can add preferences (``pairs.arrow``, ``examples.arrow``). ``quarantine.jsonl`` lists unreadable
+rows.
 
-The written answer of a generated task is ``Answer: X`` after zero or more sentences of courtesy. The courtesy is noise
-as far as the verifier is concerned; it is what a preference for brevity can act on.
+The written answer of a generated task is ``Answer: X`` after zero or more polite sentences. The verifier ignores these
+sentences; preferences for brevity remove them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from lilpipe.alignment.questions.families import FAMILIES, Difficulty, Task
+from lilpipe.alignment.questions.families import FAMILIES, Difficulty, Family, Task, find_families
 from lilpipe.alignment.questions.prompts_report import build_report
 from lilpipe.alignment.questions.sources import Gathered, external, gather
 from lilpipe.alignment.verify.verifiers import as_text
@@ -42,7 +43,7 @@ from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
 
 SPLIT_SHARES = {"test": 0.1, "validation": 0.1, "demonstrations": 0.15, "train": 0.35, "exercises": 0.3}
-"""Share of each family's tasks that may enter a split."""
+"""Share of each family's keys assigned to each split."""
 
 FILLERS = (
     "Sure, I can help with that.",
@@ -56,33 +57,40 @@ FILLERS = (
 )
 
 MAX_TOLD = 20
-"""Rows left out that the log names; all of them are in `quarantine.jsonl`."""
+"""Maximum number of quarantined rows in the log; `quarantine.jsonl` lists all."""
 
 PROSE_SHARE = 0.25
-"""Share of pretraining's exercises that state their fact in a sentence."""
+"""Share of pretraining exercises that are a declarative sentence."""
 
-# --- generating ---------------------------------------------------------------------------------------------------
+# --- generation ---------------------------------------------------------------------------------------------------
 
 
 def split_of(family: str, key: str) -> str:
-    """The split that a task may enter: a pure function of its family and canonical arguments."""
+    """Return the split of a task, a pure function of its family and canonical arguments."""
     digest = hashlib.sha256(f"{family}/{key}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
     for split, share in SPLIT_SHARES.items():
         position -= share
         if position < 0:
             return split
-    return "exercises"  # the shares add up to 1 but for rounding
+    return "exercises"  # the shares sum to 1 up to rounding
 
 
-def draw_tasks(family: str, split: str, count: int, *, seed: int, difficulty: Difficulty | None = None) -> list[Task]:
-    """``count`` tasks of a family that belong to a split.
+def draw_tasks(
+    family: str,
+    split: str,
+    count: int,
+    *,
+    seed: int,
+    difficulty: Difficulty | None = None,
+    families: Mapping[str, Family] = FAMILIES,
+) -> list[Task]:
+    """Generate ``count`` tasks of a family for a split.
 
-    Keys are distinct but for exercises, which may repeat as text does. Raises ``ConfigError`` if the family has too
-    few distinct tasks.
+    Keys are distinct except in exercises. Raises ``ConfigError`` if the family has too few distinct tasks.
     """
     random = Random(f"prompts/{seed}/{family}/{split}")
-    difficulty = difficulty or FAMILIES[family].default
+    difficulty = difficulty or families[family].default
     difficulty = difficulty.easy if split == "exercises" else difficulty
     tasks: list[Task] = []
     keys: set[str] = set()
@@ -90,34 +98,36 @@ def draw_tasks(family: str, split: str, count: int, *, seed: int, difficulty: Di
     for _ in range(max_tries):
         if len(tasks) == count:
             break
-        task = FAMILIES[family].draw(random, difficulty)
+        task = families[family].draw(random, difficulty)
         if split_of(family, task.key) == split and (split == "exercises" or task.key not in keys):
             tasks.append(task)
             keys.add(task.key)
     if len(tasks) < count:
         raise ConfigError(
             f"prompts.num_{split}: family {family!r} gave {len(tasks)} distinct tasks for {split!r} in {max_tries:,} "
-            f"draws, {count} are needed; lower prompts.num_{split}, or name more families in prompts.families or more "
-            f"difficulty in prompts.difficulty"
+            f"draws, {count} are needed; lower prompts.num_{split}, add families to prompts.families, or widen "
+            f"prompts.difficulty"
         )
     return tasks
 
 
 def write_answer(task: Task, random: Random, *, config: PromptsConfig) -> str:
-    """A written completion: some courtesy, then ``Answer: X``."""
+    """Return a written completion: optional polite sentences, then ``Answer: X``."""
     count = 0
     if config.max_filler_sentences and random.random() < config.filler_ratio:
         count = random.randint(1, config.max_filler_sentences)
     return " ".join([*random.sample(FILLERS, count), f"Answer: {task.answer}"])
 
 
-def _all_tasks(split: str, count: int, *, config: PromptsConfig) -> list[tuple[str, Task]]:
-    """Family and task, families in equal parts, in a shuffled order."""
+def _all_tasks(
+    split: str, count: int, *, config: PromptsConfig, families: Mapping[str, Family]
+) -> list[tuple[str, Task]]:
+    """Return shuffled (family, task) pairs, the same number of each family."""
     pairs = []
     for index, family in enumerate(config.families):
         part = count // len(config.families) + (index < count % len(config.families))
-        range_ = Difficulty(*config.difficulty.get(family, FAMILIES[family].default))
-        tasks = draw_tasks(family, split, part, seed=config.seed, difficulty=range_)
+        range_ = Difficulty(*config.difficulty.get(family, families[family].default))
+        tasks = draw_tasks(family, split, part, seed=config.seed, difficulty=range_, families=families)
         pairs += [(family, task) for task in tasks]
     Random(f"prompts/{config.seed}/order/{split}").shuffle(pairs)
     return pairs
@@ -140,7 +150,7 @@ def _demonstration(index: int, family: str, task: Task, random: Random, *, confi
 
 @dataclass
 class Generated:
-    """Tasks of each split, with their families."""
+    """Generated tasks of each split, with their families."""
 
     prompts: dict[str, list[tuple[str, Task]]]
     exercises: list[tuple[str, Task]]
@@ -148,24 +158,23 @@ class Generated:
 
 
 def _generate(config: PromptsConfig) -> Generated:
-    for family in config.families:
-        if family not in FAMILIES:
-            raise ConfigError(f"prompts.families: there is no family {family!r}; known: {', '.join(FAMILIES)}")
-        least, known = config.difficulty.get(family, FAMILIES[family].default)[0], FAMILIES[family]
+    families = find_families(config)
+    for family, known in families.items():
+        least = config.difficulty.get(family, known.default)[0]
         if least < known.least:
             raise ConfigError(
                 f"prompts.difficulty.{family}: starts at {least} {known.unit}, expected {known.least} or more"
             )
     counts = {"train": config.num_train, "validation": config.num_validation, "test": config.num_test}
     return Generated(
-        {split: _all_tasks(split, count, config=config) for split, count in counts.items()},
-        _all_tasks("exercises", config.num_documents, config=config),
-        _all_tasks("demonstrations", config.num_demonstrations, config=config),
+        {split: _all_tasks(split, count, config=config, families=families) for split, count in counts.items()},
+        _all_tasks("exercises", config.num_documents, config=config, families=families),
+        _all_tasks("demonstrations", config.num_demonstrations, config=config, families=families),
     )
 
 
 def _refuse_leaks(generated: Generated, gathered: Gathered) -> None:
-    """Raise ``DataError`` if a question of the validation or test split stands in anything that is learnt from."""
+    """Raise ``DataError`` if training data contains a question of the validation or test split."""
     held_out = {
         normalise_question(task.question) for split in ("validation", "test") for _, task in generated.prompts[split]
     }
@@ -188,11 +197,11 @@ def _as_prompt(split: str, index: int, family: str, task: Task) -> Prompt:
 
 
 def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001 (no inputs)
-    """Generate and gather every split.
+    """Generate and read all splits.
 
     Raises:
-        ConfigError: A family is unknown or too small.
-        DataError: A source cannot be read, or a held-out question stands in what is learnt from.
+        ConfigError: A family cannot be imported or has too few tasks.
+        DataError: A source cannot be read, or training data contains a held-out question.
     """
     generated, gathered = _generate(config), gather(config)
     _refuse_leaks(generated, gathered)
@@ -226,16 +235,16 @@ def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 
 
 def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
-    """What only sources give: pairs, and the rows that were left out."""
+    """Write the preferences and quarantined rows of sources."""
     write_rows(workspace.output / PAIRS_FILE, [vars(pair) for pair in gathered.pairs], PAIR_SCHEMA)
     if gathered.examples:
         write_rows(workspace.output / EXAMPLES_FILE, [vars(item) for item in gathered.examples], EXAMPLE_SCHEMA)
     lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
     for entry in gathered.quarantine[:MAX_TOLD]:
-        workspace.log(f"quarantined {entry['source']} {entry['file']}:{entry['row']}, which {entry['error']}")
+        workspace.log(f"quarantined {entry['source']} {entry['file']}:{entry['row']}: {entry['error']}")
     if gathered.num_repeated:
-        workspace.log(f"{gathered.num_repeated} rows ask what another row asked: one prompt is kept of each")
+        workspace.log(f"{gathered.num_repeated} rows repeat a question: each question has one prompt")
     return {
         "pairs": len(gathered.pairs),
         **({"unpaired_examples": len(gathered.examples)} if gathered.examples else {}),

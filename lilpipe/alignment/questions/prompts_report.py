@@ -1,4 +1,4 @@
-"""The report of the stage ``prompts``: what is asked, what is shown, and what was left out."""
+"""Report of the stage ``prompts``: questions, conversations and quarantined rows."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from lilpipe import page
 from lilpipe.schemas.examples import Conversation
 
 NUM_SHOWN = 3
-"""Questions of each family, and conversations."""
+"""Number of questions shown per family, and of conversations."""
 MAX_LEFT_OUT = 50
 
 
 def build_report(
     rows: Sequence[dict[str, Any]], conversations: Sequence[Conversation], quarantine: Sequence[dict[str, Any]]
 ) -> str:
-    """The page. ``rows`` are those of ``prompts.arrow``."""
+    """Render the report page; ``rows`` are those of ``prompts.arrow``."""
     families = list(dict.fromkeys(row["family"] for row in rows))
     shown = [row for family in families for row in [row for row in rows if row["family"] == family][:NUM_SHOWN]]
     sections: dict[str, page.Body] = {
         "By family": page.table([_family(family, rows) for family in families]),
-        "The first questions": page.table(
+        "First questions": page.table(
             [{key: row[key] for key in ("family", "difficulty", "question", "answer", "verifier")} for row in shown]
         ),
-        "The first conversations": [
+        "First conversations": [
             page.text_block("\n".join(f"{turn['role']}: {turn['content']}" for turn in item.messages), title=item.id)
             for item in conversations[:NUM_SHOWN]
         ],
     }
     if quarantine:
-        sections["Rows left out, all of them in quarantine.jsonl"] = page.table(list(quarantine[:MAX_LEFT_OUT]))
-    figures = {"prompts": len(rows), "conversations": len(conversations), "rows left out": len(quarantine)}
+        sections["Quarantined rows (all in quarantine.jsonl)"] = page.table(list(quarantine[:MAX_LEFT_OUT]))
+    figures = {"prompts": len(rows), "conversations": len(conversations), "quarantined rows": len(quarantine)}
     return page.render("Prompts", sections, key_figures=figures)
 
 

@@ -1,8 +1,8 @@
-"""Data sets of questions and answers: read from files or the hub, and divided among splits.
+"""Question datasets: read from files or the Hugging Face Hub, and split.
 
-The hash of a question, in normal form, decides its split, whatever source it comes from: two sources that hold the same
-question hold it on the same side, as long as their shares for `test` and `validation` are the same. Rows that are none
-are quarantined with their file, line and reason.
+The hash of the normalised question decides the split, for any source: two sources with the same question put it in the
+same split if their shares for `test` and `validation` are equal. Unreadable rows are quarantined with file, line and
+reason.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lilpipe.schemas.messages import Message
 from lilpipe.schemas.pairs import Pair, PairSplit, UnpairedExample
 
 Located = tuple[str, int, Any]
-"""File, line or row counted from 1, and the row's values; ``Malformed`` where they cannot be read."""
+"""File, line or row number from 1, and the row's values, or ``Malformed`` if they cannot be read."""
 
 
 @dataclass
 class Gathered:
-    """What the sources gave."""
+    """Rows of all sources by use."""
 
     prompts: dict[str, list[Prompt]] = field(default_factory=lambda: {"train": [], "validation": [], "test": []})
     documents: list[dict[str, str]] = field(default_factory=list)
@@ -42,19 +42,19 @@ class Gathered:
     pairs: list[Pair] = field(default_factory=list)
     examples: list[UnpairedExample] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
-    """Rows that were left out, with source, file, row, error and excerpt."""
+    """Quarantined rows with source, file, row, error and excerpt."""
     learnt_questions: dict[str, list[str]] = field(default_factory=dict)
-    """Every question that is learnt from, by source."""
+    """Questions used in training, by source."""
     num_repeated: int = 0
-    """Rows whose question was there before: they give no second prompt."""
+    """Number of rows with a repeated question, which add no prompt."""
     _ids: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add_to_quarantine(self, source: PromptSource, file: str, row: int, error: str, excerpt: str) -> None:
-        """Leave a row out, and say why."""
+        """Quarantine a row with its error."""
         self.quarantine.append({"source": source.name, "file": file, "row": row, "error": error, "excerpt": excerpt})
 
     def ask(self, example: ParsedRow, split: str, name: str) -> str:
-        """Add the example's question to a split, if it can be asked and is not there yet; its prompt's id."""
+        """Add the question to a split unless it is a conversation or already there; return the prompt's id."""
         question = normalise_question(example.question)
         identity = f"{split}/{name}/{len(self.prompts[split]):06d}"
         if not example.is_single_question:
@@ -76,7 +76,7 @@ class Gathered:
         return identity
 
     def prefer(self, example: ParsedRow, identity: str, side: PairSplit) -> None:
-        """Add what the example says is preferred, if it does."""
+        """Add the preference of an example, if any."""
         if example.rejected is not None:
             pair = Pair(identity, side, example.prompt, example.reference, example.rejected, example.edited)
             self.pairs.append(pair)
@@ -89,7 +89,7 @@ class Gathered:
 
 
 def external(config: PromptsConfig) -> dict[str, str]:
-    """Digests of what the sources hold. Raises ``DataError`` if one is not there."""
+    """Return digests of the sources' contents. Raises ``DataError`` if a source does not exist."""
     return {f"source {source.name}": _digest(source) for source in config.sources}
 
 
@@ -111,7 +111,7 @@ def _of_hub(source: PromptSource) -> Source:
 
 
 def read_rows(source: PromptSource, *, official_test: bool) -> Iterator[Located]:
-    """The rows of a source, or of its official test split."""
+    """Yield the rows of a source, or of its official test split."""
     if source.hub is not None:
         split = source.test_split if official_test else source.split
         yield from _hub_rows(source, str(split))
@@ -121,7 +121,7 @@ def read_rows(source: PromptSource, *, official_test: bool) -> Iterator[Located]
 
 
 def _hub_rows(source: PromptSource, split: str) -> Iterator[Located]:
-    import datasets  # takes a second to import
+    import datasets  # imported lazily: it takes a second
 
     try:
         rows = datasets.load_dataset(
@@ -131,8 +131,8 @@ def _hub_rows(source: PromptSource, split: str) -> Iterator[Located]:
             yield split, number, values
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"source {source.name!r}: data set {source.hub}, subset {source.subset!r}, split {split!r}, cannot be "
-            f"read: {error}; correct `hub`, `subset`, `split` or `revision`, or download it and name its folder"
+            f"source {source.name!r}: dataset {source.hub}, subset {source.subset!r}, split {split!r}, cannot be "
+            f"read: {error}; correct `hub`, `subset`, `split` or `revision`, or download it and set `hub` to its folder"
         ) from error
 
 
@@ -143,11 +143,11 @@ def _file_rows(file: File) -> Iterator[Located]:
             for number, values in _json_rows(stream):
                 yield file.name, number, values
     except BrokenStream as error:
-        yield file.name, number + 1, Malformed(f"file breaks off after row {number}: {error}")
+        yield file.name, number + 1, Malformed(f"file is truncated after row {number}: {error}")
 
 
 def _json_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Rows by number: of one JSON list, or of a line each."""
+    """Yield numbered rows of a JSON array or of JSON Lines."""
     is_first = True
     for number, line in enumerate(stream, 1):
         if is_first and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
@@ -163,20 +163,20 @@ def _parsed(data: bytes) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig").strip())
     except (ValueError, RecursionError) as error:
-        return Malformed(f"is no JSON: {error}", data[:EXCERPT_CHARS].decode(errors="replace").strip())
+        return Malformed(f"invalid JSON: {error}", data[:EXCERPT_CHARS].decode(errors="replace").strip())
 
 
-# --- dividing -----------------------------------------------------------------------------------------------------
+# --- splitting ----------------------------------------------------------------------------------------------------
 
 
 def position(question: str) -> float:
-    """A question's place between 0 and 1: a hash of its normal form."""
+    """Return a hash of the normalised question, uniform in [0, 1)."""
     digest = hashlib.sha256(f"question/{normalise_question(question)}".encode(errors="replace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def split_of_question(question: str, source: PromptSource) -> str:
-    """`test`, `validation`, `documents`, `demonstrations` or `train`."""
+    """Return `test`, `validation`, `documents`, `demonstrations` or `train`."""
     place = position(question)
     for split, share in source.shares.items():
         place -= share
@@ -186,7 +186,7 @@ def split_of_question(question: str, source: PromptSource) -> str:
 
 
 def gather(config: PromptsConfig) -> Gathered:
-    """Read every source and divide it. Raises ``DataError`` if one is missing, empty or largely malformed."""
+    """Read and split all sources. Raises ``DataError`` if one is missing, empty or has too many malformed rows."""
     gathered = Gathered()
     for source in config.sources:
         num_rows = num_malformed = 0
@@ -205,14 +205,14 @@ def _check_rows(source: PromptSource, num_rows: int, num_malformed: int, gathere
     if num_malformed > source.max_malformed_ratio * num_rows:
         last = gathered.quarantine[-1]
         raise DataError(
-            f"source {source.name!r}: {num_malformed} of {num_rows} rows are no {source.kind}, expected at most "
-            f"{source.max_malformed_ratio:.1%}; the last is {last['file']}:{last['row']}, which {last['error']}. Mend "
-            "the file, or name its keys in `columns`"
+            f"source {source.name!r}: {num_malformed} of {num_rows} rows are not valid {source.kind}, expected at most "
+            f"{source.max_malformed_ratio:.1%}; the last is {last['file']}:{last['row']}: {last['error']}. Correct the "
+            "file, or set its keys in `columns`"
         )
 
 
 def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_test: bool) -> bool:
-    """Put a row where it belongs; False if it is malformed."""
+    """Add a row to its split; return False if it is malformed."""
     file, number, values = row
     try:
         if isinstance(values, Malformed):
@@ -225,7 +225,7 @@ def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_te
     split = "test" if official_test else split_of_question(example.question, source)
     is_validation = split == "validation" and example.is_preference
     if split in ("validation", "test") and not example.is_single_question and not is_validation:
-        reason = f"is a conversation whose first question falls to {split!r}, where questions stand by themselves"
+        reason = f"conversation whose first question is in the {split!r} split, which takes single questions only"
         gathered.add_to_quarantine(source, file, number, reason, example.question[:EXCERPT_CHARS])
         return True
     _place(example, split, source.name, gathered)
@@ -234,9 +234,9 @@ def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_te
 
 def _place(example: ParsedRow, split: str, name: str, gathered: Gathered) -> None:
     if split in ("documents", "demonstrations") and not example.best_answer:
-        split = "train"  # tests alone, or a bad answer, show nothing
+        split = "train"  # only tests or a bad answer: nothing to demonstrate
     if split == "train" and not example.is_single_question and not example.is_preference:
-        split = "demonstrations"  # a conversation can be shown, but not asked
+        split = "demonstrations"  # a conversation cannot be a prompt
     if split not in ("validation", "test"):
         questions = [turn["content"] for turn in example.prompt if turn["role"] == "user"]
         gathered.learnt_questions.setdefault(name, []).extend(questions)

@@ -1,8 +1,8 @@
-"""How far a reward model's probabilities can be trusted: what it is 80 % sure of should come true 8 times in 10.
+"""Calibration of a reward model: of pairs predicted at 80 %, 80 % should be right.
 
-A margin m between two answers states the probability sigmoid(m) that people prefer the first. Which of the two stands
-first is arbitrary, so every pair counts by the answer that the model prefers: its confidence lies between 0.5 and 1,
-and it is right if people prefer that answer too.
+A margin m between two completions predicts with probability sigmoid(m) that people prefer the first. The order of the
+two is arbitrary, so each pair counts by the completion that the model prefers: its confidence is between 0.5 and 1, and
+the model is right if people prefer it too.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ NUM_BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """The pairs whose confidence lies in one interval."""
+    """Pairs with a confidence in one interval."""
 
     low: float
     high: float
     count: int
     confidence: float
-    """Mean of what was stated; 0 where there are no pairs."""
+    """Mean confidence; 0 without pairs."""
     share: float
-    """Share that came true, a tie counting half; 0 where there are no pairs."""
+    """Share of pairs that the model gets right, a tie counting half; 0 without pairs."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Stated probabilities against what came true."""
+    """Predicted probabilities compared with outcomes."""
 
     bins: list[Bin]
     brier: float
-    """Mean of (1 - P(chosen))^2 (Brier 1950): 0.25 for a model that knows nothing, 0 for one that is sure and right."""
+    """Mean of (1 - P(chosen))^2 (Brier 1950): 0.25 at chance, 0 for certain and correct predictions."""
     error: float
     """Expected calibration error: mean over pairs of |confidence - share| of their bin (Naeini et al. 2015)."""
 
 
 def calibration(margins: Sequence[float]) -> Calibration:
-    """From by how much each chosen answer scores above the rejected one; at least one."""
+    """Compute calibration from the score margins (chosen minus rejected) of at least one pair."""
     members: list[list[float]] = [[] for _ in range(NUM_BINS)]
     for margin in margins:
         members[min(int((_sigmoid(abs(margin)) - 0.5) * 2 * NUM_BINS), NUM_BINS - 1)].append(margin)
@@ -70,7 +70,7 @@ def _sigmoid(value: float) -> float:
 
 
 def preference_sections(margins: Sequence[float]) -> page.Sections:
-    """Sections of a report: the reliability table with its picture, and the histogram of margins; none for no pairs."""
+    """Return report sections: reliability table, reliability diagram and histogram of margins; empty without pairs."""
     if not margins:
         return {}
     found = calibration(margins)
@@ -78,31 +78,31 @@ def preference_sections(margins: Sequence[float]) -> page.Sections:
         {
             "confidence": f"{item.low:.2f} to {item.high:.2f}",
             "pairs": item.count,
-            "stated": f"{item.confidence:.3f}" if item.count else "",
-            "came true": f"{item.share:.3f}" if item.count else "",
+            "mean confidence": f"{item.confidence:.3f}" if item.count else "",
+            "accuracy": f"{item.share:.3f}" if item.count else "",
         }
         for item in found.bins
     ]
     scores = page.note(f"Brier score {found.brier:.3f}, expected calibration error {found.error:.3f}.")
     return {
-        "Calibration on held-out pairs": [scores, page.table(rows), _reliability(found.bins)],
-        "Margins of held-out pairs": [
-            page.note("Pairs by score of the chosen answer minus score of the rejected one."),
+        "Calibration on validation pairs": [scores, page.table(rows), _reliability(found.bins)],
+        "Margins of validation pairs": [
+            page.note("Pairs by score of the chosen minus score of the rejected completion."),
             _histogram(margins),
         ],
     }
 
 
 def _reliability(bins: Sequence[Bin]) -> page.Fragment:
-    """Share that came true over the stated confidence."""
+    """Plot accuracy over confidence (reliability diagram)."""
     filled = [item for item in bins if item.count]
-    certain = charts.Line("as stated", [0.5, 1], [0.5, 1], "--", charts.COLOURS[-1])
+    certain = charts.Line("perfectly calibrated", [0.5, 1], [0.5, 1], "--", charts.COLOURS[-1])
     measured = charts.Line("measured", [b.confidence for b in filled], [b.share for b in filled], "-o")
-    return charts.svg(charts.lines({"": [certain, measured]}, "confidence stated", "share that came true"))
+    return charts.svg(charts.lines({"": [certain, measured]}, "confidence", "accuracy"))
 
 
 def _histogram(margins: Sequence[float]) -> page.Fragment:
-    """Margins, those of pairs that the model gets wrong in another colour."""
+    """Plot the margins; pairs that the model gets wrong have another colour."""
     low, high = min(0.0, *margins), max(0.0, *margins)
     edges = np.linspace(low, high if high > low else low + 1, 31)
     kinds = {"right": [m for m in margins if m >= 0], "wrong": [m for m in margins if m < 0]}

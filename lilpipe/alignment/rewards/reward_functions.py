@@ -1,20 +1,16 @@
-"""What a completion is worth: weighted sums of small rewards, each logged apart; the verifier's verdict, and the
-preference that pairs and win rates are made from.
+"""Reward functions: a weighted sum of named rewards, the verifier's verdict, and win rates by brevity.
 
-A kind of reward is a function from its settings to a function of prompts and completions; ``KINDS`` names them.
+``KINDS`` maps each kind of reward to a factory: from its settings to a function of prompts and completions.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from lilpipe.alignment.verify.sandbox import Limits, find_program, isolation, protection, run_programs
@@ -24,66 +20,67 @@ from lilpipe.data.filters.fasttext_model import codes, load
 from lilpipe.data.filters.language import bundled_model_path, identify
 from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.extensions import load as load_extension
 from lilpipe.schemas.examples import Prompt
 from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace
 
 
 class RewardModel(Protocol):
-    """What scores conversations: `lilpipe.alignment.rewards.reward_model.RewardModel`, or a test's stand-in."""
+    """Scores conversations: `lilpipe.alignment.rewards.reward_model.RewardModel`, or a stub in tests."""
 
     def score(self, conversations: Sequence[list[Message]]) -> list[float]:
-        """A score for each conversation, which ends in an assistant's turn."""
+        """Return a score for each conversation, which ends with an assistant turn."""
         ...
 
 
 @dataclass(frozen=True)
 class CompletionText:
-    """What a model answered."""
+    """Completion as passed to a reward."""
 
     text: str
     ended: bool
-    """Whether the model ended it; one that was cut off is neither well-formed nor correct."""
+    """Whether the model ended it; a truncated completion is neither well-formed nor correct."""
     num_tokens: int
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a completion is worth."""
+    """Reward of a completion."""
 
     total: float
-    """Sum of the parts, each by its weight."""
+    """Weighted sum of the parts."""
     parts: dict[str, float]
-    """Each reward by its name, before weighting."""
+    """Unweighted rewards by name."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Why, by the reward's name, where the reward says so: how a program ended."""
+    """Reasons by the reward's name, if the reward gives one: how a program ended."""
 
 
 RewardPart = tuple[float, str]
-"""A reward and its reason; an empty one where the number says all."""
+"""A reward and its reason, empty if there is none."""
 Score = Callable[[Sequence[Prompt], Sequence[CompletionText]], list[RewardPart]]
 
 
 class Rewards:
-    """The rewards of a stage.
+    """Rewards of a stage.
 
     Raises:
-        ConfigError: A reward needs a reward model and there is none, or its language or function is not known.
-        DataError: The file of a user's function cannot be read.
+        ConfigError: A reward needs a reward model and there is none, its language is unknown, or an
+            extension cannot be imported.
     """
 
     def __init__(self, configs: Sequence[RewardConfig], *, reward_model: RewardModel | None = None) -> None:
         self.configs = tuple(configs)
         self.names = [config.label for config in configs]
-        self._scores = [KINDS[config.kind](config, reward_model) for config in configs]
+        self._scores = [KINDS.get(config.kind, _own)(config, reward_model) for config in configs]
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[CompletionText]) -> list[Scored]:
-        """The worth of each completion to the prompt at the same place."""
+        """Return the reward of each completion to the prompt at the same index."""
         columns = [score(prompts, completions) for score in self._scores]
         return [self._sum(parts) for parts in zip(*columns, strict=True)]
 
     def log_sandbox(self, prompts: Sequence[Prompt], workspace: Workspace) -> None:
-        """Say in a stage's log what keeps programs in, where rewards or the prompts' verifiers run any."""
+        """Log the sandbox's isolation if rewards or the prompts' verifiers run programs."""
         if any(config.kind == "program" for config in self.configs) or any(p.verifier == "program" for p in prompts):
             workspace.log(protection())
 
@@ -96,24 +93,12 @@ class Rewards:
 
 
 def external(section: Any) -> dict[str, str]:
-    """Digests of the files that the rewards of a stage's section read: a `Stage.external`.
-
-    Raises ``DataError`` if one is missing.
-    """
+    """Return digests of the files that the rewards of a config section read: a `Stage.external`."""
     digests = {}
     for config in section.rewards:
-        if config.kind == "file":
-            digests[f"reward {config.label}"] = _digest(config, Path(config.path))
         if config.kind == "language":
-            digests[f"reward {config.label}"] = _digest(config, bundled_model_path())
+            digests[f"reward {config.label}"] = digest_file(bundled_model_path())
     return digests
-
-
-def _digest(config: RewardConfig, path: Path) -> str:
-    try:
-        return digest_file(path)
-    except OSError as error:
-        raise DataError(f"reward {config.label!r}: {path} cannot be read ({error.strerror}); correct `path`") from error
 
 
 # --- kinds --------------------------------------------------------------------------------------------------------
@@ -124,11 +109,11 @@ def _each(function: Callable[[Prompt, CompletionText], float]) -> Score:
 
 
 def _of_ended(accepts: Callable[[Prompt, str], bool]) -> Score:
-    """1 for a completion that ended and is accepted."""
+    """Return 1 for a completion that ended and is accepted, else 0."""
     return _each(lambda prompt, completion: float(completion.ended and accepts(prompt, completion.text)))
 
 
-def _answer(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001 (the form of a kind)
+def _answer(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001 (signature of a kind)
     return _of_ended(verify)
 
 
@@ -153,12 +138,12 @@ def _regex(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # 
 
 
 def length_reward(num_tokens: int, target: int) -> float:
-    """1 at ``target`` tokens, falling evenly to 0 at none and at twice as many."""
+    """Return 1 at ``target`` tokens, decreasing linearly to 0 at 0 and at 2 * ``target`` tokens."""
     return max(0.0, 1 - abs(num_tokens - target) / target)
 
 
 def overlong_penalty(num_tokens: int, *, limit: int, buffer: int) -> float:
-    """0 up to ``limit - buffer`` tokens, falling evenly to -1 at ``limit`` (Yu et al. 2025, DAPO, equation 13)."""
+    """Return 0 up to ``limit - buffer`` tokens, linear down to -1 at ``limit`` (DAPO, Yu et al. 2025, equation 13)."""
     return -min(1.0, max(0.0, (num_tokens - (limit - buffer)) / buffer))
 
 
@@ -175,7 +160,7 @@ def _language(config: RewardConfig, reward_model: RewardModel | None) -> Score: 
     known = codes(load(bundled_model_path(), "language"))
     if wanted not in known:
         raise ConfigError(
-            f"reward {config.label!r}: language {wanted!r} is not known; expected a code among "
+            f"reward {config.label!r}: language {wanted!r} is unknown; expected one of the codes "
             f"{' '.join(sorted(known))}"
         )
 
@@ -187,21 +172,21 @@ def _language(config: RewardConfig, reward_model: RewardModel | None) -> Score: 
 
 
 def as_messages(prompt: Prompt, completion: CompletionText) -> list[Message]:
-    """Question and completion as a conversation."""
+    """Return question and completion as a conversation."""
     return [{"role": "user", "content": prompt.question}, {"role": "assistant", "content": completion.text}]
 
 
 def _reward_model(config: RewardConfig, reward_model: RewardModel | None) -> Score:
     if reward_model is None:
         raise ConfigError(
-            f"reward {config.label!r} is of kind 'reward_model', but the step has no reward model; give it an input "
-            "`reward_model`, or take the reward out"
+            f"reward {config.label!r} is of kind 'reward_model', but the step has no reward model; add an input "
+            "`reward_model`, or remove the reward"
         )
 
     def score(prompts: Sequence[Prompt], completions: Sequence[CompletionText]) -> list[RewardPart]:
         values = reward_model.score([as_messages(*pair) for pair in zip(prompts, completions, strict=True)])
         if not all(map(math.isfinite, values)):
-            raise DataError(f"reward {config.label!r}: the reward model's score is not finite: train it again")
+            raise DataError(f"reward {config.label!r}: the reward model's score is not finite; train the model again")
         return [(value, "") for value in values]
 
     return score
@@ -209,7 +194,7 @@ def _reward_model(config: RewardConfig, reward_model: RewardModel | None) -> Sco
 
 def _program(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
     memory_bytes = config.memory_mib * 2**20 if config.memory_mib else Limits.memory_bytes
-    isolation()  # is told of before the first program runs
+    isolation()  # warns now if isolation is incomplete, before the first program runs
     limits = Limits(cpu_seconds=config.timeout_seconds or Limits.cpu_seconds, memory_bytes=memory_bytes)
 
     def score(prompts: Sequence[Prompt], completions: Sequence[CompletionText]) -> list[RewardPart]:
@@ -225,29 +210,12 @@ def _program(config: RewardConfig, reward_model: RewardModel | None) -> Score:  
     return score
 
 
-def _file(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
-    where = f"reward {config.label!r}: {config.path}:{config.function}"
-    return _each(partial(_call, _load_function(config), where))
-
-
-def _load_function(config: RewardConfig) -> Callable[[Prompt, CompletionText], Any]:
-    path = Path(str(config.path))
-    spec = importlib.util.spec_from_file_location(f"reward_file_{_digest(config, path)[:16]}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"reward {config.label!r}: {path} is no Python file; expected a name that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickles look for what a module defines
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever a user's file raises
-        raise DataError(f"reward {config.label!r}: {path} fails on import: {type(error).__name__}: {error}") from error
-    function = getattr(module, str(config.function), None)
-    if not callable(function):
-        raise ConfigError(
-            f"reward {config.label!r}: {path} has no function {config.function!r}; it has "
-            f"{', '.join(name for name, value in vars(module).items() if callable(value)) or 'none'}"
-        )
-    return function
+def _own(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
+    """Reward of an extension: ``(prompt, completion, **options) -> float``."""
+    extension = config.extension()
+    assert extension is not None
+    function = partial(load_extension(extension), **config.options)
+    return _each(partial(_call, function, f"reward {config.label!r}"))
 
 
 def _call(
@@ -255,10 +223,10 @@ def _call(
 ) -> float:
     try:
         value = float(function(prompt, completion))
-    except Exception as error:  # whatever a user's function raises
+    except Exception as error:  # a user's function can raise anything
         raise DataError(f"{where} fails on prompt {prompt.id!r}: {type(error).__name__}: {error}") from error
     if not math.isfinite(value):
-        raise DataError(f"{where} gave {value} for prompt {prompt.id!r}, expected a finite number")
+        raise DataError(f"{where} returned {value} for prompt {prompt.id!r}, expected a finite number")
     return value
 
 
@@ -271,9 +239,8 @@ KINDS: dict[str, Callable[[RewardConfig, RewardModel | None], Score]] = {
     "language": _language,
     "reward_model": _reward_model,
     "program": _program,
-    "file": _file,
 }
-"""Every kind of reward: its settings and the stage's reward model, if it has one, to the reward."""
+"""Every built-in kind of reward: its settings and the stage's reward model, if it has one, to the reward."""
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------
@@ -281,17 +248,17 @@ KINDS: dict[str, Callable[[RewardConfig, RewardModel | None], Score]] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a program can say about a completion."""
+    """Verdict of the verifier on a completion."""
 
     ended: bool
-    """Whether the model ended it; one that was cut off is neither well-formed nor correct."""
+    """Whether the model ended it; a truncated completion is neither well-formed nor correct."""
     well_formed: bool
     correct: bool
     num_words: int
 
 
 def judge(prompt: Prompt, completion: str, *, ended: bool) -> Verdict:
-    """The verdict on a completion."""
+    """Return the verdict on a completion."""
     return Verdict(
         ended=ended,
         well_formed=ended and has_form(prompt, completion),
@@ -301,14 +268,14 @@ def judge(prompt: Prompt, completion: str, *, ended: bool) -> Verdict:
 
 
 def reward(verdict: Verdict) -> float:
-    """1 for a completion that is correct and ended, 0 for any other."""
+    """Return 1 for a completion that ended and is correct, else 0."""
     return float(verdict.correct)
 
 
 def brevity_win(well_formed: tuple[bool, bool], num_words: tuple[int, int]) -> float:
-    """1 if the first of two completions wins, 0 if the second does, 0.5 for a tie.
+    """Return 1 if the first of two completions wins, 0 if the second wins, 0.5 for a tie.
 
-    A completion that is not well-formed loses against one that is; otherwise the one with fewer words wins.
+    A well-formed completion wins against one that is not; otherwise the one with fewer words wins.
     """
     if well_formed[0] != well_formed[1]:
         return float(well_formed[0])

@@ -1,12 +1,11 @@
-"""Stage ``reward_model``: a scalar head that learns which of two answers people prefer.
+"""Stage ``reward_model``: a scalar head trained on preference rankings.
 
-The score of an answer is the head's output at the last token of the conversation, the end of the assistant's turn.
-That a person prefers one answer to another has the probability sigmoid(score - other score) (Bradley & Terry 1952), and
-the loss is its negative logarithm. Of a ranking (edited > chosen > rejected) every pair counts, and all of them
-together as much as a single pair, so that long rankings do not outweigh short ones (Ouyang et al. 2022, InstructGPT,
-equation 1).
+The score of a completion is the head's output at the last token of the conversation, the end-of-turn token. The model
+gives sigmoid(score - other score) as the probability that people prefer a completion to the other (Bradley & Terry
+1952); the loss is its negative logarithm. Each pair of a ranking (edited > chosen > rejected) counts. Their losses are
+averaged per ranking, so that long rankings do not outweigh short ones (Ouyang et al. 2022, InstructGPT, equation 1).
 
-Dimensions: A answers, P pairs, T tokens, O = 1 output.
+Dimensions: A completions, P pairs, T tokens, O = 1 output.
 """
 
 from __future__ import annotations
@@ -47,31 +46,31 @@ from lilpipe.training.training_report import write_report
 __all__ = ["STAGE", "RewardModel", "bradley_terry_loss", "load_reward_model", "run"]
 
 
-# --- mathematics --------------------------------------------------------------------------------------------------
+# --- loss ---------------------------------------------------------------------------------------------------------
 
 
 def bradley_terry_loss(
     chosen_P: Tensor, rejected_P: Tensor, *, margin_P: Tensor | float = 0.0, centering: float = 0.0
 ) -> Tensor:
-    """Loss of each pair [P]: -log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2."""
+    """Return -log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2 for each pair [P]."""
     loss_P = -F.logsigmoid(chosen_P - rejected_P - margin_P)
     return loss_P + centering * (chosen_P + rejected_P).square() if centering else loss_P
 
 
 class PairsOfRankings(NamedTuple):
-    """Every pair of answers of the same ranking, all rankings' answers laid out one after the other."""
+    """All pairs within each ranking; indices refer to the concatenated completions of all rankings."""
 
     better_P: Tensor
-    """Index of the answer that is preferred."""
+    """Index of the preferred completion."""
     worse_P: Tensor
     apart_P: Tensor
-    """Places between the two, float32: 1 for neighbours."""
+    """Difference of the two ranks, float32: 1 for neighbours."""
     weight_P: Tensor
-    """One over the number of pairs of the ranking, float32."""
+    """1 / number of pairs of the ranking, float32."""
 
 
 def pairs_of_rankings(sizes: Sequence[int]) -> PairsOfRankings:
-    """The pairs of rankings of so many answers each, the best first."""
+    """Return the pairs of rankings with these numbers of completions, each ordered best first."""
     rows: list[tuple[int, int, int, float]] = []
     start = 0
     for size in sizes:
@@ -87,19 +86,19 @@ def pairs_of_rankings(sizes: Sequence[int]) -> PairsOfRankings:
 
 @dataclass(frozen=True)
 class EncodedRanking:
-    """The conversations of a ranking as token ids, the best answer first; each ends with the turn's end."""
+    """Token ids of a ranking's conversations, best completion first; each ends with the end-of-turn token."""
 
     prompt_id: str
     answers: list[list[int]]
 
     @property
     def num_tokens(self) -> int:
-        """Of all answers, the prompt with each."""
+        """Tokens of all conversations, the prompt counted in each."""
         return sum(map(len, self.answers))
 
 
 def encode_ranking(tokenizer: Tokenizer, pair: Pair) -> EncodedRanking:
-    """The prompt with each of the answers."""
+    """Tokenize the prompt with each of the completions."""
     answers = []
     for text in pair.ranking:
         before, answer = render_completion(tokenizer, [*pair.prompt, Message(role="assistant", content=text)])
@@ -108,9 +107,9 @@ def encode_ranking(tokenizer: Tokenizer, pair: Pair) -> EncodedRanking:
 
 
 def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
-    """The pairs of ``preferences`` or, without such an input, of ``prompts``, by split.
+    """Return the pairs of the input ``preferences`` or, without it, of ``prompts``, by split.
 
-    Raises ``DataError`` for pairs that must not be trained on; ``prompts`` say which questions are held out.
+    Raises ``DataError`` if there are none, or if they contain questions held out by ``prompts``.
     """
     sources = all_inputs(inputs, "preferences") or all_inputs(inputs, "prompts")
     sources = tuple(source for source in sources if (source.path / PAIRS_FILE).exists())
@@ -120,7 +119,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
     if not pairs["train"]:
         raise DataError(
             "reward_model: got no pairs, expected at least one batch; give the step an input `preferences`, or "
-            "`prompts` made from a preference set"
+            "`prompts` made from a preference dataset"
         )
     check_pairs(pairs["train"], pairs["validation"])
     for source in all_inputs(inputs, "prompts"):
@@ -131,7 +130,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
 def encode_rankings(
     tokenizer: Tokenizer, pairs: Sequence[Pair], workspace: Workspace, *, split: PairSplit, max_len: int
 ) -> list[EncodedRanking]:
-    """The rankings of which every answer fits; the others are left out and listed, none is ever cut."""
+    """Tokenize rankings; skip and list those with a too long conversation. Completions are never truncated."""
     fitting, too_long = [], []
     for pair in pairs:
         ranking = encode_ranking(tokenizer, pair)
@@ -141,20 +140,20 @@ def encode_rankings(
         rows = [{"prompt_id": item.prompt_id, "tokens": list(map(len, item.answers))} for item in too_long]
         write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows))
         workspace.log(
-            f"skipped {len(too_long)} of {len(pairs)} rankings with an answer of more than {max_len} tokens "
+            f"skipped {len(too_long)} of {len(pairs)} rankings with a conversation of more than {max_len} tokens "
             f"(report/{path.name})"
         )
     return fitting
 
 
-# --- the stage ----------------------------------------------------------------------------------------------------
+# --- stage --------------------------------------------------------------------------------------------------------
 
 
 def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """Train on rankings, measure on those held out.
+    """Train on rankings and evaluate on the validation split.
 
-    Raises ``DataError`` for pairs that are too few or not to be trained on, ``ConfigError`` for a layout
-    in which the model cannot be cut.
+    Raises ``DataError`` if there are too few pairs or unfit ones, ``ConfigError`` if the parallel layout does not fit
+    the model.
     """
     source = one_input(inputs, "model")
     assert config.seed is not None
@@ -166,7 +165,7 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
     )
     num_steps = _num_steps(config, len(rankings))
     if not validation:
-        workspace.log("no pairs are held out: accuracy and calibration are not measured")
+        workspace.log("no pairs in the validation split: accuracy and calibration are not measured")
     workers = finetune.Workers(config)
     objective = RankingObjective(rankings, config, padding_id=tokenizer.padding_id, workers=workers)
     trainer_module = finetune.build(config, source.path, objective, workers, stage="reward_model", head=1)
@@ -217,22 +216,22 @@ def _num_steps(config: RewardModelConfig, num_rankings: int) -> int:
         batch_size=config.batch_size,
         stage="reward_model",
         rows="rankings",
-        remedy="gather more preferences",
+        remedy="collect more preferences",
     )
 
 
 class _Answers(NamedTuple):
-    """What the loss of a micro-batch needs beside the scores."""
+    """Inputs of the loss of a micro-batch other than the scores."""
 
     lengths_A: Tensor
-    """Tokens of each conversation."""
+    """Number of tokens of each conversation."""
     pairs: PairsOfRankings
     num_rankings: int
     num_tokens: int
 
 
 class RankingObjective:
-    """The rankings of one data rank; see ``lilpipe.training.finetune.Objective``."""
+    """Rankings of one data rank; see ``lilpipe.training.finetune.Objective``."""
 
     def __init__(
         self, rankings: Sequence[EncodedRanking], config: RewardModelConfig, *, padding_id: int, workers: Workers
@@ -241,18 +240,18 @@ class RankingObjective:
         self._lengths = [ranking.num_tokens for ranking in rankings]
 
     def batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of a step."""
+        """Return the micro-batches of an optimizer step."""
         rank, world_size = self._workers.data_rank, self._workers.num_data_ranks
         parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
         return [collate([self._rankings[row] for row in part], padding_id=self._padding_id) for part in parts]
 
     def loss(self, outputs_ATO: Tensor, batch: TokenBatch) -> Loss:
-        """Of each ranking the mean over its pairs, summed over rankings."""
+        """Return the loss, averaged over the pairs of each ranking and summed over rankings."""
         return ranking_loss(outputs_ATO, batch, self._config)
 
 
 def collate(rankings: Sequence[EncodedRanking], *, padding_id: int) -> TokenBatch:
-    """All answers of these rankings, a row each."""
+    """Return a batch with a row for each completion of the rankings."""
     device = distributed.device()
     tokens_AT, lengths_A = pad_rows([ids for item in rankings for ids in item.answers], padding_id=padding_id)
     pairs = PairsOfRankings(*(part.to(device) for part in pairs_of_rankings([len(r.answers) for r in rankings])))
@@ -262,7 +261,7 @@ def collate(rankings: Sequence[EncodedRanking], *, padding_id: int) -> TokenBatc
 
 
 def ranking_loss(outputs_ATO: Tensor, batch: TokenBatch, config: RewardModelConfig) -> Loss:
-    """The loss of rankings by the head's outputs at all tokens of their answers."""
+    """Return the loss of rankings from the head's outputs at all tokens."""
     lengths_A, pairs, num_rankings, num_tokens = batch.extra
     scores_A = last_outputs(outputs_ATO, lengths_A)[:, 0]
     chosen_P, rejected_P = scores_A[pairs.better_P], scores_A[pairs.worse_P]
@@ -287,14 +286,14 @@ def ranking_loss(outputs_ATO: Tensor, batch: TokenBatch, config: RewardModelConf
 def margins_of_rankings(
     model: HeadModel, rankings: Sequence[EncodedRanking], tokenizer: Tokenizer
 ) -> list[list[float]]:
-    """Of each ranking, by how much the better answer of each pair scores above the worse."""
+    """Return, for each ranking, the score differences of its pairs (preferred minus other)."""
     scores = iter(score_rows(model, [ids for ranking in rankings for ids in ranking.answers], tokenizer))
     groups = [[next(scores) for _ in ranking.answers] for ranking in rankings]
     return [[better - worse for better, worse in combinations(group, 2)] for group in groups]
 
 
 def validation_metrics(margins: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Accuracy with its standard error over rankings, the mean margin, and how far probabilities can be trusted."""
+    """Return accuracy with standard error over rankings, mean margin, Brier score and calibration error."""
     if not margins:
         return {}
     shares = [sum((margin > 0) + 0.5 * (margin == 0) for margin in group) / len(group) for group in margins]
@@ -311,9 +310,9 @@ def validation_metrics(margins: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def length_baseline(rankings: Sequence[EncodedRanking]) -> dict[str, float]:
-    """The accuracy of going by length alone, always the longer answer or always the shorter, whichever is righter.
+    """Return the accuracy of preferring the longer completion, or the shorter if that is more accurate.
 
-    A reward model that is no better may have learnt no more (Singhal et al. 2023, "A long way to go").
+    A reward model that is no better may have learned only length (Singhal et al. 2023, "A long way to go").
     """
     if not rankings:
         return {}

@@ -1,4 +1,4 @@
-"""A trained reward model at work: the score of an answer is its head's output at the end of the assistant's turn."""
+"""Scores of a trained reward model: the head's output at the assistant's end-of-turn token."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lilpipe.tokenizer.encoding import Tokenizer
 
 
 class RewardModel:
-    """Scores of answers; it holds no gradient."""
+    """Scores completions; it computes no gradients."""
 
     def __init__(self, model: HeadModel, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
 
     def score(self, conversations: Sequence[list[Message]]) -> list[float]:
-        """The score of each conversation's last answer; one that is too long for the model loses its beginning.
+        """Return the score of each conversation's last completion.
 
-        An answer that was cut off where the model's context ends does not fit with the turn's end behind it. Raises
-        ``DataError`` if an answer alone does not fit.
+        A conversation longer than the model's context is truncated on the left. Raises ``DataError`` if a completion
+        alone does not fit: one truncated at the context length has no room for its end-of-turn token.
         """
         return score_rows(self.model, [self._encode(conversation) for conversation in conversations], self.tokenizer)
 
@@ -34,23 +34,23 @@ class RewardModel:
         before, answer = render_completion(self.tokenizer, conversation)
         if len(answer) > max_len:
             raise DataError(
-                f"reward model: got an answer of {len(answer)} tokens, expected at most its {max_len}; lower "
-                "sampling.max_new_tokens, or train a reward model from a model of longer context"
+                f"reward model: got a completion of {len(answer)} tokens, expected at most its {max_len}; lower "
+                "sampling.max_new_tokens, or train a reward model with a longer context"
             )
         return [*before, *answer][-max_len:]
 
 
 def load_reward_model(directory: Path, device: torch.device) -> RewardModel:
-    """The reward model of a Checkpoint. Raises ``ArtifactError`` if it has no scalar head."""
+    """Load the reward model of a Checkpoint. Raises ``ArtifactError`` if it has no scalar head."""
     model, tokenizer = load_head_model(directory)
     if model.num_outputs != 1:
         raise ArtifactError(
-            f"{directory}: its head has {model.num_outputs} outputs, expected 1; a reward model comes from the stage "
+            f"{directory}: its head has {model.num_outputs} outputs, expected 1; train a reward model with the stage "
             "reward_model"
         )
     return RewardModel(model.to(device), tokenizer)
 
 
 def score_rows(model: HeadModel, rows: Sequence[Sequence[int]], tokenizer: Tokenizer) -> list[float]:
-    """The scalar output at the last token of each row of ids."""
+    """Return the scalar output at the last token of each row of ids."""
     return outputs_of_rows(model, rows, padding_id=tokenizer.padding_id)[:, 0].tolist()

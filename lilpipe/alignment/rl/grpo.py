@@ -1,11 +1,11 @@
-"""Stage ``grpo``: group relative policy optimisation (Shao et al. 2024) and its family.
+"""Stage ``grpo``: group relative policy optimization (Shao et al. 2024) and variants.
 
-Each rollout samples a group of completions to each of a few prompts, rewards them, and raises the probability of what
-did better than its group. By default there is one update for each rollout, and the loss is averaged over all its tokens
-(DAPO, Yu et al. 2025), so that a long completion does not weigh less per token. The ratio is to the sampler's own
-probabilities, which agree with the trainer's but for rounding: no second pass is needed for them.
+A rollout samples a group of completions per prompt, computes rewards, and raises the probability of completions that
+are better than their group's mean. By default there is one update per rollout, and the loss is averaged over all tokens
+of the batch (DAPO, Yu et al. 2025), so that tokens of long completions do not weigh less. The old log-probabilities are
+the sampler's, which equal the trainer's up to rounding: no second forward pass is needed.
 
-Dimensions: P prompts, G completions to a prompt, N = P x G completions, T tokens.
+Dimensions: P prompts, G completions per prompt, N = P x G completions, T tokens.
 """
 
 from __future__ import annotations
@@ -66,28 +66,28 @@ from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss
 
 FEWEST_TOKENS = 1e-6
-"""Count of a micro-batch in which every completion is masked: it is divided by, and adds nothing."""
+"""Count of a micro-batch whose completions are all masked: avoids division by zero and adds nothing."""
 
 
 class _Part(NamedTuple):
-    """What the loss of a micro-batch needs beside its scores."""
+    """Inputs of the loss of a micro-batch other than the scores."""
 
     completions: CompletionBatch
     rollout_metrics: Sums
-    """Those of the whole rollout, with its first micro-batch alone."""
+    """Metrics of the whole rollout, attached to its first micro-batch only."""
     rollout: int
     is_fresh: bool
-    """Whether the weights are still those that drew the completions."""
+    """Whether the weights are still those that sampled the completions."""
     places: Tensor | None
-    """Where the scores of the completions are, in rows that share prompts; see ``SharedRows``."""
+    """Indices of the completions' scores in rows that share prompts; see ``SharedRows``."""
 
 
 class GRPO:
-    """The objective of one data rank; see ``lilpipe.training.finetune.Objective``.
+    """GRPO objective of one data rank; see ``lilpipe.training.finetune.Objective``.
 
-    ``policy`` gives the model of the moment, whole, to sample from. ``shared_len``: completions to one prompt are
-    trained on in rows of up to so many inputs that hold it once; none trains each by itself. ``sum_floats`` adds
-    numbers up over all workers.
+    ``policy`` returns the current full model for sampling. With ``shared_len``, completions to a prompt share one
+    copy of it in rows of at most ``shared_len`` inputs; None gives each completion its own row. ``sum_floats`` is an
+    all-reduce.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class GRPO:
         self._logprob_mismatch = (0.0, 0.0)
 
     def batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of an update; the first of a rollout draws its completions."""
+        """Return the micro-batches of an update; the first update of a rollout samples its completions."""
         rollout, number, update = self._rollouts.at(step)
         seed = derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank)
         parts = micro_batches(rollout.completions, update, self.config, seed=seed)
@@ -141,12 +141,12 @@ class GRPO:
         return TokenBatch(rows.inputs, rows.targets, positions=rows.positions, mask=rows.mask, extra=extra)
 
     def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
-        """The loss of a micro-batch, summed."""
+        """Return the summed loss of a micro-batch."""
         part: _Part = batch.extra
         completions, config = part.completions, self.config
         if part.places is None:
             num_rows, num_tokens = completions.inputs.shape
-            logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
+            logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # parallel layouts may pad
         else:
             logprobs_NT = scores.logprobs.flatten()[part.places].where(completions.completion_mask, 0.0)
         loss_NT = surrogate_loss(
@@ -184,7 +184,7 @@ class GRPO:
         clipped_NT = (ratio_NT < 1 - low) | (ratio_NT > 1 + high)
         return {
             "clip_ratio": (clipped_NT[completion_mask_NT].sum().item(), num_completion_tokens),
-            "logprob_mismatch": self._logprob_mismatch,  # in the rollout's first update; should be about 1e-6
+            "logprob_mismatch": self._logprob_mismatch,  # of the rollout's first update; about 1e-6 is expected
         }
 
     # --- rollouts -------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class GRPO:
         return Rollout(completions, metrics)
 
     def _advantages(self, rewards_PG: Tensor) -> Tensor:
-        """Advantages of this worker's groups; the deviation over the batch is that over all workers'."""
+        """Return the advantages of this worker's groups; a batch standard deviation is over all workers."""
         if self.config.scale_rewards == "none":
             return group_advantages(rewards_PG, std=None)
         if self.config.scale_rewards == "group":
@@ -239,7 +239,7 @@ class GRPO:
         return group_advantages(rewards_PG, std=variance**0.5)
 
 
-# --- the stage ----------------------------------------------------------------------------------------------------
+# --- stage --------------------------------------------------------------------------------------------------------
 
 
 def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
@@ -257,7 +257,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     rewards.log_sandbox(prompts, workspace)
     before = greedy_metrics(model.to(distributed.device()), tokenizer, validation, rewards, config)
     workers = Workers(config)
-    whole = None if workers.mesh is None else model  # filled from the others where the policy is cut
+    whole = None if workers.mesh is None else model  # receives the gathered weights of a sharded policy
     sampler = Sampler(
         tokenizer,
         prompts,
@@ -280,7 +280,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     trainer_module = finetune.build(config, source.path, objective, workers, stage="grpo")
     score_targets_alone(trainer_module, config, workers)
 
-    def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
+    def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (runs only at the end)
         return greedy_metrics(finetune.whole_model(trainer_module, into=whole), tokenizer, validation, rewards, config)
 
     result = train(
@@ -293,12 +293,13 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         identity=identity_of(inputs),
     )
     finetune.export(trainer_module, tokenizer, workspace)
-    return conclude("Group relative policy optimisation", config, before, result, workspace)
+    return conclude("Group relative policy optimization", config, before, result, workspace)
 
 
 def _shared_len(model: Transformer, workers: Workers) -> int | None:
-    """Length of rows that share prompts. A GPU's attention without a mask is faster than what it would save, and what
-    dropout draws goes by row and place.
+    """Return the length of rows that share prompts, or None to disable sharing.
+
+    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position.
     """
     shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
     return model.config.max_seq_len if shares else None

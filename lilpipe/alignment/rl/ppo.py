@@ -1,12 +1,11 @@
-"""Stage ``ppo``: proximal policy optimisation (Schulman et al. 2017) against a reward model, as InstructGPT has it
-(Ouyang et al. 2022).
+"""Stage ``ppo``: proximal policy optimization (Schulman et al. 2017) with a reward model.
 
-The reward of a completion comes with its last token; each token costs what it adds to the KL divergence from the first
-policy. A value model tells how much of the reward each token is to be credited with. It starts as the reward model
-and has a trunk of its own, as InstructGPT's: sharing the policy's would let errors of the value, large at first, bend
-the policy, and the policy's checkpoint could not be exported as it stands.
+The method is that of InstructGPT (Ouyang et al. 2022). The reward of a completion is given at its last token; each
+token is penalised by its contribution to the KL divergence from the initial policy. A value model assigns credit to
+tokens. It is initialised from the reward model and has its own trunk, as in InstructGPT: with a shared trunk, the
+initially large value errors would distort the policy, and the policy's checkpoint could not be exported as it is.
 
-Dimensions: N completions, T tokens of prompt and completion but the last.
+Dimensions: N completions, T tokens of prompt and completion, less 1.
 """
 
 from __future__ import annotations
@@ -74,31 +73,31 @@ from lilpipe.training.module_group import ModuleGroup
 from lilpipe.training.replica import Loss
 
 VALUE_DIRECTORY = "value"
-"""Of the value model, in the output."""
+"""Folder of the value model in the output."""
 
 
 class _Part(NamedTuple):
     completions: CompletionBatch
     rollout_metrics: Sums
-    """Those of the whole rollout, with its first micro-batch alone."""
+    """Metrics of the whole rollout, attached to its first micro-batch only."""
     rollout: int
     is_fresh: bool
-    """Whether the weights are still those that drew the completions."""
+    """Whether the weights are still those that sampled the completions."""
 
 
 @dataclass(frozen=True)
 class _Half:
-    """What one of the two models trains on: an ``Objective`` of ``lilpipe.training.finetune``."""
+    """Objective of one of the two models; see ``lilpipe.training.finetune.Objective``."""
 
     batches: Callable[[int], Sequence[TokenBatch]]
     loss: Callable[[Any, TokenBatch], Loss]
 
 
 class PPO:
-    """The objectives of policy and value model on one data rank, which share their rollouts.
+    """PPO objectives of policy and value model on one data rank, which share their rollouts.
 
-    ``policy`` and ``value`` give the models of the moment, whole, to sample from and to ask for values. ``sum_floats``
-    adds numbers up over all workers.
+    ``policy`` and ``value`` return the current full models for sampling and for values. ``sum_floats`` is an
+    all-reduce.
     """
 
     def __init__(
@@ -134,7 +133,7 @@ class PPO:
         self._current: tuple[int, list[TokenBatch]] = (-1, [])
 
     def _batches(self, step: int) -> list[TokenBatch]:
-        """The micro-batches of an update; the first of a rollout draws its completions."""
+        """Return the micro-batches of an update; the first update of a rollout samples its completions."""
         if self._current[0] != step:
             rollout, number, update = self._rollouts.at(step)
             seed = derive_seed(self._sampler.seed, "ppo/minibatches", number, self._rank)
@@ -148,11 +147,11 @@ class PPO:
         return self._current[1]
 
     def _policy_loss(self, scores: Scores, batch: TokenBatch) -> Loss:
-        """The policy's part of the loss, summed over the tokens of a micro-batch."""
+        """Return the policy loss, summed over the tokens of a micro-batch."""
         part: _Part = batch.extra
         completions, config, completion_mask_NT = part.completions, self.config, part.completions.completion_mask
         num_rows, num_tokens = completion_mask_NT.shape
-        logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # layouts may pad
+        logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # parallel layouts may pad
         loss_NT = surrogate_loss(
             logprobs_NT,
             completions.old_logprobs,
@@ -176,7 +175,7 @@ class PPO:
         return Loss(total, count, num_tokens=int((completions.lengths + 1).sum()), metrics=metrics)
 
     def _value_loss(self, outputs_NTO: Tensor, batch: TokenBatch) -> Loss:
-        """The value model's part, by its coefficient."""
+        """Return the summed value loss, multiplied by ``vf_coef``."""
         part: _Part = batch.extra
         completions, config, completion_mask_NT = part.completions, self.config, part.completions.completion_mask
         assert completions.old_values is not None
@@ -194,7 +193,7 @@ class PPO:
     # --- rollouts -------------------------------------------------------------------------------------------------
 
     def beta(self, rollout: int) -> float:
-        """The coefficient of a rollout: fixed, or adapted to the divergence of those before it."""
+        """Return the KL coefficient of a rollout: fixed, or adapted to the KL divergence of previous rollouts."""
         coefficient, config = self.config.beta, self.config
         if config.kl_target is None:
             return coefficient
@@ -242,11 +241,11 @@ class PPO:
             returns=advantages_NT + values_NT,
         )
         metrics = group_metrics(groups, 0)
-        del metrics["frac_reward_zero_std"], metrics["replaced_groups"]  # of groups of one
+        del metrics["frac_reward_zero_std"], metrics["replaced_groups"]  # meaningless for groups of one
         return Rollout(completions, metrics | self._divergence(completions, reference_NT, coefficient))
 
     def _scores(self, groups: Sequence[Group]) -> Tensor:
-        """What each completion is worth, less the penalty of one without an end ``[N]``."""
+        """Return the reward of each completion, minus the penalty if it did not end ``[N]``."""
         penalty = self.config.missing_eos_penalty
         return torch.tensor([g.scored[0].total - penalty * (not g.completions[0].verdict.ended) for g in groups])
 
@@ -255,20 +254,20 @@ class PPO:
         kl = k3(completions.old_logprobs, reference_NT)[completion_mask_NT].sum().item()
         plain = (completions.old_logprobs - reference_NT)[completion_mask_NT].sum().item()
         return {
-            "kl": (kl, float(completion_mask_NT.sum())),  # per token, by the estimator that is never negative
+            "kl": (kl, float(completion_mask_NT.sum())),  # per token, by the non-negative estimator k3
             "kl_per_completion": (plain, num_completions),
             "beta": (coefficient * num_completions, num_completions),
         }
 
 
-# --- the stage ----------------------------------------------------------------------------------------------------
+# --- stage --------------------------------------------------------------------------------------------------------
 
 
 def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train policy and value model on rollouts.
 
-    Raises ``ArtifactError`` if the reward model reads other tokens than the policy writes, and ``DataError`` if the
-    run collapses; see ``lilpipe.alignment.rollout.collapse_monitor``.
+    Raises ``ArtifactError`` if the tokenizers of reward model and policy differ, and ``DataError`` if the run
+    collapses; see ``lilpipe.alignment.rollout.collapse_monitor``.
     """
     source, prompts_artifact, judge = (one_input(inputs, role) for role in ("model", "prompts", "reward_model"))
     _check_same_tokens(source.path, judge.path)
@@ -294,7 +293,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         data_rank=workers.data_rank,
         num_data_ranks=workers.num_data_ranks,
     )
-    # What is filled from the others where the models are cut.
+    # These receive the gathered weights of sharded models.
     whole = None if workers.mesh is None else policy
     value = None if workers.mesh is None else load_head_model(judge.path)[0].to(distributed.device())
     objective = PPO(
@@ -312,7 +311,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     }
     score_targets_alone(members["policy"], config, workers)
 
-    def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (at the end alone)
+    def evaluate(_: Any, done: int) -> Mapping[str, float]:  # noqa: ARG001 (runs only at the end)
         return greedy_metrics(
             finetune.whole_model(members["policy"], into=whole), tokenizer, validation, rewards, config
         )
@@ -328,11 +327,11 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     )
     finetune.export(members["policy"], tokenizer, workspace)
     finetune.export(members["value"], tokenizer, workspace, labels=["value"], folder=VALUE_DIRECTORY)
-    return conclude("Proximal policy optimisation", config, before, result, workspace)
+    return conclude("Proximal policy optimization", config, before, result, workspace)
 
 
 def _check_same_tokens(policy: Path, reward_model: Path) -> None:
-    """The value model, which starts as the reward model, reads the policy's tokens as they are."""
+    """Raise ``ArtifactError`` if the tokenizers differ: the value model reads the policy's tokens."""
     first, second = policy / TOKENIZER_FILE, reward_model / TOKENIZER_FILE
     if first.read_bytes() != second.read_bytes():
         raise ArtifactError(

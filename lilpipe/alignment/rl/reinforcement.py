@@ -1,4 +1,4 @@
-"""What the stages of reinforcement learning have in common around their objectives: prompts, metrics, checkpoints."""
+"""Code that the reinforcement learning stages share: prompts, metrics, checkpoints."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from lilpipe.training.training_report import write_report
 Section = TypeVar("Section", GRPOConfig, PPOConfig)
 
 NUM_VALIDATION_PROMPTS = 200
-"""Prompts of the validation split behind the accuracy before and after."""
+"""Maximum number of validation prompts to measure accuracy on, before and after training."""
 
 
 def training_prompts(
     artifact: Artifact, tokenizer: Tokenizer, *, form: PromptForm, max_seq_len: int, workspace: Workspace
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on, none of them held out, and some of the validation split.
+    """Return the training prompts, none of them held out, and validation prompts.
 
-    Prompts that leave the model no room for a completion are left out and logged. Raises ``DataError`` if none is left.
+    Skips and logs prompts that leave no room for a completion. Raises ``DataError`` if none remain.
     """
     train, validation = read_prompts(artifact.path, "train"), read_prompts(artifact.path, "validation")
     assert_not_held_out((prompt.question for prompt in train), artifact.path)
-    # A text has no more tokens than bytes, so most need not be encoded to know that they fit.
+    # A text has at most as many tokens as bytes, so most prompts fit without being tokenized.
     fits_surely = max_seq_len - len(encode_question(tokenizer, "?", form))
     found: list[list[Prompt]] = []
     for split, prompts in (("train", train), ("validation", validation)):
@@ -48,20 +48,20 @@ def training_prompts(
         ]
         if skipped := len(prompts) - len(kept):
             workspace.log(
-                f"skipped {skipped} of {len(prompts)} {split} prompts: with the model's {max_seq_len} tokens they "
-                "leave no room for an answer"
+                f"skipped {skipped} of {len(prompts)} {split} prompts: the model's {max_seq_len} tokens leave no room "
+                "for a completion"
             )
         if not kept:
             raise DataError(
-                f"{artifact.path}: got no {split} prompt of fewer than the model's {max_seq_len} tokens, expected "
-                "some; take shorter prompts or a model of longer context"
+                f"{artifact.path}: no {split} prompt has fewer than the model's {max_seq_len} tokens; use shorter "
+                "prompts or a model with a longer context"
             )
         found.append(kept)
     return found[0], found[1][:NUM_VALIDATION_PROMPTS]
 
 
 def reward_model_of(inputs: Inputs) -> RewardModel | None:
-    """The reward model among the inputs, if there is one."""
+    """Load the reward model among the inputs, if any."""
     source = optional_input(inputs, "reward_model")
     if source is None:
         return None
@@ -71,18 +71,18 @@ def reward_model_of(inputs: Inputs) -> RewardModel | None:
 
 
 def identity_of(inputs: Inputs) -> dict[str, str]:
-    """What marks the checkpoints of a run on these inputs."""
+    """Return the input digests that identify the checkpoints of a run."""
     return {role: one_input(inputs, role).content_digest for role in inputs}
 
 
 def checkpoints_between_rollouts(config: Section) -> Section:
-    """The section with checkpoints where rollouts end; one that a signal asks for may still lie between."""
+    """Round ``checkpoint_every`` up to whole rollouts; a signal may still cause a checkpoint in between."""
     updates = config.updates_per_rollout
     return config.model_copy(update={"checkpoint_every": -(-config.checkpoint_every // updates) * updates})
 
 
 def score_targets_alone(policy: TrainerModule, config: GRPOConfig | PPOConfig, workers: Workers) -> None:
-    """Let the output layer see the completions' tokens alone; a model that is cut needs its rows in shape."""
+    """Apply the policy's output layer only to completion tokens; a sharded model needs full rows."""
     if workers.mesh is None or config.sampling.temperature != 1:
         for part in policy.parts:
             assert isinstance(part, Transformer)
@@ -96,7 +96,7 @@ def greedy_metrics(
     rewards: Rewards,
     config: GRPOConfig | PPOConfig,
 ) -> dict[str, float]:
-    """Share of the prompts that the model's greedy completion solves, and its mean reward."""
+    """Return accuracy and mean reward of greedy completions."""
     sampling = config.sampling.model_copy(update={"temperature": 0.0})
     groups = complete(model, tokenizer, prompts, form=config.prompt_form, sampling=sampling, seed=0)
     answers = [group[0] for group in groups]
@@ -114,7 +114,7 @@ def conclude(
     result: TrainingResult,
     workspace: Workspace,
 ) -> Metrics:
-    """The metrics of a run, and its report; ``before`` are the greedy ones of the model that it began with."""
+    """Write the report and return a run's metrics; ``before`` are the greedy metrics of the initial model."""
     metrics = {
         "steps": float(config.num_steps),
         **{f"{name}_before": figure for name, figure in before.items()},

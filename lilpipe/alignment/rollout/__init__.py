@@ -1,1 +1,1 @@
-"""Completions sampled from a policy and scored: rollouts, rejection sampling."""
+"""Sampling and scoring of completions: rollouts, rejection sampling."""

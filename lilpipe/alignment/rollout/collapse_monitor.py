@@ -1,7 +1,7 @@
-"""Gates of reinforcement learning: a run that has collapsed stops and says what went wrong.
+"""Stops a reinforcement learning run that has collapsed, with the reason.
 
-What is watched is the same on all workers, and is kept beside the checkpoints from rollout to rollout, so that a run
-that was killed stops where an uninterrupted one would.
+All workers see the same metrics. They are saved next to the checkpoints after each rollout, so that a resumed run stops
+where an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lilpipe.errors import ArtifactError, DataError
 
 
 class Limit(NamedTuple):
-    """A bound on a metric of rollouts."""
+    """Bound on a metric of rollouts."""
 
     quantity: str
     setting: str
@@ -27,12 +27,12 @@ class Limit(NamedTuple):
     remedy: str
 
     def is_passed(self, value: float) -> bool:
-        """Whether the value lies on the wrong side; NaN does."""
+        """Return whether the value violates the bound; NaN does."""
         return not (value <= self.value if self.is_ceiling else value >= self.value)
 
 
 def limits(config: CollapseMonitorConfig) -> list[Limit]:
-    """The bounds that a section states."""
+    """Return the bounds of a config section."""
     slower = "lower optimizer.learning_rate"
     return [
         Limit(
@@ -40,8 +40,8 @@ def limits(config: CollapseMonitorConfig) -> list[Limit]:
             "max_frac_reward_zero_std",
             config.max_frac_reward_zero_std,
             is_ceiling=True,
-            remedy="answers to a prompt are all right or all wrong: take prompts of another difficulty, a larger "
-            "num_generations, a reward with degrees, or dynamic_sampling_rounds",
+            remedy="completions to a prompt are all correct or all incorrect: use prompts of another difficulty, a "
+            "larger num_generations, a graded reward, or dynamic_sampling_rounds",
         ),
         Limit(
             "entropy",
@@ -55,49 +55,49 @@ def limits(config: CollapseMonitorConfig) -> list[Limit]:
             "max_kl",
             config.max_kl,
             is_ceiling=True,
-            remedy=f"the policy has left its reference behind: {slower}, or raise beta",
+            remedy=f"the policy has diverged from its reference: {slower}, or raise beta",
         ),
         Limit(
             "length",
             "min_length",
             config.min_length,
             is_ceiling=False,
-            remedy=f"answers are all but empty: {slower}, and see that the rewards do not pay for saying nothing",
+            remedy=f"completions are almost empty: {slower}, and check that the rewards do not favour empty ones",
         ),
         Limit(
             "truncated",
             "max_truncated_ratio",
             config.max_truncated_ratio,
             is_ceiling=True,
-            remedy="answers do not end: raise sampling.max_new_tokens, add a reward of kind 'length', or start from a "
-            "model that ends its answers",
+            remedy="completions are truncated: raise sampling.max_new_tokens, add a reward of kind 'length', or start "
+            "from a model that ends its completions",
         ),
     ]
 
 
 class CollapseMonitor:
-    """What each rollout was like so far, and whether to go on.
+    """Metrics of each rollout so far, and checks for collapse.
 
-    ``path`` keeps it, a line for each rollout; only the worker that ``writes`` writes there. ``log`` takes alarms.
+    ``path`` stores a line per rollout; only the worker with ``writes`` writes it. ``log`` receives warnings.
     """
 
     def __init__(self, config: CollapseMonitorConfig, path: Path, *, writes: bool, log: Callable[[str], None]) -> None:
         self.config = config
         self.history = _read(path) if path.exists() else []
         self._path, self._writes, self._log = path, writes, log
-        self._num_kept = -1  # lines of the file, once this process has written it
+        self._num_kept = -1  # lines that this process has written to the file
 
     def before(self, rollout: int) -> list[dict[str, float]]:
-        """What the rollouts before this one were like. Raises ``ArtifactError`` if that is not known."""
+        """Return the metrics of the previous rollouts. Raises ``ArtifactError`` if any are missing."""
         if len(self.history) < rollout:
             raise ArtifactError(
-                f"{self._path}: holds {len(self.history)} rollouts, expected {rollout}, as many as the checkpoint has "
-                "seen; delete the workspace and run the step again"
+                f"{self._path}: has {len(self.history)} rollouts, expected {rollout}, as many as the checkpoint; "
+                "delete the workspace and run the step again"
             )
         return self.history[:rollout]
 
     def note(self, rollout: int, values: Mapping[str, float]) -> None:
-        """Keep what a rollout was like. Raises ``DataError`` if the run has collapsed."""
+        """Record the metrics of a rollout. Raises ``DataError`` if the run has collapsed."""
         self.history = [*self.before(rollout), dict(values)]
         if self._writes:
             self._keep()
@@ -106,7 +106,7 @@ class CollapseMonitor:
         self._hold_reward()
 
     def _keep(self) -> None:
-        """Add the last rollout to the file, or write it anew where it holds others than those before."""
+        """Append the last rollout to the file, or rewrite the file if it has other rollouts."""
         if self._num_kept == len(self.history) - 1:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
@@ -151,16 +151,16 @@ class CollapseMonitor:
 
 
 def _read(path: Path) -> list[dict[str, float]]:
-    """The lines of the file; what a power cut left of a last one is none."""
+    """Read the lines of the file; ignore an incomplete last line."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def check_logprob_mismatch(gap: float, config: CollapseMonitorConfig, *, rollout: int) -> None:
-    """Raise ``DataError`` if sampler and trainer do not see the same model."""
+    """Raise ``DataError`` if the log-probabilities of sampler and trainer differ too much."""
     if not gap <= config.max_logprob_mismatch:
         raise DataError(
-            f"rollout {rollout + 1}: the sampler's log-probabilities differ from the trainer's by {gap:.3g} nats a "
+            f"rollout {rollout + 1}: the sampler's log-probabilities differ from the trainer's by {gap:.3g} nats per "
             "token on average, expected at most collapse_monitor.max_logprob_mismatch "
-            f"{config.max_logprob_mismatch:g}: what was sampled is not the model that is trained; look for dropout, "
-            "reduced precision, or weights that were not handed over"
+            f"{config.max_logprob_mismatch:g}: the sampler does not use the trained model; check dropout, reduced "
+            "precision, and the transfer of weights"
         )

@@ -1,10 +1,10 @@
-"""Completions drawn from a model to verifiable prompts, and their form as padded batches.
+"""Completions sampled from a model for verifiable prompts, and their padded batches.
 
-A base model meets a question in the plain text of its pretraining and its completion runs to the first blank line or
-the document's end (form ``text``); a chat model meets it as a user's turn and completions to the turn's end (form
-``chat``).
+With form ``text``, for a base model, the question is plain text as in pretraining, and the completion ends at the first
+blank line or end-of-text token. With form ``chat`` the question is a user turn and the completion ends at the
+end-of-turn token.
 
-Dimensions: N completions, T tokens of the longest prompt and completion together.
+Dimensions: N completions, T tokens of the longest prompt with its completion.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ PromptForm = Literal["text", "chat"]
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion to a prompt, with the verifier's verdict."""
+    """A completion to a prompt, with the verifier's verdict."""
 
     prompt: Prompt
     prompt_ids: list[int]
     sample: CompletionOutput
     completion_ids: list[int]
-    """The tokens that the model drew for the completion, its end included; ``sample.logprobs`` begin with theirs."""
+    """Sampled tokens, including the stop token; ``sample.logprobs`` starts with their log-probabilities."""
     text: str
     verdict: Verdict
 
     @property
     def as_completion_text(self) -> CompletionText:
-        """What a reward is given."""
+        """Input of reward functions."""
         has_stop = len(self.completion_ids) > len(self.sample.tokens)
         return CompletionText(self.text, ended=self.verdict.ended, num_tokens=len(self.completion_ids) - has_stop)
 
 
 def encode_question(tokenizer: Tokenizer, question: str, form: PromptForm) -> list[int]:
-    """The tokens after which the completion begins."""
+    """Return the tokens of the prompt."""
     if form == "text":
         return tokenizer.encode(as_text(question))
     return render(tokenizer, [Message(role="user", content=question)], add_generation_prompt=True)[0]
 
 
 def stop_id(tokenizer: Tokenizer, form: PromptForm) -> int:
-    """The token that ends a completion."""
+    """Return the stop token of a completion."""
     return tokenizer.document_end_id if form == "text" else tokenizer.turn_end_id
 
 
@@ -73,7 +73,7 @@ def complete(
     num_generations: int = 1,
     numbers: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
-    """``num_generations`` completions to each prompt; a pure function of its arguments. ``numbers``: see ``generate``.
+    """Sample ``num_generations`` completions per prompt, deterministically. ``numbers``: see ``generate``.
 
     Raises ``DataError`` naming a prompt that leaves no room for a completion.
     """
@@ -81,12 +81,12 @@ def complete(
     for prompt, ids in zip(prompts, encoded, strict=True):
         if len(ids) >= model.config.max_seq_len:
             raise DataError(
-                f"prompt {prompt.id!r}: got {len(ids)} tokens, expected at most {model.config.max_seq_len - 1}, so "
-                f"that an answer fits behind it; leave prompts as long as {prompt.question[:60]!r}... out, or train a "
+                f"prompt {prompt.id!r}: got {len(ids)} tokens, expected at most {model.config.max_seq_len - 1} to "
+                f"leave room for a completion; remove prompts as long as {prompt.question[:60]!r}..., or train a "
                 "model with a larger model.max_seq_len"
             )
     shown = partial(_completion, tokenizer, sampling=sampling, form=form)
-    if form == "text":  # what a base model goes on to write is not of the completion
+    if form == "text":  # text after a blank line is not part of the completion
         sampling = sampling.model_copy(update={"stop": (*sampling.stop, "\n\n")})
     groups = generate(
         model,
@@ -124,7 +124,7 @@ def _completion(
 
 
 def up_to_stop(text: str, stop: Sequence[str], *, keep: bool) -> str:
-    """The text before the first of the strings that end it, or through it."""
+    """Return the text before the first stop string, or including it if ``keep``."""
     found = [(place, len(string)) for string in stop if (place := text.find(string)) >= 0]
     if not found:
         return text
@@ -133,7 +133,7 @@ def up_to_stop(text: str, stop: Sequence[str], *, keep: bool) -> str:
 
 
 def _through_first_paragraph(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """The fewest first tokens that end a paragraph, or all: what follows a blank line is not of the completion."""
+    """Return the shortest prefix that contains a whole paragraph, or all tokens without a blank line."""
     if "\n\n" not in tokenizer.decode(tokens).lstrip():
         return tokens
     return next(
@@ -144,7 +144,7 @@ def _through_first_paragraph(tokenizer: Tokenizer, tokens: list[int]) -> list[in
 def pad_completions(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, padding_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [N, T] padded on the right, and a mask [N, T-1] that is True where the next token is of the completion."""
+    """Return tokens [N, T], right-padded, and a mask [N, T-1], True where the next token is in the completion."""
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
     tokens_NT = torch.full((len(lengths), max(lengths)), padding_id, dtype=torch.int64)
     mask_NT = torch.zeros_like(tokens_NT, dtype=torch.bool)

@@ -1,9 +1,8 @@
-"""Stage ``rejection_sampling``: sample K completions to each prompt and keep the good ones.
+"""Stage ``rejection_sampling``: sample K completions per prompt and keep the good ones.
 
-Llama 3 (Grattafiori et al. 2024, section 4.2.2) keeps what its reward model likes best; where a program knows the
-completion, it may decide. Every sample is kept with its verdict and its rewards in ``samples.arrow``;
-``conversations.arrow`` holds the distinct completions that were kept, and ``pass_rates.arrow`` how hard each prompt
-was.
+Llama 3 (Grattafiori et al. 2024, section 4.2.2) selects completions with its reward model; a verifier can decide where
+a task has one. ``samples.arrow`` has every sample with its verdict and rewards, ``conversations.arrow`` the distinct
+kept completions, ``pass_rates.arrow`` the pass rate of each prompt.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ PASS_RATE_SCHEMA = pa.schema(
 
 
 def select(rows: Sequence[Row], config: RejectionSamplingConfig) -> list[Row]:
-    """The completions of one prompt that are kept: they ended, say something, and differ by more than white space."""
+    """Return the kept completions of a prompt: ended, non-empty and distinct up to whitespace."""
     if config.keep == "all_correct":
         accepted = [row for row in rows if row["correct"]]
     else:
@@ -56,7 +55,7 @@ def select(rows: Sequence[Row], config: RejectionSamplingConfig) -> list[Row]:
 
 
 def as_conversation(row: Row) -> Conversation:
-    """The prompt and a kept completion as a conversation."""
+    """Return the prompt and a kept completion as a conversation."""
     messages: list[Message] = [
         {"role": "user", "content": row["question"]},
         {"role": "assistant", "content": row["completion"]},
@@ -65,13 +64,13 @@ def as_conversation(row: Row) -> Conversation:
 
 
 def run(config: RejectionSamplingConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
-    """CompletionOutput, judge, keep. Raises ``ConfigError`` if more prompts are asked for than there are."""
+    """Sample, judge and keep completions. Raises ``ConfigError`` if there are fewer than ``num_prompts`` prompts."""
     source = one_input(inputs, "prompts")
     prompts = read_prompts(source.path, "train")
     if config.num_prompts > len(prompts):
         raise ConfigError(
-            f"rejection_sampling.num_prompts: got {config.num_prompts}, the train split holds {len(prompts)}; lower it "
-            "or raise prompts.num_train"
+            f"rejection_sampling.num_prompts: got {config.num_prompts}, but the train split has {len(prompts)}; lower "
+            "it or raise prompts.num_train"
         )
     prompts = prompts[: config.num_prompts]
     assert_not_held_out((prompt.question for prompt in prompts), source.path)
@@ -104,11 +103,11 @@ def run(config: RejectionSamplingConfig, inputs: Inputs, workspace: Workspace) -
 
 def _nothing_kept(config: RejectionSamplingConfig, rows: Sequence[Row]) -> str:
     if config.keep == "all_correct":
-        return "no sampled answer was correct: the conversations are empty; the model needs more pretraining"
+        return "no sampled completion was correct: the conversations are empty; the model needs more pretraining"
     highest = max((row["reward"] for row in rows if row["ended"]), default=None)
     return (
-        f"no sampled answer was kept: the conversations are empty; the highest reward of one that ended is {highest}, "
-        f"the threshold {config.threshold}"
+        "no sampled completion was kept: the conversations are empty; the highest reward of one that ended is "
+        f"{highest}, the threshold {config.threshold}"
     )
 
 
@@ -119,19 +118,17 @@ def choose_policy(
     rewards: Rewards,
     workspace: Workspace,
 ) -> Artifact:
-    """The checkpoint that samples: the only one, the last, or the one whose completions to validation prompts are worth
-    most.
+    """Return the checkpoint to sample from: the last, or the one with the highest mean reward on validation prompts.
 
-    Of several that are worth the same the last is taken. Raises ``DataError`` if there are no validation prompts to
-    ask.
+    Of several with equal reward the last is chosen. Raises ``DataError`` if 'best' has no validation prompts.
     """
     candidates = all_inputs(inputs, "model")
     if len(candidates) == 1 or config.policy == "latest":
         return candidates[-1]
     if not validation:
         raise DataError(
-            "rejection_sampling.policy: 'best' is found by prompts of the validation split, of which there are none; "
-            "take 'latest' or raise prompts.num_validation"
+            "rejection_sampling.policy: 'best' needs prompts of the validation split, got none; use 'latest' or raise "
+            "prompts.num_validation"
         )
     estimates = []
     for index, candidate in enumerate(candidates):
@@ -150,12 +147,12 @@ def choose_policy(
         step, estimate = candidate.manifest.step, estimates[-1]
         workspace.log(f"policy {step}: reward {estimate.value:.4f} +- {estimate.stderr:.4f} on {len(groups)} prompts")
     best = max(range(len(candidates)), key=lambda index: (estimates[index].value, index))
-    workspace.log(f"answers are sampled from {candidates[best].manifest.step}")
+    workspace.log(f"sampling from {candidates[best].manifest.step}")
     return candidates[best]
 
 
 def summarise(groups: Sequence[Sequence[Row]], *, num_kept: int) -> Metrics:
-    """pass@1 and pass@K with standard errors over prompts, and how the completions look."""
+    """Return pass@1 and pass@K with standard errors over prompts, and statistics of the completions."""
     rows = [row for group in groups for row in group]
     k = len(groups[0])
     first = mean_estimate([pass_at_k(k, _num_correct(group), 1) for group in groups])
@@ -209,21 +206,21 @@ def _report(groups: Sequence[Sequence[Row]], kept: Sequence[Row], metrics: Metri
         "pass@1": metrics["pass_at_1"],
         f"pass@{k}": metrics[f"pass_at_{k}"],
         "reward": metrics["reward"],
-        "answers kept": len(kept),
+        "completions kept": len(kept),
     }
     sections |= {
-        "Prompts by correct answers": page.bar_table(by_correct, total=len(groups)),
-        "The first prompts": examples,
+        "Prompts by correct completions": page.bar_table(by_correct, total=len(groups)),
+        "First prompts": examples,
     }
     return page.render("Rejection sampling", sections, key_figures=figures)
 
 
 def _verdict(row: Row) -> str:
-    return f"{'correct' if row['correct'] else 'wrong'}, reward {row['reward']:.3g}"
+    return f"{'correct' if row['correct'] else 'incorrect'}, reward {row['reward']:.3g}"
 
 
 def _table_by(column: str, groups: Sequence[Sequence[Row]], kept: Sequence[Row]) -> list[dict[str, page.Cell]]:
-    """How the prompts of each family, or difficulty, were answered."""
+    """Return summary statistics by family or difficulty."""
     table: list[dict[str, page.Cell]] = []
     for value in sorted({group[0][column] for group in groups}):
         alike = [group for group in groups if group[0][column] == value]

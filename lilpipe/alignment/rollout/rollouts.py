@@ -1,10 +1,10 @@
-"""Rollouts: completions drawn from a policy, what they are worth, and how updates take them in parts.
+"""Rollouts: completions sampled from a policy, their rewards, and their mini-batches.
 
-A rollout is a pure function of weights, seed and number: a killed run continues from its last checkpoint
-to the same bytes. Where a rollout is learned from in several updates it also lies beside the checkpoints, because the
-weights that drew it are gone after the first.
+A rollout is a pure function of weights, seed and rollout number, so a killed run resumes from its last checkpoint with
+identical bytes. A rollout that is used for several updates is also saved next to the checkpoints, because the weights
+that sampled it change with the first update.
 
-Dimensions: P prompts, G completions to a prompt, N = P x G completions, T tokens of prompt and completion but the last.
+Dimensions: P prompts, G completions per prompt, N = P x G completions, T tokens of prompt and completion, less 1.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ Sums = dict[str, tuple[float, float]]
 
 
 class CompletionBatch(NamedTuple):
-    """What updates need of completions, [N, T] each; row n, column t is about the token that follows input t."""
+    """Tensors [N, T] of completions; column t refers to the token that follows input t."""
 
     inputs: Tensor
     targets: Tensor
-    """``IGNORED`` but at tokens that the policy drew."""
+    """``IGNORED`` except at tokens sampled by the policy."""
     counts: Tensor
-    """True at drawn tokens that the loss is to count."""
+    """True at sampled tokens that count in the loss."""
     old_logprobs: Tensor
-    """Log-probability under the policy that drew, at the sampling temperature."""
+    """Log-probabilities under the policy that sampled, at the sampling temperature."""
     advantages: Tensor
     reference_logprobs: Tensor | None = None
-    """Under the initial policy."""
+    """Log-probabilities under the initial policy."""
     old_values: Tensor | None = None
     returns: Tensor | None = None
 
     @property
     def completion_mask(self) -> Tensor:
-        """True at tokens that the policy drew."""
+        """True at tokens sampled by the policy."""
         return self.targets >= 0
 
     @property
     def lengths(self) -> Tensor:
-        """Inputs of each row up to its last target ``[N]``."""
+        """Number of inputs of each row up to its last target ``[N]``."""
         return ((torch.arange(self.targets.shape[1], device=self.targets.device) + 1) * self.completion_mask).amax(
             dim=1
         )
 
     def take(self, rows: Tensor) -> CompletionBatch:
-        """Some rows, no longer than the longest of them."""
+        """Return some rows, trimmed to the longest of them."""
         longest = int(self.lengths[rows].max())
         tensors = {name: t[rows, :longest] for name, t in self._asdict().items() if t is not None}
         return self._replace(**tensors)
@@ -74,26 +74,26 @@ class CompletionBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollout:
-    """The completions of one rollout on one worker."""
+    """Completions of one rollout on one worker."""
 
     completions: CompletionBatch
     metrics: Sums = field(default_factory=dict)
 
 
 class Group(NamedTuple):
-    """The completions to one prompt, and what they are worth."""
+    """Completions to one prompt with their rewards."""
 
     completions: list[Completion]
     scored: list[Scored]
 
     @property
     def has_zero_std(self) -> bool:
-        """Whether all are worth the same."""
+        """Whether all rewards are equal."""
         return all(answer.total == self.scored[0].total for answer in self.scored)
 
 
 class Sampler:
-    """Draws the completions of rollouts on one data rank."""
+    """Samples the completions of rollouts on one data rank."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Sampler:
         self._rank, self._num_ranks = data_rank, num_data_ranks
 
     def draw(self, model: Transformer, rollout: int, *, dynamic_sampling_rounds: int = 0) -> tuple[list[Group], int]:
-        """The groups of a rollout, and how many were replaced because they had no spread."""
+        """Return the groups of a rollout, and how many were replaced because their rewards were all equal."""
         num_rows, seed = len(self.prompts), derive_seed(self.seed, self._stage)
         rows = rows_of_step(rollout, num_rows=num_rows, batch_size=self.config.prompts_per_step, seed=seed)
         rows = rows[self._rank :: self._num_ranks]
@@ -131,13 +131,13 @@ class Sampler:
         return groups, num_replaced
 
     def _further(self, rollout: int, number: int, seen: set[int]) -> list[int]:
-        """Prompts that this rollout has not seen yet, in an order of this round's own."""
+        """Return prompts not used in this rollout, in a random order for this round."""
         seed = derive_seed(self.seed, f"{self._stage}/resample", rollout, self._rank, number)
         order = torch.randperm(len(self.prompts), generator=torch.Generator().manual_seed(seed))
         return [row for row in order.tolist() if row not in seen]
 
     def _sample(self, model: Transformer, rows: Sequence[int], *position: int) -> list[Group]:
-        # By the numbers of the prompts, and not by the worker: a rollout is the same however many draw it.
+        # Seeded by prompt and not by worker: a rollout does not depend on the number of workers.
         seed = derive_seed(self.seed, f"{self._stage}/rollout", *position)
         groups = complete(
             model,
@@ -157,7 +157,7 @@ class Sampler:
 def as_completion_batch(
     groups: Sequence[Group], tokenizer: Tokenizer, *, mask_truncated_completions: bool, device: torch.device
 ) -> CompletionBatch:
-    """Groups as padded tensors, without advantages yet."""
+    """Return the groups as padded tensors; advantages are 0."""
     flat = [completion for group in groups for completion in group.completions]
     completion_ids = [completion.completion_ids for completion in flat]
     tokens, completion_mask_NT = pad_completions(
@@ -176,7 +176,7 @@ def as_completion_batch(
 
 
 def group_metrics(groups: Sequence[Group], num_replaced: int) -> Sums:
-    """What a rollout was like."""
+    """Return the metrics of a rollout."""
     completions = [completion for group in groups for completion in group.completions]
     scored = [answer for group in groups for answer in group.scored]
     num_completions, num_tokens = float(len(completions)), float(sum(len(c.completion_ids) for c in completions))
@@ -189,9 +189,9 @@ def group_metrics(groups: Sequence[Group], num_replaced: int) -> Sums:
         "frac_reward_zero_std": (
             float(sum(group.has_zero_std for group in groups)),
             float(len(groups)),
-        ),  # they teach nothing
+        ),  # these give no gradient
         "replaced_groups": (float(num_replaced), float(len(groups))),
-        "entropy": (-logprob, num_tokens),  # its estimate from the drawn tokens, in nats
+        "entropy": (-logprob, num_tokens),  # Monte Carlo estimate from the sampled tokens, in nats
         "length": (num_tokens, num_completions),
         "words": (float(sum(c.verdict.num_words for c in completions)), num_completions),
         "ended": (ended, num_completions),
@@ -200,19 +200,19 @@ def group_metrics(groups: Sequence[Group], num_replaced: int) -> Sums:
 
 
 def means(metrics: Sums, sum_floats: Callable[[list[float]], list[float]]) -> dict[str, float]:
-    """Metrics over all workers; ``sum_floats`` adds numbers up over them."""
+    """Average metrics over all workers; ``sum_floats`` is an all-reduce."""
     totals = sum_floats([value for pair in metrics.values() for value in pair])
     pairs = zip(totals[::2], totals[1::2], strict=True)
     return {name: total / max(count, 1e-12) for name, (total, count) in zip(metrics, pairs, strict=True)}
 
 
-# --- parts --------------------------------------------------------------------------------------------------------
+# --- mini-batches -------------------------------------------------------------------------------------------------
 
 
 def micro_batches(
     completions: CompletionBatch, update: int, config: GRPOConfig | PPOConfig, *, seed: int
 ) -> list[CompletionBatch]:
-    """What one update learns from: each epoch goes through all completions in an order of its own."""
+    """Return the micro-batches of an update; each epoch shuffles all completions anew."""
     rows = torch.arange(len(completions.inputs))
     if config.num_mini_batches > 1:
         epoch, part = divmod(update, config.num_mini_batches)
@@ -223,17 +223,17 @@ def micro_batches(
 
 
 def by_length(completions: CompletionBatch, parts: int) -> list[Tensor]:
-    """Rows in parts of completions of about the same length, so that little is padding."""
+    """Split rows into parts of completions of similar length, to reduce padding."""
     return list(completions.lengths.argsort(stable=True).tensor_split(parts))
 
 
 def num_parts(config: GRPOConfig | PPOConfig) -> int:
-    """Parts of a rollout that are as large as a micro-batch."""
+    """Number of parts of a rollout that have the size of a micro-batch."""
     return config.num_mini_batches * config.accumulation_steps
 
 
 def in_parts(function: Callable[[CompletionBatch], Tensor], completions: CompletionBatch, parts: int) -> Tensor:
-    """What a function gives of each part ``[N, T]``, 0 in padding; without a gradient."""
+    """Apply a function to parts; return ``[N, T]``, 0 in padding, without gradient."""
     result_NT = torch.zeros_like(completions.old_logprobs)
     with torch.no_grad():
         for rows in by_length(completions, parts):
@@ -245,7 +245,7 @@ def in_parts(function: Callable[[CompletionBatch], Tensor], completions: Complet
 def completion_logprobs(
     model: Transformer, completions: CompletionBatch, *, parts: int, temperature: float = 1.0
 ) -> Tensor:
-    """Log-probability of the drawn tokens ``[N, T]``, 0 elsewhere; without a gradient."""
+    """Return log-probabilities of the sampled tokens ``[N, T]``, 0 elsewhere, without gradient."""
 
     def logprobs(part: CompletionBatch) -> Tensor:
         scores = at_targets(token_scores, temperature)
@@ -258,9 +258,9 @@ def completion_logprobs(
 def at_temperature(
     model: Transformer, completions: CompletionBatch, config: GRPOConfig | PPOConfig, *, rollout: int
 ) -> CompletionBatch:
-    """The completions with log-probabilities at the sampling temperature: the sampler gives those at temperature 1.
+    """Replace log-probabilities, which the sampler gives at temperature 1, with those at the sampling temperature.
 
-    Raises ``DataError`` if the sampler's differ from the trainer's.
+    Raises ``DataError`` if the log-probabilities of sampler and trainer differ too much.
     """
     measure_logprob_mismatch(
         completion_logprobs(model, completions, parts=num_parts(config)),
@@ -276,9 +276,9 @@ def at_temperature(
 def measure_logprob_mismatch(
     logprobs_NT: Tensor, completions: CompletionBatch, config: CollapseMonitorConfig, *, rollout: int
 ) -> tuple[float, float]:
-    """Sum and count of the differences between the trainer's log-probabilities of drawn tokens and the sampler's.
+    """Return sum and count of |trainer's - sampler's| log-probabilities of the sampled tokens.
 
-    Raises ``DataError`` if they are too large.
+    Raises ``DataError`` if the mean is too large.
     """
     gap_N = (logprobs_NT - completions.old_logprobs)[completions.completion_mask].abs()
     check_logprob_mismatch(gap_N.mean().item(), config, rollout=rollout)
@@ -286,9 +286,7 @@ def measure_logprob_mismatch(
 
 
 def at_targets(scores: Callable[..., Scores], temperature: float = 1.0) -> Callable[..., Scores]:
-    """``lilpipe.model.scores.token_scores`` without the output layer's work for tokens that are not scored, and at
-    another temperature.
-    """
+    """Wrap ``lilpipe.model.scores.token_scores``: apply the output layer only at targets, with a temperature."""
 
     def score(hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, **options: object) -> Scores:
         rows_N = (targets_BT >= 0).flatten().nonzero()[:, 0]
@@ -304,14 +302,14 @@ def at_targets(scores: Callable[..., Scores], temperature: float = 1.0) -> Calla
     return score
 
 
-# --- what outlives a kill -----------------------------------------------------------------------------------------
+# --- resuming -----------------------------------------------------------------------------------------------------
 
 
 class Rollouts:
-    """The rollout that each update learns from.
+    """Rollout of each update.
 
-    ``make`` draws one with the weights of the moment. Where rollouts have several updates, each is kept in
-    ``directory`` until the next two are made, so that a run that stopped between two updates goes on with it.
+    ``make`` samples one with the current weights. If a rollout has several updates, it is saved in ``directory`` until
+    two more rollouts exist, so that a run that stopped between updates can resume.
     """
 
     def __init__(
@@ -329,7 +327,7 @@ class Rollouts:
         self._current: tuple[int, Rollout] | None = None
 
     def at(self, step: int) -> tuple[Rollout, int, int]:
-        """The rollout of an update, its number, and the update's number within it."""
+        """Return the rollout of an update, its number, and the index of the update in it."""
         number, update = divmod(step, self._updates)
         if update == 0:
             self._current = number, self._make(number)
@@ -348,17 +346,17 @@ class Rollouts:
         path = self._path(number)
         if not path.exists():
             raise ArtifactError(
-                f"{path}: is not there, expected the completions that the next update learns from: the run stopped "
-                f"between two updates of rollout {number + 1}; go on with as many workers as it had, or delete its "
-                "last checkpoint"
+                f"{path}: does not exist, expected the completions of the next update: the run stopped between two "
+                f"updates of rollout {number + 1}; resume with the same number of workers, or delete its last "
+                "checkpoint"
             )
         return read_rollout(path, self._device)
 
 
 def write_rollout(path: Path, rollout: Rollout) -> None:
-    """Write it atomically."""
+    """Write a rollout atomically."""
     tensors = {name: t.contiguous() for name, t in rollout.completions._asdict().items() if t is not None}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # workers of one data rank write the same
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # workers of one data rank write the same file
     save_file(tensors, temporary, metadata={"metrics": json.dumps(rollout.metrics)})
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
@@ -366,7 +364,7 @@ def write_rollout(path: Path, rollout: Rollout) -> None:
 
 
 def read_rollout(path: Path, device: torch.device) -> Rollout:
-    """What ``write_rollout`` wrote."""
+    """Read a rollout written by ``write_rollout``."""
     with safe_open(path, framework="pt") as file:
         tensors: Mapping[str, Tensor] = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (no mapping)
         metrics = {name: (total, count) for name, (total, count) in json.loads(file.metadata()["metrics"]).items()}

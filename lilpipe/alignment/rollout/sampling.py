@@ -1,4 +1,4 @@
-"""Completions to many prompts as rows of a table: what rejection sampling, preferences and evaluation start from."""
+"""Sampling of completions as table rows, for rejection sampling, preferences and evaluation."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ SAMPLE_SCHEMA = pa.schema(
         ("correct", pa.bool_()),
     ]
 )
-"""One row for each sampled completion."""
+"""One row per sampled completion."""
 
 
 def sample_rows(groups: Sequence[Sequence[Completion]]) -> list[dict[str, Any]]:
-    """A row of ``SAMPLE_SCHEMA`` for each completion."""
+    """Return a row of ``SAMPLE_SCHEMA`` for each completion."""
     return [
         {
             "prompt_id": completion.prompt.id,
@@ -62,13 +62,13 @@ def sample_rows(groups: Sequence[Sequence[Completion]]) -> list[dict[str, Any]]:
 
 
 def scored_schema(rewards: Rewards) -> pa.Schema:
-    """``SAMPLE_SCHEMA``, the prompt's difficulty, and what the completion is worth, in all and by each reward."""
+    """Return ``SAMPLE_SCHEMA`` with the prompt's difficulty, the total reward and each reward."""
     columns = [pa.field("difficulty", pa.int32()), pa.field("reward", pa.float64())]
     return pa.schema([*SAMPLE_SCHEMA, *columns, *(pa.field(_column(name), pa.float64()) for name in rewards.names)])
 
 
 def scored_rows(groups: Sequence[Sequence[Completion]], rewards: Rewards) -> list[Row]:
-    """A row of ``scored_schema`` for each completion."""
+    """Return a row of ``scored_schema`` for each completion."""
     completions = [completion for group in groups for completion in group]
     texts = [CompletionText(item.text, item.verdict.ended, len(item.sample.tokens)) for item in completions]
     scored = rewards([item.prompt for item in completions], texts)
@@ -88,7 +88,7 @@ def _column(name: str) -> str:
 
 
 def load_rewards(configs: Sequence[RewardConfig], inputs: Inputs) -> Rewards:
-    """The rewards of a stage, with the reward model of its optional input ``reward_model``."""
+    """Load the rewards of a stage, with the reward model of the optional input ``reward_model``."""
     source = optional_input(inputs, "reward_model")
     if source is None:
         return Rewards(configs)
@@ -96,7 +96,7 @@ def load_rewards(configs: Sequence[RewardConfig], inputs: Inputs) -> Rewards:
 
 
 def reward_metrics(groups: Sequence[Sequence[Row]], rewards: Rewards) -> Metrics:
-    """The mean of each reward and of their sum, with standard errors over prompts."""
+    """Return the mean of each reward and of their sum, with standard errors over prompts."""
     metrics: Metrics = {}
     for column in ("reward", *map(_column, rewards.names)):
         estimate = mean_estimate([sum(row[column] for row in group) / len(group) for group in groups])
@@ -115,10 +115,10 @@ def sample_in_chunks(
     workspace: Workspace,
     name: str = "samples",
 ) -> list[Row]:
-    """``config.num_generations`` completions to each prompt, as rows of ``scored_schema``.
+    """Sample ``config.num_generations`` completions per prompt; return rows of ``scored_schema``.
 
-    They are shared among processes. A killed run goes on with the first prompt that is not in a chunk's file: what a
-    chunk holds depends on its prompts and its number alone, so the rows are the same however often that happens.
+    Chunks of prompts are distributed over processes. A killed run resumes with the first unfinished chunk. A chunk
+    depends only on its prompts and its index, so resuming does not change the rows.
     """
     assert config.seed is not None
     seed, size = config.seed, config.prompts_per_chunk
@@ -146,5 +146,5 @@ def sample_in_chunks(
 
 
 def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each prompt, in order."""
+    """Group rows by prompt, in order."""
     return [list(group) for _, group in groupby(rows, key=lambda row: row["prompt_id"])]

@@ -1,10 +1,9 @@
-"""Completions to one prompt behind it in one row, so that training reads the prompt once and not once for each
-completion.
+"""Prefix sharing in training: the completions to a prompt share one copy of the prompt in a row.
 
-In a row stands the prompt but its last token, then of each completion the prompt's last token and the completion but
-its last; behind them may stand another prompt with its completions. A token sees its prompt and what came before it in
-its own completion, at the place that it would have alone, so its score is the same up to rounding (prefix sharing, as
-"tree attention" in speculative decoding).
+A row has the prompt without its last token; then, for each completion, the prompt's last token and the completion
+without its last token. Further prompts with their completions can follow. A token attends to its prompt and to earlier
+tokens of its own completion, with the positions of an unshared row, so scores are equal up to rounding ("tree
+attention" in speculative decoding).
 
 Dimensions: N completions, T inputs of the longest; B rows, S inputs of the longest row.
 """
@@ -22,23 +21,23 @@ from lilpipe.alignment.rollout.rollouts import CompletionBatch
 from lilpipe.model.scores import IGNORED
 
 ROW_LEN = 128
-"""Inputs of a row, unless a completion alone needs more: attention grows with the square of a row."""
+"""Inputs per row, unless a single completion needs more: the cost of attention is quadratic in row length."""
 
 
 class SharedRows(NamedTuple):
-    """Rows as the model takes them, and where the completions' targets are in them."""
+    """Packed model inputs, and the positions of the completions' targets in them."""
 
     inputs: Tensor
     targets: Tensor
     positions: Tensor
     mask: Tensor
-    """[B, 1, S, S], True where a token (third dimension) may attend."""
+    """[B, 1, S, S], True where a query (third dimension) may attend to a key."""
     places: Tensor
-    """[N, T], the place in the flattened targets of each drawn token; 0 elsewhere."""
+    """[N, T], index of each sampled token in the flattened targets; 0 elsewhere."""
 
 
 def share_prompts(completions: CompletionBatch, *, max_len: int) -> SharedRows:
-    """The completions in rows of at most ``max_len`` inputs, which is no less than the longest alone."""
+    """Pack completions into rows of at most ``max_len`` inputs, which must fit the longest completion."""
     inputs_NT, completion_mask_NT = completions.inputs.cpu().numpy(), completions.completion_mask.cpu().numpy()
     targets_NT = completions.targets.cpu().numpy()
     firsts = completion_mask_NT.argmax(axis=1)
@@ -48,7 +47,7 @@ def share_prompts(completions: CompletionBatch, *, max_len: int) -> SharedRows:
     width = max(sum(branch.size for branch in row) for row in rows)
     inputs_BS, positions_BS = np.zeros((2, len(rows), width), dtype=np.int64)
     targets_BS = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    # Which prompt or completion a token is of, and which prompt it sees; numbers are of a row.
+    # owner: the prompt or completion of a token; prompt: the prompt it attends to. Ids are unique within a row.
     owner_BS, prompt_BS = np.full((2, len(rows), width), -1, dtype=np.int64)
     places_NT = np.zeros(inputs_NT.shape, dtype=np.int64)
     for b, row in enumerate(rows):
@@ -76,15 +75,15 @@ def share_prompts(completions: CompletionBatch, *, max_len: int) -> SharedRows:
 
 
 class _Branch(NamedTuple):
-    """Completions to one prompt that stand together behind it."""
+    """Completions that share one copy of a prompt."""
 
     members: list[int]
     size: int
-    """Inputs, with the prompt's."""
+    """Number of inputs, including the prompt's."""
 
 
 def _branches(inputs_NT: np.ndarray, firsts: np.ndarray, ends: np.ndarray, row_len: int) -> list[_Branch]:
-    """All completions, as many of a prompt together as a row holds."""
+    """Group completions by prompt; a group has at most ``row_len`` inputs."""
     by_prompt: dict[bytes, list[int]] = defaultdict(list)
     for n, first in enumerate(firsts):
         by_prompt[inputs_NT[n, : first + 1].tobytes()].append(n)
@@ -102,7 +101,7 @@ def _branches(inputs_NT: np.ndarray, firsts: np.ndarray, ends: np.ndarray, row_l
 
 
 def _rows(branches: list[_Branch], row_len: int) -> list[list[_Branch]]:
-    """The branches in few rows: the longest first, each where there is room."""
+    """Pack branches into rows by first-fit decreasing."""
     rows: list[list[_Branch]] = []
     room: list[int] = []
     for branch in sorted(branches, key=lambda branch: -branch.size):

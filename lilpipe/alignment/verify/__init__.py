@@ -1,1 +1,1 @@
-"""Whether an answer is right: parsing, comparing, and running programs in a sandbox."""
+"""Verification of answers: parsing, comparing, and running programs in a sandbox."""

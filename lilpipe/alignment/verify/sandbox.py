@@ -1,10 +1,10 @@
-"""Runs programs that a model wrote: each in a process of its own that can reach nothing and does not last.
+"""Runs programs written by a model in a sandbox: one process per program, isolated and short-lived.
 
-A program gets an empty folder, the standard library, and limits on processor time, the clock, memory and file size;
-no network, no further processes, no file outside its folder. Where the kernel lets a user make namespaces
-(``unshare`` of util-linux), the process has a network namespace without any interface and a process namespace that
-dies with it. Elsewhere Landlock closes TCP and the audit hook of ``sandbox_child.py`` every socket. Each stage that
-runs programs logs which of the two is in force. For untrusted code, run the pipeline itself in a container too.
+A program gets an empty directory, the standard library, and limits on CPU time, wall time, memory and file size. It has
+no network, cannot start processes, and cannot open files outside its directory. With user namespaces (``unshare`` of
+util-linux), the process has a network namespace without interfaces and a PID namespace that is killed with it.
+Otherwise Landlock blocks TCP and the audit hook of ``sandbox_child.py`` blocks all sockets. Each stage that runs
+programs logs which of the two applies. For untrusted code, run the pipeline itself in a container too.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from lilpipe.alignment.verify import sandbox_child
 
 NAMESPACES = ("--user", "--map-root-user", "--net", "--ipc", "--pid", "--fork", "--kill-child=KILL")
 CLOCK_FACTOR = 10
-"""Seconds by the clock for each second of the processor, so that a busy machine fails no program: what is random must
-not enter a reward."""
+"""Wall time limit per second of CPU time, so that no program fails because the machine is busy: rewards must be
+deterministic."""
 MAX_REPORT_BYTES = 65_536
 TCP_SINCE = 4
-"""Version of Landlock from which it closes TCP."""
+"""First Landlock version that can block TCP."""
 _CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo")
 
@@ -44,73 +44,73 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use."""
+    """Resource limits of a program."""
 
     cpu_seconds: float = 5.0
     memory_bytes: int = 256 * 2**20
     """Address space."""
     file_bytes: int = 2**20
-    """Size of one file; it may write `sandbox_child.MAX_WRITTEN_FILES`."""
+    """Size of one file; a program may write `sandbox_child.MAX_WRITTEN_FILES` files."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended."""
+    """Result of running a program."""
 
     passed: bool
     reason: str
-    """``passed``; ``wrong`` (a test failed), ``raised X``, ``syntax``, ``exited`` before the tests' end; the limit that
-    it met: ``memory``, ``cpu_time``, ``clock_time``, ``file_size``; what it tried: ``network``, ``process``,
-    ``file_access``, ``native_code``, ``limits``; ``no_program``; or ``crashed N``, by signal N."""
+    """``passed``; ``wrong`` (a test failed), ``raised X``, ``syntax``, ``exited`` before the end of the tests. A limit:
+    ``memory``, ``cpu_time``, ``clock_time``, ``file_size``. A forbidden action: ``network``, ``process``,
+    ``file_access``, ``native_code``, ``limits``. Or ``no_program``; or ``crashed N``, by signal N."""
 
 
 def find_program(completion: str) -> str | None:
-    """The last fenced block of Python, or of no language, in a completion."""
+    """Return the last fenced code block in Python or without a language; None if there is none."""
     blocks = _CODE_BLOCK.findall(completion)
     return blocks[-1] if blocks else None
 
 
 @functools.cache
 def isolation() -> str:
-    """``namespaces`` where the kernel lets this user make them, else ``hook``; logged when first asked."""
+    """Return ``namespaces`` if the kernel lets this user create them, else ``hook``; log it on first use."""
     tool = shutil.which("unshare")
     works = tool is not None and subprocess.run([tool, *NAMESPACES, "true"], capture_output=True).returncode == 0
     if works:
         _log.info("programs run in a network namespace without interfaces")
     else:
         _log.warning(
-            "this kernel or user cannot make namespaces (`unshare --user --net --pid`): programs run with the network "
-            "closed by Landlock, where the kernel has it, and by Python's audit hook alone"
+            "this kernel or user cannot create namespaces (`unshare --user --net --pid`): only Landlock, if the kernel "
+            "has it, and Python's audit hook block the network for programs"
         )
     return "namespaces" if works else "hook"
 
 
 @functools.cache
 def protection() -> str:
-    """What keeps programs in on this host, in words, as an empty program found it."""
+    """Describe the isolation on this host, as reported by an empty program."""
     entry, status = _execute("", "", Limits())
     if entry is None:
-        return f"no program can run in the sandbox of this host: an empty one ended as {_without_verdict(status)!r}"
+        return f"no program can run in the sandbox of this host: an empty program ended as {_without_verdict(status)!r}"
     version = int(entry["landlock"])
-    network = "closed by a network namespace" if isolation() == "namespaces" else "closed by Python's audit hook alone"
+    network = "blocked by a network namespace" if isolation() == "namespaces" else "blocked only by Python's audit hook"
     if isolation() != "namespaces" and version >= TCP_SINCE:
-        network = "closed by Landlock (TCP) and Python's audit hook"
-    files = f"closed by Landlock, version {version}" if version else "closed by Python's audit hook alone"
+        network = "blocked by Landlock (TCP) and Python's audit hook"
+    files = f"blocked by Landlock, version {version}" if version else "blocked only by Python's audit hook"
     return (
-        f"programs of answers run with the network {network}, files outside their folder {files}, and limits on "
-        "memory, processor time, file size and processes"
+        f"programs in completions run with the network {network}, files outside their directory {files}, and limits "
+        "on memory, CPU time, file size and processes"
     )
 
 
 def run_program(program: str, tests: str, limits: Limits | None = None) -> Outcome:
-    """Run a program and then its tests, which raise ``AssertionError`` where it is wrong."""
+    """Run a program, then its tests, which raise ``AssertionError`` on failure."""
     entry, status = _execute(program, tests, limits or Limits())
     reason = _without_verdict(status) if entry is None else str(entry["reason"])
     return Outcome(reason == "passed", reason)
 
 
 def _execute(program: str, tests: str, limits: Limits) -> tuple[dict[str, Any] | None, int | None]:
-    """What the sandbox reports of a program, if it came to that, and its exit status."""
+    """Return the sandbox's report, None if there is none, and the exit status."""
     with tempfile.TemporaryDirectory(prefix="program-", ignore_cleanup_errors=True) as root:
         folder = Path(root).resolve() / "folder"
         folder.mkdir()
@@ -134,23 +134,23 @@ def _execute(program: str, tests: str, limits: Limits) -> tuple[dict[str, Any] |
 
 @functools.lru_cache(maxsize=4096)
 def outcome_of(program: str, tests: str, limits: Limits | None = None) -> Outcome:
-    """``run_program``, remembered: a verdict, a reward and equal answers of a group ask for the same."""
+    """Run a program with a cache: the verdict, a reward and equal completions of a group run the same program."""
     return run_program(program, tests, limits)
 
 
 def run_programs(jobs: Sequence[tuple[str, str]], limits: Limits | None = None) -> list[Outcome]:
-    """The outcome of each (program, tests), several of them at a time."""
+    """Run (program, tests) pairs in parallel and return their outcomes in order."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda job: outcome_of(job[0], job[1], limits), jobs))
 
 
 def _readable() -> list[str]:
-    """Folders of the standard library and of the system's libraries."""
+    """Return the directories of the standard library and of system libraries."""
     return [os.path.realpath(path) for path in (*_LIBRARIES, f"{sys.base_prefix}/lib", Path(os.__file__).parent)]
 
 
 def _run(source: IO[bytes], report: IO[bytes], folder: Path, *, seconds: float) -> int | None:
-    """The exit status, negative for a signal; None if the clock ran out. Nothing of it is left alive."""
+    """Return the exit status, negative for a signal, None on timeout. Kills all processes of the session."""
     command = [sys.executable, "-S", "-s", "-P", "-B", str(sandbox_child.__file__)]
     if isolation() == "namespaces":
         command = ["unshare", *NAMESPACES, *command]
@@ -174,9 +174,9 @@ def _run(source: IO[bytes], report: IO[bytes], folder: Path, *, seconds: float) 
 
 
 def _entry(report: bytes, token: str) -> dict[str, Any] | None:
-    """The line that bears the token: a program that writes a verdict of its own does not know it."""
+    """Return the report line that has the secret token, so that a program cannot forge its verdict."""
     for line in report.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # the program may have written anything
+        with contextlib.suppress(ValueError, RecursionError):  # the program can write anything
             entry = json.loads(line)
             if isinstance(entry, dict) and entry.get("token") == token:
                 return entry
@@ -186,6 +186,6 @@ def _entry(report: bytes, token: str) -> dict[str, Any] | None:
 def _without_verdict(status: int | None) -> str:
     if status is None:
         return "clock_time"
-    if status in (-signal.SIGXCPU, -signal.SIGKILL):  # the kernel's at the hard limit of processor time
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):  # sent by the kernel at the soft and hard limits of CPU time
         return "cpu_time"
     return f"crashed {-status}" if status < 0 else "exited"

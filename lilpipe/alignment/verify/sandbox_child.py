@@ -1,16 +1,16 @@
-"""The inside of the sandbox: closes everything around itself, then runs a program and its tests.
+"""Child process of the sandbox: restricts itself, then runs a program and its tests.
 
-``sandbox.py`` starts this file as a script that uses the standard library alone. It reads the job as JSON from
-standard input and writes the verdict as one line of JSON to standard output. What is closed, from the kernel inwards:
+``sandbox.py`` starts this file as a script that uses only the standard library. It reads the job as JSON from standard
+input and writes the verdict as a line of JSON to standard output. The restrictions, from the kernel inwards:
 
-- ``resource`` limits on address space, processor time, file size, open files, and processes (the last binds all but
-  root, whom the hook stops).
-- Landlock (Linux 5.13 on): files outside the folder and the standard library, and TCP (6.7 on).
-- An audit hook that ends the process at the first try to reach outside, and so names what was tried.
+- ``resource`` limits on address space, CPU time, file size, open files, and processes (root is exempt from the last;
+  the hook stops it).
+- Landlock (Linux 5.13 and later): files outside the directory and the standard library, and TCP (6.7 and later).
+- An audit hook that ends the process at the first forbidden action and reports which one it was.
 
-The hook is no wall by itself: native code goes round it, which is why ``ctypes`` is closed. A program that searches its
-own interpreter can find the verdict's channel; what is promised is that nothing outside is harmed, and that a program
-which merely exits early has not passed.
+The hook alone is not secure: native code bypasses it, which is why ``ctypes`` is blocked. A program that inspects its
+interpreter can find the verdict's file descriptor. The guarantee is that nothing outside is harmed, and that a program
+that just exits early does not pass.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SETTINGS = ("resource.setrlimit", "resource.prlimit")
 _PREFIXES = {_NETWORK: "network", _PROCESS: "process", _NATIVE: "native_code", _SETTINGS: "limits"}
 _MODULES = {
     "_posixsubprocess": "process",
-    "_xxsubinterpreters": "process",  # another interpreter has no hook
+    "_xxsubinterpreters": "process",  # another interpreter would have no hook
     "_interpreters": "process",
     "ctypes": "native_code",
     "_ctypes": "native_code",
@@ -54,7 +54,7 @@ _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def limit(job: dict[str, Any]) -> None:
-    """Set the process's limits; they can only be lowered from here."""
+    """Set the resource limits; they can only be lowered afterwards."""
     seconds, memory, file_bytes = job["cpu_seconds"], job["memory_bytes"], job["file_bytes"]
     for what, soft, hard in (
         (resource.RLIMIT_AS, memory, memory),
@@ -74,11 +74,11 @@ _VERSION = 1
 _NO_NEW_PRIVS = 38
 _READ_RIGHTS = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, read a folder
 _FILE_RIGHTS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
-_NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # by version of the interface; 16 from version 5 on
+_NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # by ABI version; 16 from version 5
 
 
 def landlock(readable: Sequence[str], folder: str) -> int:
-    """Leave ``folder`` writable and ``readable`` readable, no other file, no TCP. The version used, 0 for none."""
+    """Restrict access to ``folder`` (write) and ``readable`` (read), block TCP; return the version used, 0 for none."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -91,7 +91,7 @@ def landlock(readable: Sequence[str], folder: str) -> int:
     attributes = (ctypes.c_uint64 * len(handled))(*handled)
     ruleset = libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(ctypes.sizeof(attributes)), 0)
     for path, allowed in (*((path, _READ_RIGHTS & rights) for path in readable), (folder, rights)):
-        if not os.path.isdir(path):  # noqa: PTH112 (pathlib would be most of the time that starting takes)
+        if not os.path.isdir(path):  # noqa: PTH112 (importing pathlib would dominate the start-up time)
             allowed &= _FILE_RIGHTS
         with contextlib.suppress(FileNotFoundError):
             handle = os.open(path, os.O_PATH)
@@ -104,11 +104,11 @@ def landlock(readable: Sequence[str], folder: str) -> int:
     return 0 if failed else version
 
 
-# --- the hook -----------------------------------------------------------------------------------------------------
+# --- audit hook ---------------------------------------------------------------------------------------------------
 
 
 def close_doors(readable: Sequence[str], folder: str, leave: Callable[[str], NoReturn]) -> None:
-    """Install the hook that leaves with a reason at the first try to reach outside."""
+    """Install the audit hook, which calls ``leave`` with a reason at the first forbidden action."""
     written: set[str] = set()
 
     def inside(path: Any, roots: Sequence[str]) -> bool:
@@ -148,14 +148,14 @@ def close_doors(readable: Sequence[str], folder: str, leave: Callable[[str], NoR
     sys.addaudithook(hook)
     _thread.start_new_thread = lambda *_: leave("process")
     for name in _MODULES:
-        sys.modules.pop(name, None)  # so that importing it is seen
+        sys.modules.pop(name, None)  # so that importing it raises an audit event
 
 
-# --- the run ------------------------------------------------------------------------------------------------------
+# --- run ----------------------------------------------------------------------------------------------------------
 
 
 def run(program: str, tests: str) -> str:
-    """Run both in one namespace; ``passed``, or what went wrong."""
+    """Run program and tests in one namespace; return ``passed`` or the failure."""
     try:
         namespace: dict[str, Any] = {"__name__": "__main__"}
         exec(compile(program, "program", "exec"), namespace)
@@ -178,7 +178,7 @@ def run(program: str, tests: str) -> str:
 
 
 def main() -> NoReturn:
-    """Read the job, close the doors, run, report."""
+    """Read the job, apply the restrictions, run it and report."""
     job = json.loads(sys.stdin.buffer.read())
     channel = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)

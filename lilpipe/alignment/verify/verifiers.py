@@ -1,7 +1,7 @@
-"""The forms of an answer, and whether it is right.
+"""Answer formats and verifiers.
 
-A written answer is ``Answer: X`` after zero or more sentences, on the completion's last line. The verifiers ``answer``
-and ``numeric`` accept nothing else, so that what is correct is also well-formed.
+A final answer is ``Answer: X`` on the last line, after zero or more sentences. The verifiers ``answer`` and ``numeric``
+accept no other format, so a correct completion is also well-formed.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def as_text(question: str) -> str:
-    """The question as a base model meets it in its pretraining text; the answer follows after a space."""
+    """Return the question as in pretraining text for a base model; the answer follows after a space."""
     return f"Exercise: {question}\nSolution:"
 
 
 def first_paragraph(text: str) -> str:
-    """A base model's answer: what it wrote before the first blank line."""
+    """Return a base model's completion: the text before the first blank line."""
     return text.split("\n\n")[0].strip()
 
 
 def is_well_formed(completion: str) -> bool:
-    """Whether the completion says ``Answer:`` once and ends, on the same line, in what follows it."""
+    """Return whether ``Answer:`` occurs exactly once, on the last line, followed by text."""
     return completion.count("Answer:") == 1 and _stated_answer(completion) is not None
 
 
 def is_thinking(completion: str) -> bool:
-    """Whether the completion is ``<think>steps</think><answer>answer</answer>``, each once and neither empty."""
+    """Return whether the completion is ``<think>steps</think><answer>answer</answer>``, without empty parts."""
     match = _THINKING.match(completion)
     once = all(completion.count(tag) == 1 for tag in _TAGS)
     return once and match is not None and all(part.strip() for part in match.groups())
 
 
 def numbers(text: str) -> list[Decimal]:
-    """The numbers in a text, in order: with thousands, decimals, a sign and a currency, as ``-$1,234.50``."""
+    """Return the numbers in a text in order; thousands separators, decimals, signs and currency are allowed."""
     plain = re.sub(r"[$€£]\s*", "", text.replace("−", "-"))
     return [Decimal(match.replace(",", "")) for match in _NUMBER.findall(plain)]
 
 
 def stated_number(completion: str, marker: str | None = None) -> Decimal | None:
-    """The first number behind the last marker, or the last number if no marker is given; None if there is none."""
+    """Return the first number after the last marker, or the last number without a marker; None if there is none."""
     if marker is None:
         return found[-1] if (found := numbers(completion)) else None
     _, separator, rest = completion.rpartition(marker)
@@ -59,24 +59,24 @@ def stated_number(completion: str, marker: str | None = None) -> Decimal | None:
 
 
 def verify(prompt: Prompt, completion: str) -> bool:
-    """Whether the prompt's verifier accepts the completion."""
+    """Return whether the prompt's verifier accepts the completion."""
     return VERIFIERS[prompt.verifier](prompt, completion)
 
 
 def has_form(prompt: Prompt, completion: str) -> bool:
-    """Whether the completion has the form that the prompt's verifier reads an answer from."""
+    """Return whether the completion has the answer format of the prompt's verifier."""
     if prompt.verifier == "program":
         return find_program(completion) is not None
     return bool(completion.strip()) if prompt.verifier == "none" else is_well_formed(completion)
 
 
 def _verify_words(prompt: Prompt, completion: str) -> bool:
-    """Well-formed, and states the prompt's answer up to runs of spaces."""
+    """Return whether the completion is well-formed and its answer equals the prompt's up to spaces."""
     return is_well_formed(completion) and _stated_answer(completion) == prompt.answer
 
 
 def _verify_number(prompt: Prompt, completion: str) -> bool:
-    """Well-formed, and the first number stated is that of the prompt's answer."""
+    """Return whether the completion is well-formed and its first number equals that of the prompt's answer."""
     number = stated_number(prompt.answer)
     return is_well_formed(completion) and number is not None and stated_number(completion, "Answer:") == number
 
@@ -86,7 +86,7 @@ def _verify_program(prompt: Prompt, completion: str) -> bool:
     return program is not None and outcome_of(program, prompt.answer, Limits()).passed
 
 
-def _verify_nothing(prompt: Prompt, completion: str) -> bool:  # noqa: ARG001 (the form of a verifier)
+def _verify_nothing(prompt: Prompt, completion: str) -> bool:  # noqa: ARG001 (signature of a verifier)
     return False
 
 
@@ -96,7 +96,7 @@ VERIFIERS: dict[str, Callable[[Prompt, str], bool]] = {
     "program": _verify_program,
     "none": _verify_nothing,
 }
-"""Every verifier by its name; ``none`` has nothing to compare with and accepts nothing."""
+"""Verifiers by name; ``none`` has no reference answer and rejects all completions."""
 
 
 def _stated_answer(completion: str) -> str | None:

@@ -1,1 +1,1 @@
-"""Where the tasks of the data stages run: local processes, Slurm, Ray."""
+"""Executors of the data tasks: local processes, Slurm, Ray."""

@@ -1,9 +1,9 @@
-"""Where the tasks of the data stages run: in local processes, on a Slurm cluster or on a Ray cluster.
+"""Execution of data tasks in local processes, on a Slurm cluster or on a Ray cluster.
 
-A pipeline is a list of datatrove steps, a task is its run for one rank, and datatrove's executor of that place runs
-the task and marks it as completed. What is completed is not run again, whichever executor did it.
+A pipeline is a list of datatrove steps, and a task is its execution for one rank. datatrove's executor runs the task
+and marks it as completed. Completed tasks are not run again, also if another executor completed them.
 
-The local processes are ours, because datatrove's pool (``multiprocessing.Pool``) waits for ever when one of its
+Local tasks use a process pool of our own, because datatrove's pool (``multiprocessing.Pool``) hangs if one of its
 processes is killed.
 """
 
@@ -31,9 +31,9 @@ from lilpipe.data.executors.run_tasks import RunTasks
 
 @contextlib.contextmanager
 def open_executor(config: CorpusConfig) -> Iterator[RunTasks]:
-    """The executor that the configuration names; in the end its processes and jobs are gone.
+    """Open the executor that the config names; on exit, its processes and jobs are stopped.
 
-    Raises ``ConfigError`` if it cannot be reached from here.
+    Raises ``ConfigError`` if the executor is not available.
     """
     with contextlib.ExitStack() as stack:
         if config.executor == "slurm":
@@ -54,10 +54,10 @@ def open_executor(config: CorpusConfig) -> Iterator[RunTasks]:
 
 @contextlib.contextmanager
 def _worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes that are started when needed and end with this one; None for one worker, which is this process.
+    """Open a pool of processes that start on demand and end with this one; None for one worker, which is this process.
 
-    They are forked from a server process that has imported what the steps need, and in which no thread of Python's
-    runs; those of OpenBLAS and jemalloc, which start at import, stand a fork.
+    Processes are forked from a server process that has imported what the steps need and has no Python threads. The
+    threads of OpenBLAS and jemalloc, which start at import, survive a fork.
     """
     logger.disable("datatrove")
     if num_workers == 1:
@@ -80,7 +80,7 @@ def _run_here(
     pool: ProcessPoolExecutor | None,
     on_done: Callable[[int], None],
 ) -> None:
-    """Run tasks in the pool's processes, or in this one; see ``RunTasks``."""
+    """Run tasks in the pool's processes, or in this process without a pool; see ``RunTasks``."""
     executor = LocalPipelineExecutor(list(pipeline), tasks=num_tasks, logging_dir=str(folder))
     ranks = executor.get_incomplete_ranks()
     finished = num_tasks - len(ranks)
@@ -97,10 +97,10 @@ def _run_here(
 
 
 def _run_task(executor: LocalPipelineExecutor, rank: int) -> None:
-    """What datatrove's executor does, without a log and a file of statistics for each task, which take 10 ms."""
+    """Run a task as datatrove's executor does, but without its log and statistics files, which take 10 ms per task."""
     data = None
     for step in copy.deepcopy(executor.pipeline):
-        data = step(data, rank, executor.world_size)  # type: ignore[operator]: of PipelineStep, not of other values
+        data = step(data, rank, executor.world_size)  # type: ignore[operator]: a PipelineStep, no other value
     if data is not None:
         deque(data, maxlen=0)
     executor.mark_rank_as_completed(rank)
@@ -112,7 +112,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent must leave no process behind that goes on writing beside the next try."""
+    """End with the parent process: an orphan must not write alongside the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

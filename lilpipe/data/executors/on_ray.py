@@ -1,11 +1,11 @@
 """datatrove pipelines as tasks of a Ray cluster (Moritz et al. 2018), optional extra `ray`.
 
-``RayPipelineExecutor`` runs each task and marks it as completed. What is submitted when is ours: datatrove's loop
-waits for ever for a task whose process (of a pool inside an actor) is killed, or that asks for more than any node
-has, and passes over what a task raises.
+``RayPipelineExecutor`` runs each task and marks it as completed. Task submission is our own: datatrove's loop hangs if
+the process of a task (in a pool inside an actor) is killed or if a task needs more than any node has, and it ignores
+exceptions of tasks.
 
-Ray pickles the pipeline for its own worker processes. They have the cluster's environment, in which lilpipe must be
-installed, and see the store and the sources under the same paths.
+Ray pickles the pipeline for its worker processes. They need lilpipe in the cluster's environment, and must see the
+store and the sources under the same paths.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from lilpipe.data.executors.run_tasks import RunTasks
 from lilpipe.errors import ClusterError, ConfigError
 
 MAX_TRIES = 3
-"""How often a task is submitted whose process was killed or whose node was lost."""
+"""Maximum number of submissions of a task whose process was killed or whose node was lost."""
 CANCEL_SECONDS = 30
 CONNECT_SECONDS = 10
 OBJECT_STORE_BYTES = 128 * 2**20
-"""Shared memory of a cluster of our own; it holds pipelines only."""
+"""Shared memory of a cluster that we start; it holds only pipelines."""
 NOT_RANK_ZERO = 1
 
 
 @contextlib.contextmanager
 def open_cluster(config: RayConfig, num_workers: int) -> Iterator[RunTasks]:
-    """Join the cluster at ``config.address``, or start one on this host that ends here.
+    """Connect to the cluster at ``config.address``, or start one on this host that stops on exit.
 
-    Raises ``ConfigError`` if Ray is not installed, does not answer, or has no node that is large enough for a task.
+    Raises ``ConfigError`` if Ray is not installed, does not answer, or has no node large enough for a task.
     """
     ray = _import_ray()
     logger.disable("datatrove")
@@ -62,7 +62,7 @@ def open_cluster(config: RayConfig, num_workers: int) -> Iterator[RunTasks]:
     except OSError as error:
         raise ConfigError(
             f"corpus.ray.address: no Ray cluster answers at {config.address!r} ({error}); start one "
-            f"(`ray start --head`), correct the address, or remove it for one on this host"
+            f"(`ray start --head`), correct the address, or remove it to start a cluster on this host"
         ) from error
     try:
         _check_size(ray, config)
@@ -72,7 +72,7 @@ def open_cluster(config: RayConfig, num_workers: int) -> Iterator[RunTasks]:
 
 
 class _RayTasks:
-    """Runs tasks on the cluster that this process has joined; see ``RunTasks``."""
+    """Runs tasks on the connected cluster; see ``RunTasks``."""
 
     def __init__(self, ray: Any, config: RayConfig, num_workers: int) -> None:
         self.ray = ray
@@ -85,7 +85,7 @@ class _RayTasks:
     def __call__(
         self, pipeline: Sequence[PipelineStep], *, num_tasks: int, folder: Path, on_done: Callable[[int], None]
     ) -> None:
-        """Run tasks; those whose process is killed are run again, up to ``MAX_TRIES`` times."""
+        """Run tasks; tasks whose process is killed are retried, up to ``MAX_TRIES`` submissions."""
         executor = RayPipelineExecutor(list(pipeline), tasks=num_tasks, logging_dir=str(folder.resolve()))
         ranks = deque(executor.get_incomplete_ranks())
         done = num_tasks - len(ranks)
@@ -110,7 +110,7 @@ class _RayTasks:
             self._cancel(list(running))
 
     def _is_through(self, task: Any, rank: int, tries: int) -> bool:
-        """Whether the task is done, and not lost; raises what it raised, or ``ClusterError`` if it is lost for good."""
+        """Return whether the task completed (False: retry). Raises the task's exception, or ``ClusterError``."""
         exceptions = self.ray.exceptions
         try:
             self.ray.get(task)
@@ -119,8 +119,9 @@ class _RayTasks:
         except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError, exceptions.NodeDiedError) as error:
             if tries == MAX_TRIES:
                 raise ClusterError(
-                    f"task {rank}: its process on Ray was killed {tries} times: {error}; if for want of memory, raise "
-                    f"corpus.ray.memory_per_cpu_gb (now {self.config.memory_per_cpu_gb:g}) or lower corpus.num_workers"
+                    f"task {rank}: its process on Ray was killed {tries} times: {error}; if it ran out of memory, "
+                    f"raise corpus.ray.memory_per_cpu_gb (now {self.config.memory_per_cpu_gb:g}) or lower "
+                    f"corpus.num_workers"
                 ) from error
             return False
         return True
@@ -135,7 +136,7 @@ class _RayTasks:
 def _run_task(executor: RayPipelineExecutor, rank: int, cwd: Path) -> None:
     logger.disable("datatrove")
     with contextlib.chdir(cwd):  # relative paths of sources
-        # not the executor's own, which keeps the logs of all users and runs in one folder below /tmp
+        # not the executor's own method, which keeps the logs of all users and runs in one folder below /tmp
         PipelineExecutor._run_for_rank(executor, rank, NOT_RANK_ZERO)
 
 
@@ -152,7 +153,7 @@ def _import_ray() -> Any:
 
 
 def _check_address(address: str | None) -> None:
-    """Raise ``OSError`` if nobody listens at `host:port`; Ray itself tries for four minutes."""
+    """Raise ``OSError`` if nothing listens at `host:port`; Ray itself retries for four minutes."""
     if address and "://" not in address and ":" in address:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()

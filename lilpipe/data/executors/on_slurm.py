@@ -1,11 +1,11 @@
 """datatrove pipelines as job arrays of a Slurm cluster (Yoo, Jette and Grondona 2003), by ``SlurmPipelineExecutor``.
 
-The executor writes the pipeline into the folder of its logs, where the jobs read it: that file (by dill) is
-datatrove's own hand-over, from this process to the same user's jobs; we read and write no such file ourselves.
-Store, sources and this Python environment must lie on a file system that all nodes see.
+The executor pickles the pipeline (with dill) into its log folder, where the jobs of the same user read it; lilpipe
+itself reads and writes no pickle file. The store, the sources and this Python environment must be on a file system that
+all nodes see.
 
-A task is done when datatrove's marker says so; Slurm is asked (``squeue``) why one is not. Accounting (``sacct``) is
-optional in Slurm and not needed: ``squeue`` lists ended jobs for `MinJobAge` (5 minutes by default).
+A task is completed if datatrove's marker exists; if not, ``squeue`` tells why. Accounting (``sacct``) is optional in
+Slurm and not needed: ``squeue`` lists ended jobs for `MinJobAge` (5 minutes by default).
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ from lilpipe.config.corpus import SlurmConfig
 from lilpipe.errors import ClusterError, ConfigError, LilpipeError
 
 MAX_TRIES = 3
-"""How often the tasks of jobs that were killed, or whose node was lost, are submitted."""
+"""Maximum number of submissions of tasks whose job was killed or whose node was lost."""
 JOBS_PER_WORKER = 4
-"""A job does several tasks one after the other, for Python and its libraries take seconds to start; so many jobs for
-each worker leave little idle at the end."""
+"""Number of jobs per worker. A job runs several tasks one after the other, because starting Python takes seconds; with
+this many jobs per worker, few workers are idle at the end."""
 MAX_ARRAY_SIZE = 1000
-"""Jobs of an array; Slurm's default limit is 1001."""
+"""Maximum number of jobs in an array; Slurm's default limit is 1001."""
 CONTROLLER_SECONDS = 300
-"""How long a controller that does not answer (it may be restarting) is asked again."""
+"""Time to retry commands while the controller does not answer; it may be restarting."""
 MARKER_SECONDS = 90
-"""How long after a job has ended well its markers may take to be seen: NFS keeps directories for up to 60 s."""
+"""Time that markers may take to become visible after a successful job: NFS caches directories for up to 60 s."""
 CANCEL_SECONDS = 120
-"""How long cancelled jobs may take to end; Slurm's `KillWait` is 30 s by default."""
+"""Time that cancelled jobs may take to end; Slurm's `KillWait` is 30 s by default."""
 TAIL_CHARS = 2_000
 
 JOB_FILE = "slurm_job"
-"""Holds the name of the jobs that may be at work in a folder."""
+"""File with the name of the jobs that may be active in a folder."""
 OWN_OPTIONS = {"array", "job-name", "output", "error", "export", "dependency"}
 
 ENDED = {
@@ -66,12 +66,12 @@ ENDED = {
     "PREEMPTED",
 }
 REMEDIES = {
-    "CANCELLED": "it was cancelled; run again to go on",
+    "CANCELLED": "it was cancelled; run again to resume",
     "TIMEOUT": "raise corpus.slurm.time",
     "DEADLINE": "raise or remove the deadline in corpus.slurm.sbatch",
     "OUT_OF_MEMORY": "raise corpus.slurm.memory_per_cpu_gb",
 }
-"""Ends of a job that another try does not mend."""
+"""Final states of a job that a retry does not fix."""
 
 
 def run_tasks(
@@ -85,8 +85,8 @@ def run_tasks(
 ) -> None:
     """Run tasks as jobs; see ``RunTasks``.
 
-    Jobs that end without a word (killed, or with their node) are submitted again, up to ``MAX_TRIES`` times. Raises
-    ``ConfigError`` if Slurm is not there or refuses the job, and ``ClusterError`` if jobs are cancelled or lost.
+    Jobs that end without an exception (killed, or their node was lost) are submitted again, up to ``MAX_TRIES`` times.
+    Raises ``ConfigError`` if Slurm is missing or refuses the job, and ``ClusterError`` if jobs are cancelled or lost.
     """
     folder = folder.resolve()
     tasks = _executor(pipeline, num_tasks, folder, config, num_workers)
@@ -108,12 +108,12 @@ def run_tasks(
         if lost and lost.state in REMEDIES:
             raise ClusterError(f"{lost.describe()}{REMEDIES[lost.state]}")
         if lost and tries == MAX_TRIES:
-            raise ClusterError(f"{lost.describe()}it was submitted {tries} times; look for what kills it")
+            raise ClusterError(f"{lost.describe()}it was submitted {tries} times; find out what kills it")
         ranks = tasks.get_incomplete_ranks()
 
 
 def cancel_leftovers(folder: Path) -> None:
-    """End the jobs that a killed run has left at work in the folder, and wait until they are gone."""
+    """Cancel the jobs that a killed run left active in the folder, and wait until they have ended."""
     try:
         name = (folder / JOB_FILE).read_text()
     except FileNotFoundError:
@@ -122,8 +122,8 @@ def cancel_leftovers(folder: Path) -> None:
     while any(job.is_active for job in _jobs(name)):
         if time.monotonic() > deadline:
             raise ClusterError(
-                f"Slurm jobs {name} of an earlier run do not end; see `squeue --name={name}`, and run again "
-                f"when they are gone"
+                f"Slurm jobs {name} of an earlier run do not end; check `squeue --name={name}`, and run again "
+                f"when they have ended"
             )
         _command("scancel", f"--name={name}", f"--user={getpass.getuser()}")
         time.sleep(0.5)
@@ -132,7 +132,7 @@ def cancel_leftovers(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Lost:
-    """A task that did not come to its end."""
+    """A task that did not complete."""
 
     rank: int
     job: str
@@ -140,13 +140,13 @@ class _Lost:
     log: Path
 
     def describe(self) -> str:
-        tail = self.log.read_text(errors="replace")[-TAIL_CHARS:] if self.log.exists() else "it wrote nothing"
+        tail = self.log.read_text(errors="replace")[-TAIL_CHARS:] if self.log.exists() else "no log was written"
         return f"task {self.rank} in {self.log.parents[1]}: Slurm job {self.job} ended as {self.state}:\n{tail}\n"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A job of an array, as `squeue` tells of it."""
+    """A job of an array, as listed by `squeue`."""
 
     array_id: str
     index: str
@@ -159,20 +159,20 @@ class _Job:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether it waits for what does not come by itself; what a person holds, a person releases."""
+        """Whether the job is pending for a reason that does not resolve itself; user holds do not count."""
         return "requeued held" in self.reason or self.reason in ("BadConstraints", "PartitionTimeLimit")
 
 
 def _run_jobs(
     tasks: _Tasks, ranks: list[int], folder: Path, on_done: Callable[[int], None], poll_seconds: float
 ) -> _Lost | None:
-    """Submit the tasks of these ranks and wait until all their jobs have ended; returns one that is not done."""
-    tasks.job_id = None  # or the new jobs would wait for those of the last try
+    """Submit the tasks of ``ranks`` and wait until their jobs end; return an incomplete task, or None."""
+    tasks.job_id = None  # else the new jobs would depend on those of the previous submission
     tasks.launch_job()
     ended_at = None
     while True:
         jobs = {job.index: job for job in _jobs(tasks.job_name) if job.array_id == tasks.job_id}
-        missing = tasks.get_incomplete_ranks()  # after the jobs, so that one that has ended has its marker
+        missing = tasks.get_incomplete_ranks()  # after the jobs, so that markers of ended jobs are seen
         on_done(tasks.tasks - len(missing))
         _raise_failure(folder)
         if not missing:
@@ -180,7 +180,7 @@ def _run_jobs(
         for job in jobs.values():
             if job.is_active and job.is_stuck:
                 raise ClusterError(
-                    f"Slurm job {job.array_id}_{job.index} waits for ever ({job.reason}); see corpus.slurm"
+                    f"Slurm job {job.array_id}_{job.index} can never start ({job.reason}); check corpus.slurm"
                 )
         if not any(job.is_active for job in jobs.values()):
             ended_at = ended_at or time.monotonic()
@@ -191,7 +191,7 @@ def _run_jobs(
 
 
 def _find_lost(tasks: _Tasks, ranks: list[int], missing: list[int], jobs: dict[str, _Job], folder: Path) -> _Lost:
-    """One of the tasks that are missing, of the job that says most about why."""
+    """Return the missing task whose job state is the most informative."""
     lost = []
     for rank in missing:
         index = str(ranks.index(rank) // tasks.tasks_per_job)
@@ -202,21 +202,21 @@ def _find_lost(tasks: _Tasks, ranks: list[int], missing: list[int], jobs: dict[s
 
 
 class _Tasks(SlurmPipelineExecutor):
-    """datatrove's executor; a task that fails says in a file what it raised."""
+    """datatrove's executor; a task that fails writes its exception to a file."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         try:
-            # a fresh copy of the steps for each of the job's tasks, as in local processes
+            # a fresh copy of the steps for each task of the job, as in local processes
             return super(_Tasks, copy.deepcopy(self))._run_for_rank(rank, local_rank, node_rank)
         except Exception as error:
             _write_failure(Path(self.logging_dir.path), rank, error)
             raise
 
     def launch_merge_stats(self) -> None:
-        """No further job: nothing reads datatrove's statistics."""
+        """Do nothing: datatrove's statistics are not used."""
 
     def save_executor_as_json(self, indent: int = 4) -> None:
-        """No second copy of the pipeline."""
+        """Do nothing: the second copy of the pipeline is not used."""
 
 
 def _executor(
@@ -238,29 +238,29 @@ def _executor(
         env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
         logging_dir=str(folder),
         max_array_size=MAX_ARRAY_SIZE,
-        with_srun=False,  # which stumbles over the SLURM_ variables where this process is itself a job
+        with_srun=False,  # srun fails with inherited SLURM_ variables if this process is itself a job
     )
 
 
 def _job_name(folder: Path) -> str:
-    """The same for each run of the folder, and for no other folder."""
+    """Return a job name that is unique to the folder and the same in each run."""
     return f"lilpipe-{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
 
 
 def _try_submission(tasks: _Tasks, num_ranks: int) -> None:
-    """Raise ``ConfigError``, with what `sbatch` says, if Slurm would not take the job."""
+    """Raise ``ConfigError`` with the message of `sbatch --test-only` if Slurm would refuse the job."""
     num_jobs = math.ceil(num_ranks / tasks.tasks_per_job)
     script = tasks.get_launch_file_contents(tasks.get_sbatch_args(num_jobs), "true")
     result = _command("sbatch", "--test-only", script=script)
     if result.returncode:
         raise ConfigError(
-            f"corpus.slurm: Slurm does not take the job: {result.stderr.strip()}; correct partition, time, "
+            f"corpus.slurm: Slurm refuses the job: {result.stderr.strip()}; correct partition, time, "
             f"cpus_per_task, memory_per_cpu_gb or sbatch"
         )
 
 
 def _jobs(name: str) -> list[_Job]:
-    """The jobs of that name that are waiting or running, or ended a while ago."""
+    """Return the jobs with that name that are pending, running or recently ended."""
     result = _command(
         "squeue",
         f"--name={name}",
@@ -271,12 +271,12 @@ def _jobs(name: str) -> list[_Job]:
         "--format=%F|%K|%T|%r",
     )
     if result.returncode:
-        raise ClusterError(f"squeue fails: {result.stderr.strip()}; see that it works in this shell, and run again")
+        raise ClusterError(f"squeue failed: {result.stderr.strip()}; check that it works in this shell, and run again")
     return [_Job(*line.split("|", 3)) for line in result.stdout.splitlines()]
 
 
 def _command(*command: str, script: str = "") -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands; a controller that does not answer is asked again."""
+    """Run a Slurm command; it is retried while the controller does not answer."""
     deadline = time.monotonic() + CONTROLLER_SECONDS
     while True:
         try:
@@ -284,7 +284,7 @@ def _command(*command: str, script: str = "") -> subprocess.CompletedProcess[str
         except FileNotFoundError:
             raise ConfigError(
                 f"corpus.executor: got 'slurm', but `{command[0]}` is not found on this host; "
-                f"run where Slurm's commands are, or set 'local'"
+                f"run on a host with Slurm's commands, or set 'local'"
             ) from None
         silent = any(sign in result.stderr for sign in ("Unable to contact", "timed out", "Connection refused"))
         if not result.returncode or not silent or time.monotonic() > deadline:
@@ -304,7 +304,7 @@ def _write_failure(folder: Path, rank: int, error: Exception) -> None:
 
 
 def _raise_failure(folder: Path) -> None:
-    """Raise what a task has raised: the user's errors and the system's as such, any other with its trace-back."""
+    """Raise a task's exception: errors of lilpipe and of the system with their type, others with their traceback."""
     for path in sorted((folder / "failures").glob("*.json")):
         failure = json.loads(path.read_text())
         kind = getattr(errors, failure["type"], None)

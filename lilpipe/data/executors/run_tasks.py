@@ -1,4 +1,4 @@
-"""The interface of all executors."""
+"""Interface of the executors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from datatrove.pipeline.base import PipelineStep
 
 
 class RunTasks(Protocol):
-    """Runs the tasks of a pipeline, some at a time, and returns when all are done."""
+    """Runs the tasks of a pipeline in parallel, and returns when all are completed."""
 
     def __call__(
         self, pipeline: Sequence[PipelineStep], *, num_tasks: int, folder: Path, on_done: Callable[[int], None]
     ) -> None:
-        """Run the tasks that are not yet marked as completed in ``folder``.
+        """Run the tasks that are not marked as completed in ``folder``.
 
-        ``on_done`` is told how many tasks are done: at the start, and as they end. What a task raises is raised here;
-        ``ClusterError`` says that the cluster refused, cancelled or lost a task.
+        ``on_done`` is called with the number of completed tasks, at the start and whenever a task completes. Exceptions
+        of a task are raised here. Raises ``ClusterError`` if the cluster refuses, cancels or loses a task.
         """
         ...

@@ -1,1 +1,1 @@
-"""What judges and changes single documents, and what the filters share."""
+"""Document filters: each judges or changes single documents."""

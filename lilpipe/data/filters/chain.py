@@ -1,8 +1,8 @@
-"""What a filter is: a document goes in; it is kept, changed or rejected, and every score that decided is noted.
+"""The filter interface: a filter keeps, changes or rejects a document, and records the scores behind its decision.
 
-A filter is an object with a ``stage`` name, its ``bounds``, and a call. The corpus stage runs its filters over each
-document in turn, cheap ones first; the first that rejects ends it. Scores are kept with the document, so that a
-report can draw them and ``lilpipe trace`` can show each verdict beside its threshold.
+A filter is a callable with a ``stage`` name and ``bounds``. The corpus stage applies its filters to each document,
+cheap filters first, up to the first rejection. Scores are stored with the document: the report plots them, and
+``lilpipe trace`` shows them next to the thresholds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lilpipe.data.filters.words import Words
 
 @dataclass(slots=True)
 class Document:
-    """A document on its way through the filters; they may change ``text``."""
+    """A document in the chain of filters, which may change ``text``."""
 
     id: str
     text: str
@@ -30,48 +30,48 @@ class Document:
     file: str = ""
     row: int = 0
     num_bytes: int = 0
-    """Of the text as read."""
+    """Size of the original text."""
     language: str | None = None
-    """None until it has been identified."""
+    """None before language identification."""
     language_score: float | None = None
     key: int = 0
-    """Hash of the normalised text as read, 64 bits: its order in the corpus."""
+    """64-bit hash of the normalised original text, which determines the order of documents in the corpus."""
     place: int = 0
-    """Its number in the shard, as read."""
+    """Position in the shard before filtering."""
     scores: dict[str, float] = field(default_factory=dict)
-    """``<stage>.<score>`` to value, in the order in which they were taken."""
+    """``<stage>.<score>`` to value, in the order of computation."""
     _words: tuple[str, Words] | None = None
 
     @property
     def words(self) -> Words:
-        """The words of the text as it is now."""
+        """Words of the current text, cached."""
         if self._words is None or self._words[0] is not self.text:
             self._words = self.text, Words(self.text)
         return self._words[1]
 
     def forget_words(self) -> None:
-        """Free what ``words`` remembers."""
+        """Clear the cache of ``words``."""
         self._words = None
 
 
 class Rejection(NamedTuple):
-    """Why a document goes."""
+    """The reason why a document is rejected."""
 
     reason: str
-    """Named by what failed, such as `too_few_words`."""
+    """Name of what failed, such as `too_few_words`."""
     detail: str = ""
-    """For a duplicate the id of the document that stays; for a match what was matched."""
+    """For a duplicate, the id of the kept document; for a match, what matched."""
 
 
 class Bounds(NamedTuple):
-    """The values of a score that pass; None is no bound."""
+    """Allowed range of a score; None means no bound."""
 
     least: float | None = None
     most: float | None = None
 
 
 class Filter(Protocol):
-    """One filter."""
+    """A filter of documents."""
 
     @property
     def stage(self) -> str:
@@ -80,16 +80,16 @@ class Filter(Protocol):
 
     @property
     def bounds(self) -> Mapping[str, Bounds]:
-        """Every score that the filter notes, by its name without the stage, and the values of it that pass."""
+        """The scores that the filter records, without the stage name, and their allowed ranges."""
         ...
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Note scores as ``document.scores[f"{stage}.{name}"]``; change the text or say why the document goes."""
+        """Record scores as ``document.scores[f"{stage}.{name}"]``; change the text or return a rejection."""
         ...
 
 
 def run_filters(filters: Sequence[Filter], document: Document) -> tuple[str, Rejection] | None:
-    """Pass a document through filters; returns the stage that rejects it, and why, or None."""
+    """Apply filters to a document; return the rejecting stage and the rejection, or None."""
     for each in filters:
         if rejection := each(document):
             return each.stage, rejection
@@ -97,5 +97,5 @@ def run_filters(filters: Sequence[Filter], document: Document) -> tuple[str, Rej
 
 
 def score_names(filters: Iterable[Filter]) -> list[str]:
-    """All scores that the filters note, in their order."""
+    """Return the names of all scores that the filters record, in order."""
     return [f"{each.stage}.{name}" for each in filters for name in each.bounds]

@@ -1,11 +1,11 @@
-"""A quality classifier: fastText, trained here on texts that the user names as good and bad.
+"""Quality classifier: fastText, trained on texts that the user provides as good and bad examples.
 
-GPT-3 (Brown et al. 2020, appendix A) trained one on curated text against raw web pages; DCLM (Li et al. 2024) found
-fastText on bigrams, with a share of the best documents kept, to beat costlier ones. Examples are balanced: of the
-class with more of them only as many are taken as the other has, those with the smallest hashes, so that neither their
-order nor their files matter. One thread and a fixed seed make the model file the same, to the byte, each time.
+GPT-3 (Brown et al. 2020, appendix A) used a classifier of curated text against raw web pages. DCLM (Li et al. 2024)
+found that fastText on bigrams, keeping a share of the best documents, beats more expensive classifiers. Classes are
+balanced: the larger class is reduced to the examples with the smallest hashes, so the order of examples and files does
+not matter. With one thread and a fixed seed, the model file is the same to the byte.
 
-The file is fastText's own binary, numbers and strings of known lengths: no pickle, nothing in it is executed.
+The model file is fastText's binary format, numbers and strings of known lengths: no pickle, no code.
 """
 
 from __future__ import annotations
@@ -34,48 +34,49 @@ MODEL_FILE = "classifier.bin"
 GOOD, BAD = "good", "bad"
 
 MIN_TRAINED, MIN_VALIDATION_EXAMPLES = 20, 5
-"""Fewest examples of a class to learn from, and to measure on."""
+"""Minimum number of examples per class for training and for validation."""
 
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 MAX_NGRAM_BUCKETS = 2**18
-"""Rows for hashed n-grams, 64 MiB of them in 64 dimensions, which each worker holds; fewer where the examples have
-fewer words. fastText's own 2 million make half a gigabyte."""
+"""Maximum number of embedding rows for hashed n-grams: 64 MiB with 64 dimensions, in each worker. It is lower if the
+examples have fewer words. fastText's default of 2 million needs half a gigabyte."""
 _MARKS = ".,!?;:\"()'`-/="
 _M_PERTURB = -6  # malloc.h
 _SEED = 0
-_SPLIT_SEED, _ORDER_SEED = 1, 2  # of the hashes that choose what is held out, and the order
+_SPLIT_SEED, _ORDER_SEED = 1, 2  # seeds of the hashes for the validation split and for the order
 
 
 class AtThreshold(NamedTuple):
-    """What the classifier does to the held-out examples, of which half are good, with one threshold."""
+    """Classifier quality on validation examples, half of them good, at one threshold."""
 
     min_score: float
     precision: float | None
-    """Share of the kept that are good; None where nothing is kept."""
+    """Share of good examples among the kept ones; None if none is kept."""
     recall: float
-    """Share of the good that are kept."""
+    """Share of the good examples that are kept."""
     f1: float
 
 
 @dataclass(frozen=True)
 class ClassifierReport:
-    """Examples and held-out quality of a classifier."""
+    """Number of examples, and quality on the validation examples."""
 
     num_good: int
-    """Distinct good examples with words in them, without those that are also bad ones."""
+    """Distinct non-empty good examples that are not also bad examples."""
     num_bad: int
     num_in_both: int
-    """Texts that were given as good and as bad, and so left out."""
+    """Texts in both classes, which are left out."""
     num_trained: int
-    """Of each class, like the next."""
+    """Training examples per class."""
     num_validation: int
+    """Validation examples per class."""
     auc: float
-    """How often a held-out good example scores above a bad one; ties count half."""
+    """Probability that a good validation example scores above a bad one; ties count half."""
     at_thresholds: tuple[AtThreshold, ...]
 
 
 class ClassifierFilter:
-    """Notes the probability of being good; rejects nothing, since a share to keep means a score that all decide."""
+    """Records the probability of being good. It rejects nothing: a share to keep needs the scores of all documents."""
 
     stage = "classifier"
     bounds: Mapping[str, Bounds] = MappingProxyType({"score": Bounds()})
@@ -84,36 +85,36 @@ class ClassifierFilter:
         self.model_path = model_path
 
     def __call__(self, document: Document) -> None:
-        """Note the score."""
+        """Record the score."""
         document.scores["classifier.score"] = probability(load(self.model_path, FIELD), document.text)
 
 
 def keep_threshold(scores: np.ndarray, keep_ratio: float, *, counts: np.ndarray | None = None) -> float:
-    """The greatest score such that at least ``keep_ratio`` of the documents have it or more; 0 for no documents.
+    """Return the largest score that at least ``keep_ratio`` of the documents reach; 0 without documents.
 
     Args:
         scores: float [n].
         keep_ratio: Above 0, at most 1.
-        counts: How many documents have each of the scores; one each if not given. So a histogram may be handed over
-            as the lower edges of its bins and their counts.
+        counts: Number of documents with each score; 1 each if None. A histogram can be passed as the lower edges of its
+            bins and their counts.
     """
     counts = np.ones(len(scores), np.int64) if counts is None else counts
     descending = np.argsort(-scores, kind="stable")
     num_kept = np.cumsum(counts[descending])
     if not len(scores) or num_kept[-1] == 0:
         return 0.0
-    wanted = math.ceil(keep_ratio * int(num_kept[-1]) - 1e-9)  # 0.1 * 30 is a little above 3
+    wanted = math.ceil(keep_ratio * int(num_kept[-1]) - 1e-9)  # 0.1 * 30 is slightly above 3
     return float(scores[descending[np.searchsorted(num_kept, wanted)]])
 
 
 def train_classifier(
     good: Iterable[str], bad: Iterable[str], config: ClassifierConfig, folder: Path
 ) -> ClassifierReport:
-    """Train on examples and measure on those held out; leaves ``MODEL_FILE`` in the folder.
+    """Train on examples, measure quality on validation examples, and write ``MODEL_FILE`` to the folder.
 
     Raises:
         DataError: A class has too few distinct examples.
-        ConfigError: The learning rate is too high to learn anything.
+        ConfigError: Training diverged; the learning rate is too high.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         scratch = Path(name)
@@ -145,11 +146,12 @@ def train_classifier(
 
 @contextlib.contextmanager
 def _zeroed_memory() -> Iterator[None]:
-    """Makes glibc hand out zeroed memory.
+    """Make glibc return zeroed memory.
 
-    With one thread, fastText's `DenseMatrix::uniform` draws the first tenth of a matrix alone, and newer builds leave
-    the rest as they find it: another model each time, and "Encountered NaN" where the memory happens to hold one. Zeros
-    serve as well to start from, since the first tenth has the commonest words. Elsewhere than in glibc nothing is done.
+    With one thread, fastText's `DenseMatrix::uniform` initialises only the first tenth of a matrix; newer builds leave
+    the rest uninitialised. Then the model differs between runs, and training fails with "Encountered NaN" if the memory
+    holds a NaN. Zeros are a good initial value too, because the first tenth has the most frequent words. Without glibc,
+    this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -163,20 +165,21 @@ def _zeroed_memory() -> Iterator[None]:
 
 
 def probability(model: _FastText, text: str) -> float:
-    """That a text is good."""
+    """Return the probability that a text is good."""
     return _probability(model, features(text))
 
 
 def _probability(model: _FastText, line: str) -> float:
     for score, label in model.f.predict(line + "\n", 2, 0.0, "strict"):
         if label == LABEL + GOOD:
-            return min(float(score), 1.0)  # rounding takes it a little above 1
+            return min(float(score), 1.0)  # rounding makes it slightly larger than 1
     return 0.0
 
 
 def features(text: str) -> str:
-    """What fastText sees of a text: on one line lower-case words, the commonest marks apart, and nothing that it would
-    take for a label. Joulin et al. 2016 did the same; words and marks by a regular expression take twice the time.
+    """Return the text as fastText input: one line of lower-case words, with frequent punctuation marks separated, and
+    nothing that fastText would parse as a label. Joulin et al. 2016 did the same. Splitting by a regular expression
+    takes twice the time.
     """
     text = text.encode(errors="replace").decode().lower().replace(LABEL, "label")
     for mark in _MARKS:
@@ -185,7 +188,7 @@ def features(text: str) -> str:
 
 
 class _Example(NamedTuple):
-    """Where an example is kept, ordered by hash."""
+    """Position of an example on disk; sorts by hash."""
 
     order: int
     label: str
@@ -194,7 +197,7 @@ class _Example(NamedTuple):
 
 
 class _Examples:
-    """Examples on disk, a line each, balanced and split; memory holds their places alone."""
+    """Examples on disk, one per line, balanced and split; only their positions are in memory."""
 
     def __init__(self, folder: Path, good: Iterable[str], bad: Iterable[str], validation_ratio: float) -> None:
         self.folder = folder
@@ -207,11 +210,13 @@ class _Examples:
                 sides[is_validation][label].append(example)
         self.num_in_both = len(in_both)
         self.num_good, self.num_bad = (len(found[label]) - len(in_both) for label in (GOOD, BAD))
-        self.trained = _balance(sides[False], MIN_TRAINED, "to learn from")
-        self.held_out = _balance(sides[True], MIN_VALIDATION_EXAMPLES, f"held out (a share of {validation_ratio})")
+        self.trained = _balance(sides[False], MIN_TRAINED, "for training")
+        self.held_out = _balance(
+            sides[True], MIN_VALIDATION_EXAMPLES, f"for validation (a share of {validation_ratio})"
+        )
 
     def _store(self, label: str, texts: Iterable[str], validation_ratio: float) -> dict[int, tuple[_Example, bool]]:
-        """Write down the distinct texts of a class; gives them by their hash, and whether they are held out."""
+        """Write the distinct texts of a class; return the examples by hash, with whether they are for validation."""
         found: dict[int, tuple[_Example, bool]] = {}
         with (self.folder / label).open("wb") as file:
             for text in texts:
@@ -225,7 +230,7 @@ class _Examples:
         return found
 
     def lines(self, examples: list[_Example]) -> Iterable[tuple[str, bytes]]:
-        """Labels and lines of examples."""
+        """Yield the labels and lines of examples."""
         with (self.folder / GOOD).open("rb") as good, (self.folder / BAD).open("rb") as bad:
             files: dict[str, BinaryIO] = {GOOD: good, BAD: bad}
             for example in examples:
@@ -233,7 +238,7 @@ class _Examples:
                 yield example.label, files[example.label].read(example.num_bytes)
 
     def write(self, path: Path, examples: list[_Example]) -> int:
-        """Write the file that fastText trains on; gives the number of its words."""
+        """Write the training file for fastText; return its number of words."""
         num_words = 0
         with path.open("wb") as file:
             for label, line in self.lines(examples):
@@ -243,13 +248,13 @@ class _Examples:
 
 
 def _balance(classes: dict[str, list[_Example]], least: int, purpose: str) -> list[_Example]:
-    """As many of each class, in the order of their hashes, which mixes the classes."""
+    """Return equally many examples per class, sorted by hash, which mixes the classes."""
     num_each = min(map(len, classes.values()))
     if num_each < least:
         got = " and ".join(f"{len(examples)} {label}" for label, examples in classes.items())
         raise DataError(
-            f"{FIELD}: got {got} examples {purpose}, expected at least {least} of each; name more, or set another "
-            "validation_ratio (examples count once, and not if they are both good and bad)"
+            f"{FIELD}: got {got} examples {purpose}, expected at least {least} of each; add examples, or change "
+            "validation_ratio (duplicates count once; examples that are both good and bad do not count)"
         )
     return sorted(example for examples in classes.values() for example in sorted(examples)[:num_each])
 
@@ -272,7 +277,9 @@ def _measure(model: _FastText, examples: _Examples, config: ClassifierConfig) ->
 
 
 def at_threshold(good: np.ndarray, bad: np.ndarray, min_score: float) -> AtThreshold:
-    """Precision, recall and F1 of keeping scores from ``min_score`` up; as many good as bad scores stand for both."""
+    """Return precision, recall and F1 of keeping scores of at least ``min_score``, for equally many good and bad
+    ones.
+    """
     kept_good, kept_bad = int((good >= min_score).sum()), int((bad >= min_score).sum())
     num_kept = kept_good + kept_bad
     return AtThreshold(
@@ -284,6 +291,6 @@ def at_threshold(good: np.ndarray, bad: np.ndarray, min_score: float) -> AtThres
 
 
 def area_under_curve(good: np.ndarray, bad: np.ndarray) -> float:
-    """Area under the ROC curve of two sorted arrays of scores, by ranks (Mann-Whitney)."""
+    """Return the area under the ROC curve of two sorted arrays of scores, by ranks (Mann-Whitney U)."""
     below, not_above = np.searchsorted(bad, good, "left"), np.searchsorted(bad, good, "right")
     return float((below + not_above).mean() / 2 / len(bad))

@@ -1,12 +1,12 @@
-"""Documents that hold text of an evaluation set: n-gram overlap (Brown et al. 2020, appendix C; Llama 3, Grattafiori
-et al. 2024, 5.1.4).
+"""Decontamination: finds documents that contain text of evaluation sets by n-gram overlap (Brown et al. 2020, appendix
+C; Llama 3, Grattafiori et al. 2024, 5.1.4).
 
-Every n words in a row (13) of an evaluation item are looked for; an item of fewer words as a whole, and one of very few
-not at all. Words are compared without case, punctuation and white space. An n-gram that many documents of the corpus
-hold, such as a licence or a proverb, is no sign of contamination.
+Every n-gram of n words (13 by default) of an evaluation item is searched; shorter items are searched as a whole, and
+very short items not at all. Words are compared without case, punctuation and white space. N-grams that many documents
+of the corpus contain, such as a licence or a proverb, do not count as contamination.
 
-What was found is also told with the text around it, so that a person can judge: n-grams alone cannot tell a leaked
-question from a quotation that both have from elsewhere.
+Matches are stored with the surrounding text for manual review: n-grams alone cannot tell a leaked question from a
+quotation that both texts took from elsewhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Items of one evaluation, as id and text."""
+    """Items of one evaluation set, as id and text."""
 
     name: str
     items: Sequence[tuple[str, str]]
@@ -51,9 +51,9 @@ MAX_TABLE_BITS = 24
 
 
 def write_index(folder: Path, sets: Iterable[EvaluationSet], config: DecontaminationConfig) -> None:
-    """Write what ``EvaluationIndex`` reads: the items, and the n-grams to look for, sorted by their hash."""
+    """Write the index for ``EvaluationIndex``: the items, and their n-grams sorted by hash."""
     items: list[dict[str, Any]] = []
-    found: list[tuple[np.ndarray, np.ndarray]] = []  # words of an item that is looked for, and its n-grams
+    found: list[tuple[np.ndarray, np.ndarray]] = []  # words of an indexed item, and its n-grams
     numbers: list[int] = []
     for each in sets:
         for item, text in each.items:
@@ -74,7 +74,7 @@ def write_index(folder: Path, sets: Iterable[EvaluationSet], config: Decontamina
     }
     order = np.argsort(columns["key"], kind="stable")
     table = pa.table({name: column[order] for name, column in columns.items()}, schema=NGRAMS)
-    write_table(folder / "ngrams.arrow", table, rows_per_batch=max(1, len(table)))  # one batch: read where it is mapped
+    write_table(folder / "ngrams.arrow", table, rows_per_batch=max(1, len(table)))  # one batch: searched memory-mapped
     write_table(folder / "items.arrow", pa.Table.from_pylist(items, schema=ITEMS))
 
 
@@ -83,10 +83,10 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 class EvaluationIndex:
-    """The n-grams of the evaluation sets, as ``write_index`` wrote them.
+    """Index of the n-grams of the evaluation sets, as written by ``write_index``.
 
-    A document is searched in two steps: the words that n-grams start with, as many as the shortest n-gram has, by a
-    table of bits of their hash; and only where that hits, the n-grams themselves.
+    A document is searched in two steps. A bit table of hashes finds candidates by the first words of n-grams, as many
+    words as the shortest n-gram has. Only candidates are compared with the full n-grams.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,20 +102,20 @@ class EvaluationIndex:
         self._table[self._starts >> self._shift] = True
 
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The n-grams of the index among a document's words.
+        """Find the n-grams of the index among a document's words.
 
         Args:
             hashes: uint64 [words].
 
         Returns:
-            For each one found: the number of its first word, its number of words, and its key (uint64).
+            For each n-gram found: the index of its first word, its number of words, and its key (uint64).
         """
         places, lengths, keys = [_NONE], [_NONE], [_NONE.astype(np.uint64)]
         starts = ngram_hashes(hashes, self._lengths[0]) if self._lengths else hashes[:0]
         near = self._table[starts >> self._shift].nonzero()[0]
         if len(near):
             near = near[contains(self._starts, starts[near])]
-        if not len(near):  # as nearly always
+        if not len(near):  # nearly always
             return places[0], lengths[0], keys[0]
         for length in self._lengths:
             here = near[near <= len(hashes) - length]
@@ -127,16 +127,16 @@ class EvaluationIndex:
         return np.concatenate(places), np.concatenate(lengths), np.concatenate(keys)
 
     def document_keys(self, document: Document) -> np.ndarray:
-        """What the survey counts to tell the n-grams that many documents hold: uint64."""
+        """Return the keys of n-grams found, uint64, which the survey counts to find frequent n-grams."""
         return self.find(document.words.hashes)[2]
 
     def items_with(self, key: np.uint64) -> list[int]:
-        """The items that hold an n-gram, by their rows in ``items``."""
+        """Return the items that contain an n-gram, by row in ``items``."""
         first, end = np.searchsorted(self.keys, key), np.searchsorted(self.keys, key, side="right")
         return np.unique(self._item[first:end]).tolist()
 
     def coverage(self) -> dict[str, dict[str, int]]:
-        """For each set how many items there are, and how many are too short to look for."""
+        """Return for each set the number of items, and the number of items that are too short to match."""
         counts: dict[str, dict[str, int]] = {}
         for name, num_ngrams in zip(self.items["set"].to_pylist(), self.items["num_ngrams"].to_pylist(), strict=True):
             count = counts.setdefault(name, {"items": 0, "too_short": 0})
@@ -152,16 +152,16 @@ _NONE = np.empty(0, np.int64)
 MATCHES = pa.schema(
     [
         *((name, pa.string()) for name in ("document", "source", "set", "item")),
-        ("matched_ngrams", pa.int64()),  # distinct, of the item
-        ("item_ratio", pa.float64()),  # of the item's n-grams
-        *((name, pa.string()) for name in ("before", "overlap", "after")),  # the longest overlap, as in the document
+        ("matched_ngrams", pa.int64()),  # distinct n-grams of the item
+        ("item_ratio", pa.float64()),  # share of the item's n-grams
+        *((name, pa.string()) for name in ("before", "overlap", "after")),  # longest overlap, as in the document
     ]
 )
 
 
 @dataclass(frozen=True)
 class Match:
-    """What a document shares with an item; a row of ``MATCHES``."""
+    """Overlap of a document with an item; a row of ``MATCHES``."""
 
     document: str
     source: str
@@ -175,15 +175,15 @@ class Match:
 
 
 class DecontaminationFilter:
-    """Rejects, or reports, documents that hold an n-gram of an evaluation item.
+    """Rejects or reports documents that contain an n-gram of an evaluation item.
 
-    ``matched_ratio`` is the share of the document's words that lie in such n-grams.
+    ``matched_ratio`` is the share of the document's words in such n-grams.
     """
 
     stage = "decontamination"
 
     def __init__(self, config: DecontaminationConfig, index: Path, frequent_ngrams: Sequence[Path] = ()) -> None:
-        """``index`` is a folder that ``write_index`` has written, ``frequent_ngrams`` the survey's results."""
+        """``index`` is a folder written by ``write_index``; ``frequent_ngrams`` are results of the survey."""
         self.config = config
         self.index = index
         self.frequent_ngrams = frequent_ngrams
@@ -193,8 +193,8 @@ class DecontaminationFilter:
         self._loaded: tuple[EvaluationIndex, np.ndarray] | None = None
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Keep the document, or name the item that it shares most with."""
-        if self._loaded is None:  # in the process that does the work
+        """Return None, or a rejection that names the item with the most matches."""
+        if self._loaded is None:  # loaded in the worker process
             self._loaded = EvaluationIndex(self.index), frequent_keys(self.frequent_ngrams)
         index, frequent = self._loaded
         hashes = document.words.hashes
@@ -215,7 +215,7 @@ class DecontaminationFilter:
         return Rejection("evaluation_text", f"{most.set}/{most.item}: {_shortened(words, MAX_DETAIL_CHARS)}")
 
     def drain(self) -> list[dict[str, Any]]:
-        """The matches since the last call, as rows of ``MATCHES``."""
+        """Return the matches since the last call, as rows of ``MATCHES``, and clear them."""
         rows = [asdict(match) for match in self._matches]
         self._matches.clear()
         return rows
@@ -223,8 +223,8 @@ class DecontaminationFilter:
     def _describe(
         self, document: Document, index: EvaluationIndex, places: np.ndarray, lengths: np.ndarray, keys: np.ndarray
     ) -> Iterator[Match]:
-        """A match for each item, in the order of the sets."""
-        found: dict[int, list[int]] = defaultdict(list)  # item to its n-grams among those found
+        """Yield a match for each item, in the order of the sets."""
+        found: dict[int, list[int]] = defaultdict(list)  # item to indices of its n-grams
         items_with = {key: index.items_with(key) for key in np.unique(keys)}
         for number, key in enumerate(keys):
             for item in items_with[key]:
@@ -249,24 +249,24 @@ class DecontaminationFilter:
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:
-    """Where in a text the words are that ``Words.hashes`` has."""
+    """Return the start and end in a text of each word in ``Words.hashes``."""
     return [found.span() for found in _WORD.finditer(text) if found[0].strip("_")]
 
 
 def _covered(places: np.ndarray, lengths: np.ndarray) -> int:
-    """How many words lie in n-grams at these places."""
+    """Return the number of words covered by n-grams."""
     order = np.argsort(places, kind="stable")
     places, ends = places[order], np.maximum.accumulate((places + lengths)[order])
     return int((ends - np.maximum(places, np.append(0, ends[:-1]))).clip(0).sum())
 
 
 def _longest_run(places: np.ndarray, length: int) -> tuple[int, int]:
-    """The first and last word of the longest overlap that n-grams of ``length`` words at sorted places make up."""
+    """Return the first and last word of the longest run of overlapping n-grams of ``length`` words."""
     runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
     longest = max(runs, key=len)
     return int(longest[0]), int(longest[-1]) + length - 1
 
 
 def _shortened(text: str, chars: int) -> str:
-    """The text, its middle left out where it is too long."""
+    """Return the text, with the middle replaced by an ellipsis if it is too long."""
     return text if len(text) <= chars else f"{text[: chars // 2]} … {text[-chars // 2 :]}"

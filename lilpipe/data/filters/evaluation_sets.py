@@ -1,4 +1,4 @@
-"""Evaluation sets to keep out of the corpus: the pipeline's own prompts, and sources that the user names."""
+"""Evaluation sets for decontamination: the pipeline's own prompts, and sources that the user names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from lilpipe.schemas.examples import read_prompts
 
 
 def prompt_sets(directory: Path, *, min_item_words: int) -> list[EvaluationSet]:
-    """The splits validation and test of a Prompts artifact: the questions, and where they are too short to be looked
-    for, the answer behind them.
+    """Return the validation and test split of a Prompts artifact as evaluation sets.
+
+    An item is the question; if it is shorter than ``min_item_words``, the answer is appended.
     """
     sets = []
     for split in ("validation", "test"):
@@ -28,7 +29,7 @@ def prompt_sets(directory: Path, *, min_item_words: int) -> list[EvaluationSet]:
 
 
 def source_sets(sources: Iterable[Source]) -> list[EvaluationSet]:
-    """Sources as evaluation sets, each text an item. Raises ``DataError`` if one is empty or has unreadable rows."""
+    """Return sources as evaluation sets; each text is an item. Raises ``DataError`` if one is empty or unreadable."""
     sets = []
     for source in sources:
         items = []
@@ -37,10 +38,10 @@ def source_sets(sources: Iterable[Source]) -> list[EvaluationSet]:
                 if isinstance(row, Unreadable):
                     raise DataError(
                         f"evaluation set {source.name!r}: {row.file}:{row.row} {row.error}; expected that every item "
-                        f"can be read, as the others would pass unseen; mend the file"
+                        f"is readable, because unreadable items cannot be matched; repair the file"
                     )
                 items.append((row.id, row.text))
         if not items:
-            raise DataError(f"evaluation set {source.name!r}: {source.path} holds no items; correct `path`")
+            raise DataError(f"evaluation set {source.name!r}: got no items in {source.path}; correct `path`")
         sets.append(EvaluationSet(source.name, items))
     return sets

@@ -1,7 +1,7 @@
-"""Heuristic quality filters: Gopher's, C4's, FineWeb's and Llama 3's, on the words of a document, split once.
+"""Heuristic quality filters of Gopher, C4, FineWeb and Llama 3, which share one tokenization of the document.
 
-The scores of Gopher, C4 and FineWeb are those of datatrove, which FineWeb was made with, on words that split nearly as
-spaCy's do: `python -m tests.benchmarks.heuristics` compares the decisions.
+The scores of Gopher, C4 and FineWeb are those of datatrove, which built FineWeb. Words are split nearly as by spaCy;
+`python -m tests.benchmarks.heuristics` compares the decisions with datatrove's.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from lilpipe.data.filters.words import ALPHABETIC, NON_SYMBOL, PUNCTUATION, SENT
 
 
 def heuristic_filters(config: QualityConfig, reference: Unigrams | None = None) -> list[Filter]:
-    """The heuristics that are switched on, in the order in which documents pass them.
+    """Return the enabled heuristics in the order of application.
 
-    C4 changes the text and so comes first. `max_kl_divergence` needs the `reference`, the corpus's own words.
+    C4 comes first because it changes the text. `max_kl_divergence` needs `reference`, the word distribution of the
+    corpus.
     """
     filters: list[Filter] = []
     if config.c4:
@@ -58,11 +59,10 @@ def heuristic_filters(config: QualityConfig, reference: Unigrams | None = None) 
 
 
 class GopherRepetition(Heuristic):
-    """Rae et al. 2021 (Gopher), A1.1 and table A1: shares of the lines, the paragraphs and the characters of a text
-    that repeat what has been there before.
+    """Rae et al. 2021 (Gopher), A1.1 and table A1: shares of lines, paragraphs and characters that are repeated.
 
-    Characters count against all of the text's, white space included. Of n-grams, the smaller sizes count the most
-    frequent one, the larger ones all that have occurred before, without counting a word twice.
+    The denominator is all characters of the text, white space included. For the smaller n-gram sizes, the most frequent
+    n-gram counts; for the larger ones, all repeated n-grams count, and no word counts twice.
     """
 
     stage = "gopher_repetition"
@@ -84,7 +84,7 @@ class GopherRepetition(Heuristic):
         self.sizes = sorted(self.top_sizes | self.duplicate_sizes)
 
     def scores(self, document: Document) -> Scores:
-        """Paragraphs, lines, most frequent n-grams, repeated n-grams."""
+        """Yield the shares of repeated paragraphs, repeated lines, most frequent n-grams and repeated n-grams."""
         text = document.text
         num_chars = max(len(text), 1)
         paragraphs = split_paragraphs(text)
@@ -109,10 +109,10 @@ class GopherRepetition(Heuristic):
 
 
 class GopherQuality(Heuristic):
-    """Rae et al. 2021 (Gopher), A1.1: how many words, how long, and how much of the text is symbols, bullets,
-    ellipses or stop words.
+    """Rae et al. 2021 (Gopher), A1.1: number and length of words, and shares of symbols, bullets, ellipses, alphabetic
+    words and stop words.
 
-    Words are all tokens, but number and length are taken of those that are no punctuation.
+    Words are all tokens, but their number and length exclude punctuation.
     """
 
     stage = "gopher_quality"
@@ -136,7 +136,7 @@ class GopherQuality(Heuristic):
         )
 
     def scores(self, document: Document) -> Scores:
-        """Words, symbols, lines, letters, stop words."""
+        """Yield the scores of words, symbols, lines, letters and stop words."""
         text, words = document.text, document.words
         num_tokens = max(len(words.marks), 1)
         is_word = (words.marks & NON_SYMBOL) != 0
@@ -163,8 +163,8 @@ class GopherQuality(Heuristic):
 
 
 class FineWeb(Heuristic):
-    """Penedo et al. 2024 (FineWeb), 3.6: shares of lines that end in punctuation, that are short, that are repeated,
-    and line breaks for each word. Lines of white space do not count.
+    """Penedo et al. 2024 (FineWeb), 3.6: shares of lines that end in punctuation, are short, or are repeated, and line
+    breaks per word. Blank lines are ignored.
     """
 
     stage = "fineweb"
@@ -181,7 +181,7 @@ class FineWeb(Heuristic):
         )
 
     def scores(self, document: Document) -> Scores:
-        """Ends of lines, lengths of lines, repeated lines, line breaks."""
+        """Yield the scores of line endings, line lengths, repeated lines and line breaks."""
         text = document.text
         lines = [line for line in text.split("\n") if line and not line.isspace()]
         num_lines = max(len(lines), 1)
@@ -200,9 +200,10 @@ _UNWANTED = ("javascript", "lorem ipsum", "terms of use", "privacy policy", "coo
 
 
 class C4(Heuristic):
-    """Raffel et al. 2020 (T5), 2.2: keeps the lines that end in terminal punctuation and have three words or more;
-    drops those about JavaScript, cookies or terms of use and those with a word of more than 1,000 characters, and
-    marks of citations. What is left must have five sentences, no curly bracket and no lorem ipsum.
+    """Raffel et al. 2020 (T5), 2.2: keeps lines that end in terminal punctuation and have at least three words.
+
+    It removes lines about JavaScript, cookies or terms of use, lines with a word of more than 1,000 characters, and
+    citation markers. The remaining text must have at least five sentences, no curly bracket and no "lorem ipsum".
     """
 
     stage = "c4"
@@ -220,7 +221,7 @@ class C4(Heuristic):
         )
 
     def scores(self, document: Document) -> Scores:
-        """The lines that stay become the text."""
+        """Yield the scores, and replace the text by the kept lines."""
         lines = list(self._kept_lines(document.text))
         text = "\n".join(lines).strip()
         yield "lorem_ipsum", int("lorem ipsum" in text.lower())
@@ -249,7 +250,7 @@ class C4(Heuristic):
 
     @staticmethod
     def _is_notice(line: str) -> bool:
-        """Whether the line is dropped for what it is about, rather than the document with it."""
+        """Return whether the line is removed for its content; "lorem ipsum" and "{" reject the document instead."""
         if "lorem ipsum" in line:
             return False
         return "javascript" in line or ("{" not in line and any(policy in line for policy in _POLICIES))
@@ -259,8 +260,8 @@ _LINE_ENDS = frozenset(".?!\"'")
 
 
 def count_sentences(lines: Sequence[str]) -> int:
-    """Sentences of lines, where none goes over the end of a line: a new one starts at the first word behind `.`, `!`,
-    `?` or the like.
+    """Count the sentences of lines. A sentence ends at the end of its line, and starts at the first word after `.`,
+    `!`, `?` or a similar mark.
     """
     if not lines:
         return 0

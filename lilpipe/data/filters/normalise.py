@@ -1,4 +1,4 @@
-"""What makes two texts the same."""
+"""Text normalisation for the comparison of documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 
 
 def normalise(text: str) -> str:
-    """What two texts must share to count as the same: all but case, white space and the Unicode form."""
+    """Return the text without differences in case, white space and Unicode form."""
     if text.isascii():
         return " ".join(text.lower().split())
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())

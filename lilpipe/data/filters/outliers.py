@@ -1,4 +1,4 @@
-"""Llama 3's heuristics (Grattafiori et al. 2024, 3.1.1): repeated n-grams, dirty words, outlier tokens."""
+"""Heuristics of Llama 3 (Grattafiori et al. 2024, 3.1.1): duplicate n-gram coverage, dirty words, outlier tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lilpipe.errors import ConfigError
 
 
 class DuplicateNgramCoverage(Heuristic):
-    """The share of a text's words that lie in an n-gram which has occurred before (Rae et al. 2021).
+    """Share of a text's words in an n-gram that has occurred before (Rae et al. 2021).
 
-    It finds logs and error messages, whose lines are long and not quite the same.
+    It finds logs and error messages, whose lines are long and not exactly equal.
     """
 
     stage = "ngram_coverage"
@@ -28,7 +28,7 @@ class DuplicateNgramCoverage(Heuristic):
         self.ngram_size = ngram_size
 
     def scores(self, document: Document) -> Scores:
-        """One share."""
+        """Yield the coverage."""
         hashes = document.words.hashes
         (repeats,) = repeated_ngrams(hashes, [self.ngram_size])
         yield "coverage", ngram_coverage(repeats, len(hashes))
@@ -40,17 +40,17 @@ NEUTRAL_LIST = (
     "camgirl", "camgirls", "hentai", "milf", "nsfw", "porn", "porno", "pornography", "upskirt", "xxx", "sex cam",
     "sex chat", "sex tape", "nude pics", "adult video", "adult webcam", "escort service",
 )  # fmt: skip
-"""What sites of adult content call themselves; none that is an insult or has another sense alone."""
+"""Words and phrases of adult sites; no insults, and no words that have another meaning on their own."""
 
 
 class DirtyWords(Heuristic):
-    """Counts the words of a list, for adult sites that a list of domains does not know.
+    """Counts listed words, to find adult sites that are not on a domain block list.
 
-    An entry may be several words; case and punctuation do not count.
+    An entry may have several words; case and punctuation are ignored.
 
     Args:
-        most: Most occurrences that pass.
-        path: File with an entry on each line; ``NEUTRAL_LIST`` where there is none.
+        most: Maximum number of occurrences.
+        path: File with one entry per line; ``NEUTRAL_LIST`` if None.
     """
 
     stage = "dirty_words"
@@ -65,7 +65,7 @@ class DirtyWords(Heuristic):
         self.first_words = np.array(sorted(self.entries), np.uint64)
 
     def scores(self, document: Document) -> Scores:
-        """One count."""
+        """Yield the number of occurrences."""
         hashes = document.words.hashes
         starts = np.flatnonzero(np.isin(hashes, self.first_words)).tolist()
         yield "num_dirty_words", sum(self._count_at(start, hashes) for start in starts)
@@ -80,8 +80,8 @@ def _read_entries(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"corpus.quality.dirty_words: cannot read {path!r} ({error}); expected a UTF-8 file with a word on each "
-            "line, or nothing for the list built in"
+            f"corpus.quality.dirty_words: cannot read {path!r} ({error}); expected a UTF-8 file with one word per "
+            "line, or no value for the built-in list"
         ) from error
 
 
@@ -89,10 +89,10 @@ def _read_entries(path: str) -> list[str]:
 
 
 class WordCounts(NamedTuple):
-    """How often words occur."""
+    """Number of occurrences of each word."""
 
     hashes: np.ndarray
-    """uint64 [words], ascending, each once."""
+    """uint64 [words], ascending and unique."""
     counts: np.ndarray
     """int64 [words]."""
 
@@ -101,7 +101,7 @@ _BUFFERED_WORDS = 2**20
 
 
 class WordCounter:
-    """Counts how often each word is; memory goes with the number of different words."""
+    """Counts words; memory grows with the number of distinct words."""
 
     def __init__(self) -> None:
         self._total = WordCounts(np.empty(0, np.uint64), np.empty(0, np.int64))
@@ -109,21 +109,21 @@ class WordCounter:
         self._num_buffered = 0
 
     def add(self, words: Words) -> None:
-        """Count the words of a document."""
+        """Add the words of a document."""
         self._buffered.append(words.hashes)
         self._num_buffered += len(words.hashes)
         if self._num_buffered >= _BUFFERED_WORDS:
             self.total()
 
     def total(self) -> WordCounts:
-        """The counts so far."""
+        """Return the counts so far."""
         self._total = merge_counts([self._total, _count(self._buffered)])
         self._buffered, self._num_buffered = [], 0
         return self._total
 
 
 def merge_counts(parts: Iterable[WordCounts]) -> WordCounts:
-    """The counts of several parts together; neither their order nor the way in which they were parted matters."""
+    """Sum counts; the result does not depend on the order or the division of the parts."""
     parts = list(parts)
     hashes, inverse = np.unique(np.concatenate([part.hashes for part in parts]), return_inverse=True)
     counts = np.zeros(len(hashes), np.int64)
@@ -137,8 +137,10 @@ def _count(buffered: list[np.ndarray]) -> WordCounts:
 
 
 class Unigrams(NamedTuple):
-    """A distribution of words, smoothed by adding one: a word seen c times of n has the probability
-    (c + 1) / (n + v + 1), v being the number of different words; all unseen words share that of one with c = 0.
+    """A word distribution with add-one smoothing.
+
+    A word with count c among n has probability (c + 1) / (n + v + 1), where v is the number of distinct words. All
+    unseen words share the probability of one word with c = 0.
     """
 
     hashes: np.ndarray
@@ -146,12 +148,12 @@ class Unigrams(NamedTuple):
     probabilities: np.ndarray
     """float64 [words]."""
     unseen: float
-    """Probability of a word that is not among them."""
+    """Probability of a word that is not in ``hashes``."""
 
     @classmethod
     def from_counts(cls, counts: WordCounts, max_words: int = 2**22) -> Unigrams:
-        """The distribution of counts; beyond `max_words` the rarest words count as unseen, of those as rare the ones
-        with the greatest hashes.
+        """Return the distribution of counts. Beyond `max_words`, the rarest words count as unseen; ties are broken by
+        hash, the greatest first.
         """
         denominator = int(counts.counts.sum()) + len(counts.hashes) + 1
         hashes, kept = counts
@@ -161,7 +163,7 @@ class Unigrams(NamedTuple):
         return cls(hashes, (kept + 1) / denominator, 1 / denominator)
 
     def probability(self, hashes: np.ndarray) -> np.ndarray:
-        """float64 [hashes]: probabilities of words."""
+        """Return the probabilities of words, float64 [hashes]."""
         if not len(self.hashes):
             return np.full(len(hashes), self.unseen)
         places = np.searchsorted(self.hashes[:-1], hashes)
@@ -169,9 +171,9 @@ class Unigrams(NamedTuple):
 
 
 class Divergence(Heuristic):
-    """The Kullback-Leibler divergence, in nats, of a document's words from the corpus's: the mean, over its words, of
-    how much likelier a word is in the document than in the corpus, as a logarithm. Documents of outlier tokens have
-    more; so have short ones, whose few words are each a large share.
+    """Kullback-Leibler divergence of a document's word distribution from that of the corpus, in nats.
+
+    It is high for documents with outlier tokens, and also for short documents, because each word has a large share.
     """
 
     stage = "divergence"
@@ -181,7 +183,7 @@ class Divergence(Heuristic):
         self.reference = reference
 
     def scores(self, document: Document) -> Scores:
-        """One divergence."""
+        """Yield the divergence."""
         hashes, counts = np.unique(document.words.hashes, return_counts=True)
         shares = counts / max(int(counts.sum()), 1)
         yield "kl_divergence", float(shares @ np.log(shares / self.reference.probability(hashes)))

@@ -1,10 +1,10 @@
-"""Personal data in documents: e-mail and IP addresses, phone numbers and secrets, replaced by placeholders and counted.
+"""Personal data: e-mail addresses, IP addresses, phone numbers and secrets are replaced by placeholders and counted.
 
 FineWeb (Penedo et al. 2024) and datatrove replace e-mail addresses and public IPv4 addresses; Dolma (Soldaini et al.
-2024) phone numbers too; StarCoder (Li et al. 2023) keys. What is meant as an example stays: reserved domains
-(RFC 2606, RFC 6761), documentation and private networks (RFC 5737, RFC 3849, RFC 1918), telephone numbers 555-01xx, and
-keys that say EXAMPLE or repeat a few characters. Most documents have nothing to replace, and cheap look-ups for a
-letter or two that every match has find that out.
+2024) also phone numbers; StarCoder (Li et al. 2023) keys. Examples are kept: reserved domains (RFC 2606, RFC 6761),
+documentation and private networks (RFC 5737, RFC 3849, RFC 1918), telephone numbers 555-01xx, and keys that contain
+EXAMPLE or repeat a few characters. Most documents have nothing to replace; fast searches for a letter or two that every
+match contains detect them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Span = tuple[int, int]
 
 
 class PIIFilter:
-    """Replaces personal data in the text, and notes how much of each kind there was; rejects nothing."""
+    """Replaces personal data in the text, and records the number of replacements of each kind. It rejects nothing."""
 
     stage = "pii"
 
@@ -29,14 +29,14 @@ class PIIFilter:
         self.bounds: Mapping[str, Bounds] = dict.fromkeys(self.kinds, Bounds())
 
     def __call__(self, document: Document) -> None:
-        """Change the text if there is anything to replace."""
+        """Replace personal data in the document's text."""
         for kind in self.kinds:
             document.text, count = replace(document.text, kind)
             document.scores[f"pii.{kind}"] = count
 
 
 def replace(text: str, kind: str) -> tuple[str, int]:
-    """A text with everything of one kind (a key of ``KINDS``) replaced, and the number of replacements."""
+    """Replace all data of one kind (a key of ``KINDS``); return the text and the number of replacements."""
     find, placeholder = KINDS[kind]
     pieces: list[str] = []
     position = 0
@@ -60,7 +60,7 @@ _LOGIN = re.compile(r"://[^\s/@]*\Z")
 
 
 def find_emails(text: str) -> Iterator[Span]:
-    """E-mail addresses: not logins in a URL, `git@host:` remotes, `icon@2x.png`, nor `a@b.dot(c)`."""
+    """Find e-mail addresses, but no logins in URLs, `git@host:` remotes, `icon@2x.png` or `a@b.dot(c)`."""
     at, last = text.find("@"), 0
     while at >= 0:
         domain = _DOMAIN.match(text, at + 1)
@@ -77,7 +77,7 @@ def _is_reserved(domain: str) -> bool:
 
 
 def _local_start(text: str, at: int, last: int) -> int | None:
-    """Where the part before the `@` starts, if it is one of an address; the address before has ended at ``last``."""
+    """Return the start of the local part before the `@`, or None; the previous address ends at ``last``."""
     window = max(last, at - _MAX_LOCAL_CHARS - 1)
     local = _LOCAL.search(text[window:at])
     if not local or len(local[0]) > _MAX_LOCAL_CHARS:
@@ -101,10 +101,10 @@ _MAX_SECTION_NUMBER = 31
 
 
 def find_ip_addresses(text: str) -> Iterator[Span]:
-    """Public addresses: IPv4, and IPv6 in 2000::/3, which is all that has been given out.
+    """Find public IP addresses: IPv4, and IPv6 in 2000::/3, the range allocated so far.
 
-    Four numbers up to 31 are taken for a version or a section, as are those that follow `version`, `==`, `Name/` and
-    the like; that passes over 1 in 4,096 of all IPv4 addresses.
+    Four numbers up to 31 count as a version or section number, and so do numbers after `version`, `==`, `Name/` and the
+    like. This misses 1 in 4,096 IPv4 addresses.
     """
     for start, end in _with_start(text, _IPV4_REST, _IPV4_START):
         address = text[start:end]
@@ -117,7 +117,7 @@ def find_ip_addresses(text: str) -> Iterator[Span]:
 
 
 def _with_start(text: str, rest: re.Pattern[str], start: re.Pattern[str]) -> Iterator[Span]:
-    """Matches of ``rest`` right after ``start``: a search for a dot or colon runs 20 times faster than for digits."""
+    """Find ``rest`` right after ``start``: searching for a dot or colon is 20 times faster than for digits."""
     for found in rest.finditer(text):
         window = max(0, found.start() - 16)
         if before := start.search(text[window : found.start()]):
@@ -146,7 +146,7 @@ _NUMBER_BEFORE = re.compile(r"(?:[\w+/=]|\d[.-])\Z", re.ASCII)
 
 
 def find_phone_numbers(text: str) -> Iterator[Span]:
-    """International numbers (`+` and 9 to 15 digits: E.164) and North American ones, as (212) 555-2368."""
+    """Find international numbers (`+` and 9 to 15 digits: E.164) and North American ones, such as (212) 555-2368."""
     candidates = [found.span() for found in _INTERNATIONAL.finditer(text)]
     candidates += _with_start(text, _NORTH_AMERICAN_REST, _NORTH_AMERICAN_START)
     last = 0
@@ -187,12 +187,12 @@ _TOKENS = tuple(
         (r"\.eyJ", r"eyJ[\w-]{10,1000}\.eyJ[\w-]{10,}\.[\w-]{10,}"),  # JSON Web Token (RFC 7519)
     )
 )
-"""A sign that is quick to look for, and the pattern, of access tokens, which start as their issuers let them. Where
-the pattern has a group, that is the secret."""
+"""Access tokens with fixed prefixes: a pattern that is fast to search, and the full pattern. If the full pattern has a
+group, the group is the secret."""
 
 
 def find_secrets(text: str) -> Iterator[Span]:
-    """Private keys and access tokens; not those that are plainly made up."""
+    """Find private keys and access tokens, except obvious examples."""
     patterns = [_PRIVATE_KEY, *(pattern for sign, pattern in _TOKENS if sign.search(text))]
     for pattern in patterns:
         for found in pattern.finditer(text):
@@ -212,4 +212,4 @@ KINDS: Mapping[str, tuple[Callable[[str], Iterator[Span]], str]] = {
     "ip_addresses": (find_ip_addresses, "<IP_ADDRESS>"),
     "phone_numbers": (find_phone_numbers, "<PHONE_NUMBER>"),
 }
-"""What is looked for, in this order, and what takes its place."""
+"""Kinds of personal data in order of replacement, each with its search function and placeholder."""

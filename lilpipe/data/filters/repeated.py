@@ -1,7 +1,7 @@
-"""Cutting what has been there before: lines that many documents share, and paragraphs within one document.
+"""Removal of repeated text: lines that many documents share, and paragraphs within one document.
 
-Both leave structure alone. A heading, a table's border, a closing bracket or the last word of a wrapped sentence
-occurs everywhere and says nothing; and a line cut out of code, be it fenced or indented, would break it.
+Both filters preserve structure. Headings, table borders, closing brackets and the last words of wrapped sentences recur
+everywhere, and removing lines from fenced or indented code would break it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from lilpipe.data.filters.chain import Bounds, Document, Rejection
 from lilpipe.data.filters.frequent_keys import contains, frequent_keys
 
 MIN_LINE_WORDS = 3
-"""Lines of fewer words are neither counted nor cut, but for scripts that do not space words."""
+"""Lines with fewer words are neither counted nor removed, except in scripts without spaces between words."""
 
 MIN_LINE_LETTERS = 12
-"""Nor are lines of fewer letters and digits; "Skip to content" has 13."""
+"""Lines with fewer letters and digits are not removed; "Skip to content" has 13."""
 
 MIN_PARAGRAPH_LETTERS = 40
-"""Paragraphs of fewer letters and digits may recur: headings, and lead-ins such as "For example:"."""
+"""Paragraphs with fewer letters and digits may repeat, such as headings and "For example:"."""
 
 _LONG_LINE = re.compile(rf"(?:[\W_]*[^\W_]){{{MIN_LINE_LETTERS}}}")
 _LONG_PARAGRAPH = re.compile(rf"(?:[\W_]*[^\W_]){{{MIN_PARAGRAPH_LETTERS}}}")
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # Thai ... Chinese
 _FENCES = ("```", "~~~")
-_FENCE = re.compile(r"\s*(?:```(?!.*```)|~~~)")  # not one that closes on its own line
+_FENCE = re.compile(r"\s*(?:```(?!.*```)|~~~)")  # not a fence that closes on its own line
 _CODE_OR_HEADING = ("    ", "\t", "#")
 
 
 class LineFilter:
-    """Cuts out lines that many documents share: navigation, cookie notices, licence texts.
+    """Removes lines that many documents share: navigation, cookie notices, licence texts.
 
-    Llama 3 (Grattafiori et al. 2024, 3.1.1) removes every line that was seen more than 6 times in a bucket of 30
-    million documents. Here a line counts once for each document, as what recurs within one is the business of other
-    filters, and structure is exempt. Lines are the same if they differ in case and white space only.
+    Llama 3 (Grattafiori et al. 2024, 3.1.1) removes every line seen more than 6 times in a bucket of 30 million
+    documents. Here a line counts once per document, because other filters handle repetition within a document; and
+    structure is kept. Lines are compared without case and white space.
     """
 
     stage = "line_dedup"
@@ -50,7 +50,7 @@ class LineFilter:
         self._frequent: np.ndarray | None = None
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Cut the lines; the document goes if no letter is left."""
+        """Remove the lines; reject the document if no letter or digit is left."""
         if self._frequent is None:
             self._frequent = frequent_keys(self.frequent_lines)
         lines = document.text.split("\n")
@@ -65,13 +65,13 @@ class LineFilter:
 
 
 def document_line_keys(document: Document) -> np.ndarray:
-    """What the survey counts for ``LineFilter``: uint64."""
+    """Return the line keys that the survey counts for ``LineFilter``, uint64."""
     return line_keys(document.text)[1]
 
 
 def line_keys(text: str) -> tuple[list[int], np.ndarray]:
-    """The lines that may be cut if they are of enough letters: where they are, and the hash of each, uint64."""
-    folded = text.casefold().split("\n")  # folding adds no line breaks
+    """Return the positions of lines that may be removed if they have enough letters, and their hashes, uint64."""
+    folded = text.casefold().split("\n")  # case folding adds no line breaks
     in_fence = _fenced(text, folded)
     places, keys = [], []
     for place, line in enumerate(folded):
@@ -85,13 +85,13 @@ def line_keys(text: str) -> tuple[list[int], np.ndarray]:
 
 
 class ParagraphFilter:
-    """Cuts out paragraphs, which blank lines separate, that have occurred before in the same document."""
+    """Removes paragraphs, separated by blank lines, that have occurred before in the same document."""
 
     stage = "paragraph_dedup"
     bounds = {"removed_paragraphs": Bounds(), "removed_chars": Bounds()}  # noqa: RUF012 (number; share)
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Cut the paragraphs; the first of each stays, and so does the document."""
+        """Remove repeated paragraphs; the first of each is kept, and no document is rejected."""
         lines = document.text.split("\n")
         seen: set[str] = set()
         cut: list[int] = []
@@ -109,7 +109,7 @@ class ParagraphFilter:
 
 
 def _paragraphs(text: str, lines: Sequence[str]) -> Iterator[range]:
-    """The places of the lines of each paragraph without code."""
+    """Yield the line range of each paragraph that is not code."""
     in_fence = _fenced(text, lines)
     first = 0
     for end in range(len(lines) + 1):
@@ -120,7 +120,7 @@ def _paragraphs(text: str, lines: Sequence[str]) -> Iterator[range]:
 
 
 def _fenced(text: str, lines: Sequence[str]) -> list[bool]:
-    """Which lines are a fence of Markdown's or between two; empty if there is no fence at all."""
+    """Return which lines are in a Markdown code fence, the fence lines included; empty if there is no fence."""
     if not any(fence in text for fence in _FENCES):
         return []
     fences = [place for place, line in enumerate(lines) if _FENCE.match(line)]
@@ -132,8 +132,8 @@ def _fenced(text: str, lines: Sequence[str]) -> list[bool]:
 
 
 def _cut_lines(document: Document, lines: Sequence[str], cut: Sequence[int]) -> float:
-    """Take lines out of a document, and the blank ones that would then follow others; returns their share of its
-    characters.
+    """Remove lines from a document, and the blank lines that would follow other blank lines; return the removed share
+    of its characters.
     """
     if not cut:
         return 0.0

@@ -1,4 +1,4 @@
-"""Repeated elements and n-grams of one document: the counts behind the filters on repetition."""
+"""Repeated elements and n-grams of a document, for the repetition filters."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import NamedTuple
 import numpy as np
 
 _BASE = np.uint64(0x9E3779B97F4A7C17)
-"""Multiplier of the n-gram hash; 3 modulo 4, so that swapping two words can lose one bit of 64 and no more."""
+"""Multiplier of the n-gram hash; it is 3 modulo 4, so swapping two words loses at most one of 64 bits."""
 _BLOCK_CELLS = 2**14
-"""N-grams that are sorted at a time, of several sizes where a text is short: numpy's calls cost more than its work."""
+"""N-grams sorted at a time. For short texts it covers several sizes, because numpy calls cost more than the work."""
 
 
 class Repeats(NamedTuple):
-    """The n-grams of a text that have occurred before in it."""
+    """N-grams of a text that have occurred before in it."""
 
     size: int
     """n."""
     positions: np.ndarray
-    """int64 [repeats], ascending: where they start, in words."""
+    """int64 [repeats], ascending: word index of the start."""
     origins: np.ndarray
-    """int64 [repeats]: where the same n-gram occurs first."""
+    """int64 [repeats]: word index of the first occurrence."""
 
 
 def duplicates(elements: Sequence[str]) -> tuple[int, int]:
-    """How many elements have occurred before, and how many characters they have."""
+    """Return the number of elements that have occurred before, and their number of characters."""
     unique = set(elements)
     num_duplicates = len(elements) - len(unique)
     if not num_duplicates:
@@ -35,29 +35,29 @@ def duplicates(elements: Sequence[str]) -> tuple[int, int]:
 
 
 def split_paragraphs(text: str) -> list[str]:
-    """What two line breaks or more part; white space around the text is no paragraph."""
+    """Split a text at two or more line breaks; surrounding white space is no paragraph."""
     paragraphs = [paragraph.lstrip("\n") for paragraph in text.strip().split("\n\n")]
     return list(filter(None, paragraphs)) or [""]
 
 
 def split_lines(text: str) -> list[str]:
-    """What one line break or more part; a text that begins or ends with one has an empty line there."""
+    """Split a text at one or more line breaks; a line break at the start or end gives an empty line there."""
     lines = list(filter(None, text.split("\n")))
     return [""] * (text[:1] == "\n") + lines + [""] * (text[-1:] == "\n" or not text)
 
 
 def repeated_ngrams(hashes: np.ndarray, sizes: Sequence[int]) -> Iterator[Repeats]:
-    """The repeated n-grams of each size in turn, found when they are asked for.
+    """Yield the repeated n-grams of each size, lazily.
+
+    An n-gram can only be repeated at positions where the shorter n-gram is repeated or is repeated later. So each block
+    of sizes searches only the positions left by the previous block.
 
     Args:
         hashes: uint64 [words].
         sizes: n of the n-grams, ascending.
-
-    An n-gram can only be repeated where the shorter one before is repeated or is repeated later; so each block of
-    sizes looks at the positions that the one before has left.
     """
     num_words = len(hashes)
-    padded = np.zeros(num_words + max(sizes, default=0), np.uint64)  # n-grams over the end equal no other
+    padded = np.zeros(num_words + max(sizes, default=0), np.uint64)  # n-grams beyond the end equal no other
     padded[:num_words] = hashes
     positions = np.arange(num_words)
     ngrams, size, done = hashes, 1, 0
@@ -84,10 +84,10 @@ def repeated_ngrams(hashes: np.ndarray, sizes: Sequence[int]) -> Iterator[Repeat
 
 
 def _repeats(numbers_RN: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each row the places of numbers that have occurred before in it, ascending, and where they occurred first.
+    """Return, for each row, the positions of numbers that have occurred before, ascending, and their first occurrence.
 
-    A number and its place are packed into 64 bits and sorted, so that a run of equals starts with the first. Of 2^p
-    numbers 64 - p bits are compared: at a million the odds that any two are confused are 1 in 32.
+    A number and its position are packed into 64 bits and sorted, so a run of equal numbers starts with the first. With
+    2^p numbers, 64 - p bits are compared: for a million numbers, the probability of any collision is 1 in 32.
     """
     num_rows, num_places = numbers_RN.shape
     bits = num_places.bit_length()
@@ -115,11 +115,11 @@ def _repeats(numbers_RN: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def top_ngram_chars(repeats: Repeats, offsets: Sequence[int]) -> int:
-    """Characters of all occurrences of the most frequent n-gram, spaces between its words included.
+    """Return the characters of all occurrences of the most frequent n-gram, with the spaces between its words.
 
     Args:
-        repeats: The repeated n-grams. Of n-grams as frequent, the one that comes first counts.
-        offsets: Characters before each word, and of all words, which are as many as the n-gram's or more.
+        repeats: The repeated n-grams. Among equally frequent n-grams, the first counts.
+        offsets: Number of characters before each word, and of all words; there are at least n words.
     """
     top, count = 0, 1
     if len(repeats.origins):
@@ -130,12 +130,12 @@ def top_ngram_chars(repeats: Repeats, offsets: Sequence[int]) -> int:
 
 
 def duplicate_ngram_chars(repeats: Repeats, offsets: Sequence[int]) -> int:
-    """Characters in repeated n-grams, reading on behind each; no character counts twice.
+    """Return the characters in repeated n-grams, without spaces; no character counts twice.
 
     Args:
-        repeats: The repeated n-grams. Those that start inside one that has counted are not read, and do not make known
-            what comes later.
-        offsets: Characters before each word, and of all words.
+        repeats: The repeated n-grams. Those that start inside a counted one are skipped, and do not make later
+            occurrences count as repeated.
+        offsets: Number of characters before each word, and of all words.
     """
     if not len(repeats.positions):
         return 0
@@ -156,7 +156,7 @@ def duplicate_ngram_chars(repeats: Repeats, offsets: Sequence[int]) -> int:
 
 
 def ngram_coverage(repeats: Repeats, num_words: int) -> float:
-    """The share of a text's words that lie in a repeated n-gram."""
+    """Return the share of a text's words in a repeated n-gram."""
     if not len(repeats.positions):
         return 0.0
     steps = np.zeros(num_words + 1, np.int64)

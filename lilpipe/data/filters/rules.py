@@ -1,7 +1,7 @@
-"""A filter as a sequence of scores with bounds.
+"""Filters defined by scores with bounds.
 
-A heuristic yields its scores, cheap ones first; the first that is out of bounds rejects the document, and those behind
-it are not taken.
+A heuristic yields its scores, cheap ones first. The first score out of bounds rejects the document, and the remaining
+scores are not computed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ Scores = Iterator[tuple[str, float]]
 
 
 class Rule(NamedTuple):
-    """The values of a score that pass, and the reasons that it gives for others."""
+    """Allowed range of a score, and the rejection reasons below and above it."""
 
     bounds: Bounds
     too_low: str = ""
     too_high: str = ""
 
     def reason(self, value: float) -> str:
-        """Why this value does not pass; empty if it does."""
+        """Return the rejection reason for a value, or an empty string."""
         least, most = self.bounds
         if least is not None and value < least:
             return self.too_low
@@ -31,17 +31,17 @@ class Rule(NamedTuple):
 
 
 def at_least(least: float, reason: str) -> Rule:
-    """A rule with a lower bound alone."""
+    """Return a rule with only a lower bound."""
     return Rule(Bounds(least=least), too_low=reason)
 
 
 def at_most(most: float, reason: str) -> Rule:
-    """A rule with an upper bound alone."""
+    """Return a rule with only an upper bound."""
     return Rule(Bounds(most=most), too_high=reason)
 
 
 class Heuristic(ABC):
-    """A filter that judges a document by scores."""
+    """Base class of filters that judge a document by scores."""
 
     stage: ClassVar[str]
 
@@ -51,10 +51,10 @@ class Heuristic(ABC):
 
     @abstractmethod
     def scores(self, document: Document) -> Scores:
-        """Names and values of the scores, in the order of the rules."""
+        """Yield names and values of the scores, in the order of the rules."""
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Note scores until one is out of bounds."""
+        """Record scores until one is out of bounds."""
         for name, value in self.scores(document):
             document.scores[f"{self.stage}.{name}"] = value
             if reason := self.rules[name].reason(value):

@@ -1,9 +1,9 @@
-"""Addresses of documents: one form for each page, and lists of what is blocked.
+"""URL filtering: normalisation, and block lists.
 
-Two addresses of one page differ in scheme, `www.`, default port, tracking parameters, fragment, trailing slash, case of
-the host, dot segments and percent-encoding (RFC 3986, section 6.2, and what web crawls add to it); their normalised
-forms are equal. Block-lists of domains and words follow RefinedWeb (Penedo et al. 2023, appendix G.1). Keeping one
-page of those that share an address (Llama 3, Grattafiori et al. 2024, 3.1.1) is for whoever sees them all: `url_key`.
+URLs of one page may differ in scheme, `www.`, default port, tracking parameters, fragment, trailing slash, case of the
+host, dot segments and percent-encoding (RFC 3986, section 6.2, and common practice of web crawls); their normalised
+forms are equal. Block lists of domains and words follow RefinedWeb (Penedo et al. 2023, appendix G.1). The survey uses
+`url_key` to keep one page per URL (Llama 3, Grattafiori et al. 2024, 3.1.1).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRACKING_PARAMETERS = frozenset({
     "srsltid", "vero_id", "oly_anon_id", "oly_enc_id", "wickedid", "epik",
 })
 # fmt: on
-"""Names of query parameters that tell who followed a link, and never which page it is."""
+"""Names of query parameters that track the visitor and do not identify the page."""
 
 _WEB = re.compile(r"(?:https?:/+|/{2,})*", re.IGNORECASE)
 _PARTS = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]*:/{2})?)([^/?#]*)([^?#]*)(?:\?([^#]*))?", re.DOTALL)
@@ -40,15 +40,15 @@ _URL_WORD = re.compile(r"[^\W_]+")
 
 
 def normalise_url(url: str) -> str:
-    """The form that all addresses of a page share, such as `example.com/a?b=1`; "" for no address.
+    """Return the normalised form of a URL, such as `example.com/a?b=1`; "" without scheme and host.
 
-    Normalising twice changes nothing. Schemes other than http and https stay; user names, and all of a fragment, go;
-    the order of parameters stays, since it may mean something.
+    Normalisation is idempotent. Schemes other than http and https are kept. User names and fragments are removed. The
+    order of parameters is kept, because it may matter.
     """
     url = url.strip()
     web = _WEB.match(url)
     parts = _PARTS.match(url, web.end() if web else 0)
-    assert parts is not None  # each of them may be empty
+    assert parts is not None  # all groups may be empty
     scheme, authority, path, query = parts.groups()
     host = _host(authority)
     if not scheme and not host:
@@ -58,17 +58,17 @@ def normalise_url(url: str) -> str:
 
 
 def url_key(url: str) -> int:
-    """64-bit hash of the normalised address, the same in every process; 0 for none."""
+    """Return the 64-bit hash of the normalised URL, the same in every process; 0 if it is empty."""
     normalised = normalise_url(url)
     return xxhash.xxh3_64_intdigest(normalised.encode()) if normalised else 0
 
 
 class UrlFilter:
-    """Rejects documents whose address is on a list of the user's; documents without one pass.
+    """Rejects documents whose URL is on a block list; documents without a URL pass.
 
     Raises:
-        ConfigError: A list does not exist.
-        DataError: A list is not UTF-8, or a line of it is no domain, or no word.
+        ConfigError: A list cannot be read.
+        DataError: A list is not UTF-8, or has a line that is not a domain or word.
     """
 
     stage = "url"
@@ -80,7 +80,7 @@ class UrlFilter:
         self._word_counts = sorted({word.count(" ") + 1 for word in self.blocked_words})
 
     def __call__(self, document: Document) -> Rejection | None:
-        """Reject as `blocked_domain` or `blocked_word`, the entry of the list as detail."""
+        """Reject as `blocked_domain` or `blocked_word`, with the list entry as detail."""
         if not document.url:
             return None
         url = normalise_url(document.url)
@@ -91,14 +91,14 @@ class UrlFilter:
         return None
 
     def _blocked_domain(self, url: str) -> str | None:
-        """The entry that blocks the host: itself or a domain that it lies in."""
+        """Return the entry that blocks the host: the host itself or a parent domain."""
         domain = url.rpartition("://")[2].partition("/")[0].partition("?")[0].partition(":")[0]
         while domain and domain not in self.blocked_domains:
             domain = domain.partition(".")[2]
         return domain or None
 
     def _blocked_word(self, url: str) -> str | None:
-        """The first entry whose words stand in the address, next to each other and whole."""
+        """Return the first entry whose words are whole, adjacent words of the URL."""
         words = _words(unquote(url)) if self.blocked_words else []
         for count in self._word_counts:
             for start in range(len(words) - count + 1):
@@ -108,14 +108,14 @@ class UrlFilter:
 
 
 def _host(authority: str) -> str:
-    """Host, and port unless it is a default one."""
+    """Return the normalised host, with the port unless it is a default port."""
     host = authority.rpartition("@")[2]
     host = _HOST_END.sub("", _encode(_ascii(host)).lower())
     return _WWW.sub("", host) if host.startswith("www.") else host
 
 
 def _ascii(host: str) -> str:
-    """An international domain name as DNS knows it."""
+    """Return an internationalised domain name in its ASCII form (IDNA)."""
     if host.isascii():
         return host
     try:
@@ -130,7 +130,7 @@ def _is_tracking(parameter: str) -> bool:
 
 
 def _encode(part: str) -> str:
-    """Percent-encoding where it must be and nowhere else, in capitals."""
+    """Percent-encode characters only where necessary, in upper case."""
     return part if _PLAIN.fullmatch(part) else _TO_ENCODE.sub(_encode_one, part)
 
 
@@ -142,7 +142,7 @@ def _encode_one(found: re.Match[str]) -> str:
 
 
 def _without_dots(path: str) -> str:
-    """A path without `.`, `..` and slashes at its end."""
+    """Remove `.` and `..` segments and trailing slashes from a path."""
     if "/." in path:
         kept: list[str] = []
         for segment in path.split("/")[1:]:
@@ -180,7 +180,7 @@ def _read_words(path: str | None) -> frozenset[str]:
 
 
 def _entries(path: str | None, field: str) -> Iterator[tuple[int, str]]:
-    """Lines of a list with their numbers, without blank ones and comments (`#`)."""
+    """Yield line numbers and lines of a list, without blank lines and comments (`#`)."""
     if path is None:
         return
     try:

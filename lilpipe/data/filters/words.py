@@ -1,13 +1,12 @@
-"""The words of a text, split once: heuristics, MinHash, decontamination and divergence share them.
+"""Word tokenization, done once per text for heuristics, MinHash, decontamination and divergence.
 
-White space splits a text into chunks, and each chunk splits into tokens in a way that depends on the chunk alone. So
-what is known of a chunk is kept in a table as packed bytes, and the arrays of a text are those bytes joined: a word
-that has been there before costs a look-up. The tables are bounded and hold values of pure functions, so that emptying
-them when they are full changes no result.
+White space splits a text into chunks, and each chunk splits into tokens independently. The token data of each chunk is
+cached as packed bytes, and the arrays of a text are these bytes joined, so a chunk seen before costs one look-up. The
+caches are bounded and hold values of pure functions; clearing them when they are full changes no result.
 
-Tokens follow the English tokenizer of spaCy (Honnibal et al. 2020), on which published pipelines set their thresholds:
-the marks around a word are split from it one by one, and so are `'s` and `n't`; inside a word, hyphens, slashes and
-colons between letters split; `e.g.`, URLs and `-----` stay whole.
+Tokens follow spaCy's English tokenizer (Honnibal et al. 2020), for which published pipelines set their thresholds:
+punctuation around a word is split off one by one, and so are `'s` and `n't`; inside a word, hyphens, slashes and colons
+between letters split; `e.g.`, URLs and `-----` stay whole.
 """
 
 from __future__ import annotations
@@ -26,36 +25,37 @@ STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 """Rae et al. 2021 (Gopher), A1.1."""
 
 ALPHABETIC, NON_SYMBOL, SENTENCE_END, PUNCTUATION = 1, 2, 4, 8
-"""Bits of ``Words.marks``: the token has a letter; has a character that is no punctuation; is a mark that ends a
-sentence; is of punctuation marks alone, as Unicode sorts them (`+` and `=` are symbols)."""
+"""Bits of ``Words.marks``: the token contains a letter; contains a character that is not punctuation; is a
+sentence-ending mark; consists of Unicode punctuation only (`+` and `=` are symbols)."""
 STOP_WORDS_FROM_BIT = 8
-"""From here one bit for each stop word."""
+"""First bit of the stop words, one bit each."""
 
 _STOP_WORD_BITS = {word: 1 << STOP_WORDS_FROM_BIT + i for i, word in enumerate(STOP_WORDS)}
 _MAX_CHUNKS = 2**17
-"""Chunks that a table remembers."""
+"""Maximum number of chunks in a cache."""
 _MAX_CHUNK_CHARS = 64
-"""Longer chunks, such as URLs and encoded data, seldom come again and are not remembered."""
+"""Longer chunks, such as URLs and encoded data, rarely repeat and are not cached."""
 _TOKEN = np.dtype([("hash", "<u8"), ("length", "<u4"), ("marks", "<u4")])
 _PACK = struct.Struct("<QII").pack
 _PACK_HASH = struct.Struct("<Q").pack
 
 
 class Words:
-    """What a text is made of; arrays are read-only."""
+    """Words and tokens of a text; arrays are read-only."""
 
     def __init__(self, text: str) -> None:
         self._chunks = text.split()
 
     @functools.cached_property
     def tokens(self) -> list[str]:
-        """Words and punctuation marks, in order, as they stand."""
+        """Words and punctuation marks, in order, unchanged."""
         return [token for chunk in self._chunks for token in split_chunk(chunk)]
 
     @functools.cached_property
     def hashes(self) -> np.ndarray:
-        """uint64 [words]: a 64-bit hash of each run of letters, digits and underscores that has a letter or a digit,
-        lower-cased. The same for the same word in every process and on every machine.
+        """uint64 [words]: 64-bit hashes of lower-cased words, the same in every process and on every machine.
+
+        A word is a run of letters, digits and underscores with at least one letter or digit.
         """
         return np.frombuffer(_WORD_HASHES.join(self._chunks), "<u8")
 
@@ -65,22 +65,22 @@ class Words:
 
     @property
     def token_hashes(self) -> np.ndarray:
-        """uint64 [tokens]: a 64-bit hash of each token, as it stands."""
+        """uint64 [tokens]: 64-bit hash of each token, with case."""
         return self._facts["hash"]
 
     @property
     def token_lengths(self) -> np.ndarray:
-        """uint32 [tokens]: characters of each token."""
+        """uint32 [tokens]: number of characters of each token."""
         return self._facts["length"]
 
     @property
     def marks(self) -> np.ndarray:
-        """uint32 [tokens]: what kind of token each is, in bits."""
+        """uint32 [tokens]: bits that describe each token, see ``ALPHABETIC`` and following."""
         return self._facts["marks"]
 
 
 class _ChunkTable(dict[str, bytes]):
-    """Chunk to packed facts; those that are missing are computed, and the table is emptied when it is full."""
+    """Cache from chunk to packed data. Missing entries are computed; it is cleared when it is full."""
 
     def __init__(self, facts: Callable[[str], bytes]) -> None:
         self._facts = facts
@@ -94,7 +94,7 @@ class _ChunkTable(dict[str, bytes]):
         return facts
 
     def join(self, chunks: list[str]) -> bytes:
-        """The facts of all chunks, in order."""
+        """Return the joined data of all chunks, in order."""
         return b"".join(map(self.__getitem__, chunks))
 
 
@@ -115,7 +115,7 @@ _INNER = re.compile(
     rf"|(?<=[a-zß-öø-ÿ{re.escape(_QUOTES)}]\.)(?=[A-ZÀ-ÖØ-Þ{re.escape(_QUOTES)}])|(?<={_LETTER},)(?={_LETTER})"
     rf"|(?<=[^\W_]-)--?(?={_LETTER})|(?<=[^\W_]—)—(?={_LETTER})|(?<=[^\W_][-–—~:<>=/])(?={_LETTER})))"
 )
-"""What splits a word from within."""
+"""Where to split inside a word."""
 _URL = re.compile(
     r"(?:[\w+.-]{2,}://)?(?:[^\s@]+@)?(?:\d{1,3}(?:\.\d{1,3}){3}|(?:[^\W_][\w-]*\.)+[a-zß-öø-ÿ]{2,63})(?::\d{2,5})?"
     r"(?:[/?#]\S*)?"
@@ -130,14 +130,14 @@ _WITH_MARKS = """
     a. b. c. d. e. f. g. h. i. j. k. l. m. n. o. p. q. r. s. t. u. v. w. x. y. z.
 """
 _WHOLE = frozenset(_WITH_MARKS.split())
-"""Words that keep their marks."""
+"""Words that keep their punctuation."""
 _TWO_WORDS = {"cannot": ["can", "not"], "Cannot": ["Can", "not"]}
 _MAX_ENDINGS = 16
-"""Full stops, `'s` and units that are split from the end of one word, lest a long chunk of them take quadratic time."""
+"""Maximum number of full stops, `'s` and units split from the end of a word, to avoid quadratic time."""
 
 
 def split_chunk(chunk: str) -> list[str]:
-    """The tokens of a text without white space."""
+    """Split a text without white space into tokens."""
     if chunk.isalpha() or chunk in _WHOLE:
         return _TWO_WORDS.get(chunk) or [chunk]
     core = chunk.lstrip(_LEADING)
@@ -155,7 +155,7 @@ def split_chunk(chunk: str) -> list[str]:
 
 
 def _ending(word: str) -> int:
-    """Characters of the full stop, the `'s` or the unit that a word ends in and that is a token; 0 for none."""
+    """Return the length of the full stop, `'s` or unit at the end of a word that is a separate token, else 0."""
     if not word or word.isalpha() or word in _WHOLE:
         return 0
     last = word[-1]
@@ -168,7 +168,7 @@ def _ending(word: str) -> int:
 
 
 def _ends_sentence(word: str) -> bool:
-    """Whether the full stop that a word ends in is a token of its own; in `J.`, `...` and `/.` it is not."""
+    """Return whether the final full stop is a separate token; it is not in `J.`, `...` and `/.`."""
     before = word[-2:-1]
     if before.isupper():
         return word[-3:-2].isupper()
@@ -176,7 +176,7 @@ def _ends_sentence(word: str) -> bool:
 
 
 def _split_core(core: str) -> list[str]:
-    """The tokens of a word without the marks around it."""
+    """Split a word without surrounding punctuation into tokens."""
     if core.isalnum() or core in _WHOLE:
         return _TWO_WORDS.get(core) or [core]
     if ("'" in core or "’" in core) and (contraction := _CONTRACTION.fullmatch(core)):

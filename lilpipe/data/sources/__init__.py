@@ -1,1 +1,1 @@
-"""Raw sources of every format as rows: documents, and what is none."""
+"""Readers of raw sources in all formats, which yield documents and unreadable rows."""

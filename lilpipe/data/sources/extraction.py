@@ -1,9 +1,9 @@
-"""HTML to text by trafilatura (Barbaresi 2021), with code, mathematics and tables kept.
+"""HTML to text by trafilatura (Barbaresi 2021), with code, formulas and tables preserved.
 
-trafilatura leaves out mathematics, takes the indentation from code and drops empty cells. So these are taken out of
-the page first, each for a word as long as it is, so that lengths and densities by which trafilatura judges stay as
-they were. Where the word has survived, what it stands for is put back: code between fences, formulas as TeX between
-dollar signs, tables as Markdown.
+trafilatura drops formulas, the indentation of code, and empty table cells. So these elements are first replaced by
+placeholder words of the same length, which keeps the text lengths and densities that trafilatura's heuristics use. Then
+the placeholders in the extracted text are replaced: code between fences, formulas as TeX between dollar signs, tables
+as Markdown.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from lxml.html import HtmlElement, HTMLParser, document_fromstring
 from lilpipe.data.sources.mathml import to_tex, unwrapped
 
 MAX_TAGS = 100_000
-"""Pages with more ``<`` are refused unparsed: the work on a tree can grow with the square of its size."""
+"""Pages with more ``<`` are rejected before parsing: tree operations can take quadratic time."""
 TOO_DEEP = "Excessive depth"
-"""How libxml2 says that it has stopped: at 2048 elements within one another."""
+"""Message of libxml2 when it stops at 2048 nested elements."""
 MAX_WORD_CHARS = 2_000
 
 FORMULA_CLASSES = ("mwe-math-element", "katex-display", "katex")
-"""What surrounds a formula and its rendered form (Wikipedia, KaTeX)."""
+"""Classes of elements that contain a formula and its rendered form (Wikipedia, KaTeX)."""
 RENDERED_CLASSES = ("MathJax_Preview", "MathJax_Display", "MathJax", "MathJax_SVG", "MathJax_CHTML")
-"""What MathJax 2 puts beside the script that holds the formula."""
+"""Classes of rendered formulas that MathJax 2 adds next to the script with the formula."""
 LINE_NUMBER_CLASSES = ("linenos", "lineno", "linenodiv", "line-numbers-rows", "gutter", "blob-num")
 CODE_CLASS = re.compile(r"(?:^|\s)(?:lang|language|brush|highlight-source|highlight|sourceCode)[-:\s]\s*([\w+#]+)")
 BLOCKS = ("table", "pre", "ul", "ol", "dl", "blockquote", "form", *(f"h{level}" for level in range(1, 7)))
-"""A table with one of these in a cell is a layout."""
+"""A table with one of these elements is a layout table."""
 MAX_MEAN_CELL_CHARS = 200
-"""Tables with longer cells are layouts."""
+"""Tables with a larger mean cell length are layout tables."""
 
 TWICE_CHARS = 600
-"""Where trafilatura has found less than 250 characters it gathers all paragraphs again, those that it has too."""
+"""If trafilatura finds fewer than 250 characters, it adds all paragraphs again, so shorter texts are deduplicated."""
 
 
 class Refused(ValueError):
-    """A page that is not worth the attempt, and why."""
+    """Raised for pages that are not worth extracting."""
 
 
 def extract(html: str) -> str:
-    """The main text of a page, empty if there is none. Raises ``Refused`` for too many tags, or too deep ones."""
+    """Return the main text of a page, empty if there is none. Raises ``Refused`` for too many or too deeply nested
+    tags.
+    """
     tree = _parse(html)
     if tree is None:
         return ""
@@ -59,28 +61,28 @@ def extract(html: str) -> str:
 def _parse(html: str) -> HtmlElement | None:
     num_tags = html.count("<")
     if num_tags > MAX_TAGS:
-        raise Refused(f"holds {num_tags:,} tags, expected at most {MAX_TAGS:,}")
+        raise Refused(f"has {num_tags:,} tags, expected at most {MAX_TAGS:,}")
     if not num_tags or not html.strip():
         return None
     parser = HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, collect_ids=False, huge_tree=True)
     try:
         tree = document_fromstring(html.encode(errors="replace"), parser=parser)
-    except ValueError:  # lxml's ParserError: nothing in it
+    except ValueError:  # lxml's ParserError: empty document
         return None
     if any(TOO_DEEP in entry.message for entry in parser.error_log):
-        raise Refused("holds more than 2048 elements within one another")
+        raise Refused("has more than 2048 nested elements")
     return tree
 
 
 class _Kept:
-    """What was taken out of a page, by the words that stand for it."""
+    """Elements taken from a page, by placeholder word."""
 
     def __init__(self, html: str) -> None:
         self._sign = "kept" + hashlib.blake2b(html.encode(errors="replace"), digest_size=6).hexdigest()
         self._texts: list[str] = []
 
     def take(self, element: HtmlElement, text: str, *, block: bool) -> None:
-        """Put a word in the element's place: as a paragraph, or as a part of the text around it."""
+        """Replace an element by a placeholder, as a paragraph (``block``) or inline."""
         word = f"{self._sign}{len(self._texts):06d}"
         word += "x" * min(len(text) - len(word), MAX_WORD_CHARS)
         self._texts.append(f"\n{text}\n" if block else text)
@@ -90,7 +92,7 @@ class _Kept:
         element.text, element.tag = word, "p" if block else "span"
 
     def put_back(self, text: str) -> str:
-        """The text with all words replaced, those within what was kept too."""
+        """Return the text with all placeholders replaced, also nested ones."""
         word = re.compile(rf"{self._sign}(\d{{6}})x*")
         return word.sub(lambda match: self.put_back(self._texts[int(match[1])]), text)
 
@@ -155,7 +157,7 @@ def _verbatim(block: HtmlElement) -> str:
 
 
 def _fenced(block: HtmlElement, text: str) -> str:
-    """Code between fences, with its language where a class tells it; preformatted prose as it is."""
+    """Return code between fences, with the language if a class names it; preformatted prose is returned unchanged."""
     code = block.find(".//code")
     classes = [each.get("class", "") for each in (code, block, block.getparent()) if each is not None]
     language = next((match[1] for match in map(CODE_CLASS.search, classes) if match), "")
@@ -167,7 +169,7 @@ def _fenced(block: HtmlElement, text: str) -> str:
 
 
 def _keep_tables(tree: HtmlElement, kept: _Kept) -> None:
-    """Tables of data; those that are layouts stay as they are."""
+    """Replace data tables by placeholders; layout tables are unchanged."""
     for table in tree.xpath(f"//table[not({' or '.join(f'.//{name}' for name in BLOCKS)})]"):
         rows = [[" ".join(cell.text_content().split()) for cell in row.xpath("./td|./th")] for row in table.iter("tr")]
         rows = [row for row in rows if any(row)]

@@ -1,7 +1,7 @@
-"""Extraction in a process of its own, which a page that takes too long or too much memory ends, and nothing else.
+"""Text extraction in a separate process, so that a page that takes too much time or memory ends only that process.
 
-The process sets its own limits. A timer that kills it works in the middle of a call of libxml2, where a signal's
-handler would wait; it counts the CPU's time, so that a busy machine rejects no other pages than an idle one.
+The process limits itself. Its timer kills it even inside a libxml2 call, where a signal handler would have to wait. The
+timer counts CPU time, so a busy machine rejects the same pages as an idle one.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import sys
 from typing import IO
 
 CPU_SECONDS = 10.0
-"""For one page."""
+"""CPU time limit per page."""
 MEMORY_BYTES = 4 * 2**30
-"""Of address space."""
+"""Address space limit."""
 
 _HEADER = struct.Struct("<?Q")
-"""Whether it went well, and the bytes that follow."""
+"""Success flag, and number of bytes that follow."""
 
 
 class ExtractionFailed(ValueError):
-    """A page that gives no text, and why."""
+    """Raised for a page without extracted text, with the reason."""
 
 
 class ExtractionProcess:
-    """Extracts the text of pages in another process, which is started when it is first needed."""
+    """Extracts the text of pages in a separate process, which starts on demand."""
 
     def __init__(self, *, cpu_seconds: float = CPU_SECONDS, memory_bytes: int = MEMORY_BYTES) -> None:
         self.cpu_seconds = cpu_seconds
@@ -43,7 +43,7 @@ class ExtractionProcess:
         self._end()
 
     def extract(self, html: str) -> str:
-        """The page's text, empty if it has none. Raises ``ExtractionFailed``."""
+        """Return the text of a page, empty if it has none. Raises ``ExtractionFailed``."""
         if self._process is None:
             command = [sys.executable, "-m", __name__, str(self.cpu_seconds), str(self.memory_bytes)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -64,8 +64,8 @@ class ExtractionProcess:
     def _why_it_ended(self) -> str:
         status = self._end()
         if status == -signal.SIGPROF:
-            return f"took more than {self.cpu_seconds:g} s to extract"
-        return f"ended its extraction with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
+            return f"took more than {self.cpu_seconds:g} s of CPU time to extract"
+        return f"ended the extraction process with {f'signal {-status}' if status < 0 else f'exit status {status}'}"
 
     def _end(self) -> int:
         process, self._process = self._process, None
@@ -74,7 +74,7 @@ class ExtractionProcess:
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()  # its input is what it is waiting for
+            process.stdin.close()  # ends the process, which waits for input
         process.stdout.close()
         return process.wait()
 
@@ -96,21 +96,21 @@ def _receive(stream: IO[bytes]) -> tuple[bool, str] | None:
 
 
 def main(cpu_seconds: float, memory_bytes: int) -> None:
-    """Answer pages with texts until the input ends."""
-    from lilpipe.data.sources import extraction  # this process alone needs it
+    """Read pages from stdin and write their texts to stdout until the input ends."""
+    from lilpipe.data.sources import extraction  # only this process needs it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     least = memory_bytes if most == resource.RLIM_INFINITY else min(memory_bytes, most)
     resource.setrlimit(resource.RLIMIT_AS, (least, most))
-    logging.disable(logging.CRITICAL)  # trafilatura's complaints about pages
+    logging.disable(logging.CRITICAL)  # trafilatura's warnings about pages
     while (page := _receive(sys.stdin.buffer)) is not None:
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         try:
             good, text = True, extraction.extract(page[1])
         except MemoryError:
             good, text = False, f"took more than {memory_bytes:,} bytes of memory to extract"
-        except Exception as error:  # whatever a page does to trafilatura
+        except Exception as error:  # any error of trafilatura
             good, text = (
                 False,
                 str(error) if isinstance(error, extraction.Refused) else f"cannot be extracted: {error!r}",

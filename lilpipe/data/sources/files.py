@@ -1,7 +1,7 @@
 """Files of a source: found by path, folder, glob or fsspec URL; opened plain or compressed; digested.
 
-Compressed streams are read by a reader of our own: those of fsspec and of the standard library differ in what they
-make of a second frame, of a truncated one, and of bytes behind the last one.
+Decompression is our own: the readers of fsspec and of the standard library differ in how they handle multiple frames,
+truncated frames and trailing bytes.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ SUFFIXES = {
     "warc": (".warc", ".wet"),
 }
 CHECKSUMS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c", "sha256", "blob_id")
-"""Under what names fsspec's file systems tell a digest of the content."""
+"""Names under which fsspec file systems report a checksum of the content."""
 
 READ_BYTES = 1 << 20
 COMPRESSED_BYTES = 1 << 9
-"""How much is decompressed at a time."""
+"""Number of compressed bytes that are decompressed at a time."""
 MAX_WINDOW_BYTES = 1 << 31
-"""Memory that a compressed file may ask for (zstd's `--long=31`)."""
+"""Maximum memory of the decompression window (zstd's `--long=31`)."""
 MAX_EXPANSION = 1_000
 EXPANSION_FROM_BYTES = 1 << 27
-"""A file that gives more than these bytes, and so many times its own, is a decompression bomb and read no further."""
+"""A file that expands to more than this and more than ``MAX_EXPANSION`` times its size is a decompression bomb."""
 
 
 class BrokenStream(Exception):
@@ -53,18 +53,18 @@ class BrokenStream(Exception):
 
 
 class Expansion:
-    """Counts what a file has given so far. Raises ``BrokenStream`` if that is out of all proportion to its size."""
+    """Counts the bytes that a file expands to. Raises ``BrokenStream`` if they are out of proportion to its size."""
 
     def __init__(self, file_bytes: int) -> None:
         self.file_bytes = file_bytes
         self._given_bytes = 0
 
     def add(self, given_bytes: int) -> None:
-        """Count bytes that were given."""
+        """Add expanded bytes."""
         self._given_bytes += given_bytes
         if self._given_bytes > max(EXPANSION_FROM_BYTES, MAX_EXPANSION * self.file_bytes):
             raise BrokenStream(
-                f"it gives over {self._given_bytes:,} bytes, more than {MAX_EXPANSION:,} times those that were read"
+                f"it expands to over {self._given_bytes:,} bytes, more than {MAX_EXPANSION:,} times its size"
             )
 
 
@@ -74,15 +74,15 @@ class File:
 
     url: str
     name: str
-    """Path below the source's folder: what documents and reports carry, the same on every machine."""
+    """Path relative to the source's folder, the same on every machine; used in documents and reports."""
     size: int
     defect: str = ""
-    """Why it cannot be read, such as a broken link; its only row is an ``Unreadable`` with this."""
+    """Why the file cannot be read, such as a broken link; its only row is an ``Unreadable`` with this error."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a large file that is read by a task of its own."""
+    """A part of a large file, read by a separate task."""
 
     start: int
     """First byte, or first row group."""
@@ -92,15 +92,15 @@ class Span:
 
 
 def find_files(source: Source) -> list[File]:
-    """The files of a source, by name. Raises ``DataError`` if there are none."""
+    """Return the files of a source, sorted by name. Raises ``DataError`` if there are none."""
     path = source.path or ""
     filesystem, root = _filesystem(source)
     filesystem.invalidate_cache()
-    kind, missing = _type_of(source, filesystem, root), "it is no file"
+    kind, missing = _type_of(source, filesystem, root), "it is not a file"
     if kind == "directory":
         found = _find(filesystem, root)
         found = {each: info for each, info in found.items() if _belongs(each[len(root) :], source.kind)}
-        missing = f"the folder holds no file that ends in {', '.join(SUFFIXES[source.kind])}"
+        missing = f"no file in the folder ends in {', '.join(SUFFIXES[source.kind])}"
         missing += "" if source.kind == "parquet" else f" (or these with {', '.join(COMPRESSIONS)})"
     elif kind is not None:
         found = {root: retried(lambda: filesystem.info(root), path)}
@@ -124,15 +124,15 @@ def _type_of(source: Source, filesystem: Any, root: str) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError as error:
-        raise DataError(f"source {source.name!r}: path {source.path} may not be read: {error}") from error
-    except OSError as error:  # one that another try does not change, such as a loop of links
+        raise DataError(f"source {source.name!r}: path {source.path} is not readable: {error}") from error
+    except OSError as error:  # a permanent error, such as a loop of links
         raise DataError(
             f"source {source.name!r}: path {source.path} cannot be read: {error}; correct `path`"
         ) from error
 
 
 def _find(filesystem: Any, root: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """All below a folder, and below the folders that its links lead to; not where these would lead back."""
+    """Return all files below a folder, following symbolic links to folders except those that form a loop."""
     found: dict[str, Any] = retried(lambda: filesystem.find(root, detail=True), root)
     if not isinstance(filesystem, LocalFileSystem):
         return found
@@ -160,19 +160,19 @@ def _belongs(path: str, kind: str) -> bool:
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folders of a glob before its first pattern."""
+    """Return the leading folders of a glob without wildcards."""
     parts = pattern.split("/")
     first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
     return "/".join(parts[:first])
 
 
 def _file(filesystem: Any, path: str, root: str, info: dict[str, Any]) -> File | None:
-    """The file, or the file that a link leads to; None for a folder."""
+    """Return the file, with links resolved; None for a folder."""
     defect = ""
-    if info["type"] == "other":  # which fsspec says of links too
+    if info["type"] == "other":  # fsspec's type of links, too
         try:
             info = retried(lambda: filesystem.info(path), path)
-            defect = "" if info["type"] == "file" else "is no regular file"
+            defect = "" if info["type"] == "file" else "is not a regular file"
         except OSError as error:
             defect = f"is a link that cannot be followed: {error.strerror or 'its target does not exist'}"
     if info["type"] == "directory":
@@ -182,21 +182,21 @@ def _file(filesystem: Any, path: str, root: str, info: dict[str, Any]) -> File |
 
 
 def printable_name(name: str) -> str:
-    """The name with bytes that are no UTF-8 escaped, since reports and tables hold UTF-8."""
+    """Return the name with bytes that are not UTF-8 escaped, because reports and tables contain UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _check_not_empty(source: Source, files: list[File]) -> list[File]:
     defect = next((f"{file.name} {file.defect}" for file in files if file.defect), "")
     if not any(file.size for file in files) and defect:
-        raise DataError(f"source {source.name!r}: path {source.path}: no file can be read: {defect}")
+        raise DataError(f"source {source.name!r}: path {source.path}: no file is readable: {defect}")
     if not any(file.size for file in files):
         raise DataError(f"source {source.name!r}: path {source.path}: all files are empty (0 bytes)")
     return files
 
 
 def digest_files(files: list[File]) -> str:
-    """Digest over names and contents; of remote files the store's own checksum is taken for it, if there is one."""
+    """Return a digest of names and contents; for remote files, the store's checksum is used if there is one."""
     return digest_json([[file.name, file.defect or _digest(file)] for file in files])
 
 
@@ -217,19 +217,21 @@ def _digest(file: File) -> str:
 
 
 def local_path(file: File) -> Path | None:
-    """Where the file lies on this machine, None if it is remote."""
+    """Return the path of a local file, None if it is remote."""
     filesystem, path = url_to_fs(file.url)
     return Path(path) if isinstance(filesystem, LocalFileSystem) else None
 
 
 def compression(file: File) -> str:
-    """The suffix that tells how the file is compressed, or nothing."""
+    """Return the suffix of a compressed file, or an empty string."""
     return next((suffix for suffix in COMPRESSIONS if file.name.lower().endswith(suffix)), "")
 
 
 @contextmanager
 def open_file(file: File) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed by its suffix. Reading raises ``BrokenStream`` where it breaks off."""
+    """Open the file, decompressed by its suffix. Reading raises ``BrokenStream`` if the file is truncated or
+    damaged.
+    """
     with _open_raw(file) as raw:
         suffix = compression(file)
         if suffix:
@@ -245,7 +247,7 @@ def _open_raw(file: File) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(RemoteStream(file.url, file.size), buffer_size=READ_BYTES))
 
 
-_NEW_FRAME: dict[str, Callable[[], Any]] = {  # of one frame, member or stream
+_NEW_FRAME: dict[str, Callable[[], Any]] = {  # decompressor of one frame, member or stream
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj(),
     ".bz2": bz2.BZ2Decompressor,
@@ -254,7 +256,7 @@ _NEW_FRAME: dict[str, Callable[[], Any]] = {  # of one frame, member or stream
 
 
 class _Decompressed(io.RawIOBase):
-    """All frames of a compressed stream, with zeros between them (padding of tapes and blocks) left out."""
+    """Decompressed data of all frames of a stream; zero padding between frames is ignored."""
 
     def __init__(self, raw: BinaryIO, suffix: str) -> None:
         self._chunks = _decompress(raw, _NEW_FRAME[suffix])
@@ -275,7 +277,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _pieces(frame: Any, data: bytes) -> Iterator[bytes]:
-    """What the data decompress to. At worst a byte gives 1 KiB by gzip, 32 KiB by zstd, and a MiB by bzip2."""
+    """Yield decompressed data. In the worst case, a byte expands to 1 KiB (gzip), 32 KiB (zstd) or 1 MiB (bzip2)."""
     if not isinstance(frame, bz2.BZ2Decompressor | lzma.LZMADecompressor):
         yield frame.decompress(data)
         return
@@ -299,4 +301,4 @@ def _decompress(raw: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
                 raise BrokenStream(str(error) or type(error).__name__) from error
             data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
-        raise BrokenStream("compressed file ended before the end of its last frame")
+        raise BrokenStream("compressed file is truncated in its last frame")

@@ -1,7 +1,7 @@
-"""HTTP responses as a WARC stores them: status, headers and body; and the body of a page as text.
+"""HTTP responses in WARC files: status, headers and body, and the decoding of the body to text.
 
-warcio parses the headers and joins chunks, urllib3 decompresses (it bounds its output, which warcio does not), and
-webencodings resolves the names of encodings by the WHATWG Encoding Standard.
+warcio parses the headers and joins chunks; urllib3 decompresses, with a limit on the output that warcio lacks;
+webencodings resolves encoding labels by the WHATWG Encoding Standard.
 """
 
 from __future__ import annotations
@@ -40,46 +40,49 @@ NOT_ASCII_SUPERSETS = {
     "utf-16-le": b"\0",
     "utf-16-be": b"\0",
 }
-"""Encodings whose bytes can be valid UTF-8 of another meaning, and a byte sequence that a page in them holds."""
+"""Encodings whose bytes can be valid UTF-8 with another meaning, with a byte sequence that occurs in such pages."""
 
 NOT_FOR_PAGES = ("idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "utf-7")
 DECLARATION_BYTES = 4_096
-"""A declaration further down is not seen; browsers look at 1,024."""
+"""Bytes of a page that are searched for an encoding declaration; browsers search 1,024."""
 SAMPLE_BYTES = 1 << 16
-"""By how much of a page its encoding is guessed."""
+"""Bytes of a page used to detect its encoding."""
 LOST = "\N{REPLACEMENT CHARACTER}"
 MAX_LOST_SHARE = 0.01
-"""Of the characters of a page; with more that mean nothing in any encoding, it is no text."""
+"""Maximum share of undecodable characters in a page."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """A response with its body as sent, without chunks and compression."""
+    """A response; its body is decompressed and not chunked."""
 
     status: int
     headers: Mapping[str, str]
-    """By names in lower case."""
+    """Header values by lower-case name."""
     body: bytes
 
     @property
     def is_html(self) -> bool:
-        """By its type, or if it has none by its first bytes."""
+        """Whether it is HTML, by its content type or, without one, by its first bytes."""
         media_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         return media_type in HTML_TYPES or (not media_type and self.body.lstrip()[:14].lower().startswith(HTML_STARTS))
 
 
 def parse(block: bytes, max_bytes: int) -> Response:
-    """A response with at most ``max_bytes`` + 1 of its decompressed body. Raises ``ValueError`` if it is none."""
+    """Parse a response and decompress at most ``max_bytes`` + 1 bytes of its body.
+
+    Raises ``ValueError`` if it is not a response.
+    """
     stream = io.BytesIO(block)
     try:
         parsed = StatusAndHeadersParser(["HTTP/"]).parse(stream)
     except (EOFError, StatusAndHeadersParserException) as error:
-        raise ValueError(f"is no HTTP response: it starts with {block[:80]!r}") from error
+        raise ValueError(f"is not an HTTP response: it starts with {block[:80]!r}") from error
     if not block[: stream.tell()].endswith((b"\n\r\n", b"\n\n")):
-        raise ValueError("is no HTTP response: no empty line ends its headers")
+        raise ValueError("is not an HTTP response: no empty line after the headers")
     status = str(parsed.statusline).split()[1:2]  # after the version
     if not status or not status[0].isascii() or not status[0].isdecimal():
-        raise ValueError(f"is no HTTP response: its status is {parsed.statusline[:80]!r}, expected a number")
+        raise ValueError(f"is not an HTTP response: got status {parsed.statusline[:80]!r}, expected a number")
     headers = {name.strip().lower(): value.strip() for name, value in parsed.headers}
     chunked = "chunked" in headers.get("transfer-encoding", "").lower()
     body = cast(bytes, (ChunkedDataReader(stream) if chunked else stream).read())
@@ -87,27 +90,27 @@ def parse(block: bytes, max_bytes: int) -> Response:
 
 
 def _decompressed(body: bytes, encoding: str, max_bytes: int) -> bytes:
-    """The body decompressed, or as it is: some archives keep the header of a body that they have decompressed."""
+    """Decompress the body. It may be plain: some archives keep the header of a body that they have decompressed."""
     encodings = [name.strip().lower() for name in encoding.split(",")]
     encodings = [name for name in encodings if name not in ("", "identity")]
     if not encodings:
         return body
     if not set(encodings) <= set(CONTENT_ENCODINGS):
-        raise ValueError(f"is compressed as {encoding[:20]!r}; gzip and deflate can be read")
+        raise ValueError(f"has content encoding {encoding[:20]!r}, expected gzip or deflate")
     try:
         return MultiDecoder(",".join(encodings)).decompress(body, max_length=max_bytes + 1)
     except (DecodeError, zlib.error) as error:
         if body.startswith(GZIP_START):
-            raise ValueError(f"is damaged: its body is no valid {encoding[:20]}") from error
+            raise ValueError(f"is damaged: its body is not valid {encoding[:20]}") from error
         return body
 
 
 def decode(response: Response) -> str:
-    """The body as text. Raises ``ValueError`` if no encoding gives any.
+    """Decode the body to text. Raises ``ValueError`` if no encoding fits.
 
-    A byte order mark decides, then the header, then the page's declaration, as the WHATWG's HTML Standard says; but
-    what is valid UTF-8 is read as UTF-8, and a declaration that most of the other bytes contradict is passed over:
-    many servers declare one encoding for all that they send.
+    The order is that of the WHATWG HTML Standard: byte order mark, header, declaration in the page. There are two
+    exceptions, because many servers declare one encoding for all pages: valid UTF-8 is read as UTF-8, and a declaration
+    that does not fit most of the non-ASCII bytes is ignored.
     """
     body = response.body
     for mark, encoding in BYTE_ORDER_MARKS.items():
@@ -129,7 +132,7 @@ def decode(response: Response) -> str:
 
 
 def _declared(response: Response) -> Iterator[codecs.CodecInfo]:
-    """The encodings that the header and the page name."""
+    """Yield the encodings that the header and the page declare."""
     head = re.sub(r"(?s)<!--.*?(?:-->|$)", "", response.body[:DECLARATION_BYTES].decode("latin-1"))
     charset, xml = r"charset\s*=\s*[\"']?\s*([\w.:-]+)", r"^\s*<\?xml[^>]{1,200}?encoding\s*=\s*[\"']([\w.:-]+)"
     header = re.search(charset, response.headers.get("content-type", ""), re.IGNORECASE)
@@ -137,16 +140,16 @@ def _declared(response: Response) -> Iterator[codecs.CodecInfo]:
         yield codec
     for pattern in (rf"<meta[^>]{{1,200}}?{charset}", xml):
         if (match := re.search(pattern, head, re.IGNORECASE)) and (codec := _codec(match[1])):
-            yield UTF8 if codec.name.startswith("utf-16") else codec  # as ASCII it could be read
+            yield UTF8 if codec.name.startswith("utf-16") else codec  # the declaration was readable as ASCII
 
 
 def _codec(label: str) -> codecs.CodecInfo | None:
-    """The codec that browsers take for a label; of a label that they do not know, Python's."""
+    """Return the codec that browsers use for a label, or Python's codec for labels unknown to browsers."""
     found = webencodings.lookup(label)
-    if found is None or found.name == "replacement":  # browsers refuse these encodings, because scripts hide in them
+    if found is None or found.name == "replacement":  # browsers refuse these encodings for security
         try:
             codec = codecs.lookup(label)
-            "a".encode(codec.name)  # refuses what encodes no text, such as base64
+            "a".encode(codec.name)  # fails for codecs that are not text encodings, such as base64
         except (LookupError, ValueError):
             return None
         if codec.name in NOT_FOR_PAGES:
@@ -158,7 +161,7 @@ def _codec(label: str) -> codecs.CodecInfo | None:
 
 
 def _strict(body: bytes, codec: codecs.CodecInfo) -> str | None:
-    """The text, if all is valid; but for the last character, which crawlers cut through."""
+    """Decode strictly; only the last character, which crawlers may truncate, may be invalid."""
     try:
         return codec.decode(body, "strict")[0]
     except UnicodeDecodeError as error:
@@ -168,7 +171,7 @@ def _strict(body: bytes, codec: codecs.CodecInfo) -> str | None:
 
 
 def _is_mostly_valid(text: str) -> bool:
-    """Whether few characters are lost, of all and of those outside ASCII: else the text is in another encoding."""
+    """Return whether few characters, of all and of the non-ASCII ones, are undecodable; else the encoding is wrong."""
     lost = text.count(LOST)
     return lost <= MAX_LOST_SHARE * len(text) and 2 * lost <= len(text) - len(text.encode("ascii", "ignore"))
 
@@ -176,5 +179,5 @@ def _is_mostly_valid(text: str) -> bool:
 def _checked(text: str) -> str:
     lost = text.count(LOST)
     if lost > MAX_LOST_SHARE * len(text):
-        raise ValueError(f"is in no known encoding: {lost:,} of {len(text):,} characters mean nothing")
+        raise ValueError(f"has no known encoding: {lost:,} of {len(text):,} characters cannot be decoded")
     return text

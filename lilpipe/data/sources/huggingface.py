@@ -1,4 +1,4 @@
-"""Hugging Face data sets: by their name on the hub, streamed, or from a local folder."""
+"""Hugging Face datasets: streamed from the Hub by name, or read from a local folder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lilpipe.errors import DataError
 
 ROWS_PER_PART = 50_000
 ROWS_PER_BATCH = 16
-"""In memory at a time, with all their columns."""
+"""Number of rows in memory, with all their columns."""
 
 
 def num_parts(source: Source) -> int:
-    """Into how many parts the data set is divided. Raises ``DataError`` if it cannot be loaded."""
+    """Return the number of parts of the dataset. Raises ``DataError`` if it cannot be loaded."""
     dataset = _load(source)
     if hasattr(dataset, "num_rows"):
         return max(1, -(-dataset.num_rows // ROWS_PER_PART))
@@ -25,7 +25,7 @@ def num_parts(source: Source) -> int:
 
 
 def digest(source: Source) -> str:
-    """Digest of a folder's content, or the commit that the hub's data set is at."""
+    """Return a digest of a folder's content, or the commit of a dataset on the Hub."""
     path = Path(str(source.path))
     if not path.exists():
         return f"revision {_hub_revision(source)}"
@@ -36,7 +36,7 @@ def digest(source: Source) -> str:
 
 
 def read(source: Source, index: int, count: int) -> Iterator[Row]:
-    """The rows of one part. What a streamed data set's rows are numbered within is the shard, else the split."""
+    """Yield the rows of one part. Row numbers count within the shard if the dataset is streamed, else in the split."""
     dataset = _load(source)
     name, first = source.split, 1
     if hasattr(dataset, "num_rows"):
@@ -54,15 +54,15 @@ def read(source: Source, index: int, count: int) -> Iterator[Row]:
                     yield unreadable(name, number, str(values), "")
                 else:
                     yield to_row(values, source, name, number)
-    except Exception as error:  # each of the library's file formats has its own for a damaged file
+    except Exception as error:  # each file format of the library has its own error for damaged files
         if not Path(str(source.path)).exists() or (isinstance(error, OSError) and error.errno is not None):
-            raise  # the network's or the disk's
-        reason = f"data set breaks off after row {number}: {type(error).__name__}: {error}".splitlines()[0]
+            raise  # an error of the network or the disk
+        reason = f"cannot be read after row {number}: {type(error).__name__}: {error}".splitlines()[0]
         yield Unreadable(name, number + 1, reason, breaks_off=True)
 
 
 def _load(source: Source) -> Any:
-    """A saved data set folder memory-mapped; anything else streamed, so that nothing is copied to a cache."""
+    """Load a saved dataset folder memory-mapped; stream anything else, without a copy in a cache."""
     import datasets  # takes a second to import
 
     path = Path(str(source.path))
@@ -76,19 +76,19 @@ def _load(source: Source) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"source {source.name!r}: data set {source.path}, subset {source.subset!r}, split {source.split!r}, cannot "
+            f"source {source.name!r}: dataset {source.path}, subset {source.subset!r}, split {source.split!r}, cannot "
             f"be loaded: {error}; correct `path`, `subset` or `split`"
         ) from error
 
 
 def _hub_revision(source: Source) -> str:
-    """The commit that the hub's data set is at."""
+    """Return the current commit of the dataset on the Hub."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(str(source.path)).sha or ""
-    except Exception as error:  # which of them a missing network raises differs between versions of the hub's library
+    except Exception as error:  # the error of a missing network differs between versions of huggingface_hub
         raise DataError(
-            f"source {source.name!r}: {source.path} is no local folder, and the Hugging Face hub did not give a data "
-            f"set of that name: {error}; correct `path`, or download the data set and name its folder"
+            f"source {source.name!r}: {source.path} is not a local folder, and the Hugging Face Hub returned no "
+            f"dataset of that name: {error}; correct `path`, or download the dataset and name its folder"
         ) from error

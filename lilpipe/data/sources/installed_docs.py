@@ -1,7 +1,7 @@
-"""The documentation that every Python environment carries, read without importing a package.
+"""Documentation of the Python environment, read without importing a package.
 
-Docstrings of the standard library and of the installed distributions by ``ast`` (a document for each module, or several
-for a large one), the help topics of ``pydoc``, and the READMEs in the distributions' metadata.
+Documents are docstrings of the standard library and of the installed distributions, parsed by ``ast`` (one document per
+module, several for a large one); the help topics of ``pydoc``; and READMEs in the metadata of distributions.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SKIPPED_DISTRIBUTIONS = frozenset({"lilpipe"})
 SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "_vendor", "_vendored", "vendor", "vendored", "site-packages", "__pycache__"}
 )
-"""Tests say little; vendored packages have another version and licence than the distribution that holds them."""
+"""Tests have little documentation; vendored packages have another version and licence than their distribution."""
 
 MAX_SOURCE_BYTES = 2_000_000
-"""Larger modules are generated tables."""
+"""Maximum size of a module; larger ones are generated tables."""
 
 TEXT_CHARS = 4_000
-"""A module's docstrings are cut into texts of this size, about a web page's, for which the filters are made."""
+"""Approximate size of the texts that a module's docstrings are split into, about a web page as the filters expect."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Distribution:
     name: str
     version: str
     folder: Path
-    """Where its modules' relative paths start."""
+    """Root of its modules' relative paths."""
     info: Path | None = None
     """The `.dist-info` folder."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What one document is made from, or several."""
+    """Source of one or several documents."""
 
     id: str
     name: str
@@ -58,7 +58,7 @@ class Item:
 
 
 def distributions() -> list[Distribution]:
-    """The installed distributions by name, from the names of their folders alone, and the standard library."""
+    """Return the standard library and the installed distributions, by name, from the names of their folders."""
     paths = sysconfig.get_paths()
     found = {"python": Distribution("python", platform.python_version(), Path(paths["stdlib"]))}
     for folder in sorted({Path(paths["purelib"]), Path(paths["platlib"])}):
@@ -70,13 +70,13 @@ def distributions() -> list[Distribution]:
 
 
 def digest() -> str:
-    """Digest over the names and versions of all that is installed; the package indexes never change a version."""
+    """Return a digest of the names and versions of all distributions; package indexes never change a version."""
     return digest_json([[each.name, each.version] for each in distributions()])
 
 
 @functools.cache
 def items() -> tuple[Item, ...]:
-    """Everything that a document can be made from, in the order of a hash of its id."""
+    """Return all items, in the order of a hash of their ids."""
     found = [item for each in distributions() for item in _items(each)]
     return tuple(sorted(found, key=lambda item: hashlib.sha256(item.id.encode()).digest()))
 
@@ -101,7 +101,7 @@ def _items(distribution: Distribution) -> Iterator[Item]:
 
 
 def _recorded_modules(record: Path) -> list[str]:
-    """Paths of the Python modules that a distribution installed."""
+    """Return the paths of a distribution's Python modules."""
     if not record.is_file():
         return []
     paths = (line.rsplit(",", 2)[0].strip('"') for line in record.read_text(encoding="utf-8").splitlines())
@@ -110,7 +110,7 @@ def _recorded_modules(record: Path) -> list[str]:
 
 @functools.cache
 def _topics(path: Path) -> dict[str, str]:
-    """The topics of pydoc's help: a literal dictionary in a module."""
+    """Return pydoc's help topics, a dictionary literal in a module."""
     for statement in ast.parse(path.read_bytes()).body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             return ast.literal_eval(statement.value)
@@ -122,7 +122,7 @@ def _metadata(path: Path) -> Message | None:
 
 
 def _licence(metadata: Message | None) -> str:
-    """The SPDX expression if there is one, a short licence field, or the classifier."""
+    """Return the SPDX expression, else a short licence field, else the classifiers."""
     if metadata is None:
         return "unknown"
     if expression := metadata.get("License-Expression"):
@@ -136,7 +136,9 @@ def _licence(metadata: Message | None) -> str:
 
 
 def texts_of(item: Item) -> list[str]:
-    """The item's texts, none if it documents nothing. Raises ``SyntaxError`` or ``ValueError`` if it is no Python."""
+    """Return the item's texts, which may be none. Raises ``SyntaxError`` or ``ValueError`` if it is not valid
+    Python.
+    """
     if item.topic is not None:
         return [_topics(item.path)[item.topic].strip()]
     if item.path.name == "METADATA":
@@ -149,12 +151,12 @@ def texts_of(item: Item) -> list[str]:
 
 
 def module_texts(source: bytes) -> list[str]:
-    """A module's docstrings, each under the name that it documents, in texts of about ``TEXT_CHARS``.
+    """Return a module's docstrings, each after the name that it documents, as texts of about ``TEXT_CHARS`` characters.
 
-    A paragraph that has been there before is left out: functions of a module repeat their parameters' descriptions.
+    Repeated paragraphs are left out: functions of a module repeat the descriptions of parameters.
     """
     if b'"""' not in source and b"'''" not in source:
-        return []  # worth it: parsing is most of the work
+        return []  # parsing takes most of the time
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tree = ast.parse(source)
@@ -178,7 +180,7 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _definitions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Definition]]:
-    """Classes, functions and methods with their qualified names, but not what is local to a function."""
+    """Yield classes, functions and methods with their qualified names, except those local to a function."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield f"class {prefix}{node.name}", node

@@ -1,4 +1,4 @@
-"""JSON lines: a document for each line."""
+"""JSON Lines: one document per line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def divide(file: File, span_bytes: int) -> list[Span]:
-    """A plain local file in spans of whole lines, each of about ``span_bytes``; no spans of any other.
+    """Divide an uncompressed local file into spans of whole lines, of about ``span_bytes`` each; none for other files.
 
-    The file is read once for the number of each span's first line, so that rows are known by the same numbers
-    whatever the size of a span.
+    The file is read once to number the first line of each span, so row numbers do not depend on the span size.
     """
     path = local_path(file)
     if path is None or compression(file):
@@ -34,7 +33,7 @@ def divide(file: File, span_bytes: int) -> list[Span]:
 
 
 def _skip(stream: BinaryIO, num_bytes: int) -> tuple[int, int]:
-    """Read so many bytes, and on to the end of a line; how many bytes and ends of lines that were."""
+    """Read ``num_bytes`` bytes and the rest of the line; return the number of bytes and of line ends read."""
     position = num_lines = 0
     block = b""
     while position < num_bytes and (block := stream.read(min(READ_BYTES, num_bytes - position))):
@@ -47,7 +46,7 @@ def _skip(stream: BinaryIO, num_bytes: int) -> tuple[int, int]:
 
 
 def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
-    """The rows of a file, or of a span of it."""
+    """Yield the rows of a file or span."""
     first = span.first_row if span else 1
     number = first - 1
     try:
@@ -56,11 +55,11 @@ def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
                 if line.strip():
                     yield _parse(line, source, file.name, number)
     except BrokenStream as error:
-        yield Unreadable(file.name, number + 1, f"file breaks off after line {number}: {error}", breaks_off=True)
+        yield Unreadable(file.name, number + 1, f"cannot be read after line {number}: {error}", breaks_off=True)
 
 
 def _lines(stream: BinaryIO, span: Span | None) -> Iterator[bytes]:
-    """Lines with their ends; of one that is too long no more than shows that it is."""
+    """Yield lines with their ends; a line that is too long is truncated to one byte more than the limit."""
     left = math.inf
     if span:
         stream.seek(span.start)
@@ -81,9 +80,9 @@ def _parse(line: bytes, source: Source, file: str, number: int) -> Row:
     try:
         values = json.loads((line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).decode())
     except UnicodeDecodeError as error:
-        return unreadable(file, number, f"is no UTF-8: {error.reason} at byte {error.start}", _excerpt(line))
+        return unreadable(file, number, f"is not UTF-8: {error.reason} at byte {error.start}", _excerpt(line))
     except (ValueError, RecursionError) as error:
-        return unreadable(file, number, f"is no JSON: {error}", _excerpt(line))
+        return unreadable(file, number, f"is not JSON: {error}", _excerpt(line))
     return to_row(values, source, file, number)
 
 

@@ -1,7 +1,7 @@
-"""MathML to TeX: the TeX that a page carries with it, else a plain reading of the presentation markup.
+"""MathML to TeX: the TeX annotation of the page if there is one, else a simple conversion of the presentation markup.
 
-Of the packages for this, mathml-to-latex 1.0.0 writes matrices without an environment and raises on missing children,
-and mml2tex 0.1.0 takes over a second for a formula, and a 100 MB library.
+Packages for this were not suitable: mathml-to-latex 1.0.0 writes matrices without an environment and fails on missing
+children; mml2tex 0.1.0 takes over a second per formula and needs a 100 MB library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STYLED = "{\\displaystyle "
 
 
 def to_tex(formula: HtmlElement) -> str:
-    """A ``<math>`` element as TeX, from its annotation, its alternative text or its elements."""
+    """Return a ``<math>`` element as TeX, from its annotation, its alternative text or its elements."""
     for annotation in formula.iter("annotation"):
         if annotation.get("encoding", "").lower() in TEX_ENCODINGS:
             return unwrapped(annotation.text_content())
@@ -23,7 +23,7 @@ def to_tex(formula: HtmlElement) -> str:
 
 
 def unwrapped(tex: str) -> str:
-    """TeX without the style that Wikipedia puts around it, and without doubled white space."""
+    """Return TeX without the style that Wikipedia adds, and without repeated white space."""
     tex = " ".join(tex.split())
     return tex[len(STYLED) : -1].strip() if tex.startswith(STYLED) and tex.endswith("}") else tex
 

@@ -1,4 +1,4 @@
-"""Parquet: a document for each row."""
+"""Parquet: one document per row."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lilpipe.data.sources.rows import RawDocument, Row, Unreadable, rows_of, to_
 
 ROWS_PER_BATCH = 256
 BATCH_BYTES = 128 * 2**20
-"""Fewer rows are taken at a time where they are longer, but at least one."""
+"""Bytes of a batch above which it has fewer rows, but at least one."""
 DICTIONARY_PAGE = b"\x15\x04\x15"
-"""How the header of a dictionary page begins: field 1, its type, is 2; field 2 is its uncompressed size."""
+"""First bytes of a dictionary page header: field 1, the page type, is 2; then field 2, the uncompressed size."""
 
 
 def divide(file: File, span_bytes: int) -> list[Span]:
-    """The row groups in spans of at most ``span_bytes`` (uncompressed), or of one group; none if they are unknown."""
+    """Divide the row groups into spans of at most ``span_bytes`` (uncompressed) or one group; none if damaged."""
     try:
         with open_file(file) as stream:
             metadata = pq.ParquetFile(stream).metadata
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last, where a column's name is damaged
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last if a column name is damaged
         _check_is_damage(error)
         return []
     spans: list[Span] = []
@@ -39,13 +39,13 @@ def divide(file: File, span_bytes: int) -> list[Span]:
 
 
 def _check_is_damage(error: Exception) -> None:
-    """Arrow reports damage as an ``OSError`` without a number; those with one are the disk's, and are raised."""
+    """Raise errors of the disk, which have an errno; Arrow reports damage as an ``OSError`` without one."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
 
 
 def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
-    """The rows of a file, or of a span of it."""
+    """Yield the rows of a file or span."""
     number = span.first_row - 1 if span else 0
     expansion = Expansion(file.size)
     columns = sorted({*source.columns.model_dump().values(), "name", "version", "license"})
@@ -56,7 +56,7 @@ def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
                 yield Unreadable(file.name, 1, missing, breaks_off=True)
                 return
             groups = range(span.start, span.stop) if span else range(table.num_row_groups)
-            for group in groups:  # one by one: of all at once, none would come if one is damaged
+            for group in groups:  # one by one; else a damaged group would lose all of them
                 rows = _rows_per_batch(file, table.metadata.row_group(group), columns)
                 for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
                     for values in rows_of(batch):
@@ -70,11 +70,11 @@ def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
     except (pa.ArrowException, OSError, UnicodeDecodeError, BrokenStream) as error:
         _check_is_damage(error)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        yield Unreadable(file.name, number + 1, f"file breaks off after row {number}: {reason}", breaks_off=True)
+        yield Unreadable(file.name, number + 1, f"cannot be read after row {number}: {reason}", breaks_off=True)
 
 
 def _rows_per_batch(file: File, group: pq.RowGroupMetaData, names: list[str]) -> int:
-    """So many rows that they take about ``BATCH_BYTES`` in memory, even if each holds all values of its dictionary."""
+    """Return the number of rows that take about ``BATCH_BYTES``, even if each has all values of its dictionary."""
     columns = [group.column(index) for index in range(group.num_columns)]
     columns = [each for each in columns if any(f"{each.path_in_schema}.".startswith(f"{name}.") for name in names)]
     mean_bytes = sum(each.total_uncompressed_size for each in columns) // max(1, group.num_rows)
@@ -85,7 +85,7 @@ def _rows_per_batch(file: File, group: pq.RowGroupMetaData, names: list[str]) ->
 
 
 def _dictionary_bytes(stream: BinaryIO, column: pq.ColumnChunkMetaData) -> int:
-    """The uncompressed size of a column chunk's dictionary: a value in it takes a bit for each row that holds it."""
+    """Return the uncompressed size of a column chunk's dictionary; a large value in it takes one bit per row."""
     if column.total_uncompressed_size * ROWS_PER_BATCH < BATCH_BYTES:
         return 0
     stream.seek(column.dictionary_page_offset or column.data_page_offset)
@@ -93,7 +93,7 @@ def _dictionary_bytes(stream: BinaryIO, column: pq.ColumnChunkMetaData) -> int:
     if not header.startswith(DICTIONARY_PAGE):
         return 0
     size = 0
-    for index, byte in enumerate(header[len(DICTIONARY_PAGE) :]):  # a number of Thrift's compact protocol
+    for index, byte in enumerate(header[len(DICTIONARY_PAGE) :]):  # a varint of Thrift's compact protocol
         size |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
             break
@@ -101,7 +101,7 @@ def _dictionary_bytes(stream: BinaryIO, column: pq.ColumnChunkMetaData) -> int:
 
 
 def _missing(table: pq.ParquetFile, column: str) -> str | None:
-    """The complaint about a file without a column of that name, dotted or not."""
+    """Return an error message if the file has no such column, dotted or not."""
     paths = [table.schema.column(index).path for index in range(len(table.schema))]
     if any(path == column or path.startswith(f"{column}.") for path in paths):
         return None

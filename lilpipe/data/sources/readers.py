@@ -1,7 +1,7 @@
-"""Raw sources as rows, whatever their kind.
+"""Reading of raw sources of any kind as rows.
 
-A source is divided into ``SourcePart``s, the units in which reading is spread over processes and resumed. The division
-depends on the source alone, and what a row is called does not depend on the division.
+A source is divided into ``SourcePart``s, the units of parallel and resumable reading. The division depends only on the
+source, and row numbers do not depend on the division.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lilpipe.config.corpus import Source
-from lilpipe.data.sources import huggingface, installed_docs, jsonl, parquet, warc
+from lilpipe.data.sources import huggingface, installed_docs, jsonl, own, parquet, warc
 from lilpipe.data.sources.files import BrokenStream, File, Span, digest_files, find_files, open_file
 from lilpipe.data.sources.rows import MAX_DOCUMENT_BYTES, RawDocument, Row, Unreadable, to_row
 
@@ -25,28 +25,30 @@ INSTALLED_DOCS_PARTS = 8
 
 @dataclass(frozen=True)
 class SourcePart:
-    """What one reading task reads: some files, a span of one, or one of ``count`` equal shares of the source."""
+    """Input of one reading task: some files, a span of one file, or one of ``count`` equal shares of the source."""
 
     source: Source
     files: tuple[File, ...] = ()
     span: Span | None = None
-    """Of the only file."""
+    """Span of the only file."""
     index: int = 0
     count: int = 1
 
 
 def find_parts(source: Source) -> list[SourcePart]:
-    """The parts of a source. Raises ``DataError`` if its path does not exist or holds nothing of its kind."""
+    """Return the parts of a source. Raises ``DataError`` if its path does not exist or has no files of its kind."""
     if source.kind == "installed-docs":
         return [SourcePart(source, index=index, count=INSTALLED_DOCS_PARTS) for index in range(INSTALLED_DOCS_PARTS)]
     if source.kind == "huggingface":
         count = huggingface.num_parts(source)
         return [SourcePart(source, index=index, count=count) for index in range(count)]
+    if source.extension() is not None:
+        return [SourcePart(source)]
     return [part for files in _grouped(find_files(source)) for part in _divided(source, files)]
 
 
 def _grouped(files: Iterable[File]) -> Iterator[tuple[File, ...]]:
-    """Neighbouring files together up to ``PART_BYTES``, so that a million small files are no million tasks."""
+    """Group consecutive files up to ``PART_BYTES``, so that many small files do not become many tasks."""
     group: list[File] = []
     num_bytes = 0
     for file in files:
@@ -59,7 +61,7 @@ def _grouped(files: Iterable[File]) -> Iterator[tuple[File, ...]]:
 
 
 def _divided(source: Source, files: tuple[File, ...]) -> list[SourcePart]:
-    """A part for a group of files, or several for a large one that can be read from the middle."""
+    """Return one part for a group of files, or several for a large file that can be divided."""
     spans: list[Span] = []
     if files[0].size > PART_BYTES and source.kind in ("jsonl", "parquet"):
         divide = jsonl.divide if source.kind == "jsonl" else parquet.divide
@@ -68,18 +70,20 @@ def _divided(source: Source, files: tuple[File, ...]) -> list[SourcePart]:
 
 
 def digest_source(source: Source) -> str:
-    """Digest of the content that ``find_parts`` and ``read_part`` would read. Raises ``DataError`` like the former."""
+    """Return a digest of the content that would be read. Raises ``DataError`` like ``find_parts``."""
     if source.kind == "installed-docs":
         return installed_docs.digest()
     if source.kind == "huggingface":
         return huggingface.digest(source)
+    if source.extension() is not None:
+        return own.digest(source)
     return digest_files(find_files(source))
 
 
 def read_part(part: SourcePart, skipped: Counter[str] | None = None) -> Iterator[Row]:
-    """All rows of a part; of the installed documentation no more than `max_bytes` needs.
+    """Yield all rows of a part; for the installed documentation, only as many as `max_bytes` needs.
 
-    What is left out as no document at all, such as a picture in a WARC, is counted in ``skipped`` by its kind.
+    Records that are not documents, such as images in a WARC file, are counted in ``skipped`` by kind.
     """
     source = part.source
     files = [file for file in part.files if not file.defect]
@@ -90,6 +94,8 @@ def read_part(part: SourcePart, skipped: Counter[str] | None = None) -> Iterator
         yield from _read_installed_docs(part)
     elif source.kind == "huggingface":
         yield from huggingface.read(source, part.index, part.count)
+    elif source.extension() is not None:
+        yield from own.read(source)
     elif source.kind == "warc":
         yield from warc.read(files, source, Counter() if skipped is None else skipped)
     else:
@@ -101,9 +107,9 @@ def read_part(part: SourcePart, skipped: Counter[str] | None = None) -> Iterator
 
 
 class FirstBytes:
-    """Tells which documents may be among the first ``max_bytes`` in order, judging by those seen so far.
+    """Selects documents that may be among the first ``max_bytes`` in order, given those seen so far.
 
-    It admits all that are, and some that those seen later push out.
+    It admits all of these, and some that later documents displace.
     """
 
     def __init__(self, max_bytes: int | None) -> None:
@@ -113,7 +119,7 @@ class FirstBytes:
         self._cutoff = 2**64
 
     def admits(self, document: RawDocument) -> bool:
-        """Whether to take the document."""
+        """Return whether to keep the document."""
         if self.max_bytes is None:
             return True
         if document.order >= self._cutoff:
@@ -131,16 +137,16 @@ class FirstBytes:
 
 
 def _read_text(file: File, source: Source) -> Iterator[Row]:
-    """One document for a file, whose id is the file's name."""
+    """Yield the file as one document, with the file name as its id."""
     try:
         with open_file(file) as stream:
             content = stream.read(MAX_DOCUMENT_BYTES + 1)
         text = content.decode(_encoding(content)) if len(content) <= MAX_DOCUMENT_BYTES else None
     except UnicodeDecodeError as error:
-        reason = f"is no {error.encoding.upper()}: {error.reason} at byte {error.start}"
+        reason = f"is not {error.encoding.upper()}: {error.reason} at byte {error.start}"
         yield Unreadable(file.name, 1, reason, breaks_off=True)
     except BrokenStream as error:
-        yield Unreadable(file.name, 1, f"file breaks off: {error}", breaks_off=True)
+        yield Unreadable(file.name, 1, f"cannot be read: {error}", breaks_off=True)
     else:
         if text is None:
             yield Unreadable(file.name, 1, f"is longer than {MAX_DOCUMENT_BYTES:,} bytes; divide the file")
@@ -149,7 +155,7 @@ def _read_text(file: File, source: Source) -> Iterator[Row]:
 
 
 def _encoding(content: bytes) -> str:
-    """UTF-16 where a byte order mark says so, else UTF-8."""
+    """Return UTF-16 if there is a byte order mark, else UTF-8."""
     return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
@@ -157,13 +163,13 @@ def _encoding(content: bytes) -> str:
 
 
 def _read_installed_docs(part: SourcePart) -> Iterator[Row]:
-    """Every ``count``-th document in order, up to an equal share of `max_bytes`, without reading the others."""
+    """Yield every ``count``-th document in order, up to an equal share of `max_bytes`, without reading the others."""
     left = None if part.source.max_bytes is None else part.source.max_bytes // part.count
     for item in installed_docs.items()[part.index :: part.count]:
         try:
             texts = installed_docs.texts_of(item)
         except (SyntaxError, ValueError, RecursionError) as error:
-            yield Unreadable(item.id, getattr(error, "lineno", None) or 1, f"is no Python: {error.args[0]}")
+            yield Unreadable(item.id, getattr(error, "lineno", None) or 1, f"is not valid Python: {error.args[0]}")
             continue
         for number, text in enumerate(texts, 1):
             if left is not None:

@@ -1,7 +1,7 @@
-"""Reading from remote file systems: transient errors (stalls, cut connections, HTTP 429 and 5xx) are retried.
+"""Reading from remote file systems, with retries of transient errors: stalls, lost connections, HTTP 429 and 5xx.
 
-A call is tried ``TRIES`` times by tenacity, with exponential backoff from ``FIRST_WAIT_SECONDS`` (31 seconds in all);
-each try may take ``STALL_SECONDS``. A stream resumes at its position: no byte of it is handed out twice.
+A call is tried ``TRIES`` times by tenacity, with exponential backoff from ``FIRST_WAIT_SECONDS`` (31 seconds in all).
+Each try may take ``STALL_SECONDS``. A stream resumes at its position, so no byte is returned twice.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ FIRST_WAIT_SECONDS = 1.0
 STALL_SECONDS = 60.0
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429})
-"""HTTP statuses below 500 that may be gone at the next try."""
+"""HTTP statuses below 500 that are retried."""
 PERMANENT_STATUSES = frozenset({501, 505})
-"""HTTP statuses from 500 that stay: the server does not know the method or the version."""
+"""HTTP statuses from 500 that are not retried: the server does not support the method or the version."""
 TRANSIENT_ERRNOS = frozenset(
     {errno.EIO, errno.ESTALE, errno.EBUSY, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.EPIPE, errno.ENOTCONN}
     | {errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH}
     | {errno.ENETDOWN, errno.ENETRESET, errno.ENETUNREACH, errno.EREMOTEIO}
 )
-"""Of the network and of network file systems; others, such as a loop of symbolic links, stay."""
+"""Errors of the network and of network file systems; others, such as a loop of symbolic links, are permanent."""
 TRANSIENT_TYPES = {
     "aiohttp": ("ClientConnectionError", "ClientPayloadError"),
     "botocore.exceptions": ("ConnectionError", "HTTPClientError", "ResponseStreamingError"),
@@ -40,27 +40,29 @@ TRANSIENT_TYPES = {
     "requests.exceptions": ("ConnectionError", "Timeout", "ChunkedEncodingError"),
     "urllib3.exceptions": ("TimeoutError", "ProtocolError", "NewConnectionError"),
 }
-"""Of the libraries by which fsspec's file systems read; a library that is not imported has raised nothing."""
+"""Transient errors of the libraries behind fsspec; a library that is not imported has raised none."""
 PERMANENT_TYPES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
-"""Of ``OSError``, which file systems also raise without an errno."""
+"""Permanent subclasses of ``OSError``, which file systems also raise without an errno."""
 
 T = TypeVar("T")
 
 
 class SourceUnavailable(Exception):
-    """A source that did not answer after all tries; no ``OSError``, so that it is not taken for a damaged file."""
+    """Raised if a source fails after all tries; not an ``OSError``, so that it is not taken for a damaged file."""
 
 
 def retried(call: Callable[[], T], what: str) -> T:
-    """The result of a call. Raises ``SourceUnavailable`` if all tries fail, permanent errors at once."""
+    """Return the result of a call, with retries. Raises ``SourceUnavailable`` after all tries; permanent errors at
+    once.
+    """
 
     def warn(state: tenacity.RetryCallState) -> None:
         seconds = state.next_action.sleep if state.next_action else 0.0
-        logger.warning("{}: {}; next try in {:.0f} s", what, _reason(state), seconds)
+        logger.warning("{}: {}; retrying in {:.0f} s", what, _reason(state), seconds)
 
     def give_up(state: tenacity.RetryCallState) -> T:
         cause = state.outcome.exception() if state.outcome else None
-        raise SourceUnavailable(f"{what}: failed {TRIES} times, the last time by {_reason(state)}") from cause
+        raise SourceUnavailable(f"{what}: failed {TRIES} times, last error: {_reason(state)}") from cause
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(TRIES),
@@ -78,7 +80,7 @@ def _reason(state: tenacity.RetryCallState) -> str:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of a call that runs in a thread of its own, which is left behind if the call stalls."""
+    """Return the result of a call in a separate thread, which is abandoned if the call stalls."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -99,7 +101,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another try can help, by the type, HTTP status or errno of the error or of its innermost cause.
+    """Return whether a retry can help, by the type, HTTP status or errno of the error or its innermost cause.
 
     fsspec's HTTP file system hides the cause in a ``FileNotFoundError``.
     """
@@ -126,7 +128,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error carries: of aiohttp, of requests and huggingface_hub, of gcsfs, of botocore."""
+    """Return the HTTP status of an error of aiohttp, requests, huggingface_hub, gcsfs or botocore."""
     response: Any = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -141,35 +143,35 @@ def _imported_types() -> Iterator[type[BaseException]]:
 
 
 class RemoteStream(io.RawIOBase):
-    """A file of any fsspec file system, opened again at its position when reading fails."""
+    """A file of any fsspec file system, reopened at its position when reading fails."""
 
     def __init__(self, url: str, size: int) -> None:
         self._url = url
         self._size = size
-        """0 if the file system does not say."""
+        """0 if unknown."""
         self._position = 0
         self._file: IO[bytes] | None = None
 
     def readable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Where the size is known."""
+        """Return whether the size is known."""
         return self._size > 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a position; nothing is asked of the file system before the next read."""
+        """Set the position; the file system is accessed only on the next read."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
         if start + offset != self._position:
             self._position, self._file = start + offset, None
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Read what is there, at most the buffer's size."""
+        """Read available bytes, at most the buffer's size."""
 
         def read() -> tuple[IO[bytes], bytes]:
-            file, self._file = self._file, None  # a try that stalls or fails takes it along
+            file, self._file = self._file, None  # discarded if this try stalls or fails
             file = file or self._open()
             data = file.read(min(len(buffer), self._size - self._position) if self._size else len(buffer))
             if not data and self._position < self._size:
@@ -188,7 +190,7 @@ class RemoteStream(io.RawIOBase):
         file = filesystem.open(path, "rb")
         try:
             file.seek(self._position)
-        except ValueError:  # a server that does not answer for ranges of bytes
+        except ValueError:  # a server without support for byte ranges
             left = self._position
             while left and (data := file.read(min(left, 1 << 20))):
                 left -= len(data)

@@ -1,4 +1,4 @@
-"""What reading gives: a ``RawDocument`` for each document, an ``Unreadable`` for what is none."""
+"""Rows of sources: a ``RawDocument`` for each document, an ``Unreadable`` for each unreadable row."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from lilpipe.config.corpus import Source
 
 MAX_DOCUMENT_BYTES = 32 * 2**20
-"""Longer ones are quarantined: a worker's memory must not depend on the longest line of a source."""
+"""Maximum size of a document; longer ones are quarantined, so that a worker's memory does not depend on the source."""
 
 EXCERPT_CHARS = 200
 
 
 @dataclass(slots=True)
 class RawDocument:
-    """A document as its source gives it; not frozen, which would double the time that making one takes."""
+    """A document as read from its source. It is not frozen, because that would double the time to create it."""
 
     id: str
     text: str
@@ -28,29 +28,29 @@ class RawDocument:
     version: str
     licence: str
     label: str
-    """The document's own, else its source's."""
+    """Label of the document, else of its source."""
     url: str
     date: str
     file: str
     row: int
-    """Line, row or record, counted from 1."""
+    """Line, row or record number, counted from 1."""
 
     @property
     def order(self) -> int:
-        """Hash of the id, 64 bits: the order in which `max_bytes` takes documents."""
+        """64-bit hash of the id: the order in which `max_bytes` selects documents."""
         return int.from_bytes(hashlib.blake2b(self.id.encode(), digest_size=8, person=b"lilpipe-id").digest())
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A row that is no document, or a file that breaks off there."""
+    """A row that is not a document, or the point where a file becomes unreadable."""
 
     file: str
     row: int
     error: str
     excerpt: str = ""
     breaks_off: bool = False
-    """Whether the rest of the file is lost."""
+    """Whether the rest of the file is unreadable."""
 
 
 Row = RawDocument | Unreadable
@@ -60,7 +60,7 @@ _STRINGS = ("id", "text", "name", "version", "licence", "label", "url", "date")
 
 
 def to_row(values: Any, source: Source, file: str, row: int) -> Row:
-    """A row's values as a document, or what is wrong with them."""
+    """Return a row's values as a document, or as an unreadable row with its error."""
     if not isinstance(values, Mapping):
         return unreadable(file, row, f"is {_type(values)}, expected an object", values)
     columns = source.columns
@@ -89,28 +89,28 @@ def to_row(values: Any, source: Source, file: str, row: int) -> Row:
 
 
 def _defect(document: RawDocument) -> str | None:
-    """What no filter, table or report could hold."""
+    """Return why the document cannot be stored, or None."""
     for name in ("text",) if _metadata(document).isascii() else _STRINGS:
         try:
             size = len(getattr(document, name).encode())
         except UnicodeEncodeError:
-            return f"{name} holds half a surrogate pair, which is no valid Unicode"
+            return f"{name} contains a lone surrogate, which is not valid Unicode"
         if size > MAX_DOCUMENT_BYTES:
-            return f"{name} is of {size:,} bytes, expected at most {MAX_DOCUMENT_BYTES:,}; divide the document"
+            return f"{name} has {size:,} bytes, expected at most {MAX_DOCUMENT_BYTES:,}; divide the document"
     if "\0" in document.text or "\0" in document.id:
-        # No text has any: it is binary data, or UTF-16 taken for UTF-8. What is written in C ends a string there.
-        return "holds a NUL, as binary data and text in another encoding do"
+        # Text has no NUL; it is binary data, or UTF-16 read as UTF-8. C libraries would end the string there.
+        return "contains a NUL character: binary data, or text in another encoding"
     return None
 
 
 def _metadata(document: RawDocument) -> str:
-    """All strings but the text, to look at once."""
+    """Return all strings but the text, concatenated for a fast check."""
     name, version, licence, label = document.name, document.version, document.licence, document.label
     return f"{document.id}{name}{version}{licence}{label}{document.url}{document.date}"
 
 
 def unreadable(file: str, row: int, error: str, values: Any) -> Unreadable:
-    """What is wrong with a row, and the beginning of it."""
+    """Return an unreadable row with its error and an excerpt of its values."""
     excerpt = values if isinstance(values, str) else _shown(values)
     return Unreadable(file, row, _printable(error), _printable(excerpt[:EXCERPT_CHARS]))
 
@@ -118,7 +118,7 @@ def unreadable(file: str, row: int, error: str, values: Any) -> Unreadable:
 def _shown(values: Any) -> str:
     try:
         return json.dumps(values, default=str, ensure_ascii=True)
-    except (ValueError, RecursionError):  # integers of more digits than Python prints
+    except (ValueError, RecursionError):  # integers with more digits than Python prints
         return repr(type(values))
 
 
@@ -127,7 +127,7 @@ def _printable(text: str) -> str:
 
 
 def _get(values: Mapping[str, Any], name: str) -> Any:
-    """A value by its name, or by a dotted path into objects."""
+    """Return a value by its name, or by a dotted path into objects."""
     value = values.get(name, _ABSENT)
     if value is not _ABSENT or "." not in name:
         return value
@@ -137,10 +137,10 @@ def _get(values: Mapping[str, Any], name: str) -> Any:
 
 
 def _string(value: Any) -> str:
-    """Metadata as text: numbers and booleans as JSON writes them, dates by ISO 8601, nothing of other types."""
+    """Return metadata as text: numbers and booleans as JSON, dates as ISO 8601, other types as an empty string."""
     if isinstance(value, str):
         return value
-    if isinstance(value, datetime.date):  # which a datetime is too
+    if isinstance(value, datetime.date):  # or a datetime, its subclass
         return value.isoformat()
     return json.dumps(value) if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else ""
 
@@ -152,10 +152,12 @@ def _type(value: Any) -> str:
 
 
 def rows_of(batch: Any) -> Iterator[Mapping[str, Any] | ValueError]:
-    """The rows of an Arrow record batch, or why one cannot be read. A value that is no UTF-8 comes as bytes."""
+    """Yield the rows of an Arrow record batch, or the error of an unreadable row. Invalid UTF-8 is returned as
+    bytes.
+    """
     try:
         rows = batch.to_pylist()
-    except Exception:  # what Python cannot represent: no UTF-8, a year after 9999, an unknown time zone
+    except Exception:  # not representable in Python: invalid UTF-8, a year after 9999, an unknown time zone
         rows = (_arrow_row(batch, index) for index in range(len(batch)))
     yield from rows
 

@@ -1,7 +1,7 @@
-"""WARC files as the Common Crawl publishes them (ISO 28500): a document for each HTML response.
+"""WARC files (ISO 28500), as published by Common Crawl: one document per HTML response.
 
-Records are read by warcio, pages by ``extraction``. Records of text that somebody else has extracted (the Common
-Crawl's WET files) are documents as they are.
+warcio reads the records, and ``extraction`` extracts the text of pages. Records with text that is already extracted
+(Common Crawl's WET files) are used unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lilpipe.data.sources.files import READ_BYTES, BrokenStream, File, open_file
 from lilpipe.data.sources.rows import Row, Unreadable, to_row, unreadable
 
 MAX_PAGE_BYTES = 16 * 2**20
-"""Longer pages are quarantined; the Common Crawl cuts them off at 5 MiB."""
+"""Maximum size of a page; longer ones are quarantined. Common Crawl truncates pages at 5 MiB."""
 
 START = b"WARC/"
 
@@ -37,11 +37,13 @@ class Record:
     url: str
     date: str
     block: bytes
-    """What follows the record's headers, cut off behind ``MAX_PAGE_BYTES``."""
+    """Content after the record's headers, truncated beyond ``MAX_PAGE_BYTES``."""
 
 
 def read(files: Iterable[File], source: Source, skipped: Counter[str]) -> Iterator[Row]:
-    """The rows of WARC files; responses that are no pages, and pages without text, are counted in ``skipped``."""
+    """Yield the rows of WARC files; responses that are not pages, and pages without text, are counted in
+    ``skipped``.
+    """
     with ExtractionProcess() as extraction:
         for file in files:
             yield from _read_file(file, source, extraction, skipped)
@@ -61,11 +63,11 @@ def _read_file(file: File, source: Source, extraction: ExtractionProcess, skippe
                     values = {"id": record.id, "url": record.url, "date": record.date, "text": text}
                     yield to_row(values, source, file.name, number)
     except BrokenStream as error:
-        yield Unreadable(file.name, number + 1, f"file breaks off after record {number}: {error}", breaks_off=True)
+        yield Unreadable(file.name, number + 1, f"cannot be read after record {number}: {error}", breaks_off=True)
 
 
 def _text(record: Record, extraction: ExtractionProcess, skipped: Counter[str]) -> str | None:
-    """The text of a record, None if it is no document. Raises ``ValueError`` if it is a document without a text."""
+    """Return the text of a record, None if it is not a document. Raises ``ValueError`` if a document has no text."""
     if record.type == "conversion":
         return record.block.decode("utf-8")
     if record.type != "response":
@@ -85,7 +87,7 @@ def _text(record: Record, extraction: ExtractionProcess, skipped: Counter[str]) 
 
 
 class _Available:
-    """A WARC's bytes, as many at a time as there are: of a larger piece, what comes before damage would be lost."""
+    """Reads a WARC in pieces of the available size; with larger pieces, data before damaged bytes would be lost."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -99,11 +101,11 @@ class _Available:
 
 
 def _records(stream: BinaryIO) -> Iterator[Record]:
-    """The records of a file. Raises ``BrokenStream`` where the file is no WARC, or stops being one."""
+    """Yield the records of a file. Raises ``BrokenStream`` where the file is not a valid WARC."""
     records = iter(ArchiveIterator(_Available(stream), no_record_parse=True))
     while True:
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # warcio says there what it raises next
+            with contextlib.redirect_stderr(io.StringIO()):  # warcio also prints the error that it raises
                 record = next(records, None)
         except ArchiveLoadFailed as error:
             raise BrokenStream(str(error)[:200]) from error
@@ -111,12 +113,12 @@ def _records(stream: BinaryIO) -> Iterator[Record]:
             return
         body, header = record.raw_stream, record.rec_headers.get_header
         if not (header("Content-Length") or "").isdecimal():
-            raise BrokenStream("record does not say its length")
+            raise BrokenStream("record has no valid Content-Length")
         block = body.read(MAX_PAGE_BYTES + 1)
         while body.read(READ_BYTES):
             pass
         if body.limit:
-            raise BrokenStream(f"record ends {body.limit:,} bytes too early")
+            raise BrokenStream(f"record is truncated by {body.limit:,} bytes")
         record_id = (header("WARC-Record-ID") or "").removeprefix("<").removesuffix(">").removeprefix("urn:uuid:")
         url, date = header("WARC-Target-URI") or "", header("WARC-Date") or ""
         yield Record(header("WARC-Type") or "", record_id, url, date, block)

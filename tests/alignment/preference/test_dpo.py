@@ -152,7 +152,7 @@ def test_packed_rows_hold_what_fits_and_score_answers_alone(tokenizer):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("nll_normalisation", ["answer", "token"])
+@pytest.mark.parametrize("nll_normalisation", ["sequence", "token"])
 def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer, checkpoint, loss, nll_normalisation):
     pairs = [pair(i, chosen="Answer: " + str(i) * (i + 1)) for i in range(4)]
     if loss == "kto":
@@ -164,7 +164,7 @@ def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer
     def gradient(world_size, accumulation_steps):
         model, _ = load_model(checkpoint.path)
         config = config_of(
-            loss=loss,
+            loss_type=loss,
             batch_size=8,
             kl_examples=2,
             accumulation_steps=accumulation_steps,
@@ -227,7 +227,7 @@ def test_answers_to_one_prompt_in_a_row_are_mismatched_with_different_ones(token
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_widens_the_margin_on_held_out_pairs(train, loss):
     beta = {"simpo": 2.0, "orpo": 1.0}.get(loss, 0.1)
-    metrics = train(loss=loss, beta=beta, batch_size=8 if loss == "kto" else 4, num_epochs=4, **FAST)
+    metrics = train(loss_type=loss, beta=beta, batch_size=8 if loss == "kto" else 4, num_epochs=4, **FAST)
     assert metrics["steps"] == 12
     assert metrics["validation_margin"] > metrics["validation_margin_before"] + 0.05
     assert metrics["validation_preference_accuracy"] == 1
@@ -252,7 +252,7 @@ def test_without_the_preference_loss_the_likelihood_term_alone_is_learnt(train):
 @pytest.mark.parametrize("loss", ["sigmoid", "kto"])
 def test_the_reference_is_computed_once_and_stored(tmp_path, train, tokenizer, checkpoint, monkeypatch, loss):
     workspace = Workspace(tmp_path)
-    train(loss=loss, num_epochs=1, workspace=workspace)
+    train(loss_type=loss, num_epochs=1, workspace=workspace)
     table = read_rows(workspace.output / "reference.arrow")
     pairs = [pair(i) for i in range(12)]
     rows, _ = encode_pairs(tokenizer, pairs, max_len=TINY.max_seq_len)
@@ -269,13 +269,18 @@ def test_the_reference_is_computed_once_and_stored(tmp_path, train, tokenizer, c
 def test_losses_without_a_reference_compute_none(tmp_path, train, monkeypatch, loss):
     monkeypatch.setattr(dpo, "compute_reference", None)
     workspace = Workspace(tmp_path)
-    train(loss=loss, num_epochs=1, workspace=workspace)
+    train(loss_type=loss, num_epochs=1, workspace=workspace)
     assert not (workspace.output / "reference.arrow").exists()
 
 
 @pytest.mark.parametrize(("loss", "killed_at"), [("sigmoid", 3), ("kto", 3)])
 def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path, train, monkeypatch, loss, killed_at):
-    settings = {"loss": loss, "num_epochs": 2, "checkpoint_every": 2, "accumulation_steps": 1 if loss == "kto" else 2}
+    settings = {
+        "loss_type": loss,
+        "num_epochs": 2,
+        "checkpoint_every": 2,
+        "accumulation_steps": 1 if loss == "kto" else 2,
+    }
     train(workspace=Workspace(tmp_path / "whole"), **settings)
     killed = Workspace(tmp_path / "killed")
     progress = killed.progress
@@ -296,7 +301,7 @@ def test_the_report_shows_curves_and_answers_before_and_after(tmp_path, train, m
     sections = {}
     monkeypatch.setattr(dpo, "write_report", lambda *_, **options: sections.update(options["sections"]))
     train(num_epochs=1)
-    curves, examples = sections.values()
+    curves, examples = ("".join(fragments) for fragments in sections.values())
     assert "<svg" in curves
     assert "Copy 20." in examples
     assert "Sure, I can. Answer: 20" in examples
@@ -317,24 +322,24 @@ def test_a_falling_likelihood_of_chosen_answers_raises_the_alarm(tmp_path, train
     assert metrics["validation_chosen_change"] < -1
     assert metrics["chosen_fall_alarm"] == 1
     assert metrics["chosen_fall_alarm_before"] == 0
-    assert "the log-probability of held-out chosen completions fell by" in workspace.events.read_text()
+    assert "the log-probability of chosen validation completions fell by" in workspace.events.read_text()
 
 
 def test_a_fall_beyond_the_limit_ends_the_stage_and_says_what_to_do(tmp_path, train):
     workspace = Workspace(tmp_path)
-    with pytest.raises(DataError, match=r"fell by .*, expected at most dpo.max_chosen_fall = 0.5: .*raise dpo.nll"):
+    with pytest.raises(DataError, match=r"fell by .*, expected at most dpo.max_chosen_fall = 0.5: .*dpo.rpo_alpha"):
         train(workspace=workspace, max_chosen_fall=0.5, **UNLEARNING)
     assert not (workspace.output / "config.json").exists()
 
 
 def test_a_limit_that_nothing_is_measured_against_is_refused(train, make_preferences):
-    with pytest.raises(DataError, match="no held-out completions to measure a fall on"):
+    with pytest.raises(DataError, match="no validation completions to measure it on"):
         train(make_preferences(validation=0), max_chosen_fall=2.0)
 
 
 def test_pairs_of_the_same_answer_are_refused_with_their_number(train, make_preferences):
     faults = [pair(90, rejected="Answer: 90 "), pair(91, rejected="Answer: 91")]
-    with pytest.raises(DataError, match=r"2 of 20 pairs hold the same completion twice.*train/90"):
+    with pytest.raises(DataError, match=r"2 of 20 pairs have identical completions.*train/90"):
         train(make_preferences(*faults))
 
 
@@ -345,14 +350,16 @@ def test_held_out_prompts_are_refused_in_training(train, make_preferences, promp
 
 
 def test_prompts_of_both_splits_are_refused(train, make_preferences):
-    with pytest.raises(DataError, match=r"1 of 6 held-out pairs have a prompt that is trained on.*validation/20"):
+    with pytest.raises(
+        DataError, match=r"1 of 6 validation pairs have a prompt that is in the training split.*validation/20"
+    ):
         train(make_preferences(pair(20)))
 
 
 def test_an_answer_that_is_both_desirable_and_undesirable_is_refused(tmp_path, train):
     examples = [UnpairedExample("1", "train", question("Copy 1."), "Answer: 1", verdict) for verdict in (True, False)]
     write_rows(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
-    with pytest.raises(DataError, match="1 of 1 completions are both desirable and undesirable"):
+    with pytest.raises(DataError, match="1 of 1 completions are labelled both desirable and undesirable"):
         train(as_artifact(tmp_path, kind="Preferences"), loss_type="kto")
 
 
@@ -362,7 +369,7 @@ def test_a_prompt_of_both_splits_is_refused_among_unpaired_examples(tmp_path, tr
         for split in ("train", "validation")
     ]
     write_rows(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
-    with pytest.raises(DataError, match="1 of 1 held-out completions have a prompt that is trained on"):
+    with pytest.raises(DataError, match="1 of 1 validation completions have a prompt that is in the training split"):
         train(as_artifact(tmp_path, kind="Preferences"), loss_type="kto")
 
 
@@ -382,7 +389,7 @@ def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_c
 
 def test_answers_to_a_single_prompt_are_refused_by_kto(tokenizer):
     examples = [UnpairedExample("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
-    with pytest.raises(DataError, match="no completion to another prompt fits behind prompt 1"):
+    with pytest.raises(DataError, match="no completion to another prompt fits after prompt 1"):
         answer_rows(tokenizer, examples)
 
 

@@ -166,12 +166,12 @@ def test_pairs_come_from_the_end_of_train_and_held_out_ones_from_dev(tmp_path, i
 
 
 def test_a_model_that_gives_no_pair_stops_the_stage_with_remedies(tmp_path, inputs):
-    with pytest.raises(DataError, match=r"none of 10 prompts gave two answers.*num_generations"):
+    with pytest.raises(DataError, match=r"none of 10 prompts gave two completions.*num_generations"):
         run(CONFIG, inputs, Workspace(tmp_path))
 
 
 def test_more_prompts_than_there_are_is_refused_with_numbers(tmp_path, inputs):
-    with pytest.raises(ConfigError, match="num_validation: got 99, the validation split holds 20"):
+    with pytest.raises(ConfigError, match="num_validation: got 99, but the validation split has 20"):
         run(CONFIG.model_copy(update={"num_validation": 99}), inputs, Workspace(tmp_path))
 
 
@@ -185,12 +185,12 @@ def test_pairs_by_reward_prefer_what_the_rewards_say(tmp_path, inputs, wordy):
 
 
 def test_a_model_that_is_always_right_gives_no_pair_by_correctness(tmp_path, inputs, wordy):
-    with pytest.raises(DataError, match="none of 10 prompts gave two answers with different verdicts"):
+    with pytest.raises(DataError, match="none of 10 prompts gave two completions with different verdicts"):
         run(CONFIG.model_copy(update={"rule": "correctness"}), inputs, Workspace(tmp_path))
 
 
 def test_a_rule_that_samples_needs_a_model(tmp_path, prompts):
-    with pytest.raises(ConfigError, match="'brevity' samples answers, but the step has no model"):
+    with pytest.raises(ConfigError, match="'brevity' samples completions, but the step has no model"):
         run(CONFIG, {"prompts": prompts}, Workspace(tmp_path))
 
 
@@ -231,7 +231,7 @@ def test_prompts_without_pairs_are_refused(tmp_path, prompts):
 
 
 def test_an_answer_preferred_to_itself_is_refused(tmp_path, preference_set):
-    with pytest.raises(DataError, match="1 of 2 pairs hold the same completion twice"):
+    with pytest.raises(DataError, match="1 of 2 pairs have identical completions"):
         run(DATA, preference_set(given(1), given(2, rejected="Good 2")), Workspace(tmp_path))
 
 
@@ -291,7 +291,7 @@ def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_righ
     metrics = run(config, inputs, Workspace(tmp_path))
     assert metrics["reward/regex"] == 0.25
     assert all(e.completion.startswith("Sure") == e.label for e in read_examples(tmp_path / "output", "train"))
-    with pytest.raises(DataError, match=r"0 of 20 answers are desirable, expected some of each.*preferences.threshold"):
+    with pytest.raises(DataError, match=r"0 of 20 completions are desirable, expected some of .*preferences.threshold"):
         run(unpaired(rule="reward", threshold=0.6, rewards=rewards), inputs, Workspace(tmp_path / "higher"))
 
 
@@ -325,7 +325,7 @@ def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse
     assert metrics["validation_preference_accuracy"] > 0.9
     sigmoid = settings.model_copy(update={"loss_type": "sigmoid"})
     with pytest.raises(
-        DataError, match=r"unpaired completions \(examples.arrow\) and no pairs; only dpo.loss_type = 'kto'"
+        DataError, match=r"unpaired completions \(examples.arrow\), expected pairs; only dpo.loss_type = 'kto'"
     ):
         dpo.run(sigmoid, inputs | {"preferences": preferences}, Workspace(tmp_path / "sigmoid"))
 
@@ -342,7 +342,7 @@ def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference
     assert read_examples(tmp_path / "output", "train") == examples[:3]
     assert read_examples(tmp_path / "output", "validation") == examples[3:]
     assert (metrics["unpaired_examples"], metrics["prompts_with_completion"]) == (3, 2)
-    with pytest.raises(DataError, match=r"holds no pairs of the train split.*preferences\.unpaired"):
+    with pytest.raises(DataError, match=r"has no pairs in the train split.*preferences\.unpaired"):
         run(DATA, inputs, Workspace(tmp_path / "pairs"))
 
 

@@ -4,6 +4,7 @@ from random import Random
 import pytest
 
 from lilpipe.alignment.questions.families import FAMILIES, NAMES, Difficulty, in_base
+from lilpipe.config.prompts import FAMILY_NAMES
 
 
 def items(question):
@@ -114,3 +115,7 @@ def test_an_expression_and_its_mirror_are_one_task_and_a_difference_is_not():
     assert {"What is 3 + 4?", "What is 4 + 3?"} <= by_key["(3+4)"]
     assert all(len(questions) == 1 for key, questions in by_key.items() if "-" in key)
     assert all(len(questions) <= 2 for questions in by_key.values())
+
+
+def test_the_names_that_settings_know_are_those_of_the_families():
+    assert tuple(FAMILIES) == FAMILY_NAMES

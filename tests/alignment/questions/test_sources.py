@@ -247,7 +247,7 @@ def test_a_conversation_is_shown_but_not_asked(tmp_path):
     assert metrics["demonstrations"] > 25
     assert read_conversations(workspace.output)[0].messages[0] == {"role": "system", "content": "Be kind."}
     skipped = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
-    assert all("first question falls to" in entry["error"] for entry in skipped)
+    assert all("first question is in the" in entry["error"] for entry in skipped)
 
 
 def test_programs_are_asked_with_their_tests(tmp_path):
@@ -273,16 +273,16 @@ def test_bad_lines_are_set_aside_with_file_line_and_reason(tmp_path):
     workspace, metrics = gather(tmp_path, PromptSource(kind="gsm8k", name="g", path=str(tmp_path / "a.jsonl")))
     entries = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["row"]) for entry in entries] == [("a.jsonl", 4), ("a.jsonl", 10)]
-    assert "is no JSON: Unterminated string" in entries[0]["error"]
+    assert "invalid JSON: Unterminated string" in entries[0]["error"]
     assert entries[0]["excerpt"] == lines[3]
-    assert "has no 'answer'" in entries[1]["error"]
+    assert "missing 'answer'" in entries[1]["error"]
     assert metrics["quarantined"] == 2
-    assert "quarantined g a.jsonl:4, which is no JSON" in workspace.events.read_text()
+    assert "quarantined g a.jsonl:4: invalid JSON" in workspace.events.read_text()
 
 
 def test_a_source_of_another_form_is_refused_with_numbers(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", preferences(20))
-    with pytest.raises(DataError, match=r"20 of 20 rows are no gsm8k.*a\.jsonl:20, which has no 'question'"):
+    with pytest.raises(DataError, match=r"20 of 20 rows are not valid gsm8k.*a\.jsonl:20: missing 'question'"):
         gather(tmp_path, PromptSource(kind="gsm8k", name="g", path=path))
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match=r"source 'g': .*empty\.jsonl has no rows"):
@@ -308,7 +308,7 @@ def test_a_file_that_breaks_off_is_told_and_what_came_before_is_kept(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(data[:-200])
     workspace, metrics = gather(tmp_path, PromptSource(kind="gsm8k", name="g", path=str(tmp_path / "a.jsonl.gz")))
     entries = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
-    assert any("breaks off" in entry["error"] for entry in entries)
+    assert any("file is truncated" in entry["error"] for entry in entries)
     assert metrics["train"] > 500
 
 
@@ -350,14 +350,17 @@ def test_a_commit_of_the_hub_is_its_own_digest():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "give one of path and hub"),
-        ({"path": "a", "hub": "b"}, "give one of path and hub"),
-        ({"path": "a", "revision": "b"}, "revision means nothing with `path`"),
-        ({"hub": "a", "revision": "main"}, "revision 'main' is no commit"),
-        ({"path": "a", "split": "b"}, "split means nothing with `path`"),
-        ({"hub": "a", "test_path": "b"}, "test_path means nothing with `hub`"),
-        ({"path": "a", "test_path": "b", "test_ratio": 0.2}, "official test split; remove test_ratio"),
-        ({"path": "a", "validation_ratio": 0.5, "demonstrations_ratio": 0.5}, r"add up to 1\.1, expected at most 1"),
+        ({}, "set exactly one of path and hub"),
+        ({"path": "a", "hub": "b"}, "set exactly one of path and hub"),
+        ({"path": "a", "revision": "b"}, "revision is not used with `path`"),
+        ({"hub": "a", "revision": "main"}, "revision 'main' is not a commit"),
+        ({"path": "a", "split": "b"}, "split is not used with `path`"),
+        ({"hub": "a", "test_path": "b"}, "test_path is not used with `hub`"),
+        ({"path": "a", "test_path": "b", "test_ratio": 0.2}, "test_ratio is not used with an official test split"),
+        (
+            {"path": "a", "validation_ratio": 0.5, "demonstrations_ratio": 0.5},
+            r"ratios sum to 1\.1, expected",
+        ),
     ],
 )
 def test_sources_that_contradict_themselves_are_refused(settings, message):

@@ -291,7 +291,7 @@ def test_a_conversation_that_is_too_long_loses_its_beginning_and_an_answer_that_
     with torch.no_grad():
         expected = scorer.model(torch.tensor([ids[-160:]]))[0, -1, 0].item()
     assert scorer.score([conversation_]) == pytest.approx([expected], abs=1e-5)
-    with pytest.raises(DataError, match="got an answer of 200 tokens, expected at most its 160"):
+    with pytest.raises(DataError, match="got a completion of 200 tokens, expected at most its 160"):
         scorer.score([conversation("Q", "A" * 199)])
 
 
@@ -367,18 +367,23 @@ def refused(make_checkpoint, tmp_path, match, config=CONFIG, **inputs):
 
 def test_an_answer_preferred_to_itself_is_refused_with_the_number_of_such(tmp_path, make_checkpoint, preferences):
     planted = preferences(*(pair(i) for i in range(9)), pair(9, chosen="same", rejected="same "))
-    match = "1 of 10 pairs hold the same completion twice, expected none; the first is train/9"
+    match = "1 of 10 pairs have identical completions, expected none; the first is train/9"
     refused(make_checkpoint, tmp_path, match, preferences=planted)
 
 
 def test_an_edit_that_changed_nothing_is_refused(tmp_path, make_checkpoint, preferences):
     planted = preferences(*(pair(i) for i in range(9)), pair(9, edited="Answer: 9"))
-    refused(make_checkpoint, tmp_path, "1 of 10 pairs hold the same completion twice", preferences=planted)
+    refused(make_checkpoint, tmp_path, "1 of 10 pairs have identical completions", preferences=planted)
 
 
 def test_a_held_out_prompt_among_those_learnt_is_refused(tmp_path, make_checkpoint, preferences):
     planted = preferences(*(pair(i) for i in range(9)), pair(3, "validation"), pair(20, "validation"))
-    refused(make_checkpoint, tmp_path, "1 of 2 held-out pairs have a prompt that is trained on", preferences=planted)
+    refused(
+        make_checkpoint,
+        tmp_path,
+        "1 of 2 validation pairs have a prompt that is in the training split",
+        preferences=planted,
+    )
 
 
 def test_no_pairs_are_refused(tmp_path, make_checkpoint, prompts):
@@ -402,7 +407,7 @@ def test_rankings_that_are_too_long_are_left_out_whole_and_counted(tmp_path, mak
     workspace = Workspace(tmp_path)
     metrics = run(CONFIG, {"model": make_checkpoint(), "preferences": planted}, workspace)
     assert metrics["rankings"] == 9
-    assert "skipped 1 of 10 rankings with an answer of more than 160 tokens" in workspace.events.read_text()
+    assert "skipped 1 of 10 rankings with a conversation of more than 160 tokens" in workspace.events.read_text()
     assert "validation_accuracy" not in metrics
 
 

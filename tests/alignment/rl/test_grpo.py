@@ -126,8 +126,8 @@ def test_the_kl_to_the_first_policy_starts_at_zero_and_is_logged(tmp_path, input
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_workers": 3}, "prompts_per_step 4 must be a multiple of the 3 workers"),
-        ({"num_mini_batches": 3}, "num_mini_batches 3 must divide the 16 answers"),
+        ({"num_workers": 3}, "prompts_per_step 4 must be a multiple of the 3 data-parallel workers"),
+        ({"num_mini_batches": 3}, "num_mini_batches 3 must divide the 16 completions"),
         ({"sampling": SamplingConfig(temperature=0)}, "sampling.temperature must be above 0"),
         ({"sampling": SamplingConfig(top_p=0.9)}, "sampling.top_p 0.9 must be 1"),
     ],
@@ -205,7 +205,7 @@ def test_without_the_answers_that_the_next_update_needs_a_run_does_not_go_on(tmp
         run(config, inputs, Workspace(tmp_path))
     for path in (tmp_path / "scratch/rollouts").iterdir():
         path.unlink()
-    with pytest.raises(ArtifactError, match="between two updates of rollout 1; go on with as many workers"):
+    with pytest.raises(ArtifactError, match="between two updates of rollout 1; resume with the same number of workers"):
         run(config, inputs, Workspace(tmp_path))
 
 

@@ -305,6 +305,6 @@ def test_a_reward_model_of_other_tokens_is_refused(tmp_path, inputs, make_reward
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="num_mini_batches 3 must divide the 8 answers of a worker"):
+    with pytest.raises(ValueError, match="num_mini_batches 3 must divide the 8 completions of a worker"):
         changed(num_mini_batches=3)
     assert ppo.STAGE.inputs.keys() == {"model", "prompts", "reward_model"}

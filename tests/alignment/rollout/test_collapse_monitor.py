@@ -31,7 +31,7 @@ def collapse_monitor(tmp_path, alarms):
         ),
         ({"entropy": 1e-6}, "entropy 1e-06 for 4 .* at least collapse_monitor.min_entropy 0.0001; .*learning_rate"),
         ({"kl": 7.0}, "kl 7 for 4 .* at most collapse_monitor.max_kl 5; .*beta"),
-        ({"length": 1.0}, "length 1 for 4 .* at least collapse_monitor.min_length 1.5; .*saying nothing"),
+        ({"length": 1.0}, "length 1 for 4 .* at least collapse_monitor.min_length 1.5; .*empty ones"),
         ({"entropy": math.nan}, "entropy nan for 4 .* at least collapse_monitor.min_entropy 0.0001"),
         ({"kl": math.nan}, "kl nan for 4 .* at most collapse_monitor.max_kl 5"),
         (
@@ -111,7 +111,7 @@ def test_what_a_power_cut_left_of_a_line_is_not_read_and_the_next_rollout_takes_
 
 def test_a_history_that_is_shorter_than_the_checkpoints_is_refused(collapse_monitor):
     collapse_monitor.note(0, HEALTHY)
-    with pytest.raises(ArtifactError, match="holds 1 rollouts, expected 3"):
+    with pytest.raises(ArtifactError, match="has 1 rollouts, expected 3"):
         collapse_monitor.note(3, HEALTHY)
 
 

@@ -116,7 +116,7 @@ def test_an_answer_that_a_stop_string_of_several_tokens_ends_is_learnt_as_it_was
 
 
 def test_nothing_to_keep_is_refused():
-    with pytest.raises(ValueError, match="keep_stop is true, but stop names no string"):
+    with pytest.raises(ValueError, match="keep_stop is true, but stop is empty"):
         SamplingConfig(keep_stop=True)
 
 

@@ -106,9 +106,9 @@ def test_answers_above_a_threshold_are_kept_the_highest_first():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"keep": "threshold"}, "threshold is not given"),
+        ({"keep": "threshold"}, "threshold is not set"),
         ({"threshold": 0.5}, "does not use threshold"),
-        ({"keep": "best", "max_kept_per_prompt": None}, "best' of how many"),
+        ({"keep": "best", "max_kept_per_prompt": None}, "best', but max_kept_per_prompt is None"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):
@@ -174,7 +174,7 @@ def test_two_workers_give_the_bytes_of_one(tmp_path, inputs, as_workers):
 
 
 def test_more_prompts_than_there_are_is_refused_with_numbers(tmp_path, inputs):
-    with pytest.raises(ConfigError, match="num_prompts: got 61, the train split holds 60"):
+    with pytest.raises(ConfigError, match="num_prompts: got 61, but the train split has 60"):
         run(CONFIG.model_copy(update={"num_prompts": 61}), inputs, Workspace(tmp_path))
 
 
@@ -183,7 +183,7 @@ def test_a_model_that_solves_nothing_gives_no_conversations_and_says_so(tmp_path
     metrics = run(CONFIG, inputs, workspace)
     assert metrics["kept"] == 0
     assert read_conversations(workspace.output) == []
-    assert "no sampled answer was correct" in workspace.events.read_text()
+    assert "no sampled completion was correct" in workspace.events.read_text()
 
 
 def test_held_out_questions_stop_the_stage(tmp_path, inputs, monkeypatch):
@@ -245,7 +245,7 @@ def test_a_reward_model_can_decide(tmp_path, inputs, oracle, monkeypatch, make_c
 
 def test_a_reward_model_that_is_not_given_is_asked_for(tmp_path, inputs):
     config = CONFIG.model_copy(update={"rewards": (RewardConfig(kind="reward_model"),)})
-    with pytest.raises(ConfigError, match="give it an input `reward_model`"):
+    with pytest.raises(ConfigError, match="add an input `reward_model`"):
         run(config, inputs, Workspace(tmp_path))
 
 
@@ -291,7 +291,7 @@ def test_the_checkpoint_whose_dev_answers_are_worth_most_samples_where_asked(tmp
     assert metrics["pass_at_1"] == 1
     log = workspace.events.read_text()
     assert "policy dpo_1: reward 1.0000 +- 0.0000 on 6 prompts" in log
-    assert "answers are sampled from dpo_1" in log
+    assert "sampling from dpo_1" in log
 
 
 def test_of_checkpoints_that_are_worth_the_same_the_last_samples(tmp_path, prompts, rounds):

@@ -184,7 +184,7 @@ def test_a_rollout_is_drawn_once_and_kept_for_its_updates(tmp_path):
 
 def test_the_answers_of_another_worker_are_not_taken_for_ones_own(tmp_path):
     rollouts(tmp_path, drawn=[]).at(0)
-    with pytest.raises(ArtifactError, match=r"rollout-000000.1-of-2.safetensors: is not there"):
+    with pytest.raises(ArtifactError, match=r"rollout-000000.1-of-2.safetensors: does not exist"):
         rollouts(tmp_path, drawn=[], data_rank=1).at(1)
 
 

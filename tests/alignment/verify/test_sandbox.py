@@ -109,16 +109,16 @@ def test_without_namespaces_the_second_best_holds_and_is_told_once(monkeypatch, 
         assert run_program(RIGHT, TESTS, LIMITS).passed
     isolation.cache_clear()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "cannot make namespaces" in caplog.text
+    assert "cannot create namespaces" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("way", "landlock", "said"),
     [
-        ("namespaces", 6, ("network closed by a network namespace", "folder closed by Landlock, version 6")),
-        ("hook", 6, ("network closed by Landlock (TCP) and Python's audit hook", "closed by Landlock, version 6")),
-        ("hook", 3, ("network closed by Python's audit hook alone", "folder closed by Landlock, version 3")),
-        ("hook", 0, ("network closed by Python's audit hook alone", "folder closed by Python's audit hook alone")),
+        ("namespaces", 6, ("network blocked by a network namespace", "directory blocked by Landlock, version 6")),
+        ("hook", 6, ("network blocked by Landlock (TCP) and Python's audit hook", "blocked by Landlock, version 6")),
+        ("hook", 3, ("network blocked only by Python's audit hook", "directory blocked by Landlock, version 3")),
+        ("hook", 0, ("network blocked only by Python's audit hook", "directory blocked only by Python's audit hook")),
     ],
 )
 def test_what_protects_is_put_in_words(monkeypatch, way, landlock, said):
@@ -133,7 +133,7 @@ def test_what_protects_is_found_by_running_an_empty_program(monkeypatch):
     found = sandbox.protection.__wrapped__()
     assert ("network namespace" in found) == (isolation() == "namespaces")
     monkeypatch.setattr(sandbox, "_execute", lambda *job: (None, -6))
-    assert "no program can run in the sandbox of this host: an empty one ended as 'crashed 6'" in (
+    assert "no program can run in the sandbox of this host: an empty program ended as 'crashed 6'" in (
         sandbox.protection.__wrapped__()
     )
 

@@ -122,7 +122,7 @@ def test_a_cancelled_job_is_reported_and_not_submitted_again(slurm, tmp_path):
     _, errors = parent.communicate(timeout=60)
     assert "ClusterError: task " in errors
     assert "ended as CANCELLED" in errors
-    assert "run again to go on" in errors
+    assert "run again to resume" in errors
     assert "submitted" not in errors
 
 

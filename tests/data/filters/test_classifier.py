@@ -150,11 +150,11 @@ def test_texts_in_both_classes_and_empty_ones_are_left_out(tmp_path):
 
 
 def test_too_few_examples_are_told_with_how_many_are_needed(tmp_path):
-    with pytest.raises(DataError, match=r"got \d\d good and [0-7] bad examples to learn from, expected at least 20"):
+    with pytest.raises(DataError, match=r"got \d\d good and [0-7] bad examples for training, expected at least 20"):
         train_classifier(GOOD, BAD[:7], config(), tmp_path)
-    with pytest.raises(DataError, match=r"got 0 good and 0 bad examples to learn from"):
+    with pytest.raises(DataError, match=r"got 0 good and 0 bad examples for training"):
         train_classifier([], [], config(), tmp_path)
-    with pytest.raises(DataError, match=r"examples held out \(a share of 0.001\), expected at least 5 of each"):
+    with pytest.raises(DataError, match=r"examples for validation \(a share of 0.001\), expected at least 5 of each"):
         train_classifier(GOOD, BAD, config(validation_ratio=0.001), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -36,9 +36,9 @@ def test_sources_that_the_user_names_are_sets_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"question": "Why?"}\n{"question": 3}\n', r"'quiz': .*quiz.jsonl:2 .*a number.*mend the file"),
-        ('{"question": "Why?"}\n{"question": "br', r"'quiz': .*quiz.jsonl:2 .*mend the file"),
-        ("\n", r"'quiz': .*holds no items; correct `path`"),
+        ('{"question": "Why?"}\n{"question": 3}\n', r"'quiz': .*quiz.jsonl:2 .*a number.*repair the file"),
+        ('{"question": "Why?"}\n{"question": "br', r"'quiz': .*quiz.jsonl:2 .*repair the file"),
+        ("\n", r"'quiz': got no items in .*; correct `path`"),
     ],
 )
 def test_a_set_of_which_an_item_would_be_missed_is_refused(tmp_path, content, message):

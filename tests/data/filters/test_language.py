@@ -134,7 +134,7 @@ def test_a_language_that_the_model_does_not_know_is_a_config_error():
 
 
 def test_a_missing_model_names_the_setting(tmp_path):
-    with pytest.raises(ConfigError, match=r"corpus.language.model: got '.*none.bin', where there is no file"):
+    with pytest.raises(ConfigError, match=r"corpus.language.model: got '.*none.bin', which does not exist"):
         LanguageFilter(LanguageConfig(model=str(tmp_path / "none.bin")), ("en",), {})
 
 

@@ -256,18 +256,18 @@ def test_a_text_that_is_too_long_is_quarantined_in_any_format(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        (b'{"text": "a\\u0000b"}', "holds a NUL"),
-        (b'{"text": "\xed\xa0\x80"}', "is no UTF-8"),
-        (b'{"text": "\\udc00"}', "half a surrogate pair"),
-        (b'{"text": "a", "id": "\\udc00"}', "half a surrogate pair"),
-        (b'{"text": "a", "n": ' + b"9" * 5_000 + b"}", "is no JSON: Exceeds the limit"),
-        (b'{"text": "a", "deep": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "is no JSON"),
+        (b'{"text": "a\\u0000b"}', "contains a NUL"),
+        (b'{"text": "\xed\xa0\x80"}', "is not UTF-8"),
+        (b'{"text": "\\udc00"}', "a lone surrogate"),
+        (b'{"text": "a", "id": "\\udc00"}', "a lone surrogate"),
+        (b'{"text": "a", "n": ' + b"9" * 5_000 + b"}", "is not JSON: Exceeds the limit"),
+        (b'{"text": "a", "deep": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "is not JSON"),
         (b'{"text": {"en": "a"}}', "'text' is an object, expected a string"),
         (b'{"text": true}', "'text' is a boolean"),
         (b'"text"', "is a string, expected an object"),
         (b"NaN", "is a number, expected an object"),
-        ("Größe".encode("latin-1"), "is no UTF-8"),
-        ('{"text": "a"}'.encode("utf-16-le"), "is no JSON"),
+        ("Größe".encode("latin-1"), "is not UTF-8"),
+        ('{"text": "a"}'.encode("utf-16-le"), "is not JSON"),
     ],
 )
 def test_a_bad_line_is_quarantined_with_its_number_between_good_ones(tmp_path, line, error):
@@ -298,11 +298,11 @@ def test_what_is_odd_and_harmless_is_kept(tmp_path, line):
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        ("Größe".encode("latin-1"), "is no UTF-8"),
-        (b"\xff\xfea", "is no UTF-16"),
-        ("text".encode("utf-16-le"), "holds a NUL"),
-        ("text".encode("utf-32"), "holds a NUL"),
-        (b"GIF89a\x00\x01", "holds a NUL"),
+        ("Größe".encode("latin-1"), "is not UTF-8"),
+        (b"\xff\xfea", "is not UTF-16"),
+        ("text".encode("utf-16-le"), "contains a NUL"),
+        ("text".encode("utf-32"), "contains a NUL"),
+        (b"GIF89a\x00\x01", "contains a NUL"),
         (b" \n\t", "is empty"),
     ],
 )

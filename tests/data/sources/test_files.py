@@ -57,7 +57,7 @@ def test_a_url_of_any_fsspec_file_system_is_read():
     [
         ("absent", "absent does not exist"),
         ("*.csv", "no file matches"),
-        ("deep", "holds no file that ends in .parquet"),
+        ("deep", "no file in the folder ends in .parquet"),
         ("nowhere://x", "cannot be opened"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_link_that_leads_nowhere_is_quarantined_and_the_other_files_are_read(l
 
 def test_a_pipe_is_quarantined_and_not_waited_for(linked):
     os.mkfifo(linked / "here" / "b.jsonl")
-    assert names_and_texts(linked / "here") == {"a.jsonl": "here/a.jsonl", "b.jsonl": "defect: is no regular file"}
+    assert names_and_texts(linked / "here") == {"a.jsonl": "here/a.jsonl", "b.jsonl": "defect: is not a regular file"}
 
 
 @pytest.mark.parametrize("target", ["absent", "b.jsonl"])

@@ -115,7 +115,7 @@ def test_a_large_module_becomes_several_documents():
 def test_a_file_that_is_no_python_is_reported_with_its_line(environment):
     (broken,) = (row for row in read() if isinstance(row, Unreadable))
     assert (broken.file, broken.row) == ("boats/boats/broken.py", 1)
-    assert "no Python" in broken.error
+    assert "not valid Python" in broken.error
 
 
 def test_the_digest_follows_names_and_versions(environment):

@@ -70,15 +70,15 @@ def test_a_date_of_a_parquet_column_is_written_as_iso_8601(tmp_path):
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        (b'{"text": "cut of', "is no JSON"),
+        (b'{"text": "cut of', "is not JSON"),
         (b'["text"]', "is a list, expected an object"),
         (b'{"txt": "x"}', "has no 'text'; it has txt"),
         (b'{"text": 3}', "'text' is a number, expected a string"),
         (b'{"text": null}', "'text' is null, expected a string"),
         (b'{"text": " \\n"}', "'text' is empty"),
-        (b'{"text": "\xff\xfe"}', "is no UTF-8"),
-        (b'{"text": "half \\ud800 pair"}', "half a surrogate pair"),
-        (b"[" * 100_000, "is no JSON"),
+        (b'{"text": "\xff\xfe"}', "is not UTF-8"),
+        (b'{"text": "half \\ud800 pair"}', "a lone surrogate"),
+        (b"[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_line_that_is_no_document_is_reported_by_number_and_reason(tmp_path, line, error):
@@ -180,7 +180,7 @@ def test_local_hugging_face_data_sets_are_read_in_both_forms(tmp_path):
 def test_a_hub_name_that_cannot_be_reached_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")  # where nobody listens
-    with pytest.raises(DataError, match="download the data set and name its folder"):
+    with pytest.raises(DataError, match="download the dataset and name its folder"):
         digest_source(Source(kind="huggingface", name="mine", path="someone/something"))
 
 

@@ -138,7 +138,7 @@ def test_waits_double_and_end(server, monkeypatch):
     (file,) = find(url)
     server.faults = [503] * 100
     with (
-        pytest.raises(SourceUnavailable, match=r"x\.jsonl: failed 6 times, the last time by .*503") as error,
+        pytest.raises(SourceUnavailable, match=r"x\.jsonl: failed 6 times, last error: .*503") as error,
         open_file(file) as stream,
     ):
         stream.read(1)

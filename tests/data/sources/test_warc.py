@@ -136,7 +136,7 @@ def test_a_page_in_no_encoding_is_quarantined(tmp_path):
     archive = Archive().add(bytes(range(128, 256)) * 40, content_type="text/html; charset=utf-8")
     (error,) = errors(read(tmp_path / "x.warc", archive.content))
     assert error[:2] == ("x.warc", 1)
-    assert "in no known encoding" in error[2]
+    assert "no known encoding" in error[2]
 
 
 def chunked(body, size=100):
@@ -153,7 +153,7 @@ def test_chunks_and_compression_are_undone_where_they_are_there(tmp_path):
     archive.add(plain, Content_Encoding="br")
     rows = read(tmp_path / "x.warc", archive.content)
     assert texts(rows) == [prose(1)] * 3
-    assert [(row, error[:23]) for _, row, error in errors(rows)] == [(4, "is compressed as 'br'; ")]
+    assert [(row, error[:26]) for _, row, error in errors(rows)] == [(4, "has content encoding 'br',")]
 
 
 def test_a_page_that_decompresses_without_end_is_quarantined_in_little_memory(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_bomb_of_tags_is_quarantined_with_its_url_and_what_follows_is_read(tmp
     assert texts(rows) == [prose(1)]
     (bomb,) = (row for row in rows if isinstance(row, Unreadable))
     assert (bomb.row, bomb.excerpt, bomb.breaks_off) == (1, "http://bomb.org/", False)
-    assert "within one another" in bomb.error
+    assert "nested elements" in bomb.error
 
 
 def test_a_response_that_is_none_is_quarantined_and_what_follows_is_read(tmp_path):
@@ -180,7 +180,7 @@ def test_a_response_that_is_none_is_quarantined_and_what_follows_is_read(tmp_pat
     content = archive.content.replace(b"HTTP/1.1 200 OK", b"HTPP/1.1 2zz OK", 1)
     rows = read(tmp_path / "x.warc", content)
     assert texts(rows) == [prose(1)]
-    assert "is no HTTP response" in errors(rows)[0][2]
+    assert "is not an HTTP response" in errors(rows)[0][2]
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -324,5 +324,5 @@ def test_a_damaged_compressed_body_is_refused_by_that_reason():
     "block", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n", b"HTTP/1.1\r\n\r\n", b"x\n\n"]
 )
 def test_a_response_without_status_or_end_of_headers_is_refused(block):
-    with pytest.raises(ValueError, match="is no HTTP response"):
+    with pytest.raises(ValueError, match="is not an HTTP response"):
         parse(block, 100)
