@@ -53,8 +53,9 @@ class BatchLayout:
     blocks_C: Tensor
     """For each block of queries (completions' pages first), its index among the rows' [B x K] blocks."""
     partials_QM: Tensor
-    """For each row and head [Q = B x H], the indices of the partial results [C x G] to merge; the last index is
-    empty.
+    """For each row and head [Q = B x H], the indices of the partial results [C x G] to merge.
+
+    The last index refers to an empty result.
     """
     tables_BM: tuple[Tensor, Tensor]
     """Pages of each row, of completions and of prompts; 0 where a row has fewer."""
@@ -274,9 +275,7 @@ class DecodeView(AttendingView):
         return F.embedding_bag(partials_QM, work.all_results, mode="sum", per_sample_weights=weight_QM)
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Cache one token of each row; return the keys and values that rows may attend to, two tensors ``[B, S, K,
-        E]``.
-        """
+        """Cache one token of each row and return the keys and values that rows may attend to, ``[B, S, K, E]`` each."""
         self._write(layer, keys_BTKE, values_BTKE)
         if self.mask_B1TS is None:
             self.mask_B1TS = torch.cat(
