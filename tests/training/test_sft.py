@@ -99,7 +99,7 @@ def test_fine_tuning_learns_the_answers_and_says_how_it_went(base, conversations
     assert metrics["supervised_ratio"] == pytest.approx(10 / 18)
     load_model(workspace.output)
     page = (workspace.report / "report.html").read_text()
-    assert '<mark style="background:#d5e8d4">Answer: 0&lt;|end_of_turn|&gt;</mark>' in page
+    assert "<mark>Answer: 0&lt;|end_of_turn|&gt;</mark>" in page
 
 
 def test_demonstrations_come_in_to_their_limit(base, prompts, conversations, tmp_path):
