@@ -96,7 +96,7 @@ def stream(
     seed: int,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[int]:
-    """The tokens of one completion, each as soon as it is drawn; the same as ``generate`` gives."""
+    """Yield the tokens of one completion as they are sampled; the same tokens as ``generate``."""
     engine = Engine(model, max_rows=1, cuda_graphs=sampling.cuda_graphs)
     request = engine.submit(prompt, sampling=sampling, stop_ids=stop_ids, seed=seed, tokenizer=tokenizer)
     tokens, num_sent = request.samples[0].tokens, 0
@@ -109,7 +109,7 @@ def stream(
 class Engine:
     """Decodes requests together; call ``step`` until it returns False.
 
-    ``num_pages`` limits the pages of ``PAGE_SIZE`` tokens that are in use at once. ``cuda_graphs`` (experimental)
+    ``num_pages`` limits the number of pages in use, each of ``PAGE_SIZE`` tokens. ``cuda_graphs`` (experimental)
     replays the decode step of a dense model on a GPU.
     """
 
@@ -120,7 +120,7 @@ class Engine:
         self.max_rows = max_rows
         self.num_pages = num_pages
         self.waiting: deque[Request] = deque()
-        """Requests of which not all completions have begun, the first come first."""
+        """Requests with completions that have not started, oldest first."""
         self.graphs = DecodeGraphs(model) if cuda_graphs and fits(model) else None
         self.fused = FusedDecoder(model) if is_fusable(model) else None
         self.rows = Rows(model, padded=self.graphs is not None)
@@ -174,9 +174,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Fill free rows with waiting completions and sample a token in every row. Returns False if nothing is left to
-        do.
-        """
+        """Fill free rows with waiting completions and sample a token in every row. Returns False when all is done."""
         while self._enter():
             pass
         if self.rows:
@@ -193,9 +191,7 @@ class Engine:
     # --- admission ------------------------------------------------------------------------------------------------
 
     def _enter(self) -> bool:
-        """Admit waiting completions: prefill their prompts and sample their first tokens. Returns False if none was
-        admitted.
-        """
+        """Prefill waiting prompts and sample their first tokens. Returns False if no completion was admitted."""
         entering: list[Row] = []
         while self.waiting and len(self.rows) + len(entering) < self.max_rows:
             request = self.waiting[0]
