@@ -196,7 +196,9 @@ def _with_sections(base: type[PipelineConfig], sections: tuple[tuple[str, type[S
     fields: dict[str, Any] = {}
     for name, section in sections:
         if name in _NO_STAGES or not name.isidentifier() or name.startswith("_") or hasattr(base, name):
-            raise ConfigError(f"stage {name!r}: expected letters, digits and _, and not the name of another setting; rename it")
+            raise ConfigError(
+                f"stage {name!r}: expected letters, digits and _, and not the name of another setting; rename it"
+            )
         try:
             fields[name] = (section, section())
         except ValidationError as error:
