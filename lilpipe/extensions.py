@@ -88,7 +88,7 @@ def find(kind: ExtensionKind, name: str, *, file: str | None, built_in: Any = ()
     if file is None:
         known = ", ".join([*built_in, *entries]) or "none"
         raise ConfigError(
-            f"there is no {kind} {name!r}; known: {known}. For a custom {kind}, set `file`, or install a package "
+            f"there is no {kind} {name!r}; known: {known}. For a custom one, set `file`, or install a package "
             f"with an entry point in the group {GROUPS[kind]}"
         )
     return Extension(kind, name, file)
