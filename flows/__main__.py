@@ -68,7 +68,7 @@ def _run(recipe: str, config: Path | None, overrides: list[str], seed: int | Non
         from lilpipe.tracking import CLIENT_SETTINGS
         from tasks.stage import heard_by
 
-        for step in complete.steps.values():  # while the API comes up: the flow will need them
+        for step in complete.steps.values():  # import the stages while the API starts
             get_stage(step.stage, step.file)
         os.environ.update({name: os.environ.get(name, value) for name, value in CLIENT_SETTINGS.items()})
         importlib.import_module("mlflow.store.tracking.sqlalchemy_store")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Recipe = str
 else:
     Recipe = Literal[(*RECIPES, *installed("recipe"))]
-"""The names of the built-in recipes and of those of installed packages; Prefect's form offers them."""
+"""Names of the built-in recipes and of the recipes of installed packages, listed in Prefect's form."""
 
 
 def configure(recipe: str, config: str | None, overrides: dict[str, Any], seed: int | None) -> PipelineConfig:

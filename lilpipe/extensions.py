@@ -1,8 +1,8 @@
-"""Extensions: the parts that a user adds from outside of lilpipe, without editing it.
+"""Extensions: custom stages, sources, filters, rewards, losses, recipes and question families.
 
-An extension has a kind and a name. It comes from an installed package, as an entry point of the kind's group, or from
-a Python file that the settings name. Its code is digested in ``lilpipe.fingerprint``, so that a change of it changes
-the fingerprint of the steps that use it; the path of a file is not part of any fingerprint.
+An extension has a kind and a name. It is an entry point of an installed package, in the group of its kind, or an object
+in a Python file that the settings name. ``lilpipe.fingerprint`` hashes its code: a change reruns the steps that use it.
+The path of a file is not part of a fingerprint.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ GROUPS: dict[ExtensionKind, str] = {
     "recipe": "lilpipe.recipes",
     "question family": "lilpipe.questions",
 }
-"""Kind of extension to its group of entry points."""
+"""Maps each kind of extension to its entry point group."""
 
 
 @dataclass(frozen=True)
 class Extension:
-    """What the settings name: where an extension is found."""
+    """Reference to an extension: its kind and name, and where it is defined."""
 
     kind: ExtensionKind
     name: str
     file: str | None = None
-    """Absolute path of a Python file; none for an entry point."""
+    """Absolute path of the Python file; None for an entry point."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}"
 
 
 def installed(kind: ExtensionKind) -> dict[str, EntryPoint]:
-    """The entry points of a kind by name. Raises ``ConfigError`` if two packages share a name."""
+    """Return the entry points of a kind by name. Raises ``ConfigError`` if two entry points have the same name."""
     found: dict[str, EntryPoint] = {}
     for entry in _entry_points(tuple(sys.path)):
         if entry.group != GROUPS[kind]:
@@ -65,16 +65,16 @@ def installed(kind: ExtensionKind) -> dict[str, EntryPoint]:
 
 @functools.cache
 def _entry_points(_search_path: tuple[str, ...]) -> list[EntryPoint]:
-    """All entry points of extensions; read once, as this takes some 40 ms."""
-    everything: Any = metadata.entry_points()  # of another type in Python 3.12
+    """Return the entry points of all extensions. Cached, because reading them takes about 40 ms."""
+    everything: Any = metadata.entry_points()  # its type differs in Python 3.12
     return [entry for group in GROUPS.values() for entry in everything.select(group=group)]
 
 
 def find(kind: ExtensionKind, name: str, *, file: str | None, built_in: Any = ()) -> Extension | None:
-    """Where the name is found; none for a built-in one.
+    """Return the extension of a name, or None if the name is built in.
 
-    Names are looked up among the built-in ones, then among the entry points, then in ``file``, which is not read here.
-    Raises ``ConfigError`` if the name is unknown, or if an entry point has the name of a built-in part.
+    Searches the built-in names, then the entry points, then ``file``, which is not read here. Raises ``ConfigError`` if
+    the name is unknown, or if an entry point has a built-in name.
     """
     entries = installed(kind)
     if name in built_in:
@@ -88,14 +88,17 @@ def find(kind: ExtensionKind, name: str, *, file: str | None, built_in: Any = ()
     if file is None:
         known = ", ".join([*built_in, *entries]) or "none"
         raise ConfigError(
-            f"there is no {kind} {name!r}; known: {known}. For your own, set `file`, or install a package with an "
-            f"entry point in the group {GROUPS[kind]}"
+            f"there is no {kind} {name!r}; known: {known}. For a custom one, set `file`, or install a package "
+            f"with an entry point in the group {GROUPS[kind]}"
         )
     return Extension(kind, name, file)
 
 
 def load(extension: Extension, expected: Any = Callable) -> Any:
-    """The object of an extension. Raises ``ConfigError`` if it cannot be imported or is of another type."""
+    """Import and return the object of an extension.
+
+    Raises ``ConfigError`` if the import fails or the object is not an instance of ``expected``.
+    """
     if extension.file is not None:
         where, found = extension.file, _from_file(extension)
     else:
@@ -103,22 +106,22 @@ def load(extension: Extension, expected: Any = Callable) -> Any:
         where = _origin(entry)
         try:
             found = entry.load()
-        except (Exception, SystemExit) as error:  # whatever a user's package raises
+        except (Exception, SystemExit) as error:  # a user's package can raise anything
             raise ConfigError(
                 f"{extension}: {where} fails on import: {type(error).__name__}: {error}; correct the package"
             ) from error
     if not isinstance(found, expected):
         wanted = "a function" if expected is Callable else f"a {expected.__name__}"
-        raise ConfigError(f"{extension}: {where} gives a {type(found).__name__}, expected {wanted}")
+        raise ConfigError(f"{extension}: {where} is of type {type(found).__name__}, expected {wanted}")
     return found
 
 
 def entry_point(extension: Extension) -> EntryPoint:
-    """The entry point of an extension that comes from a package."""
+    """Return the entry point of an extension. Raises ``ConfigError`` if it is not installed."""
     entries = installed(extension.kind)
     if extension.name not in entries:
         raise ConfigError(
-            f"{extension}: there is no such entry point in the group {GROUPS[extension.kind]}; known: "
+            f"{extension}: unknown entry point in the group {GROUPS[extension.kind]}; known: "
             f"{', '.join(entries) or 'none'}. Install the package in this environment"
         )
     return entries[extension.name]
@@ -133,15 +136,15 @@ def _origin(entry: EntryPoint) -> str:
 
 
 def read_file(extension: Extension) -> str:
-    """The source of an extension's file. Raises ``ConfigError`` if it cannot be read or parsed."""
+    """Return the source code of an extension's file. Raises ``ConfigError`` if it cannot be read or parsed."""
     path = Path(str(extension.file))
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConfigError(
-            f"{extension}: file {path} cannot be read ({reason}); expected a Python file, by its path from the "
-            "configuration file's folder"
+            f"{extension}: file {path} cannot be read ({reason}); expected a Python file; relative paths start at "
+            "the configuration file's folder"
         ) from error
     try:
         compile(source, str(path), "exec", dont_inherit=True)
@@ -151,27 +154,27 @@ def read_file(extension: Extension) -> str:
 
 
 def beside(path: Path, name: str) -> Path | None:
-    """The module of a top-level name that lies in the folder of a file, if there is one."""
+    """Return the path of the top-level module ``name`` in the same folder as a file, or None."""
     candidates = (path.parent / f"{name}.py", path.parent / name / "__init__.py")
     return next((each for each in candidates if each.is_file()), None)
 
 
 def add_folder(path: Path) -> None:
-    """Let a file import the modules that lie beside it; modules that are installed come first."""
+    """Add the folder of a file to the end of ``sys.path``, so that it can import modules from its folder."""
     if (folder := str(path.parent)) not in sys.path:
         sys.path.append(folder)
 
 
 def check_beside(extension: Extension, names: Any) -> None:
-    """Raise ``ConfigError`` if one of the top-level names lies beside the file but is imported from elsewhere."""
+    """Raise ``ConfigError`` if a module in the file's folder is shadowed by another module of the same name."""
     path = Path(str(extension.file))
     for name in names:
         own = beside(path, name)
         spec = find_spec(name) if own is not None else None
         if own is not None and (spec is None or spec.origin is None or not own.samefile(spec.origin)):
             raise ConfigError(
-                f"{extension}: file {path} imports {name!r}, which is found at {spec and spec.origin}, and not "
-                f"beside it at {own}; rename {own.name}"
+                f"{extension}: file {path} imports {name!r}, which resolves to {spec and spec.origin} instead of "
+                f"{own} in its folder; rename {own.name}"
             )
 
 
@@ -187,7 +190,7 @@ def _from_file(extension: Extension) -> Any:
 
 
 def _load_file(extension: Extension) -> ModuleType:
-    """The file as a module; a file that was changed is another module, so that a process sees the change."""
+    """Import a file as a module, named by its digest, so that a changed file is imported again."""
     path, source = Path(str(extension.file)), read_file(extension)
     digest = hashlib.sha256(str(path).encode() + b"\0" + source.encode()).hexdigest()
     name = f"lilpipe_file_{digest[:16]}"
@@ -196,14 +199,13 @@ def _load_file(extension: Extension) -> ModuleType:
     add_folder(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
-        raise ConfigError(f"{extension}: file {path} is no Python file; expected a name that ends in .py")
+        raise ConfigError(f"{extension}: file {path} is not a Python file; expected a name that ends in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickles look for what a module defines
+    sys.modules[name] = module  # dataclasses and pickle look up the module here
     try:
-        exec(
-            compile(source, str(path), "exec", dont_inherit=True), vars(module)
-        )  # not the loader, whose bytecode may be stale
-    except (Exception, SystemExit) as error:  # whatever a user's file raises
+        # Not spec.loader, because its cached bytecode can be stale.
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
+    except (Exception, SystemExit) as error:  # a user's file can raise anything
         del sys.modules[name]
         raise ConfigError(
             f"{extension}: file {path} fails on import: {type(error).__name__}: {error}; correct the file"

@@ -37,7 +37,7 @@ NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe.digests": "computes SHA-256, which is the same in every version of the module",
     "lilpipe.errors": "defines exceptions; a stage that raises one has no output",
     "lilpipe.evaluation.evaluation_report": _REPORT,
-    "lilpipe.extensions": "loads the user's code, which is digested itself",
+    "lilpipe.extensions": "loads custom code, which is hashed itself",
     "lilpipe.heartbeat": _RUNS,
     "lilpipe.launch": _RUNS,
     "lilpipe.model.devices": _PLAN,
@@ -87,10 +87,12 @@ class CacheKey:
 
 
 def code_and_packages(stage: str, extensions: Iterable[Extension] = ()) -> tuple[dict[str, str], dict[str, str]]:
-    """Digest of each module, and version of each package, that can change the stage's output.
+    """Return the digest of each module, and the version of each package, that can change the stage's output.
 
-    The modules are those of lilpipe, and those of ``extensions``: the user's parts that the stage's settings name, and
-    the stage itself if it is the user's. The file of an extension stands under its kind and name.
+    The modules are those of lilpipe and those of ``extensions``: the extensions named in the stage's settings, and the
+    stage itself if it is custom. The key of an extension's file is its kind and name.
+
+    Raises ``ConfigError`` if an extension cannot be read or two extensions share a kind and name.
     """
     code: dict[str, str] = {}
     packages: set[str] = set()
@@ -101,7 +103,7 @@ def code_and_packages(stage: str, extensions: Iterable[Extension] = ()) -> tuple
     for extension in extensions:
         if (other := files.setdefault(str(extension), extension.file)) != extension.file:
             raise ConfigError(
-                f"{extension}: got two files, {other} and {extension.file}, expected one; rename one part"
+                f"{extension}: got two files, {other} and {extension.file}, expected one; rename one of them"
             )
         if extension.file is None:
             theirs |= _follow([entry_point(extension).module], code)
@@ -117,10 +119,9 @@ def code_and_packages(stage: str, extensions: Iterable[Extension] = ()) -> tuple
 
 
 def _follow(modules: Iterable[str], code: dict[str, str]) -> set[str]:
-    """Add to ``code`` the digest of each module and of those that it imports; returns the packages that they import.
+    """Add the digests of modules and their imports to ``code``; return the other packages that they import.
 
-    Imports are followed inside lilpipe, inside the modules' own packages, and to modules that no package manager
-    installed.
+    Follows imports inside lilpipe, inside the modules' own packages, and of modules outside ``site-packages``.
     """
     pending, packages = list(modules), set[str]()
     own = {name.split(".")[0] for name in pending}
@@ -132,7 +133,7 @@ def _follow(modules: Iterable[str], code: dict[str, str]) -> set[str]:
         module = pending.pop()
         if module in code or is_neutral(module):
             continue
-        if _is_lilpipe(module):  # which imports nothing of the user's
+        if _is_lilpipe(module):  # lilpipe never imports custom code
             digest, imports = _read_module(module)
             followed = {name for name in imports if _is_lilpipe(name)}
         else:
@@ -140,13 +141,13 @@ def _follow(modules: Iterable[str], code: dict[str, str]) -> set[str]:
             followed = {name for name in imports if follows(name)}
         code[module] = digest
         pending += followed
-        pending += [module.rpartition(".")[0]] * ("." in module)  # importing a module runs its package
+        pending += [module.rpartition(".")[0]] * ("." in module)  # importing a module imports its package
         packages |= {name.split(".")[0] for name in imports - followed}
     return packages
 
 
 def is_own(module: str) -> bool:
-    """Whether a module's content counts, not a version: it is lilpipe's, or no package manager installed it."""
+    """Return whether a module is hashed by content, not version: it is in lilpipe or outside ``site-packages``."""
     top = module.split(".")[0]
     return top == "lilpipe" or (top not in sys.stdlib_module_names and not _is_installed(top, tuple(sys.path)))
 
@@ -187,7 +188,7 @@ def _version(distribution: str) -> str:
 
 
 def _distribution(package: str) -> str:
-    """The distribution that a package is imported from, where its name is not the package's own."""
+    """Return the distribution that provides a package."""
     if package in DISTRIBUTIONS or _version(package) != "not installed":
         return package
     return _providers().get(package, [package])[0]
@@ -199,14 +200,14 @@ def _providers() -> Mapping[str, list[str]]:
 
 
 def _read_own_module(module: str, *, follows: Callable[[str], bool]) -> tuple[str, frozenset[str]]:
-    """``digest_source`` of a user's module; read anew each time. Of compiled code, the digest of its bytes."""
+    """Return ``digest_source`` of a custom module, not cached; for compiled code, the digest of its bytes."""
     try:
         spec = importlib.util.find_spec(module)
-    except (Exception, SystemExit) as error:  # the module's package is imported, which is the user's code
+    except (Exception, SystemExit) as error:  # find_spec imports the parent package, which can raise anything
         raise ConfigError(
             f"module {module!r} of an extension fails on import: {type(error).__name__}: {error}; correct the package"
         ) from error
-    if spec is None or spec.origin is None:  # a namespace package, or an optional import that is absent
+    if spec is None or spec.origin is None:  # a namespace package, or an optional import that is not installed
         return "", frozenset()
     path = Path(spec.origin)
     if path.suffix != ".py":
@@ -234,9 +235,10 @@ def _is_lilpipe(module: str) -> bool:
 def digest_source(
     source: str, *, package: str = "", follows: Callable[[str], bool] = _is_lilpipe
 ) -> tuple[str, frozenset[str]]:
-    """Digest of Python source but for comments, layout and docstrings, and the full names of all that it imports.
+    """Return a digest of Python source without comments, formatting and docstrings, and the full names of all its
+    imports.
 
-    ``package`` resolves relative imports. What is imported from a package that ``follows`` accepts may be its module.
+    ``package`` resolves relative imports. Names imported from a package that ``follows`` accepts can be submodules.
     """
     tree = ast.parse(source)
     imports = frozenset(_imports(tree, package, follows))
@@ -245,7 +247,7 @@ def digest_source(
 
 
 def _imports(tree: ast.Module, package: str, follows: Callable[[str], bool]) -> set[str]:
-    """Modules that are imported anywhere in the tree, inside functions too, but not for type checking alone."""
+    """Return all imported modules, including imports inside functions but not imports only for type checking."""
     names: set[str] = set()
     skipped = {
         id(node)
@@ -267,7 +269,7 @@ def _imports(tree: ast.Module, package: str, follows: Callable[[str], bool]) -> 
 
 
 def _source_of(node: ast.ImportFrom, package: str) -> str:
-    """The full name of the module that names are imported from."""
+    """Return the full name of the module of a ``from`` import."""
     if node.level == 0:
         return node.module or ""
     parents = package.split(".")[: len(package.split(".")) - node.level + 1]

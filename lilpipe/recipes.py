@@ -127,10 +127,10 @@ pretraining."""
 
 
 def get_recipe(name: str, file: str | None = None) -> PipelineConfig:
-    """The recipe of that name, built-in or the user's own."""
+    """Return a recipe by name, built-in or custom. Raises ``ConfigError`` if it does not exist or is not valid."""
     extension = find("recipe", name, file=file, built_in=RECIPES)
     if file is not None and (extension is None or extension.file is None):
-        raise ConfigError(f"recipe {name!r}: file {file} would be ignored, as the name is taken; rename your recipe")
+        raise ConfigError(f"recipe {name!r}: file {file} would be ignored: a recipe of this name exists; rename yours")
     if extension is None:
         return RECIPES[name]()
     try:
@@ -138,17 +138,17 @@ def get_recipe(name: str, file: str | None = None) -> PipelineConfig:
     except ValidationError as error:
         raise ConfigError(f"{extension}: {explain(error)}") from error
     if not isinstance(recipe, PipelineConfig):
-        raise ConfigError(f"{extension}: it returned a {type(recipe).__name__}, expected a PipelineConfig")
+        raise ConfigError(f"{extension}: returned a {type(recipe).__name__}, expected a PipelineConfig")
     return recipe.model_copy(update={"recipe": name, "file": file})
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A complete configuration, and where its values come from."""
+    """A complete configuration and the origin of its values."""
 
     config: PipelineConfig
     start: PipelineConfig
-    """The recipe alone."""
+    """The recipe without the file and the overrides."""
     file: Path | None
     from_file: frozenset[str]
     """Dotted names of the settings in ``file``."""
@@ -166,7 +166,7 @@ def load(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | N
 
 
 def resolve(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] | None = None) -> Resolved:
-    """``load``, with the origin of each value."""
+    """Like ``load``, but also return the origin of each value."""
     overrides = overrides or {}
     values = {} if file is None else _read(file)
     folder = Path() if file is None else file.absolute().parent
@@ -176,7 +176,7 @@ def resolve(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] 
     model = _with_stages(start, overrides.get("steps") or values.get("steps") or complete["steps"])
     for name in model.model_fields.keys() - type(start).model_fields.keys():
         complete[name] = model.model_fields[name].default.model_dump()
-    values = resolve_files(values, model, folder)  # in the user's sections, too
+    values = resolve_files(values, model, folder)  # again, for the sections of custom stages
     _resolve_settings(values.get("steps"), model, folder)
     where = f"config file {file}" if file else "overrides"
     merge(complete, values, model=model, where=where)
@@ -201,7 +201,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _with_stages(start: PipelineConfig, steps: Any) -> type[PipelineConfig]:
-    """The class of the configuration, with the sections of those stages of ``steps`` that are the user's own."""
+    """Return the configuration class with the sections of the custom stages in ``steps``."""
     sections: dict[str, type[Section]] = {}
     for node in _nodes(steps):
         name, file = node.get("stage"), node.get("file")
@@ -215,12 +215,12 @@ def _nodes(steps: Any) -> list[dict[str, Any]]:
 
 
 def _resolve_settings(steps: Any, model: type[PipelineConfig], folder: Path) -> None:
-    """``resolve_files`` for the settings of single steps, whose names are dotted."""
+    """Apply ``resolve_files`` to the settings of single steps, which have dotted names."""
     sections = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
     for node in _nodes(steps):
         settings = node.get("settings")
         if not isinstance(settings, dict):
-            continue  # which validation tells
+            continue  # validation reports it
         for key, value in settings.items():
             nested: Any = value
             for name in reversed(names := key.split(".")):

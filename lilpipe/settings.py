@@ -1,4 +1,4 @@
-"""`lilpipe config`: the resolved settings as TOML that can be loaded again, with comments; and a search."""
+"""`lilpipe config`: print the resolved settings as loadable TOML with comments, and search settings."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lilpipe.errors import ConfigError
 from lilpipe.recipes import Resolved
 
 Origin = Callable[[str, Any, Any], str]
-"""From a dotted name, the value and the default to where the value comes from."""
+"""Maps a setting's dotted name, value and default to the origin of the value."""
 
 
 def show_config(resolved: Resolved, step: str | None = None) -> str:
-    """All settings, or the section of one step as that step gets it, as TOML.
+    """Return all settings, or the resolved section of one step, as TOML.
 
-    Each has a comment with its type, default, unit and source. Loaded as a configuration file, it gives the same
-    configuration. Raises ``ConfigError`` for an unknown step.
+    The comment of each setting gives its type, unit, default and source. Loading the TOML as a configuration file gives
+    the same configuration. Raises ``ConfigError`` if the step is unknown.
     """
     config = resolved.config
     if step is None:
@@ -35,20 +35,20 @@ def show_config(resolved: Resolved, step: str | None = None) -> str:
 
 
 def search(word: str, model: type[PipelineConfig] = PipelineConfig) -> list[Setting]:
-    """The settings whose name or description has the word; those whose name has it come first."""
+    """Return the settings whose name or description contains a word; matches in the name come first."""
     wanted = word.lower()
     settings = [item for item in all_settings(model).values() if wanted in f"{item.name}\n{item.meaning}".lower()]
     return sorted(settings, key=lambda item: wanted not in item.name.lower())
 
 
 def facts(setting: Setting, source: str = "") -> str:
-    """Type, unit, default and source of a setting on one line."""
+    """Return type, unit, default and source of a setting on one line."""
     default = "required" if setting.default == "required" else f"default {setting.default}"
     parts = [setting.type.replace("`", ""), setting.unit, default, f"source: {source}" if source else None]
     return " · ".join(part for part in parts if part)
 
 
-# --- where values come from ---------------------------------------------------------------------------------------
+# --- origin of values ---------------------------------------------------------------------------------------------
 
 
 def _defaults(config: PipelineConfig) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _origin(resolved: Resolved, step: str | None = None) -> Origin:
             before = before.get(part) if isinstance(before, dict) else None
         if _covers(resolved.from_overrides, name):
             unset = value is None and before is not None
-            return f"--set; give it again as --set {name}=null, as TOML has no null" if unset else "--set"
+            return f"--set; not in this file, because TOML has no null: repeat --set {name}=null" if unset else "--set"
         if _covers(resolved.from_file, name):
             return str(resolved.file)
         if before != _plain(value) and name not in ("recipe", "file"):
@@ -85,7 +85,7 @@ def _origin(resolved: Resolved, step: str | None = None) -> Origin:
 
 
 def _covers(given: Any, name: str) -> bool:
-    """Whether the setting, a table that it is in, or a part of it is among the dotted names."""
+    """Return whether the dotted names contain the setting, one of its parent tables or one of its parts."""
     return any(name == each or name.startswith(f"{each}.") or each.startswith(f"{name}.") for each in given)
 
 
@@ -105,7 +105,7 @@ def _plain(value: Any) -> Any:
 
 
 def _table(header: str, section: Section, default: Any, origin: Origin, effect: Effect) -> Iterator[str]:
-    """The lines of a section: its own settings, then a table for each section inside it."""
+    """Yield the TOML lines of a section: its settings, then the tables of its nested sections."""
     inner: list[tuple[str, Any, Any, Effect]] = []
     if header:
         yield f"\n[{header}]"
@@ -142,9 +142,9 @@ def _lines(key: str, value: Any, comment: str) -> Iterator[str]:
 
 
 def _toml(value: Any) -> str:
-    """A value on one line; entries of tables that are not set are left out."""
+    """Format a value on one line; unset entries of tables are omitted."""
     if isinstance(value, Section):
-        unset = type(value).model_construct()  # shows only what is given
+        unset = type(value).model_construct()  # to omit defaults
         value = {
             field.alias or name: getattr(value, name)
             for name, field in type(value).model_fields.items()
@@ -166,7 +166,7 @@ def _key(key: str) -> str:
 
 
 def show_found(settings: list[Setting], resolved: Resolved) -> Iterator[str]:
-    """Found settings for the terminal: the name with its value, the facts, the description."""
+    """Yield the lines of search results: name and value, ``facts`` and description of each setting."""
     values = _values(resolved.config)
     for setting in settings:
         value: Any = values

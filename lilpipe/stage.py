@@ -106,22 +106,22 @@ class Stage:
     distributed: bool = False
     """Whether ``config.num_workers`` workers run the stage together."""
     main_metric: str = ""
-    """The metric that stands for the stage in the summary."""
+    """Metric shown in the summary."""
     extension: Extension | None = None
-    """Where the stage was found, if it is the user's own; ``get_stage`` sets it."""
+    """Origin of a custom stage; set by ``get_stage``."""
 
 
 def get_stage(name: str, file: str | None = None) -> Stage:
-    """The stage of that name, built-in or the user's own; imports its module.
+    """Return a stage by name, built-in or custom; imports its module.
 
-    Raises ``ConfigError`` if there is none, or if ``file`` is given for a stage that is found without it.
+    Raises ``ConfigError`` if it does not exist, or if ``file`` is given but the name is taken by another stage.
     """
     extension = find("stage", name, file=file, built_in=STAGES)
     if file is not None and (extension is None or extension.file is None):
-        raise ConfigError(f"stage {name!r}: file {file} would be ignored, as the name is taken; rename your stage")
+        raise ConfigError(f"stage {name!r}: file {file} would be ignored: a stage of this name exists; rename yours")
     if extension is None:
         return importlib.import_module(STAGES[name]).STAGE
     stage: Stage = load(extension, Stage)
     if stage.name != name:
-        raise ConfigError(f"{extension}: got Stage(name={stage.name!r}), expected {name!r}; give both one name")
+        raise ConfigError(f"{extension}: got Stage(name={stage.name!r}), expected {name!r}; use the same name for both")
     return replace(stage, extension=extension)

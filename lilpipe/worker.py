@@ -59,7 +59,7 @@ def _for_users(error: Exception, work: Path) -> Exception:
 
 
 def run(job: dict, work: Path, *, rank: int) -> Metrics:
-    """Run the stage that the job describes, in this process."""
+    """Run the stage described by a job in this process."""
     own = job.get("extension")
     stage: Stage = get_stage(**own) if own else importlib.import_module(job["module"]).STAGE
     config = stage.config.model_validate(job["config"])

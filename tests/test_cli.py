@@ -70,7 +70,7 @@ def test_plan_warns_of_memory_that_the_device_does_not_have(invoke):
     [
         (("plan", "--device", "h10"), "unknown device 'h10'; did you mean h100?"),
         (("plan", "--set", "depth=deep"), "depth: got 'deep', expected a whole number above 0"),
-        (("scaling", "--depths", "1,deep,3"), "--depths: got '1,deep,3', expected numbers above 0 between commas"),
+        (("scaling", "--depths", "1,deep,3"), "--depths: got '1,deep,3', expected comma-separated numbers above 0"),
         (("scaling", "--from-store"), "contains no finished pretraining run"),
         (("scaling", "--depths", "1,2"), "got 2 runs, expected at least 3"),
     ],

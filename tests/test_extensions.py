@@ -1,4 +1,4 @@
-"""Parts from a file of the user's: what of their code counts, and what is told where they are wrong."""
+"""Extensions from files: the code that is part of the fingerprint, and the messages of errors."""
 
 import sys
 
@@ -37,7 +37,7 @@ def test_packages_count_by_version_and_modules_beside_the_file_by_content(tmp_pa
         ("def mine(:\n", r"reward 'mine': file .*mine\.py is not valid Python: invalid syntax.*line 1"),
         ("def other(p, r): return 1\n", r"mine\.py has no 'mine'; it has other"),
         ("import absent_module\n", r"mine\.py fails on import: ModuleNotFoundError: No module named 'absent_module'"),
-        ("mine = 3\n", r"reward 'mine': .*mine\.py gives a int, expected a function"),
+        ("mine = 3\n", r"reward 'mine': .*mine\.py is of type int, expected a function"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_told_by_the_plan(tmp_path, store, source, message):
@@ -52,15 +52,15 @@ def test_what_is_wrong_with_a_file_is_told_by_the_plan(tmp_path, store, source, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[steps.a]\nstage = "absent"\n', "steps.a.stage: there is no stage 'absent'"),
+        ('[steps.a]\nstage = "absent"\n', "steps.a.stage: unknown stage 'absent'"),
         ('[steps.a]\nstage = "sft"\nfile = "mine.py"\n', "stage 'sft': file .*mine.py would be ignored"),
         ('[steps.a]\nstage = "seed"\nfile = "mine.py"\n', "stage 'seed': expected letters"),
         ('[steps.a]\nstage = "other"\nfile = "mine.py"\n', r"'other': got Stage\(name='mine'\), expected 'other'"),
-        ('[steps.a]\nstage = "bare"\nfile = "mine.py"\n', "its section Bare cannot be made from defaults"),
+        ('[steps.a]\nstage = "bare"\nfile = "mine.py"\n', "its section Bare has settings without a default"),
         ('[steps.a]\nstage = "mine"\nfile = "mine.py"\n[mine]\nsise = 1\n', "did you mean mine.size?"),
         ('[steps.a]\nstage = "mine"\nfile = "mine.py"\n[mine]\nsize = 0\n', "mine.size: .*greater than 0"),
         ('recipe = "tiny"\nfile = "mine.py"\n', "recipe 'tiny': file .*mine.py would be ignored"),
-        ('recipe = "wrong"\nfile = "mine.py"\n', "recipe 'wrong': it returned a int, expected a PipelineConfig"),
+        ('recipe = "wrong"\nfile = "mine.py"\n', "recipe 'wrong': returned a int, expected a PipelineConfig"),
         ('[dpo]\nloss = "x"\n', r"dpo: there is no loss 'x'; known: sigmoid.* `file`"),
     ],
 )  # fmt: skip
@@ -87,5 +87,5 @@ def test_a_module_that_would_be_imported_from_elsewhere_is_refused(tmp_path, mon
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "one")])
     extension = RewardConfig(kind="mine", file=str(tmp_path / "two" / "mine.py")).extension()
     assert extension is not None
-    with pytest.raises(ConfigError, match=r"imports 'helper_of_test', which is found at .*one.*; rename"):
+    with pytest.raises(ConfigError, match=r"imports 'helper_of_test', which resolves to .*one.*; rename"):
         code_and_packages("grpo", [extension])

@@ -120,7 +120,7 @@ def test_a_null_that_toml_cannot_hold_is_told(tmp_path):
     (tmp_path / "mine.toml").write_text('recipe = "short"\nfile = "mine.py"\n')
     resolved = resolve("tiny", file=tmp_path / "mine.toml", overrides={"pretrain.seq_len": None})
     text = show_config(resolved)
-    assert "--set; give it again as --set pretrain.seq_len=null, as TOML has no null" in text
+    assert "--set; not in this file, because TOML has no null: repeat --set pretrain.seq_len=null" in text
     assert given(again(text, tmp_path, overrides={"pretrain.seq_len": None})) == given(resolved.config)
 
 

@@ -27,13 +27,13 @@ SourceKind = Literal["installed-docs", "jsonl", "parquet", "text", "warc", "hugg
 
 
 class Source(WithOptions):
-    """One origin of raw documents."""
+    """One source of raw documents."""
 
     kind: Annotated[str, BuiltIn("source", get_args(SourceKind))]
-    """`installed-docs`: docstrings, topics and READMEs of this Python environment. `jsonl`, `parquet`, `text`
-    (plain text, Markdown, reStructuredText: a document for each file) and `warc` (Common Crawl: a document for each
-    HTML response): files, plain or compressed (.gz, .zst, .bz2, .xz). `huggingface`: a hub name or a local folder.
-    Or a source of your own."""
+    """`installed-docs`: docstrings, help topics and READMEs of this Python environment. `jsonl`, `parquet`, `text`
+    (plain text, Markdown, reStructuredText: one document per file) and `warc` (Common Crawl: one document per HTML
+    response): files, plain or compressed (.gz, .zst, .bz2, .xz). `huggingface`: a hub name or a local folder. Or a
+    custom source."""
     name: str
     """Name of the source in reports and shards."""
     path: str | None = None
@@ -61,7 +61,7 @@ class Source(WithOptions):
         if self.kind == "installed-docs" and self.path is not None:
             raise ValueError(f"source {self.name!r}: kind 'installed-docs' reads this environment; remove `path`")
         if self.kind in get_args(SourceKind) and self.kind != "installed-docs" and self.path is None:
-            raise ValueError(f"source {self.name!r}: kind {self.kind!r} needs `path`")
+            raise ValueError(f"source {self.name!r}: kind {self.kind!r} requires `path`")
         if self.kind != "huggingface" and (self.subset is not None or self.split != "train"):
             raise ValueError(f"source {self.name!r}: `subset` and `split` are for kind 'huggingface'; remove them")
         if self.kind in ("installed-docs", "text", "warc") and self.columns != Columns():
@@ -275,7 +275,7 @@ class DecontaminationConfig(Section):
 
 
 class FilterConfig(WithOptions):
-    """A filter of your own. Filters run in their order, after the built-in filters of quality."""
+    """A custom filter. Custom filters run in the given order, after the built-in quality filters."""
 
     kind: Annotated[str, BuiltIn("filter", ())]
     """Name of the filter."""
@@ -323,9 +323,8 @@ class CorpusConfig(Section):
     exact_dedup: ExactDedupConfig = ExactDedupConfig()
     minhash: MinhashConfig = MinhashConfig()
     classifier: ClassifierConfig = ClassifierConfig()
-    """Quality classifier."""
     filters: tuple[FilterConfig, ...] = ()
-    """Filters of your own."""
+    """Custom filters."""
     pii: PIIConfig = PIIConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     max_malformed_ratio: Ratio = 0.01

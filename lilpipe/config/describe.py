@@ -1,4 +1,4 @@
-"""What a setting is, for people: its type in words, default, unit and meaning, from the pydantic models."""
+"""Descriptions of settings for the reference and ``lilpipe config``, derived from the pydantic models."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ UNITS = {
     "tokens": "tokens",
     "chars": "characters",
 }
-"""Last word of a setting's name to its unit."""
+"""Maps the last word of a setting's name to its unit."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting as the reference shows it."""
+    """Description of one setting."""
 
     name: str
-    """Dotted, from the top of the configuration."""
+    """Full dotted name."""
     type: str
     default: str
     recipe_default: str | None
-    """Value in the recipe `tiny`, where it is another one."""
+    """Value in the recipe `tiny` if it differs from the default."""
     unit: str | None
     effect: Effect
     meaning: str
@@ -47,21 +47,24 @@ class Setting:
 
 @dataclass(frozen=True)
 class Table:
-    """One TOML table: a section of the configuration with its settings."""
+    """One TOML table: a configuration section and its settings."""
 
     header: str
-    """As in a TOML file: `[sft.optimizer]` or `[[corpus.sources]]`."""
+    """TOML header, such as `[sft.optimizer]` or `[[corpus.sources]]`."""
     meaning: str
     settings: list[Setting]
 
     @property
     def anchor(self) -> str:
-        """Where other pages link to."""
+        """HTML anchor of the table."""
         return self.header.strip("[]")
 
 
 def tables(section: type[BaseModel], header: str, default: Any, tiny: Any, effect: Effect = "") -> Iterator[Table]:
-    """A section's table and those inside it, depth first; ``default`` and ``tiny`` are its instances or None."""
+    """Yield the tables of a section and its nested sections, depth first.
+
+    ``default`` and ``tiny`` are the section's instances in the defaults and in the recipe `tiny`, or None.
+    """
     prefix = header.strip("[]")
     settings: list[Setting] = []
     inner: list[Table] = []
@@ -85,13 +88,13 @@ def tables(section: type[BaseModel], header: str, default: Any, tiny: Any, effec
 
 
 def _own_first(section: type[BaseModel]) -> list[str]:
-    """Names of a section's fields: its own, then those of each base."""
+    """Return the names of a section's fields: its own, then those of each base class."""
     names = [name for base in section.__mro__ for name in vars(base).get("__annotations__", {})]
     return [name for name in dict.fromkeys(names) if name in section.model_fields]
 
 
 def all_settings(model: type[PipelineConfig] = PipelineConfig) -> dict[str, Setting]:
-    """Every setting by its dotted name, as it stands in a TOML file."""
+    """Return all settings by dotted name, as written in TOML."""
     found: dict[str, Setting] = {}
     for name, field in model.model_fields.items():
         key = field.alias or name
@@ -106,7 +109,7 @@ def all_settings(model: type[PipelineConfig] = PipelineConfig) -> dict[str, Sett
 
 
 def rows_of(field: FieldInfo, key: str, effect: Effect) -> Iterator[Table]:
-    """The table of the sections that a list or a dictionary holds."""
+    """Yield the tables of the sections in a list or dictionary."""
     for part in _parts(field.annotation):
         if section_of(part) and get_origin(field.annotation) in (tuple, list):
             yield from tables(part, f"[[{key}]]", None, None, effect)
@@ -118,7 +121,7 @@ def rows_of(field: FieldInfo, key: str, effect: Effect) -> Iterator[Table]:
 
 
 def describe(key: str, field: FieldInfo, value: Any, recipe: Any, effect: Effect) -> Setting:
-    """A field as the reference shows it; ``value`` is its default, ``recipe`` its value in `tiny`."""
+    """Return the description of a field; ``value`` is its default, ``recipe`` its value in `tiny`."""
     shown = show_value(value)
     in_recipe = show_value(recipe)
     return Setting(
@@ -133,7 +136,7 @@ def describe(key: str, field: FieldInfo, value: Any, recipe: Any, effect: Effect
 
 
 def default_of(field: FieldInfo) -> Any:
-    """The default of a field."""
+    """Return the default of a field."""
     return field.get_default(call_default_factory=True)
 
 
@@ -145,14 +148,14 @@ def _whole_annotation(field: FieldInfo) -> Any:
 
 
 def effect_of(field: FieldInfo) -> Effect:
-    """What changing a field does to fingerprints."""
+    """Return whether a field is operational, changes only rounding, or neither (an empty string)."""
     if any(mark is Operational for mark in field.metadata):
         return "operational"
     return "rounding" if any(mark is Rounding for mark in field.metadata) else ""
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation names, alone or beside None."""
+    """Return the section of an annotation ``S`` or ``S | None``, or None."""
     for part in (annotation, *(_parts(annotation) if _is_optional(annotation) else ())):
         if isinstance(part, type) and issubclass(part, Section):
             return part
@@ -168,7 +171,7 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
 
 
 def show_value(value: Any) -> str:
-    """A default as it stands in a TOML file."""
+    """Return a default as written in TOML."""
     if value is PydanticUndefined:
         return "required"
     if value is None:
@@ -193,7 +196,7 @@ def _toml(value: Any) -> str:
 
 
 def show_type(annotation: Any) -> str:
-    """A type with its constraints, in words: `integer > 0`, `list of string`."""
+    """Return a type with its constraints in words, such as `integer > 0` or `list of strings`."""
     origin, parts = get_origin(annotation), _parts(annotation)
     if origin is Annotated:
         inner, *marks = get_args(annotation)
@@ -215,7 +218,7 @@ def show_type(annotation: Any) -> str:
 
 
 def _plural(annotation: Any) -> str:
-    """Items of a list: `integers > 0`, `tables`."""
+    """Return the type of list items in words, such as `integers > 0` or `tables`."""
     text = show_type(annotation)
     noun, space, constraint = text.partition(" ")
     if get_origin(annotation) is Literal:
@@ -234,7 +237,7 @@ def _constraint(mark: Any) -> str:
         case annotated_types.Le(le=bound):
             return f"≤ {bound}"
         case BuiltIn(names=names) if names:
-            return f"({', '.join(names)}, or your own)"
+            return f"({', '.join(names)}, or custom)"
         case annotated_types.MinLen(min_length=length):
             return f"(at least {length})"
         case FieldInfo():

@@ -16,7 +16,7 @@ LossKind = Literal["sigmoid", "ipo", "orpo", "simpo", "kto"]
 
 
 class DPOConfig(ParallelSection, WithOptions):
-    """Direct preference optimisation (Rafailov et al. 2023) and its family, with Llama 3's NLL term on chosen
+    """Direct preference optimization (Rafailov et al. 2023) and its variants, with Llama 3's NLL term on chosen
     completions.
 
     The loss of a pair is `preference_coefficient` times the preference loss plus `rpo_alpha` times the NLL.
@@ -24,9 +24,9 @@ class DPOConfig(ParallelSection, WithOptions):
 
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0)
     loss_type: Annotated[str, BuiltIn("loss", get_args(LossKind))] = "sigmoid"
-    """`sigmoid`: DPO. `ipo`: Azar et al. 2023. `orpo` (Hong et al. 2024) and `simpo` (Meng et al. 2024) do without a
-    reference. `kto` (Ethayarajh et al. 2024) takes unpaired completions, desirable or not; a pair gives one of each. Or
-    a loss of your own."""
+    """`sigmoid`: DPO. `ipo`: Azar et al. 2023. `orpo` (Hong et al. 2024) and `simpo` (Meng et al. 2024) need no
+    reference model. `kto` (Ethayarajh et al. 2024) uses unpaired completions, desirable or undesirable; a pair gives
+    one of each. Or a custom loss."""
     beta: PositiveFloat = 0.1
     """Strength of the regularization towards the reference model (Llama 3: 0.1). IPO: tau. SimPO: scale of the
     log-probabilities (2 to 10 in the paper). ORPO: lambda, the weight of the odds-ratio loss."""

@@ -59,13 +59,13 @@ def merge(
 
 
 def resolve_files(values: Any, annotation: Any, folder: Path) -> Any:
-    """Settings with each path of a user's Python file (``section.CodeFile``) taken from ``folder``."""
+    """Return settings with all paths of extension files (``section.CodeFile``) resolved relative to ``folder``."""
     model = _section_in(annotation)
     if isinstance(values, list | tuple):
         return [resolve_files(item, annotation, folder) for item in values]
     if not isinstance(values, dict):
         return values
-    if model is None or get_origin(annotation) is dict:  # a table whose keys are the user's
+    if model is None or get_origin(annotation) is dict:  # a table with user-defined keys
         return {key: resolve_files(item, model, folder) if model else item for key, item in values.items()}
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     resolved = {}
@@ -78,7 +78,7 @@ def resolve_files(values: Any, annotation: Any, folder: Path) -> Any:
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation names: alone, beside None, or inside a list or a table."""
+    """Return the section in an annotation: ``S``, ``S | None``, or a list or table of ``S``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := _section_in(part))), None)

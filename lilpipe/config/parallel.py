@@ -108,8 +108,8 @@ class LaunchConfig(Section):
     """How the workers of a training stage are launched; this cannot change an output."""
 
     launcher: Literal["torchrun", "srun", "kubernetes"] = "torchrun"
-    """`torchrun` on this host, `srun` under Slurm, or `kubernetes`, the training operator. The last is experimental: it
-    has been tested with a stand-in for `kubectl` only."""
+    """`torchrun` on this host, `srun` under Slurm, or `kubernetes` (training operator). `kubernetes` is
+    experimental: tested only with a fake `kubectl`."""
     num_nodes: PositiveInt = 1
     """Number of nodes; num_workers is divided among them."""
     max_restarts: NonNegativeInt = 3

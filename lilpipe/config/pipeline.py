@@ -38,9 +38,9 @@ class Step(Section):
     """One step of the pipeline: a stage, its inputs, and settings that override the stage's section."""
 
     stage: str
-    """Stage to run: one of `lilpipe.stage.STAGES`, or your own."""
+    """Stage to run: one of `lilpipe.stage.STAGES`, or a custom stage."""
     file: CodeFile = None
-    """Python file that defines the stage, by its path from the configuration file's folder."""
+    """Python file that defines the custom stage; relative to the configuration file's folder."""
     inputs: dict[str, str | tuple[str, ...]] = {}
     """Maps each input role of the stage to the step (or steps) whose artifact it reads."""
     settings: dict[str, Any] = {}
@@ -85,16 +85,16 @@ class OrchestrationConfig(Section):
 
 
 _NO_STAGES = {"recipe", "file", "seed", "depth", "params", "steps", "orchestration", "register_"}
-"""Fields of the whole that are no stage's section."""
+"""Fields of ``PipelineConfig`` that are not sections of stages."""
 
 
 class PipelineConfig(Section):
     """Configuration of the whole pipeline."""
 
     recipe: str
-    """Recipe from which this configuration started."""
+    """Recipe that this configuration started from."""
     file: CodeFile = None
-    """Python file that defines the recipe, by its path from the configuration file's folder."""
+    """Python file that defines the custom recipe; relative to the configuration file's folder."""
     seed: int = 0
     """Seed of all training stages that do not set their own."""
     depth: PositiveInt | None = None
@@ -126,9 +126,9 @@ class PipelineConfig(Section):
 
     @classmethod
     def with_sections(cls, **sections: type[Section]) -> type[PipelineConfig]:
-        """The class with a section for each stage of the user's, by the stage's name.
+        """Return a subclass with the sections of custom stages, as keyword arguments named like the stages.
 
-        Raises ``ConfigError`` if a section has a setting without a default.
+        Raises ``ConfigError`` if a name is not allowed or a section has a setting without a default.
         """
         return _with_sections(cls, tuple(sections.items())) if sections else cls
 
@@ -140,13 +140,13 @@ class PipelineConfig(Section):
         for name, node in self.steps.items():
             if node.stage not in sections - _NO_STAGES:
                 raise ValueError(
-                    f"steps.{name}.stage: there is no stage {node.stage!r}; correct the name, or name the `file` that "
-                    "defines it"
+                    f"steps.{name}.stage: unknown stage {node.stage!r}; correct the name, or set `file` to the Python "
+                    "file that defines it"
                 )
             if files.setdefault(node.stage, node.file) != node.file:
                 raise ValueError(
-                    f"steps.{name}.file: got {node.file} for stage {node.stage!r}, which comes from "
-                    f"{files[node.stage]} in a step before; expected one file for one stage"
+                    f"steps.{name}.file: got {node.file} for stage {node.stage!r}, which is defined by "
+                    f"{files[node.stage]} in an earlier step; expected the same file in both steps"
                 )
             for role, upstream in node.inputs.items():
                 for source in (upstream,) if isinstance(upstream, str) else upstream:
@@ -196,12 +196,14 @@ def _with_sections(base: type[PipelineConfig], sections: tuple[tuple[str, type[S
     fields: dict[str, Any] = {}
     for name, section in sections:
         if name in _NO_STAGES or not name.isidentifier() or name.startswith("_") or hasattr(base, name):
-            raise ConfigError(f"stage {name!r}: expected letters, digits and _, and no other setting's name; rename it")
+            raise ConfigError(
+                f"stage {name!r}: expected letters, digits and _, and not the name of another setting; rename it"
+            )
         try:
             fields[name] = (section, section())
         except ValidationError as error:
             raise ConfigError(
-                f"stage {name!r}: its section {section.__name__} cannot be made from defaults ({explain(error)}); give "
-                "each setting a default, and check the value in the stage"
+                f"stage {name!r}: its section {section.__name__} has settings without a default ({explain(error)}); "
+                "give each setting a default and check its value in the stage"
             ) from error
     return create_model(base.__name__, __base__=base, __module__=base.__module__, **fields)

@@ -145,14 +145,14 @@ FAMILY_NAMES = (
 
 
 class PromptsConfig(Extensible):
-    """Questions and answers: generated families of tasks that a program can verify, and data sets; split once for the
-    whole pipeline.
+    """Prompts with answers from generated task families that a program can verify, and from data sets; split once for
+    the whole pipeline.
     """
 
     seed: int = 0
-    """Seed of the generator."""
+    """Seed of the generated tasks."""
     families: Annotated[tuple[str, ...], BuiltIn("question family", FAMILY_NAMES)] = ("copy", "reverse", "sort")
-    """Task families: those of `lilpipe.alignment.questions.families`, or your own."""
+    """Task families: those of `lilpipe.alignment.questions.families`, or custom families."""
     difficulty: dict[str, tuple[PositiveInt, PositiveInt]] = {}
     """Minimum and maximum difficulty of a family, in its unit (items, digits, operations); families that are not named
     use their default. Pretraining exercises exclude the hardest level."""
@@ -212,14 +212,14 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {"regex": ("pattern",)}
 
 
 class RewardConfig(WithOptions):
-    """One reward of a completion; a stage adds up those that it names, each by its weight."""
+    """A reward function; the reward of a completion is the weighted sum of a stage's reward functions."""
 
     kind: Annotated[str, BuiltIn("reward", get_args(RewardKind))]
-    """`answer`: 1 if the prompt's own verifier accepts the completion. `numeric`: 1 if it states the number of the
-    prompt's answer. `format`: 1 if it has the form of `template`. `regex`: 1 if `pattern` is found in it. `length`:
-    near `target_tokens`, or a penalty beyond `limit_tokens`. `language`: the probability of `language`. `reward_model`:
-    the score of the stage's input `reward_model`. `program`: 1 if its code passes the prompt's tests. Or a
-    reward of your own."""
+    """`answer`: 1 if the prompt's verifier accepts the completion. `numeric`: 1 if it contains the number of the
+    reference answer. `format`: 1 if it matches `template`. `regex`: 1 if it contains a match of `pattern`. `length`:
+    highest near `target_tokens`, or a penalty above `limit_tokens`. `language`: the probability of `language`.
+    `reward_model`: the score of the stage's input `reward_model`. `program`: 1 if its code passes the prompt's tests.
+    Or a custom reward."""
     weight: float = 1.0
     """Weight of this reward in the sum; negative for a penalty."""
     name: str | None = None
@@ -245,7 +245,7 @@ class RewardConfig(WithOptions):
     timeout_seconds: PositiveFloat | None = None
     """Time limit of a program (`program`), for wall time and CPU time; if None, 5."""
     memory_mib: PositiveInt | None = None
-    """Address space of a program (`program`); 256 where none is given."""
+    """Address space limit of a program (`program`); if None, 256."""
 
     @model_validator(mode="after")
     def _options_match_kind(self) -> RewardConfig:

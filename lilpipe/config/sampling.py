@@ -34,10 +34,10 @@ class SamplingConfig(Section):
     batch_size: PositiveInt = 256
     """Sequences decoded together."""
     engine: Literal["native", "vllm"] = "native"
-    """`vllm` is experimental: it has been tested with a stand-in only. It needs the extra `vllm` and a GPU, and samples
-    other completions than the native engine."""
+    """Inference engine. `vllm` is experimental: tested only with a fake of vLLM. It needs the extra `vllm` and a GPU;
+    its samples differ from those of `native`."""
     cuda_graphs: bool = False
-    """Experimental: replay the decode step of the native engine as CUDA graphs. It has never been run on a GPU."""
+    """Experimental: replay the decode step of the native engine as CUDA graphs. Never run on a GPU."""
 
     @model_validator(mode="after")
     def _something_is_kept(self) -> SamplingConfig:

@@ -35,15 +35,15 @@ NumWorkers = Annotated[PositiveInt, Operational]
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """Marks a field whose values are names of parts: built-in ones, or extensions."""
+    """Marks a field that names built-in objects or extensions of a kind."""
 
     kind: ExtensionKind
     names: tuple[str, ...]
 
 
-CODE_FILE = AfterValidator(lambda file: file and os.path.abspath(file))  # noqa: PTH100 (resolve() reads links)
+CODE_FILE = AfterValidator(lambda file: file and os.path.abspath(file))  # noqa: PTH100 (Path.resolve() follows symlinks)
 CodeFile = Annotated[str | None, Operational, CODE_FILE]
-"""A Python file of the user's. Its content is part of the fingerprint, as code; its path is not."""
+"""Python file of an extension. The fingerprint includes its code, but not its path."""
 
 
 class Section(BaseModel):
@@ -64,7 +64,7 @@ class Section(BaseModel):
         }
 
     def extensions(self) -> Iterator[Extension]:
-        """The extensions that the section and those inside it name."""
+        """Yield the extensions that the section and its nested sections name."""
         for name in type(self).model_fields:
             yield from _extensions_in(getattr(self, name))
 
@@ -77,17 +77,17 @@ class Section(BaseModel):
 
 
 class Extensible(Section):
-    """A section that names parts, which may be the user's own."""
+    """A section that can name an extension."""
 
     file: CodeFile = None
-    """Python file that defines the part, by its path from the configuration file's folder."""
+    """Python file that defines the extension; relative to the configuration file's folder."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Extensible:
         found = list(self._own_extensions())
         if self.file is not None and not any(extension.file for extension in found):
             raise ValueError(
-                f"file {self.file} would be ignored, as the name is built in or a package's; rename yours, or remove "
+                f"file {self.file} would be ignored: the name is built in or from a package; rename yours, or remove "
                 "`file`"
             )
         return self
@@ -102,25 +102,25 @@ class Extensible(Section):
                             yield found
 
     def extensions(self) -> Iterator[Extension]:
-        """The extensions that the section and those inside it name."""
+        """Yield the extensions that the section and its nested sections name."""
         yield from self._own_extensions()
         yield from super().extensions()
 
     def extension(self) -> Extension | None:
-        """The extension that the section itself names; none where it names a built-in part."""
+        """Return the extension that the section itself names, or None if the name is built in."""
         return next(self._own_extensions(), None)
 
 
 class WithOptions(Extensible):
-    """A section whose extension takes options."""
+    """A section whose extension accepts options."""
 
     options: dict[str, Any] = {}
-    """Keyword arguments for a part of your own."""
+    """Keyword arguments of the extension."""
 
     @model_validator(mode="after")
     def _options_are_used(self) -> WithOptions:
         if self.options and self.extension() is None:
-            raise ValueError(f"options {self.options} would be ignored by a built-in part; remove them")
+            raise ValueError(f"options {self.options} would be ignored: they are only for extensions; remove them")
         return self
 
 

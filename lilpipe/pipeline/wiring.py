@@ -12,7 +12,7 @@ from lilpipe.stage import Stage, get_stage
 
 
 def stage_of(config: PipelineConfig, step: str) -> Stage:
-    """The stage that a step runs, built-in or the user's own."""
+    """Return the stage of a step, built-in or custom."""
     return get_stage(config.steps[step].stage, config.steps[step].file)
 
 
@@ -25,7 +25,7 @@ def sources(config: PipelineConfig, step: str) -> list[str]:
 
 
 def check_wiring(config: PipelineConfig, step: str) -> None:
-    """Raise ``ConfigError`` if a step's inputs are not what its stage takes."""
+    """Raise ``ConfigError`` if a step's inputs do not match its stage."""
     stage = stage_of(config, step)
     roles = config.steps[step].inputs
     known = {**stage.inputs, **stage.optional_inputs}

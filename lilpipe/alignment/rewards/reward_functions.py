@@ -211,7 +211,7 @@ def _program(config: RewardConfig, reward_model: RewardModel | None) -> Score:  
 
 
 def _own(config: RewardConfig, reward_model: RewardModel | None) -> Score:  # noqa: ARG001
-    """Reward of an extension: ``(prompt, completion, **options) -> float``."""
+    """Return a custom reward: ``(prompt, completion, **options) -> float``."""
     extension = config.extension()
     assert extension is not None
     function = partial(load_extension(extension), **config.options)
@@ -240,7 +240,7 @@ KINDS: dict[str, Callable[[RewardConfig, RewardModel | None], Score]] = {
     "reward_model": _reward_model,
     "program": _program,
 }
-"""Every built-in kind of reward: its settings and the stage's reward model, if it has one, to the reward."""
+"""Factory of each built-in kind of reward, from its settings and the stage's reward model, if any."""
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sources of the user's own: a function from the source's settings to rows, read in one part."""
+"""Custom sources: a function that yields rows, called with the source's settings and read as one part."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lilpipe.extensions import load
 
 
 def read(source: Source) -> Iterator[Row]:
-    """The rows that the function yields; what is no document is quarantined."""
+    """Yield the rows of a custom source; malformed rows are quarantined."""
     for number, values in enumerate(_rows(source), 1):
         yield to_row(values, source, source.name, number)
 
 
 def digest(source: Source) -> str:
-    """Digest of all rows: for this, a plan reads the source once."""
+    """Return the digest of all rows. Each plan reads the whole source to compute it."""
     rows = hashlib.sha256()
     for values in _rows(source):
         rows.update(

@@ -154,12 +154,18 @@ def test_every_kind_that_can_be_named_is_there():
     ("settings", "message"),
     [
         ({"kind": "tallest"}, "there is no reward 'tallest'; known: answer, numeric"),
-        ({"kind": "answer", "pattern": "x"}, "'answer': got options pattern, expected of none"),
+        (
+            {"kind": "answer", "pattern": "x"},
+            r"'answer': got options pattern, which it does not use \(its options: none\)",
+        ),
         ({"kind": "regex"}, "'regex': needs pattern"),
-        ({"kind": "regex", "pattern": "("}, "is no regular expression"),
+        ({"kind": "regex", "pattern": "("}, "is not a valid regular expression"),
         ({"kind": "answer", "file": "x.py"}, "x.py would be ignored"),
-        ({"kind": "answer", "options": {"a": 1}}, "would be ignored by a built-in part"),
-        ({"kind": "mine", "file": "x.py", "pattern": "x"}, "'mine': got options pattern, expected of none"),
+        ({"kind": "answer", "options": {"a": 1}}, "would be ignored: they are only for extensions"),
+        (
+            {"kind": "mine", "file": "x.py", "pattern": "x"},
+            r"'mine': got options pattern, which it does not use \(its options: none\)",
+        ),
         ({"kind": "length"}, "one of target_tokens and limit_tokens"),
         ({"kind": "length", "target_tokens": 3, "limit_tokens": 4}, "one of target_tokens and limit_tokens"),
         ({"kind": "length", "limit_tokens": 4, "buffer_tokens": 5}, "buffer_tokens 5 must be at most limit_tokens 4"),
