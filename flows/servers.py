@@ -29,7 +29,7 @@ import psutil
 
 from lilpipe.artifact import write_atomically
 from lilpipe.errors import LilpipeError
-from lilpipe.launch import die_with_parent
+from lilpipe.launch.processes import die_with_parent
 
 HOST = "127.0.0.1"
 POOL = "local"

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any
 
 from lilpipe.artifact import Artifact, Inputs, read_manifest, write_atomically
-from lilpipe.config.parallel import LaunchConfig
 from lilpipe.errors import DataError, HungCollective, LilpipeError, Preempted, StoreError
 from lilpipe.launch.failure import RAISED, forget, report
 from lilpipe.launch.processes import be_killed_with_parent
@@ -78,6 +77,7 @@ def _run_distributed(stage: Stage, config: Any, inputs: Inputs, workspace: Works
     import torch
 
     from lilpipe import distributed
+    from lilpipe.config.parallel import LaunchConfig  # other stages do not load it
 
     torch.set_num_threads(getattr(config, "threads_per_worker", 1))
     settings: LaunchConfig = getattr(config, "launch", LaunchConfig())

@@ -17,8 +17,7 @@ from lilpipe import digests
 from lilpipe import store as store_module
 from lilpipe.artifact import SCHEMA_VERSION, Manifest, damage, read_manifest
 from lilpipe.digests import SETTLED_SECONDS
-from lilpipe.errors import ArtifactError, ConfigError, DataError, SchemaVersionError, StoreError
-from lilpipe.launch import StageFailure
+from lilpipe.errors import ArtifactError, ConfigError, DataError, SchemaVersionError, StageFailure, StoreError
 from lilpipe.pipeline.plan import plan
 from lilpipe.pipeline.run import run_step
 from lilpipe.store import Store

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lilpipe.config.parallel import LaunchConfig
+if TYPE_CHECKING:  # workers of stages without these settings import this module
+    from lilpipe.config.parallel import LaunchConfig
 
 METRICS = "metrics.json"
 """Metrics file, written by rank 0 at the end."""

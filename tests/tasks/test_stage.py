@@ -5,7 +5,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from lilpipe.launch import StageFailure
+from lilpipe.errors import StageFailure
 from tasks import stage
 
 
