@@ -145,7 +145,7 @@ def show_settings(
     seed: Seed = None,
     word: Annotated[str | None, typer.Option("--search", help="Word in the name or description of settings.")] = None,
 ) -> None:
-    """Show the resolved settings as TOML for --config, each with its type, default, unit and source; or find some."""
+    """Print the resolved settings as TOML for --config, with type, unit, default and source; or search settings."""
     from lilpipe.settings import search, show_config, show_found
 
     resolved = resolve(recipe, file=config, overrides=_values(overrides, seed))

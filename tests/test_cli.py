@@ -62,7 +62,7 @@ def test_plan_warns_of_memory_that_the_device_does_not_have(invoke):
     done = invoke("plan", "--device", "rtx-4090", "--set", "params=8B", "--set", "pretrain.num_workers=1")
     assert done.exit_code == 0, done.exception
     assert "warning: peak memory" in done.stdout
-    assert "raise parallel.shard from 1" in done.stdout
+    assert "increase parallel.shard from 1" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_settings_that_cannot_be_planned_are_refused_by_name(invoke, arguments, 
     ("arguments", "message"),
     [
         (("run", "--set", "sft.num_epoch=4"), "did you mean sft.num_epochs?"),
-        (("run", "--recipe", "huge"), "recipe 'huge': there is no such recipe; known: tiny"),
+        (("run", "--recipe", "huge"), "there is no recipe 'huge'; known: tiny"),
         (("run", "--config", "absent.toml"), "config file absent.toml: cannot be read"),
         (("run", "--stage", "sft", "--no-track"), "its inputs are not built yet: pretrain (after tokens)"),
         (("why", "sfd"), "there is no such step"),

@@ -61,7 +61,7 @@ def test_what_is_wrong_with_a_file_is_told_by_the_plan(tmp_path, store, source, 
         ('[steps.a]\nstage = "mine"\nfile = "mine.py"\n[mine]\nsize = 0\n', "mine.size: .*greater than 0"),
         ('recipe = "tiny"\nfile = "mine.py"\n', "recipe 'tiny': file .*mine.py would be ignored"),
         ('recipe = "wrong"\nfile = "mine.py"\n', "recipe 'wrong': returned a int, expected a PipelineConfig"),
-        ('[dpo]\nloss = "x"\n', r"dpo: there is no loss 'x'; known: sigmoid.* `file`"),
+        ('[dpo]\nloss_type = "x"\n', r"dpo: there is no loss 'x'; known: sigmoid.* `file`"),
     ],
 )  # fmt: skip
 def test_wrong_settings_of_parts_are_refused(tmp_path, text, message):

@@ -53,14 +53,14 @@ def build_filters(config: CorpusConfig, learnt: Learnt, shard: int) -> list[Filt
 
 
 def _own(config: FilterConfig) -> Filter:
-    """A filter of the user's: what its class, or function, makes of its options."""
+    """Return a custom filter: an instance of its class, created with its options."""
     extension = config.extension()
     assert extension is not None
     made = load(extension)(**config.options)
     if missing := [name for name in ("stage", "bounds", "__call__") if not hasattr(made, name)]:
         raise ConfigError(
-            f"{extension}: it makes a {type(made).__name__} without {', '.join(missing)}; expected a filter, as "
-            "lilpipe.data.filters.chain.Filter"
+            f"{extension}: got a {type(made).__name__} without {', '.join(missing)}; expected a filter with the "
+            "attributes of lilpipe.data.filters.chain.Filter"
         )
     return made
 

