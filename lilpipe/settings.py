@@ -118,7 +118,8 @@ def _table(header: str, section: Section, default: Any, origin: Origin, effect: 
             inner.append((path, value, before, inside))
             continue
         if get_origin(field.annotation) is dict and any(isinstance(item, Section) for item in value.values()):
-            inner += [(f"{path}.{_key(each)}", item, None, inside) for each, item in value.items()]
+            for each, item in value.items():
+                inner.append((f"{path}.{_key(each)}", item, None, inside))
             continue
         source = origin(path, value, before)
         comment = facts(describe(path, field, before, before, inside), source)

@@ -49,12 +49,13 @@ class BatchLayout:
     num_answer_pages: int
     num_prompt_pages: int
     sharing: int
-    """R."""
+    """Maximum number of rows that share a prompt (R), rounded."""
     blocks_C: Tensor
     """For each block of queries (completions' pages first), its index among the rows' [B x K] blocks."""
     partials_QM: Tensor
-    """For each row and head [Q = B x H], the indices of the partial results [C x G] that it merges. The index after the
-    last one is an empty result.
+    """For each row and head [Q = B x H], the indices of the partial results [C x G] to merge.
+
+    The last index refers to an empty result.
     """
     tables_BM: tuple[Tensor, Tensor]
     """Pages of each row, of completions and of prompts; 0 where a row has fewer."""
@@ -274,9 +275,7 @@ class DecodeView(AttendingView):
         return F.embedding_bag(partials_QM, work.all_results, mode="sum", per_sample_weights=weight_QM)
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Cache one token of each row and gather the keys and values that rows may attend to: two tensors ``[B, S, K,
-        E]``.
-        """
+        """Cache one token of each row and return the keys and values that rows may attend to, ``[B, S, K, E]`` each."""
         self._write(layer, keys_BTKE, values_BTKE)
         if self.mask_B1TS is None:
             self.mask_B1TS = torch.cat(
@@ -303,9 +302,7 @@ class DecodeView(AttendingView):
             self.answers.values_LNKSF[layer].view(-1, width).index_copy_(0, values, v_BTKE.reshape(-1, width))
 
     def _places_to_write(self, kv_heads: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the rows' key elements in a layer's keys, and of the rows' values in a layer's
-        values.
-        """
+        """Return the flat indices of the rows' keys and of the rows' values in a layer's cache."""
         device = self.page_B.device
         heads_BK = self.page_B[:, None] * kv_heads + torch.arange(kv_heads, device=device)
         width = self.answers.keys_LNKES.shape[3]

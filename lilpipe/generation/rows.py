@@ -111,7 +111,7 @@ class Rows:
             self._seen_BV = self._seen_BV[kept_B] if self.rows else None
         self._by_params = self._view = None
 
-    # --- a step ---------------------------------------------------------------------------------------------------
+    # --- decode step ----------------------------------------------------------------------------------------------
 
     def inputs(self) -> tuple[Tensor, Tensor, DecodeView]:
         """Return the last token of each row and its position, ``[B, 1]`` each, and the view of the KV cache.

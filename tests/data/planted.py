@@ -120,7 +120,7 @@ VICTIMS = {
     "town": ("ngram_coverage", "duplicate_ngram_coverage", ""),
     "dirty": ("dirty_words", "too_many_dirty_words", ""),
     "rare words": ("divergence", "outlier_words", ""),
-    "leak": ("decontamination", "evaluation_text", "prompts-dev/validation/0: "),
+    "leak": ("decontamination", "evaluation_text", "prompts-validation/validation/0: "),
     "named leak": ("decontamination", "evaluation_text", "quiz/q1: "),
     "spam": ("classifier", "low_quality", ""),
     "spam again": ("classifier", "low_quality", ""),

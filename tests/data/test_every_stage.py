@@ -192,7 +192,8 @@ def test_metrics_are_the_counts(built):
 
 def test_the_report_tells_of_every_stage_of_the_classifier_and_of_the_evaluation_sets(built):
     page = (built.report / "report.html").read_text()
-    for text in (*(reason for _, reason, _ in VICTIMS.values()), "Grumblewort", "⟦", "prompts-dev", "Area under"):
+    reasons = [reason for _, reason, _ in VICTIMS.values()]
+    for text in (*reasons, "Grumblewort", "⟦", "prompts-validation", "Area under"):
         assert text in page
 
 
@@ -201,7 +202,7 @@ def test_matches_of_evaluation_sets_are_a_table_of_the_artifact(built):
     matches = {(row["document"], row["set"], row["item"], row["overlap"]) for row in read_table(table).to_pylist()}
     # the last mark of a sentence is no word
     quiz = ("named leak", "quiz", "q1", QUIZ.removesuffix("?"))
-    assert matches == {("leak", "prompts-dev", "validation/0", planted.QUESTION.removesuffix("?")), quiz}
+    assert matches == {("leak", "prompts-validation", "validation/0", planted.QUESTION.removesuffix("?")), quiz}
 
 
 def test_a_trace_tells_what_became_of_any_document(built):

@@ -147,7 +147,7 @@ def test_the_pipelines_held_out_prompts_and_the_users_sets_are_looked_for(tmp_pa
     learnt, _ = learnt_of(tmp_path, rows, prompts=prompts, decontamination=enabled)
     assert learnt.evaluation is not None
     index = EvaluationIndex(learnt.evaluation)
-    assert list(index.coverage()) == ["prompts-dev", "prompts-test", "quiz"]
+    assert list(index.coverage()) == ["prompts-validation", "prompts-test", "quiz"]
     found = [bool(len(index.find(Words(text).hashes)[2])) for text in (QUESTION, *(prose(n, 2) for n in (1, 2, 3)))]
     assert found == [True, False, True, True]  # what is trained on may be in the corpus
 

@@ -99,7 +99,7 @@ def test_fine_tuning_learns_the_answers_and_says_how_it_went(base, conversations
     assert metrics["supervised_ratio"] == pytest.approx(10 / 18)
     load_model(workspace.output)
     page = (workspace.report / "report.html").read_text()
-    assert '<mark style="background:#d5e8d4">Answer: 0&lt;|end_of_turn|&gt;</mark>' in page
+    assert "<mark>Answer: 0&lt;|end_of_turn|&gt;</mark>" in page
 
 
 def test_demonstrations_come_in_to_their_limit(base, prompts, conversations, tmp_path):
@@ -300,7 +300,7 @@ def test_answers_that_are_a_small_share_of_the_tokens_are_an_error(base, convers
     [
         (lambda ids, mask: (ids, [True] * len(mask)), "talk/"),
         (lambda ids, mask: (ids, [*mask[:-1], False]), "talk/"),
-        (lambda ids, mask: ([*ids[:-4], ids[-1]], mask[:-3]), "of answer 0 .* is learnt, expected 'Answer"),
+        (lambda ids, mask: ([*ids[:-4], ids[-1]], mask[:-3]), "answer 0: .* is supervised, expected 'Answer"),
     ],
     ids=["the prompt supervised", "the end of the turn not supervised", "the answer cut"],
 )
@@ -315,6 +315,6 @@ def test_rendering_that_would_teach_rubbish_stops_the_stage(base, conversations,
 def test_a_held_out_question_is_refused(base, prompts, conversations, tmp_path, split):
     question = read_prompts(prompts.path, split)[0].question
     inputs = {"model": base, "prompts": prompts, "conversations": conversations([*TALKS, talk(50, question, "b")])}
-    with pytest.raises(DataError, match="occur in the dev or test split"):
+    with pytest.raises(DataError, match="occur in the validation or test split"):
         sft.run(config(), inputs, Workspace(tmp_path / "work"))
     assert read_conversations(prompts.path)

@@ -145,7 +145,7 @@ def naive_rollout(objective, models, groups):
     config, answers = objective.config, []
     for group in groups:
         completion, scored = group.completions[0], group.scored[0]
-        tokens, start = [*completion.prompt_ids, *completion.completion_mask], len(completion.prompt_ids) - 1
+        tokens, start = [*completion.prompt_ids, *completion.completion_ids], len(completion.prompt_ids) - 1
         with torch.no_grad():
             old = [x.item() for x in logprobs_of(models.policy, tokens, config.sampling.temperature)][start:]
             first = [x.item() for x in logprobs_of(objective.reference, tokens, config.sampling.temperature)][start:]

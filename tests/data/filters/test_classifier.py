@@ -117,7 +117,7 @@ def test_another_process_trains_the_same_bytes(tmp_path, trained):
     folder, _ = trained
     code = (
         "from pathlib import Path; from tests.data.filters.test_classifier import *; import sys;"
-        "train(GOOD, BAD, config(), Path(sys.argv[1]))"
+        "train_classifier(GOOD, BAD, config(), Path(sys.argv[1]))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env={"PYTHONHASHSEED": "7"})
     digests = [hashlib.sha256((path / MODEL_FILE).read_bytes()).hexdigest() for path in (folder, tmp_path)]

@@ -19,7 +19,7 @@ def test_the_held_out_splits_of_the_pipelines_prompts_are_sets_and_short_questio
     columns = [{"id": key, "split": split, "family": "f", "question": q, "answer": "1 2"} for key, split, q in rows]
     write_rows(tmp_path / "prompts.arrow", columns, PROMPT_SCHEMA)
     dev, test = prompt_sets(tmp_path, min_item_words=8)
-    assert (dev.name, dev.items) == ("prompts-dev", [("validation/1", LONG)])
+    assert (dev.name, dev.items) == ("prompts-validation", [("validation/1", LONG)])
     assert (test.name, test.items) == ("prompts-test", [("test/1", "Sort the list 2 1. 1 2")])
 
 

@@ -422,11 +422,12 @@ def test_a_file_of_blank_lines_without_end_is_read_no_further(tmp_path, monkeypa
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_row_of_a_data_set_that_python_cannot_represent_is_quarantined_alone(tmp_path, saved):
     import datasets
+    from datasets.table import InMemoryTable
 
     table = pa.table({"text": ["a", "b", "c"], "date": pa.array([0, 2**52, 1], pa.timestamp("ms"))})
     pq.write_table(table, tmp_path / "x.parquet")
     if saved:
-        datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(str(tmp_path / "saved"))
+        datasets.Dataset(InMemoryTable(table)).save_to_disk(str(tmp_path / "saved"))
     rows = read(tmp_path / "saved" if saved else tmp_path, "huggingface")
     assert texts(rows) == ["a", "c"]
     assert [(row.row, row.breaks_off) for row in bad(rows)] == [(2, False)]

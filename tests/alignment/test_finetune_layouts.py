@@ -16,7 +16,7 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.pairs import PAIR_SCHEMA, Pair
 from lilpipe.schemas.tables import write_rows
 from lilpipe.tokenizer.encoding import Tokenizer
-from tests.training.finetune_workers import CASES, RESUMED, STAGES, run
+from tests.alignment.finetune_workers import CASES, RESUMED, STAGES, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
 
@@ -50,7 +50,7 @@ def root(prompts, tmp_path_factory):
     (root / "preferences").mkdir()
     write_rows(root / "preferences" / "pairs.arrow", [vars(pair) for pair in pairs], PAIR_SCHEMA)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "tests.training.finetune_workers", str(root)]
+    command = [*torchrun, "-m", "tests.alignment.finetune_workers", str(root)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
