@@ -66,12 +66,12 @@ def test_computing_again_costs_operations_that_do_not_count_as_the_models():
 def test_a_plan_that_fits_has_no_warning_and_one_that_does_not_names_what_to_change():
     assert budget(config_of_8b(), VOCAB).warnings == []
     (warning,) = budget(config_of_8b(parallel=ParallelConfig(), budget=H100), VOCAB).warnings
-    assert "is more than the 76.00 GiB that h100 has" in warning
+    assert "exceeds the 76.00 GiB that h100 has" in warning
     assert warning.split(": ")[1].startswith("increase parallel.shard from 1")
     wide = config_of_8b(batch_size=256, budget=H100)
     (warning,) = budget(wide, VOCAB).warnings
     assert warning.split("5%): ")[1].startswith("set activation_checkpointing to 'selective' or 'full'")
-    assert "raise accumulation_steps: a micro-batch has 4 rows" in warning
+    assert "increase accumulation_steps: a micro-batch has 4 rows" in warning
 
 
 def test_the_terms_of_memory_are_shown_and_add_up():
