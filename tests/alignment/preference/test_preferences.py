@@ -366,7 +366,7 @@ def test_a_preference_set_without_single_answers_is_refused(tmp_path, preference
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"unpaired": True}, "'brevity' compares two answers"),
+        ({"unpaired": True}, "'brevity' compares two completions"),
         ({"unpaired": True, "rule": "reward"}, "threshold: got None with rule 'reward' and unpaired True"),
         ({"rule": "reward", "threshold": 1.0}, "threshold: got 1.0 with rule 'reward' and unpaired False"),
         ({"unpaired": True, "rule": "data", "threshold": 1.0}, "threshold: got 1.0 with rule 'data'"),
