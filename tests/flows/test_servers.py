@@ -186,7 +186,7 @@ def task_runs(project, state):
 def test_a_step_whose_inputs_are_missing_says_what_to_run(here):
     state = call(run_one_stage, stage="register", seed=2)
     assert state.is_failed()
-    assert "run that first" in state.message
+    assert "sft (after pretrain); run these steps first" in state.message
 
 
 def test_unknown_settings_and_steps_fail_the_run_with_the_remedy(here):
@@ -259,7 +259,7 @@ def test_a_taken_port_is_named_with_the_variable_that_changes_it(project, tmp_pa
     other = Project(tmp_path)
     done = other.servers("up", check=False, PREFECT_PORT=project.ports["PREFECT_PORT"])
     assert done.returncode == 1
-    assert f"port {project.ports['PREFECT_PORT']} is taken" in done.stderr
+    assert f"port {project.ports['PREFECT_PORT']} is used by another program" in done.stderr
     assert "PREFECT_PORT=" in done.stderr
     assert other.records() == {}
 

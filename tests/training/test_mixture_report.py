@@ -44,7 +44,8 @@ def test_each_phase_has_a_table_of_what_was_asked_reached_and_read_so_far(shards
     ]
     # 960 tokens, a tenth of them verse; then 640, of which verse gives the 160 that two epochs of it leave.
     assert list(unmet_shares(planned)) == [
-        "mixture from step 20: prose gives 75.0% of the requested 50.0%: takes tokens that other streams cannot provide",
+        "mixture from step 20: prose gives 75.0% of the requested 50.0%: takes tokens that other streams cannot "
+        "provide",
         "mixture from step 20: verse gives 25.0% of the requested 50.0%: at its limit of epochs",
     ]
     assert planned[1].parts["verse"].epochs == pytest.approx(2.0)
