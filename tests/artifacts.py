@@ -2,11 +2,27 @@
 
 from typing import Any, cast
 
-from lilpipe.artifact import Artifact, Manifest
+from lilpipe.artifact import Artifact, Manifest, content_digest
 from lilpipe.schemas.documents import documents_schema
 from lilpipe.schemas.examples import DOCUMENT_SCHEMA
 from lilpipe.schemas.tables import write_rows
 from lilpipe.schemas.tables import write_rows as write_rows_whole
+
+
+def make_manifest(*, kind, stage, **fields):
+    """A manifest of which only some fields matter."""
+    files = fields.get("files", {})
+    mappings = ("config", "operational", "inputs", "external", "code", "packages", "environment", "metrics")
+    defaults: dict[str, Any] = {name: {} for name in mappings} | {
+        "step": stage,
+        "fingerprint": "f" * 64,
+        "git_commit": None,
+        "files": files,
+        "content_digest": content_digest(files),
+        "elapsed_seconds": 1.0,
+        "created_at": "2026-01-01T00:00:00Z",
+    }
+    return Manifest(**{"kind": kind, "stage": stage} | defaults | fields)
 
 
 def artifact(path):

@@ -15,12 +15,13 @@ import pytest
 
 from lilpipe import digests
 from lilpipe import store as store_module
-from lilpipe.artifact import SCHEMA_VERSION, Manifest, damage, read_manifest
+from lilpipe.artifact import SCHEMA_VERSION, damage, read_manifest
 from lilpipe.digests import SETTLED_SECONDS
 from lilpipe.errors import ArtifactError, ConfigError, DataError, SchemaVersionError, StageFailure, StoreError
 from lilpipe.pipeline.plan import plan
 from lilpipe.pipeline.run import run_step
 from lilpipe.store import Store
+from tests.artifacts import make_manifest
 from tests.conftest import toy_config
 
 
@@ -231,25 +232,7 @@ def test_a_manifest_of_a_newer_version_is_an_error_that_names_both(store, faults
 
 def test_metrics_that_are_not_numbers_survive_the_manifest(tmp_path):
     metrics = {"loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5}
-    manifest = Manifest(
-        kind="Report",
-        stage="evaluate",
-        step="evaluate",
-        fingerprint="f",
-        config={},
-        operational={},
-        inputs={},
-        external={},
-        code={},
-        packages={},
-        git_commit=None,
-        environment={},
-        files={},
-        content_digest="",
-        metrics=metrics,
-        elapsed_seconds=1.0,
-        created_at="2026-01-01T00:00:00Z",
-    )
+    manifest = make_manifest(kind="Report", stage="evaluate", metrics=metrics)
     (tmp_path / "manifest.json").write_text(manifest.to_json())
     assert str(read_manifest(tmp_path).metrics) == str(metrics)
 

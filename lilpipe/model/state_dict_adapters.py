@@ -238,13 +238,7 @@ class DeepseekV3(Glm4Moe):
 
     model_type = "deepseek_v3"
     class_name = "DeepseekV3ForCausalLM"
-    fixed: ClassVar = {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "n_group": 1,
-        "topk_group": 1,
-        "norm_topk_prob": True,
-    }
+    fixed: ClassVar = {name: value for name, value in Glm4Moe.fixed.items() if name != "partial_rotary_factor"}
     defaults: ClassVar = {**Llama.defaults, "n_group": 8, "topk_group": 4}
     mla_keys: ClassVar[Mapping[str, str]] = {name: name for name in MLAConfig.model_fields}
 

@@ -2,14 +2,13 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from lilpipe import distributed
 from lilpipe.alignment.questions import prompts as prompts_module
-from lilpipe.artifact import Artifact, Manifest, content_digest, list_files
+from lilpipe.artifact import Artifact, content_digest, list_files
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.tokens import TokenizerConfig
@@ -17,32 +16,14 @@ from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
+from tests.artifacts import make_manifest
 
 TINY = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=160)
 
 
 def as_artifact(path, *, kind, stage="", step=""):
     """A directory as an artifact, without a store."""
-    files = list_files(path)
-    manifest = Manifest(
-        kind=kind,
-        stage=stage,
-        step=step or stage,
-        fingerprint="",
-        config={},
-        operational={},
-        inputs={},
-        external={},
-        code={},
-        packages={},
-        git_commit=None,
-        environment={},
-        files=files,
-        content_digest=content_digest(files),
-        metrics={},
-        elapsed_seconds=0.0,
-        created_at=datetime.now(UTC).isoformat(),
-    )
+    manifest = make_manifest(kind=kind, stage=stage, step=step or stage, fingerprint="", files=list_files(path))
     return Artifact(uri=str(path), path=Path(path), manifest=manifest)
 
 

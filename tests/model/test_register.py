@@ -13,7 +13,7 @@ import pandas
 import pytest
 import torch
 
-from lilpipe.artifact import MANIFEST, Artifact, Manifest, content_digest, list_files
+from lilpipe.artifact import MANIFEST, Artifact, content_digest, list_files
 from lilpipe.config.evaluate import RegisterConfig
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.digests import digest_file
@@ -25,30 +25,12 @@ from lilpipe.model.hub import load_model, model_files, save_model
 from lilpipe.stage import Workspace, get_stage
 from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker, registered_files
+from tests.artifacts import make_manifest
 from tests.model.checkpoints import SMALL, small_model, small_tokenizer
 
 
 def artifact(directory, *, kind, stage):
-    files = list_files(directory)
-    manifest = Manifest(
-        kind=kind,
-        stage=stage,
-        step=stage,
-        fingerprint="f" * 64,
-        config={"num_steps": 7},
-        operational={},
-        inputs={},
-        external={},
-        code={},
-        packages={},
-        git_commit=None,
-        environment={},
-        files=files,
-        content_digest=content_digest(files),
-        metrics={},
-        elapsed_seconds=1.0,
-        created_at="2026-01-01T00:00:00Z",
-    )
+    manifest = make_manifest(kind=kind, stage=stage, config={"num_steps": 7}, files=list_files(directory))
     (directory / MANIFEST).write_text(manifest.to_json())
     return Artifact(str(directory), directory, manifest)
 

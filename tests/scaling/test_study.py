@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from lilpipe.artifact import InputEntry, Manifest
+from lilpipe.artifact import InputEntry
 from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.flops import num_parameters, training_flops_per_token
@@ -20,6 +20,7 @@ from lilpipe.scaling.study import (
     tokens_per_parameter,
     trained_runs,
 )
+from tests.artifacts import make_manifest
 
 METRIC = "validation_bits_per_byte_corpus"
 
@@ -40,23 +41,13 @@ SIZES = [1e5, 2e5, 4e5, 1e6, 3e6]
 def manifest(model, *, tokens, loss, vocab_size=300, data="corpus", **metrics):
     measured = {METRIC: loss, "tokens": float(tokens), "num_parameters": float(num_parameters(model, vocab_size))}
     entry = InputEntry(uri="there", stage="tokens", fingerprint="f", content_digest=data)
-    return Manifest(
+    return make_manifest(
         kind="Checkpoint",
         stage="pretrain",
-        step="pretrain",
         fingerprint=f"{model.num_layers}-{tokens}-{loss}",
         config={"model": model.model_dump(), "seq_len": None},
-        operational={},
         inputs={"tokens": [entry]},
-        external={},
-        code={},
-        packages={},
-        git_commit=None,
-        environment={},
-        files={},
-        content_digest="",
         metrics=measured | metrics,
-        elapsed_seconds=1.0,
         created_at=f"{loss}",
     )
 
