@@ -38,6 +38,7 @@ STAGES: dict[str, str] = {
     "classify": "lilpipe.training.classify",
     "evaluate": "lilpipe.evaluation.evaluate",
     "register": "lilpipe.model.register",
+    "release": "lilpipe.release.release",
 }
 """Maps each stage to the module that defines it as ``STAGE``."""
 

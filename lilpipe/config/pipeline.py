@@ -26,6 +26,7 @@ from lilpipe.config.parallel_checks import check_vocabulary
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
+from lilpipe.config.release import ReleaseConfig
 from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.config.section import CodeFile, Section
 from lilpipe.config.sft import SFTConfig
@@ -120,6 +121,7 @@ class PipelineConfig(Section):
     classify: ClassifyConfig = ClassifyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     register_: RegisterConfig = Field(default=RegisterConfig(), alias="register")
+    release: ReleaseConfig = ReleaseConfig()
     orchestration: OrchestrationConfig = OrchestrationConfig()
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
