@@ -323,12 +323,12 @@ def harness(
 ) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on a checkpoint (extra `eval`)."""
     try:
-        from lilpipe.evaluation.harness import run_harness
+        from lilpipe.evaluation.harness import results_table, run_harness
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"harness: {error.name} is not installed; run `pip install -c constraints.txt -e '.[eval]'`"
         ) from error
-    _, table = run_harness(
+    results = run_harness(
         checkpoint,
         tasks,
         include_path=include_path,
@@ -337,7 +337,7 @@ def harness(
         batch_size=batch_size,
         chat=chat,
     )
-    Console(highlight=False).print(table, markup=False, soft_wrap=True)
+    Console(highlight=False).print(results_table(results), markup=False, soft_wrap=True)
 
 
 def main() -> None:

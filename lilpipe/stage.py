@@ -37,6 +37,7 @@ STAGES: dict[str, str] = {
     "ppo": "lilpipe.alignment.rl.ppo",
     "classify": "lilpipe.training.classify",
     "evaluate": "lilpipe.evaluation.evaluate",
+    "benchmarks": "lilpipe.evaluation.benchmarks",
     "register": "lilpipe.model.register",
     "release": "lilpipe.release.release",
 }

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from lilpipe.config.benchmarks import BenchmarksConfig
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
@@ -120,6 +121,7 @@ class PipelineConfig(Section):
     ppo: PPOConfig = PPOConfig()
     classify: ClassifyConfig = ClassifyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
     register_: RegisterConfig = Field(default=RegisterConfig(), alias="register")
     release: ReleaseConfig = ReleaseConfig()
     orchestration: OrchestrationConfig = OrchestrationConfig()

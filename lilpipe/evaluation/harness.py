@@ -57,6 +57,14 @@ class HarnessModel(TemplateLM):
         """Encode text in which names of special tokens are special tokens, such as a rendered conversation."""
         return self.tokens.encode_marked(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode context and continuation together; apart if a token would cover the end of one and all of the other.
+
+        Such a continuation would have no token of its own, and a log-likelihood of 0, above that of every other.
+        """
+        before, after = super()._encode_pair(context, continuation)
+        return (before, after) if after else (self.tok_encode(context), self.tok_encode(continuation))
+
     def _decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text without special tokens."""
         special = set(self.tokens.special_ids.values())
@@ -199,8 +207,9 @@ def run_harness(
     limit: int | None = None,
     batch_size: int = 16,
     chat: bool = False,
-) -> tuple[dict[str, Any], str]:
-    """Run tasks of the harness; return results by task, and a table of them.
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run tasks of the harness; return its results, with the samples of each task.
 
     ``include_path`` is a folder with your own task files. Raises ``ConfigError`` for an unknown task.
     """
@@ -208,15 +217,25 @@ def run_harness(
     model, tokenizer = load_model(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: Any = simple_evaluate(
-        model=HarnessModel(model.to(device), tokenizer, batch_size=batch_size),
+        model=HarnessModel(model.to(device), tokenizer, batch_size=batch_size, seed=seed),
         tasks=list(tasks),
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=chat,
         bootstrap_iters=0,
+        log_samples=True,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
     )
-    return results["results"], make_table(results)
+    return results
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Return the harness's table of results."""
+    return make_table(results)
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
