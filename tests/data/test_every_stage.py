@@ -9,7 +9,7 @@ from lilpipe.data import corpus, trace
 from lilpipe.data.corpus import read_documents, read_rejected
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.filters.url import url_key
-from lilpipe.data.minhash import num_hashes
+from lilpipe.data.signatures import num_hashes
 from lilpipe.schemas.examples import PROMPT_SCHEMA
 from lilpipe.schemas.tables import read_table, write_rows
 from lilpipe.stage import Workspace
