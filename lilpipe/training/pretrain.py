@@ -23,11 +23,12 @@ from lilpipe.tokens.trace import documents_of
 from lilpipe.training import activation_checkpointing, compilation, precision
 from lilpipe.training.budget import Budget, budget, planned_beside_actual
 from lilpipe.training.gauges import Gauges, peak_memory
-from lilpipe.training.loop import TrainingResult, train
+from lilpipe.training.loop import train
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
 from lilpipe.training.next_token import NextToken
 from lilpipe.training.replica import Replica, TrainerModule
 from lilpipe.training.training_report import write_report
+from lilpipe.training.training_state import TrainingResult
 from lilpipe.training.validation import Validation
 
 DOCUMENTS_SHOWN = 20

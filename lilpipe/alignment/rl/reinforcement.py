@@ -17,9 +17,9 @@ from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.finetune import Workers
-from lilpipe.training.loop import TrainingResult
 from lilpipe.training.replica import TrainerModule
 from lilpipe.training.training_report import write_report
+from lilpipe.training.training_state import TrainingResult
 
 Section = TypeVar("Section", GRPOConfig, PPOConfig)
 
