@@ -1,7 +1,7 @@
 """Which rows of a batch attend to which pages, for ``lilpipe.generation.paged_attention``.
 
-Dimensions: B rows, N pages, H query heads, K key/value heads, G query heads of a key/value head (H = K x G), R rows that
-share a prompt, C blocks of G queries, M pages of a row, Q rows and heads (B x H).
+Dimensions: B rows, N pages, H query heads, K key/value heads, G query heads of a key/value head (H = K x G), R rows
+that share a prompt, C blocks of G queries, M pages of a row, Q rows and heads (B x H).
 """
 
 from __future__ import annotations

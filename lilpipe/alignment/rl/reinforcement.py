@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import RewardModel, Rewards, reward
+from lilpipe.alignment.rollout.completion_batch import at_targets
 from lilpipe.alignment.rollout.completions import PromptForm, complete, encode_question
-from lilpipe.alignment.rollout.rollouts import at_targets
 from lilpipe.artifact import Artifact, Inputs, one_input, optional_input
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.errors import DataError
