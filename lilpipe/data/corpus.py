@@ -20,7 +20,8 @@ import numpy as np
 
 from lilpipe import page
 from lilpipe.artifact import Inputs, optional_input, write_atomically
-from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.sources import Source
 from lilpipe.data.build_filters import build_filters
 from lilpipe.data.corpus_report import build_report
 from lilpipe.data.counts import Counts, count_documents

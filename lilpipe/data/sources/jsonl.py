@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.files import READ_BYTES, BrokenStream, File, Span, compression, local_path, open_file
 from lilpipe.data.sources.rows import EXCERPT_CHARS, MAX_DOCUMENT_BYTES, Row, Unreadable, to_row, unreadable
 

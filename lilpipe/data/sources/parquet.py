@@ -8,7 +8,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.files import BrokenStream, Expansion, File, Span, open_file
 from lilpipe.data.sources.rows import RawDocument, Row, Unreadable, rows_of, to_row, unreadable
 

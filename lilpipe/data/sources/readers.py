@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources import huggingface, installed_docs, jsonl, own, parquet, warc
 from lilpipe.data.sources.files import BrokenStream, File, Span, digest_files, find_files, open_file
 from lilpipe.data.sources.rows import MAX_DOCUMENT_BYTES, RawDocument, Row, Unreadable, to_row

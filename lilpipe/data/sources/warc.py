@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources import http_response
 from lilpipe.data.sources.extraction_process import ExtractionProcess
 from lilpipe.data.sources.files import READ_BYTES, BrokenStream, File, open_file
