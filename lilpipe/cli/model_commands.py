@@ -15,7 +15,7 @@ from lilpipe.config.pipeline import PipelineConfig, Step
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.pipeline.run import run_step
-from lilpipe.pipeline.runs import new_pipeline_run
+from lilpipe.pipeline.run_names import new_pipeline_run
 from lilpipe.store import Store
 
 app = typer.Typer()

@@ -16,7 +16,7 @@ from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
 from lilpipe.pipeline.plan import WaitingStep, changes, plan
 from lilpipe.pipeline.run import Listener, run_step
-from lilpipe.pipeline.runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
 from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.recipes import resolve
 from lilpipe.store import Store

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lilpipe import charts, page
+from lilpipe.evaluation.estimates import Estimates, Evaluation, comparisons, label, score_by
 from lilpipe.evaluation.games import ending
-from lilpipe.evaluation.scores import Estimates, Evaluation, comparisons, label, score_by
 from lilpipe.metrics.pass_at_k import Estimate
 from lilpipe.schemas.chunks import Row
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import brevity_win, judge
-from lilpipe.alignment.rollout.sampling import by_prompt
+from lilpipe.alignment.rollout.completion_rows import by_prompt
 from lilpipe.config.evaluate import JudgeConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation.judge import Judge, Outcome, Pairing, check_readable

@@ -16,8 +16,8 @@ from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import save_tensors
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokens.data_phase_plan import open_loader, plan_data_phases
 from lilpipe.tokens.loader import PretrainLoader
-from lilpipe.tokens.plan import open_loader, plan_data_phases
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import documents_of
 from lilpipe.training import activation_checkpointing, compilation, precision

@@ -15,12 +15,18 @@ from typing import Any
 from lilpipe import distributed, page
 from lilpipe.alignment.preference.pairing_rules import NO_PAIR, REMEDY, RULES, distinct
 from lilpipe.alignment.rewards.reward_functions import external
-from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
+from lilpipe.alignment.rollout.completion_rows import (
+    by_prompt,
+    load_rewards,
+    reward_metrics,
+    sample_in_chunks,
+    scored_schema,
+)
 from lilpipe.artifact import Artifact, Inputs, one_input, optional_input, write_atomically
 from lilpipe.config.preferences import PreferencesConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.chunks import Row
-from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts
+from lilpipe.schemas.examples import Prompt, check_not_held_out, read_prompts
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.pairs import (
     EXAMPLE_SCHEMA,
@@ -51,7 +57,7 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
         )
     train = _take(read_prompts(source.path, "train")[::-1], config.num_prompts, "num_prompts", "train")
     validation = _take(read_prompts(source.path, "validation"), config.num_validation, "num_validation", "validation")
-    assert_not_held_out((prompt.question for prompt in train), source.path)
+    check_not_held_out((prompt.question for prompt in train), source.path)
     rewards = load_rewards(config.rewards, inputs)
     rewards.log_sandbox(train, workspace)
     rows = sample_in_chunks(
@@ -106,7 +112,7 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
             "preferences.unpaired if the dataset has unpaired completions"
         )
     check_pairs(train, validation)
-    assert_not_held_out((text for pair in train for text in pair.questions), source.path)
+    check_not_held_out((text for pair in train for text in pair.questions), source.path)
     metrics: Metrics = {
         "pairs": len(train),
         "validation_pairs": len(validation),
@@ -158,7 +164,7 @@ def _examples_of_data(source: Artifact, workspace: Workspace) -> Metrics:
             "(`kto` splits a pair into two completions)"
         )
     train = read_examples(source.path, "train")
-    assert_not_held_out((text for example in train for text in example.questions), source.path)
+    check_not_held_out((text for example in train for text in example.questions), source.path)
     return _write_examples(train, read_examples(source.path, "validation"), workspace)
 
 

@@ -22,7 +22,7 @@ from lilpipe.config.prompts import PromptsConfig, PromptSource
 from lilpipe.config.sources import Source
 from lilpipe.data.sources import huggingface
 from lilpipe.data.sources.files import BrokenStream, File, digest_files, find_files, open_file
-from lilpipe.data.sources.rows import EXCERPT_CHARS
+from lilpipe.data.sources.raw_documents import EXCERPT_CHARS
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import Conversation, Prompt, normalise_question
 from lilpipe.schemas.messages import Message

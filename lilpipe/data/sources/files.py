@@ -81,7 +81,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Span:
+class FilePart:
     """A part of a large file, read by a separate task."""
 
     start: int

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 
 from lilpipe.config.sources import Source
-from lilpipe.data.sources.rows import Row, to_row
+from lilpipe.data.sources.raw_documents import Row, to_row
 from lilpipe.errors import DataError
 from lilpipe.extensions import load
 

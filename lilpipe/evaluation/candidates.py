@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
+from lilpipe.alignment.rollout.completion_rows import SAMPLE_SCHEMA, sample_rows
 from lilpipe.alignment.rollout.completions import PromptForm, complete
-from lilpipe.alignment.rollout.sampling import SAMPLE_SCHEMA, sample_rows
 from lilpipe.artifact import Artifact
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.errors import ConfigError

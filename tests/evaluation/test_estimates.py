@@ -3,7 +3,7 @@ import math
 import pytest
 
 from lilpipe.config.evaluate import EvaluateConfig
-from lilpipe.evaluation.scores import Evaluation, comparisons, gains, score, score_by
+from lilpipe.evaluation.estimates import Evaluation, comparisons, gains, score, score_by
 from lilpipe.metrics.pass_at_k import Estimate
 from tests.evaluation.rows import answer
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lilpipe.alignment.rollout.sampling import by_prompt
+from lilpipe.alignment.rollout.completion_rows import by_prompt
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.evaluation.comparison import Comparison, paired
 from lilpipe.evaluation.games import Outcomes, win_scores
