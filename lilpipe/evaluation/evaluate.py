@@ -180,7 +180,7 @@ def side_by_side(prompts: Sequence[Prompt], rows: Mapping[str, Sequence[Row]], o
     """Return JSON lines, one per prompt: each model's greedy completion, first sampled completion, and the outcome of
     its game.
     """
-    answers: dict[str, dict[str, dict[str, Any]]] = {prompt.id: {} for prompt in prompts}
+    completions: dict[str, dict[str, dict[str, Any]]] = {prompt.id: {} for prompt in prompts}
     for model, model_rows in rows.items():
         for row in model_rows:
             if row["sample"] == 0:
@@ -188,8 +188,8 @@ def side_by_side(prompts: Sequence[Prompt], rows: Mapping[str, Sequence[Row]], o
                 verdict = {key: row[key] for key in ("completion", "correct", "rewards")}
                 if not row["greedy"] and (played := outcomes.get(model, {}).get(row["prompt_id"])):
                     verdict["game"] = ending(played[0])
-                answers[row["prompt_id"]].setdefault(model, {})[kind] = verdict
-    lines = [json.dumps({**vars(prompt), "models": answers[prompt.id]}, ensure_ascii=False) for prompt in prompts]
+                completions[row["prompt_id"]].setdefault(model, {})[kind] = verdict
+    lines = [json.dumps({**vars(prompt), "models": completions[prompt.id]}, ensure_ascii=False) for prompt in prompts]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -96,7 +96,7 @@ def test_metrics_name_every_model_and_the_report_shows_it(tmp_path, inputs):
     report = (workspace.report / "report.html").read_bytes().decode()
     assert "<svg" in report
     for prompt in lines:
-        assert all(escape(answer["sampled"]["completion"]) in report for answer in prompt["models"].values())
+        assert all(escape(model["sampled"]["completion"]) in report for model in prompt["models"].values())
     assert all(model in report for model in ("pretrain", "sft", "dpo"))
 
 
@@ -165,19 +165,19 @@ def test_each_reward_is_reported_apart_and_by_answer(tmp_path, inputs):
 
 
 class PrefersLong:
-    """A reward model that likes long answers."""
+    """A reward model that likes long completions."""
 
     def score(self, conversations):
         return [float(len(messages[-1]["content"])) for messages in conversations]
 
 
-def test_a_reward_model_scores_all_answers_and_may_say_who_wins(tmp_path, inputs, no_report, monkeypatch):
+def test_a_reward_model_scores_all_completions_and_may_say_who_wins(tmp_path, inputs, no_report, monkeypatch):
     monkeypatch.setattr(completion_rows, "load_reward_model", lambda path, device: PrefersLong())
     config = CONFIG.model_copy(update={"win_by": "reward_model"})
     metrics = run(config, {**inputs, "reward_model": inputs["models"][1]}, Workspace(tmp_path / "scored"))
     for line in samples(tmp_path / "scored"):
-        for answer in (*line["models"]["sft"].values(), *line["models"]["dpo"].values()):
-            assert answer["rewards"]["reward_model"] == len(answer["completion"])
+        for completion in (*line["models"]["sft"].values(), *line["models"]["dpo"].values()):
+            assert completion["rewards"]["reward_model"] == len(completion["completion"])
     assert metrics["reward_reward_model_stderr/sft"] > 0
     assert "reward_total/sft" not in metrics  # it is measured, and does not count in a sum
     assert 0 <= metrics["win_rate/dpo"] <= 1

@@ -93,8 +93,8 @@ def test_a_rule_that_samples_needs_a_model(tmp_path, prompts):
 DATA = CONFIG.model_copy(update={"rule": "data"})
 
 
-def given(index, split="train", **answers) -> Pair:
-    values = {"chosen": f"Good {index}", "rejected": f"Bad {index}", **answers}
+def given(index, split="train", **completions) -> Pair:
+    values = {"chosen": f"Good {index}", "rejected": f"Bad {index}", **completions}
     return Pair(f"{split}/{index}", split, [{"role": "user", "content": f"Say {index}."}], **values)
 
 
@@ -124,7 +124,7 @@ def test_prompts_without_pairs_are_refused(tmp_path, prompts):
         run(DATA, {"prompts": prompts}, Workspace(tmp_path))
 
 
-def test_an_answer_preferred_to_itself_is_refused(tmp_path, preference_set):
+def test_a_completion_preferred_to_itself_is_refused(tmp_path, preference_set):
     with pytest.raises(DataError, match="1 of 2 pairs have identical completions"):
         run(DATA, preference_set(given(1), given(2, rejected="Good 2")), Workspace(tmp_path))
 
@@ -146,7 +146,7 @@ def unpaired(**settings):
 
 @pytest.fixture
 def half_right(monkeypatch, prompts, tokenizer):
-    """A sampler of four answers: right, right again in the same words, wrong, and cut off."""
+    """A sampler of four completions: right, right again in the same words, wrong, and cut off."""
     everything = [prompt for split in ("train", "validation") for prompt in read_prompts(prompts.path, split)]
     answers = {prompt.question: prompt.answer for prompt in everything}
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
@@ -164,7 +164,7 @@ def half_right(monkeypatch, prompts, tokenizer):
     monkeypatch.setattr(completions, "generate", generate)
 
 
-def test_each_answer_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, half_right):
+def test_each_completion_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, half_right):
     metrics = run(unpaired(), inputs, Workspace(tmp_path))
     train, validation = read_examples(tmp_path / "output", "train"), read_examples(tmp_path / "output", "validation")
     assert (metrics["unpaired_examples"], metrics["validation_unpaired_examples"], metrics["desirable_ratio"]) == (
@@ -179,7 +179,7 @@ def test_each_answer_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, h
     assert [item.completion.startswith("Answer:") for item in train] == [item.label for item in train]
 
 
-def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_right):
+def test_a_threshold_divides_completions_by_their_reward(tmp_path, inputs, half_right):
     rewards = (RewardConfig(kind="regex", pattern="^Sure", weight=0.5),)
     config = unpaired(rule="reward", threshold=0.5, rewards=rewards)
     metrics = run(config, inputs, Workspace(tmp_path))
@@ -189,7 +189,7 @@ def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_righ
         run(unpaired(rule="reward", threshold=0.6, rewards=rewards), inputs, Workspace(tmp_path / "higher"))
 
 
-def test_answers_that_no_verifier_can_judge_are_no_bad_examples():
+def test_completions_that_no_verifier_can_judge_are_no_bad_examples():
     rows = [row(n, correct=n == 1, sample=n) | {"reward": 1.0} for n in range(1, 3)]
     asked = [Prompt("a", "f", "A?", "1"), Prompt("b", "f", "B?", "", verifier="none")]
     groups = [rows, rows]
@@ -199,7 +199,7 @@ def test_answers_that_no_verifier_can_judge_are_no_bad_examples():
     assert [(item.prompt_id, item.label) for item in by_reward] == [("a", True)] * 2 + [("b", True)] * 2
 
 
-def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse(
+def test_kto_learns_from_sampled_completions_without_pairs_which_other_losses_refuse(
     tmp_path, inputs, half_right, monkeypatch
 ):
     monkeypatch.setattr(dpo, "write_report", lambda *args, **options: None)  # drawing takes longer than training here
@@ -224,7 +224,7 @@ def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse
         dpo.run(sigmoid, inputs | {"preferences": preferences}, Workspace(tmp_path / "sigmoid"))
 
 
-def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference_set):
+def test_unpaired_completions_that_people_judged_pass_as_they_are(tmp_path, preference_set):
     def judged(index, desirable, split="train"):
         asked: list[Message] = [{"role": "user", "content": f"Say {index}."}]
         return UnpairedExample(f"{split}/{index}", split, asked, f"{desirable} {index}", desirable)
@@ -240,7 +240,7 @@ def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference
         run(DATA, inputs, Workspace(tmp_path / "pairs"))
 
 
-def test_held_out_questions_among_single_answers_are_refused(tmp_path, preference_set, prompts):
+def test_held_out_questions_among_unpaired_completions_are_refused(tmp_path, preference_set, prompts):
     question = read_prompts(prompts.path, "test")[0].question
     planted = [
         UnpairedExample("x", "train", [{"role": "user", "content": text}], "a", good)
@@ -252,7 +252,7 @@ def test_held_out_questions_among_single_answers_are_refused(tmp_path, preferenc
         run(unpaired(rule="data"), inputs, Workspace(tmp_path))
 
 
-def test_a_preference_set_without_single_answers_is_refused(tmp_path, preference_set):
+def test_a_preference_set_without_unpaired_completions_is_refused(tmp_path, preference_set):
     with pytest.raises(DataError, match=r"rule 'data' reads examples.arrow .*rows have a `label`"):
         run(unpaired(rule="data"), preference_set(given(1)), Workspace(tmp_path))
 
@@ -266,6 +266,6 @@ def test_a_preference_set_without_single_answers_is_refused(tmp_path, preference
         ({"unpaired": True, "rule": "data", "threshold": 1.0}, "threshold: got 1.0 with rule 'data'"),
     ],
 )
-def test_verdicts_that_cannot_be_made_of_single_answers_are_refused(settings, message):
+def test_verdicts_that_cannot_be_made_of_unpaired_completions_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PreferencesConfig(seed=0, **settings)
