@@ -148,13 +148,13 @@ class HarnessModel(TemplateLM):
         for index, (_, settings) in enumerate(arguments):
             groups.setdefault(repr(sorted(settings.items())), []).append(index)
         for indices in groups.values():
-            texts = self._answers([arguments[index][0] for index in indices], arguments[indices[0]][1])
+            texts = self._complete([arguments[index][0] for index in indices], arguments[indices[0]][1])
             for index, text in zip(indices, texts, strict=True):
                 completions[index] = text
                 self._remember("generate_until", arguments[index], text)
         return [completions[index] for index in range(len(requests))]
 
-    def _answers(self, contexts: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
+    def _complete(self, contexts: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
         """Yield a completion of each context, with the same settings."""
         settings = {**normalize_gen_kwargs(settings, MAX_NEW_TOKENS)}
         stops = handle_stop_sequences(settings.pop("until", None), eos=self.tokens.document_end)
