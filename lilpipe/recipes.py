@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
-from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig, Source
+from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.model import ModelConfig
@@ -27,6 +27,7 @@ from lilpipe.config.reward_model import RewardModelConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.config.section import Section
 from lilpipe.config.sft import SFTConfig
+from lilpipe.config.sources import Source
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
 from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.errors import ConfigError

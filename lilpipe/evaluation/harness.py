@@ -150,19 +150,19 @@ class HarnessModel(TemplateLM):
 
         Raises ``ConfigError`` for generation settings that the engine does not support.
         """
-        answers: dict[int, str] = {}
+        completions: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         arguments: list[tuple[str, dict[str, Any]]] = [cast(Any, request.args) for request in requests]
         for index, (_, settings) in enumerate(arguments):
             groups.setdefault(repr(sorted(settings.items())), []).append(index)
         for indices in groups.values():
-            texts = self._answers([arguments[index][0] for index in indices], arguments[indices[0]][1])
+            texts = self._complete([arguments[index][0] for index in indices], arguments[indices[0]][1])
             for index, text in zip(indices, texts, strict=True):
-                answers[index] = text
+                completions[index] = text
                 self._remember("generate_until", arguments[index], text)
-        return [answers[index] for index in range(len(requests))]
+        return [completions[index] for index in range(len(requests))]
 
-    def _answers(self, contexts: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
+    def _complete(self, contexts: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
         """Yield a completion of each context, with the same settings."""
         settings = {**normalize_gen_kwargs(settings, MAX_NEW_TOKENS)}
         stops = handle_stop_sequences(settings.pop("until", None), eos=self.tokens.document_end)
@@ -187,8 +187,8 @@ class HarnessModel(TemplateLM):
         room = self.max_length - num_tokens
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         stop_ids = [self.tokens.document_end_id, *([self.tokens.turn_end_id] if self.tokens.has_turns else [])]
-        for [answer] in generate(self.model, prompts, sampling=sampling, stop_ids=stop_ids, seed=self.seed):
-            yield postprocess_generated_text(self._decode(answer.tokens), stop=stops, think_end_token=None)
+        for [completion] in generate(self.model, prompts, sampling=sampling, stop_ids=stop_ids, seed=self.seed):
+            yield postprocess_generated_text(self._decode(completion.tokens), stop=stops, think_end_token=None)
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

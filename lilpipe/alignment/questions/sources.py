@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 from lilpipe.alignment.questions.formats import Malformed, ParsedRow, parse
 from lilpipe.alignment.verify.verifiers import as_text
 from lilpipe.artifact import digest_json
-from lilpipe.config.corpus import Source
 from lilpipe.config.prompts import PromptsConfig, PromptSource
+from lilpipe.config.sources import Source
 from lilpipe.data.sources import huggingface
 from lilpipe.data.sources.files import BrokenStream, File, digest_files, find_files, open_file
-from lilpipe.data.sources.rows import EXCERPT_CHARS
+from lilpipe.data.sources.raw_documents import EXCERPT_CHARS
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import Conversation, Prompt, normalise_question
 from lilpipe.schemas.messages import Message
