@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lilpipe.alignment.verify.verifiers import stated_number
+from lilpipe.alignment.verify.numerals import one_number
 from lilpipe.config.prompts import PromptColumns
 from lilpipe.schemas.messages import Message
 
@@ -79,13 +79,12 @@ def parse(kind: str, values: Any, columns: PromptColumns) -> ParsedRow:
 def _gsm8k(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     question = _text(values, columns.question)
     steps, marker, end = _CALCULATION.sub("", _text(values, columns.answer)).rpartition("####")
-    number = stated_number(end) if marker else None
+    number = one_number(end) if marker else None
     if number is None:
-        raise Malformed(f"{columns.answer!r} does not end in `#### N`")
+        raise Malformed(f"{columns.answer!r} does not end in `#### N`; got {end.strip()[:40]!r}")
     lines = [line.strip() for line in steps.strip().splitlines() if line.strip()]
-    answer = f"{number}"
-    reference = "\n".join([*lines, f"Answer: {answer}"])
-    return ParsedRow(_asked(question), reference, answer, "numeric", difficulty=len(lines))
+    reference = "\n".join([*lines, f"Answer: {number.text}"])
+    return ParsedRow(_asked(question), reference, number.text, "numeric", difficulty=len(lines))
 
 
 def _instruction(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
