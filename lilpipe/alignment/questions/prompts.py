@@ -38,7 +38,7 @@ from lilpipe.schemas.examples import (
     write_conversations,
 )
 from lilpipe.schemas.messages import Message
-from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, EXAMPLES_FILE, PAIR_SCHEMA, PAIRS_FILE
+from lilpipe.schemas.pairs import EXAMPLES_FILE, PAIRS_FILE, write_examples, write_pairs
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
 
@@ -236,9 +236,9 @@ def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 
 def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
     """Write the preferences and quarantined rows of sources."""
-    write_rows(workspace.output / PAIRS_FILE, [vars(pair) for pair in gathered.pairs], PAIR_SCHEMA)
+    write_pairs(workspace.output / PAIRS_FILE, gathered.pairs)
     if gathered.examples:
-        write_rows(workspace.output / EXAMPLES_FILE, [vars(item) for item in gathered.examples], EXAMPLE_SCHEMA)
+        write_examples(workspace.output / EXAMPLES_FILE, gathered.examples)
     lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
     for entry in gathered.quarantine[:MAX_TOLD]:
