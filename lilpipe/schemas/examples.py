@@ -114,7 +114,9 @@ def write_conversations(path: Path, conversations: Sequence[Conversation]) -> No
     kind = message_type(message for item in conversations for message in item.messages)
     fields.append(("messages", pa.list_(kind)))
     fields += [
-        (name, pa.string()) for name in ("tools", "text") if any(getattr(item, name) is not None for item in conversations)
+        (name, pa.string())
+        for name in ("tools", "text")
+        if any(getattr(item, name) is not None for item in conversations)
     ]
     rows = [
         vars(item) | {"messages": to_rows(item.messages), "tools": dump_json(item.tools) if item.tools else None}

@@ -17,7 +17,11 @@ from lilpipe.schemas.pairs import (
 from lilpipe.schemas.tables import read_table, write_rows
 
 TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}]
-CALL = {"type": "function", "id": "c1", "function": {"name": "time", "arguments": {"z": None, "city": "Köln", "a": [1]}}}
+CALL = {
+    "type": "function",
+    "id": "c1",
+    "function": {"name": "time", "arguments": {"z": None, "city": "Köln", "a": [1]}},
+}
 CALLED: list[Message] = [
     {"role": "user", "content": "What time is it?", "name": "Ann"},
     {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 0.0},
@@ -44,7 +48,9 @@ def test_columns_that_no_conversation_needs_are_absent(tmp_path):
     talks = [Conversation("2", "2", "mine", PLAIN)]
     write_conversations(tmp_path / "a" / "conversations.arrow", talks)
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema([*((name, pa.string()) for name in ("id", "prompt_id", "origin")), ("messages", pa.list_(message))])
+    schema = pa.schema(
+        [*((name, pa.string()) for name in ("id", "prompt_id", "origin")), ("messages", pa.list_(message))]
+    )
     write_rows(tmp_path / "b.arrow", [vars(item) for item in talks], schema)
     assert (tmp_path / "a" / "conversations.arrow").read_bytes() == (tmp_path / "b.arrow").read_bytes()
     pairs = [Pair("1", "train", PLAIN[:1], "b", "c")]

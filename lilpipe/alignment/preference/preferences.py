@@ -179,7 +179,9 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
         groups, rewards
     )
     if distributed.is_main():
-        write_pairs(workspace.output / PAIRS_FILE, [_pair(split, *pair) for split, part in pairs.items() for pair in part])
+        write_pairs(
+            workspace.output / PAIRS_FILE, [_pair(split, *pair) for split, part in pairs.items() for pair in part]
+        )
         write_atomically(workspace.report / "report.html", _report(pairs["train"], metrics))
     return metrics
 

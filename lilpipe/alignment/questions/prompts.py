@@ -241,11 +241,20 @@ def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
         write_examples(workspace.output / EXAMPLES_FILE, gathered.examples)
     lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
+    for name, formats in gathered.formats.items():
+        num_left_out = sum(entry["source"] == name for entry in gathered.quarantine)
+        found = ", ".join(f"{count:,} {form}" for form, count in formats.most_common()) or "none"
+        workspace.log(f"source {name!r}: recognised rows: {found}; quarantined rows: {num_left_out:,}")
+        if unused := gathered.unused_columns[name]:
+            columns = ", ".join(f"{column} ({count:,} rows)" for column, count in unused.most_common(MAX_TOLD))
+            workspace.log(f"source {name!r}: columns without a use: {columns}")
     for entry in gathered.quarantine[:MAX_TOLD]:
         workspace.log(f"quarantined {entry['source']} {entry['file']}:{entry['row']}: {entry['error']}")
     if gathered.num_repeated:
         workspace.log(f"{gathered.num_repeated} rows repeat a question: each question has one prompt")
+    formats = sum(gathered.formats.values(), Counter[str]())
     return {
+        **{f"format/{form}": float(count) for form, count in sorted(formats.items())},
         "pairs": len(gathered.pairs),
         **({"unpaired_examples": len(gathered.examples)} if gathered.examples else {}),
         "quarantined": len(gathered.quarantine),

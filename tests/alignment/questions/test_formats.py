@@ -1,6 +1,8 @@
 import pytest
 
-from lilpipe.alignment.questions.formats import Malformed, ParsedRow, parse
+from lilpipe.alignment.questions.columns import ParsedRow
+from lilpipe.alignment.questions.formats import parse
+from lilpipe.alignment.questions.turns import Malformed
 from lilpipe.config.prompts import PromptColumns
 from lilpipe.schemas.messages import Message
 
