@@ -17,6 +17,8 @@ from lilpipe.schemas.messages import Message
 
 def parse_single(values: Mapping[str, Any], columns: PromptColumns) -> ParsedRow:
     """Parse one completion with a label."""
+    if columns.label not in values:
+        raise Malformed(f"missing {columns.label!r}; got {', '.join(map(str, values))}")
     label = values[columns.label]
     label = _BOOLEANS.get(label.strip().lower(), label) if isinstance(label, str) else label
     if label not in (True, False):

@@ -54,7 +54,7 @@ def without_none(values: Any) -> dict[str, Any]:
 
 
 def recognise(kind: str, values: Mapping[str, Any], columns: PromptColumns) -> Format:
-    """Return the format of a row among those of a kind; if none matches, the one with most of its columns present."""
+    """Return the format of a row among those of a kind; if none matches, the closest."""
     formats = KINDS[kind]
     present = [sum(getattr(columns, name) in values for name in form.needs) / len(form.needs) for form in formats]
     for form, ratio in zip(formats, present, strict=True):
@@ -65,7 +65,8 @@ def recognise(kind: str, values: Mapping[str, Any], columns: PromptColumns) -> F
             f"is in no known format: its columns are {', '.join(map(str, values)) or 'none'}; expected, for example, "
             "messages, conversations, instruction and output, prompt and completion, or text; or set `columns`"
         )
-    return formats[present.index(max(present))]
+    closest = [form for form, ratio in zip(formats, present, strict=True) if ratio == max(present)]
+    return closest[-1 if any(present) else 0]
 
 
 def parse(kind: str, values: Any, columns: PromptColumns) -> ParsedRow:
@@ -174,8 +175,8 @@ _INSTRUCTIONS = (
     Format("messages", ("messages",), _messages, ("system", "tools")),
     Format("sharegpt", ("conversations",), _sharegpt, ("system", "tools")),
     Format("alpaca", ("instruction", "output"), _alpaca, ("input", "system", "history", "tools")),
-    Format("prompt_completion", ("prompt", "completion"), _completion, ("system", "tools")),
     Format("prompt_completion", ("prompt", "response"), _response, ("system", "tools")),
+    Format("prompt_completion", ("prompt", "completion"), _completion, ("system", "tools")),
 )
 KINDS: dict[str, tuple[Format, ...]] = {
     "auto": (

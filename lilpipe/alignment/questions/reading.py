@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -100,44 +101,45 @@ def _file_rows(file: File) -> Iterator[Located]:
 
 def _json_rows(stream: BinaryIO) -> Numbered:
     """Yield numbered rows of a JSON array or of JSON Lines."""
-    is_first = True
+    start = cast(io.BufferedReader, stream).peek(READ_BYTES)
+    if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _array_rows(stream)
+        return
     for number, line in enumerate(bounded_lines(stream), 1):
-        if is_first and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-            yield from _array_rows(line, stream)
-            return
         if len(line) > MAX_DOCUMENT_BYTES:
             yield number, Malformed(TOO_LONG, _excerpt(line))
         elif line.strip():
             yield number, _parsed(line)
-        is_first = is_first and not line.strip()
 
 
-def _array_rows(start: bytes, stream: BinaryIO) -> Numbered:
+def _array_rows(stream: BinaryIO) -> Numbered:
     """Yield the elements of a JSON array, of which only a few are in memory."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    text = decoder.decode(start.removeprefix(b"\xef\xbb\xbf"))
-    scan, number, place, block = json.JSONDecoder().raw_decode, 1, text.index("[") + 1, start
+    block = stream.read(READ_BYTES)
+    text = decoder.decode(block).removeprefix("\ufeff")
+    scan, number, place = json.JSONDecoder().raw_decode, 1, text.index("[") + 1
     while True:
         place = _skip(text, place)
         if text.startswith("]", place):
             return
-        values, end, failure = None, len(text), "the list is not closed"
+        values, end, failure = None, len(text), ""
         try:
             values, end = scan(text, place)
         except (ValueError, RecursionError) as error:
             failure = str(error)
-        if end < len(text):
-            yield number, values
-            place, number = end, number + 1
-        elif block and len(text) - place <= MAX_DOCUMENT_BYTES and not failure.startswith("maximum recursion"):
+        size = len(text) - place
+        if end == len(text) and block and size <= MAX_DOCUMENT_BYTES and not failure.startswith("maximum recursion"):
             # The element may not be complete: read on, twice as much each time.
-            block = stream.read(max(READ_BYTES, len(text) - place))
+            block = stream.read(max(READ_BYTES, size))
             text, place = text[place:] + decoder.decode(block, final=not block), 0
-        else:
-            reason = TOO_LONG if block and len(text) - place > MAX_DOCUMENT_BYTES else f"invalid JSON: {failure}"
+            continue
+        if failure:
+            reason = TOO_LONG if block and size > MAX_DOCUMENT_BYTES else f"invalid JSON: {failure}"
             excerpt = text[place : place + EXCERPT_CHARS]
             yield number, Malformed(f"{reason}; the rest of the list cannot be read", excerpt)
             return
+        yield number, values
+        place, number = end, number + 1
 
 
 def _skip(text: str, place: int) -> int:

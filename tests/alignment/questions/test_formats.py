@@ -173,3 +173,15 @@ def test_columns_may_have_other_names():
 def test_what_is_wrong_with_a_row_is_said(kind, values, reason):
     with pytest.raises(Malformed, match=reason):
         parse(kind, values, COLUMNS)
+
+
+@pytest.mark.parametrize("kind", ["gsm8k", "instructions", "programs", "preferences"])
+@pytest.mark.parametrize(
+    "values", [{}, {"prompt": "a", "completion": "b"}, {"label": 1}, {"chosen": "b c"}, {"input": "a"}]
+)
+def test_a_kind_takes_no_other_row_and_names_what_it_lacks(kind, values):
+    if kind == "instructions" and "completion" in values:
+        assert parse(kind, values, COLUMNS).reference == "b"
+        return
+    with pytest.raises(Malformed, match="missing '"):
+        parse(kind, values, COLUMNS)
