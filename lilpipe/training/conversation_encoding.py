@@ -72,7 +72,7 @@ def encode(
             continue
         if not is_long:
             found.fitting.append(example)
-        elif len(parts) < 2:
+        elif all(len(part.ids) > max_len for part in parts):
             found.too_long.append(example)
         else:
             found.split.append((example, len(parts)))
@@ -80,10 +80,9 @@ def encode(
             found.too_long.extend(part for part in parts if len(part.ids) > max_len)
     if found.too_long and (strategy == "raise" or not found.fitting):
         sizes = [len(example.ids) for example in found.too_long]
-        whole = len(found.too_long) == len(conversations)
+        which = "each" if len(sizes) == len(conversations) else f"{len(sizes)}"
         raise DataError(
-            f"sft: {'each' if whole else len(sizes)} of the {len(conversations)} conversations is longer than the "
-            f"model's {max_len} tokens (the shortest has {min(sizes)}); shorten them, use a "
+            f"sft: {which} of the {len(conversations)} conversations is longer than the model's {max_len} tokens (the shortest has {min(sizes)}); shorten them, use a "
             "model with a longer context, or change sft.excess_length_strategy"
         )
     return found
