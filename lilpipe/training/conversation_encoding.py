@@ -82,8 +82,9 @@ def encode(
         sizes = [len(example.ids) for example in found.too_long]
         which = "each" if len(sizes) == len(conversations) else f"{len(sizes)}"
         raise DataError(
-            f"sft: {which} of the {len(conversations)} conversations is longer than the model's {max_len} tokens (the shortest has {min(sizes)}); shorten them, use a "
-            "model with a longer context, or change sft.excess_length_strategy"
+            f"sft: {which} of the {len(conversations)} conversations is longer than the model's {max_len} tokens (the "
+            f"shortest has {min(sizes)}); shorten them, use a model with a longer context, or change "
+            "sft.excess_length_strategy"
         )
     return found
 
