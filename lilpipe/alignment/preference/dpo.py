@@ -219,6 +219,7 @@ def _counts(data: _Data, config: DPOConfig) -> Metrics:
         **_validation_count(data.validation),
         "too_long": float(len(data.skipped.get("too_long", []))),
         "empty_completions": float(len(data.skipped.get("empty_completion", []))),
+        "rejected_by_template": float(len(data.skipped.get("rejected_by_template", []))),
     }
 
 

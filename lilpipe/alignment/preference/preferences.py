@@ -29,16 +29,17 @@ from lilpipe.schemas.chunks import Row
 from lilpipe.schemas.examples import Prompt, check_not_held_out, read_prompts
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.pairs import (
-    EXAMPLE_SCHEMA,
     EXAMPLES_FILE,
-    PAIR_SCHEMA,
     PAIRS_FILE,
+    Pair,
     PairSplit,
     UnpairedExample,
     check_examples,
     check_pairs,
     read_examples,
     read_pairs,
+    write_examples,
+    write_pairs,
 )
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
@@ -92,8 +93,9 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
         groups, rewards
     )
     if distributed.is_main():
-        table = [_row(split, *pair) for split, part in pairs.items() for pair in part]
-        write_rows(workspace.output / PAIRS_FILE, table, PAIR_SCHEMA)
+        write_pairs(
+            workspace.output / PAIRS_FILE, [_pair(split, *pair) for split, part in pairs.items() for pair in part]
+        )
         write_atomically(workspace.report / "report.html", _report(pairs["train"], metrics))
     return metrics
 
@@ -121,7 +123,7 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
         "rejected_words": sum(len(pair.rejected.split()) for pair in train) / len(train),
     }
     if distributed.is_main():
-        write_rows(workspace.output / PAIRS_FILE, [vars(pair) for pair in (*train, *validation)], PAIR_SCHEMA)
+        write_pairs(workspace.output / PAIRS_FILE, [*train, *validation])
         examples: list[dict[str, page.Cell]] = [
             {"question": pair.prompt[-1]["content"], "chosen": pair.ranking[0], "rejected": pair.rejected}
             for pair in train[:30]
@@ -186,7 +188,7 @@ def _write_examples(
         "prompts_with_completion": len({str(example.prompt) for example in train}),
     }
     if distributed.is_main():
-        write_rows(workspace.output / EXAMPLES_FILE, [vars(item) for item in (*train, *validation)], EXAMPLE_SCHEMA)
+        write_examples(workspace.output / EXAMPLES_FILE, [*train, *validation])
         shown: list[dict[str, page.Cell]] = [
             {"question": item.prompt[-1]["content"], "completion": item.completion, "label": str(item.label)}
             for item in train[:30]
@@ -212,15 +214,9 @@ def _take(prompts: list[Prompt], count: int, name: str, split: str) -> list[Prom
     return prompts[:count]
 
 
-def _row(split: str, chosen: Row, rejected: Row) -> Row:
-    return {
-        "prompt_id": chosen["prompt_id"],
-        "split": split,
-        "prompt": [_user(chosen["question"])],
-        "chosen": chosen["completion"],
-        "rejected": rejected["completion"],
-        "edited": None,
-    }
+def _pair(split: str, chosen: Row, rejected: Row) -> Pair:
+    prompt = [_user(chosen["question"])]
+    return Pair(chosen["prompt_id"], split, prompt, chosen["completion"], rejected["completion"])
 
 
 def _metrics(

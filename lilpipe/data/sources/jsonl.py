@@ -51,14 +51,14 @@ def read(file: File, span: FilePart | None, source: Source) -> Iterator[Row]:
     number = first - 1
     try:
         with open_file(file) as stream:
-            for number, line in enumerate(_lines(stream, span), first):
+            for number, line in enumerate(bounded_lines(stream, span), first):
                 if line.strip():
                     yield _parse(line, source, file.name, number)
     except BrokenStream as error:
         yield Unreadable(file.name, number + 1, f"cannot be read after line {number}: {error}", breaks_off=True)
 
 
-def _lines(stream: BinaryIO, span: FilePart | None) -> Iterator[bytes]:
+def bounded_lines(stream: BinaryIO, span: FilePart | None = None) -> Iterator[bytes]:
     """Yield lines with their ends; a line that is too long is truncated to one byte more than the limit."""
     left = math.inf
     if span:
