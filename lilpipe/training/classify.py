@@ -267,15 +267,16 @@ class LabelObjective:
         """Return the micro-batches of a step."""
         rank, world_size = self._workers.data_rank, self._workers.num_data_ranks
         parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
-        return [self._batch([self._examples[row] for row in part]) for part in parts]
+        return [self._batch(part) for part in parts]
 
-    def _batch(self, examples: Sequence[ClassifierExample]) -> TokenBatch:
-        device = distributed.device()
+    def _batch(self, rows: Sequence[int]) -> TokenBatch:
+        device, examples = distributed.device(), [self._examples[row] for row in rows]
         tokens_BT, lengths_B = pad_rows([example.ids for example in examples], padding_id=self._padding_id)
         labels_B = torch.tensor([example.label for example in examples], device=device)
         extra = _Labels(lengths_B.to(device), labels_B, num_tokens=int(lengths_B.sum()))
         tokens_BT = tokens_BT.to(device)
-        return TokenBatch(tokens_BT, torch.full_like(tokens_BT, IGNORED), extra=extra)
+        sequences_BT = torch.tensor(rows, device=device)[:, None].expand_as(tokens_BT)
+        return TokenBatch(tokens_BT, torch.full_like(tokens_BT, IGNORED), extra=extra, sequences=sequences_BT)
 
     def loss(self, outputs_BTO: Tensor, batch: TokenBatch) -> Loss:
         """Return the cross-entropy, summed over texts."""

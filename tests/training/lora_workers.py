@@ -17,9 +17,9 @@ from lilpipe.training import sft
 from lilpipe.training.loop import train
 from tests.alignment.conftest import as_artifact
 
-OPTIONS = {"adapters": {"lora": {"rank": 3, "alpha": 7.0}}, "noise": {"neftune_noise_alpha": 5.0}}
+OPTIONS = {"adapters": {"lora": {"r": 3, "lora_alpha": 7.0}}, "noise": {"neftune_noise_alpha": 5.0}}
 OPTIONS["both"] = {**OPTIONS["adapters"], **OPTIONS["noise"]}
-DROPPING = {"dropping": {"lora": {**OPTIONS["adapters"]["lora"], "dropout": 0.2}, **OPTIONS["noise"]}}
+DROPPING = {"dropping": {"lora": {**OPTIONS["adapters"]["lora"], "lora_dropout": 0.2}, **OPTIONS["noise"]}}
 """What is dropped is a worker's own: it is compared with that of workers that have the same rows."""
 LAYOUTS = {
     "replicas": {},

@@ -82,7 +82,7 @@ def faults(before, after, adapters):
         layer = prefix + name.removesuffix(".weight")
         if f"{layer}.lora_A.weight" in adapters:
             change = adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"]
-            expected[name] = before[name] + lora["alpha"] / lora["rank"] * change
+            expected[name] = before[name] + lora["lora_alpha"] / lora["r"] * change
     untrained = [name for name, tensor in adapters.items() if "lora_B" in name and not tensor.any()]
     return untrained + [name for name in before if (after[name] - expected[name]).abs().max() > 1e-7]
 

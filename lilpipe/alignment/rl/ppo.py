@@ -36,6 +36,7 @@ from lilpipe.alignment.rl.reinforcement import (
     identity_of,
     reward_model_of,
     score_targets_alone,
+    scratch_and_reference,
     training_prompts,
 )
 from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
@@ -48,23 +49,23 @@ from lilpipe.alignment.rollout.rollouts import (
     Sums,
     as_completion_batch,
     at_temperature,
-    completion_logprobs,
     group_metrics,
     in_parts,
     means,
     measure_logprob_mismatch,
     micro_batches,
     num_parts,
+    reference_logprobs,
 )
 from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.reinforcement import PPOConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.heads import HeadModel, load_head_model
-from lilpipe.model.hub import load_model
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.vocabulary import TOKENIZER_FILE
 from lilpipe.training import finetune
 from lilpipe.training.finetune import TokenBatch, Workers
@@ -96,8 +97,8 @@ class _Half:
 class PPO:
     """PPO objectives of policy and value model on one data rank, which share their rollouts.
 
-    ``policy`` and ``value`` return the current full models for sampling and for values. ``sum_floats`` is an
-    all-reduce.
+    ``policy`` and ``value`` return the current full models for sampling and for values. ``reference`` is the initial
+    policy; if None, it is the policy without what its adapters learned. ``sum_floats`` is an all-reduce.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class PPO:
         *,
         policy: Callable[[], Transformer],
         value: Callable[[], HeadModel],
-        reference: Transformer,
+        reference: Transformer | None,
         workers: Workers,
         sum_floats: Callable[[list[float]], list[float]] = distributed.sum_floats,
     ) -> None:
@@ -223,7 +224,7 @@ class PPO:
         )
         if temperature != 1:
             completions = at_temperature(policy, completions, config, rollout=number)
-        reference_NT = completion_logprobs(self.reference, completions, parts=parts, temperature=temperature)
+        reference_NT = reference_logprobs(policy, self.reference, completions, parts=parts, temperature=temperature)
         values_NT = in_parts(lambda part: value(part.inputs)[..., 0], completions, parts)
         rewards_NT = token_rewards(
             self._scores(groups).to(device),
@@ -271,7 +272,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """
     source, prompts_artifact, judge = (one_input(inputs, role) for role in ("model", "prompts", "reward_model"))
     _check_same_tokens(source.path, judge.path)
-    policy, tokenizer = load_model(source.path)
+    policy, tokenizer = finetune.load(config, source.path, stage="ppo"), Tokenizer.load(source.path)
     prompts, validation = training_prompts(
         prompts_artifact,
         tokenizer,
@@ -279,7 +280,6 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         max_seq_len=policy.config.max_seq_len,
         workspace=workspace,
     )
-    policy = policy.to(distributed.device())
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     before = greedy_metrics(policy, tokenizer, validation, rewards, config)
     workers = Workers(config)
@@ -293,8 +293,8 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         data_rank=workers.data_rank,
         num_data_ranks=workers.num_data_ranks,
     )
-    # These receive the gathered weights of sharded models.
-    whole = None if workers.mesh is None else policy
+    whole, reference = scratch_and_reference(config, source.path, policy, workers, needed=True)
+    del policy  # before the trainer loads its own
     value = None if workers.mesh is None else load_head_model(judge.path)[0].to(distributed.device())
     objective = PPO(
         config,
@@ -302,7 +302,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         workspace,
         policy=lambda: finetune.whole_model(members["policy"], into=whole),
         value=lambda: finetune.whole_head_model(members["value"], into=value),
-        reference=load_model(source.path)[0].to(distributed.device()),
+        reference=reference,
         workers=workers,
     )
     members = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from lilpipe.alignment.rollout.collapse_monitor import check_logprob_mismatch
 from lilpipe.alignment.rollout.completions import Completion, complete, pad_completions
 from lilpipe.config.reinforcement import CollapseMonitorConfig, GRPOConfig, PPOConfig
 from lilpipe.errors import ArtifactError, ConfigError
+from lilpipe.model.lora import initial_adapters
 from lilpipe.model.scores import IGNORED, Scores, token_scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Prompt
@@ -253,6 +255,16 @@ def completion_logprobs(
         return scores(model.model(part.inputs), model.output_weight, part.targets, softcap=softcap).logprobs
 
     return in_parts(logprobs, completions, parts)
+
+
+def reference_logprobs(
+    policy: Transformer, reference: Transformer | None, completions: CompletionBatch, *, parts: int, temperature: float
+) -> Tensor:
+    """Return ``completion_logprobs`` under the initial policy: ``reference`` or, if None, ``policy`` without what its
+    adapters learned.
+    """
+    with initial_adapters(policy) if reference is None else nullcontext(reference) as model:
+        return completion_logprobs(model, completions, parts=parts, temperature=temperature)
 
 
 def at_temperature(
