@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_rows
 from lilpipe.model.hub import check_model
+from lilpipe.model.lora import add_adapters
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import read_prompts
@@ -161,9 +162,9 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     training = [example for example in fitting if not is_validation(example.text, config.validation_ratio)]
     check_classes(labels, training, validation)
     num_steps = _num_steps(config, len(training))
-    freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
-    with torch.device("meta"):
-        trained_parameters = count_trained(shape, vocab_size, len(labels), freeze)
+    freeze = None
+    if config.lora is None:
+        freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
     workers = finetune.Workers(config)
     objective = LabelObjective(training, config, padding_id=tokenizer.padding_id, workers=workers)
     trainer_module = finetune.build(
@@ -190,7 +191,7 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "steps": float(num_steps),
         "texts": float(len(training)),
         "validation_texts": float(len(validation)),
-        "trained_parameters": float(trained_parameters),
+        "trained_parameters": float(count_trained(config, shape, vocab_size, len(labels))),
         **result.metrics,
         "largest_class_ratio": largest / len(validation),
         "tokens_per_second": result.tokens_per_second,
@@ -223,10 +224,14 @@ def _freeze(stage: Transformer, *, num_layers: int, embedding: bool) -> None:
                 part.requires_grad_(False)
 
 
-def count_trained(shape: ModelConfig, vocab_size: int, num_labels: int, freeze: Callable[[Transformer], None]) -> int:
+def count_trained(config: ClassifyConfig, shape: ModelConfig, vocab_size: int, num_labels: int) -> int:
     """Return the number of trainable parameters of the whole model."""
-    model = HeadModel(shape, vocab_size, num_labels)
-    freeze(model)
+    with torch.device("meta"):
+        model = HeadModel(shape, vocab_size, num_labels)
+        if config.lora is None:
+            _freeze(model, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
+        else:
+            add_adapters(model, config.lora, seed=0, stage="classify")
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
