@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
@@ -29,7 +29,7 @@ class SFTConfig(ParallelSection):
     mask_history: bool = False
     """Loss on the last assistant message of each conversation only; if false, on all of them. A message's own `weight`
     (0 to 1) multiplies its loss; 0 leaves it in the context without loss."""
-    excess_length_strategy: Literal[drop, split, "raise"] = "drop"
+    excess_length_strategy: Literal["drop", "split", "raise"] = "drop"
     """Conversations longer than the model's context. `drop`: left out, counted and listed in the report. `split`:
     divided before user messages into parts that fit, each with the system message; plain texts into pieces as long as
     the context. What does not fit even so is left out. `raise`: an error. None is ever truncated."""
