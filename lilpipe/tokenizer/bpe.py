@@ -20,7 +20,7 @@ from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import NUM_RESERVED, Tokenizer, special_tokens
+from lilpipe.tokenizer.encoding import NUM_RESERVED, BytePairTokenizer, special_tokens
 from lilpipe.tokenizer.extension import check_base, extend
 from lilpipe.tokenizer.patterns import resolve_pattern
 from lilpipe.tokenizer.sample import Sample, Text
@@ -69,7 +69,7 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
     }
 
 
-def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None) -> Tokenizer:
+def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None) -> BytePairTokenizer:
     """Train a tokenizer with the section's settings; extend ``base`` if given."""
     if base is None:
         return train_tokenizer(
@@ -80,7 +80,7 @@ def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, pattern: str = DEFAULT_PATTERN, num_reserved: int = NUM_RESERVED
-) -> Tokenizer:
+) -> BytePairTokenizer:
     """Train a tokenizer of exactly ``vocab_size`` ids: 256 bytes, merges, special tokens.
 
     The result depends on neither the order of the texts nor the number of threads. Raises ``DataError`` if the texts
@@ -94,15 +94,15 @@ def train_tokenizer(
         raise ConfigError(f"tokenizer.pattern: got {pattern!r}, expected a regular expression ({error})") from error
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     _check_size(len(ranks), vocab_size, num_reserved=num_reserved, num_base=256)
-    return Tokenizer(ranks, pattern, num_reserved=num_reserved)
+    return BytePairTokenizer(ranks, pattern, num_reserved=num_reserved)
 
 
-def train_extension(texts: Iterable[str], base: Vocabulary, config: TokenizerConfig) -> Tokenizer:
+def train_extension(texts: Iterable[str], base: Vocabulary, config: TokenizerConfig) -> BytePairTokenizer:
     """Extend ``base`` to exactly ``config.vocab_size`` ids; raises the errors of ``train_tokenizer``."""
     num_merges = config.vocab_size - len(special_tokens(config.num_reserved)) - len(base.ranks)
     ranks = extend(texts, base.ranks, num_merges, pattern=config.pattern)
     _check_size(len(ranks), config.vocab_size, num_reserved=config.num_reserved, num_base=len(base.ranks))
-    return Tokenizer(ranks, config.pattern, num_reserved=config.num_reserved)
+    return BytePairTokenizer(ranks, config.pattern, num_reserved=config.num_reserved)
 
 
 def _check_size(num_ranks: int, vocab_size: int, *, num_reserved: int, num_base: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lilpipe import charts, page
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokenizer.patterns import pattern_name
 from lilpipe.tokenizer.sample import TokenizerShare
 from lilpipe.tokenizer.usage import HARDLY, NUM_NEIGHBOURS, Suspects, Totals, Usage
@@ -19,7 +19,7 @@ MAX_POINTS = 20_000
 
 
 def build_report(
-    tokenizer: Tokenizer,
+    tokenizer: BytePairTokenizer,
     usage: Usage,
     suspects: Suspects,
     shares: Mapping[str, TokenizerShare],
@@ -73,7 +73,7 @@ def build_report(
 class _Tokens:
     """Table rows about tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, usage: Usage) -> None:
+    def __init__(self, tokenizer: BytePairTokenizer, usage: Usage) -> None:
         self.names = list(tokenizer.ranks)
         self.lengths = [len(token) for token in self.names]
         self.counts = usage.token_counts

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokenizer.sample import Text
 
 CHUNK_BYTES = 4_000_000
@@ -85,7 +85,7 @@ class _Counted(NamedTuple):
 
 
 def measure_usage(
-    tokenizer: Tokenizer, texts: Iterable[Text], *, others: Encodings | None = None, num_threads: int = 2
+    tokenizer: BytePairTokenizer, texts: Iterable[Text], *, others: Encodings | None = None, num_threads: int = 2
 ) -> Usage:
     """Encode texts and count tokens."""
     num_ids = len(tokenizer.ranks)
@@ -111,7 +111,7 @@ def _chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
     yield chunk
 
 
-def _count(text: str, tokenizer: Tokenizer, others: Encodings) -> _Counted:
+def _count(text: str, tokenizer: BytePairTokenizer, others: Encodings) -> _Counted:
     encoded = text.encode()
     space = SPACES[np.frombuffer(encoded, dtype=np.uint8)]
     num_words = int((space[:-1] & ~space[1:]).sum()) + int(bool(encoded) and not space[0])

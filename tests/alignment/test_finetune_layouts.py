@@ -15,7 +15,7 @@ from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.pairs import PAIR_SCHEMA, Pair
 from lilpipe.schemas.tables import write_rows
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from tests.alignment.finetune_workers import CASES, RESUMED, STAGES, run
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(400)]
@@ -31,7 +31,7 @@ def root(prompts, tmp_path_factory):
     root = tmp_path_factory.mktemp("finetuning")
     (root / "prompts").symlink_to(prompts.path)
     ranks = {bytes([byte]): byte for byte in range(256)}
-    tokenizer = Tokenizer(ranks, TokenizerConfig().pattern)
+    tokenizer = BytePairTokenizer(ranks, TokenizerConfig().pattern)
     model = Transformer(MODEL, tokenizer.vocab_size)
     model.init_weights(0)
     with torch.no_grad():

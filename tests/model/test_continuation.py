@@ -5,7 +5,7 @@ from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.continuation import start_from
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer
 from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
 from tests.tokenizer.test_imported import gpt2
 
@@ -38,7 +38,7 @@ def test_special_tokens_of_ours_are_added_behind_a_foreign_vocabulary(tmp_path):
     foreign = Tokenizer.load(tmp_path / "made")
     save_model(small_model(vocab_size=foreign.vocab_size), foreign, tmp_path / "model")
     stored, _ = load_model(tmp_path / "model")
-    extended = Tokenizer(foreign.ranks, foreign.pattern)
+    extended = BytePairTokenizer(foreign.ranks, foreign.pattern)
     assert extended.document_end_id == foreign.document_end_id
     model = started(tmp_path / "model", tokenizer=extended)
     fresh = Transformer(SMALL, extended.vocab_size)
@@ -72,6 +72,6 @@ def test_positions_that_are_learned_cannot_grow(tmp_path):
 
 def test_another_vocabulary_is_refused_with_the_remedy(checkpoint):
     ranks = dict(small_tokenizer().ranks) | {b"zz": 262}
-    other = Tokenizer(ranks, small_tokenizer().pattern)
+    other = BytePairTokenizer(ranks, small_tokenizer().pattern)
     with pytest.raises(ArtifactError, match=r"262 tokens, expected the 263 of the token shards.*tokenizer\.base"):
         started(checkpoint, tokenizer=other)

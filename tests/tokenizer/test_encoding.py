@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lilpipe.errors import ArtifactError
 from lilpipe.tokenizer.bpe import train_tokenizer
-from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer, special_tokens
 from tests.tokenizer.conftest import TEXT
 
 SURROGATES = st.text(st.characters(categories=["Cs", "Lu"]), max_size=6)
@@ -96,12 +96,15 @@ def test_the_digest_tells_vocabularies_and_patterns_apart(tokenizer):
     swapped = dict(tokenizer.ranks)
     first, second = list(swapped)[300:302]
     swapped[first], swapped[second] = swapped[second], swapped[first]
-    others = [Tokenizer(swapped, tokenizer.pattern), Tokenizer(tokenizer.ranks, tokenizer.pattern + "|x")]
+    others = [
+        BytePairTokenizer(swapped, tokenizer.pattern),
+        BytePairTokenizer(tokenizer.ranks, tokenizer.pattern + "|x"),
+    ]
     assert len({tokenizer.digest, *(other.digest for other in others)}) == 3
 
 
 def test_any_number_of_special_tokens_can_be_reserved(tmp_path):
-    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)}, ".", num_reserved=3)
+    tokenizer = BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, ".", num_reserved=3)
     assert list(tokenizer.special_ids)[-3:] == ["<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>"]
     assert (tokenizer.vocab_size, tokenizer.special_ids["<|reserved_2|>"]) == (265, 264)
     tokenizer.save(tmp_path)

@@ -10,7 +10,7 @@ from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import STAGE, external, train_tokenizer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer
 from lilpipe.tokenizer.extension import count_pieces, extend, learn_merges, unreachable_tokens
 from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.vocabulary import Vocabulary
@@ -32,7 +32,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def extended(base):
-    return Tokenizer(extend(OTHER * 3, base.ranks, 60, pattern="gpt4"), "gpt4")
+    return BytePairTokenizer(extend(OTHER * 3, base.ranks, 60, pattern="gpt4"), "gpt4")
 
 
 def test_extending_the_bytes_is_training_from_nothing():
@@ -160,7 +160,7 @@ def test_another_pattern_than_the_bases_is_refused_with_the_right_one(tmp_path):
 
 
 def test_a_base_with_gaps_between_ids_is_refused(tmp_path):
-    Tokenizer(BYTES, ".").save_tiktoken(tmp_path / "x.tiktoken")
+    BytePairTokenizer(BYTES, ".").save_tiktoken(tmp_path / "x.tiktoken")
     with (tmp_path / "x.tiktoken").open("a") as file:
         file.write("YWI= 300\n")
     with pytest.raises(ConfigError, match=r"with 257 tokens and ids up to 300, expected ids without gaps"):
@@ -177,7 +177,7 @@ def test_what_is_read_from_outside_is_part_of_the_fingerprint(tmp_path, base):
     config = TokenizerConfig(base=str(tmp_path), compare={"old": {"path": str(tmp_path)}})  # pyright: ignore
     before = external(config)
     assert set(before) == {"base", "compare old"}
-    Tokenizer(base.ranks, "gpt2").save(tmp_path)
+    BytePairTokenizer(base.ranks, "gpt2").save(tmp_path)
     assert external(config) != before
 
 
@@ -190,5 +190,5 @@ def test_a_vocabulary_whose_tokens_no_merge_makes_can_be_extended():
     improper = Vocabulary(BYTES | {b"abcd": 256, b"ab": 257}, PATTERNS["gpt4"])
     ranks = extend(["abcd abcdx abcdx abx abx"], improper.ranks, 3, pattern="gpt4")
     assert list(ranks)[:258] == list(improper.ranks)
-    assert Tokenizer(ranks, "gpt4").encode("abcd") == [256]
+    assert BytePairTokenizer(ranks, "gpt4").encode("abcd") == [256]
     assert len(set(ranks)) == 261
