@@ -60,10 +60,10 @@ class BytePairEncoder:
         # Bytes to characters: a byte belongs to the last character that starts at or before it.
         data = np.frombuffer("".join(piece.text for piece in pieces).encode(), dtype=np.uint8)
         character = np.cumsum((data & 0xC0) != 0x80) - 1
-        places = np.concatenate([*(piece.places for piece in pieces), [len(text)]])
+        places = np.concatenate([piece.places for piece in pieces])
         stops = np.cumsum([len(token) for token in self._encoding.decode_tokens_bytes(ids)], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), stops[:-1]])[: len(ids)]
-        return Encoded(ids, places[character[starts]], places[character[stops - 1] + 1])
+        return Encoded(ids, places[character[starts]], places[character[stops - 1]] + 1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text; special tokens appear by name, invalid UTF-8 as U+FFFD."""

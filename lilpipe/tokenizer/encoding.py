@@ -5,7 +5,7 @@ applied first. Ids 0 to 255 are the single bytes (in the base's order if a vocab
 merges and the special tokens. ``ImportedTokenizer`` is any other ``tokenizer.json``, run by Hugging Face's
 ``tokenizers``, and stored as it came.
 
-On disk both are Hugging Face's files, which ``transformers`` reads too; ``.tiktoken`` files are exports for other tools.
+On disk both are Hugging Face's files, which ``transformers`` reads; ``.tiktoken`` files are exports for other tools.
 
 Text is never encoded as a special token: ``"<|user|>"`` in a document encodes as ordinary characters (``transformers``
 does this with ``split_special_tokens=True``). A document is ``document_start_ids``, its text, and ``document_end_id``.
@@ -97,15 +97,16 @@ class Tokenizer(ABC):
             content = imported.read_object(files, TOKENIZER_FILE)
             if _is_ours(content):
                 return BytePairTokenizer.of(from_hugging_face(content))
-            return ImportedTokenizer(files, content, directory)
+            return ImportedTokenizer(files, content, ends=imported.document_ends(directory, content))
         except FileNotFoundError as error:
             raise ArtifactError(
                 f"{directory / TOKENIZER_FILE}: missing; expected a directory that contains a tokenizer ({error})"
             ) from error
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
             raise ArtifactError(
-                f"{directory / TOKENIZER_FILE}: got something that is no tokenizer ({error!r}); expected the file that "
-                "stage `tokenizer` writes, or the files of a model as they were published; get them again"
+                f"{directory / TOKENIZER_FILE}: got no usable tokenizer ({reason}); expected the file that stage "
+                "`tokenizer` writes, or the files of a model as they were published; get them again"
             ) from error
 
     # --- special tokens -------------------------------------------------------------------------------------------
@@ -293,13 +294,13 @@ class BytePairTokenizer(Tokenizer):
 class ImportedTokenizer(Tokenizer):
     """A tokenizer from elsewhere, as its files define it."""
 
-    def __init__(self, files: Files, content: dict[str, Any], directory: Path) -> None:
+    def __init__(self, files: Files, content: dict[str, Any], *, ends: Sequence[str]) -> None:
         """Create a tokenizer.
 
         Args:
             files: Contents of its files.
             content: JSON of ``tokenizer.json``.
-            directory: Where the model's ``config.json`` may be, which says what ends a text.
+            ends: Names of tokens that end a text, by the model's settings.
 
         Raises ``ValueError`` or ``LookupError`` if the files are damaged, ``DataError`` for a damaged chat template.
         """
@@ -314,7 +315,11 @@ class ImportedTokenizer(Tokenizer):
             self.template = JinjaTemplate(
                 templates["default"], imported.token_names(self._stated), with_tools=templates.get("tool_use")
             )
-        self._ends = imported.document_ends(directory, self._stated, self.special_ids)
+        self._ends = [
+            name for name in (*ends, imported.token_names(self._stated).get("eos_token")) if name in self.special_ids
+        ]
+        if not self._ends:
+            raise ValueError("eos_token: got none in config.json or tokenizer_config.json that is a special token")
 
     @cached_property
     def document_end(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -347,6 +352,16 @@ class ImportedTokenizer(Tokenizer):
     def as_ranks(self) -> Vocabulary:
         """Return the vocabulary as tokens with ranks. Raises ``ValueError`` if tiktoken would give other ids."""
         return exact_vocabulary(imported.read_object(self.files, TOKENIZER_FILE))
+
+    def extended(self, names: Sequence[str]) -> ImportedTokenizer:
+        """Return this tokenizer with more special tokens, whose ids follow; and with our chat template if it has none.
+
+        Token ids of text are unchanged.
+        """
+        content = imported.with_special_tokens(imported.read_object(self.files, TOKENIZER_FILE), names, self.vocab_size)
+        template = {} if self.template else {TEMPLATE_FILE: CHAT_TEMPLATE.encode()}
+        files = {**self.files, **template, TOKENIZER_FILE: _json(content).encode()}
+        return ImportedTokenizer(files, content, ends=[self.document_end])
 
     def save(self, directory: Path) -> None:
         """Write the files as they came, and ``document_end.json``."""

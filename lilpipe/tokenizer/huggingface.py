@@ -70,14 +70,15 @@ class HuggingFaceEncoder:
         for piece in split_marked(text, self._names):
             if piece.name and piece.text in self._private:
                 parts.append(self._private[piece.text])
-                places.append(np.repeat(piece.places[:1], 2))
+                places.append(piece.places[[0, -1]])
             else:
                 parts.append(piece.text.replace(PRIVATE, "\ufffd"))
                 places.append(piece.places)
         place = np.concatenate([*places, [len(text)]])
         [encoded] = self._run("encode_batch", ["".join(parts)], clean=False)
         spans = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2)
-        return Encoded(encoded.ids, place[spans[:, 0]], place[spans[:, 1]])
+        starts, stops = spans[:, 0], spans[:, 1]
+        return Encoded(encoded.ids, place[starts], np.where(stops > starts, place[stops - 1] + 1, place[starts]))
 
     def _run(self, method: str, texts: Sequence[str], *, clean: bool = True) -> list[Any]:
         if clean:

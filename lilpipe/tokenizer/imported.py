@@ -9,7 +9,7 @@ not beside every copy of the tokenizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,7 @@ def completed(content: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, A
     special. Tokens that the vocabulary lacks are left out: the model has no embedding for them.
     """
     added = {token["content"]: token for token in content.get("added_tokens") or []}
-    vocabulary = content["model"]["vocab"]
-    ids = vocabulary if isinstance(vocabulary, dict) else {name: index for index, (name, _) in enumerate(vocabulary)}
+    ids = _vocabulary(content)
     for number, token in sorted((stated.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
         name = token["content"]
         if name in added or ids.get(name) == int(number):
@@ -85,32 +84,39 @@ def completed(content: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, A
 
 
 def start_ids(content: Mapping[str, Any], stated: Mapping[str, Any], special_ids: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the ids that the model expects before a text.
-
-    The settings ``add_bos_token`` and ``add_eos_token`` decide; without them, the post-processor does.
-    """
-    if "add_bos_token" in stated or "add_eos_token" in stated:
-        begin = token_names(stated).get("bos_token")
-        return (special_ids[begin],) if stated.get("add_bos_token") and begin in special_ids else ()
-    return tuple(leading_ids(content.get("post_processor")))
+    """Return the ids that the model expects before a text: those of the post-processor, else of ``add_bos_token``."""
+    leading = tuple(leading_ids(content.get("post_processor")))
+    begin = token_names(stated).get("bos_token") if stated.get("add_bos_token") else None
+    return leading or ((special_ids[begin],) if begin in special_ids else ())
 
 
-def document_ends(directory: Path, stated: Mapping[str, Any], special_ids: Mapping[str, int]) -> list[str]:
-    """Return the special tokens that end a text, by ``document_end.json``, the model's files and the settings.
-
-    Raises ``ValueError`` if there is none.
-    """
-    by_id = {number: name for name, number in special_ids.items()}
-    beside = {path.name: path.read_bytes() for path in directory.glob("*.json") if path.name in _BESIDE}
+def document_ends(directory: Path, content: Mapping[str, Any]) -> list[str]:
+    """Return the names of tokens that end a text, by ``document_end.json``, else by the model's files."""
+    beside = {name: path.read_bytes() for name in _BESIDE if (path := directory / name).is_file()}
     if DOCUMENT_END_FILE in beside:
-        candidates: list[Any] = [read_object(beside, DOCUMENT_END_FILE).get("document_end")]
-    else:
-        ids = [_listed(read_object(beside, name).get("eos_token_id")) for name in _BESIDE if name in beside]
-        candidates = [by_id.get(number) for each in ids for number in each]
-        candidates.append(token_names(stated).get("eos_token"))
-    if found := list(dict.fromkeys(name for name in candidates if name in special_ids)):
-        return found
-    raise ValueError("eos_token: got none in config.json or tokenizer_config.json that is a special token")
+        return [str(read_object(beside, DOCUMENT_END_FILE).get("document_end"))]
+    names = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+    names = {**{number: name for name, number in _vocabulary(content).items()}, **names}
+    ids = [number for name in beside for number in _listed(read_object(beside, name).get("eos_token_id"))]
+    return list(dict.fromkeys(names[number] for number in ids if number in names))
+
+
+def with_special_tokens(content: dict[str, Any], names: Sequence[str], first_id: int) -> dict[str, Any]:
+    """Return the content of ``tokenizer.json`` with more special tokens, whose ids start at ``first_id``."""
+    added, known = list(content.get("added_tokens") or []), _vocabulary(content)
+    model = dict(content["model"])
+    flags = {**dict.fromkeys(FLAGS, False), "special": True}
+    for number, name in enumerate(names, start=first_id):
+        added.append({"id": number, "content": name, **flags})
+    used = len(known.keys() | {token["content"] for token in content.get("added_tokens") or []})
+    if used < first_id:  # ids with gaps: the library would fill them, unless the vocabulary states the id
+        model["vocab"] = {**known, **{name: number for number, name in enumerate(names, start=first_id)}}
+    return {**content, "added_tokens": added, "model": model}
+
+
+def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
+    found = content["model"]["vocab"]
+    return found if isinstance(found, dict) else {name: index for index, (name, _) in enumerate(found)}
 
 
 _BESIDE = (DOCUMENT_END_FILE, "config.json", "generation_config.json")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lilpipe import charts, page
-from lilpipe.tokenizer.encoding import BytePairTokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer
 from lilpipe.tokenizer.patterns import pattern_name
 from lilpipe.tokenizer.sample import TokenizerShare
 from lilpipe.tokenizer.usage import HARDLY, NUM_NEIGHBOURS, Suspects, Totals, Usage
@@ -66,6 +66,25 @@ def build_report(
             "tokens per word": usage.total.tokens_per_word,
             "never used": f"{usage.unused_ratio:.1%}",
             "glitch-token suspects": suspects.total,
+        },
+    )
+
+
+def build_compression_report(tokenizer: Tokenizer, usage: Usage, *, others: Sequence[str]) -> str:
+    """Return the report on an imported tokenizer as HTML."""
+    sections: dict[str, page.Body] = {
+        "Bytes per token": _pictures(usage, others),
+        "By source": page.table(_compression("source", usage.by_source, others)),
+        "By language": page.table(_compression("language", usage.by_language, others)),
+    }
+    return page.render(
+        "Tokenizer",
+        sections,
+        subtitle="An imported tokenizer",
+        key_figures={
+            "tokens": tokenizer.vocab_size,
+            "bytes per token": usage.total.bytes_per_token,
+            "tokens per word": usage.total.tokens_per_word,
         },
     )
 

@@ -22,6 +22,7 @@ from lilpipe.tokenizer.patterns import PATTERNS
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tokenizer.tiktoken"
+SENTENCEPIECE_FILE = "tokenizer.model"
 GPT2_FILES = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
 """Files of ids, and the files of merges next to them, as OpenAI and Hugging Face name them."""
 
@@ -48,7 +49,7 @@ class Vocabulary:
 
 def vocabulary_file(path: Path) -> Path:
     """Return the vocabulary file at ``path``, a file or a folder. Raises ``DataError`` if there is none."""
-    names = (TOKENIZER_FILE, *GPT2_FILES)
+    names = (TOKENIZER_FILE, *GPT2_FILES, SENTENCEPIECE_FILE)
     found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
     if not found:
         raise DataError(

@@ -3,8 +3,8 @@
 The split depends on the text alone: a document stays in its split whatever else the corpus contains, and equal texts
 are in the same split. The stage reads each source once and appends each document to the open shard of its stream and
 split. Each shard stores the source position at which the next shard of its stream starts, so a resumed run skips
-documents in finished shards. Threads encode in parallel (tiktoken releases the GIL); the order of rows does not
-depend on the number of threads.
+documents in finished shards. Threads encode in parallel (tiktoken releases the GIL, ``tokenizers`` has its own
+threads); the order of rows does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -278,17 +278,21 @@ def _encode(
     finished: Mapping[tuple[str, str], int],
 ) -> list[Encoded]:
     dtype = token_type(tokenizer.vocab_size).to_pandas_dtype()
-    results = []
+    results, sizes = [], {}
     for position, text in enumerate(texts, start=first):
         data = text.text.encode(errors="surrogatepass")
         place: Place = (text.stream, "validation" if is_validation(data, validation_ratio) else "train")
-        document = None
         if position >= finished.get(place, 0):
-            ids = tokenizer.encode_array(text.text)
-            tokens = np.empty(len(ids) + 1, dtype=dtype)
-            tokens[:-1], tokens[-1] = ids, tokenizer.document_end_id
-            document = Document(text.id, text.source, num_bytes=len(data), tokens=tokens)
-        results.append(Encoded(position, place, document))
+            sizes[position] = len(data)
+        results.append(Encoded(position, place, None))
+    start, end = list(tokenizer.document_start_ids), [tokenizer.document_end_id]
+    for (position, num_bytes), ids in zip(
+        sizes.items(), tokenizer.encode_batch([texts[position - first].text for position in sizes]), strict=True
+    ):
+        tokens = np.concatenate([np.array(part, dtype=dtype) for part in (start, ids, end)])
+        text = texts[position - first]
+        document = Document(text.id, text.source, num_bytes=num_bytes, tokens=tokens)
+        results[position - first] = results[position - first]._replace(document=document)
     return results
 
 
@@ -296,7 +300,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files next to the shards; saving the loaded tokenizer would recompute its merges."""
     target.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, target / name)
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Library
 
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.vocabulary import to_hugging_face
 from tests.tokenizer.conftest import PROSE
 
@@ -19,9 +20,7 @@ SENTENCES = [
     "for i in range(10):\n        if i % 2 == 0:\n            print(i)\n",
     "<html><body class='x'>&amp;</body></html>\n\n\n\n",
 ]
-CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CL100K = PATTERNS["gpt4"]
 
 
 def with_special_tokens(ranks, pattern, special, *, document_end, template=None, names=None):
@@ -224,7 +223,10 @@ def t5():
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     library.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=["<pad>", "</s>", "<unk>", "<extra_id_0>"], unk_token="<unk>", show_progress=False
+        vocab_size=300,
+        special_tokens=["<pad>", "</s>", "<unk>", "<extra_id_0>"],
+        unk_token="<unk>",
+        show_progress=False,
     )
     library.train_from_iterator(SENTENCES * 3, trainer)
     return library, {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
