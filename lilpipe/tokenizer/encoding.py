@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from lilpipe.tokenizer.conversion import as_tokenizer_json
 from lilpipe.tokenizer.huggingface import HuggingFaceEncoder
 from lilpipe.tokenizer.imported import CONFIG_FILE, DOCUMENT_END_FILE, TEMPLATE_FILE, VERBATIM_FILES, Files
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
-from lilpipe.tokenizer.marked import Encoded
+from lilpipe.tokenizer.marked import Encoded, Encoder
 from lilpipe.tokenizer.patterns import resolve_pattern
 from lilpipe.tokenizer.vocabulary import (
     TOKENIZER_FILE,
@@ -41,7 +41,6 @@ from lilpipe.tokenizer.vocabulary import (
     exact_vocabulary,
     from_hugging_face,
     ranks_digest,
-    read_vocabulary,
     recover_merges,
     to_hugging_face,
     to_tiktoken,
@@ -58,15 +57,6 @@ TOKENIZER_FILES = (*VERBATIM_FILES, DOCUMENT_END_FILE)
 def special_tokens(num_reserved: int = NUM_RESERVED) -> tuple[str, ...]:
     """Return the names of the special tokens in order of their ids: named tokens, then reserved ones."""
     return (*NAMED_TOKENS, *(f"<|reserved_{index}|>" for index in range(num_reserved)))
-
-
-class Encoder(Protocol):
-    """Text to ids and back, by tiktoken or by ``tokenizers``."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...  # noqa: D102
-    def encode_marked(self, text: str) -> Encoded: ...  # noqa: D102
-    def decode(self, ids: Sequence[int]) -> str: ...  # noqa: D102
-    def vocabulary(self) -> list[bytes]: ...  # noqa: D102
 
 
 class Tokenizer(ABC):
@@ -253,17 +243,6 @@ class BytePairTokenizer(Tokenizer):
             tokenizer.merges = vocabulary.merges
         return tokenizer
 
-    @classmethod
-    def load_tiktoken(cls, path: Path, pattern: str, *, num_reserved: int = NUM_RESERVED) -> BytePairTokenizer:
-        """Read a ``.tiktoken`` file, which has no pattern, and add our special tokens.
-
-        Raises ``DataError`` if it is not a vocabulary or its ids have gaps.
-        """
-        ranks = read_vocabulary(path).ranks
-        if list(ranks.values()) != list(range(len(ranks))):
-            raise DataError(f"{path}: got ids with gaps, expected 0 to {len(ranks) - 1}; use another vocabulary")
-        return cls(ranks, pattern, num_reserved=num_reserved)
-
     @cached_property
     def merges(self) -> tuple[Merge, ...]:
         """The pair that forms each token, in order of rank; read from the file if it has merges, else recovered."""
@@ -344,10 +323,8 @@ class ImportedTokenizer(Tokenizer):
 
     @cached_property
     def text_digest(self) -> str:  # noqa: D102
-        content = imported.read_object(self.files, TOKENIZER_FILE)
-        added = [token for token in content.get("added_tokens") or [] if token["content"] not in self.special_ids]
-        parts = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "model")}
-        return hashlib.sha256(json.dumps([added, parts], sort_keys=True).encode()).hexdigest()
+        content = imported.without_special_tokens(imported.read_object(self.files, TOKENIZER_FILE), self.special_ids)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def as_ranks(self) -> Vocabulary:
         """Return the vocabulary as tokens with ranks. Raises ``ValueError`` if tiktoken would give other ids."""

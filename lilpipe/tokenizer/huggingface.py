@@ -35,7 +35,14 @@ class HuggingFaceEncoder:
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
-        self.added = {token["content"]: token for token in content.get("added_tokens") or []}
+        ordinary = _made_by_merges(content["model"])
+        added = [
+            token
+            for token in content.get("added_tokens") or []
+            if not (token["special"] and token["content"] in ordinary)
+        ]
+        content = {**content, "added_tokens": added}
+        self.added = {token["content"]: token for token in added}
         special = [name for name, token in self.added.items() if token["special"]]
         self._private = {name: PRIVATE + chr(PRIVATE_PLANE + index) for index, name in enumerate(special)}
         self._public = {private: name for name, private in self._private.items()}
@@ -113,6 +120,15 @@ class HuggingFaceEncoder:
         for name, number in self.ids.items():
             tokens[number] = name.encode() if name in self.added else to_bytes(name)
         return tokens
+
+
+def _made_by_merges(model: Mapping[str, Any]) -> set[str]:
+    """Return the tokens that text consists of anyway, such as a ``!`` that serves as padding: they are not special."""
+    if model["type"] != "BPE":
+        return set()
+    pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    single = {name for name in model["vocab"] if len(name) == 1}
+    return single.union(*(("".join(pair), *pair) for pair in pairs))
 
 
 def _renamed(content: Mapping[str, Any], private: Mapping[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ not beside every copy of the tokenizer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,16 @@ def with_special_tokens(content: dict[str, Any], names: Sequence[str], first_id:
     if used < first_id:  # ids with gaps: the library would fill them, unless the vocabulary states the id
         model["vocab"] = {**known, **{name: number for number, name in enumerate(names, start=first_id)}}
     return {**content, "added_tokens": added, "model": model}
+
+
+def without_special_tokens(content: Mapping[str, Any], special: Collection[str]) -> list[Any]:
+    """Return the parts of ``tokenizer.json`` that decide the ids of a text."""
+    added = [token for token in content.get("added_tokens") or [] if token["content"] not in special]
+    vocabulary = {name: number for name, number in _vocabulary(content).items() if name not in special}
+    model = {**content["model"], "vocab": vocabulary}
+    if model["type"] == "Unigram":
+        model["scores"] = [score for name, score in content["model"]["vocab"] if name not in special]
+    return [added, model, content.get("normalizer"), content.get("pre_tokenizer")]
 
 
 def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:

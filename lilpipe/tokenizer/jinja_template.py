@@ -5,8 +5,8 @@ messages and tools stay text. The date is fixed, since it must not change the tr
 
 The assistant mask comes from the template's ``{% generation %}`` blocks. If it has none, prefixes of the conversation
 are rendered: the text that an answer adds to its prompt is the assistant's. Where a prefix renders to other text than
-the conversation (Qwen 3 drops earlier reasoning, Mistral puts tools before the last question), an answer goes from its
-prompt, or from its own text, to the next end of a turn.
+the conversation (Qwen 3 drops earlier reasoning, DeepSeek-R1's prompts open it, Mistral puts tools before the last
+question), an answer goes from where its prompt ends to agree, or from its own text, to the next end of a turn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jinja2 import Template, TemplateError, nodes
@@ -57,9 +57,17 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 DATE = datetime(2024, 7, 26)
 """Date that templates read. Those that state it only if they can (Llama 3.1) write their own."""
 
-Span = tuple[int, int]
 Tool = Mapping[str, Any]
 """JSON schema of a function."""
+
+
+class Span(NamedTuple):
+    """An answer in a rendered text, in characters."""
+
+    start: int
+    stop: int
+    exact: bool = True
+    """Whether it begins where its prompt ends."""
 
 
 class Encoder(Protocol):
@@ -126,13 +134,15 @@ class JinjaTemplate:
         special = np.isin(encoded.ids, list(tokenizer.special_ids.values()))
         try:
             for span in self._spans(tokenizer, messages, tools, text):
-                first, stop = np.searchsorted(encoded.starts, span)
-                if first and encoded.ends[first - 1] > span[0]:
-                    raise DataError(
-                        f"chat template: the token {tokenizer.decode(encoded.ids[first - 1 : first])!r} belongs to a "
-                        "prompt and to the answer after it, expected a token boundary; remove white space before the "
-                        "answer from the data"
-                    )
+                first, stop = np.searchsorted(encoded.starts, (span.start, span.stop))
+                if first and encoded.ends[first - 1] > span.start:
+                    if span.exact:
+                        raise DataError(
+                            f"chat template: the token {tokenizer.decode(encoded.ids[first - 1 : first])!r} belongs to "
+                            "a prompt and to the answer after it, expected a token boundary; remove white space before "
+                            "the answer from the data"
+                        )
+                    first -= 1
                 ends = np.flatnonzero(special[first:stop])
                 stop = first + ends[-1] + 1 if len(ends) else stop
                 mask[first:stop] = True
@@ -142,16 +152,24 @@ class JinjaTemplate:
         return encoded.ids, mask.tolist()
 
     def end_of_turn_id(self, tokenizer: Encoder) -> int:
-        """Return the token that ends an answer. Raises ``DataError`` if the template has none."""
-        messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        """Return the token that ends an answer, or where a template has none (GLM-4), the one that starts a question.
+
+        Raises ``DataError`` if neither is a special token.
+        """
+        question: Message = {"role": "user", "content": "a"}
+        messages: list[Message] = [question, {"role": "assistant", "content": "b"}]
+        special = tokenizer.special_ids.values()
         ids, mask = self.render(tokenizer, messages)
         supervised = [token for token, counts in zip(ids, mask, strict=True) if counts]
-        if not supervised or supervised[-1] not in tokenizer.special_ids.values():
-            raise DataError(
-                f"chat template: an answer reads {tokenizer.decode(supervised)!r}, expected it to end in a special "
-                "token; the model could not learn to stop, so use another template"
-            )
-        return supervised[-1]
+        if supervised and supervised[-1] in special:
+            return supervised[-1]
+        longer = self.render(tokenizer, [*messages, question])[0]
+        if supervised and longer[: len(ids)] == ids and longer[len(ids)] in special:
+            return longer[len(ids)]
+        raise DataError(
+            f"chat template: an answer reads {tokenizer.decode(supervised)!r}, expected it to end in a special "
+            "token; the model could not learn to stop, so use another template"
+        )
 
     def _text(
         self,
@@ -193,7 +211,7 @@ class JinjaTemplate:
                 "a {% generation %} block, expected it unmodified; use another template"
             )
         ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-        return list(zip(ends[:-1:2], ends[1::2], strict=False))
+        return [Span(start, stop) for start, stop in zip(ends[:-1:2], ends[1::2], strict=False)]
 
     def _answer_span(
         self,
@@ -204,11 +222,13 @@ class JinjaTemplate:
         position: int,
     ) -> Span:
         """Return the span that the answer at a position adds to its prompt."""
-        prompt = self._text(self._plain, messages[:position], tools, True)
+        before = messages[:position]
+        prompt = self._text(self._plain, before, tools, True)
         answered = self._text(self._plain, messages[: position + 1], tools, False)
-        if text.startswith(answered) and answered.startswith(prompt):
-            return len(prompt), len(answered)
-        start = len(prompt) if text.startswith(prompt) else self._content_start(messages, tools, text, position)
+        exact = text.startswith(prompt)
+        start = len(prompt) if exact else self._agreeing_start(messages, tools, text, position, prompt)
+        if start is not None and text.startswith(answered) and start < len(answered):
+            return Span(start, len(answered), exact)
         if start is None or len(messages) < 3:  # the shortest conversation tells what ends a turn
             raise DataError(
                 f"chat template: up to message {position} a conversation renders to {answered[-60:]!r} alone, "
@@ -217,19 +237,28 @@ class JinjaTemplate:
             )
         turn_end = tokenizer.decode([self.end_of_turn_id(tokenizer)])
         found = re.compile(f"(?<!{LITERAL}){re.escape(turn_end)}").search(text, start)
-        return start, len(text) if found is None else found.end()
+        return Span(start, len(text) if found is None else found.end(), exact)
 
-    def _content_start(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None, text: str, position: int
+    def _agreeing_start(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None, text: str, position: int, prompt: str
     ) -> int | None:
-        """Return where the content of a message begins, or ``None`` if the template changes it."""
+        """Return where an answer begins whose prompt ends in other text than the conversation has there.
+
+        Their common start ends at a tag or line behind the header of the answer; if it does not reach that far, the
+        answer begins with its content. ``None`` if the template changes the content.
+        """
+        same = next((place for place, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), 0)
+        whole = re.match(r"(?s).*[\n>\]]", text[:same])
+        asked = self._text(self._plain, messages[:position], tools, False)
+        if whole is not None and whole.end() > len(asked) and text.startswith(asked):
+            return whole.end()
         content = messages[position].get("content")
         if not isinstance(content, str):
             return None
         message = {**messages[position], "content": START + content}
-        rendered = self._text(self._plain, [*messages[:position], message, *messages[position + 1 :]], tools, False)
-        before, _, after = rendered.partition(START)
-        return len(before) if text.startswith(before + after) and START in rendered else None
+        marked = self._text(self._plain, [*messages[:position], message, *messages[position + 1 :]], tools, False)
+        before, mark, after = marked.partition(START)
+        return len(before) if mark and text.startswith(before + after) else None
 
 
 def _escaped(

@@ -7,8 +7,8 @@ A chat template writes special tokens by name, and so might a message. ``escape`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,6 +24,26 @@ class Encoded(NamedTuple):
     """First character of each token, int64 [ids]."""
     ends: np.ndarray
     """Character after the last one of each token, int64 [ids]."""
+
+
+class Encoder(Protocol):
+    """Text to ids and back, by tiktoken or by ``tokenizers``."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode texts to ids, uint32 [tokens] each; names of special tokens are text."""
+        ...
+
+    def encode_marked(self, text: str) -> Encoded:
+        """Encode text in which names of special tokens are special tokens, unless they are marked as text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode ids to text; special tokens appear by name."""
+        ...
+
+    def vocabulary(self) -> list[bytes]:
+        """Return the bytes of each token by id; for special tokens their names, for an id without a token nothing."""
+        ...
 
 
 def names_pattern(names: Iterable[str]) -> re.Pattern[str]:

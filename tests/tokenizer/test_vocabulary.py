@@ -26,7 +26,7 @@ def test_a_tiktoken_file_is_read_alike_by_tiktoken_and_back(tokenizer, tmp_path,
     path = tmp_path / "tokenizer.tiktoken"
     tokenizer.save_tiktoken(path)
     assert tiktoken.load.load_tiktoken_bpe(str(path)) == tokenizer.ranks
-    assert BytePairTokenizer.load_tiktoken(path, "single_digits").digest == tokenizer.digest
+    assert BytePairTokenizer(read_vocabulary(path).ranks, "single_digits").digest == tokenizer.digest
     assert path.read_bytes().splitlines()[97] == b"YQ== 97"
 
 
@@ -155,10 +155,14 @@ def test_a_pre_tokenizer_of_another_kind_is_refused(foreign, tmp_path):
         damaged(foreign, tmp_path, lambda content: content.update(pre_tokenizer={"type": "Whitespace"}))
 
 
-def test_ids_with_gaps_make_no_tokenizer(tmp_path):
-    BytePairTokenizer(BYTES, ".").save_tiktoken(tmp_path / "x.tiktoken")
-    with (tmp_path / "x.tiktoken").open("a") as file:
-        file.write("YWI= 300\n")
-    assert read_vocabulary(tmp_path / "x.tiktoken").ranks[b"ab"] == 300
-    with pytest.raises(DataError, match="got ids with gaps, expected 0 to 256"):
-        BytePairTokenizer.load_tiktoken(tmp_path / "x.tiktoken", ".")
+def test_merges_that_tiktoken_would_not_make_are_refused(foreign, tmp_path):
+    def without_a_merge(content):
+        del content["model"]["merges"][3]
+
+    with pytest.raises(DataError, match="by which tiktoken would merge"):
+        damaged(foreign, tmp_path, without_a_merge)
+
+
+def test_added_tokens_of_plain_text_are_refused(foreign, tmp_path):
+    with pytest.raises(DataError, match="'<s>' that is not special"):
+        damaged(foreign, tmp_path, lambda content: content["added_tokens"][0].update(special=False))
