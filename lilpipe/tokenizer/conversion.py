@@ -91,7 +91,7 @@ def _from_sentencepiece(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         message = _fields(data)
         pieces = [_piece(_fields(each)) for each in message[1]]
-        trainer, normalizer = (_fields(message.get(number, [b""])[-1]) for number in (2, 3))
+        trainer, normalizer = (_fields(message[number][-1]) for number in (2, 3))
     except (KeyError, IndexError, struct.error, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise ValueError(f"tokenizer.model: got no SentencePiece model ({error!r})") from error
     kind, unknown = _last(trainer, 3, UNIGRAM), _last(trainer, 40, 0)
@@ -151,7 +151,7 @@ def _normalizers(spec: Mapping[int, list[Any]], *, prefix: bool) -> list[dict[st
     if table := spec.get(2, [b""])[-1]:
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()})
     if _last(spec, 4, 1):
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})

@@ -67,7 +67,7 @@ def check(name, text):
     tokenizer, peer = pair(name)
     expected = peer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     ids = tokenizer.encode(text)
-    if name == "t5" and set(expected) & set(tokenizer.special_ids.values()) - {peer.unk_token_id}:
+    if name == "t5" and any(token in text for token in tokenizer.special_ids):
         # A Unigram vocabulary of the library finds a special token in text, as SentencePiece does not.
         assert not set(ids) & set(tokenizer.special_ids.values()) - {peer.unk_token_id}
     else:
