@@ -3,12 +3,13 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lilpipe.errors import ArtifactError
 from lilpipe.tokenizer.bpe import train_tokenizer
 from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer, special_tokens
-from tests.tokenizer.conftest import TEXT
+from tests.tokenizer.conftest import PROSE, TEXT
 
 SURROGATES = st.text(st.characters(categories=["Cs", "Lu"]), max_size=6)
 
@@ -134,3 +135,40 @@ def test_a_damaged_vocabulary_is_an_error_that_names_the_file(saved, tmp_path, d
 
 def test_no_file_of_a_tokenizer_needs_pickle(saved):
     assert sorted(p.name for p in saved.iterdir()) == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+
+
+# --- runs of a million characters ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spaced():
+    return {
+        pattern: train_tokenizer(PROSE * 3, vocab_size=400, pattern=pattern) for pattern in ("single_digits", "gpt2")
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "run"),
+    [
+        ("single_digits", " " * 1_100_000),
+        ("single_digits", "\t" * 1_100_000),
+        ("single_digits", " \u3000" * 800_000),
+        ("gpt2", " " * 1_100_000),
+        ("gpt2", "\n" * 2_100_000),
+    ],
+)
+def test_a_run_of_white_space_has_the_ids_of_any_other_text(spaced, tmp_path, pattern, run):
+    tokenizer = spaced[pattern]
+    tokenizer.save(tmp_path)
+    peer = Library.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (f"the fox{run}jumps over 12", run):
+        expected = peer.encode(text).ids
+        assert tokenizer.encode(text) == expected
+        assert tokenizer.encode_array(text).tolist() == expected
+        assert tokenizer.encode_marked(f"{text}<|user|>").ids == [*expected, tokenizer.user_id]
+
+
+def test_a_shorter_run_is_encoded_alike_by_both_ways(spaced):
+    for tokenizer in spaced.values():
+        for text in (*PROSE, "a" + " " * 5_000 + "b", "\n \t" * 1_000, "<|user|>"):
+            assert tokenizer._encoder._encode_pieces(text).tolist() == tokenizer.encode(text)
