@@ -33,6 +33,7 @@ from lilpipe.tokenizer.imported import CONFIG_FILE, DOCUMENT_END_FILE, TEMPLATE_
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
 from lilpipe.tokenizer.marked import Encoded, Encoder
 from lilpipe.tokenizer.patterns import resolve_pattern
+from lilpipe.tokenizer.special_tokens import NAMED_TOKENS, NUM_RESERVED, TURN_TOKENS, is_ours, special_tokens
 from lilpipe.tokenizer.vocabulary import (
     TOKENIZER_FILE,
     Merge,
@@ -46,17 +47,8 @@ from lilpipe.tokenizer.vocabulary import (
     to_tiktoken,
 )
 
-TURN_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end_of_turn|>")
-NAMED_TOKENS = ("<|end_of_document|>", "<|padding|>", *TURN_TOKENS)
-NUM_RESERVED = 2
-
 TOKENIZER_FILES = (*VERBATIM_FILES, DOCUMENT_END_FILE)
 """Files that ``Tokenizer.save`` may write. Each tokenizer has some of them."""
-
-
-def special_tokens(num_reserved: int = NUM_RESERVED) -> tuple[str, ...]:
-    """Return the names of the special tokens in order of their ids: named tokens, then reserved ones."""
-    return (*NAMED_TOKENS, *(f"<|reserved_{index}|>" for index in range(num_reserved)))
 
 
 class Tokenizer(ABC):
@@ -85,7 +77,7 @@ class Tokenizer(ABC):
             if TOKENIZER_FILE not in files:
                 files |= as_tokenizer_json(files, imported.stated_settings(files))
             content = imported.read_object(files, TOKENIZER_FILE)
-            if _is_ours(content):
+            if is_ours(content):
                 return BytePairTokenizer.of(from_hugging_face(content))
             return ImportedTokenizer(files, content, ends=imported.document_ends(directory, content))
         except FileNotFoundError as error:
@@ -352,12 +344,6 @@ HUGGING_FACE_CONFIG = {
     "clean_up_tokenization_spaces": False,
     "model_input_names": ["input_ids", "attention_mask"],
 }
-
-
-def _is_ours(content: Mapping[str, Any]) -> bool:
-    """Whether a ``tokenizer.json`` was written by ``BytePairTokenizer``: its first special tokens are ours."""
-    names = [token["content"] for token in content.get("added_tokens") or []]
-    return tuple(names[: len(NAMED_TOKENS)]) == NAMED_TOKENS and content.get("normalizer") is None
 
 
 def _json(content: Mapping[str, Any]) -> str:

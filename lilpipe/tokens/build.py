@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.documents import read_documents
 from lilpipe.schemas.examples import read_exercises
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
+from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.shards import (
     CORPUS,
     EXERCISES,
@@ -84,7 +83,7 @@ def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
             counts = write_streams(workspace.output, texts, tokenizer, config, progress)
             _check_split(source, counts, config.validation_ratio)
             streams += sorted({stream for stream, _ in counts})
-    copy_tokenizer(_path(inputs, "tokenizer"), workspace.output / TOKENIZER_FOLDER)
+    tokenizer.save(workspace.output / TOKENIZER_FOLDER)
     write_index(workspace.output, tokenizer, streams)
     shards = TokenShards.open(workspace.output)
     write_report(shards, workspace.report / "report.html")
@@ -323,19 +322,11 @@ def _encode(
 
 
 def _encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray | str]:
-    """Return the ids of each text, or the reason why it has none."""
+    """Return the ids of each text, or why it has none."""
     try:
         return [*tokenizer.encode_batch(texts)]
     except DataError as error:
         return [str(error)] if len(texts) == 1 else [_encode_each(tokenizer, [text])[0] for text in texts]
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files next to the shards; saving the loaded tokenizer would recompute its merges."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
 
 
 def _remove_leftovers(directory: Path) -> None:
