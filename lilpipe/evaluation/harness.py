@@ -60,7 +60,7 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:  # noqa: ARG002
         """Encode text in which names of special tokens are special tokens, such as a rendered conversation."""
-        return self.tokens.encode_marked(string).ids
+        return self.tokens.encode_marked(string)
 
     def _decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text without special tokens."""

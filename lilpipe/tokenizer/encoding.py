@@ -166,11 +166,12 @@ class Tokenizer(ABC):
         """
         return [*(self.document_start_ids or [self.document_end_id]), *self.encode(text)]
 
-    def encode_marked(self, text: str) -> Encoded:
-        """Encode text in which names of special tokens are special tokens, such as a rendered conversation.
+    def encode_marked(self, text: str) -> list[int]:
+        """Encode text in which names of special tokens are special, unless marked with ``marked.LITERAL``."""
+        return self.encode_with_offsets(text).ids
 
-        Names marked with ``marked.LITERAL`` stay text.
-        """
+    def encode_with_offsets(self, text: str) -> Encoded:
+        """Encode as ``encode_marked``; also return the characters that each token covers."""
         return self._encoder.encode_marked(text)
 
     def decode(self, ids: Sequence[int]) -> str:

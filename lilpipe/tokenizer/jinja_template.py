@@ -75,7 +75,7 @@ class Encoder(Protocol):
 
     special_ids: dict[str, int]
 
-    def encode_marked(self, text: str) -> Encoded:
+    def encode_with_offsets(self, text: str) -> Encoded:
         """Encode text in which names of special tokens are special tokens."""
         ...
 
@@ -129,7 +129,7 @@ class JinjaTemplate:
             return chosen.render(tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt)
         messages, tools = _escaped(tokenizer, messages, tools)
         text = self._text(self._plain, messages, tools, add_generation_prompt)
-        encoded = tokenizer.encode_marked(text)
+        encoded = tokenizer.encode_with_offsets(text)
         mask = np.zeros(len(encoded.ids), dtype=bool)
         special = np.isin(encoded.ids, list(tokenizer.special_ids.values()))
         try:

@@ -72,8 +72,8 @@ def check(name, text):
         assert not set(ids) & set(tokenizer.special_ids.values()) - {peer.unk_token_id}
     else:
         assert ids == expected
-    assert tokenizer.encode_marked(text).ids == peer(text, add_special_tokens=False).input_ids
-    for encoded in (ids, tokenizer.encode_marked(text).ids):
+    assert tokenizer.encode_marked(text) == peer(text, add_special_tokens=False).input_ids
+    for encoded in (ids, tokenizer.encode_marked(text)):
         assert tokenizer.decode(encoded) == peer.decode(encoded)
 
 
@@ -204,7 +204,7 @@ def test_flags_and_tokens_of_the_settings_count_as_in_transformers(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
     tokenizer, peer = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in ["a" + runs[0]["content"] + "   b", "x\n"]:
-        assert tokenizer.encode_marked(text).ids == peer(text, add_special_tokens=False).input_ids
+        assert tokenizer.encode_marked(text) == peer(text, add_special_tokens=False).input_ids
         assert tokenizer.encode(text) == peer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
@@ -215,7 +215,7 @@ def test_a_token_that_the_settings_name_is_special_unless_text_consists_of_it(tm
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
     tokenizer, peer = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.special_ids["lonely"] == peer.mask_token_id == 900
-    assert tokenizer.encode_marked("a lonely").ids == peer("a lonely", add_special_tokens=False).input_ids
+    assert tokenizer.encode_marked("a lonely") == peer("a lonely", add_special_tokens=False).input_ids
     assert tokenizer.encode("a lonely!") == pair("bloom")[0].encode("a lonely!")
 
 
@@ -227,7 +227,7 @@ def test_tokens_know_their_characters(name):
     tokenizer, _ = pair(name)
     token = tokenizer.document_end
     text = f"the thing{token} naïve 人{token}\n  x 👩🏽‍🚀{token}"
-    encoded = tokenizer.encode_marked(text)
+    encoded = tokenizer.encode_with_offsets(text)
     special = [i for i, number in enumerate(encoded.ids) if number == tokenizer.document_end_id]
     starts = [place for place in range(len(text)) if text.startswith(token, place)]
     assert encoded.starts[special].tolist() == starts
@@ -312,8 +312,8 @@ def test_special_tokens_can_be_added_behind_any_vocabulary(name, tmp_path):
     for text in (*SENTENCES, "a<|user|>b"):
         assert loaded.encode(text) == tokenizer.encode(text)
     marked = "<|user|>hi<|end_of_turn|>"
-    assert loaded.encode_marked(marked).ids == peer(marked, add_special_tokens=False).input_ids
-    assert loaded.encode_marked(marked).ids[0] == loaded.special_ids["<|user|>"]
+    assert loaded.encode_marked(marked) == peer(marked, add_special_tokens=False).input_ids
+    assert loaded.encode_marked(marked)[0] == loaded.special_ids["<|user|>"]
 
 
 @given(text=TEXT)
@@ -338,4 +338,4 @@ def test_an_added_token_may_match_whole_words_alone(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     tokenizer, peer = Tokenizer.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in ("a   thing and things", "thing thinga", "<|endoftext|>thing"):
-        assert tokenizer.encode_marked(text).ids == peer(text).input_ids
+        assert tokenizer.encode_marked(text) == peer(text).input_ids
