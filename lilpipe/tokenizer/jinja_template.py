@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lilpipe.errors import DataError
 from lilpipe.schemas.messages import Message
-from lilpipe.tokenizer.marked import LITERAL, Encoded, contains, escape, names_pattern, strip_marks
+from lilpipe.tokenizer.marked import Encoded, contains, escape, names_pattern, strip_marks
 
 # `generation` is a tag of transformers: it marks the tokens of `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = """\
@@ -227,38 +227,42 @@ class JinjaTemplate:
         answered = self._text(self._plain, messages[: position + 1], tools, False)
         exact = text.startswith(prompt)
         start = len(prompt) if exact else self._agreeing_start(messages, tools, text, position, prompt)
-        if start is not None and text.startswith(answered) and start < len(answered):
+        if text.startswith(answered) and start < len(answered):
             return Span(start, len(answered), exact)
-        if start is None or len(messages) < 3:  # the shortest conversation tells what ends a turn
+        content = messages[position].get("content")
+        said = content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
+        place = text.find(said, start)
+        if place < 0 or len(messages) < 3:  # the shortest conversation tells what ends a turn
             raise DataError(
                 f"chat template: up to message {position} a conversation renders to {answered[-60:]!r} alone, "
                 f"to other text after the prompt {prompt[-60:]!r} or within the conversation; expected each to "
                 "start the next. Mark answers in the template with {% generation %} and {% endgeneration %}"
             )
-        turn_end = tokenizer.decode([self.end_of_turn_id(tokenizer)])
-        found = re.compile(f"(?<!{LITERAL}){re.escape(turn_end)}").search(text, start)
+        # gpt-oss ends the last answer in another token than those before; a call of tools contains special tokens.
+        ends = tokenizer.special_ids if said else [tokenizer.decode([self.end_of_turn_id(tokenizer)])]
+        found = names_pattern(ends).search(text, place + len(said))
         return Span(start, len(text) if found is None else found.end(), exact)
 
     def _agreeing_start(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, text: str, position: int, prompt: str
-    ) -> int | None:
+    ) -> int:
         """Return where an answer begins whose prompt ends in other text than the conversation has there.
 
         Their common start ends at a tag or line behind the header of the answer; if it does not reach that far, the
-        answer begins with its content. ``None`` if the template changes the content.
+        answer begins where the conversation would change with another answer.
         """
-        same = next((place for place, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), 0)
-        whole = re.match(r"(?s).*[\n>\]]", text[:same])
+        whole = re.match(r"(?s).*[\n>\]]", text[: _first_difference(prompt, text)])
         asked = self._text(self._plain, messages[:position], tools, False)
         if whole is not None and whole.end() > len(asked) and text.startswith(asked):
             return whole.end()
-        content = messages[position].get("content")
-        if not isinstance(content, str):
-            return None
-        message = {**messages[position], "content": START + content}
-        marked = self._text(self._plain, [*messages[:position], message, *messages[position + 1 :]], tools, False)
-        before, mark, after = marked.partition(START)
-        return len(before) if mark and text.startswith(before + after) else None
+        other: Message = {"role": "assistant", "content": START}
+        changed = self._text(self._plain, [*messages[:position], other, *messages[position + 1 :]], tools, False)
+        return _first_difference(changed, text)
+
+
+def _first_difference(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _escaped(
