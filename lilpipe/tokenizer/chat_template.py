@@ -39,11 +39,6 @@ def render(
     mask: list[bool] = []
     for position, message in enumerate(messages):
         header = _header(tokenizer, message["role"], position)
-        if message.get("tool_calls"):
-            raise DataError(
-                f"message {position}: has tool calls, which our chat template has no place for; remove them, or use an "
-                "imported tokenizer with a template for tools"
-            )
         turn = [header, *tokenizer.encode(message["content"]), tokenizer.turn_end_id]
         ids += turn
         mask += [False] + [message["role"] == "assistant"] * (len(turn) - 1)

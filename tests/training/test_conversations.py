@@ -11,7 +11,8 @@ from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer import encoding
 from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE
-from lilpipe.training.conversations import check_answers, check_export, check_masks, encode, mix
+from lilpipe.training.conversation_encoding import encode
+from lilpipe.training.conversations import check_answers, check_export, check_masks, mix
 from tests.tokenizer.foreign import with_special_tokens
 
 
