@@ -22,6 +22,7 @@ from lilpipe.model.transformer import ModelPart, Transformer
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
 from tests.model.checkpoints import ARCHITECTURES, MLA, MOE, SMALL, small_model, small_tokenizer
+from tests.model.options import of_family
 
 MODEL_TYPES = {"Llama": "llama", "Qwen": "qwen3", "GPT": "gpt2", "GLM": "glm4_moe", "DeepSeek": "deepseek_v3"}
 
@@ -99,7 +100,7 @@ def test_a_model_comes_back_as_it_was(tmp_path, changes):
     "changes",
     [
         {"logit_softcap": 5.0},
-        {"architecture": "gpt2", "num_kv_heads": 4, "logit_softcap": 5.0},
+        {**of_family("gpt2"), "num_kv_heads": 4, "logit_softcap": 5.0},
         {"moe": MoEConfig(num_experts=4, n_shared_experts=0, moe_intermediate_size=24)},
         {"moe": MOE, "mla": MLA, "logit_softcap": 5.0},
     ],
