@@ -2,8 +2,8 @@
 
 A directory holds ``config.json``, weights in safetensors (one file, or shards with an index),
 ``generation_config.json`` and the tokenizer's files. All stages read and write this layout, so models need no
-conversion. Checkpoints of other projects (Llama, GPT-2, Qwen 3, and small ones with the architecture of DeepSeek-V3 or
-GLM-4.5) load if the decoder computes them exactly. Weights are never pickles. Equal weights give equal bytes.
+conversion. Checkpoints of other projects load if the decoder computes them exactly (``families``). Weights are never
+pickles. Equal weights give equal bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def save_tensors(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     layout = adapter_for(config)
-    renamed = (item for group in _by_layer(tensors) for item in layout.to_hf(group).items())
+    renamed = (item for group in _by_layer(tensors) for item in layout.to_hf(group, config).items())
     write_tensors(renamed, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
     special = _special_ids(tokenizer)
     write_atomically(directory / GENERATION_FILE, _json(special))
@@ -194,7 +194,7 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
         config = ModelConfig(**layout.read(stated))
     except ValidationError as error:
         raise ArtifactError(f"{path}: {explain(error)}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ArtifactError(f"{path}: {error}") from error
     vocab_size = stated.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -207,12 +207,12 @@ def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
     path = directory / CONFIG_FILE
     try:
         stated = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); expected the directory of a checkpoint") from error
     if not isinstance(stated, dict):
         raise ArtifactError(f"{path}: got a JSON {type(stated).__name__}, expected an object")
     layouts = {layout.model_type: layout for layout in LAYOUTS}
-    if (model_type := stated.get("model_type")) not in layouts:
+    if not isinstance(model_type := stated.get("model_type"), str) or model_type not in layouts:
         raise ArtifactError(
             f"{path}: model_type: got {model_type!r}, expected one of {', '.join(layouts)}; other "
             "architectures are not supported"
@@ -224,7 +224,9 @@ def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
     return layouts[model_type], {key: value for key, value in stated.items() if value is not None or key in _NULLABLE}
 
 
-_NULLABLE = ("q_lora_rank",)
+_NULLABLE = (
+    *("q_lora_rank", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"),
+)
 """Keys whose null is meaningful; other keys with null count as absent."""
 
 

@@ -216,8 +216,8 @@ class _Worker:
     def _mask(self, phase: Phase) -> float:
         """Return bytes per token of masks and scores that attention keeps, on a CPU.
 
-        A mask of documents or of a sliding window is [rows, T, T], converted to float. Soft-capped scores are kept three
-        times, [rows, H, T, T] each.
+        A mask of documents or of a sliding window is [rows, T, T], converted to float. Soft-capped scores are kept
+        three times, [rows, H, T, T] each.
         """
         if not self.on_cpu:
             return 0.0
