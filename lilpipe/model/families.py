@@ -259,6 +259,7 @@ FAMILIES: tuple[Family, ...] = (
                     "norm_topk_prob": "norm_topk_prob",
                 },
                 SOFTMAX | {"first_k_dense_replace": 0},
+                renamed={"num_experts": "num_local_experts"},
             ),
             DenseLayers(),
         ),

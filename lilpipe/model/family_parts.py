@@ -117,11 +117,11 @@ class Rope:
         """Write all keys that the versions of transformers read."""
         scaling = write_scaling(config.rope_scaling)
         parameters = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
-        if self.partial is not None:
-            parameters["partial_rotary_factor"] = config.partial_rotary_factor
         stated = {self.theta_key: config.rope_theta, "rope_parameters": parameters}
         if self.partial is not None:
-            stated[self.partial_key] = config.partial_rotary_factor
+            parameters["partial_rotary_factor"] = config.partial_rotary_factor
+            if (self.partial, config.partial_rotary_factor) != (1, 1):
+                stated[self.partial_key] = config.partial_rotary_factor
         return stated | ({"rope_scaling": scaling} if scaling else {})
 
 
@@ -319,9 +319,12 @@ class Experts:
     """Our settings that all models of the class share."""
     trained_bias: bool = False
     """Whether the router has a bias; our files state the rate of its update."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Their keys to the keys that newer files have instead."""
 
     def read(self, stated: Stated, values: dict[str, Any]) -> dict[str, Any]:
         """If all blocks are dense, ``moe`` is None."""
+        stated = {**stated, **{old: stated[new] for old, new in self.renamed.items() if new in stated}}
         experts = {**self.fixed, **read_keys(stated, self.keys)}
         if self.trained_bias and "bias_update_rate" in stated:
             experts["bias_update_rate"] = stated["bias_update_rate"]
