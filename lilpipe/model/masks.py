@@ -128,8 +128,8 @@ def _attend_capped(
 ) -> Tensor:
     """Return attention with soft-capped scores, which PyTorch's fused kernels do not compute."""
     q_BKGTE = q_BHTE.unflatten(1, (k_BKSE.shape[1], -1))
-    scale = q_BHTE.shape[-1] ** -0.5 if scale is None else scale
-    scores_BKGTS = softcap * torch.tanh((q_BKGTE * scale) @ k_BKSE[:, :, None].transpose(-1, -2) / softcap)
+    scaled_BKGTE = q_BKGTE * (q_BHTE.shape[-1] ** -0.5 if scale is None else scale)
+    scores_BKGTS = softcap * torch.tanh(scaled_BKGTE @ k_BKSE[:, :, None].transpose(-1, -2) / softcap)
     if mask is None:
         T, S = scores_BKGTS.shape[-2:]
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril()[None, None]

@@ -222,8 +222,12 @@ class Decoder(nn.Module):
         self, num_tokens: int, positions_BT: Tensor | None, dtype: torch.dtype
     ) -> dict[RopeKind, Angles | None]:
         """Return RoPE cosines and sines for the tokens' positions, by kind of RoPE."""
+        tables: dict[RopeKind, tuple[Tensor | None, Tensor | None]] = {
+            "global": (self.rope_cos, self.rope_sin),
+            "local": (self.local_cos, self.local_sin),
+        }
         angles: dict[RopeKind, Angles | None] = {"none": None}
-        for kind, cos, sin in (("global", self.rope_cos, self.rope_sin), ("local", self.local_cos, self.local_sin)):
+        for kind, (cos, sin) in tables.items():
             if cos is None or sin is None:
                 continue
             cos, sin = cos.to(dtype), sin.to(dtype)
