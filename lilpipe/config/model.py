@@ -323,7 +323,19 @@ _HEADS_ONLY = (
 
 
 class ImportModelConfig(Section):
-    """A Hugging Face model as the input of a step."""
+    """An open model as the input of a step. Set `path` or `repo_id`."""
 
     path: str = ""
-    """Directory in Hugging Face format: Llama, Qwen 3, GPT-2, or a small GLM-4.5 or DeepSeek-V3 model."""
+    """Directory in Hugging Face format, or a GGUF file (extra `hf`)."""
+    repo_id: str = ""
+    """Repository of the Hugging Face hub, such as `HuggingFaceTB/SmolLM2-135M`. Downloads need `HF_HUB_OFFLINE=0`."""
+    revision: str = "main"
+    """Branch, tag or commit of `repo_id`. The commit that it names is part of the fingerprint."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ImportModelConfig:
+        if self.path and self.repo_id:
+            raise ValueError(f"path {self.path} and repo_id {self.repo_id}: expected one of them; remove the other")
+        if self.revision != "main" and not self.repo_id:
+            raise ValueError(f"revision {self.revision} would be ignored without repo_id; remove it, or set repo_id")
+        return self

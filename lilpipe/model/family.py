@@ -21,7 +21,8 @@ Stated = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 """Tensors of one layer, or those outside the layers."""
 MAX_LAYERS = 10_000
-"""More layers than any model has: a wrong number would take hours before the weights show it."""
+MAX_POSITIONS = 2**24
+"""More layers and positions than any model has: a wrong number would take hours or all memory."""
 
 
 class Part(Protocol):
@@ -108,7 +109,8 @@ class Family:
         if stated["num_key_value_heads"] is None:
             stated |= every_head
         values = {"architecture": self.model_type, **read_keys(stated, self.keys)}
-        check_layers(values["num_layers"])
+        check_size("number of layers", values["num_layers"], MAX_LAYERS)
+        check_size("number of positions", values["max_seq_len"], MAX_POSITIONS)
         for part in self.parts:
             values |= part.read(stated, values)
         if "dropout" in stated and "dropout" not in self.keys:
@@ -123,10 +125,10 @@ def read_keys(stated: Stated, keys: Mapping[str, str]) -> dict[str, Any]:
     return {ours: stated[theirs] for ours, theirs in keys.items()}
 
 
-def check_layers(num_layers: Any) -> None:
-    """Raise ``ValueError`` for a number of layers that no model has."""
-    if not isinstance(num_layers, int) or not 0 < num_layers <= MAX_LAYERS:
-        raise ValueError(f"number of layers: got {num_layers!r}, expected 1 to {MAX_LAYERS:,}")
+def check_size(name: str, value: Any, most: int) -> None:
+    """Raise ``ValueError`` for a number that no model has."""
+    if not isinstance(value, int) or not 0 < value <= most:
+        raise ValueError(f"{name}: got {value!r}, expected 1 to {most:,}")
 
 
 def _relevant(config: ModelConfig) -> dict[str, Any]:

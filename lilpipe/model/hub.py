@@ -30,6 +30,9 @@ from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+MAX_CONFIG_BYTES = 10**7
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights. Others are quantized, and their scales are elsewhere."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
@@ -163,12 +166,27 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int) -> None:
     """Raise ``ArtifactError`` for a missing or unexpected tensor, or one of another shape."""
     given = dict(_renamed(directory, config, shapes_only=True))
-    with torch.device("meta"):
-        expected = dict(Transformer(config, vocab_size).state_dict())
+    num_layers = len({_layer(name) for name in given} - {-1})
+    if config.num_layers > num_layers + 1:  # otherwise the missing tensors are named
+        raise ArtifactError(
+            f"{directory}: number of layers: got {config.num_layers:,} in {CONFIG_FILE}, expected the {num_layers:,} "
+            "of the weights; copy all files from the same checkpoint"
+        )
+    try:
+        with torch.device("meta"):
+            expected = dict(Transformer(config, vocab_size).state_dict())
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's, for numbers that do not fit in 64 bits
+        reason = str(error).partition("\n")[0][:200]
+        raise ArtifactError(f"{directory}: {CONFIG_FILE}: impossible sizes ({reason})") from error
     for name in sorted(expected.keys() | given.keys()):
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (given, expected))
         if got != wanted:
             raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} from {CONFIG_FILE}")
+        if (dtype := given[name].dtype) not in FLOATS:
+            raise ArtifactError(
+                f"{directory}: {name}: got {dtype}, expected one of {', '.join(map(str, FLOATS))}; use the unquantized "
+                "checkpoint"
+            )
 
 
 def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -206,6 +224,8 @@ def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
     """Return the adapter for the ``model_type`` in ``config.json``, and the file's content."""
     path = directory / CONFIG_FILE
     try:
+        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"{size:,} bytes, expected at most {MAX_CONFIG_BYTES:,}")
         stated = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); expected the directory of a checkpoint") from error
