@@ -312,7 +312,7 @@ def import_model(
     console = Console(highlight=False)
     console.print(f"{'cached' if cached else 'imported'}: {artifact.path}", markup=False, soft_wrap=True)
     shown = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
-    console.print(f'To use it as a step: stage = "import_model", settings = {{{shown}}}')
+    console.print(f'To use it as a step: stage = "import_model", settings = {{{shown}}}', soft_wrap=True)
 
 
 @app.command()

