@@ -194,6 +194,14 @@ def check_gguf(path: Path) -> None:
         )
 
 
+def _dequantized() -> dict[str, Any]:
+    """Return the option by which transformers, from version 5.20 on, unpacks the weights."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 def convert_gguf(path: Path, scratch: Path) -> Path:
     """Convert a GGUF file to a Hugging Face directory in ``scratch``, with the whole model in memory in float32.
 
@@ -213,7 +221,9 @@ def convert_gguf(path: Path, scratch: Path) -> Path:
     shutil.rmtree(directory, ignore_errors=True)
     try:
         options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options, **_dequantized())
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)  # its weights are plain tensors now
         model.save_pretrained(directory)
         AutoTokenizer.from_pretrained(path.parent, **options).save_pretrained(directory)
     except Exception as error:  # damaged files fail in many ways in gguf and transformers

