@@ -59,7 +59,7 @@ SIGMOID_KEYS = {
     "first_k_dense_replace": "first_k_dense_replace",
     "routed_scaling_factor": "routed_scaling_factor",
 }
-SIGMOID = {"hidden_act": "silu", "attention_bias": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
+SIGMOID = {"hidden_act": "silu", "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 
 
 def _gpt2_from_hf(tensors: dict[str, Tensor], config: ModelConfig, stated: Stated) -> dict[str, Tensor]:  # noqa: ARG001
@@ -276,7 +276,7 @@ FAMILIES: tuple[Family, ...] = (
         "DeepseekV3ForCausalLM",
         keys=LLAMA_KEYS,
         parts=(Rope(), Experts(SIGMOID_KEYS, trained_bias=True), Latents()),
-        fixed=SIGMOID,
+        fixed=SIGMOID | NO_BIAS,
         constants=NO_DROPOUT | {"num_nextn_predict_layers": 0},
         defaults=UNTIED | {"n_group": 8, "topk_group": 4},
         from_hf=_deepseek_from_hf,
@@ -286,11 +286,11 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "glm4_moe",
         "Glm4MoeForCausalLM",
-        keys=LLAMA_KEYS | {"qk_norm": "use_qk_norm"},
+        keys=LLAMA_KEYS | {"qk_norm": "use_qk_norm", "attention_bias": "attention_bias"},
         parts=(HeadDim(), Rope(partial=0.5), Experts(SIGMOID_KEYS, trained_bias=True)),
         fixed=SIGMOID,
         constants=NO_DROPOUT | {"num_nextn_predict_layers": 0},
-        defaults=UNTIED | {"head_dim": 128, "use_qk_norm": False},
+        defaults=UNTIED | NO_BIAS | {"head_dim": 128, "use_qk_norm": False},
         from_hf=fused.experts_from_hf,
         to_hf=fused.experts_to_hf,
         accepts=_has_shared_expert,

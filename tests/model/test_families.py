@@ -11,7 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lilpipe.config.families import FAMILY_OPTIONS
 from lilpipe.config.model import ModelConfig
+from lilpipe.config.overrides import merge
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.sampling import SamplingConfig
+from lilpipe.config.training import PretrainConfig
+from lilpipe.errors import ArtifactError
 from lilpipe.generation.engine import generate
 from lilpipe.generation.fused import is_fusable
 from lilpipe.model.families import FAMILIES
@@ -97,6 +101,12 @@ CASES = {
         "Qwen3Moe",
         EXPERTS | {"num_experts": 5, "moe_intermediate_size": 20, "norm_topk_prob": True},
     ),
+    "glm4_moe, partly rotated": (
+        "Glm4Moe",
+        {"head_dim": 12, "use_qk_norm": True, "attention_bias": True, "n_routed_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 20, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5}
+        | {"num_nextn_predict_layers": 0},
+    ),
 }
 """Name to the prefix of the classes in transformers, and settings: all of a class that the decoder computes."""
 
@@ -150,7 +160,7 @@ def relative(got, expected):
 
 def test_each_family_has_a_case():
     assert {layout.model_type for layout in FAMILIES} == set(FAMILY_OPTIONS)
-    tested_elsewhere = {"gpt2", "glm4_moe", "deepseek_v3"}  # test_gpt2, test_hub
+    tested_elsewhere = {"gpt2", "deepseek_v3"}  # test_gpt2, test_hub
     assert {name.split(",")[0].split(" ")[0] for name in CASES} == set(FAMILY_OPTIONS) - tested_elsewhere
 
 
@@ -181,6 +191,7 @@ def test_files_go_out_as_they_came_in(case, tmp_path):
     save_model(model, small_tokenizer(), tmp_path)
     before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (directory, tmp_path))
     ignored = {"transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "_name_or_path"}
+    ignored |= {"bias_update_rate"}  # only later stages read it
     # What layer_types, no_rope_layers and rope_parameters say as well:
     ignored |= {"max_window_layers", "no_rope_layer_interval", "partial_rotary_factor", "rotary_pct"}
     both = {key: (before.get(key), after.get(key)) for key in before.keys() | after.keys() if key not in ignored}
@@ -283,8 +294,6 @@ def load_fresh(**options):
     ],
 )
 def test_what_is_not_computed_exactly_is_refused_by_name(name, changes, message, root, tmp_path):
-    from lilpipe.errors import ArtifactError
-
     directory, _ = saved(name, root)
     stated = json.loads((directory / "config.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(stated))
@@ -295,6 +304,57 @@ def test_what_is_not_computed_exactly_is_refused_by_name(name, changes, message,
 def test_plain_decoders_are_decoded_by_the_fused_step(root):
     fused = {name for name in CASES if is_fusable(load_model(saved(name, root)[0])[0])}
     assert fused >= {"llama", "llama, linear", "mistral", "phi3"}
+
+
+def test_the_guide_has_a_row_for_each_family():
+    page = (Path(__file__).parents[2] / "docs/guides/models.md").read_text(encoding="utf-8")
+    for family in FAMILIES:
+        options = FAMILY_OPTIONS[family.model_type].items()
+        shown = ((name, str(value).lower() if isinstance(value, bool) else value) for name, value in options)
+        cells = ", ".join(f"`{name} = {value}`" for name, value in shown)
+        assert f"| `{family.model_type}` | `{family.class_name}` | {cells} |" in page
+
+
+def test_a_family_sets_the_options_that_are_not_given():
+    base = PipelineConfig(recipe="x", steps={}).model_dump(by_alias=True)
+    for changes in ({"architecture": "gemma2", "norm": "rms"}, {"architecture": "gpt2", "num_kv_heads": 4}):
+        merge(base, {"pretrain": {"model": changes}}, model=PipelineConfig, where="test")
+        assert PipelineConfig(**base).pretrain.model == ModelConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_local_theta": 5.0}, r"rope_local_theta 5\.0 would be ignored by sliding_window null"),
+        ({"layer_types": ("full_attention",)}, r"layer_types .* would be ignored by sliding_window null"),
+        (
+            {"sliding_window": 4, "layer_types": ("full_attention",)},
+            r"layer_types: got 1 layers, expected num",
+        ),
+        ({"nope_layers": (6,)}, r"nope_layers: got \(6,\), expected increasing numbers below num_layers 6"),
+        (
+            {"position_embedding": "learned", "partial_rotary_factor": 0.5},
+            r"partial_rotary_factor 0\.5 would be ignored",
+        ),
+        ({"mla": {}, "sliding_window": 4}, r"sliding_window 4 would be ignored by mla"),
+        ({"moe": {}, "hidden_act": "gelu"}, r"hidden_act gelu would be ignored by moe"),
+        ({"moe": {"scoring_func": "softmax"}}, r"bias_update_rate 0\.001 would be ignored"),
+        ({"parallel_residual": True, "norm_placement": "both"}, r"norm_placement both must be pre"),
+        ({"partial_rotary_factor": 0.01}, r"must be at least 2"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 3}}, r"beta_fast would be ignored by"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, r"original_max_position_embeddings: missing"),
+    ],
+    ids=str,
+)
+def test_options_that_others_would_ignore_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**changes)
+
+
+def test_a_layout_that_cannot_divide_a_norm_over_all_heads_is_refused():
+    model = {"architecture": "olmo2", "num_layers": 2}
+    with pytest.raises(ValueError, match=r"parallel\.tensor 2 is not supported with model\.qk_norm projection"):
+        PretrainConfig(model=ModelConfig(**model), parallel={"tensor": 2}, num_workers=2)
 
 
 @pytest.mark.slow
