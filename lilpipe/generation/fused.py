@@ -19,6 +19,7 @@ from torch import Tensor
 from lilpipe.generation.paged_attention import DecodeView
 from lilpipe.model.attention import Attention
 from lilpipe.model.layers import ACTIVATIONS, GatedMLP, Linear
+from lilpipe.model.lora import LoRALinear
 from lilpipe.model.rope import apply_rope
 from lilpipe.model.transformer import Block, Transformer
 
@@ -35,7 +36,7 @@ class _Weights(NamedTuple):
 
 
 def is_fusable(model: Transformer) -> bool:
-    """Whether the model is on a CPU and like Llama: no experts, latent attention, other norms, biases or adapters."""
+    """Whether the model is on a CPU and like Llama: no experts, latent attention, other norms or biases."""
     config = model.config
     plain = config.norm == "rms" and config.norm_placement == "pre" and not config.parallel_residual
     plain = plain and config.gated_mlp and config.moe is None and config.mla is None and not config.qk_norm
@@ -46,11 +47,11 @@ def is_fusable(model: Transformer) -> bool:
     linear = [
         module for block in model.model.layers.values() for name, module in block.named_modules() if "proj" in name
     ]
-    return all(type(module) is Linear for module in linear)
+    return all(type(module) in (Linear, LoRALinear) for module in linear)
 
 
 class FusedDecoder:
-    """Decodes with a copy of the model's weights, taken at construction."""
+    """Decodes with a copy of the model's weights, taken at construction, with adapters merged into it."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -93,7 +94,11 @@ def _fuse(block: Block) -> _Weights:
     before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
     assert isinstance(before, Tensor)
     assert isinstance(between, Tensor)
-    qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]) * before
-    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * between
-    matrices = (w.t().contiguous() for w in (qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight))
+    qkv = torch.cat([_full(attention.q_proj), _full(attention.k_proj), _full(attention.v_proj)]) * before
+    gate_up = torch.cat([_full(mlp.gate_proj), _full(mlp.up_proj)]) * between
+    matrices = (w.t().contiguous() for w in (qkv, _full(attention.o_proj), gate_up, _full(mlp.down_proj)))
     return _Weights(*matrices, scoring=attention.scoring)
+
+
+def _full(linear: Linear) -> Tensor:
+    return linear.full_weight if isinstance(linear, LoRALinear) else linear.weight

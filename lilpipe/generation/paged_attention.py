@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lilpipe.generation.page_layout import BatchLayout
+from lilpipe.generation.batch_layout import BatchLayout
 from lilpipe.generation.pages import CLOSED, PAGE_SIZE, PagePool, score_dtype
 from lilpipe.model.attention import AttendingView
 from lilpipe.model.masks import RowMasks

@@ -7,8 +7,9 @@ decoder in ``lilpipe.model`` with all its options.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+from lilpipe.config.lora import LoRAConfig, Projection
 from lilpipe.config.model import ModelConfig, MoEConfig
 
 Recomputed = Literal["none", "selective", "full"]
@@ -57,6 +58,13 @@ def _biases(config: ModelConfig, layer: int) -> int:
     if not config.mlp_bias or layer >= config.first_moe_layer:
         return attention
     return attention + (1 + config.gated_mlp) * config.intermediate_size + config.hidden_size
+
+
+def adapter_parameters(config: ModelConfig, lora: LoRAConfig) -> int:
+    """Return the parameters of the adapters of one dense block."""
+    matrices = zip(get_args(Projection), block_matrices(config, 0), strict=False)
+    adapted = [matrix for name, matrix in matrices if name in lora.projections]
+    return sum(lora.r * (m.inputs + m.outputs) + (m.outputs if lora.use_dora else 0) for m in adapted)
 
 
 def block_matrices(config: ModelConfig, layer: int, *, active: bool = False) -> list[Shape]:

@@ -12,7 +12,7 @@ from lilpipe.artifact import Inputs
 from lilpipe.config.model import ImportModelConfig
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import check_model, model_files
-from lilpipe.model.sources import digests, fetch, write_origin
+from lilpipe.model.model_sources import digests, fetch, write_origin
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import TOKENIZER_FILES
 

@@ -1,7 +1,6 @@
 """Stage ``classify``: fine-tuning for text classification, with a head of one output per label.
 
-The label is predicted at the last token, the only one that attends to the whole text. The validation split is chosen by
-a hash of the normalized text, so that equal texts are in the same split.
+The label is predicted at the last token, the only one that attends to the whole text.
 
 Dimensions: B texts, T tokens, O labels.
 """
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,21 +21,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilpipe import charts, distributed, page
-from lilpipe.artifact import Inputs, one_input, optional_input
+from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.reward_model import ClassifyConfig
 from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_rows
 from lilpipe.model.hub import check_model
+from lilpipe.model.lora import add_adapters
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
-from lilpipe.schemas.examples import read_prompts
 from lilpipe.schemas.order import count_steps, rows_by_micro_batch
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.training import finetune
 from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, precision_recall_f1
 from lilpipe.training.finetune import TokenBatch, Workers
+from lilpipe.training.labelled_texts import LabelledText, distinct_texts, is_validation, read_texts
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, TrainerModule
 from lilpipe.training.training_report import write_report
@@ -46,84 +46,12 @@ SHOWN = 30
 
 
 @dataclass(frozen=True)
-class LabelledText:
-    """A text and its label."""
-
-    text: str
-    label: str
-
-
-@dataclass(frozen=True)
 class ClassifierExample:
     """A text as token ids, and the index of its label."""
 
     text: str
     ids: list[int]
     label: int
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
-
-
-def read_texts(config: ClassifyConfig, inputs: Inputs) -> list[LabelledText]:
-    """Return the texts of ``classify.path``, or else the questions of the train split with their families as labels."""
-    source = optional_input(inputs, "prompts")
-    if config.path is not None:
-        return read_jsonl(Path(config.path), text_key=config.text_key, label_key=config.label_key)
-    if source is None:
-        raise ConfigError("classify.path: got none, and the step has no input `prompts`; set one of them")
-    return [LabelledText(prompt.question, prompt.family) for prompt in read_prompts(source.path, "train")]
-
-
-def read_jsonl(path: Path, *, text_key: str, label_key: str) -> list[LabelledText]:
-    """Read a text and a label from each line. Raises ``DataError`` naming the line if one of them is missing."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            text, label = row[text_key], row[label_key]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path}:{number}: got {line[:80]!r} ({error!r}), expected a JSON object with {text_key!r} and "
-                f"{label_key!r}; fix the row, or set classify.text_key and classify.label_key"
-            ) from error
-        if not isinstance(text, str) or not text.strip() or isinstance(label, dict | list | None):
-            raise DataError(
-                f"{path}:{number}: got text {str(text)[:80]!r} and label {label!r}, expected a non-empty text "
-                "and a label; remove the row"
-            )
-        found.append(LabelledText(text, str(label)))
-    return found
-
-
-def distinct_texts(texts: Sequence[LabelledText]) -> list[LabelledText]:
-    """Remove duplicate texts. Raises ``DataError`` for a text with two labels, or fewer than two labels in total."""
-    by_text: dict[str, LabelledText] = {}
-    contradictions = []
-    for item in texts:
-        first = by_text.setdefault(_normalise(item.text), item)
-        if first.label != item.label:
-            contradictions.append((item.text, first.label, item.label))
-    if contradictions:
-        text, first, second = contradictions[0]
-        raise DataError(
-            f"classify: {len(contradictions)} of {len(texts)} texts occur with two labels, expected one; the "
-            f"first is {text[:80]!r}: {first!r} and {second!r}; keep one of them"
-        )
-    labels = sorted({item.label for item in texts})
-    if len(labels) < 2:
-        raise DataError(f"classify: got the labels {labels} in {len(texts)} texts, expected at least two")
-    return list(by_text.values())
-
-
-def is_validation(text: str, share: float) -> bool:
-    """Return whether a text belongs to the validation split; depends only on the text and the ratio."""
-    digest = hashlib.sha256(f"classify/{_normalise(text)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def check_classes(
@@ -161,9 +89,9 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     training = [example for example in fitting if not is_validation(example.text, config.validation_ratio)]
     check_classes(labels, training, validation)
     num_steps = _num_steps(config, len(training))
-    freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
-    with torch.device("meta"):
-        trained_parameters = count_trained(shape, vocab_size, len(labels), freeze)
+    freeze = None
+    if config.lora is None:
+        freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
     workers = finetune.Workers(config)
     objective = LabelObjective(training, config, padding_id=tokenizer.padding_id, workers=workers)
     trainer_module = finetune.build(
@@ -190,7 +118,7 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "steps": float(num_steps),
         "texts": float(len(training)),
         "validation_texts": float(len(validation)),
-        "trained_parameters": float(trained_parameters),
+        "trained_parameters": float(count_trained(config, shape, vocab_size, len(labels))),
         **result.metrics,
         "largest_class_ratio": largest / len(validation),
         "tokens_per_second": result.tokens_per_second,
@@ -223,10 +151,14 @@ def _freeze(stage: Transformer, *, num_layers: int, embedding: bool) -> None:
                 part.requires_grad_(False)
 
 
-def count_trained(shape: ModelConfig, vocab_size: int, num_labels: int, freeze: Callable[[Transformer], None]) -> int:
+def count_trained(config: ClassifyConfig, shape: ModelConfig, vocab_size: int, num_labels: int) -> int:
     """Return the number of trainable parameters of the whole model."""
-    model = HeadModel(shape, vocab_size, num_labels)
-    freeze(model)
+    with torch.device("meta"):
+        model = HeadModel(shape, vocab_size, num_labels)
+        if config.lora is None:
+            _freeze(model, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
+        else:
+            add_adapters(model, config.lora, seed=0, stage="classify")
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -267,15 +199,16 @@ class LabelObjective:
         """Return the micro-batches of a step."""
         rank, world_size = self._workers.data_rank, self._workers.num_data_ranks
         parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
-        return [self._batch([self._examples[row] for row in part]) for part in parts]
+        return [self._batch(part) for part in parts]
 
-    def _batch(self, examples: Sequence[ClassifierExample]) -> TokenBatch:
-        device = distributed.device()
+    def _batch(self, rows: Sequence[int]) -> TokenBatch:
+        device, examples = distributed.device(), [self._examples[row] for row in rows]
         tokens_BT, lengths_B = pad_rows([example.ids for example in examples], padding_id=self._padding_id)
         labels_B = torch.tensor([example.label for example in examples], device=device)
         extra = _Labels(lengths_B.to(device), labels_B, num_tokens=int(lengths_B.sum()))
         tokens_BT = tokens_BT.to(device)
-        return TokenBatch(tokens_BT, torch.full_like(tokens_BT, IGNORED), extra=extra)
+        sequences_BT = torch.tensor(rows, device=device)[:, None].expand_as(tokens_BT)
+        return TokenBatch(tokens_BT, torch.full_like(tokens_BT, IGNORED), extra=extra, sequences=sequences_BT)
 
     def loss(self, outputs_BTO: Tensor, batch: TokenBatch) -> Loss:
         """Return the cross-entropy, summed over texts."""

