@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -23,19 +23,26 @@ class PromptColumns(Section):
     """Column names (JSON keys) of a source.
 
     - `gsm8k`: `question`, `answer`.
-    - `instructions`: `messages`; or `instruction`, optional `input`, and `output`; or `prompt` and `response`.
+    - `instructions`: `messages`; or `conversations` (ShareGPT); or `instruction`, optional `input` and `history`, and
+      `output` (Alpaca); or `prompt` and `completion` or `response`, texts or lists of messages. All of them with
+      optional `system` and `tools`.
     - `programs`: `prompt`, `tests` and optional `response`.
     - `preferences`: `chosen`, `rejected` and optional `edited`, with `prompt` or `instruction` and optional `input`.
-      Completions and prompt may be lists of messages, and the prompt may be part of the completions' messages. Or
-      `completion` and `label`: one completion, and whether it is desirable (TRL's unpaired preferences).
+      Completions and prompt may be lists of messages, and the prompt may be the beginning that the completions share.
+      Or `completion` and `label`: one completion, and whether it is desirable (TRL's unpaired preferences).
+    - `auto`: any of these; or `question` and `answer` without a number; or `text`.
     """
 
     question: str = "question"
     answer: str = "answer"
     messages: str = "messages"
+    conversations: str = "conversations"
+    system: str = "system"
+    tools: str = "tools"
     instruction: str = "instruction"
     input: str = "input"
     output: str = "output"
+    history: str = "history"
     prompt: str = "prompt"
     response: str = "response"
     tests: str = "tests"
@@ -44,6 +51,7 @@ class PromptColumns(Section):
     edited: str = "edited"
     completion: str = "completion"
     label: str = "label"
+    text: str = "text"
 
 
 class PromptSource(Section):
@@ -54,15 +62,17 @@ class PromptSource(Section):
     unpaired completions: those of `train` for training, those of `validation` for validation.
     """
 
-    kind: Literal["gsm8k", "instructions", "programs", "preferences"]
-    """`gsm8k`: grade school mathematics (Cobbe et al. 2021), whose answers end with `#### N`. `instructions`:
+    kind: Literal["auto", "gsm8k", "instructions", "programs", "preferences"] = "auto"
+    """`auto`: the format of each row is recognised by its columns, and the log shows the number of rows of each.
+    `gsm8k`: grade school mathematics (Cobbe et al. 2021), whose answers end with `#### N`. `instructions`:
     instructions with a response, or conversations. `programs`: instructions with Python tests. `preferences`: a chosen
     and a rejected completion, optionally an edited one that is better than both; or one completion labelled desirable
     or not."""
-    name: str
-    """Name of the source: the family of its prompts, and part of their ids."""
+    name: str = ""
+    """Name of the source: the family of its prompts, and part of their ids. If empty, that of the file or data set."""
     path: str | None = None
-    """File, folder, glob or fsspec URL of JSON Lines, or of one JSON list; plain or compressed."""
+    """File, folder, glob or fsspec URL: JSON Lines, one JSON list, CSV or TSV (plain or compressed), or Parquet; or a
+    folder written by `save_to_disk` of `datasets`."""
     test_path: str | None = None
     """File of the official test split; all of its rows get the split `test`."""
     hub: str | None = None
@@ -82,13 +92,25 @@ class PromptSource(Section):
     """Fraction of the questions in the split `validation`."""
     documents_ratio: Ratio = 0.0
     """Fraction of the questions that become pretraining text, with their answers."""
-    demonstrations_ratio: Ratio = 0.4
-    """Fraction of the questions that are demonstrations for supervised fine-tuning, with their answers."""
+    demonstrations_ratio: Ratio | None = None
+    """Fraction of the questions that are demonstrations for supervised fine-tuning, with their answers. If None: 0.4;
+    with `kind` `auto` 0.4 of the rows that a program can verify, none of the preferences, and all others."""
     max_rows: PositiveInt | None = None
     """Maximum number of rows to read from `path` or `split`; if None, all."""
     max_malformed_ratio: Ratio = 0.01
     """Maximum fraction of malformed rows. Such rows are quarantined and counted; above this fraction of the source's
     rows, the stage fails."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            values = {"path": values}
+        place = values.get("path") or values.get("hub") if isinstance(values, dict) else None
+        if isinstance(place, str) and not values.get("name"):
+            parts = [part for part in place.split("/") if part.strip(".") and not any(sign in part for sign in "*?[")]
+            values = values | {"name": parts[-1].lstrip(".").split(".")[0] if parts else "data"}
+        return values
 
     @model_validator(mode="after")
     def _has_one_place(self) -> PromptSource:
@@ -134,8 +156,14 @@ class PromptSource(Section):
             "test": default if self.test_ratio is None else self.test_ratio,
             "validation": self.validation_ratio,
             "documents": self.documents_ratio,
-            "demonstrations": self.demonstrations_ratio,
+            "demonstrations": self._demonstrations_ratio,
         }
+
+    @property
+    def _demonstrations_ratio(self) -> float:
+        if self.demonstrations_ratio is None:
+            return 0.0 if self.kind == "auto" else 0.4  # `auto` decides row by row
+        return self.demonstrations_ratio
 
 
 FAMILY_NAMES = (
@@ -157,7 +185,7 @@ class PromptsConfig(Extensible):
     """Minimum and maximum difficulty of a family, in its unit (items, digits, operations); families that are not named
     use their default. Pretraining exercises exclude the hardest level."""
     sources: tuple[PromptSource, ...] = ()
-    """Data sets in addition to the generated tasks."""
+    """Data sets in addition to the generated tasks: tables of settings, or paths."""
     num_documents: NonNegativeInt = 20_000
     """Number of exercises as plain text for pretraining."""
     num_demonstrations: NonNegativeInt = 1_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
@@ -26,6 +26,16 @@ class SFTConfig(ParallelSection):
     that are not named are used once."""
     packing: Annotated[bool, Rounding] = True
     """Pack several whole conversations into a row, with attention masked between them: less padding, the same loss."""
+    mask_history: bool = False
+    """Loss on the last assistant message of each conversation only; if false, on all of them. A message's own `weight`
+    (0 to 1) multiplies its loss; 0 leaves it in the context without loss."""
+    excess_length_strategy: Literal["drop", "split", "raise"] = "drop"
+    """Conversations longer than the model's context. `drop`: left out, counted and listed in the report. `split`:
+    divided before user messages into parts that fit, each with the system message; plain texts into pieces as long as
+    the context. What does not fit even so is left out. `raise`: an error. None is ever truncated."""
+    max_malformed_ratio: Ratio = 0.01
+    """Maximum fraction of conversations that the chat template rejects or does not write out whole. They are left out,
+    counted and listed in the report; above this fraction the stage fails."""
     min_supervised_ratio: Ratio = 0.01
     """Minimum fraction of supervised tokens; below it the stage fails, since answers are probably missing."""
     neftune_noise_alpha: NonNegativeFloat = 0.0

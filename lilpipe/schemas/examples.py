@@ -6,17 +6,18 @@ error if its data contains a question of the validation or test split.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from lilpipe.errors import DataError
-from lilpipe.schemas.messages import Message
+from lilpipe.schemas.messages import Message, Tools, dump_json, from_rows, message_type, to_rows
 from lilpipe.schemas.tables import read_rows, write_rows
 
 Split = Literal["train", "validation", "test"]
@@ -30,10 +31,6 @@ PROMPT_SCHEMA = pa.schema(
     ]
 )
 DOCUMENT_SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
-MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string())])
-CONVERSATION_SCHEMA = pa.schema(
-    [("id", pa.string()), ("prompt_id", pa.string()), ("origin", pa.string()), ("messages", pa.list_(MESSAGE_TYPE))]
-)
 
 Verifier = Literal["answer", "numeric", "program", "none"]
 
@@ -58,12 +55,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with role and content; ``origin`` names the author of the answers."""
+    """Messages, or a plain text to learn as it is; ``origin`` names the author of the answers."""
 
     id: str
     prompt_id: str
     origin: str
     messages: list[Message]
+    tools: Tools | None = None
+    """Tools that the assistant may call."""
+    text: str | None = None
+    """Plain text; there are no messages then."""
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -97,12 +98,31 @@ def read_conversations(directory: Path) -> list[Conversation]:
     """Read the conversations of a Conversations artifact, or the demonstrations of a Prompts artifact."""
     path = directory / "conversations.arrow"
     rows = read_rows(path if path.exists() else directory / "demonstrations.arrow")
-    return [Conversation(**row) for row in rows]
+    return [_conversation(row) for row in rows]
+
+
+def _conversation(row: dict[str, Any]) -> Conversation:
+    tools = json.loads(row["tools"]) if row.get("tools") else None
+    return Conversation(
+        row["id"], row["prompt_id"], row["origin"], from_rows(row["messages"]), tools=tools, text=row.get("text")
+    )
 
 
 def write_conversations(path: Path, conversations: Sequence[Conversation]) -> None:
-    """Write conversations as one Arrow file."""
-    write_rows(path, [vars(item) for item in conversations], CONVERSATION_SCHEMA)
+    """Write conversations as one Arrow file; columns of tools and texts only if there are any."""
+    fields: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in ("id", "prompt_id", "origin")]
+    kind = message_type(message for item in conversations for message in item.messages)
+    fields.append(("messages", pa.list_(kind)))
+    fields += [
+        (name, pa.string())
+        for name in ("tools", "text")
+        if any(getattr(item, name) is not None for item in conversations)
+    ]
+    rows = [
+        vars(item) | {"messages": to_rows(item.messages), "tools": dump_json(item.tools) if item.tools else None}
+        for item in conversations
+    ]
+    write_rows(path, rows, pa.schema(fields))
 
 
 # --- held out -----------------------------------------------------------------------------------------------------
@@ -118,7 +138,7 @@ def normalise_question(question: str) -> str:
     return " ".join(_PUNCTUATION.sub(" ", text).split())
 
 
-def assert_not_held_out(questions: Iterable[str], prompts_directory: Path) -> None:
+def check_not_held_out(questions: Iterable[str], prompts_directory: Path) -> None:
     """Raise ``DataError`` if a training question is in the validation or test split of the Prompts artifact."""
     splits: tuple[Split, ...] = ("validation", "test")
     held_out = {

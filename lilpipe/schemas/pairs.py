@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from lilpipe.errors import DataError
-from lilpipe.schemas.examples import MESSAGE_TYPE
-from lilpipe.schemas.messages import Message
-from lilpipe.schemas.tables import read_rows
+from lilpipe.schemas.messages import Message, Tools, dump_json, from_rows, message_type, to_rows
+from lilpipe.schemas.tables import read_rows, write_rows
 
 PairSplit = Literal["train", "validation"]
 PAIRS_FILE = "pairs.arrow"
 EXAMPLES_FILE = "examples.arrow"
 
-PAIR_SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("split", pa.string()),
-        ("prompt", pa.list_(MESSAGE_TYPE)),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("edited", pa.string()),
-    ]
-)
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("prompt_id", pa.string()),
-        ("split", pa.string()),
-        ("prompt", pa.list_(MESSAGE_TYPE)),
-        ("completion", pa.string()),
-        ("label", pa.bool_()),
-    ]
-)
+_COMMON = [("prompt_id", pa.string()), ("split", pa.string()), ("prompt", pa.list_(message_type(())))]
+PAIR_SCHEMA = pa.schema([*_COMMON, *((name, pa.string()) for name in ("chosen", "rejected", "edited"))])
+EXAMPLE_SCHEMA = pa.schema([*_COMMON, ("completion", pa.string()), ("label", pa.bool_())])
+"""Schemas without the optional keys of messages and without tools."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +35,8 @@ class Pair:
     rejected: str
     edited: str | None = None
     """The chosen completion, improved by a person: edited > chosen > rejected (Grattafiori et al. 2024, 4.2.1)."""
+    tools: Tools | None = None
+    """Tools that the assistant may call."""
 
     @property
     def ranking(self) -> list[str]:
@@ -71,6 +58,8 @@ class UnpairedExample:
     prompt: list[Message]
     completion: str
     label: bool
+    tools: Tools | None = None
+    """Tools that the assistant may call."""
 
     @property
     def questions(self) -> list[str]:
@@ -89,7 +78,12 @@ def read_pairs(directory: Path, split: PairSplit) -> list[Pair]:
             f"{directory}: got unpaired completions ({EXAMPLES_FILE}), expected pairs; only dpo.loss_type = 'kto' "
             "trains on unpaired completions: set it, or make pairs (preferences.unpaired = false)"
         )
-    return [Pair(**row) for row in read_rows(directory / PAIRS_FILE) if row["split"] == split]
+    return [Pair(**_item(row)) for row in read_rows(directory / PAIRS_FILE) if row["split"] == split]
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write pairs as one Arrow file."""
+    _write(path, pairs, PAIR_SCHEMA)
 
 
 def check_pairs(train: Sequence[Pair], validation: Sequence[Pair]) -> None:
@@ -105,7 +99,29 @@ def check_pairs(train: Sequence[Pair], validation: Sequence[Pair]) -> None:
 
 def read_examples(directory: Path, split: PairSplit) -> list[UnpairedExample]:
     """Read the unpaired completions of one split of a Preferences or Prompts artifact, in file order."""
-    return [UnpairedExample(**row) for row in read_rows(directory / EXAMPLES_FILE) if row["split"] == split]
+    return [UnpairedExample(**_item(row)) for row in read_rows(directory / EXAMPLES_FILE) if row["split"] == split]
+
+
+def write_examples(path: Path, examples: Sequence[UnpairedExample]) -> None:
+    """Write unpaired completions as one Arrow file."""
+    _write(path, examples, EXAMPLE_SCHEMA)
+
+
+def _item(row: dict[str, Any]) -> dict[str, Any]:
+    tools = json.loads(row["tools"]) if row.get("tools") else None
+    return row | {"prompt": from_rows(row["prompt"]), "tools": tools}
+
+
+def _write(path: Path, items: Sequence[Pair | UnpairedExample], schema: pa.Schema) -> None:
+    prompt = pa.list_(message_type(message for item in items for message in item.prompt))
+    schema = schema.set(schema.get_field_index("prompt"), pa.field("prompt", prompt))
+    if any(item.tools for item in items):
+        schema = schema.append(pa.field("tools", pa.string()))
+    rows = [
+        vars(item) | {"prompt": to_rows(item.prompt), "tools": dump_json(item.tools) if item.tools else None}
+        for item in items
+    ]
+    write_rows(path, rows, schema)
 
 
 def check_examples(train: Sequence[UnpairedExample], validation: Sequence[UnpairedExample]) -> None:

@@ -1,44 +1,33 @@
-"""Conversations for fine-tuning: gathered, mixed, tokenized, and checked.
+"""Conversations for fine-tuning: gathered, mixed, and checked after they are tokenized.
 
-The checks verify on the token ids that each answer is supervised completely, with the token that ends its turn, and
-that no other token is.
+The checks verify on the token ids that the mask covers each answer completely, with the token that ends its turn, and
+no other token. Messages with a weight and history without loss change the weights of tokens, not the mask.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lilpipe import page
 from lilpipe.artifact import Inputs, all_inputs, write_atomically
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.schemas.examples import Conversation, assert_not_held_out, read_conversations
+from lilpipe.schemas.examples import Conversation, check_not_held_out, read_conversations
 from lilpipe.schemas.messages import Message
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
+from lilpipe.training.conversation_encoding import EncodedConversation, Encoding, tool_arguments
 
 ROUND_TRIPS = 64
 """Conversations that are rendered again with the exported tokenizer."""
-
-
-@dataclass(frozen=True)
-class EncodedConversation:
-    """A conversation as token ids with a mask of supervised tokens."""
-
-    id: str
-    ids: list[int]
-    mask: list[bool]
-    messages: Sequence[Message] = ()
-    """The encoded messages."""
 
 
 # --- gathering ----------------------------------------------------------------------------------------------------
@@ -53,7 +42,7 @@ def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> l
     sampled: list[Conversation] = []
     seen: set[str] = set()
     for source in all_inputs(inputs, "conversations"):
-        found = [(json.dumps(item.messages), item) for item in read_conversations(source.path)]
+        found = [(json.dumps([item.messages, item.tools, item.text]), item) for item in read_conversations(source.path)]
         sampled += [item for messages, item in found if messages not in seen]
         seen.update(messages for messages, _ in found)
     written = [item for source in prompts for item in read_conversations(source.path)][:max_demonstrations]
@@ -65,7 +54,7 @@ def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> l
         )
     questions = [turn["content"] for item in conversations for turn in item.messages if turn["role"] == "user"]
     for source in prompts:
-        assert_not_held_out(questions, source.path)
+        check_not_held_out(questions, source.path)
     return conversations
 
 
@@ -96,34 +85,6 @@ def mix(conversations: Sequence[Conversation], mixture: dict[str, float], *, see
     return chosen
 
 
-# --- encoding -----------------------------------------------------------------------------------------------------
-
-
-def encode(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], *, max_len: int
-) -> tuple[list[EncodedConversation], list[EncodedConversation]]:
-    """Tokenize conversations. Returns those that fit in ``max_len``, and those that do not; none is truncated.
-
-    Raises ``DataError`` naming a conversation that the chat template rejects, or if none fits.
-    """
-    examples = [_encode(tokenizer, item) for item in conversations]
-    fitting = [example for example in examples if len(example.ids) <= max_len]
-    if not fitting:
-        shortest = min(len(example.ids) for example in examples)
-        raise DataError(
-            f"sft: each of the {len(examples)} conversations is longer than the model's {max_len} tokens (the shortest "
-            f"has {shortest}); shorten them, or pretrain with a larger model.max_seq_len"
-        )
-    return fitting, [example for example in examples if len(example.ids) > max_len]
-
-
-def _encode(tokenizer: Tokenizer, conversation: Conversation) -> EncodedConversation:
-    try:
-        return EncodedConversation(conversation.id, *render(tokenizer, conversation.messages), conversation.messages)
-    except DataError as error:
-        raise DataError(f"conversation {conversation.id}: {error}") from error
-
-
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 
@@ -139,7 +100,12 @@ def check_masks(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], *
             _check_turns(tokenizer, example)
         else:
             _check_ends(tokenizer, example)
-    share = sum(sum(example.mask) for example in examples) / sum(len(example.ids) for example in examples)
+    return supervised_ratio(examples, min_ratio=min_ratio)
+
+
+def supervised_ratio(examples: Sequence[EncodedConversation], *, min_ratio: float) -> float:
+    """Return the ratio of tokens with a loss. Raises ``DataError`` if it is below ``min_ratio``."""
+    share = sum(sum(example.learnt) for example in examples) / sum(len(example.ids) for example in examples)
     if share < min_ratio:
         raise DataError(
             f"sft: {share:.2%} of the tokens are supervised, expected at least sft.min_supervised_ratio = "
@@ -194,16 +160,26 @@ def check_answers(tokenizer: Tokenizer, examples: Sequence[EncodedConversation])
     """
     special = set(tokenizer.special_ids.values())
     for example in examples:
-        said = [turn["content"] for turn in example.messages if turn["role"] == "assistant"]
+        said = [turn for turn in example.messages if turn["role"] == "assistant"]
         learnt = [
             tokenizer.decode([token for token in run if token not in special]) for run in _supervised_runs(example)
         ]
-        if [text.strip() for text in learnt] != [_as_encoded(text).strip() for text in said]:
+        if len(learnt) != len(said) or not all(map(_says, learnt, said)):
             raise DataError(
                 f"conversation {example.id}: {_first_difference(learnt, said)}; answers must be supervised whole, with "
                 "no other text; the chat template loses or adds text, or the conversation is truncated"
             )
         _check_others(tokenizer, example, special)
+
+
+def _says(text: str, turn: Message) -> bool:
+    """Return whether a text is an answer; one with tool calls or reasoning must contain their parts."""
+    content = _as_encoded(turn["content"]).strip()
+    calls = [call["function"] for call in turn.get("tool_calls", ())]
+    if not calls and not turn.get("reasoning_content"):
+        return text.strip() == content
+    words = [word for call in calls for word in (call["name"], *map(str, call["arguments"]))]
+    return content in text and all(word in text for word in words)
 
 
 def _check_others(tokenizer: Tokenizer, example: EncodedConversation, special: set[int]) -> None:
@@ -226,6 +202,12 @@ def _check_others(tokenizer: Tokenizer, example: EncodedConversation, special: s
                 "tokens, so the next answer would be trained without it: the chat template omits it; use "
                 "another template, or remove such conversations"
             )
+    for tool in example.tools or ():
+        if (name := tool["function"]["name"]) not in "".join(before):
+            raise DataError(
+                f"conversation {example.id}: the tool {name!r} is not among the tokens, so its calls would be trained "
+                "without it: the chat template omits it; use another template, or remove such conversations"
+            )
 
 
 def check_export(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], directory: Path) -> None:
@@ -238,10 +220,10 @@ def check_export(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], 
     exported = Tokenizer.load(directory)
     source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     template = JinjaTemplate(source, exported.template.names if exported.template else {})
-    for example in examples[:ROUND_TRIPS]:
+    for example in [example for example in examples if example.messages][:ROUND_TRIPS]:
         if any(name in turn["content"] for turn in example.messages for name in exported.special_ids):
             continue
-        ids, mask = template.render(exported, example.messages)
+        ids, mask = template.render(exported, example.messages, **tool_arguments(example.tools))
         if (ids, mask) != (example.ids, example.mask):
             place = next((i for i, pair in enumerate(zip(ids, example.ids, strict=False)) if pair[0] != pair[1]), None)
             what = "other masks" if place is None and ids == example.ids else f"other ids from token {place or 0} on"
@@ -260,25 +242,68 @@ def _as_encoded(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _first_difference(learnt: Sequence[str], said: Sequence[str]) -> str:
+def _first_difference(learnt: Sequence[str], said: Sequence[Message]) -> str:
     for number, (got, expected) in enumerate(zip(learnt, said, strict=False)):
-        if got.strip() != expected.strip():
-            return f"answer {number}: {got[-60:]!r} is supervised, expected {expected[-60:]!r}"
+        if not _says(got, expected):
+            calls = [call["function"]["name"] for call in expected.get("tool_calls", ())]
+            wanted = f"{expected['content'][-60:]!r}" + (f" and calls of {', '.join(calls)}" if calls else "")
+            return f"answer {number}: {got[-60:]!r} is supervised, expected {wanted}"
     return f"{len(learnt)} answers are supervised, expected {len(said)}"
+
+
+def keep_checked(
+    tokenizer: Tokenizer, examples: Sequence[EncodedConversation]
+) -> tuple[list[EncodedConversation], list[tuple[str, str]]]:
+    """Return the conversations that pass the checks, and ids and reasons of the others."""
+    kept, rejected = [], []
+    for example in examples:
+        try:
+            if example.messages:
+                check_masks(tokenizer, [example])
+                check_answers(tokenizer, [example])
+        except DataError as error:
+            rejected.append((example.id, str(error)))
+        else:
+            kept.append(example)
+    return kept, rejected
+
+
+def check_rejected(rejected: Sequence[tuple[str, str]], num_conversations: int, *, max_ratio: float) -> None:
+    """Raise ``DataError`` if more than ``max_ratio`` of the conversations are rejected, or all of them."""
+    if len(rejected) > max_ratio * num_conversations or len(rejected) == num_conversations:
+        raise DataError(
+            f"sft: {len(rejected)} of {num_conversations} conversations cannot be used, expected at most "
+            f"sft.max_malformed_ratio = {max_ratio:.2%}; the first: {rejected[0][1]}"
+        )
 
 
 # --- report -------------------------------------------------------------------------------------------------------
 
 
-def quarantine(too_long: Sequence[EncodedConversation], workspace: Workspace, *, max_len: int) -> None:
-    """List the conversations that were too long in ``report/too_long.jsonl``, and log their number."""
-    if too_long:
-        workspace.log(f"skipped {len(too_long)} conversations of more than {max_len} tokens (report/too_long.jsonl)")
-        lines = [json.dumps({"id": example.id, "tokens": len(example.ids), "max": max_len}) for example in too_long]
-        write_atomically(workspace.report / "too_long.jsonl", "\n".join(lines) + "\n")
+def quarantine(encoding: Encoding, rejected: Sequence[tuple[str, str]], workspace: Workspace, *, max_len: int) -> None:
+    """List conversations that were left out or split in files of the report, and log their numbers."""
+    files: dict[str, tuple[str, list[dict[str, Any]]]] = {
+        "too_long": (
+            f"skipped {len(encoding.too_long)} conversations of more than {max_len} tokens",
+            [{"id": example.id, "tokens": len(example.ids), "max": max_len} for example in encoding.too_long],
+        ),
+        "split": (
+            f"split {len(encoding.split)} conversations of more than {max_len} tokens",
+            [{"id": example.id, "tokens": len(example.ids), "parts": parts} for example, parts in encoding.split],
+        ),
+        "rejected": (
+            f"left out {len(rejected)} conversations that cannot be used",
+            [{"id": name, "error": error} for name, error in rejected],
+        ),
+    }
+    for name, (message, entries) in files.items():
+        if entries:
+            workspace.log(f"{message} (report/{name}.jsonl)")
+            lines = [f"{json.dumps(entry, ensure_ascii=True)}\n" for entry in entries]
+            write_atomically(workspace.report / f"{name}.jsonl", "".join(lines))
 
 
 def show(tokenizer: Tokenizer, example: EncodedConversation) -> page.Fragment:
     """Render a conversation with highlighted supervised tokens."""
-    runs = groupby(zip(example.ids, example.mask, strict=True), key=itemgetter(1))
+    runs = groupby(zip(example.ids, example.learnt, strict=True), key=itemgetter(1))
     return page.highlighted([(tokenizer.decode([token for token, _ in run]), bool(mask)) for mask, run in runs])

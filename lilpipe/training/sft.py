@@ -19,16 +19,16 @@ from lilpipe.schemas.order import count_steps
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
+from lilpipe.training.conversation_encoding import EncodedConversation, encode
 from lilpipe.training.conversations import (
-    EncodedConversation,
-    check_answers,
     check_export,
-    check_masks,
-    encode,
+    check_rejected,
     gather_conversations,
+    keep_checked,
     mix,
     quarantine,
     show,
+    supervised_ratio,
 )
 from lilpipe.training.loop import train
 from lilpipe.training.replica import TrainerModule
@@ -43,16 +43,24 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Fine-tune the model.
 
     Raises ``ConfigError`` for settings that do not fit the model or the data, ``DataError`` for conversations that are
-    too few, all too long, wrongly masked, or held out.
+    too few, all too long, held out, or of which too many are wrongly masked.
     """
     source = one_input(inputs, "model")
     assert config.seed is not None
     conversations = gather_conversations(inputs, max_demonstrations=config.max_demonstrations)
     shape, _, tokenizer = check_model(source.path)
     conversations = mix(conversations, config.mixture, seed=config.seed)
-    examples, too_long = encode(tokenizer, conversations, max_len=shape.max_seq_len)
-    supervised_ratio = check_masks(tokenizer, examples, min_ratio=config.min_supervised_ratio)
-    check_answers(tokenizer, examples)
+    encoding = encode(
+        tokenizer,
+        conversations,
+        max_len=shape.max_seq_len,
+        mask_history=config.mask_history,
+        strategy=config.excess_length_strategy,
+    )
+    examples, unfit = keep_checked(tokenizer, encoding.fitting)
+    rejected = [*encoding.rejected, *unfit]
+    check_rejected(rejected, len(conversations), max_ratio=config.max_malformed_ratio)
+    ratio = supervised_ratio(examples, min_ratio=config.min_supervised_ratio)
     if distributed.is_main():
         check_export(tokenizer, examples, workspace.scratch / "tokenizer")
     num_steps = count_steps(
@@ -77,13 +85,15 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         "train_loss": result.final_loss(),
         "conversations": float(len(examples)),
         **{f"origin/{name}": float(count) for name, count in Counter(c.origin for c in conversations).items()},
-        "too_long": float(len(too_long)),
-        "supervised_ratio": supervised_ratio,
+        "too_long": float(len(encoding.too_long)),
+        "split": float(len(encoding.split)),
+        "rejected": float(len(rejected)),
+        "supervised_ratio": ratio,
         "steps": float(num_steps),
         "tokens_per_second": result.tokens_per_second,
     }
     if distributed.is_main():
-        quarantine(too_long, workspace, max_len=shape.max_seq_len)
+        quarantine(encoding, rejected, workspace, max_len=shape.max_seq_len)
         write_report(
             workspace,
             title="Supervised fine-tuning",

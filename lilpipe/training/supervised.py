@@ -1,4 +1,4 @@
-"""The objective of supervised fine-tuning: cross-entropy of the assistant's tokens.
+"""The objective of supervised fine-tuning: cross-entropy of the assistant's tokens, weighted by message.
 
 With packing, the conversations of a micro-batch fill rows as long as the longest of them by best-fit decreasing, with
 little padding; attention stays within each conversation. Without packing, a row holds one conversation, and
@@ -19,7 +19,7 @@ from lilpipe.model.neftune import Places
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.schemas.order import rows_of_step
 from lilpipe.tokens.packing import best_fit
-from lilpipe.training.conversations import EncodedConversation
+from lilpipe.training.conversation_encoding import EncodedConversation
 from lilpipe.training.finetune import TokenBatch
 from lilpipe.training.replica import Loss
 
@@ -46,6 +46,7 @@ class SupervisedTokens:
     ) -> None:
         """``watch`` is called with each step and the conversations of its micro-batches."""
         self._rows = [_shifted(example) for example in examples]
+        self._weights = [None if item.weights is None else torch.tensor(item.weights[1:]) for item in examples]
         self._batch_size, self._seed, self._padding_id = batch_size, seed, padding_id
         self._rank, self._world_size, self._accumulation_steps = rank, world_size, accumulation_steps
         self._packing, self._device, self._watch = packing, device, watch
@@ -62,8 +63,16 @@ class SupervisedTokens:
         return [self._collate(rows, layout) for layout in layouts]
 
     def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
-        """Return the cross-entropy, summed over the supervised tokens."""
-        return Loss(-scores.logprobs.sum(), count=int((batch.targets >= 0).sum()), num_tokens=batch.extra)
+        """Return the cross-entropy, summed over the supervised tokens, each times its weight.
+
+        It is averaged over the sum of the weights, as in ``torch.nn.functional.cross_entropy``.
+        """
+        num_tokens, weights_BT = batch.extra
+        if weights_BT is None:
+            return Loss(-scores.logprobs.sum(), count=int((batch.targets >= 0).sum()), num_tokens=num_tokens)
+        rows, columns = weights_BT.shape  # the scores may be padded
+        logprobs_BT = scores.logprobs[:rows, :columns]
+        return Loss(-(logprobs_BT * weights_BT).sum(), count=weights_BT.sum().item(), num_tokens=num_tokens)
 
     def _micro_batches(self, numbers: list[int]) -> list[list[int]]:
         """Divide conversations, sorted by length: similar lengths together, or spread if they are packed."""
@@ -91,8 +100,23 @@ class SupervisedTokens:
             batch = batch._replace(documents=None, positions=None)
         parts = batch._replace(sequences=sequences)._asdict()
         return TokenBatch(
-            **{name: part.to(self._device) for name, part in parts.items() if part is not None}, extra=num_tokens
+            **{name: part.to(self._device) for name, part in parts.items() if part is not None},
+            extra=(num_tokens, self._weights_of(rows, layout, batch.targets.shape)),
         )
+
+    def _weights_of(self, rows: Sequence[int], layout: Places, shape: torch.Size) -> Tensor | None:
+        """Return the weights [B, T] of the targets, 0 without one; None if all are 1."""
+        if all(self._weights[rows[number]] is None for places in layout for number, _ in places):
+            return None
+        weights_BT = torch.zeros(shape)
+        for row, places in enumerate(layout):
+            start = 0
+            for number, length in places:
+                given = self._weights[rows[number]]
+                targets = self._rows[rows[number]][1]
+                weights_BT[row, start : start + length] = (targets >= 0).float() if given is None else given
+                start += length
+        return weights_BT.to(self._device)
 
 
 Row = tuple[Tensor, Tensor]
@@ -100,7 +124,7 @@ Row = tuple[Tensor, Tensor]
 
 
 def _shifted(example: EncodedConversation) -> Row:
-    ids, mask = torch.tensor(example.ids), torch.tensor(example.mask)
+    ids, mask = torch.tensor(example.ids), torch.tensor(example.learnt)
     return ids[:-1], ids[1:].where(mask[1:], IGNORED)
 
 

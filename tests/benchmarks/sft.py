@@ -19,13 +19,13 @@ from typing import Any
 
 from lilpipe.config.sft import SFTConfig
 from lilpipe.config.training import OptimizerConfig
-from lilpipe.schemas.examples import Conversation, write_conversations
+from lilpipe.schemas.examples import Conversation, read_conversations, write_conversations
 from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
-from lilpipe.training.conversations import encode, read_conversations
+from lilpipe.training.conversation_encoding import encode
 from lilpipe.training.supervised import SupervisedTokens
 from tests.benchmarks.beside_trl import (
     MAX_SEQ_LEN,
@@ -68,7 +68,7 @@ def run_lilpipe(settings: dict[str, Any], root: Path, batch_size: int) -> None:
     """The stage's own objective and loop."""
     config = SFTConfig(seed=0, num_epochs=2, batch_size=batch_size, optimizer=OPTIMIZER, **settings)
     tokenizer = Tokenizer.load(root)
-    examples, _ = encode(tokenizer, read_conversations(root), max_len=MAX_SEQ_LEN)
+    examples = encode(tokenizer, read_conversations(root), max_len=MAX_SEQ_LEN).fitting
     workers = finetune.Workers(config)
     objective = SupervisedTokens(
         examples, batch_size=batch_size, seed=0, padding_id=tokenizer.padding_id, packing=config.packing

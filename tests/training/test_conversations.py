@@ -11,7 +11,8 @@ from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer import encoding
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
-from lilpipe.training.conversations import check_answers, check_export, check_masks, encode, mix
+from lilpipe.training.conversation_encoding import encode
+from lilpipe.training.conversations import check_answers, check_export, check_masks, mix
 
 
 def talk(number, *turns, origin="sampled", system=None):

@@ -21,8 +21,8 @@ from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace, get_stage
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
+from lilpipe.training import conversation_encoding as module
 from lilpipe.training import conversations as gates
-from lilpipe.training import conversations as module
 from lilpipe.training import sft, supervised
 from tests.alignment.conftest import as_artifact
 
@@ -246,7 +246,7 @@ def test_transformers_renders_what_was_trained_on_with_the_exported_tokenizer(
     workspace = Workspace(tmp_path / "work")
     sft.run(config(num_epochs=1), {"model": base, "conversations": conversations(TALKS)}, workspace)
     peer = AutoTokenizer.from_pretrained(workspace.output)
-    for example in gates.encode(other, TALKS, max_len=64)[0]:
+    for example in module.encode(other, TALKS, max_len=64)[0]:
         assert peer.apply_chat_template(example.messages, return_dict=True)["input_ids"] == example.ids
         assert example.ids[-1] == peer.eos_token_id
     stops = json.loads((workspace.output / "generation_config.json").read_text())["eos_token_id"]

@@ -8,7 +8,7 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.model.hub import save_model
 from lilpipe.model.neftune import EmbeddingNoise
 from lilpipe.model.transformer import Transformer
-from lilpipe.training.conversations import EncodedConversation
+from lilpipe.training.conversation_encoding import EncodedConversation
 from lilpipe.training.supervised import SupervisedTokens, collate
 from tests.model.checkpoints import small_model, small_tokenizer
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from lilpipe.errors import DataError
 from lilpipe.model.scores import IGNORED, Scores
-from lilpipe.schemas.messages import Message
+from lilpipe.schemas.messages import Message, Tools
 from lilpipe.schemas.pairs import Pair, UnpairedExample
 from lilpipe.tokenizer.chat_template import render_completion
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.packing import best_fit
+from lilpipe.training.conversation_encoding import check_tools, tool_arguments
 from lilpipe.training.finetune import TokenBatch
 from lilpipe.training.supervised import Row, collate, sequence_ids
 
@@ -93,9 +94,27 @@ def in_rounds(examples: Sequence[UnpairedExample]) -> list[UnpairedExample]:
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
-def encode_completion(tokenizer: Tokenizer, prompt: Sequence[Message], completion: str) -> PromptCompletion:
-    """Tokenize a prompt with the assistant's header, and a completion with its end-of-turn token."""
-    return PromptCompletion(*render_completion(tokenizer, [*prompt, Message(role="assistant", content=completion)]))
+def encode_completion(
+    tokenizer: Tokenizer, prompt: Sequence[Message], completion: str, *, tools: Tools | None = None
+) -> PromptCompletion:
+    """Tokenize a prompt with the assistant's header, and a completion with its end-of-turn token.
+
+    Raises ``DataError`` if the chat template rejects them.
+    """
+    check_tools(tokenizer, prompt, tools)
+    messages = [*prompt, Message(role="assistant", content=completion)]
+    return PromptCompletion(*render_completion(tokenizer, messages, **tool_arguments(tools)))
+
+
+def _encode_all(
+    tokenizer: Tokenizer, item: Pair | UnpairedExample, texts: Sequence[str], *, max_len: int
+) -> tuple[list[PromptCompletion], str]:
+    """Tokenize the completions of a preference; with the reason for skipping it, if any."""
+    try:
+        found = [encode_completion(tokenizer, item.prompt, text, tools=item.tools) for text in texts]
+    except DataError:
+        return [], "rejected_by_template"
+    return found, _reason_against(texts, found, max_len)
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], *, max_len: int) -> tuple[list[PreferenceRow], Skipped]:
@@ -103,11 +122,11 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair], *, max_len: int) -
     rows: list[PreferenceRow] = []
     skipped: Skipped = {}
     for pair in pairs:
-        first, second = (encode_completion(tokenizer, pair.prompt, text) for text in (pair.chosen, pair.rejected))
-        if reason := _reason_against((pair.chosen, pair.rejected), (first, second), max_len):
+        encoded, reason = _encode_all(tokenizer, pair, (pair.chosen, pair.rejected), max_len=max_len)
+        if reason:
             skipped.setdefault(reason, []).append(pair.prompt_id)
         else:
-            rows.append(PreferenceRow(pair.prompt_id, first, second))
+            rows.append(PreferenceRow(pair.prompt_id, encoded[0], encoded[1]))
     return rows, skipped
 
 
@@ -118,11 +137,11 @@ def encode_examples(
     kept: list[tuple[UnpairedExample, PromptCompletion]] = []
     skipped: Skipped = {}
     for example in examples:
-        encoded = encode_completion(tokenizer, example.prompt, example.completion)
-        if reason := _reason_against((example.completion,), (encoded,), max_len):
+        encoded, reason = _encode_all(tokenizer, example, (example.completion,), max_len=max_len)
+        if reason:
             skipped.setdefault(reason, []).append(example.prompt_id)
         else:
-            kept.append((example, encoded))
+            kept.append((example, encoded[0]))
     return kept, skipped
 
 

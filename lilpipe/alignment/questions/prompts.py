@@ -38,7 +38,7 @@ from lilpipe.schemas.examples import (
     write_conversations,
 )
 from lilpipe.schemas.messages import Message
-from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, EXAMPLES_FILE, PAIR_SCHEMA, PAIRS_FILE
+from lilpipe.schemas.pairs import EXAMPLES_FILE, PAIRS_FILE, write_examples, write_pairs
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
 
@@ -236,16 +236,25 @@ def run(config: PromptsConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 
 def _write_gathered(gathered: Gathered, workspace: Workspace) -> Metrics:
     """Write the preferences and quarantined rows of sources."""
-    write_rows(workspace.output / PAIRS_FILE, [vars(pair) for pair in gathered.pairs], PAIR_SCHEMA)
+    write_pairs(workspace.output / PAIRS_FILE, gathered.pairs)
     if gathered.examples:
-        write_rows(workspace.output / EXAMPLES_FILE, [vars(item) for item in gathered.examples], EXAMPLE_SCHEMA)
+        write_examples(workspace.output / EXAMPLES_FILE, gathered.examples)
     lines = [json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in gathered.quarantine]
     write_atomically(workspace.output / "quarantine.jsonl", "".join(lines))
+    for name, formats in gathered.formats.items():
+        num_left_out = sum(entry["source"] == name for entry in gathered.quarantine)
+        found = ", ".join(f"{count:,} {form}" for form, count in formats.most_common()) or "none"
+        workspace.log(f"source {name!r}: recognised rows: {found}; quarantined rows: {num_left_out:,}")
+        if unused := gathered.unused_columns[name]:
+            columns = ", ".join(f"{column} ({count:,} rows)" for column, count in unused.most_common(MAX_TOLD))
+            workspace.log(f"source {name!r}: columns without a use: {columns}")
     for entry in gathered.quarantine[:MAX_TOLD]:
         workspace.log(f"quarantined {entry['source']} {entry['file']}:{entry['row']}: {entry['error']}")
     if gathered.num_repeated:
         workspace.log(f"{gathered.num_repeated} rows repeat a question: each question has one prompt")
+    formats = sum(gathered.formats.values(), Counter[str]())
     return {
+        **{f"format/{form}": float(count) for form, count in sorted(formats.items())},
         "pairs": len(gathered.pairs),
         **({"unpaired_examples": len(gathered.examples)} if gathered.examples else {}),
         "quarantined": len(gathered.quarantine),

@@ -1,8 +1,8 @@
-"""Question datasets: read from files or the Hugging Face Hub, and split.
+"""Data sets of questions, conversations, texts and preferences: read, recognised, and split.
 
 The hash of the normalised question decides the split, for any source: two sources with the same question put it in the
-same split if their shares for `test` and `validation` are equal. Unreadable rows are quarantined with file, line and
-reason.
+same split if their shares for `test` and `validation` are equal. Rows that cannot be used are quarantined with file,
+line and reason.
 """
 
 from __future__ import annotations
@@ -10,26 +10,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lilpipe.alignment.questions.formats import Malformed, ParsedRow, parse
+from lilpipe.alignment.questions.columns import ParsedRow
+from lilpipe.alignment.questions.formats import Format, recognise, without_none
+from lilpipe.alignment.questions.reading import Located, digest, read_rows
+from lilpipe.alignment.questions.turns import Malformed
 from lilpipe.alignment.verify.verifiers import as_text
-from lilpipe.artifact import digest_json
-from lilpipe.config.corpus import Source
 from lilpipe.config.prompts import PromptsConfig, PromptSource
-from lilpipe.data.sources import huggingface
-from lilpipe.data.sources.files import BrokenStream, File, digest_files, find_files, open_file
-from lilpipe.data.sources.rows import EXCERPT_CHARS
+from lilpipe.data.sources.raw_documents import EXCERPT_CHARS
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import Conversation, Prompt, normalise_question
-from lilpipe.schemas.messages import Message
 from lilpipe.schemas.pairs import Pair, PairSplit, UnpairedExample
-
-Located = tuple[str, int, Any]
-"""File, line or row number from 1, and the row's values, or ``Malformed`` if they cannot be read."""
 
 
 @dataclass
@@ -45,13 +39,20 @@ class Gathered:
     """Quarantined rows with source, file, row, error and excerpt."""
     learnt_questions: dict[str, list[str]] = field(default_factory=dict)
     """Questions used in training, by source."""
+    formats: dict[str, Counter[str]] = field(default_factory=dict)
+    """Number of rows of each format, by source."""
+    unused_columns: dict[str, Counter[str]] = field(default_factory=dict)
+    """Number of rows that have a value in a column that their format does not use, by source."""
     num_repeated: int = 0
     """Number of rows with a repeated question, which add no prompt."""
     _ids: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add_to_quarantine(self, source: PromptSource, file: str, row: int, error: str, excerpt: str) -> None:
         """Quarantine a row with its error."""
-        self.quarantine.append({"source": source.name, "file": file, "row": row, "error": error, "excerpt": excerpt})
+        texts = {"source": source.name, "file": file, "error": error, "excerpt": excerpt}
+        # An unpaired surrogate cannot be written.
+        entry = {key: text.encode(errors="replace").decode() for key, text in texts.items()}
+        self.quarantine.append(entry | {"row": row})
 
     def ask(self, example: ParsedRow, split: str, name: str) -> str:
         """Add the question to a split unless it is a conversation or already there; return the prompt's id."""
@@ -78,92 +79,16 @@ class Gathered:
     def prefer(self, example: ParsedRow, identity: str, side: PairSplit) -> None:
         """Add the preference of an example, if any."""
         if example.rejected is not None:
-            pair = Pair(identity, side, example.prompt, example.reference, example.rejected, example.edited)
-            self.pairs.append(pair)
+            texts = (example.reference, example.rejected, example.edited)
+            self.pairs.append(Pair(identity, side, example.prompt, *texts, tools=example.tools))
         if example.desirable is not None:
-            judged = UnpairedExample(identity, side, example.prompt, example.reference, example.desirable)
-            self.examples.append(judged)
-
-
-# --- reading ------------------------------------------------------------------------------------------------------
+            judged = (example.reference, example.desirable)
+            self.examples.append(UnpairedExample(identity, side, example.prompt, *judged, tools=example.tools))
 
 
 def external(config: PromptsConfig) -> dict[str, str]:
     """Return digests of the sources' contents. Raises ``DataError`` if a source does not exist."""
-    return {f"source {source.name}": _digest(source) for source in config.sources}
-
-
-def _digest(source: PromptSource) -> str:
-    if source.hub is not None:
-        if source.revision and not Path(source.hub).exists():
-            return f"revision {source.revision}"
-        return huggingface.digest(_of_hub(source))
-    paths = [path for path in (source.path, source.test_path) if path]
-    return digest_json([digest_files(find_files(_of_files(source, path))) for path in paths])
-
-
-def _of_files(source: PromptSource, path: str) -> Source:
-    return Source(kind="jsonl", name=source.name, path=path)
-
-
-def _of_hub(source: PromptSource) -> Source:
-    return Source(kind="huggingface", name=source.name, path=source.hub, subset=source.subset, split=source.split)
-
-
-def read_rows(source: PromptSource, *, official_test: bool) -> Iterator[Located]:
-    """Yield the rows of a source, or of its official test split."""
-    if source.hub is not None:
-        split = source.test_split if official_test else source.split
-        yield from _hub_rows(source, str(split))
-        return
-    for file in find_files(_of_files(source, str(source.test_path if official_test else source.path))):
-        yield from _file_rows(file)
-
-
-def _hub_rows(source: PromptSource, split: str) -> Iterator[Located]:
-    import datasets  # imported lazily: it takes a second
-
-    try:
-        rows = datasets.load_dataset(
-            str(source.hub), source.subset, split=split, revision=source.revision, streaming=True
-        )
-        for number, values in enumerate(rows, 1):
-            yield split, number, values
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"source {source.name!r}: dataset {source.hub}, subset {source.subset!r}, split {split!r}, cannot be "
-            f"read: {error}; correct `hub`, `subset`, `split` or `revision`, or download it and set `hub` to its folder"
-        ) from error
-
-
-def _file_rows(file: File) -> Iterator[Located]:
-    number = 0
-    try:
-        with open_file(file) as stream:
-            for number, values in _json_rows(stream):
-                yield file.name, number, values
-    except BrokenStream as error:
-        yield file.name, number + 1, Malformed(f"file is truncated after row {number}: {error}")
-
-
-def _json_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """Yield numbered rows of a JSON array or of JSON Lines."""
-    is_first = True
-    for number, line in enumerate(stream, 1):
-        if is_first and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-            rows = _parsed(line + stream.read())
-            yield from enumerate(rows, 1) if isinstance(rows, list) else [(number, rows)]
-            return
-        if line.strip():
-            is_first = False
-            yield number, _parsed(line)
-
-
-def _parsed(data: bytes) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig").strip())
-    except (ValueError, RecursionError) as error:
-        return Malformed(f"invalid JSON: {error}", data[:EXCERPT_CHARS].decode(errors="replace").strip())
+    return {f"source {source.name}": digest(source) for source in config.sources}
 
 
 # --- splitting ----------------------------------------------------------------------------------------------------
@@ -175,10 +100,17 @@ def position(question: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def split_of_question(question: str, source: PromptSource) -> str:
-    """Return `test`, `validation`, `documents`, `demonstrations` or `train`."""
-    place = position(question)
-    for split, share in source.shares.items():
+def split_of_row(example: ParsedRow, source: PromptSource) -> str:
+    """Return `test`, `validation`, `documents`, `demonstrations` or `train`, by the hash of the question."""
+    shares = source.shares
+    if source.kind == "auto" and source.demonstrations_ratio is None:
+        usable = 0.4 if example.verifier != "none" else 1.0
+        shares["demonstrations"] = 0.0 if example.is_preference else usable
+    if example.text is not None:  # it asks nothing that could be held out
+        place = position(example.text)
+        return "documents" if place < source.documents_ratio else "demonstrations"
+    place = position(example.question)
+    for split, share in shares.items():
         place -= share
         if place < 0:
             return split
@@ -189,6 +121,7 @@ def gather(config: PromptsConfig) -> Gathered:
     """Read and split all sources. Raises ``DataError`` if one is missing, empty or has too many malformed rows."""
     gathered = Gathered()
     for source in config.sources:
+        gathered.formats[source.name], gathered.unused_columns[source.name] = Counter(), Counter()
         num_rows = num_malformed = 0
         for official_test in (False, True) if source.has_official_test else (False,):
             rows = read_rows(source, official_test=official_test)
@@ -197,6 +130,12 @@ def gather(config: PromptsConfig) -> Gathered:
                 num_malformed += not _take(row, source, gathered, official_test=official_test)
         _check_rows(source, num_rows, num_malformed, gathered)
     return gathered
+
+
+def _count(form: Format, values: dict[str, Any], source: PromptSource, gathered: Gathered) -> None:
+    gathered.formats[source.name][form.name] += 1
+    used = {getattr(source.columns, name) for name in (*form.needs, *form.optional)}
+    gathered.unused_columns[source.name].update(name for name in values if name not in used)
 
 
 def _check_rows(source: PromptSource, num_rows: int, num_malformed: int, gathered: Gathered) -> None:
@@ -217,12 +156,18 @@ def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_te
     try:
         if isinstance(values, Malformed):
             raise values
-        example = parse(source.kind, values, source.columns)
+        columns = without_none(values)
+        form = recognise(source.kind, columns, source.columns)
+        example = form.parse(columns, source.columns)
     except Malformed as error:
-        excerpt = error.excerpt or json.dumps(values, default=str)[:EXCERPT_CHARS]
+        excerpt = error.excerpt or ("" if values is error else _excerpt(values))
         gathered.add_to_quarantine(source, file, number, str(error), excerpt)
         return False
-    split = "test" if official_test else split_of_question(example.question, source)
+    _count(form, columns, source, gathered)
+    if official_test and example.text is not None:
+        gathered.add_to_quarantine(source, file, number, "plain text in the test split", example.text[:EXCERPT_CHARS])
+        return True
+    split = "test" if official_test else split_of_row(example, source)
     is_validation = split == "validation" and example.is_preference
     if split in ("validation", "test") and not example.is_single_question and not is_validation:
         reason = f"conversation whose first question is in the {split!r} split, which takes single questions only"
@@ -232,8 +177,18 @@ def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_te
     return True
 
 
+def _excerpt(values: Any) -> str:
+    try:
+        return json.dumps(values, default=str)[:EXCERPT_CHARS]
+    except (ValueError, RecursionError):
+        return ""
+
+
 def _place(example: ParsedRow, split: str, name: str, gathered: Gathered) -> None:
-    if split in ("documents", "demonstrations") and not example.best_answer:
+    if example.text is not None:
+        _place_text(example.text, split, name, gathered)
+        return
+    if split in ("documents", "demonstrations") and not example.messages:
         split = "train"  # only tests or a bad answer: nothing to demonstrate
     if split == "train" and not example.is_single_question and not example.is_preference:
         split = "demonstrations"  # a conversation cannot be a prompt
@@ -245,9 +200,17 @@ def _place(example: ParsedRow, split: str, name: str, gathered: Gathered) -> Non
         gathered.documents.append({"id": f"documents/{name}/{len(gathered.documents):06d}", "text": text})
     elif split in ("documents", "demonstrations"):
         identity = f"demonstrations/{name}/{len(gathered.demonstrations):06d}"
-        answer: Message = {"role": "assistant", "content": example.best_answer}
-        gathered.demonstrations.append(Conversation(identity, identity, name, [*example.prompt, answer]))
+        shown = Conversation(identity, identity, name, example.messages, tools=example.tools)
+        gathered.demonstrations.append(shown)
     else:
         identity = gathered.ask(example, split, name)
         if split != "test":
             gathered.prefer(example, identity, "train" if split == "train" else "validation")
+
+
+def _place_text(text: str, split: str, name: str, gathered: Gathered) -> None:
+    if split == "documents":
+        gathered.documents.append({"id": f"documents/{name}/{len(gathered.documents):06d}", "text": text})
+        return
+    identity = f"demonstrations/{name}/{len(gathered.demonstrations):06d}"
+    gathered.demonstrations.append(Conversation(identity, identity, name, [], text=text))

@@ -13,6 +13,7 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, Protocol
 
+from lilpipe.alignment.verify.numerals import one_number
 from lilpipe.alignment.verify.sandbox import Limits, find_program, isolation, protection, run_programs
 from lilpipe.alignment.verify.verifiers import has_form, is_thinking, is_well_formed, stated_number, verify
 from lilpipe.config.prompts import RewardConfig
@@ -27,7 +28,7 @@ from lilpipe.stage import Workspace
 
 
 class RewardModel(Protocol):
-    """Scores conversations: `lilpipe.alignment.rewards.reward_model.RewardModel`, or a stub in tests."""
+    """Scores conversations: `lilpipe.alignment.rewards.scoring.RewardModel`, or a stub in tests."""
 
     def score(self, conversations: Sequence[list[Message]]) -> list[float]:
         """Return a score for each conversation, which ends with an assistant turn."""
@@ -121,8 +122,8 @@ def _numeric(config: RewardConfig, reward_model: RewardModel | None) -> Score:  
     tolerance = Decimal(str(config.tolerance or 0))
 
     def accepts(prompt: Prompt, completion: str) -> bool:
-        right, stated = stated_number(prompt.answer), stated_number(completion, config.marker)
-        return right is not None and stated is not None and abs(right - stated) <= tolerance
+        right, stated = one_number(prompt.answer), stated_number(completion, config.marker)
+        return right is not None and stated is not None and abs(right.value - stated) <= tolerance
 
     return _of_ended(accepts)
 

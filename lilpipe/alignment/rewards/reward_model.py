@@ -30,7 +30,7 @@ from lilpipe.metrics.pass_at_k import mean_estimate
 from lilpipe.model.heads import HeadModel, last_outputs, pad_rows
 from lilpipe.model.hub import check_model
 from lilpipe.model.scores import IGNORED
-from lilpipe.schemas.examples import assert_not_held_out
+from lilpipe.schemas.examples import check_not_held_out
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.order import count_steps, rows_by_micro_batch
 from lilpipe.schemas.pairs import PAIRS_FILE, Pair, PairSplit, check_pairs, read_pairs
@@ -38,6 +38,7 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import render_completion
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
+from lilpipe.training.conversation_encoding import check_tools, tool_arguments
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, TrainerModule
@@ -98,10 +99,12 @@ class EncodedRanking:
 
 
 def encode_ranking(tokenizer: Tokenizer, pair: Pair) -> EncodedRanking:
-    """Tokenize the prompt with each of the completions."""
+    """Tokenize the prompt with each of the completions. Raises ``DataError`` if the chat template rejects them."""
+    check_tools(tokenizer, pair.prompt, pair.tools)
     answers = []
     for text in pair.ranking:
-        before, answer = render_completion(tokenizer, [*pair.prompt, Message(role="assistant", content=text)])
+        messages = [*pair.prompt, Message(role="assistant", content=text)]
+        before, answer = render_completion(tokenizer, messages, **tool_arguments(pair.tools))
         answers.append([*before, *answer])
     return EncodedRanking(pair.prompt_id, answers)
 
@@ -123,17 +126,24 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
         )
     check_pairs(pairs["train"], pairs["validation"])
     for source in all_inputs(inputs, "prompts"):
-        assert_not_held_out((text for pair in pairs["train"] for text in pair.questions), source.path)
+        check_not_held_out((text for pair in pairs["train"] for text in pair.questions), source.path)
     return pairs
 
 
 def encode_rankings(
     tokenizer: Tokenizer, pairs: Sequence[Pair], workspace: Workspace, *, split: PairSplit, max_len: int
 ) -> list[EncodedRanking]:
-    """Tokenize rankings; skip and list those with a too long conversation. Completions are never truncated."""
-    fitting, too_long = [], []
+    """Tokenize rankings; skip and list those with a too long conversation, or that the chat template rejects.
+
+    Completions are never truncated.
+    """
+    fitting, too_long, rejected = [], [], []
     for pair in pairs:
-        ranking = encode_ranking(tokenizer, pair)
+        try:
+            ranking = encode_ranking(tokenizer, pair)
+        except DataError as error:
+            rejected.append({"prompt_id": pair.prompt_id, "error": str(error)})
+            continue
         (too_long if max(map(len, ranking.answers)) > max_len else fitting).append(ranking)
     if too_long and distributed.is_main():
         path = workspace.report / f"too_long_{split}.jsonl"
@@ -143,6 +153,10 @@ def encode_rankings(
             f"skipped {len(too_long)} of {len(pairs)} rankings with a conversation of more than {max_len} tokens "
             f"(report/{path.name})"
         )
+    if rejected and distributed.is_main():
+        path = workspace.report / f"rejected_{split}.jsonl"
+        write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rejected))
+        workspace.log(f"skipped {len(rejected)} of {len(pairs)} rankings: {rejected[0]['error']} (report/{path.name})")
     return fitting
 
 

@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable
 from decimal import Decimal
 
+from lilpipe.alignment.verify.numerals import numbers, one_number
 from lilpipe.alignment.verify.sandbox import Limits, find_program, outcome_of
 from lilpipe.schemas.examples import Prompt
 
 _ANSWER = re.compile(r"Answer:[ ]*(\S[^\n]*)\Z")
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-+]?\.\d+")
 _THINKING = re.compile(r"\A\s*<think>(?P<steps>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*\Z", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -41,18 +41,17 @@ def is_thinking(completion: str) -> bool:
     return once and match is not None and all(part.strip() for part in match.groups())
 
 
-def numbers(text: str) -> list[Decimal]:
-    """Return the numbers in a text in order; thousands separators, decimals, signs and currency are allowed."""
-    plain = re.sub(r"[$€£]\s*", "", text.replace("−", "-"))
-    return [Decimal(match.replace(",", "")) for match in _NUMBER.findall(plain)]
-
-
 def stated_number(completion: str, marker: str | None = None) -> Decimal | None:
-    """Return the first number after the last marker, or the last number without a marker; None if there is none."""
+    """Return the number on the line after the last marker, or the last number without a marker; None if there is none.
+
+    What is stated ends with the line, or at a closing tag. Several different numbers state none: "3 or 4" is not 3.
+    """
     if marker is None:
         return found[-1] if (found := numbers(completion)) else None
     _, separator, rest = completion.rpartition(marker)
-    return next(iter(numbers(rest)), None) if separator else None
+    lines = rest.partition("</")[0].strip().splitlines()
+    stated = one_number(lines[0]) if separator and lines else None
+    return stated.value if stated else None
 
 
 # --- verifiers ----------------------------------------------------------------------------------------------------
@@ -76,9 +75,9 @@ def _verify_words(prompt: Prompt, completion: str) -> bool:
 
 
 def _verify_number(prompt: Prompt, completion: str) -> bool:
-    """Return whether the completion is well-formed and its first number equals that of the prompt's answer."""
-    number = stated_number(prompt.answer)
-    return is_well_formed(completion) and number is not None and stated_number(completion, "Answer:") == number
+    """Return whether the completion is well-formed and the number that it states equals the prompt's answer."""
+    number = one_number(prompt.answer)
+    return is_well_formed(completion) and number is not None and stated_number(completion, "Answer:") == number.value
 
 
 def _verify_program(prompt: Prompt, completion: str) -> bool:

@@ -12,7 +12,7 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from lilpipe.artifact import digest_json
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.remote import RemoteStream, retried
 from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
@@ -81,7 +81,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Span:
+class FilePart:
     """A part of a large file, read by a separate task."""
 
     start: int
@@ -91,17 +91,21 @@ class Span:
     """Number of its first line or row, counted from 1."""
 
 
-def find_files(source: Source) -> list[File]:
-    """Return the files of a source, sorted by name. Raises ``DataError`` if there are none."""
+def find_files(source: Source, suffixes: Sequence[str] = ()) -> list[File]:
+    """Return the files of a source, sorted by name; of a folder those with the suffixes, by default of its kind.
+
+    Raises ``DataError`` if there are none.
+    """
+    suffixes = suffixes or SUFFIXES[source.kind]
     path = source.path or ""
     filesystem, root = _filesystem(source)
     filesystem.invalidate_cache()
     kind, missing = _type_of(source, filesystem, root), "it is not a file"
     if kind == "directory":
         found = _find(filesystem, root)
-        found = {each: info for each, info in found.items() if _belongs(each[len(root) :], source.kind)}
-        missing = f"no file in the folder ends in {', '.join(SUFFIXES[source.kind])}"
-        missing += "" if source.kind == "parquet" else f" (or these with {', '.join(COMPRESSIONS)})"
+        found = {each: info for each, info in found.items() if _belongs(each[len(root) :], suffixes)}
+        missing = f"no file in the folder ends in {', '.join(suffixes)}"
+        missing += "" if set(suffixes) <= {".parquet"} else f" (or these with {', '.join(COMPRESSIONS)})"
     elif kind is not None:
         found = {root: retried(lambda: filesystem.info(root), path)}
         root = root.rsplit("/", 1)[0]
@@ -153,10 +157,10 @@ def _filesystem(source: Source) -> tuple[Any, str]:
     return filesystem, root.rstrip("/") or root
 
 
-def _belongs(path: str, kind: str) -> bool:
+def _belongs(path: str, suffixes: Sequence[str]) -> bool:
     hidden = any(part.startswith((".", "_")) for part in path.split("/") if part)
-    compressions = ("",) if kind == "parquet" else ("", *COMPRESSIONS)
-    return not hidden and path.lower().endswith(tuple(s + c for s in SUFFIXES[kind] for c in compressions))
+    compressed = tuple(each + c for each in suffixes if each != ".parquet" for c in COMPRESSIONS)
+    return not hidden and path.lower().endswith((*suffixes, *compressed))
 
 
 def _fixed_part(pattern: str) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.files import File, digest_files, printable_name
-from lilpipe.data.sources.rows import Row, Unreadable, rows_of, to_row, unreadable
+from lilpipe.data.sources.raw_documents import Row, Unreadable, rows_of, to_row, unreadable
 from lilpipe.errors import DataError
 
 ROWS_PER_PART = 50_000
@@ -63,22 +63,32 @@ def read(source: Source, index: int, count: int) -> Iterator[Row]:
 
 def _load(source: Source) -> Any:
     """Load a saved dataset folder memory-mapped; stream anything else, without a copy in a cache."""
-    import datasets  # takes a second to import
-
-    path = Path(str(source.path))
+    path = str(source.path)
     try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-            return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        revision = None if path.exists() else _hub_revision(source)
-        return datasets.load_dataset(
-            str(source.path), source.subset, split=source.split, revision=revision, streaming=True
-        )
+        if is_saved(path):
+            return load_saved(path, source.split)
+        import datasets  # takes a second to import
+
+        revision = None if Path(path).exists() else _hub_revision(source)
+        return datasets.load_dataset(path, source.subset, split=source.split, revision=revision, streaming=True)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"source {source.name!r}: dataset {source.path}, subset {source.subset!r}, split {source.split!r}, cannot "
             f"be loaded: {error}; correct `path`, `subset` or `split`"
         ) from error
+
+
+def is_saved(path: str) -> bool:
+    """Return whether a folder was written by ``save_to_disk``."""
+    return any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def load_saved(path: str, split: str) -> Any:
+    """Load a folder written by ``save_to_disk``, memory-mapped. Raises ``KeyError`` if it has no such split."""
+    import datasets
+
+    loaded = datasets.load_from_disk(path)
+    return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
 
 
 def _hub_revision(source: Source) -> str:

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lilpipe.config.corpus import Source
-from lilpipe.data.sources.files import BrokenStream, Expansion, File, Span, open_file
-from lilpipe.data.sources.rows import RawDocument, Row, Unreadable, rows_of, to_row, unreadable
+from lilpipe.config.sources import Source
+from lilpipe.data.sources.files import BrokenStream, Expansion, File, FilePart, open_file
+from lilpipe.data.sources.raw_documents import RawDocument, Row, Unreadable, rows_of, to_row, unreadable
 
 ROWS_PER_BATCH = 256
 BATCH_BYTES = 128 * 2**20
 """Bytes of a batch above which it has fewer rows, but at least one."""
+DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""Errors of a damaged file; the last if a column name is damaged."""
 DICTIONARY_PAGE = b"\x15\x04\x15"
 """First bytes of a dictionary page header: field 1, the page type, is 2; then field 2, the uncompressed size."""
 
 
-def divide(file: File, span_bytes: int) -> list[Span]:
+def divide(file: File, span_bytes: int) -> list[FilePart]:
     """Divide the row groups into spans of at most ``span_bytes`` (uncompressed) or one group; none if damaged."""
     try:
         with open_file(file) as stream:
             metadata = pq.ParquetFile(stream).metadata
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last if a column name is damaged
+    except DAMAGE as error:
         _check_is_damage(error)
         return []
-    spans: list[Span] = []
+    spans: list[FilePart] = []
     start, row, num_bytes, num_rows = 0, 1, 0, 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         if index > start and num_bytes + group.total_byte_size > span_bytes:
-            spans.append(Span(start, index, row))
+            spans.append(FilePart(start, index, row))
             start, row, num_bytes, num_rows = index, row + num_rows, 0, 0
         num_bytes, num_rows = num_bytes + group.total_byte_size, num_rows + group.num_rows
-    return [*spans, Span(start, metadata.num_row_groups, row)]
+    return [*spans, FilePart(start, metadata.num_row_groups, row)]
 
 
 def _check_is_damage(error: Exception) -> None:
@@ -44,7 +46,7 @@ def _check_is_damage(error: Exception) -> None:
         raise error
 
 
-def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
+def read(file: File, span: FilePart | None, source: Source) -> Iterator[Row]:
     """Yield the rows of a file or span."""
     number = span.first_row - 1 if span else 0
     expansion = Expansion(file.size)
@@ -56,27 +58,41 @@ def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
                 yield Unreadable(file.name, 1, missing, breaks_off=True)
                 return
             groups = range(span.start, span.stop) if span else range(table.num_row_groups)
-            for group in groups:  # one by one; else a damaged group would lose all of them
-                rows = _rows_per_batch(file, table.metadata.row_group(group), columns)
-                for batch in table.iter_batches(rows, row_groups=[group], columns=columns):
-                    for values in rows_of(batch):
-                        number += 1
-                        if isinstance(values, ValueError):
-                            yield unreadable(file.name, number, str(values), "")
-                            continue
-                        row = to_row(values, source, file.name, number)
-                        yield row
-                        expansion.add(len(row.text) if isinstance(row, RawDocument) else 0)
-    except (pa.ArrowException, OSError, UnicodeDecodeError, BrokenStream) as error:
-        _check_is_damage(error)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        yield Unreadable(file.name, number + 1, f"cannot be read after row {number}: {reason}", breaks_off=True)
+            for batch in batches(file, table, groups, columns):
+                for values in rows_of(batch):
+                    number += 1
+                    if isinstance(values, ValueError):
+                        yield unreadable(file.name, number, str(values), "")
+                        continue
+                    row = to_row(values, source, file.name, number)
+                    yield row
+                    expansion.add(len(row.text) if isinstance(row, RawDocument) else 0)
+    except (*DAMAGE, BrokenStream) as error:
+        yield Unreadable(
+            file.name, number + 1, f"cannot be read after row {number}: {reason_of(error)}", breaks_off=True
+        )
 
 
-def _rows_per_batch(file: File, group: pq.RowGroupMetaData, names: list[str]) -> int:
+def batches(
+    file: File, table: pq.ParquetFile, groups: Iterable[int], columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield batches of about ``BATCH_BYTES`` at most. Row groups are read one by one: a damaged one loses no others."""
+    for group in groups:
+        rows = _rows_per_batch(file, table.metadata.row_group(group), columns)
+        yield from table.iter_batches(rows, row_groups=[group], columns=columns)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the reason of damage in one line. Raises errors of the disk."""
+    _check_is_damage(error)
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _rows_per_batch(file: File, group: pq.RowGroupMetaData, names: list[str] | None) -> int:
     """Return the number of rows that take about ``BATCH_BYTES``, even if each has all values of its dictionary."""
     columns = [group.column(index) for index in range(group.num_columns)]
-    columns = [each for each in columns if any(f"{each.path_in_schema}.".startswith(f"{name}.") for name in names)]
+    if names is not None:
+        columns = [each for each in columns if any(f"{each.path_in_schema}.".startswith(f"{name}.") for name in names)]
     mean_bytes = sum(each.total_uncompressed_size for each in columns) // max(1, group.num_rows)
     if mean_bytes * ROWS_PER_BATCH < BATCH_BYTES:
         with open_file(file) as stream:

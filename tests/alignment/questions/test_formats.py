@@ -1,6 +1,8 @@
 import pytest
 
-from lilpipe.alignment.questions.formats import Malformed, ParsedRow, parse
+from lilpipe.alignment.questions.columns import ParsedRow
+from lilpipe.alignment.questions.formats import parse
+from lilpipe.alignment.questions.turns import Malformed
 from lilpipe.config.prompts import PromptColumns
 from lilpipe.schemas.messages import Message
 
@@ -25,6 +27,11 @@ TOOL = {"role": "tool", "content": "12"}
         ("He has 3+4=<<3+4=7>>7.\nTwice that is <<7*2=14>>14.\n#### 14", "14", "He has 3+4=7.\nTwice that is 14.", 2),
         ("It costs $1,250.\n#### 1,250", "1250", "It costs $1,250.", 1),
         ("Nothing.\n####-5", "-5", "Nothing.", 1),
+        ("Half.\n#### 1/2", "1/2", "Half.", 1),
+        ("Much.\n#### 5 000", "5000", "Much.", 1),
+        ("Less.\n#### - 5", "-5", "Less.", 1),
+        ("More.\n#### 1e5", "100000", "More.", 1),
+        ("More.\n#### 9{,}500", "9500", "More.", 1),
     ],
 )
 def test_gsm8k_is_read_without_the_calculators_notes(answer, number, reference, steps):
@@ -130,6 +137,7 @@ def test_columns_may_have_other_names():
         ("gsm8k", {"question": "How many?"}, "missing 'answer'; got question"),
         ("gsm8k", {"question": "How many?", "answer": "5"}, "does not end in `#### N`"),
         ("gsm8k", {"question": "How many?", "answer": "#### five"}, "does not end in `#### N`"),
+        ("gsm8k", {"question": "How many?", "answer": "#### 3 or 4"}, "does not end in `#### N`; got '3 or 4'"),
         ("gsm8k", {"question": 5, "answer": "#### 5"}, "'question': got int, expected a string"),
         ("gsm8k", {"question": " ", "answer": "#### 5"}, "'question' is empty"),
         ("instructions", {"instruction": "Name.", "input": "", "output": ""}, "'output' is empty"),
@@ -164,4 +172,16 @@ def test_columns_may_have_other_names():
 )
 def test_what_is_wrong_with_a_row_is_said(kind, values, reason):
     with pytest.raises(Malformed, match=reason):
+        parse(kind, values, COLUMNS)
+
+
+@pytest.mark.parametrize("kind", ["gsm8k", "instructions", "programs", "preferences"])
+@pytest.mark.parametrize(
+    "values", [{}, {"prompt": "a", "completion": "b"}, {"label": 1}, {"chosen": "b c"}, {"input": "a"}]
+)
+def test_a_kind_takes_no_other_row_and_names_what_it_lacks(kind, values):
+    if kind == "instructions" and "completion" in values:
+        assert parse(kind, values, COLUMNS).reference == "b"
+        return
+    with pytest.raises(Malformed, match="missing '"):
         parse(kind, values, COLUMNS)

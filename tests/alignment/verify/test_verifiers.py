@@ -1,9 +1,8 @@
-from decimal import Decimal
-
 import pytest
 
-from lilpipe.alignment.rewards.reward_functions import judge
-from lilpipe.alignment.verify.verifiers import has_form, is_thinking, numbers, stated_number, verify
+from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards, judge
+from lilpipe.alignment.verify.verifiers import has_form, is_thinking, stated_number, verify
+from lilpipe.config.prompts import RewardConfig
 from lilpipe.schemas.examples import Prompt
 
 EIGHTEEN = Prompt("p", "gsm8k", "How much?", "18", verifier="numeric")
@@ -12,29 +11,40 @@ POEM = Prompt("p", "instructions", "Write a poem.", "", reference="Roses are red
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("7 apples and 12 pears", ["7", "12"]),
-        ("$1,234,567.50 in all.", ["1234567.50"]),
-        ("-3, +4 and −5", ["-3", "4", "-5"]),
-        ("-$2 or $-2", ["-2", "-2"]),
-        ("9-4=5", ["9", "4", "5"]),
-        ("It is 72.", ["72"]),
-        ("0.5 and .25", ["0.5", ".25"]),
-        ("1,2 and 1, 2", ["1", "2", "1", "2"]),
-        ("50%", ["50"]),
-        ("none", []),
-    ],
+    ("marker", "expected"), [(None, 9), ("####", None), ("Answer:", 2), ("<answer>", None), ("nowhere", None)]
 )
-def test_numbers_are_read_with_signs_thousands_decimals_and_currencies(text, expected):
-    assert numbers(text) == [Decimal(each) for each in expected]
+def test_a_stated_number_is_that_behind_the_last_marker_or_the_last_of_all(marker, expected):
+    assert stated_number("#### 1 Answer: 2\n#### 3 or 9 <answer>none", marker) == expected
 
 
 @pytest.mark.parametrize(
-    ("marker", "expected"), [(None, 9), ("####", 3), ("Answer:", 2), ("<answer>", None), ("nowhere", None)]
+    ("answer", "stated", "correct"),
+    [
+        ("1", "1/2", False),
+        ("0.5", "1/2", True),
+        ("1/3", "2/6", True),
+        ("9", "9 500", False),
+        ("9500", "9 500", True),
+        ("3", "3 or 4", False),
+        ("3", "between 3 and 4", False),
+        ("3", "3-4", False),
+        ("9500", "9{,}500", True),
+        ("-3", "- 3", True),
+        ("3", "- 3", False),
+        ("5", "5 million", False),
+        ("100000", "1e5", True),
+        ("1", "1e5", False),
+    ],
 )
-def test_a_stated_number_is_the_first_behind_the_last_marker_or_the_last_of_all(marker, expected):
-    assert stated_number("#### 1 Answer: 2 #### 3 or 9 <answer>none", marker) == expected
+def test_the_whole_stated_answer_is_graded(answer, stated, correct):
+    prompt = Prompt("p", "s", "How much?", answer, verifier="numeric")
+    assert verify(prompt, f"Work.\nAnswer: {stated}") is correct
+    scored = Rewards((RewardConfig(kind="numeric", marker="Answer:"),))([prompt], [CompletionText(stated, True, 1)])
+    assert scored[0].total == 0  # no marker
+    scored = Rewards((RewardConfig(kind="numeric", marker="####"),))(
+        [prompt], [CompletionText(f"Work.\n#### {stated}", True, 1)]
+    )
+    assert scored[0].total == correct
 
 
 @pytest.mark.parametrize(
