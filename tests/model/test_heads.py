@@ -61,8 +61,16 @@ def test_the_decoder_is_shared_and_the_head_follows_from_the_seed(tokenizer):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"tie_embeddings": False}, {"qk_norm": True}, {**of_family("gpt2"), "num_kv_heads": 2}],
-    ids=["llama", "untied", "qwen3", "gpt2"],
+    [
+        {},
+        {"tie_embeddings": False},
+        {"qk_norm": True},
+        {**of_family("gpt2"), "num_kv_heads": 2},
+        {**of_family("gpt_neox"), "num_kv_heads": 2},
+        {**of_family("gemma3_text"), "sliding_window": 3, "rope_local_theta": 50.0},
+        {**of_family("phi3")},
+    ],
+    ids=["llama", "untied", "qwen3", "gpt2", "gpt_neox", "gemma3", "phi3"],
 )
 def test_a_model_that_is_saved_comes_back_and_transformers_computes_the_same(tmp_path, tokenizer, settings):
     transformers = pytest.importorskip("transformers")
