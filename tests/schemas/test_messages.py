@@ -26,7 +26,7 @@ CALLED: list[Message] = [
     {"role": "user", "content": "What time is it?", "name": "Ann"},
     {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 0.0},
     {"role": "tool", "content": "12:30", "tool_call_id": "c1", "name": "time"},
-    {"role": "assistant", "content": "Half past twelve.", "weight": 0.5},
+    {"role": "assistant", "content": "Half past twelve.", "weight": 0.5, "reasoning_content": "Think."},
 ]
 PLAIN: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
