@@ -282,12 +282,12 @@ def test_texts_weights_and_parts_of_long_conversations_are_trained_on_and_report
     metrics = sft.run(settings, inputs, workspace)
     counts = {name: metrics[name] for name in ("conversations", "too_long", "split", "rejected")}
     assert counts == {"conversations": 24, "too_long": 0, "split": 1, "rejected": 1}
-    assert json.loads((workspace.report / "split.jsonl").read_text()) == {"id": "long", "tokens": 69, "parts": 2}
+    assert json.loads((workspace.report / "split.jsonl").read_text()) == {"id": "long", "tokens": 75, "parts": 2}
     assert "own chat template" in json.loads((workspace.report / "rejected.jsonl").read_text())["error"]
     log = workspace.events.read_text()
     assert "split 1 conversations of more than 64 tokens (report/split.jsonl)" in log
     assert "left out 1 conversations that cannot be used (report/rejected.jsonl)" in log
-    with pytest.raises(DataError, match="1 of 24 conversations cannot be used, expected at most .* = 1.00%"):
+    with pytest.raises(DataError, match=r"1 of 24 conversations cannot be used, expected at most .* = 1.00%"):
         sft.run(config(), inputs, Workspace(tmp_path / "strict"))
 
 

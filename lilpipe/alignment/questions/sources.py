@@ -107,8 +107,8 @@ def split_of_row(example: ParsedRow, source: PromptSource) -> str:
         usable = 0.4 if example.verifier != "none" else 1.0
         shares["demonstrations"] = 0.0 if example.is_preference else usable
     if example.text is not None:  # it asks nothing that could be held out
-        place = position(example.text)
-        return "documents" if place < source.documents_ratio else "demonstrations"
+        is_document = source.documents_ratio > 0 and position(example.text) < source.documents_ratio
+        return "documents" if is_document else "demonstrations"
     place = position(example.question)
     for split, share in shares.items():
         place -= share
