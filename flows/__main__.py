@@ -15,7 +15,8 @@ from typing import Annotated
 
 import typer
 
-from flows.servers import QUIET, Server, servers, temporary_prefect_api
+from flows.server_process import Server
+from flows.servers import QUIET, servers, temporary_prefect_api
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -11,7 +11,7 @@ from prefect.states import Completed, Failed
 
 from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
-from lilpipe.pipeline.runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker
 from tasks.stage import run_configured

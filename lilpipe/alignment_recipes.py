@@ -73,7 +73,8 @@ def r1(start: PipelineConfig) -> PipelineConfig:
     """DeepSeek-R1 (Guo et al. 2025): GRPO on the pretrained model ("Zero"), fine-tuning of the pretrained model on its
     verified answers, and GRPO again.
 
-    R1's small set of long written answers is omitted; the demonstrations, mixed with the sampled answers, replace it.
+    R1's small set of long written answers is omitted; the demonstrations, mixed with the sampled completions, replace
+    it.
     """
     steps = {
         "zero": step("grpo", {"prompt_form": "text", **RULES}, model="pretrain", prompts="prompts"),

@@ -1,4 +1,4 @@
-"""``lilpipe trace``: from a document to its verdicts and the steps that saw it, and from a step to its documents."""
+"""``lilpipe trace``: from a document to its decisions and the steps that saw it, and from a step to its documents."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from rich.table import Table
 from lilpipe.artifact import Artifact
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.training import PretrainConfig
+from lilpipe.data.filter_trace import FilterDecision, FilterTrace, trace_filters
 from lilpipe.data.filters.chain import Bounds
-from lilpipe.data.trace import Fate, Verdict
-from lilpipe.data.trace import trace_document as trace_fate
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.pipeline.plan import plan
 from lilpipe.store import Store
@@ -56,20 +55,20 @@ class Trail:
 
 
 def show_document(trail: Trail, document_id: str, console: Console) -> None:
-    """Print a document's verdicts in the corpus and its rows in pretraining.
+    """Print a document's decisions in the corpus and its rows in pretraining.
 
     Raises ``DataError`` if the id is unknown.
     """
-    folder, fate, unknown = trail.folder("corpus"), None, None
+    folder, trace, unknown = trail.folder("corpus"), None, None
     if folder is None:
         raise ConfigError("trace: no corpus of this configuration is in the store; run the pipeline first")
     try:
-        fate = trace_fate(folder, document_id)
+        trace = trace_filters(folder, document_id)
     except DataError as error:
         unknown = error  # may be an exercise
-    if fate is not None:
-        _show_fate(fate, console)
-        if fate.rejected_by is not None:
+    if trace is not None:
+        _show_filters(trace, console)
+        if trace.rejected_by is not None:
             return
     if not trail.has_run():
         if unknown is not None:
@@ -97,38 +96,38 @@ def show_row(trail: Trail, step: int, row: int, console: Console) -> None:
     console.print(table)
 
 
-def _show_fate(fate: Fate, console: Console) -> None:
-    row = fate.row
+def _show_filters(trace: FilterTrace, console: Console) -> None:
+    row = trace.row
     about = [row["source"], f"{row['name']} {row['version']}".strip(), row["licence"], row["url"]]
     console.print(f"[bold]{escape(row['id'])}[/]  {escape(' · '.join(part for part in about if part))}")
     console.print(f"read from {row['file']}:{row['row']}, {row['num_bytes']:,} bytes", markup=False)
     console.print(_excerpt(row["text"]), style="dim", markup=False)
-    table, decisive = Table("filter", "score", "value", "passes", "verdict"), _decisive(fate.verdicts)
-    for verdict in fate.verdicts:
-        said = "[green]passed[/]" if verdict.passed else ""
-        if verdict is decisive:
+    table, decisive = Table("filter", "score", "value", "passes", "verdict"), _decisive(trace.decisions)
+    for decision in trace.decisions:
+        said = "[green]passed[/]" if decision.passed else ""
+        if decision is decisive:
             said = f"[red]{escape(row['reason'])}[/]"
-        value = "" if verdict.value is None else f"{verdict.value:.4g}"
-        table.add_row(verdict.stage, verdict.score, value, _range(verdict.bounds), said)
-    for stage in fate.not_reached:
+        value = "" if decision.value is None else f"{decision.value:.4g}"
+        table.add_row(decision.stage, decision.score, value, _range(decision.bounds), said)
+    for stage in trace.not_reached:
         table.add_row(stage, "", "", "", "[dim]not reached[/]")
     console.print(table)
-    if fate.rejected_by is None:
+    if trace.rejected_by is None:
         console.print("[green]kept[/]")
         return
     detail = f": {row['detail']}" if row["detail"] else ""
-    console.print(f"[red]rejected[/] by {fate.rejected_by}: {escape(row['reason'] + detail)}")
-    if fate.kept is not None:
-        said = f"first duplicate, itself rejected by {fate.kept['stage']}" if "stage" in fate.kept else "kept instead"
-        console.print(f"{said}: [bold]{escape(fate.kept['id'])}[/] ({escape(fate.kept['source'])})")
-        console.print(_excerpt(fate.kept["text"]), style="dim", markup=False)
+    console.print(f"[red]rejected[/] by {trace.rejected_by}: {escape(row['reason'] + detail)}")
+    if trace.kept is not None:
+        said = f"first duplicate, itself rejected by {trace.kept['stage']}" if "stage" in trace.kept else "kept instead"
+        console.print(f"{said}: [bold]{escape(trace.kept['id'])}[/] ({escape(trace.kept['source'])})")
+        console.print(_excerpt(trace.kept["text"]), style="dim", markup=False)
 
 
-def _decisive(verdicts: Sequence[Verdict]) -> Verdict | None:
+def _decisive(decisions: Sequence[FilterDecision]) -> FilterDecision | None:
     """Return the score that rejected the document: the stage records no scores after it. Scores without bounds are
     informative only.
     """
-    mine = [each for each in verdicts if not each.passed]
+    mine = [each for each in decisions if not each.passed]
     taken = [each for each in mine if each.value is not None]
     bounded = [each for each in taken if each.bounds != Bounds()]
     return ([*mine[:1], *taken, *bounded] or [None])[-1]

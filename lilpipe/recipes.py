@@ -14,12 +14,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
-from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig, Source
+from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import dotted, explain, merge, resolve_files, set_dotted
-from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.config.pipeline import PipelineConfig, enabled_steps
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import PromptsConfig, RewardConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
@@ -27,6 +27,7 @@ from lilpipe.config.reward_model import RewardModelConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.config.section import Section
 from lilpipe.config.sft import SFTConfig
+from lilpipe.config.sources import Source
 from lilpipe.config.tokens import TokenizerConfig, TokensConfig
 from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.errors import ConfigError
@@ -186,7 +187,10 @@ def resolve(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] 
     for key, value in derive(complete, given[0] | given[1]).items():
         set_dotted(complete, key, value, model=model, where="depth")
     try:
-        return Resolved(model.model_validate(complete), start, file, *given)
+        config = model.model_validate(complete)
+        steps = enabled_steps(config.steps, config.enable)
+        config = model.model_validate({**dict(config), "steps": steps, "enable": {}})
+        return Resolved(config, start, file, *given)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
 

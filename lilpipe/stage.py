@@ -37,7 +37,9 @@ STAGES: dict[str, str] = {
     "ppo": "lilpipe.alignment.rl.ppo",
     "classify": "lilpipe.training.classify",
     "evaluate": "lilpipe.evaluation.evaluate",
+    "benchmarks": "lilpipe.evaluation.benchmarks",
     "register": "lilpipe.model.register",
+    "release": "lilpipe.release.release",
 }
 """Maps each stage to the module that defines it as ``STAGE``."""
 

@@ -3,7 +3,7 @@ import pytest
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import parse_override
-from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.config.pipeline import DEFAULT_STEPS, PipelineConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.recipes import load
@@ -113,7 +113,7 @@ def test_the_default_wiring_is_complete():
 
     config = load("tiny")
     # The first stands in for pretraining where a run starts from a model from elsewhere; the others belong to recipes.
-    optional = {"import_model", "reward_model", "ppo", "classify"}
+    optional = {"benchmarks", "release", "import_model", "reward_model", "ppo", "classify"}
     assert {node.stage for node in config.steps.values()} == set(STAGES) - optional
 
 
@@ -141,3 +141,37 @@ def test_a_mixture_by_label_is_not_overruled_by_the_weights_of_sources():
 def test_a_weight_for_some_sources_alone_is_refused():
     with pytest.raises(ConfigError, match=r"no weight for \['code'\]"):
         load("tiny", overrides={"corpus.sources": weighted(web=2, code=None)})
+
+
+def test_an_override_of_one_key_keeps_the_others_of_its_table():
+    overrides = {"sft.mixture.a": 2, "sft.mixture.b": 0.5, "steps.sft.settings": {"num_epochs": 1}}
+    config = load("tiny", overrides=overrides)
+    assert config.sft.mixture == {"a": 2, "b": 0.5}
+    assert config.section("sft").num_epochs == 1
+    assert config.steps["sft"].inputs["model"] == "pretrain"
+
+
+def test_the_model_of_a_disabled_step_is_replaced_by_its_own_input():
+    config = load("tiny", overrides={"enable.dpo": False, "enable.preferences": False})
+    assert list(config.steps) == [name for name in DEFAULT_STEPS if name not in ("dpo", "preferences")]
+    assert config.steps["grpo"].inputs["model"] == "sft"
+    assert config.steps["evaluate"].inputs["models"] == ("pretrain", "sft", "grpo")
+    assert load("tiny", overrides={"enable.evaluate": False}).steps["register"].inputs == {"model": "grpo"}
+
+
+def test_a_chain_of_disabled_steps_passes_the_first_model_on():
+    config = load("tiny", overrides={"enable": {"sft": False, "dpo": False, "preferences": False}})
+    assert config.steps["grpo"].inputs["model"] == "pretrain"
+    assert config.steps["evaluate"].inputs["reference"] == "pretrain"
+
+
+def test_an_unknown_step_cannot_be_enabled():
+    with pytest.raises(ConfigError, match=r"enable\.dpoo: there is no such step; known: prompts, "):
+        load("tiny", overrides={"enable.dpoo": True})
+
+
+def test_a_disabled_step_can_be_enabled_by_the_table(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[enable]\ndpo = true\n")
+    config = load("tiny", file=file, overrides={"steps.dpo.enabled": False})
+    assert config.steps["grpo"].inputs["model"] == "dpo"

@@ -11,8 +11,8 @@ from lilpipe.alignment.questions.prompts_report import build_report as prompts_r
 from lilpipe.alignment.rollout import rejection_sampling
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.sft import SFTConfig
+from lilpipe.evaluation.estimates import Evaluation, score
 from lilpipe.evaluation.evaluation_report import write_page
-from lilpipe.evaluation.scores import Evaluation, score
 from lilpipe.schemas.examples import Conversation, Prompt
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import train_tokenizer

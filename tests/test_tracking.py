@@ -4,12 +4,12 @@ from typing import Any
 import pytest
 
 from lilpipe.pipeline.run import run_step
-from lilpipe.pipeline.runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker
 from lilpipe.tracking.client import batches
 from lilpipe.tracking.events import flatten, read_events
-from lilpipe.tracking.runs import EXPERIMENT
+from lilpipe.tracking.mlflow_runs import EXPERIMENT
 from tests.flows import toys
 
 

@@ -1,78 +1,14 @@
-"""Section `corpus`: sources, filters, deduplication and executors."""
+"""Section `corpus`: filters and deduplication of documents."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from lilpipe.config.executors import RayConfig, SlurmConfig
 from lilpipe.config.section import BuiltIn, NumWorkers, Operational, Ratio, Section, WithOptions
-
-
-class Columns(Section):
-    """Column names (JSON keys) of a source; a dotted name (`meta.url`) refers to a nested field."""
-
-    text: str = "text"
-    id: str = "id"
-    """Rows without an id get `<file>:<row>`."""
-    url: str = "url"
-    date: str = "date"
-    """When the page was crawled or written, as ISO 8601; decides which of several documents with the same URL is
-    kept."""
-    licence: str = "licence"
-    label: str = "label"
-
-
-SourceKind = Literal["installed-docs", "jsonl", "parquet", "text", "warc", "huggingface"]
-
-
-class Source(WithOptions):
-    """One source of raw documents."""
-
-    kind: Annotated[str, BuiltIn("source", get_args(SourceKind))]
-    """`installed-docs`: docstrings, help topics and READMEs of this Python environment. `jsonl`, `parquet`, `text`
-    (plain text, Markdown, reStructuredText: one document per file) and `warc` (Common Crawl: one document per HTML
-    response): files, plain or compressed (.gz, .zst, .bz2, .xz). `huggingface`: a hub name or a local folder. Or a
-    custom source."""
-    name: str
-    """Name of the source in reports and shards."""
-    path: str | None = None
-    """File, folder, glob or fsspec URL; for `huggingface` a hub name or folder."""
-    columns: Columns = Columns()
-    """Column names (`jsonl`, `parquet`, `huggingface`)."""
-    subset: str | None = None
-    """Configuration of the data set (`huggingface` only)."""
-    split: str = "train"
-    """Split to read (`huggingface` only)."""
-    licence: str = "unknown"
-    """Licence of documents that do not have their own."""
-    languages: tuple[str, ...] | None = None
-    """Languages to keep from this source; if None, `corpus.languages`."""
-    label: str = ""
-    """Kind of text, such as `code`, which mixtures can refer to. Documents may have their own label."""
-    weight: Annotated[PositiveFloat | None, Operational] = None
-    """Weight of the source in the tokenizer's sample and in the pretraining mixture, unless those set their own
-    weights."""
-    max_bytes: PositiveInt | None = None
-    """Maximum bytes of text to read, in an order fixed by a hash of the document id; if None, all."""
-
-    @model_validator(mode="after")
-    def _path_matches_kind(self) -> Source:
-        if self.kind == "installed-docs" and self.path is not None:
-            raise ValueError(f"source {self.name!r}: kind 'installed-docs' reads this environment; remove `path`")
-        if self.kind in get_args(SourceKind) and self.kind != "installed-docs" and self.path is None:
-            raise ValueError(f"source {self.name!r}: kind {self.kind!r} requires `path`")
-        if self.kind != "huggingface" and (self.subset is not None or self.split != "train"):
-            raise ValueError(f"source {self.name!r}: `subset` and `split` are for kind 'huggingface'; remove them")
-        if self.kind in ("installed-docs", "text", "warc") and self.columns != Columns():
-            raise ValueError(f"source {self.name!r}: kind {self.kind!r} has no columns; remove `columns`")
-        return self
-
-
-def _check_names(field: str, sources: tuple[Source, ...]) -> None:
-    names = [source.name for source in sources]
-    if len(set(names)) != len(names):
-        raise ValueError(f"{field}: names must be unique, got {names}")
+from lilpipe.config.sources import Source, check_names
 
 
 class UrlConfig(Section):
@@ -234,8 +170,8 @@ class ClassifierConfig(Section):
             raise ValueError("min_score and keep_ratio: got both or neither, expected exactly one")
         if not self.enabled and (self.min_score is not None or self.keep_ratio is not None):
             raise ValueError("min_score and keep_ratio: got one without examples; set `good` and `bad` too")
-        _check_names("good", self.good)
-        _check_names("bad", self.bad)
+        check_names("good", self.good)
+        check_names("bad", self.bad)
         return self
 
 
@@ -270,7 +206,7 @@ class DecontaminationConfig(Section):
 
     @model_validator(mode="after")
     def _sets_are_named_apart(self) -> DecontaminationConfig:
-        _check_names("sets", self.sets)
+        check_names("sets", self.sets)
         return self
 
 
@@ -279,33 +215,6 @@ class FilterConfig(WithOptions):
 
     kind: Annotated[str, BuiltIn("filter", ())]
     """Name of the filter."""
-
-
-class SlurmConfig(Section):
-    """Options of `sbatch` for the tasks of the data stages. The store must be on a file system shared by all nodes."""
-
-    partition: str = "cpu"
-    time: str = "24:00:00"
-    """Time limit of a job, which runs several tasks one after the other."""
-    cpus_per_task: PositiveInt = 1
-    """CPUs per job."""
-    memory_per_cpu_gb: PositiveInt = 4
-    """Memory per CPU."""
-    sbatch: dict[str, str] = {}
-    """Further options of `sbatch`, such as `account`."""
-    poll_seconds: PositiveFloat = 5.0
-    """Interval of checks whether tasks have finished."""
-
-
-class RayConfig(Section):
-    """Ray cluster of the data stages."""
-
-    address: str | None = None
-    """Address of a running cluster; if None, start one on this host."""
-    cpus_per_task: PositiveInt = 1
-    """CPUs per task."""
-    memory_per_cpu_gb: PositiveFloat = 2
-    """Memory per CPU."""
 
 
 class CorpusConfig(Section):
@@ -343,7 +252,7 @@ class CorpusConfig(Section):
             raise ValueError(
                 "sources: got none, expected at least one; add a source, or remove the setting for the default"
             )
-        _check_names("sources", self.sources)
+        check_names("sources", self.sources)
         without = [source.name for source in self.sources if source.weight is None]
         if without and len(without) < len(self.sources):
             raise ValueError(f"sources: got no weight for {without}, expected one for every source or for none")

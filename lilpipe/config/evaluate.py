@@ -29,7 +29,7 @@ better, [[B]] if answer B is better, [[C]] if neither is.
 
 
 class JudgeConfig(Section):
-    """LLM judge that compares two answers, reached by an OpenAI-compatible API (Ollama, vLLM, ...)."""
+    """LLM judge that compares two completions, reached by an OpenAI-compatible API (Ollama, vLLM, ...)."""
 
     address: Annotated[str, Operational] = "http://127.0.0.1:11434/v1"
     """Base URL of the API, without `/chat/completions`; the default is Ollama's."""
@@ -41,9 +41,9 @@ class JudgeConfig(Section):
     max_new_tokens: PositiveInt = 512
     """Maximum number of tokens of a reply. A truncated reply has no verdict."""
     num_prompts: PositiveInt = 100
-    """Number of prompts whose answers are judged: the first of the split."""
+    """Number of prompts whose completions are judged: the first of the split."""
     games_per_prompt: PositiveInt = 1
-    """Comparisons per model and prompt, of two requests each (one for each order of the answers)."""
+    """Comparisons per model and prompt, of two requests each (one for each order of the completions)."""
     api_key_variable: Annotated[str | None, Operational] = None
     """Environment variable with the API key, if the API needs one; the key itself is never written."""
     concurrency: Annotated[PositiveInt, Operational] = 4
@@ -81,7 +81,7 @@ class EvaluateConfig(SamplingSection):
     """Baseline of the win rate of each chat model: the `model` of the input `reference`, or the reference `answer` of a
     prompt (prompts without one are skipped)."""
     win_by: Literal["brevity", "reward_model", "judge"] = "brevity"
-    """How the better of two answers is decided: `brevity` is a fixed rule (well-formed first, then fewer words),
+    """How the better of two completions is decided: `brevity` is a fixed rule (well-formed first, then fewer words),
     `reward_model` the higher score of the input `reward_model`, `judge` the LLM judge."""
     judge: JudgeConfig = JudgeConfig()
 

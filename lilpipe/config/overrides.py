@@ -85,14 +85,28 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def set_dotted(values: dict[str, Any], key: str, value: Any, *, model: type[BaseModel], where: str) -> None:
-    """Set one dotted key. Raises ``ConfigError`` if it does not exist."""
-    change: dict[str, Any] = {}
-    inner = change
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = inner.setdefault(parent, {})
-    inner[last] = value
+    """Set one dotted key; other keys of a table are kept. Raises ``ConfigError`` if a setting does not exist."""
+    names, section, current = key.split("."), model, values
+    for depth, name in enumerate(names[:-1]):
+        fields = {field.alias or own: field.annotation for own, field in section.model_fields.items()}
+        annotation = fields.get(name)
+        if get_origin(annotation) is dict:
+            value, names = _with_key(current[name], names[depth + 1 :], value), names[: depth + 1]
+            break
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section, current = annotation, current[name]
+    change = value
+    for name in reversed(names):
+        change = {name: change}
     merge(values, change, model=model, where=where)
+
+
+def _with_key(table: Any, names: list[str], value: Any) -> dict[str, Any]:
+    """Return a copy of a table of tables with the value at ``names``."""
+    kept = table if isinstance(table, dict) else {}
+    first, *rest = names
+    return {**kept, first: _with_key(kept.get(first), rest, value) if rest else value}
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from lilpipe.config.benchmarks import BenchmarksConfig
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.evaluate import EvaluateConfig, RegisterConfig
@@ -26,6 +28,7 @@ from lilpipe.config.parallel_checks import check_vocabulary
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
+from lilpipe.config.release import ReleaseConfig
 from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.config.section import CodeFile, Section
 from lilpipe.config.sft import SFTConfig
@@ -45,11 +48,45 @@ class Step(Section):
     """Maps each input role of the stage to the step (or steps) whose artifact it reads."""
     settings: dict[str, Any] = {}
     """Dotted settings that override the stage's section for this step only."""
+    enabled: bool = True
+    """Whether the step is part of the pipeline; `enable` overrides it. A step that reads the model of a disabled step
+    reads that step's own input model instead."""
 
 
 def step(stage: str, /, settings: dict[str, Any] | None = None, **inputs: str | tuple[str, ...]) -> Step:
     """Return a ``Step`` with its inputs as keyword arguments."""
     return Step(stage=stage, inputs=inputs, settings=settings or {})
+
+
+MODEL_ROLES = ("model", "models", "reference")
+"""Input roles that take the model of a training step."""
+
+
+def enabled_steps(steps: Mapping[str, Step], enable: Mapping[str, bool]) -> dict[str, Step]:
+    """Return the enabled steps. Raises ``ConfigError`` for an unknown step in ``enable``.
+
+    An input model from a disabled step is replaced by that step's own input model; other inputs from it are removed.
+    """
+    if unknown := enable.keys() - steps.keys():
+        raise ConfigError(f"enable.{min(unknown)}: there is no such step; known: {', '.join(steps)}")
+    passed_on: dict[str, str | None] = {}
+    kept = {}
+    for name, node in steps.items():
+        inputs: dict[str, str | tuple[str, ...]] = {}
+        for role, value in node.inputs.items():
+            several = (value,) if isinstance(value, str) else value
+            found = [passed_on.get(source, source) for source in several]
+            if role not in MODEL_ROLES:
+                found = [source for source in several if source not in passed_on]
+            names = tuple(dict.fromkeys(source for source in found if source is not None))
+            if names:
+                inputs[role] = names[0] if isinstance(value, str) else names
+        if enable.get(name, node.enabled):
+            kept[name] = node.model_copy(update={"inputs": inputs, "enabled": True})
+        else:
+            model = inputs.get("model")
+            passed_on[name] = model if isinstance(model, str) else None
+    return kept
 
 
 DEFAULT_STEPS = {
@@ -84,7 +121,7 @@ class OrchestrationConfig(Section):
     """Timeout of single steps; overrides `timeout_seconds`."""
 
 
-_NO_STAGES = {"recipe", "file", "seed", "depth", "params", "steps", "orchestration", "register_"}
+_NO_STAGES = {"recipe", "file", "seed", "depth", "params", "steps", "enable", "orchestration", "register_"}
 """Fields of ``PipelineConfig`` that are not sections of stages."""
 
 
@@ -104,6 +141,8 @@ class PipelineConfig(Section):
     """Like `depth`, but as a number of parameters, such as "350M": selects the nearest depth."""
     steps: dict[str, Step] = DEFAULT_STEPS
     """Steps of the pipeline, in order, with their inputs."""
+    enable: dict[str, bool] = {}
+    """Turns steps of the recipe on or off, by name."""
     corpus: CorpusConfig = CorpusConfig()
     prompts: PromptsConfig = PromptsConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -119,7 +158,9 @@ class PipelineConfig(Section):
     ppo: PPOConfig = PPOConfig()
     classify: ClassifyConfig = ClassifyConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
     register_: RegisterConfig = Field(default=RegisterConfig(), alias="register")
+    release: ReleaseConfig = ReleaseConfig()
     orchestration: OrchestrationConfig = OrchestrationConfig()
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)

@@ -20,11 +20,13 @@ import numpy as np
 
 from lilpipe import page
 from lilpipe.artifact import Inputs, optional_input, write_atomically
-from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.sources import Source
 from lilpipe.data.build_filters import build_filters
 from lilpipe.data.corpus_report import build_report
 from lilpipe.data.counts import Counts, count_documents
 from lilpipe.data.executors.executor import open_executor
+from lilpipe.data.filter_trace import Thresholds, write_thresholds
 from lilpipe.data.filtering import FilterShards, WriteShards, matches_folder
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.filters.classifier import keep_threshold
@@ -36,7 +38,6 @@ from lilpipe.data.learn import CLASSIFIER_REPORT, Learnt, learn
 from lilpipe.data.minhash import MatchBands, near_duplicates
 from lilpipe.data.sorting import ReadParts, ReadSummary, Selection, run_files
 from lilpipe.data.sources.readers import digest_source, find_parts
-from lilpipe.data.trace import Thresholds, write_thresholds
 from lilpipe.data.work import Work
 from lilpipe.digests import digest_file
 from lilpipe.errors import DataError

@@ -12,9 +12,9 @@ import numpy as np
 from lilpipe import charts, page
 from lilpipe.config.corpus import CorpusConfig
 from lilpipe.data.counts import Counts, SourceCounts, Tally
+from lilpipe.data.filter_trace import Thresholds
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.histograms import score_histograms
-from lilpipe.data.trace import Thresholds
 from lilpipe.schemas.documents import read_documents, read_rejected
 
 NUM_SAMPLES = 10

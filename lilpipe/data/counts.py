@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from lilpipe.data.filter_trace import Thresholds
 from lilpipe.data.filters.chain import Bounds
-from lilpipe.data.trace import Thresholds
 from lilpipe.schemas.documents import read_documents, read_rejected, score_values
 
 

@@ -16,7 +16,7 @@ from lilpipe.data.filters.chain import Document, Rejection, run_filters, score_n
 from lilpipe.data.filters.decontamination import MATCHES, DecontaminationFilter
 from lilpipe.data.late import CLASSIFIER_SCORE, SIMILARITY, LateVerdict, LateVerdicts, kept_file, rejected_file
 from lilpipe.data.learn import Learnt
-from lilpipe.data.minhash import SignatureWriter
+from lilpipe.data.signatures import SignatureWriter
 from lilpipe.data.sorting import Selection
 from lilpipe.schemas.documents import documents_schema, rejected_schema
 from lilpipe.schemas.tables import ROWS_PER_BATCH, TableWriter, read_table, write_rows

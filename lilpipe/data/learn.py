@@ -13,7 +13,8 @@ import pyarrow as pa
 from datatrove.pipeline.base import PipelineStep
 
 from lilpipe.artifact import write_atomically
-from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.sources import Source
 from lilpipe.data.filters.classifier import MODEL_FILE, train_classifier
 from lilpipe.data.filters.decontamination import EvaluationIndex, write_index
 from lilpipe.data.filters.evaluation_sets import prompt_sets, source_sets

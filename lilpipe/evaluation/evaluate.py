@@ -14,13 +14,14 @@ from typing import Any
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import Rewards, external
-from lilpipe.alignment.rollout.sampling import load_rewards
+from lilpipe.alignment.rollout.completion_rows import load_rewards
 from lilpipe.artifact import Inputs, all_inputs, one_input, optional_input, write_atomically
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.errors import ConfigError
+from lilpipe.evaluation.candidates import Candidate, add_rewards, as_candidate, sample_all, validation_bits
 from lilpipe.evaluation.comparison import beyond_noise
-from lilpipe.evaluation.completions import Candidate, add_rewards, as_candidate, sample_all, validation_bits
+from lilpipe.evaluation.estimates import Estimates, Evaluation, comparisons, score_all, score_by
 from lilpipe.evaluation.evaluation_report import write_page
 from lilpipe.evaluation.games import (
     Outcomes,
@@ -32,7 +33,6 @@ from lilpipe.evaluation.games import (
     reference_answers,
     set_against,
 )
-from lilpipe.evaluation.scores import Estimates, Evaluation, comparisons, score_all, score_by
 from lilpipe.metrics.pass_at_k import Estimate
 from lilpipe.schemas.chunks import Row
 from lilpipe.schemas.examples import Prompt, read_prompts
@@ -180,7 +180,7 @@ def side_by_side(prompts: Sequence[Prompt], rows: Mapping[str, Sequence[Row]], o
     """Return JSON lines, one per prompt: each model's greedy completion, first sampled completion, and the outcome of
     its game.
     """
-    answers: dict[str, dict[str, dict[str, Any]]] = {prompt.id: {} for prompt in prompts}
+    completions: dict[str, dict[str, dict[str, Any]]] = {prompt.id: {} for prompt in prompts}
     for model, model_rows in rows.items():
         for row in model_rows:
             if row["sample"] == 0:
@@ -188,8 +188,8 @@ def side_by_side(prompts: Sequence[Prompt], rows: Mapping[str, Sequence[Row]], o
                 verdict = {key: row[key] for key in ("completion", "correct", "rewards")}
                 if not row["greedy"] and (played := outcomes.get(model, {}).get(row["prompt_id"])):
                     verdict["game"] = ending(played[0])
-                answers[row["prompt_id"]].setdefault(model, {})[kind] = verdict
-    lines = [json.dumps({**vars(prompt), "models": answers[prompt.id]}, ensure_ascii=False) for prompt in prompts]
+                completions[row["prompt_id"]].setdefault(model, {})[kind] = verdict
+    lines = [json.dumps({**vars(prompt), "models": completions[prompt.id]}, ensure_ascii=False) for prompt in prompts]
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lilpipe import charts, page
+from lilpipe.evaluation.estimates import Estimates, Evaluation, comparisons, label, score_by
 from lilpipe.evaluation.games import ending
-from lilpipe.evaluation.scores import Estimates, Evaluation, comparisons, label, score_by
 from lilpipe.metrics.pass_at_k import Estimate
 from lilpipe.schemas.chunks import Row
 
@@ -25,15 +25,16 @@ def write_page(found: Evaluation) -> str:
     sections: dict[str, page.Body] = {
         "After each stage": [page.note(note), _stages(found), *_chart(found.scores)],
         "Comparisons": _comparisons(found),
-        "Rewards of sampled answers": _table(found.scores, [name for name in _names(found) if _is_reward(name)]),
+        "Rewards of sampled completions": _table(found.scores, [name for name in _names(found) if _is_reward(name)]),
     }
     if found.outcomes:
-        rule = f"Sampled answers against {found.opponent}, by {RULES[found.config.win_by]}; ties count as half a win."
+        decision = RULES[found.config.win_by]
+        rule = f"Sampled completions against {found.opponent}, by {decision}; ties count as half a win."
         sections["Games"] = [page.note(rule), _table(found.scores, [n for n in GAME_SCORES if n in _names(found)])]
     for key in ("family", "difficulty"):
         if len({row[key] for row in next(iter(found.rows.values()))}) > 1:
             sections[f"Greedy accuracy by {key}"] = _by(found, key)
-    sections["Answers side by side"] = side_by_side(found)
+    sections["Completions side by side"] = side_by_side(found)
     last = found.scores[found.models[-1]]
     shown = [name for name in last if name in ("accuracy", "sampled_accuracy", "win_rate") or name.startswith("pass_")]
     figures = {name.replace("_", " "): f"{last[name].value:.3f}" for name in shown}
@@ -111,12 +112,12 @@ def _chart(scores: Mapping[str, Estimates]) -> list[page.Fragment]:
     return [charts.svg(charts.bars(list(scores), {"share of prompts": series}, errors=errors, limit=1))]
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
+# --- completions --------------------------------------------------------------------------------------------------
 
 
 def side_by_side(found: Evaluation) -> list[page.Fragment]:
     """Return a folded table for each of the first prompts: each model's greedy and first sampled completion."""
-    answers = {
+    completions = {
         (model, row["prompt_id"], row["greedy"]): row
         for model, rows in found.rows.items()
         for row in rows
@@ -127,14 +128,14 @@ def side_by_side(found: Evaluation) -> list[page.Fragment]:
         rows: list[dict[str, page.Cell]] = []
         for model in found.models:
             for greedy in (True, False):
-                row = answers[model, prompt.id, greedy]
+                row = completions[model, prompt.id, greedy]
                 played = found.outcomes.get(model, {}).get(prompt.id, [])
                 game = {"game": ending(played[0]) if played and not greedy else ""} if found.outcomes else {}
                 rows.append(
                     {
                         "model": model,
                         "decoding": "greedy" if greedy else "sample",
-                        "answer": row["completion"],
+                        "completion": row["completion"],
                         "verifier": _verdict(row),
                         **{label(f"reward_{name}"): f"{value:.3g}" for name, value in row["rewards"].items()},
                         **game,

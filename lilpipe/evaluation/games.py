@@ -1,7 +1,7 @@
 """Win rates: each chat model's sampled completions against another model's or reference answers, decided by a rule.
 
-Sample i of a model plays sample i + 1 of the reference model. The two do not share a random stream, so the reference
-also plays a fair game against itself. A prompt counts once, whatever its number of games.
+Completion i of a model plays completion i + 1 of the reference model. The two do not share a random stream, so the
+reference also plays a fair game against itself. A prompt counts once, whatever its number of games.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import brevity_win, judge
-from lilpipe.alignment.rollout.sampling import by_prompt
+from lilpipe.alignment.rollout.completion_rows import by_prompt
 from lilpipe.config.evaluate import JudgeConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation.judge import Judge, Outcome, Pairing, check_readable
@@ -45,7 +45,7 @@ Outcomes = dict[str, list[Outcome]]
 
 
 def set_against(rows: Sequence[Row], opponent: Sequence[Row]) -> Games:
-    """Pair each sampled completion with the opponent's next sample, for prompts that the opponent has."""
+    """Pair each sampled completion with the opponent's next one, for prompts that the opponent has."""
     theirs = {group[0]["prompt_id"]: group for group in by_prompt([row for row in opponent if not row["greedy"]])}
     games = {}
     for mine in by_prompt([row for row in rows if not row["greedy"]]):
@@ -132,7 +132,7 @@ def play_before_judge(games: Mapping[str, Games], config: JudgeConfig, workspace
     num_chunks = -(-len(flat) // GAMES_PER_CHUNK)
     table = run_chunks(work, num_chunks, name="verdicts", schema=OUTCOME_SCHEMA, workspace=workspace)
     outcomes = [Outcome(**row) for row in table]
-    # Equal answers tie without asking the judge, so the readable share is that of the other games.
+    # Equal completions tie without asking the judge, so the readable share is that of the other games.
     asked = [o for game, o in zip(flat, outcomes, strict=True) if game.mine["completion"] != game.other["completion"]]
     if (share := check_readable(asked)) > UNREADABLE_ALARM:
         workspace.log(

@@ -57,6 +57,14 @@ class HarnessModel(TemplateLM):
         """Encode text in which names of special tokens are special tokens, such as a rendered conversation."""
         return self.tokens.encode_marked(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode context and continuation together; apart if a token would cover the end of one and all of the other.
+
+        Such a continuation would have no token of its own, and a log-likelihood of 0, above that of every other.
+        """
+        before, after = super()._encode_pair(context, continuation)
+        return (before, after) if after else (self.tok_encode(context), self.tok_encode(continuation))
+
     def _decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text without special tokens."""
         special = set(self.tokens.special_ids.values())
@@ -142,19 +150,19 @@ class HarnessModel(TemplateLM):
 
         Raises ``ConfigError`` for generation settings that the engine does not support.
         """
-        answers: dict[int, str] = {}
+        completions: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         arguments: list[tuple[str, dict[str, Any]]] = [cast(Any, request.args) for request in requests]
         for index, (_, settings) in enumerate(arguments):
             groups.setdefault(repr(sorted(settings.items())), []).append(index)
         for indices in groups.values():
-            texts = self._answers([arguments[index][0] for index in indices], arguments[indices[0]][1])
+            texts = self._complete([arguments[index][0] for index in indices], arguments[indices[0]][1])
             for index, text in zip(indices, texts, strict=True):
-                answers[index] = text
+                completions[index] = text
                 self._remember("generate_until", arguments[index], text)
-        return [answers[index] for index in range(len(requests))]
+        return [completions[index] for index in range(len(requests))]
 
-    def _answers(self, contexts: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
+    def _complete(self, contexts: Sequence[str], settings: dict[str, Any]) -> Iterator[str]:
         """Yield a completion of each context, with the same settings."""
         settings = {**normalize_gen_kwargs(settings, MAX_NEW_TOKENS)}
         stops = handle_stop_sequences(settings.pop("until", None), eos=self.tokens.document_end)
@@ -179,8 +187,8 @@ class HarnessModel(TemplateLM):
         room = self.max_length - num_tokens
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
         stop_ids = [self.tokens.document_end_id, *([self.tokens.turn_end_id] if self.tokens.has_turns else [])]
-        for [answer] in generate(self.model, prompts, sampling=sampling, stop_ids=stop_ids, seed=self.seed):
-            yield postprocess_generated_text(self._decode(answer.tokens), stop=stops, think_end_token=None)
+        for [completion] in generate(self.model, prompts, sampling=sampling, stop_ids=stop_ids, seed=self.seed):
+            yield postprocess_generated_text(self._decode(completion.tokens), stop=stops, think_end_token=None)
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -199,8 +207,9 @@ def run_harness(
     limit: int | None = None,
     batch_size: int = 16,
     chat: bool = False,
-) -> tuple[dict[str, Any], str]:
-    """Run tasks of the harness; return results by task, and a table of them.
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run tasks of the harness; return its results, with the samples of each task.
 
     ``include_path`` is a folder with your own task files. Raises ``ConfigError`` for an unknown task.
     """
@@ -208,15 +217,25 @@ def run_harness(
     model, tokenizer = load_model(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: Any = simple_evaluate(
-        model=HarnessModel(model.to(device), tokenizer, batch_size=batch_size),
+        model=HarnessModel(model.to(device), tokenizer, batch_size=batch_size, seed=seed),
         tasks=list(tasks),
         task_manager=manager,
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=chat,
         bootstrap_iters=0,
+        log_samples=True,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
     )
-    return results["results"], make_table(results)
+    return results
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Return the harness's table of results."""
+    return make_table(results)
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:

@@ -1,8 +1,8 @@
-"""LLM as a judge: asks a language model which of two answers is better, by OpenAI's chat completions API.
+"""LLM as a judge: asks a language model which of two completions is better, by OpenAI's chat completions API.
 
 Judges have a position bias (Zheng et al. 2023, "Judging LLM-as-a-judge with MT-Bench and Chatbot Arena"). So each pair
-is judged twice, in both orders, and an answer wins only if it wins in both. If the verdict changes with the order, the
-game is a tie, and the share of such games is reported.
+is judged twice, in both orders, and a completion wins only if it wins in both. If the verdict changes with the order,
+the game is a tie, and the share of such games is reported.
 
 A judge may reply differently when asked again, even at temperature 0. Each reply is cached in scratch by the digest of
 its request, so a resumed evaluation repeats no request.
@@ -29,7 +29,7 @@ from lilpipe.config.evaluate import JudgeConfig
 from lilpipe.errors import ConfigError, DataError, StageFailure
 
 Place = Literal["A", "B", "C"]
-"""First answer, second answer, neither."""
+"""First completion, second completion, neither."""
 
 FIRST_DELAY_SECONDS = 1.0
 """Delay before the first retry of a request; doubled before each further retry."""
@@ -42,7 +42,7 @@ _VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two answers to one question."""
+    """Two completions to one question."""
 
     question: str
     first: str
@@ -51,12 +51,12 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a game between two answers."""
+    """Outcome of a game between two completions."""
 
     win: float | None
-    """1 if the first answer won, 0 if the second won, 0.5 for a tie, ``None`` if no verdict was readable."""
+    """1 if the first completion won, 0 if the second won, 0.5 for a tie, ``None`` if no verdict was readable."""
     flipped: bool = False
-    """Whether the verdict changed with the order of the answers (position bias)."""
+    """Whether the verdict changed with the order of the completions (position bias)."""
 
 
 def parse_verdict(reply: str) -> Place | None:
@@ -72,7 +72,7 @@ def parse_verdict(reply: str) -> Place | None:
 
 
 def settle(straight: Place | None, swapped: Place | None) -> Outcome:
-    """Return the outcome of two verdicts on the same answers, the second one in swapped order."""
+    """Return the outcome of two verdicts on the same completions, the second one in swapped order."""
     if straight is None or swapped is None:
         return Outcome(None)
     if (straight, swapped) == ("A", "B"):
@@ -90,7 +90,7 @@ class Judge:
         self._key = _read_key(config.api_key_variable)
 
     def decide(self, pairings: Sequence[Pairing]) -> list[Outcome]:
-        """Return an outcome for each pairing. Equal answers tie without a request.
+        """Return an outcome for each pairing. Equal completions tie without a request.
 
         Raises ``ConfigError`` if the server rejects a request, ``StageFailure`` if it is not reachable.
         """
@@ -163,13 +163,13 @@ class Judge:
         )
 
 
-def read_reply(answer: bytes, *, address: str) -> str:
+def read_reply(body: bytes, *, address: str) -> str:
     """Return the text of a chat completion, empty if there is none. Raises ``ConfigError`` for other responses."""
     try:
-        document: Any = json.loads(answer)
+        document: Any = json.loads(body)
         content = document["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        shown = answer[:SHOWN_CHARS].decode("utf-8", "replace")
+        shown = body[:SHOWN_CHARS].decode("utf-8", "replace")
         raise ConfigError(
             f"evaluate.judge.address: {address} answered {shown!r}, expected a chat completion of OpenAI's API; "
             "for most servers the address ends in /v1"

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from lilpipe.generation.engine import Engine
-from lilpipe.generation.protocol import Ask, Piece
+from lilpipe.generation.protocol import Ask
+from lilpipe.generation.responses import Piece
 from lilpipe.generation.text import token_bytes
 from lilpipe.generation.transcript import Transcript
 from lilpipe.tokenizer.encoding import Tokenizer

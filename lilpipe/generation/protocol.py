@@ -1,4 +1,4 @@
-"""OpenAI's chat completions and text completions: request validation and response format.
+"""Requests of OpenAI's chat completions and text completions: validation and tokenization.
 
 Independent of HTTP: `lilpipe serve` and the MLflow model share it. Parameters beyond OpenAI's (``top_k``, ``min_p``,
 ``repetition_penalty``) have vLLM's names. A parameter that would be ignored is an error, unless it cannot change the
@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
-from lilpipe.generation.requests import TopLogprobs
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
@@ -80,27 +77,6 @@ class Ask:
     """Number of most likely tokens to return at each position."""
 
 
-@dataclass
-class Piece:
-    """A streamed part of one choice, or all of it. ``finish_reason`` is None except in the last part."""
-
-    index: int
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    """For each token, if requested."""
-    finish_reason: str | None = None
-
-    def extend(self, other: Piece) -> None:
-        """Append the next part."""
-        self.text += other.text
-        self.tokens += other.tokens
-        self.logprobs += other.logprobs
-        self.top_logprobs += other.top_logprobs
-        self.finish_reason = other.finish_reason
-
-
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
@@ -149,10 +125,6 @@ class BaseRequest(BaseModel):
             return cls.model_validate(given)
         except ValidationError as error:
             raise _refusal(error) from error
-
-    def opening(self) -> list[dict[str, Any]]:
-        """Return the first chunk of each choice, sent before any text."""
-        return []
 
     def _ask(
         self,
@@ -248,19 +220,6 @@ class ChatRequest(BaseRequest):
         settings = {"max_seq_len": max_seq_len, "limit": limit, "num_top_logprobs": self.top_logprobs}
         return self._ask([prompt], tokenizer, param="messages", **settings)
 
-    def opening(self) -> list[dict[str, Any]]:  # noqa: D102
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for index in range(self.n)]
-
-    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:
-        """Return one choice of the response, or a streamed part of it."""
-        said = {"delta": {"content": piece.text}} if streamed else {"message": _said(piece.text)}
-        logprobs = None
-        if self.logprobs:
-            entries = zip(piece.tokens, piece.logprobs, _beside_each(piece), strict=True)
-            logprobs = {"content": [_logprob(token, value, others, vocabulary) for token, value, others in entries]}
-        return {"index": piece.index, **said, "logprobs": logprobs, "finish_reason": piece.finish_reason}
-
 
 class CompletionRequest(BaseRequest):
     """``POST /v1/completions``."""
@@ -290,18 +249,6 @@ class CompletionRequest(BaseRequest):
         if all(isinstance(token, int) for token in self.prompt):
             return [[token for token in self.prompt if isinstance(token, int)]]
         return [part for part in self.prompt if not isinstance(part, int)]
-
-    def choice(self, piece: Piece, vocabulary: Sequence[bytes], *, streamed: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        """Return one choice of the response, or a streamed part of it."""
-        logprobs = None
-        if self.logprobs is not None:
-            logprobs = {
-                "tokens": [_text(token, vocabulary) for token in piece.tokens],
-                "token_logprobs": piece.logprobs,
-                "top_logprobs": _by_text(piece, vocabulary) if self.logprobs else None,
-                "text_offset": None,
-            }
-        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
 Request = ChatRequest | CompletionRequest
@@ -334,77 +281,3 @@ def _refusal(error: ValidationError) -> RequestError:
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-# --- responses ----------------------------------------------------------------------------------------------------
-
-
-class Envelope:
-    """Builds the response to one request; all its chunks share an id, a time and a model name."""
-
-    def __init__(self, request: Request, *, model: str, vocabulary: Sequence[bytes]) -> None:
-        self.request = request
-        self.vocabulary = vocabulary
-        self.common = {"id": f"{request.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def whole(self, pieces: Sequence[Piece], ask: Ask) -> dict[str, Any]:
-        """Return a non-streamed response."""
-        choices = [self.request.choice(piece, self.vocabulary) for piece in pieces]
-        usage = self.usage(ask, sum(len(piece.tokens) for piece in pieces))
-        return {**self.common, "object": self.request.whole, "choices": choices, "usage": usage}
-
-    def chunk(self, *choices: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """Return a streamed chunk."""
-        return {**self.common, "object": self.request.chunk, "choices": list(choices), **more}
-
-    def part(self, piece: Piece) -> dict[str, Any]:
-        """Return a streamed chunk that continues one choice."""
-        return self.chunk(self.request.choice(piece, self.vocabulary, streamed=True))
-
-    @staticmethod
-    def usage(ask: Ask, num_completion: int) -> dict[str, int]:
-        """Count the tokens of the prompts (each once) and of all completions."""
-        num_prompt = sum(map(len, ask.prompts))
-        counts = {"prompt_tokens": num_prompt, "completion_tokens": num_completion}
-        return {**counts, "total_tokens": num_prompt + num_completion}
-
-
-def _said(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-def _logprob(token: int, logprob: float, others: TopLogprobs, vocabulary: Sequence[bytes]) -> dict[str, Any]:
-    return {
-        **_entry(token, logprob, vocabulary),
-        "top_logprobs": [_entry(other, value, vocabulary) for other, value in others],
-    }
-
-
-def _entry(token: int, logprob: float, vocabulary: Sequence[bytes]) -> dict[str, Any]:
-    return {"token": _text(token, vocabulary), "logprob": logprob, "bytes": list(_bytes(token, vocabulary))}
-
-
-def _by_text(piece: Piece, vocabulary: Sequence[bytes]) -> list[dict[str, float]]:
-    """Return the log-probabilities at each position by token text: the most likely tokens and the sampled one.
-
-    If several tokens have the same text (incomplete UTF-8), the first is kept.
-    """
-    found: list[dict[str, float]] = []
-    for token, logprob, others in zip(piece.tokens, piece.logprobs, _beside_each(piece), strict=True):
-        found.append({})
-        for other, value in (*others, (token, logprob)):
-            found[-1].setdefault(_text(other, vocabulary), value)
-    return found
-
-
-def _beside_each(piece: Piece) -> list[TopLogprobs]:
-    """Return the most likely tokens at each position; empty lists if not requested."""
-    return piece.top_logprobs or [[] for _ in piece.tokens]
-
-
-def _text(token: int, vocabulary: Sequence[bytes]) -> str:
-    return _bytes(token, vocabulary).decode(errors="replace")
-
-
-def _bytes(token: int, vocabulary: Sequence[bytes]) -> bytes:
-    return vocabulary[token] if token < len(vocabulary) else b""

@@ -16,12 +16,11 @@ from lilpipe.generation.engine import Engine
 from lilpipe.generation.protocol import (
     ChatRequest,
     CompletionRequest,
-    Envelope,
-    Piece,
     Request,
     RequestError,
     can_chat,
 )
+from lilpipe.generation.responses import Envelope, Piece
 from lilpipe.generation.text import token_bytes
 from lilpipe.generation.transcript import Transcript, gather
 from lilpipe.model.hub import load_model

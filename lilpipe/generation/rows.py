@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilpipe.errors import DataError
-from lilpipe.generation.paged_attention import DecodeView, Scratch, layout
+from lilpipe.generation.batch_layout import layout
+from lilpipe.generation.paged_attention import DecodeView, Scratch
 from lilpipe.generation.pages import PAGE_SIZE, PagePool
 from lilpipe.generation.requests import Row, SamplingParams
 from lilpipe.generation.sampling import draw, uniforms

@@ -35,13 +35,12 @@ from lilpipe.generation.protocol import (
     Ask,
     ChatRequest,
     CompletionRequest,
-    Envelope,
-    Piece,
     Request,
     RequestError,
     can_chat,
     error_body,
 )
+from lilpipe.generation.responses import Envelope, Piece
 from lilpipe.generation.transcript import gather
 from lilpipe.model.hub import load_model
 
@@ -204,8 +203,8 @@ class _Server:
         """Yield server-sent events: chunks, usage if requested, and the end. An error ends the stream."""
         num_tokens = 0
         try:
-            for choice in request.opening():
-                yield _event(envelope.chunk(choice))
+            for chunk in envelope.opening():
+                yield _event(chunk)
             async for pieces in self._pieces(ask):
                 for piece in pieces:
                     num_tokens += len(piece.tokens)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lilpipe.generation.engine import Engine
-from lilpipe.generation.protocol import Ask, Piece
+from lilpipe.generation.protocol import Ask
+from lilpipe.generation.responses import Piece
 from lilpipe.generation.text import TextStream
 from lilpipe.tokenizer.encoding import Tokenizer
 

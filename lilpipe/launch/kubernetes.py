@@ -90,7 +90,7 @@ def _pod(job: Job) -> dict[str, Any]:
 
 
 class Kubernetes:
-    """Workers in pods; see ``Workers``."""
+    """Workers in pods; see ``WorkerProcesses``."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

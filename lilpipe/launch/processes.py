@@ -86,7 +86,7 @@ def worker_command(job_file: Path) -> list[str]:
 
 
 class OneProcess:
-    """A stage in one process; see ``Workers``."""
+    """A stage in one process; see ``WorkerProcesses``."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

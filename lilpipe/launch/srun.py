@@ -77,7 +77,7 @@ def first_host(nodes: str) -> str:
 
 
 class Srun:
-    """Workers started by `srun`; see ``Workers``."""
+    """Workers started by `srun`; see ``WorkerProcesses``."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

@@ -42,7 +42,7 @@ def agent_command(job: Job, *rendezvous: str) -> list[str]:
 
 
 class Torchrun:
-    """Workers started by torchrun; see ``Workers``."""
+    """Workers started by torchrun; see ``WorkerProcesses``."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

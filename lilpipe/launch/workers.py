@@ -70,7 +70,7 @@ class Ended:
     """Traceback of the worker that failed first, if it raised an exception."""
 
 
-class Workers(Protocol):
+class WorkerProcesses(Protocol):
     """The running processes of a stage."""
 
     def poll(self) -> Restarted | Ended | None:

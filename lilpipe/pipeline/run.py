@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lilpipe.artifact import Artifact, list_files, write_atomically
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ArtifactError, ConfigError
-from lilpipe.launch.run import launch
+from lilpipe.launch.run_stage import launch
 from lilpipe.pipeline.manifest import ATTEMPTS, collect_logs, make_manifest
 from lilpipe.pipeline.plan import CACHE_KEY, PlannedStep, WaitingStep, plan, plan_step
 from lilpipe.pipeline.wiring import sources

@@ -12,7 +12,7 @@ from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.flops import num_active_parameters, num_parameters, training_flops_per_token
 from lilpipe.pipeline.run import Listener, run_step
-from lilpipe.pipeline.runs import new_pipeline_run
+from lilpipe.pipeline.run_names import new_pipeline_run
 from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.scaling.depth import TOKENS_PER_PARAMETER
 from lilpipe.scaling.law import Features, Law, check, fit, predict_interval

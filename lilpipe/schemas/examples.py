@@ -138,7 +138,7 @@ def normalise_question(question: str) -> str:
     return " ".join(_PUNCTUATION.sub(" ", text).split())
 
 
-def assert_not_held_out(questions: Iterable[str], prompts_directory: Path) -> None:
+def check_not_held_out(questions: Iterable[str], prompts_directory: Path) -> None:
     """Raise ``DataError`` if a training question is in the validation or test split of the Prompts artifact."""
     splits: tuple[Split, ...] = ("validation", "test")
     held_out = {

@@ -34,8 +34,8 @@ from lilpipe.tokens.shards import (
     EXERCISES,
     SPLITS,
     TOKENIZER_FOLDER,
-    Document,
     Split,
+    TokenizedDocument,
     TokenShards,
     finished_shards,
     shard_folder,
@@ -43,7 +43,7 @@ from lilpipe.tokens.shards import (
     write_index,
     write_shard,
 )
-from lilpipe.tokens.tokens_report import write_report
+from lilpipe.tokens.tokens_report import write_tokens_report
 
 CHARS_PER_TASK = 2**18
 """Characters per encoding task: a few hundredths of a second, so that no thread is idle for long at the end."""
@@ -56,7 +56,7 @@ Place = tuple[str, Split]
 """A stream and split."""
 
 
-class Text(NamedTuple):
+class PlainDocument(NamedTuple):
     """A document before encoding."""
 
     id: str
@@ -84,7 +84,7 @@ def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     copy_tokenizer(_path(inputs, "tokenizer"), workspace.output / TOKENIZER_FOLDER)
     write_index(workspace.output, tokenizer, streams)
     shards = TokenShards.open(workspace.output)
-    write_report(shards, workspace.report / "report.html")
+    write_tokens_report(shards, workspace.report / "report.html")
     return measure(shards)
 
 
@@ -109,7 +109,7 @@ def _path(inputs: Inputs, role: str) -> Path:
     return one_input(inputs, role).path
 
 
-def read_corpus(directory: Path, streams_by: str) -> Iterator[Text]:
+def read_corpus(directory: Path, streams_by: str) -> Iterator[PlainDocument]:
     """Yield the documents of a Corpus artifact with their streams.
 
     Raises ``ConfigError`` if ``streams_by`` is not a column, or a value of it is the name of the exercises' stream.
@@ -123,7 +123,7 @@ def read_corpus(directory: Path, streams_by: str) -> Iterator[Text]:
         ids, sources, texts = (batch.column(name).to_pylist() for name in ("id", "source", "text"))
         values = repeat(None) if streams_by == "none" else batch.column(streams_by).to_pylist()
         streams = (CORPUS if streams_by == "none" else stream_name(value) for value in values)
-        for text in map(Text, ids, sources, streams, texts):
+        for text in map(PlainDocument, ids, sources, streams, texts):
             if text.stream == EXERCISES:
                 raise ConfigError(
                     f"tokens.streams_by: got {streams_by!r}, but document {text.id!r} has the {streams_by} "
@@ -140,9 +140,9 @@ def stream_name(value: str | None) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", value or "")[:80].strip("-.") or "unknown"
 
 
-def _read_exercises(directory: Path) -> Iterator[Text]:
+def _read_exercises(directory: Path) -> Iterator[PlainDocument]:
     for document_id, text in read_exercises(directory):
-        yield Text(document_id, EXERCISES, EXERCISES, text)
+        yield PlainDocument(document_id, EXERCISES, EXERCISES, text)
 
 
 def is_validation(text: str | bytes, share: float) -> bool:
@@ -184,7 +184,7 @@ class Encoded(NamedTuple):
     position: int
     """Index of the document in the source."""
     place: Place
-    document: Document | None
+    document: TokenizedDocument | None
     """``None`` if the document is in a finished shard."""
 
 
@@ -194,10 +194,10 @@ class _OpenShard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.num_finished, self.next_document = finished_shards(folder)
-        self.documents: list[Document] = []
+        self.documents: list[TokenizedDocument] = []
         self.num_tokens = 0
 
-    def add(self, position: int, document: Document) -> None:
+    def add(self, position: int, document: TokenizedDocument) -> None:
         self.documents.append(document)
         self.num_tokens += len(document.tokens)
         self.next_document = position + 1
@@ -212,7 +212,7 @@ class _OpenShard:
 
 
 def write_streams(
-    output: Path, texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, progress: Progress
+    output: Path, texts: Iterable[PlainDocument], tokenizer: Tokenizer, config: TokensConfig, progress: Progress
 ) -> Counter[Place]:
     """Write the missing shards of a source; return its number of documents per stream and split.
 
@@ -242,7 +242,7 @@ def write_streams(
 
 
 def encode_in_order(
-    texts: Iterable[Text], tokenizer: Tokenizer, config: TokensConfig, finished: Mapping[tuple[str, str], int]
+    texts: Iterable[PlainDocument], tokenizer: Tokenizer, config: TokensConfig, finished: Mapping[tuple[str, str], int]
 ) -> Iterator[Encoded]:
     """Yield encoded documents in input order; threads encode a few tasks ahead of the consumer."""
     work = partial(_encode, tokenizer=tokenizer, validation_ratio=config.validation_ratio, finished=finished)
@@ -256,7 +256,7 @@ def encode_in_order(
             yield from pending.popleft().result()
 
 
-def _groups(texts: Iterable[Text]) -> Iterator[tuple[int, list[Text]]]:
+def _groups(texts: Iterable[PlainDocument]) -> Iterator[tuple[int, list[PlainDocument]]]:
     """Yield groups of texts to encode together, each with the position of its first text."""
     first, group, num_chars = 0, [], 0
     for text in texts:
@@ -271,7 +271,7 @@ def _groups(texts: Iterable[Text]) -> Iterator[tuple[int, list[Text]]]:
 
 def _encode(
     first: int,
-    texts: Sequence[Text],
+    texts: Sequence[PlainDocument],
     *,
     tokenizer: Tokenizer,
     validation_ratio: float,
@@ -287,7 +287,7 @@ def _encode(
             ids = tokenizer.encode_array(text.text)
             tokens = np.empty(len(ids) + 1, dtype=dtype)
             tokens[:-1], tokens[-1] = ids, tokenizer.document_end_id
-            document = Document(text.id, text.source, num_bytes=len(data), tokens=tokens)
+            document = TokenizedDocument(text.id, text.source, num_bytes=len(data), tokens=tokens)
         results.append(Encoded(position, place, document))
     return results
 

@@ -32,7 +32,7 @@ class Steps(NamedTuple):
     """Rows of a step, over all workers."""
 
 
-class Rows(NamedTuple):
+class RowOrigins(NamedTuple):
     """Where rows come from; int64 [R] each."""
 
     streams: np.ndarray
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     """Index of the row in the stream's packing."""
 
 
-class Source(NamedTuple):
+class PhaseStream(NamedTuple):
     """A stream as a data phase reads it."""
 
     number: int
@@ -59,7 +59,7 @@ class DataPhase:
     """Rows from several sources in given shares, step by step."""
 
     def __init__(
-        self, steps: Sequence[Steps], sources: Mapping[str, Source], *, shares: Mapping[str, float], seq_len: int
+        self, steps: Sequence[Steps], sources: Mapping[str, PhaseStream], *, shares: Mapping[str, float], seq_len: int
     ) -> None:
         """Create the order of rows.
 
@@ -97,20 +97,20 @@ class DataPhase:
         packing = self.sources[name].packing
         return self.count(name) * packing.num_targets / packing.num_rows
 
-    def rows(self, step: int) -> Rows:
+    def rows(self, step: int) -> RowOrigins:
         """Return where the rows of a step come from; R is the step's batch size."""
         part = next(index for index, steps in enumerate(self.steps) if step < steps.stop)
         block, within = divmod(step - self.steps[part].first, STEPS_AT_ONCE)
         size = self.steps[part].batch_size
-        return Rows(*(values[within * size : (within + 1) * size] for values in self._rows_of_block(part, block)))
+        return RowOrigins(*(values[within * size : (within + 1) * size] for values in self._rows_of_block(part, block)))
 
-    def _compute_rows_of_block(self, part: int, block: int) -> Rows:
+    def _compute_rows_of_block(self, part: int, block: int) -> RowOrigins:
         num_places = STEPS_AT_ONCE * self.steps[part].batch_size
         first = self._places[part] + block * num_places
         chosen, before = self.interleaving.at(np.arange(first, first + num_places))
         sizes = self._sizes[chosen]
         epochs, indices = np.divmod(before + self._begins[chosen], sizes)
-        return Rows(self._numbers[chosen], epochs, permute(indices, sizes, self._keys[chosen], epochs))
+        return RowOrigins(self._numbers[chosen], epochs, permute(indices, sizes, self._keys[chosen], epochs))
 
     def sightings(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return when rows of a stream's packing are read.

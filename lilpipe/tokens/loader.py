@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.data_phase import DataPhase, Rows, Source, Steps
+from lilpipe.tokens.data_phase import DataPhase, PhaseStream, RowOrigins, Steps
 from lilpipe.tokens.order import stream_key
 from lilpipe.tokens.packing import BestFit, Concat, Packing, Pieces
 from lilpipe.tokens.shards import TokenShards, TokenStream
@@ -102,7 +102,7 @@ class PretrainLoader:
         alike = [data_phase for data_phase in self.data_phases if data_phase.seq_len == plan.seq_len]
         is_first = not self.data_phases or self.data_phases[0].seq_len == plan.seq_len
         sources = {
-            name: Source(
+            name: PhaseStream(
                 number=self._names.index(name),
                 packing=packed,
                 key=stream_key(self._seed, name if is_first else f"{name}/{plan.seq_len}"),
@@ -120,7 +120,7 @@ class PretrainLoader:
         """
         rows = self.rows(step)
         assert len(rows.rows) % world_size == 0, f"batch_size {len(rows.rows)} over {world_size} workers"
-        return self._assemble(self.data_phase_of(step), Rows(*(values[rank::world_size] for values in rows)))
+        return self._assemble(self.data_phase_of(step), RowOrigins(*(values[rank::world_size] for values in rows)))
 
     # --- order ----------------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class PretrainLoader:
         assert 0 <= step < self.num_steps, f"step {step} of {self.num_steps}"
         return next(data_phase for data_phase in self.data_phases if step < data_phase.stop)
 
-    def rows(self, step: int) -> Rows:
+    def rows(self, step: int) -> RowOrigins:
         """Return where the rows of a step come from."""
         return self.data_phase_of(step).rows(step)
 
@@ -145,7 +145,7 @@ class PretrainLoader:
 
     # --- tokens ---------------------------------------------------------------------------------------------------
 
-    def pieces(self, data_phase: DataPhase, rows: Rows) -> tuple[np.ndarray, Pieces]:
+    def pieces(self, data_phase: DataPhase, rows: RowOrigins) -> tuple[np.ndarray, Pieces]:
         """Return the pieces in rows of a data phase, and the stream index of each piece, int64 [N]."""
         parts, streams = [], []
         for source in data_phase.sources.values():
@@ -160,7 +160,7 @@ class PretrainLoader:
         joined = Pieces(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
         return np.concatenate(streams)[order], joined
 
-    def _assemble(self, data_phase: DataPhase, rows: Rows) -> Batch:
+    def _assemble(self, data_phase: DataPhase, rows: RowOrigins) -> Batch:
         streams_N, pieces = self.pieces(data_phase, rows)
         num_rows, seq_len, width = len(rows.rows), data_phase.seq_len, data_phase.seq_len + 1
         lengths_N = pieces.stops - pieces.starts

@@ -43,7 +43,7 @@ TOKENIZER_FOLDER = "tokenizer"
 
 
 @dataclass(frozen=True)
-class Document:
+class TokenizedDocument:
     """A row of a shard. ``tokens`` ends with ``<|end_of_document|>``, which ``num_bytes`` does not count."""
 
     id: str
@@ -127,12 +127,12 @@ class TokenStream:
 
     # --- documents ------------------------------------------------------------------------------------------------
 
-    def document(self, number: int) -> Document:
+    def document(self, number: int) -> TokenizedDocument:
         """Return a document by its number in the stream; its tokens are a view into the file."""
         assert 0 <= number < self.num_documents, f"document {number} of {self.num_documents}"
         index = bisect_right(self._documents, number) - 1
         shard, row = self.shard(index), number - self._documents[index]
-        return Document(
+        return TokenizedDocument(
             id=shard.ids[row].as_py(),
             source=shard.sources[row].as_py(),
             num_bytes=shard.num_bytes[row].as_py(),
@@ -206,7 +206,7 @@ def shard_folder(stream: str, split: Split) -> str:
     return f"shards/{stream}/{split}"
 
 
-def write_shard(path: Path, documents: Sequence[Document], *, vocab_size: int, next_document: int) -> None:
+def write_shard(path: Path, documents: Sequence[TokenizedDocument], *, vocab_size: int, next_document: int) -> None:
     """Write one shard atomically. Its schema stores ``next_document``: where in the source the next shard starts."""
     offsets = np.cumsum([0, *(len(document.tokens) for document in documents)])
     values = pa.array(np.concatenate([document.tokens for document in documents]), type=token_type(vocab_size))

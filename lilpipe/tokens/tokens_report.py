@@ -12,7 +12,7 @@ from lilpipe.artifact import write_atomically
 from lilpipe.tokens.shards import SPLITS, TokenShards, TokenStream
 
 
-def write_report(shards: TokenShards, path: Path) -> None:
+def write_tokens_report(shards: TokenShards, path: Path) -> None:
     """Write the report as an HTML page."""
     streams = {(name, split): shards.stream(name, split) for name in shards.streams for split in SPLITS}
     total = sum(stream.num_tokens for stream in streams.values())

@@ -13,14 +13,14 @@ import numpy as np
 
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.data_phase import DataPhase, Rows
+from lilpipe.tokens.data_phase import DataPhase, RowOrigins
+from lilpipe.tokens.data_phase_plan import open_loader
 from lilpipe.tokens.loader import PretrainLoader
-from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import SPLITS, Split, TokenShards
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenSpan:
     """Tokens ``first`` to ``stop - 1`` of a document in a row of a run; the row's last token is only a target."""
 
     document_id: str
@@ -44,7 +44,7 @@ class TracedRow:
     stream: str
     epoch: int
     """Number of earlier epochs over the stream, in rows of this length."""
-    spans: tuple[Span, ...]
+    spans: tuple[TokenSpan, ...]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def trace_row(shards: TokenShards, config: PretrainConfig, *, step: int, row: in
     _check_place("step", step, config.num_steps, of="the run")
     _check_place("row", row, config.phase_of(step).batch_size, of="the step")
     loader = open_loader(config, shards)
-    rows = Rows(*(values[row : row + 1] for values in loader.rows(step)))
+    rows = RowOrigins(*(values[row : row + 1] for values in loader.rows(step)))
     stream = list(loader.streams)[int(rows.streams[0])]
     spans = tuple(_spans(loader, step, rows))
     return TracedRow(step=step, row=row, stream=stream, epoch=int(rows.epochs[0]), spans=spans)
@@ -93,14 +93,14 @@ def _check_place(name: str, value: int, end: int, *, of: str) -> None:
         raise ConfigError(f"{name}: got {value}, expected 0 to {end - 1}, as {of} had {end}")
 
 
-def _spans(loader: PretrainLoader, step: int, rows: Rows) -> Iterator[Span]:
+def _spans(loader: PretrainLoader, step: int, rows: RowOrigins) -> Iterator[TokenSpan]:
     numbers, pieces = loader.pieces(loader.data_phase_of(step), rows)
     names = list(loader.streams)
     columns = (column.tolist() for column in (numbers, *pieces[1:4]))
     for stream, number, start, stop in zip(*columns, strict=True):
         tokens = loader.streams[names[stream]]
         document, begin = tokens.document(number), int(tokens.offsets[number])
-        yield Span(
+        yield TokenSpan(
             document_id=document.id,
             source=document.source,
             stream=names[stream],

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from lilpipe.artifact import InputEntry, Manifest
-from lilpipe.tracking.runs import Runs
+from lilpipe.tracking.mlflow_runs import Runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -11,7 +11,7 @@ from lilpipe.errors import ArtifactError
 from lilpipe.tracking.client import MAX_BATCH_PARAMS, connect, tracking_uri
 from lilpipe.tracking.events import flatten
 from lilpipe.tracking.lineage import links_to_inputs
-from lilpipe.tracking.runs import Runs
+from lilpipe.tracking.mlflow_runs import Runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

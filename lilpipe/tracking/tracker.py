@@ -23,8 +23,8 @@ from lilpipe.store import Store
 from lilpipe.tracking.client import tracking_uri
 from lilpipe.tracking.events import read_events
 from lilpipe.tracking.lineage import REPORT, log_inputs, note, report_page
+from lilpipe.tracking.mlflow_runs import Runs
 from lilpipe.tracking.registry import log_model, register
-from lilpipe.tracking.runs import Runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

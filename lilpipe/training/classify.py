@@ -1,7 +1,6 @@
 """Stage ``classify``: fine-tuning for text classification, with a head of one output per label.
 
-The label is predicted at the last token, the only one that attends to the whole text. The validation split is chosen by
-a hash of the normalized text, so that equal texts are in the same split.
+The label is predicted at the last token, the only one that attends to the whole text.
 
 Dimensions: B texts, T tokens, O labels.
 """
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lilpipe import charts, distributed, page
-from lilpipe.artifact import Inputs, one_input, optional_input
+from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.reward_model import ClassifyConfig
 from lilpipe.digests import digest_file
@@ -31,12 +30,12 @@ from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_ro
 from lilpipe.model.hub import check_model
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
-from lilpipe.schemas.examples import read_prompts
 from lilpipe.schemas.order import count_steps, rows_by_micro_batch
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.training import finetune
 from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, precision_recall_f1
 from lilpipe.training.finetune import TokenBatch, Workers
+from lilpipe.training.labelled_texts import LabelledText, distinct_texts, is_validation, read_texts
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, TrainerModule
 from lilpipe.training.training_report import write_report
@@ -46,84 +45,12 @@ SHOWN = 30
 
 
 @dataclass(frozen=True)
-class LabelledText:
-    """A text and its label."""
-
-    text: str
-    label: str
-
-
-@dataclass(frozen=True)
 class ClassifierExample:
     """A text as token ids, and the index of its label."""
 
     text: str
     ids: list[int]
     label: int
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
-
-
-def read_texts(config: ClassifyConfig, inputs: Inputs) -> list[LabelledText]:
-    """Return the texts of ``classify.path``, or else the questions of the train split with their families as labels."""
-    source = optional_input(inputs, "prompts")
-    if config.path is not None:
-        return read_jsonl(Path(config.path), text_key=config.text_key, label_key=config.label_key)
-    if source is None:
-        raise ConfigError("classify.path: got none, and the step has no input `prompts`; set one of them")
-    return [LabelledText(prompt.question, prompt.family) for prompt in read_prompts(source.path, "train")]
-
-
-def read_jsonl(path: Path, *, text_key: str, label_key: str) -> list[LabelledText]:
-    """Read a text and a label from each line. Raises ``DataError`` naming the line if one of them is missing."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            text, label = row[text_key], row[label_key]
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path}:{number}: got {line[:80]!r} ({error!r}), expected a JSON object with {text_key!r} and "
-                f"{label_key!r}; fix the row, or set classify.text_key and classify.label_key"
-            ) from error
-        if not isinstance(text, str) or not text.strip() or isinstance(label, dict | list | None):
-            raise DataError(
-                f"{path}:{number}: got text {str(text)[:80]!r} and label {label!r}, expected a non-empty text "
-                "and a label; remove the row"
-            )
-        found.append(LabelledText(text, str(label)))
-    return found
-
-
-def distinct_texts(texts: Sequence[LabelledText]) -> list[LabelledText]:
-    """Remove duplicate texts. Raises ``DataError`` for a text with two labels, or fewer than two labels in total."""
-    by_text: dict[str, LabelledText] = {}
-    contradictions = []
-    for item in texts:
-        first = by_text.setdefault(_normalise(item.text), item)
-        if first.label != item.label:
-            contradictions.append((item.text, first.label, item.label))
-    if contradictions:
-        text, first, second = contradictions[0]
-        raise DataError(
-            f"classify: {len(contradictions)} of {len(texts)} texts occur with two labels, expected one; the "
-            f"first is {text[:80]!r}: {first!r} and {second!r}; keep one of them"
-        )
-    labels = sorted({item.label for item in texts})
-    if len(labels) < 2:
-        raise DataError(f"classify: got the labels {labels} in {len(texts)} texts, expected at least two")
-    return list(by_text.values())
-
-
-def is_validation(text: str, share: float) -> bool:
-    """Return whether a text belongs to the validation split; depends only on the text and the ratio."""
-    digest = hashlib.sha256(f"classify/{_normalise(text)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < share
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def check_classes(

@@ -18,7 +18,7 @@ import torch
 from lilpipe import page
 from lilpipe.artifact import Inputs, all_inputs, write_atomically
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.schemas.examples import Conversation, assert_not_held_out, read_conversations
+from lilpipe.schemas.examples import Conversation, check_not_held_out, read_conversations
 from lilpipe.schemas.messages import Message
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Workspace
@@ -54,7 +54,7 @@ def gather_conversations(inputs: Inputs, *, max_demonstrations: int | None) -> l
         )
     questions = [turn["content"] for item in conversations for turn in item.messages if turn["role"] == "user"]
     for source in prompts:
-        assert_not_held_out(questions, source.path)
+        check_not_held_out(questions, source.path)
     return conversations
 
 

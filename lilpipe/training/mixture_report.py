@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from lilpipe import page
 from lilpipe.stage import Metrics
 from lilpipe.tokens.data_phase import DataPhase
+from lilpipe.tokens.data_phase_plan import PlannedDataPhase
 from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.mixture import largest_total
-from lilpipe.tokens.plan import PlannedDataPhase
 
 
 def measure_mixture(loader: PretrainLoader) -> Metrics:

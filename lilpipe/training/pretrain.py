@@ -16,18 +16,19 @@ from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import save_tensors
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokens.data_phase_plan import open_loader, plan_data_phases
 from lilpipe.tokens.loader import PretrainLoader
-from lilpipe.tokens.plan import open_loader, plan_data_phases
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import documents_of
 from lilpipe.training import activation_checkpointing, compilation, precision
 from lilpipe.training.budget import Budget, budget, planned_beside_actual
 from lilpipe.training.gauges import Gauges, peak_memory
-from lilpipe.training.loop import TrainingResult, train
+from lilpipe.training.loop import train
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
 from lilpipe.training.next_token import NextToken
 from lilpipe.training.replica import Replica, TrainerModule
 from lilpipe.training.training_report import write_report
+from lilpipe.training.training_state import TrainingResult
 from lilpipe.training.validation import Validation
 
 DOCUMENTS_SHOWN = 20

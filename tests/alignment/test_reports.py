@@ -1,9 +1,9 @@
 from lilpipe.alignment.preference import dpo, preferences
-from lilpipe.alignment.preference.preferences import PAIR_SCHEMA
 from lilpipe.alignment.rl import grpo
 from lilpipe.alignment.rollout import rejection_sampling
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.reinforcement import GRPOConfig
+from lilpipe.schemas.pairs import PAIR_SCHEMA
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import as_artifact

@@ -19,7 +19,8 @@ from lilpipe.alignment.rl.policy_gradient import (
     surrogate_loss,
     token_rewards,
 )
-from lilpipe.alignment.rollout.rollouts import CompletionBatch, Rollout, at_targets
+from lilpipe.alignment.rollout.completion_batch import CompletionBatch, at_targets
+from lilpipe.alignment.rollout.rollouts import Rollout
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.model.scores import IGNORED, token_scores

@@ -26,7 +26,7 @@ import torch
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import OptimizerConfig, TrainingSection
-from lilpipe.launch.run import KEEP_MEMORY
+from lilpipe.launch.run_stage import KEEP_MEMORY
 from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace

@@ -18,7 +18,7 @@ from lilpipe.display import Display
 from lilpipe.evaluation.comparison import Comparison
 from lilpipe.metrics.pass_at_k import Estimate, mean_estimate
 from lilpipe.pipeline.run import run_step
-from lilpipe.pipeline.runs import new_pipeline_run
+from lilpipe.pipeline.run_names import new_pipeline_run
 from lilpipe.recipes import load
 from lilpipe.store import Store
 from tests.benchmarks.tables import over_seeds

@@ -24,7 +24,7 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import Engine
 from lilpipe.generation.pages import PAGE_SIZE, cache_widths
-from lilpipe.launch.run import KEEP_MEMORY
+from lilpipe.launch.run_stage import KEEP_MEMORY
 from lilpipe.model.transformer import Transformer
 from tests.benchmarks.tables import markdown, ratio, spread
 from tests.benchmarks.turns import Finished, System, Turns, take_turns

@@ -39,7 +39,7 @@ from lilpipe.config.prompts import PromptsConfig
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.config.training import OptimizerConfig, TrainingSection
-from lilpipe.launch.run import KEEP_MEMORY
+from lilpipe.launch.run_stage import KEEP_MEMORY
 from lilpipe.model.heads import pad_rows
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.scores import IGNORED

@@ -38,7 +38,8 @@ from loguru import logger
 
 from lilpipe.config.corpus import MinhashConfig
 from lilpipe.data.filters.words import Words
-from lilpipe.data.minhash import MatchBands, SignatureWriter, near_duplicates
+from lilpipe.data.minhash import MatchBands, near_duplicates
+from lilpipe.data.signatures import SignatureWriter
 from tests.data.prose import prose
 
 ROUNDS = 3

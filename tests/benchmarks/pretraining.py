@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import OptimizerConfig, PretrainConfig
-from lilpipe.launch.run import KEEP_MEMORY
+from lilpipe.launch.run_stage import KEEP_MEMORY
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace
+from lilpipe.tokens.data_phase_plan import open_loader
 from lilpipe.tokens.loader import PretrainLoader
-from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training import pretrain
 from lilpipe.training.loop import train

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lilpipe.display import Display
 from lilpipe.pipeline.run import run_step
-from lilpipe.pipeline.runs import new_pipeline_run
+from lilpipe.pipeline.run_names import new_pipeline_run
 from lilpipe.recipes import load
 from lilpipe.store import Store
 

@@ -28,7 +28,7 @@ from lilpipe.tokens import build
 from lilpipe.tokens.data_phase import Steps
 from lilpipe.tokens.loader import DataPhasePlan, PretrainLoader
 from lilpipe.tokens.shards import TokenShards, write_index
-from lilpipe.tokens.tokens_report import write_report
+from lilpipe.tokens.tokens_report import write_tokens_report
 from tests.benchmarks.english import english_documents
 
 NUM_THREADS = len(os.sched_getaffinity(0))
@@ -66,7 +66,7 @@ def compare_encoding(root: Path, tokenizer: Tokenizer, texts: list[str]) -> None
             "tiktoken encode_ordinary_batch": lambda: bare.encode_ordinary_batch(texts, num_threads=NUM_THREADS),
             "tiktoken encode_to_numpy, threads": lambda: _encode_to_numpy(bare, texts),
             "tokens stage: read, split, encode, write": partial(_write_shards, root, tokenizer, workspace),
-            "tokens stage: report": lambda w=workspace: write_report(
+            "tokens stage: report": lambda w=workspace: write_tokens_report(
                 TokenShards.open(w.output), w.root / "report.html"
             ),
         }
@@ -94,7 +94,7 @@ def _write_shards(root: Path, tokenizer: Tokenizer, workspace: Workspace) -> Non
 
 
 def _write_report(workspace: Workspace) -> None:
-    write_report(TokenShards.open(workspace.output), workspace.root / "report.html")
+    write_tokens_report(TokenShards.open(workspace.output), workspace.root / "report.html")
 
 
 def _time(work: Callable[[], object]) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """Corpus artifacts made by hand: what was kept, what was rejected and why, with the scores of each document."""
 
 from lilpipe.data.documents import documents_table, rejected_table
+from lilpipe.data.filter_trace import write_thresholds
 from lilpipe.data.filters.chain import Bounds, Document, Rejection
-from lilpipe.data.trace import write_thresholds
 from lilpipe.schemas.tables import write_table
 
 THRESHOLDS = {

@@ -4,6 +4,9 @@ import json
 import random
 import re
 
+import numpy as np
+import xxhash
+
 from lilpipe.data.filters.outliers import WordCounter
 
 WORDS = {
@@ -53,3 +56,21 @@ def count_words(texts):
     for words in texts:
         counter.add(words)
     return counter.total()
+
+
+def words(text):
+    return np.array([xxhash.xxh3_64_intdigest(word) for word in re.findall(r"\w+", text.lower())], np.uint64)
+
+
+def jaccard(a, b, size=5):
+    """Exact, over word n-grams."""
+    a, b = ({tuple(text[i : i + size]) for i in range(len(text) - size + 1)} for text in (a.split(), b.split()))
+    return len(a & b) / len(a | b)
+
+
+def change_words(text, share, draw, vocabulary):
+    """Replace that share of the words, drawn at random, by others."""
+    parts = re.split(r"(\w+)", text)
+    for word in draw.sample(range(len(parts) // 2), round(share * (len(parts) // 2))):
+        parts[2 * word + 1] = draw.choice(vocabulary)
+    return "".join(parts)

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.sources import Source
 from lilpipe.data.corpus import _select
 from lilpipe.data.sorting import ReadParts
 from lilpipe.data.sources.readers import find_parts

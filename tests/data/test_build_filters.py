@@ -3,7 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.sources import Source
 from lilpipe.data.build_filters import ExactDuplicateFilter, LengthFilter, UrlDuplicateFilter, build_filters
 from lilpipe.data.filters.chain import Bounds, Document, Rejection, run_filters, score_names
 from lilpipe.data.filters.decontamination import EvaluationSet, write_index

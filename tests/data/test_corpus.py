@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.sources import Source
 from lilpipe.data import corpus
 from lilpipe.data.corpus import external, read_documents, read_rejected
 from lilpipe.data.filters.language import bundled_model_path

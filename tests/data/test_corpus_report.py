@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.sources import Source
 from lilpipe.data.corpus_report import MAX_FUNNEL_SOURCES, build_report
 from lilpipe.data.counts import count_documents
 

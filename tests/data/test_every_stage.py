@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 
-from lilpipe.data import corpus, trace
+from lilpipe.data import corpus, filter_trace
 from lilpipe.data.corpus import read_documents, read_rejected
 from lilpipe.data.filters.chain import Bounds
 from lilpipe.data.filters.url import url_key
-from lilpipe.data.minhash import num_hashes
+from lilpipe.data.signatures import num_hashes
 from lilpipe.schemas.examples import PROMPT_SCHEMA
 from lilpipe.schemas.tables import read_table, write_rows
 from lilpipe.stage import Workspace
@@ -39,7 +39,7 @@ class Built:
             for read in (read_documents, read_rejected)
         )
         self.counts = json.loads((self.output / "counts.json").read_text())
-        self.thresholds = trace.read_thresholds(self.output)
+        self.thresholds = filter_trace.read_thresholds(self.output)
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +207,14 @@ def test_matches_of_evaluation_sets_are_a_table_of_the_artifact(built):
 
 def test_a_trace_tells_what_became_of_any_document(built):
     for name, row in {**built.kept, **built.rejected}.items():
-        fate = trace.trace_document(built.output, name)
+        trace = filter_trace.trace_filters(built.output, name)
         stage = row.get("stage")
-        assert fate.rejected_by == stage
-        assert {each.stage for each in fate.verdicts if not each.passed} == ({stage} - {None})
-        reached = list(dict.fromkeys(each.stage for each in fate.verdicts))
-        assert reached + fate.not_reached == STAGES
+        assert trace.rejected_by == stage
+        assert {each.stage for each in trace.decisions if not each.passed} == ({stage} - {None})
+        reached = list(dict.fromkeys(each.stage for each in trace.decisions))
+        assert reached + trace.not_reached == STAGES
         if stage in ("url_dedup", "exact_dedup", "near_dedup"):
-            assert fate.kept == built.kept[row["detail"]]
+            assert trace.kept == built.kept[row["detail"]]
 
 
 # --- a share instead of a threshold -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from lilpipe.data.filters.words import Words
 from lilpipe.data.late import LateVerdicts, kept_file, rejected_file
 from lilpipe.data.learn import Learnt
 from lilpipe.data.minhash import MATCHES as NEAR_DUPLICATES
-from lilpipe.data.minhash import Signatures, signatures
+from lilpipe.data.signatures import Signatures, signatures
 from lilpipe.schemas.documents import documents_schema, rejected_schema
 from lilpipe.schemas.tables import read_table, write_table
 

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lilpipe.config.corpus import CorpusConfig, Source
+from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.sources import Source
 from lilpipe.data import sorting
 from lilpipe.data.corpus import MAX_SHARDS, _select, num_shards
 from lilpipe.data.sorting import RUNS, ReadParts, Selection, run_files, text_key

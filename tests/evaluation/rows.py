@@ -1,7 +1,7 @@
-"""Rows of answers, as evaluation makes them."""
+"""Rows of completions, as evaluation makes them."""
 
 
-def answer(prompt, *, greedy, correct=False, words=1, well_formed=True, family="sort", sample=0):
+def completion(prompt, *, greedy, correct=False, words=1, well_formed=True, family="sort", sample=0):
     return {
         "prompt_id": prompt,
         "family": family,
@@ -16,9 +16,9 @@ def answer(prompt, *, greedy, correct=False, words=1, well_formed=True, family="
 
 
 def games(words):
-    """Sampled answers to prompts a, b, ... with these numbers of words; None is malformed."""
+    """Sampled completions to prompts a, b, ... with these numbers of words; None is malformed."""
     return [
-        answer(f"{prompt}", greedy=False, words=count or 0, well_formed=count is not None, sample=sample)
+        completion(f"{prompt}", greedy=False, words=count or 0, well_formed=count is not None, sample=sample)
         for prompt, counts in enumerate(words)
         for sample, count in enumerate(counts)
     ]

@@ -5,20 +5,20 @@ import numpy as np
 import pytest
 from markupsafe import escape
 
-from lilpipe.alignment.rollout import completions, sampling
+from lilpipe.alignment.rollout import completion_rows, completions
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.evaluation import evaluate
-from lilpipe.evaluation.completions import as_candidate
+from lilpipe.evaluation.candidates import as_candidate
 from lilpipe.evaluation.evaluate import flat_metrics, run
 from lilpipe.generation.engine import CompletionOutput
 from lilpipe.metrics.pass_at_k import Estimate
 from lilpipe.schemas.examples import read_prompts
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokens.shards import Document, shard_folder, write_index, write_shard
+from lilpipe.tokens.shards import TokenizedDocument, shard_folder, write_index, write_shard
 from tests.alignment.conftest import as_artifact, digest_of
 from tests.evaluation.judges import judge_config, prefers_shorter, serving
 
@@ -37,7 +37,7 @@ def tokens(tokenizer, tmp_path_factory):
                 *tokenizer.encode(f"This is text number {index} of the {split} split. " * 2),
                 tokenizer.document_end_id,
             ]
-            documents.append(Document(f"{split}/{index}", "corpus", len(ids) - 1, np.array(ids)))
+            documents.append(TokenizedDocument(f"{split}/{index}", "corpus", len(ids) - 1, np.array(ids)))
         folder = directory / shard_folder("corpus", split)
         write_shard(folder / "00000.arrow", documents, vocab_size=tokenizer.vocab_size, next_document=20)
     tokenizer.save(directory / "tokenizer")
@@ -96,7 +96,7 @@ def test_metrics_name_every_model_and_the_report_shows_it(tmp_path, inputs):
     report = (workspace.report / "report.html").read_bytes().decode()
     assert "<svg" in report
     for prompt in lines:
-        assert all(escape(answer["sampled"]["completion"]) in report for answer in prompt["models"].values())
+        assert all(escape(model["sampled"]["completion"]) in report for model in prompt["models"].values())
     assert all(model in report for model in ("pretrain", "sft", "dpo"))
 
 
@@ -165,19 +165,19 @@ def test_each_reward_is_reported_apart_and_by_answer(tmp_path, inputs):
 
 
 class PrefersLong:
-    """A reward model that likes long answers."""
+    """A reward model that likes long completions."""
 
     def score(self, conversations):
         return [float(len(messages[-1]["content"])) for messages in conversations]
 
 
-def test_a_reward_model_scores_all_answers_and_may_say_who_wins(tmp_path, inputs, no_report, monkeypatch):
-    monkeypatch.setattr(sampling, "load_reward_model", lambda path, device: PrefersLong())
+def test_a_reward_model_scores_all_completions_and_may_say_who_wins(tmp_path, inputs, no_report, monkeypatch):
+    monkeypatch.setattr(completion_rows, "load_reward_model", lambda path, device: PrefersLong())
     config = CONFIG.model_copy(update={"win_by": "reward_model"})
     metrics = run(config, {**inputs, "reward_model": inputs["models"][1]}, Workspace(tmp_path / "scored"))
     for line in samples(tmp_path / "scored"):
-        for answer in (*line["models"]["sft"].values(), *line["models"]["dpo"].values()):
-            assert answer["rewards"]["reward_model"] == len(answer["completion"])
+        for completion in (*line["models"]["sft"].values(), *line["models"]["dpo"].values()):
+            assert completion["rewards"]["reward_model"] == len(completion["completion"])
     assert metrics["reward_reward_model_stderr/sft"] > 0
     assert "reward_total/sft" not in metrics  # it is measured, and does not count in a sum
     assert 0 <= metrics["win_rate/dpo"] <= 1

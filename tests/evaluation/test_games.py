@@ -21,7 +21,7 @@ def win_rate(rows, reference):
     return win_scores(play({"model": set_against(rows, reference)}, by_brevity)["model"])["win_rate"]
 
 
-def test_the_win_rate_counts_ties_as_half_and_malformed_answers_as_lost():
+def test_the_win_rate_counts_ties_as_half_and_malformed_completions_as_lost():
     assert win_rate(games([[1, 1]]), games([[2, 2]])).value == 1
     assert win_rate(games([[2, 2]]), games([[2, 2]])).value == 0.5
     assert win_rate(games([[9, None]]), games([[None, 1]])).value == (0 + 0.5) / 2  # 9 against 1, both malformed
@@ -30,8 +30,8 @@ def test_the_win_rate_counts_ties_as_half_and_malformed_answers_as_lost():
     assert (estimate.value, estimate.stderr, estimate.n) == (0.5, 0.5, 2)
 
 
-def test_a_sample_never_meets_the_one_of_its_own_random_stream():
-    # Equal models drawing equal samples would tie in each game; here each game has a winner.
+def test_a_completion_never_meets_the_one_of_its_own_random_stream():
+    # Equal models that draw equal completions would tie in each game; here each game has a winner.
     rows = games([[1, 2, 3]])
     assert win_rate(rows, rows).value == pytest.approx(2 / 3)  # 1 < 2, 2 < 3, 3 > 1
 
@@ -43,7 +43,7 @@ def test_the_higher_reward_wins_and_equal_ones_tie():
     assert [outcome.win for outcome in outcomes["0"]] == [0, 0.5, 1]
 
 
-def test_answers_may_be_set_against_those_that_come_with_prompts():
+def test_completions_may_be_set_against_those_that_come_with_prompts():
     known = [Prompt("0", "sort", "q", "a", reference="Answer: a b c"), Prompt("1", "sort", "q", "a")]
     opponent = reference_answers(known, num_generations=2)
     assert [(row["prompt_id"], row["num_words"], row["well_formed"]) for row in opponent] == [("0", 4, True)] * 2
@@ -64,7 +64,7 @@ def test_a_place_that_decides_is_a_tie_and_reported():
     }
 
 
-def test_a_judge_that_says_nothing_is_refused_though_most_answers_tie_unasked(tmp_path, monkeypatch):
+def test_a_judge_that_says_nothing_is_refused_though_most_completions_tie_unasked(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     mine, theirs = ([{**row, "question": "q", "completion": "alike"} for row in games([[1]] * 5)] for _ in range(2))
     mine[3]["completion"] = "another"

@@ -150,7 +150,7 @@ def test_a_conversation_in_writing_has_the_ids_of_its_template(checkpoint):
 def test_settings_of_sampling_that_cannot_be_kept_are_refused(checkpoint, settings, message):
     adapter = harness.HarnessModel(*harness.load_model(checkpoint))
     with pytest.raises(ConfigError, match=message):
-        list(adapter._answers(["the"], settings))
+        list(adapter._complete(["the"], settings))
 
 
 def test_a_continuation_that_the_model_cannot_take_is_refused(checkpoint):

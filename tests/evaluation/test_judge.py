@@ -65,7 +65,7 @@ def test_a_verdict_is_read_only_where_it_ends_the_reply_and_stands_alone(reply, 
         ("B", None, Outcome(None)),
     ],
 )
-def test_an_answer_wins_only_in_both_places(straight, swapped, outcome):
+def test_a_completion_wins_only_in_both_places(straight, swapped, outcome):
     assert settle(straight, swapped) == outcome
 
 
@@ -75,10 +75,10 @@ def test_a_judge_that_prefers_the_first_place_finds_no_winner_and_is_caught(tmp_
     assert outcomes == [Outcome(0.5, flipped=True)] * 3 + [Outcome(0.5)]
 
 
-def test_a_judge_that_prefers_the_shorter_answer_prefers_it_wherever_it_stands(tmp_path):
+def test_a_judge_that_prefers_the_shorter_completion_prefers_it_wherever_it_stands(tmp_path):
     with serving(prefers_shorter) as (address, asked):
         assert decide(address, tmp_path) == [Outcome(1.0), Outcome(0.0), Outcome(0.5), Outcome(0.5)]
-    assert len(asked.bodies) == 6  # two for each pair of answers that differ
+    assert len(asked.bodies) == 6  # two for each pair of completions that differ
     assert all(body["model"] == "wise" and body["temperature"] == 0 for body in asked.bodies)
 
 
@@ -141,10 +141,10 @@ def test_garbage_has_no_verdict_and_a_judge_that_gives_nothing_else_is_refused(t
         check_readable(outcomes[:3])
 
 
-@pytest.mark.parametrize("answer", [b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": {}}]}', b"3"])
-def test_an_answer_of_another_protocol_is_refused(answer):
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"choices": []}', b'{"choices": [{"message": {}}]}', b"3"])
+def test_a_reply_of_another_protocol_is_refused(body):
     with pytest.raises(ConfigError, match=r"http://here answered .*expected a chat completion"):
-        judge.read_reply(answer, address="http://here")
+        judge.read_reply(body, address="http://here")
 
 
 def test_a_model_that_says_nothing_has_said_nothing():

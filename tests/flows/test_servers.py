@@ -15,8 +15,8 @@ import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import servers
 from flows.full_pipeline import full_pipeline
+from flows.server_process import Server
 from flows.stage import run_one_stage
 from tests.flows import toys
 
@@ -267,7 +267,7 @@ def test_a_taken_port_is_named_with_the_variable_that_changes_it(project, tmp_pa
 def test_down_does_not_touch_a_process_that_took_over_a_recorded_id(tmp_path):
     bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
-        server = servers.Server("prefect", ["true"], tmp_path)
+        server = Server("prefect", ["true"], tmp_path)
         server.record.parent.mkdir()
         server.record.write_text(json.dumps({"pid": bystander.pid, "created": 1.0, "port": 1}))
         assert not server.stop()

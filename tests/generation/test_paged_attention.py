@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lilpipe.generation.paged_attention import DecodeView, PromptView, Scratch, layout
+from lilpipe.generation.batch_layout import layout
+from lilpipe.generation.paged_attention import DecodeView, PromptView, Scratch
 from lilpipe.generation.pages import PAGE_SIZE, PagePool, pages_for
 from lilpipe.generation.rows import table
 from tests.model.checkpoints import SMALL, small_model
@@ -79,18 +80,6 @@ def test_rows_attend_to_their_prompt_and_their_own_tokens_alone(kv_heads, scale,
             expected = sdpa(q[row].transpose(0, 1)[None], k[None], v[None])
             torch.testing.assert_close(got[row, 0], expected[0, :, 0], atol=1e-10, rtol=1e-10)
             torch.testing.assert_close(gathered[row, :, 0], expected[0, :, 0], atol=1e-10, rtol=1e-10)
-
-
-def test_a_prompt_page_meets_the_queries_of_all_who_share_it_in_one_block():
-    prompts_BM = np.array([[0, 1], [2, -1], [0, 1], [0, 1]])
-    answers_BM = np.array([[3], [0], [1], [2]])
-    plan = layout(answers_BM, prompts_BM, SMALL, torch.device("cpu"))
-    assert plan.sharing == 3
-    assert plan.num_prompt_pages == 3
-    kv_heads = SMALL.num_kv_heads
-    blocks = plan.blocks_C[4 * kv_heads :].view(3, kv_heads, 3)
-    assert blocks[0].tolist() == blocks[1].tolist() == [[0, 4, 6], [1, 5, 7]]
-    assert blocks[2, :, 0].tolist() == [2, 3]
 
 
 def test_scores_are_summed_in_float32_where_the_model_is_narrower():

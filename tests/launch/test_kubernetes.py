@@ -12,7 +12,7 @@ import pytest
 from lilpipe.config.parallel import LaunchConfig
 from lilpipe.errors import ClusterError, ConfigError, DataError, StageFailure
 from lilpipe.launch import kubernetes
-from lilpipe.launch.run import describe
+from lilpipe.launch.run_stage import describe
 from lilpipe.launch.workers import Job
 from tests.launch import toy
 

@@ -10,7 +10,7 @@ from lilpipe.artifact import write_atomically
 from lilpipe.config.parallel import LaunchConfig
 from lilpipe.config.section import Section
 from lilpipe.errors import DataError
-from lilpipe.launch.run import launch
+from lilpipe.launch.run_stage import launch
 from lilpipe.stage import Stage
 
 NUM_STEPS = 20

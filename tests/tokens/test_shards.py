@@ -7,14 +7,14 @@ import pytest
 from lilpipe.errors import ArtifactError
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens import shards
-from lilpipe.tokens.shards import Document, Shard, TokenShards, token_type, write_index, write_shard
+from lilpipe.tokens.shards import Shard, TokenizedDocument, TokenShards, token_type, write_index, write_shard
 from tests.tokens.conftest import CORPUS
 
 
 def test_ids_take_two_bytes_where_the_vocabulary_allows(built, tmp_path):
     assert built.shards.stream("corpus", "train").read(0, 5).dtype == np.uint16
     assert [str(token_type(size)) for size in (65_536, 65_537)] == ["uint16", "uint32"]
-    document = Document("a", "b", 3, np.array([1, 70_000], dtype=np.uint32))
+    document = TokenizedDocument("a", "b", 3, np.array([1, 70_000], dtype=np.uint32))
     write_shard(tmp_path / "00000.arrow", [document], vocab_size=100_000, next_document=1)
     assert Shard(tmp_path / "00000.arrow").tokens.tolist() == [1, 70_000]
 
@@ -55,7 +55,7 @@ def test_a_document_is_found_by_number_and_id(built):
 
 
 def test_documents_that_share_an_id_are_all_found(tmp_path):
-    documents = [Document(name, "s", 1, np.array([1, 2], dtype=np.uint16)) for name in ("a", "b", "a", "a")]
+    documents = [TokenizedDocument(name, "s", 1, np.array([1, 2], dtype=np.uint16)) for name in ("a", "b", "a", "a")]
     write_shard(tmp_path / "shards/corpus/train/00000.arrow", documents[:2], vocab_size=9, next_document=2)
     write_shard(tmp_path / "shards/corpus/train/00001.arrow", documents[2:], vocab_size=9, next_document=4)
     write_index(tmp_path, Tokenizer({bytes([byte]): byte for byte in range(256)}, "."), ["corpus"])

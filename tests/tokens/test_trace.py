@@ -6,8 +6,8 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.config.phases import MixtureConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.tokens.data_phase_plan import open_loader
 from lilpipe.tokens.loader import IGNORED
-from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.trace import Sighting, trace_document, trace_row
 
 MODEL = ModelConfig(hidden_size=8, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=8, max_seq_len=16)

@@ -6,7 +6,7 @@ import torch
 
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokens.shards import TOKENIZER_FOLDER, Document, shard_folder, write_index, write_shard
+from lilpipe.tokens.shards import TOKENIZER_FOLDER, TokenizedDocument, shard_folder, write_index, write_shard
 from tests.alignment.conftest import as_artifact
 
 
@@ -26,7 +26,7 @@ def write_tokens(directory, tokenizer, texts):
     for source, splits in texts.items():
         for split, documents in splits.items():
             rows = [
-                Document(
+                TokenizedDocument(
                     f"{source}/{index}",
                     source,
                     len(text.encode()),

@@ -17,15 +17,9 @@ from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import classify
-from lilpipe.training.classify import (
-    LabelledText,
-    confusion_metrics,
-    external,
-    is_validation,
-    precision_recall_f1,
-    read_texts,
-    run,
-)
+from lilpipe.training.classify import external, run
+from lilpipe.training.confusion import confusion_metrics, precision_recall_f1
+from lilpipe.training.labelled_texts import LabelledText, is_validation, read_texts
 from tests.alignment.conftest import as_artifact, digest_of
 
 SIZE = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=48)

@@ -4,7 +4,7 @@ import pytest
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import PretrainConfig
-from lilpipe.tokens.plan import open_loader, plan_data_phases
+from lilpipe.tokens.data_phase_plan import open_loader, plan_data_phases
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
 from tests.training.conftest import write_tokens

@@ -13,8 +13,8 @@ from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace, get_stage
+from lilpipe.tokens.data_phase_plan import open_loader
 from lilpipe.tokens.loader import IGNORED, PretrainLoader, validation_rows
-from lilpipe.tokens.plan import open_loader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.training import pretrain
 from lilpipe.training.next_token import NextToken

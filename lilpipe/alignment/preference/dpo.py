@@ -47,7 +47,7 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.chunks import run_chunks
-from lilpipe.schemas.examples import assert_not_held_out
+from lilpipe.schemas.examples import check_not_held_out
 from lilpipe.schemas.order import count_steps
 from lilpipe.schemas.pairs import EXAMPLES_FILE, check_examples, check_pairs, read_examples, read_pairs
 from lilpipe.schemas.tables import write_rows
@@ -150,7 +150,7 @@ def _read(config: DPOConfig, inputs: Inputs, tokenizer: Tokenizer, *, max_len: i
     single = config.loss_type == "kto" and (preferences.path / EXAMPLES_FILE).exists()
     data = (_read_single if single else _read_paired)(config, preferences.path, tokenizer, max_len=max_len)
     if prompts is not None:
-        assert_not_held_out(data.questions, prompts.path)
+        check_not_held_out(data.questions, prompts.path)
     if config.max_chosen_fall is not None and not data.validation.chosen:
         raise DataError(
             "dpo.max_chosen_fall: the preferences have no validation completions to measure it on; raise "

@@ -9,21 +9,27 @@ of the lowest. ``correctness`` pairs a correct with an incorrect completion. ``d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lilpipe import distributed, page
+from lilpipe.alignment.preference.pairing_rules import NO_PAIR, REMEDY, RULES, distinct
 from lilpipe.alignment.rewards.reward_functions import external
-from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
+from lilpipe.alignment.rollout.completion_rows import (
+    by_prompt,
+    load_rewards,
+    reward_metrics,
+    sample_in_chunks,
+    scored_schema,
+)
 from lilpipe.artifact import Artifact, Inputs, one_input, optional_input, write_atomically
 from lilpipe.config.preferences import PreferencesConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.chunks import Row
-from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts
+from lilpipe.schemas.examples import Prompt, check_not_held_out, read_prompts
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.pairs import (
     EXAMPLES_FILE,
-    PAIR_SCHEMA,
     PAIRS_FILE,
     Pair,
     PairSplit,
@@ -37,98 +43,6 @@ from lilpipe.schemas.pairs import (
 )
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
-
-__all__ = ["PAIR_SCHEMA", "STAGE", "Pair", "brevity_pairs", "read_pairs", "run"]
-
-VERDICTS = ((True, True), (True, False), (False, False))
-"""(well-formed, correct), best first."""
-
-
-def brevity_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
-    """Return (chosen, rejected) pairs among the completions to one prompt, at most ``max_pairs_per_prompt``.
-
-    Both completions ended, have the same verdict and differ by at least ``min_words_apart``; each is used at most once.
-    Correct completions are paired first, then, unless ``only_correct``, well-formed incorrect ones, then malformed
-    ones.
-    """
-    pairs: list[tuple[Row, Row]] = []
-    take = _widest if config.contrast == "widest" else _nearest
-    for verdict in VERDICTS[:1] if config.only_correct else VERDICTS:
-        alike = {
-            row["completion"]: row
-            for row in reversed(rows)
-            if row["ended"] and (row["well_formed"], row["correct"]) == verdict
-        }
-        left = sorted(alike.values(), key=lambda row: row["sample"])
-        while (pair := take(left, config.min_words_apart)) is not None:
-            left = [row for row in left if row not in pair]
-            pairs.append(pair)
-    return pairs[: config.max_pairs_per_prompt]
-
-
-def _widest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | None:
-    """Return the shortest and the longest completion if they differ by ``min_words_apart``."""
-    ranked = sorted(rows, key=lambda row: (row["num_words"], row["sample"]))
-    apart = ranked[-1]["num_words"] - ranked[0]["num_words"] if ranked else 0
-    return (ranked[0], ranked[-1]) if apart >= min_words_apart else None
-
-
-def _nearest(rows: Sequence[Row], min_words_apart: int) -> tuple[Row, Row] | None:
-    """Return the first completion with another at least ``min_words_apart`` longer, and the shortest such other."""
-    for row in rows:
-        longer = [other for other in rows if other["num_words"] - row["num_words"] >= min_words_apart]
-        if longer:
-            return row, min(longer, key=lambda other: (other["num_words"], other["sample"]))
-    return None
-
-
-def reward_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
-    """Return (chosen, rejected): the best completion with the worst, the second best with the second worst, and so on.
-
-    Both ended and their rewards differ, by at least ``min_margin``; each completion is used at most once.
-    """
-    ranked = sorted(_distinct(rows), key=lambda row: (-row["reward"], row["sample"]))
-    pairs = list(zip(ranked, reversed(ranked), strict=True))[: len(ranked) // 2]
-    apart = [(best, worst) for best, worst in pairs if best["reward"] - worst["reward"] >= config.min_margin]
-    return [(best, worst) for best, worst in apart if best["reward"] > worst["reward"]][: config.max_pairs_per_prompt]
-
-
-def correctness_pairs(rows: Sequence[Row], config: PreferencesConfig) -> list[tuple[Row, Row]]:
-    """Return (chosen, rejected): correct and incorrect completions that ended, each used at most once, in order."""
-    distinct = _distinct(rows)
-    right, wrong = ([row for row in distinct if row["correct"] is verdict] for verdict in (True, False))
-    return list(zip(right, wrong, strict=False))[: config.max_pairs_per_prompt]
-
-
-def _distinct(rows: Sequence[Row]) -> list[Row]:
-    """Return the ended, non-empty completions in sampling order, without duplicates up to whitespace."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        if row["ended"] and row["completion"]:
-            found.setdefault(" ".join(row["completion"].split()), row)
-    return list(found.values())
-
-
-RULES: dict[str, Callable[[Sequence[Row], PreferencesConfig], list[tuple[Row, Row]]]] = {
-    "brevity": brevity_pairs,
-    "reward": reward_pairs,
-    "correctness": correctness_pairs,
-}
-"""Pairing function of each rule: from the completions to one prompt to its pairs."""
-
-NO_PAIR = {
-    "brevity": "the same verdict and different lengths",
-    "reward": "sufficiently different rewards",
-    "correctness": "different verdicts",
-}
-"""Requirement on the two completions of a pair, for error messages."""
-
-REMEDY = {
-    "brevity": "allow pairs of incorrect completions (preferences.only_correct = false)",
-    "reward": "lower preferences.min_margin, or use rewards that distinguish more completions",
-    "correctness": "use another preferences.rule",
-}
-"""Remedy if no prompt has a pair, for error messages."""
 
 
 def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
@@ -144,7 +58,7 @@ def run(config: PreferencesConfig, inputs: Inputs, workspace: Workspace) -> Metr
         )
     train = _take(read_prompts(source.path, "train")[::-1], config.num_prompts, "num_prompts", "train")
     validation = _take(read_prompts(source.path, "validation"), config.num_validation, "num_validation", "validation")
-    assert_not_held_out((prompt.question for prompt in train), source.path)
+    check_not_held_out((prompt.question for prompt in train), source.path)
     rewards = load_rewards(config.rewards, inputs)
     rewards.log_sandbox(train, workspace)
     rows = sample_in_chunks(
@@ -200,7 +114,7 @@ def _from_data(source: Artifact, workspace: Workspace) -> Metrics:
             "preferences.unpaired if the dataset has unpaired completions"
         )
     check_pairs(train, validation)
-    assert_not_held_out((text for pair in train for text in pair.questions), source.path)
+    check_not_held_out((text for pair in train for text in pair.questions), source.path)
     metrics: Metrics = {
         "pairs": len(train),
         "validation_pairs": len(validation),
@@ -239,7 +153,7 @@ def judged_examples(
         )
         for prompt, group in zip(prompts, groups, strict=True)
         if config.rule == "reward" or prompt.verifier != "none"
-        for row in _distinct(group)
+        for row in distinct(group)
     ]
 
 
@@ -252,7 +166,7 @@ def _examples_of_data(source: Artifact, workspace: Workspace) -> Metrics:
             "(`kto` splits a pair into two completions)"
         )
     train = read_examples(source.path, "train")
-    assert_not_held_out((text for example in train for text in example.questions), source.path)
+    check_not_held_out((text for example in train for text in example.questions), source.path)
     return _write_examples(train, read_examples(source.path, "validation"), workspace)
 
 

@@ -33,7 +33,7 @@ from lilpipe.data.sources.files import (
     open_file,
 )
 from lilpipe.data.sources.jsonl import bounded_lines
-from lilpipe.data.sources.rows import EXCERPT_CHARS, MAX_DOCUMENT_BYTES, rows_of
+from lilpipe.data.sources.raw_documents import EXCERPT_CHARS, MAX_DOCUMENT_BYTES, rows_of
 from lilpipe.errors import DataError
 
 Located = tuple[str, int, Any]

@@ -20,7 +20,7 @@ from lilpipe.alignment.questions.reading import Located, digest, read_rows
 from lilpipe.alignment.questions.turns import Malformed
 from lilpipe.alignment.verify.verifiers import as_text
 from lilpipe.config.prompts import PromptsConfig, PromptSource
-from lilpipe.data.sources.rows import EXCERPT_CHARS
+from lilpipe.data.sources.raw_documents import EXCERPT_CHARS
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import Conversation, Prompt, normalise_question
 from lilpipe.schemas.pairs import Pair, PairSplit, UnpairedExample

@@ -28,7 +28,7 @@ from lilpipe.stage import Workspace
 
 
 class RewardModel(Protocol):
-    """Scores conversations: `lilpipe.alignment.rewards.reward_model.RewardModel`, or a stub in tests."""
+    """Scores conversations: `lilpipe.alignment.rewards.scoring.RewardModel`, or a stub in tests."""
 
     def score(self, conversations: Sequence[list[Message]]) -> list[float]:
         """Return a score for each conversation, which ends with an assistant turn."""

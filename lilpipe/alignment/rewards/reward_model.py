@@ -30,7 +30,7 @@ from lilpipe.metrics.pass_at_k import mean_estimate
 from lilpipe.model.heads import HeadModel, last_outputs, pad_rows
 from lilpipe.model.hub import check_model
 from lilpipe.model.scores import IGNORED
-from lilpipe.schemas.examples import assert_not_held_out
+from lilpipe.schemas.examples import check_not_held_out
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.order import count_steps, rows_by_micro_batch
 from lilpipe.schemas.pairs import PAIRS_FILE, Pair, PairSplit, check_pairs, read_pairs
@@ -126,7 +126,7 @@ def gather_pairs(inputs: Inputs) -> dict[PairSplit, list[Pair]]:
         )
     check_pairs(pairs["train"], pairs["validation"])
     for source in all_inputs(inputs, "prompts"):
-        assert_not_held_out((text for pair in pairs["train"] for text in pair.questions), source.path)
+        check_not_held_out((text for pair in pairs["train"] for text in pair.questions), source.path)
     return pairs
 
 

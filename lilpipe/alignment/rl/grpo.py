@@ -11,7 +11,7 @@ Dimensions: P prompts, G completions per prompt, N = P x G completions, T tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,21 +36,24 @@ from lilpipe.alignment.rl.reinforcement import (
     training_prompts,
 )
 from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
-from lilpipe.alignment.rollout.rollouts import (
+from lilpipe.alignment.rollout.completion_batch import (
     CompletionBatch,
+    at_temperature,
+    completion_logprobs,
+    measure_logprob_mismatch,
+    micro_batches,
+    num_parts,
+)
+from lilpipe.alignment.rollout.rollouts import (
     Group,
+    MicroBatch,
     Rollout,
     Rollouts,
     Sampler,
     Sums,
     as_completion_batch,
-    at_temperature,
-    completion_logprobs,
     group_metrics,
     means,
-    measure_logprob_mismatch,
-    micro_batches,
-    num_parts,
 )
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
 from lilpipe.artifact import Inputs, one_input
@@ -67,19 +70,6 @@ from lilpipe.training.replica import Loss
 
 FEWEST_TOKENS = 1e-6
 """Count of a micro-batch whose completions are all masked: avoids division by zero and adds nothing."""
-
-
-class _Part(NamedTuple):
-    """Inputs of the loss of a micro-batch other than the scores."""
-
-    completions: CompletionBatch
-    rollout_metrics: Sums
-    """Metrics of the whole rollout, attached to its first micro-batch only."""
-    rollout: int
-    is_fresh: bool
-    """Whether the weights are still those that sampled the completions."""
-    places: Tensor | None
-    """Indices of the completions' scores in rows that share prompts; see ``SharedRows``."""
 
 
 class GRPO:
@@ -134,15 +124,15 @@ class GRPO:
 
     def _batch(self, completions: CompletionBatch, metrics: Sums, rollout: int, *, is_fresh: bool) -> TokenBatch:
         if self._shared_len is None:
-            extra = _Part(completions, metrics, rollout, is_fresh=is_fresh, places=None)
+            extra = MicroBatch(completions, metrics, rollout, is_fresh=is_fresh)
             return TokenBatch(completions.inputs, completions.targets, extra=extra)
         rows = share_prompts(completions, max_len=self._shared_len)
-        extra = _Part(completions, metrics, rollout, is_fresh=is_fresh, places=rows.places)
+        extra = MicroBatch(completions, metrics, rollout, is_fresh=is_fresh, places=rows.places)
         return TokenBatch(rows.inputs, rows.targets, positions=rows.positions, mask=rows.mask, extra=extra)
 
     def loss(self, scores: Scores, batch: TokenBatch) -> Loss:
         """Return the summed loss of a micro-batch."""
-        part: _Part = batch.extra
+        part: MicroBatch = batch.extra
         completions, config = part.completions, self.config
         if part.places is None:
             num_rows, num_tokens = completions.inputs.shape
@@ -167,7 +157,7 @@ class GRPO:
         num_tokens = int((completions.lengths + 1).sum())
         return Loss(total, max(count, FEWEST_TOKENS), num_tokens=num_tokens, metrics=metrics)
 
-    def _metrics(self, part: _Part, logprobs_NT: Tensor) -> Sums:
+    def _metrics(self, part: MicroBatch, logprobs_NT: Tensor) -> Sums:
         completions, config = part.completions, self.config
         completion_mask_NT, num_completion_tokens = (
             completions.completion_mask,

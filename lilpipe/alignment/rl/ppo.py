@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,22 +39,25 @@ from lilpipe.alignment.rl.reinforcement import (
     training_prompts,
 )
 from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
-from lilpipe.alignment.rollout.rollouts import (
+from lilpipe.alignment.rollout.completion_batch import (
     CompletionBatch,
+    at_temperature,
+    completion_logprobs,
+    in_parts,
+    measure_logprob_mismatch,
+    micro_batches,
+    num_parts,
+)
+from lilpipe.alignment.rollout.rollouts import (
     Group,
+    MicroBatch,
     Rollout,
     Rollouts,
     Sampler,
     Sums,
     as_completion_batch,
-    at_temperature,
-    completion_logprobs,
     group_metrics,
-    in_parts,
     means,
-    measure_logprob_mismatch,
-    micro_batches,
-    num_parts,
 )
 from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.reinforcement import PPOConfig
@@ -74,15 +77,6 @@ from lilpipe.training.replica import Loss
 
 VALUE_DIRECTORY = "value"
 """Folder of the value model in the output."""
-
-
-class _Part(NamedTuple):
-    completions: CompletionBatch
-    rollout_metrics: Sums
-    """Metrics of the whole rollout, attached to its first micro-batch only."""
-    rollout: int
-    is_fresh: bool
-    """Whether the weights are still those that sampled the completions."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ class PPO:
             seed = derive_seed(self._sampler.seed, "ppo/minibatches", number, self._rank)
             parts = micro_batches(rollout.completions, update, self.config, seed=seed)
             metrics: list[Sums] = [rollout.metrics, *({} for _ in parts[1:])]
-            extras = [_Part(part, sums, number, update == 0) for part, sums in zip(parts, metrics, strict=True)]
+            extras = [MicroBatch(part, sums, number, update == 0) for part, sums in zip(parts, metrics, strict=True)]
             self._current = (
                 step,
                 [TokenBatch(extra.completions.inputs, extra.completions.targets, extra=extra) for extra in extras],
@@ -148,7 +142,7 @@ class PPO:
 
     def _policy_loss(self, scores: Scores, batch: TokenBatch) -> Loss:
         """Return the policy loss, summed over the tokens of a micro-batch."""
-        part: _Part = batch.extra
+        part: MicroBatch = batch.extra
         completions, config, completion_mask_NT = part.completions, self.config, part.completions.completion_mask
         num_rows, num_tokens = completion_mask_NT.shape
         logprobs_NT = scores.logprobs[:num_rows, :num_tokens]  # parallel layouts may pad
@@ -176,7 +170,7 @@ class PPO:
 
     def _value_loss(self, outputs_NTO: Tensor, batch: TokenBatch) -> Loss:
         """Return the summed value loss, multiplied by ``vf_coef``."""
-        part: _Part = batch.extra
+        part: MicroBatch = batch.extra
         completions, config, completion_mask_NT = part.completions, self.config, part.completions.completion_mask
         assert completions.old_values is not None
         assert completions.returns is not None

@@ -7,19 +7,19 @@ from typing import TypeVar
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import RewardModel, Rewards, reward
+from lilpipe.alignment.rollout.completion_batch import at_targets
 from lilpipe.alignment.rollout.completions import PromptForm, complete, encode_question
-from lilpipe.alignment.rollout.rollouts import at_targets
 from lilpipe.artifact import Artifact, Inputs, one_input, optional_input
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.errors import DataError
 from lilpipe.model.transformer import Transformer
-from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_prompts
+from lilpipe.schemas.examples import Prompt, check_not_held_out, read_prompts
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.finetune import Workers
-from lilpipe.training.loop import TrainingResult
 from lilpipe.training.replica import TrainerModule
 from lilpipe.training.training_report import write_report
+from lilpipe.training.training_state import TrainingResult
 
 Section = TypeVar("Section", GRPOConfig, PPOConfig)
 
@@ -35,7 +35,7 @@ def training_prompts(
     Skips and logs prompts that leave no room for a completion. Raises ``DataError`` if none remain.
     """
     train, validation = read_prompts(artifact.path, "train"), read_prompts(artifact.path, "validation")
-    assert_not_held_out((prompt.question for prompt in train), artifact.path)
+    check_not_held_out((prompt.question for prompt in train), artifact.path)
     # A text has at most as many tokens as bytes, so most prompts fit without being tokenized.
     fits_surely = max_seq_len - len(encode_question(tokenizer, "?", form))
     found: list[list[Prompt]] = []

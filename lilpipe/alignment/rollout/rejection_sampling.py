@@ -15,13 +15,19 @@ import pyarrow as pa
 
 from lilpipe import distributed, page
 from lilpipe.alignment.rewards.reward_functions import Rewards, external
-from lilpipe.alignment.rollout.sampling import by_prompt, load_rewards, reward_metrics, sample_in_chunks, scored_schema
+from lilpipe.alignment.rollout.completion_rows import (
+    by_prompt,
+    load_rewards,
+    reward_metrics,
+    sample_in_chunks,
+    scored_schema,
+)
 from lilpipe.artifact import Artifact, Inputs, all_inputs, one_input, write_atomically
 from lilpipe.config.preferences import RejectionSamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.metrics.pass_at_k import mean_estimate, pass_at_k
 from lilpipe.schemas.chunks import Row
-from lilpipe.schemas.examples import Conversation, Prompt, assert_not_held_out, read_prompts, write_conversations
+from lilpipe.schemas.examples import Conversation, Prompt, check_not_held_out, read_prompts, write_conversations
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
@@ -73,7 +79,7 @@ def run(config: RejectionSamplingConfig, inputs: Inputs, workspace: Workspace) -
             "it or raise prompts.num_train"
         )
     prompts = prompts[: config.num_prompts]
-    assert_not_held_out((prompt.question for prompt in prompts), source.path)
+    check_not_held_out((prompt.question for prompt in prompts), source.path)
     rewards = load_rewards(config.rewards, inputs)
     rewards.log_sandbox(prompts, workspace)
     model = choose_policy(config, inputs, read_prompts(source.path, "validation"), rewards, workspace)

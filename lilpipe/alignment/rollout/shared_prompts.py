@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lilpipe.alignment.rollout.rollouts import CompletionBatch
+from lilpipe.alignment.rollout.completion_batch import CompletionBatch
 from lilpipe.model.scores import IGNORED
 
 ROW_LEN = 128

@@ -54,7 +54,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProgramResult:
     """Result of running a program."""
 
     passed: bool
@@ -102,11 +102,11 @@ def protection() -> str:
     )
 
 
-def run_program(program: str, tests: str, limits: Limits | None = None) -> Outcome:
+def run_program(program: str, tests: str, limits: Limits | None = None) -> ProgramResult:
     """Run a program, then its tests, which raise ``AssertionError`` on failure."""
     entry, status = _execute(program, tests, limits or Limits())
     reason = _without_verdict(status) if entry is None else str(entry["reason"])
-    return Outcome(reason == "passed", reason)
+    return ProgramResult(reason == "passed", reason)
 
 
 def _execute(program: str, tests: str, limits: Limits) -> tuple[dict[str, Any] | None, int | None]:
@@ -133,12 +133,12 @@ def _execute(program: str, tests: str, limits: Limits) -> tuple[dict[str, Any] |
 
 
 @functools.lru_cache(maxsize=4096)
-def outcome_of(program: str, tests: str, limits: Limits | None = None) -> Outcome:
+def outcome_of(program: str, tests: str, limits: Limits | None = None) -> ProgramResult:
     """Run a program with a cache: the verdict, a reward and equal completions of a group run the same program."""
     return run_program(program, tests, limits)
 
 
-def run_programs(jobs: Sequence[tuple[str, str]], limits: Limits | None = None) -> list[Outcome]:
+def run_programs(jobs: Sequence[tuple[str, str]], limits: Limits | None = None) -> list[ProgramResult]:
     """Run (program, tests) pairs in parallel and return their outcomes in order."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda job: outcome_of(job[0], job[1], limits), jobs))

@@ -24,7 +24,7 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from lilpipe.config.corpus import RayConfig
+from lilpipe.config.executors import RayConfig
 from lilpipe.data.executors.run_tasks import RunTasks
 from lilpipe.errors import ClusterError, ConfigError
 

@@ -32,7 +32,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from lilpipe import errors
 from lilpipe.artifact import write_atomically
-from lilpipe.config.corpus import SlurmConfig
+from lilpipe.config.executors import SlurmConfig
 from lilpipe.errors import ClusterError, ConfigError, LilpipeError
 
 MAX_TRIES = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.filters.decontamination import EvaluationSet
 from lilpipe.data.filters.words import Words
 from lilpipe.data.sources.readers import Unreadable, find_parts, read_part

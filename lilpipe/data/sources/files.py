@@ -23,7 +23,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from lilpipe.artifact import digest_json
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.remote import RemoteStream, retried
 from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
@@ -81,7 +81,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Span:
+class FilePart:
     """A part of a large file, read by a separate task."""
 
     start: int

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.files import File, digest_files, printable_name
-from lilpipe.data.sources.rows import Row, Unreadable, rows_of, to_row, unreadable
+from lilpipe.data.sources.raw_documents import Row, Unreadable, rows_of, to_row, unreadable
 from lilpipe.errors import DataError
 
 ROWS_PER_PART = 50_000

@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from lilpipe.config.corpus import Source
-from lilpipe.data.sources.files import READ_BYTES, BrokenStream, File, Span, compression, local_path, open_file
-from lilpipe.data.sources.rows import EXCERPT_CHARS, MAX_DOCUMENT_BYTES, Row, Unreadable, to_row, unreadable
+from lilpipe.config.sources import Source
+from lilpipe.data.sources.files import READ_BYTES, BrokenStream, File, FilePart, compression, local_path, open_file
+from lilpipe.data.sources.raw_documents import EXCERPT_CHARS, MAX_DOCUMENT_BYTES, Row, Unreadable, to_row, unreadable
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def divide(file: File, span_bytes: int) -> list[Span]:
+def divide(file: File, span_bytes: int) -> list[FilePart]:
     """Divide an uncompressed local file into spans of whole lines, of about ``span_bytes`` each; none for other files.
 
     The file is read once to number the first line of each span, so row numbers do not depend on the span size.
@@ -22,12 +22,12 @@ def divide(file: File, span_bytes: int) -> list[Span]:
     path = local_path(file)
     if path is None or compression(file):
         return []
-    spans: list[Span] = []
+    spans: list[FilePart] = []
     start, row = 0, 1
     with path.open("rb", buffering=READ_BYTES) as stream:
         while start < file.size:
             num_bytes, num_lines = _skip(stream, span_bytes)
-            spans.append(Span(start, start + num_bytes, row))
+            spans.append(FilePart(start, start + num_bytes, row))
             start, row = start + max(1, num_bytes), row + num_lines
     return spans
 
@@ -45,7 +45,7 @@ def _skip(stream: BinaryIO, num_bytes: int) -> tuple[int, int]:
     return position, num_lines
 
 
-def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
+def read(file: File, span: FilePart | None, source: Source) -> Iterator[Row]:
     """Yield the rows of a file or span."""
     first = span.first_row if span else 1
     number = first - 1
@@ -58,7 +58,7 @@ def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
         yield Unreadable(file.name, number + 1, f"cannot be read after line {number}: {error}", breaks_off=True)
 
 
-def bounded_lines(stream: BinaryIO, span: Span | None = None) -> Iterator[bytes]:
+def bounded_lines(stream: BinaryIO, span: FilePart | None = None) -> Iterator[bytes]:
     """Yield lines with their ends; a line that is too long is truncated to one byte more than the limit."""
     left = math.inf
     if span:

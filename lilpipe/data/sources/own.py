@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 
-from lilpipe.config.corpus import Source
-from lilpipe.data.sources.rows import Row, to_row
+from lilpipe.config.sources import Source
+from lilpipe.data.sources.raw_documents import Row, to_row
 from lilpipe.errors import DataError
 from lilpipe.extensions import load
 

@@ -8,9 +8,9 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lilpipe.config.corpus import Source
-from lilpipe.data.sources.files import BrokenStream, Expansion, File, Span, open_file
-from lilpipe.data.sources.rows import RawDocument, Row, Unreadable, rows_of, to_row, unreadable
+from lilpipe.config.sources import Source
+from lilpipe.data.sources.files import BrokenStream, Expansion, File, FilePart, open_file
+from lilpipe.data.sources.raw_documents import RawDocument, Row, Unreadable, rows_of, to_row, unreadable
 
 ROWS_PER_BATCH = 256
 BATCH_BYTES = 128 * 2**20
@@ -21,7 +21,7 @@ DICTIONARY_PAGE = b"\x15\x04\x15"
 """First bytes of a dictionary page header: field 1, the page type, is 2; then field 2, the uncompressed size."""
 
 
-def divide(file: File, span_bytes: int) -> list[Span]:
+def divide(file: File, span_bytes: int) -> list[FilePart]:
     """Divide the row groups into spans of at most ``span_bytes`` (uncompressed) or one group; none if damaged."""
     try:
         with open_file(file) as stream:
@@ -29,15 +29,15 @@ def divide(file: File, span_bytes: int) -> list[Span]:
     except DAMAGE as error:
         _check_is_damage(error)
         return []
-    spans: list[Span] = []
+    spans: list[FilePart] = []
     start, row, num_bytes, num_rows = 0, 1, 0, 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
         if index > start and num_bytes + group.total_byte_size > span_bytes:
-            spans.append(Span(start, index, row))
+            spans.append(FilePart(start, index, row))
             start, row, num_bytes, num_rows = index, row + num_rows, 0, 0
         num_bytes, num_rows = num_bytes + group.total_byte_size, num_rows + group.num_rows
-    return [*spans, Span(start, metadata.num_row_groups, row)]
+    return [*spans, FilePart(start, metadata.num_row_groups, row)]
 
 
 def _check_is_damage(error: Exception) -> None:
@@ -46,7 +46,7 @@ def _check_is_damage(error: Exception) -> None:
         raise error
 
 
-def read(file: File, span: Span | None, source: Source) -> Iterator[Row]:
+def read(file: File, span: FilePart | None, source: Source) -> Iterator[Row]:
     """Yield the rows of a file or span."""
     number = span.first_row - 1 if span else 0
     expansion = Expansion(file.size)

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources import huggingface, installed_docs, jsonl, own, parquet, warc
-from lilpipe.data.sources.files import BrokenStream, File, Span, digest_files, find_files, open_file
-from lilpipe.data.sources.rows import MAX_DOCUMENT_BYTES, RawDocument, Row, Unreadable, to_row
+from lilpipe.data.sources.files import BrokenStream, File, FilePart, digest_files, find_files, open_file
+from lilpipe.data.sources.raw_documents import MAX_DOCUMENT_BYTES, RawDocument, Row, Unreadable, to_row
 
 __all__ = ["FirstBytes", "RawDocument", "SourcePart", "Unreadable", "digest_source", "find_parts", "read_part"]
 
@@ -29,8 +29,8 @@ class SourcePart:
 
     source: Source
     files: tuple[File, ...] = ()
-    span: Span | None = None
-    """Span of the only file."""
+    span: FilePart | None = None
+    """Part of the only file."""
     index: int = 0
     count: int = 1
 
@@ -62,7 +62,7 @@ def _grouped(files: Iterable[File]) -> Iterator[tuple[File, ...]]:
 
 def _divided(source: Source, files: tuple[File, ...]) -> list[SourcePart]:
     """Return one part for a group of files, or several for a large file that can be divided."""
-    spans: list[Span] = []
+    spans: list[FilePart] = []
     if files[0].size > PART_BYTES and source.kind in ("jsonl", "parquet"):
         divide = jsonl.divide if source.kind == "jsonl" else parquet.divide
         spans = divide(files[0], PART_BYTES)

@@ -16,11 +16,11 @@ from typing import BinaryIO, cast
 from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources import http_response
 from lilpipe.data.sources.extraction_process import ExtractionProcess
 from lilpipe.data.sources.files import READ_BYTES, BrokenStream, File, open_file
-from lilpipe.data.sources.rows import Row, Unreadable, to_row, unreadable
+from lilpipe.data.sources.raw_documents import Row, Unreadable, to_row, unreadable
 
 MAX_PAGE_BYTES = 16 * 2**20
 """Maximum size of a page; longer ones are quarantined. Common Crawl truncates pages at 5 MiB."""

@@ -74,9 +74,9 @@ def preferences(make_preferences):
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    """Single answers, with no rejected one for most prompts."""
-    directory = tmp_path_factory.mktemp("answers")
+def unpaired(tmp_path_factory):
+    """Unpaired completions, with no rejected one for most prompts."""
+    directory = tmp_path_factory.mktemp("unpaired")
     train = [UnpairedExample(f"{i}", "train", question(f"Copy {i}."), f"Answer: {i}", True) for i in range(8)]
     train += [
         UnpairedExample(f"{i}", "train", question(f"Copy {i}."), f"Sure. Answer: {i}", False) for i in range(10, 14)
@@ -122,33 +122,33 @@ def answer_rows(tokenizer, examples):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("mask_formatting", [True, False])
-def test_log_probabilities_cover_the_answer_alone(tokenizer, checkpoint, mask_formatting, packed):
+def test_log_probabilities_cover_the_completion_alone(tokenizer, checkpoint, mask_formatting, packed):
     model, _ = load_model(checkpoint.path)
     rows, _ = encode_pairs(tokenizer, [pair(1), pair(234), pair(5)], max_len=TINY.max_seq_len)
-    answers = [answer for row in rows for answer in (row.first, row.second)]
+    completions = [item for row in rows for item in (row.first, row.second)]
     packer = make_packer(tokenizer, packed=packed, mask_formatting=mask_formatting)
-    sums, lengths = score_completions(model, answers, packer, CONFIG)
-    for answer, total, length in zip(answers, sums.tolist(), lengths.tolist(), strict=True):
-        assert answer.completion[-1] == tokenizer.turn_end_id
-        assert answer.prompt[-1] == tokenizer.assistant_id
+    sums, lengths = score_completions(model, completions, packer, CONFIG)
+    for item, total, length in zip(completions, sums.tolist(), lengths.tolist(), strict=True):
+        assert item.completion[-1] == tokenizer.turn_end_id
+        assert item.prompt[-1] == tokenizer.assistant_id
         # One sequence at a time, without padding.
         with torch.no_grad():
-            logprobs = F.log_softmax(model(torch.tensor([answer.prompt + answer.completion]))[0], dim=-1)
-        terms = [logprobs[len(answer.prompt) + k - 1, token].item() for k, token in enumerate(answer.completion)]
+            logprobs = F.log_softmax(model(torch.tensor([item.prompt + item.completion]))[0], dim=-1)
+        terms = [logprobs[len(item.prompt) + k - 1, token].item() for k, token in enumerate(item.completion)]
         assert total == pytest.approx(sum(terms[:-1]) if mask_formatting else sum(terms), rel=1e-5)
         assert length == len(terms) - mask_formatting
 
 
-def test_packed_rows_hold_what_fits_and_score_answers_alone(tokenizer):
+def test_packed_rows_hold_what_fits_and_score_completions_alone(tokenizer):
     rows, _ = encode_pairs(tokenizer, [pair(i) for i in range(6)], max_len=TINY.max_seq_len)
-    answers = [answer for row in rows for answer in (row.first, row.second)]
-    batch, places = make_packer(tokenizer)(answers)
-    assert len(batch.inputs) < len(answers)
+    completions = [item for row in rows for item in (row.first, row.second)]
+    batch, places = make_packer(tokenizer)(completions)
+    assert len(batch.inputs) < len(completions)
     assert batch.inputs.shape[1] <= TINY.max_seq_len
-    assert (batch.targets >= 0).sum() == sum(len(answer.completion) for answer in answers) == places.present_SA.sum()
-    for index, answer in enumerate(answers):
+    assert (batch.targets >= 0).sum() == sum(len(item.completion) for item in completions) == places.present_SA.sum()
+    for index, item in enumerate(completions):
         targets = batch.targets[places.rows_S1[index], places.columns_SA[index]][places.present_SA[index]]
-        assert targets.tolist() == answer.completion
+        assert targets.tolist() == item.completion
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -194,7 +194,7 @@ def test_however_a_batch_is_divided_its_loss_and_gradient_are_the_same(tokenizer
         assert (other - whole).norm() < 1e-4 * whole.norm()
 
 
-def test_mismatched_answers_are_those_of_other_prompts_each_used_once(tokenizer):
+def test_mismatched_completions_are_those_of_other_prompts_each_used_once(tokenizer):
     rows = answer_rows(tokenizer, as_examples([pair(i) for i in range(5)]))
     assert all(row.second.prompt == row.first.prompt for row in rows)
     owners = {tuple(row.first.completion): row.first.prompt for row in rows}
@@ -202,7 +202,7 @@ def test_mismatched_answers_are_those_of_other_prompts_each_used_once(tokenizer)
     assert {tuple(row.second.completion) for row in rows} == {tuple(row.first.completion) for row in rows}
 
 
-def test_answers_to_one_prompt_in_a_row_are_mismatched_with_different_ones(tokenizer):
+def test_completions_to_one_prompt_in_a_row_are_mismatched_with_different_ones(tokenizer):
     listed = [
         UnpairedExample(f"{i}", "train", question(f"Copy {i}."), f"Answer {k}: {i}", k == 0)
         for i in range(3)
@@ -236,8 +236,8 @@ def test_every_loss_widens_the_margin_on_held_out_pairs(train, loss):
         assert metrics["validation_margin_before"] == 0
 
 
-def test_kto_learns_from_answers_without_pairs(train, answers):
-    metrics = train(answers, loss_type="kto", num_epochs=4, undesirable_weight=2.0, **FAST)
+def test_kto_learns_from_completions_without_pairs(train, unpaired):
+    metrics = train(unpaired, loss_type="kto", num_epochs=4, undesirable_weight=2.0, **FAST)
     assert (metrics["completions"], metrics["validation_completions"]) == (12, 6)
     assert metrics["validation_reward_chosen"] > 0
     assert metrics["validation_preference_accuracy_before"] == 0.5
@@ -297,7 +297,7 @@ def test_a_killed_run_ends_in_the_bytes_of_an_uninterrupted_one(tmp_path, train,
     assert digest_of(killed) == digest_of(Workspace(tmp_path / "whole"))
 
 
-def test_the_report_shows_curves_and_answers_before_and_after(tmp_path, train, monkeypatch):
+def test_the_report_shows_curves_and_completions_before_and_after(tmp_path, train, monkeypatch):
     sections = {}
     monkeypatch.setattr(dpo, "write_report", lambda *_, **options: sections.update(options["sections"]))
     train(num_epochs=1)
@@ -316,7 +316,7 @@ UNLEARNING = {
 }
 
 
-def test_a_falling_likelihood_of_chosen_answers_raises_the_alarm(tmp_path, train):
+def test_a_falling_likelihood_of_chosen_completions_raises_the_alarm(tmp_path, train):
     workspace = Workspace(tmp_path)
     metrics = train(workspace=workspace, **UNLEARNING)
     assert metrics["validation_chosen_change"] < -1
@@ -337,7 +337,7 @@ def test_a_limit_that_nothing_is_measured_against_is_refused(train, make_prefere
         train(make_preferences(validation=0), max_chosen_fall=2.0)
 
 
-def test_pairs_of_the_same_answer_are_refused_with_their_number(train, make_preferences):
+def test_pairs_of_the_same_completion_are_refused_with_their_number(train, make_preferences):
     faults = [pair(90, rejected="Answer: 90 "), pair(91, rejected="Answer: 91")]
     with pytest.raises(DataError, match=r"2 of 20 pairs have identical completions.*train/90"):
         train(make_preferences(*faults))
@@ -356,7 +356,7 @@ def test_prompts_of_both_splits_are_refused(train, make_preferences):
         train(make_preferences(pair(20)))
 
 
-def test_an_answer_that_is_both_desirable_and_undesirable_is_refused(tmp_path, train):
+def test_a_completion_that_is_both_desirable_and_undesirable_is_refused(tmp_path, train):
     examples = [UnpairedExample("1", "train", question("Copy 1."), "Answer: 1", verdict) for verdict in (True, False)]
     write_rows(tmp_path / "examples.arrow", [vars(item) for item in examples], EXAMPLE_SCHEMA)
     with pytest.raises(DataError, match="1 of 1 completions are labelled both desirable and undesirable"):
@@ -373,7 +373,7 @@ def test_a_prompt_of_both_splits_is_refused_among_unpaired_examples(tmp_path, tr
         train(as_artifact(tmp_path, kind="Preferences"), loss_type="kto")
 
 
-def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_counted(
+def test_pairs_too_long_for_the_model_and_empty_completions_are_left_out_whole_and_counted(
     tmp_path, train, make_preferences
 ):
     faults = [pair(90, rejected="word " * 40), pair(91, chosen=" ")]
@@ -387,7 +387,7 @@ def test_pairs_too_long_for_the_model_and_empty_answers_are_left_out_whole_and_c
     ]
 
 
-def test_answers_to_a_single_prompt_are_refused_by_kto(tokenizer):
+def test_completions_to_a_single_prompt_are_refused_by_kto(tokenizer):
     examples = [UnpairedExample("1", "train", question("Copy 1."), f"Answer: {i}", True) for i in range(3)]
     with pytest.raises(DataError, match="no completion to another prompt fits after prompt 1"):
         answer_rows(tokenizer, examples)

@@ -42,7 +42,7 @@ def test_ipo_draws_the_margin_to_half_the_inverse_of_beta():
     assert ipo_loss(torch.tensor([2.5, 0.0]), beta=0.2).tolist() == pytest.approx([0.0, 6.25])
 
 
-def test_simpo_wants_the_reward_of_the_chosen_answer_ahead_by_gamma():
+def test_simpo_wants_the_reward_of_the_chosen_completion_ahead_by_gamma():
     (loss,) = simpo_loss(torch.tensor([-1.0]), torch.tensor([-2.0]), beta=2.0, gamma=1.2).tolist()
     assert loss == pytest.approx(-math.log(sigmoid(2.0 * 1.0 - 1.2)))
 
@@ -61,7 +61,7 @@ def test_log_odds_and_their_gradient_are_finite_and_exact_at_both_ends(logprob):
     assert log_odds(values).item() == pytest.approx(exact, rel=1e-5, abs=1e-5)
 
 
-def test_kto_pulls_desirable_answers_above_the_baseline_and_pushes_others_below():
+def test_kto_pulls_desirable_completions_above_the_baseline_and_pushes_others_below():
     ratios, baseline = torch.tensor([2.0, 2.0]), torch.tensor([0.5, 0.5])
     losses = kto_loss(
         ratios, torch.tensor([True, False]), baseline, beta=0.4, desirable_weight=1.5, undesirable_weight=0.5

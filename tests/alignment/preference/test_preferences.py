@@ -1,14 +1,7 @@
 import pytest
 
 from lilpipe.alignment.preference import dpo
-from lilpipe.alignment.preference.preferences import (
-    brevity_pairs,
-    correctness_pairs,
-    judged_examples,
-    read_pairs,
-    reward_pairs,
-    run,
-)
+from lilpipe.alignment.preference.preferences import judged_examples, run
 from lilpipe.alignment.rollout import completions
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.config.preferences import PreferencesConfig
@@ -19,114 +12,15 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import CompletionOutput
 from lilpipe.schemas.examples import Prompt, read_prompts
 from lilpipe.schemas.messages import Message
-from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, Pair, UnpairedExample, read_examples
+from lilpipe.schemas.pairs import EXAMPLE_SCHEMA, PAIR_SCHEMA, Pair, UnpairedExample, read_examples, read_pairs
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import as_artifact
+from tests.alignment.preference.test_pairing_rules import row
 
 CONFIG = PreferencesConfig(
     seed=0, num_prompts=10, num_validation=5, num_generations=4, sampling=SamplingConfig(max_new_tokens=8)
 )
-
-
-def row(words, *, correct=True, well_formed=True, ended=True, sample=0):
-    return {
-        "completion": " ".join(["w"] * words + [f"{correct} {sample}"]),
-        "num_words": words,
-        "correct": correct and well_formed,
-        "well_formed": well_formed,
-        "ended": ended,
-        "sample": sample,
-    }
-
-
-def words(pairs):
-    return [(chosen["num_words"], rejected["num_words"]) for chosen, rejected in pairs]
-
-
-def config(**settings):
-    return PreferencesConfig(seed=0, **settings)
-
-
-def test_the_shorter_of_two_correct_answers_is_chosen():
-    assert words(brevity_pairs([row(5), row(2)], config(max_pairs_per_prompt=1, only_correct=True))) == [(2, 5)]
-
-
-def test_the_widest_difference_comes_first_and_no_answer_is_used_twice():
-    rows = [row(n, sample=n) for n in (4, 9, 2, 7, 3)]
-    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=True))) == [(2, 9), (3, 7)]
-    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=1, only_correct=True))) == [(2, 9)]
-
-
-def test_the_first_sample_is_chosen_against_the_nearest_longer_one_where_asked():
-    rows = [row(n, sample=i) for i, n in enumerate((9, 4, 2, 17, 3))]
-    assert words(brevity_pairs(rows, config(contrast="nearest"))) == [(9, 17)]
-    assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=6))) == [(9, 17)]
-    assert words(brevity_pairs(rows, config(contrast="nearest", min_words_apart=9))) == [(4, 17)]
-    assert brevity_pairs(rows, config(contrast="nearest", min_words_apart=16)) == []
-    assert brevity_pairs(rows, config(min_words_apart=16)) == []
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [row(3, sample=1), row(3, sample=2)],
-        [row(2), row(5, correct=False)],
-        [row(2, well_formed=False), row(5)],
-        [row(2, well_formed=False), row(5, correct=False)],
-        [row(2, well_formed=False, ended=False), row(5, well_formed=False)],
-        [row(2)],
-        [],
-    ],
-    ids=["equal length", "other verdict", "malformed", "malformed and wrong", "cut off", "alone", "none"],
-)
-def test_answers_that_differ_in_more_or_less_than_length_are_no_pair(rows):
-    assert brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=False)) == []
-
-
-def test_answers_that_are_wrong_alike_are_paired_on_request_after_correct_ones():
-    malformed = [row(1, well_formed=False), row(9, well_formed=False)]
-    rows = [*malformed, row(2, correct=False), row(5, correct=False), row(3), row(4)]
-    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=True))) == [(3, 4)]
-    assert words(brevity_pairs(rows, config(max_pairs_per_prompt=9, only_correct=False))) == [(3, 4), (2, 5), (1, 9)]
-    assert words(brevity_pairs(rows[:4], config(max_pairs_per_prompt=1, only_correct=False))) == [(2, 5)]
-
-
-def rewarded(*rewards, **settings):
-    return [{**row(2, sample=index), "reward": reward, **settings} for index, reward in enumerate(rewards)]
-
-
-def rewards_of(pairs):
-    return [(chosen["reward"], rejected["reward"]) for chosen, rejected in pairs]
-
-
-def test_the_best_answer_is_chosen_against_the_worst():
-    rows = rewarded(0.5, -1.0, 2.0, 0.1)
-    assert rewards_of(reward_pairs(rows, config(rule="reward"))) == [(2.0, -1.0)]
-    assert rewards_of(reward_pairs(rows, config(rule="reward", max_pairs_per_prompt=9))) == [(2.0, -1.0), (0.5, 0.1)]
-    assert rewards_of(reward_pairs(rewarded(1.0, 3.0, 2.0), config(max_pairs_per_prompt=9))) == [(3.0, 1.0)]
-
-
-def test_answers_that_are_worth_nearly_the_same_are_no_pair():
-    rows = rewarded(0.5, -1.0, 2.0, 0.1)
-    assert rewards_of(reward_pairs(rows, config(min_margin=3.0))) == [(2.0, -1.0)]
-    assert reward_pairs(rows, config(min_margin=3.01)) == []
-    assert reward_pairs(rewarded(1.0, 1.0), config()) == []
-    assert reward_pairs(rewarded(1.0), config()) == reward_pairs([], config()) == []
-
-
-def test_answers_that_were_cut_off_or_are_empty_or_the_same_text_are_no_pair():
-    assert reward_pairs(rewarded(2.0, 1.0, ended=False), config()) == []
-    assert reward_pairs(rewarded(2.0, 1.0, completion="same"), config()) == []
-    assert reward_pairs([*rewarded(2.0), *rewarded(1.0, completion="")], config()) == []
-
-
-def test_a_right_answer_is_chosen_against_a_wrong_one_in_the_order_sampled():
-    rows = [row(n, correct=n % 2 == 0, sample=n) for n in range(1, 6)]
-    assert words(correctness_pairs(rows, config())) == [(2, 1)]
-    assert words(correctness_pairs(rows, config(max_pairs_per_prompt=9))) == [(2, 1), (4, 3)]
-    assert correctness_pairs(rows[:1], config()) == []
-    assert correctness_pairs([row(1, correct=False, ended=False), row(2)], config()) == []
 
 
 @pytest.fixture
@@ -199,8 +93,8 @@ def test_a_rule_that_samples_needs_a_model(tmp_path, prompts):
 DATA = CONFIG.model_copy(update={"rule": "data"})
 
 
-def given(index, split="train", **answers) -> Pair:
-    values = {"chosen": f"Good {index}", "rejected": f"Bad {index}", **answers}
+def given(index, split="train", **completions) -> Pair:
+    values = {"chosen": f"Good {index}", "rejected": f"Bad {index}", **completions}
     return Pair(f"{split}/{index}", split, [{"role": "user", "content": f"Say {index}."}], **values)
 
 
@@ -230,7 +124,7 @@ def test_prompts_without_pairs_are_refused(tmp_path, prompts):
         run(DATA, {"prompts": prompts}, Workspace(tmp_path))
 
 
-def test_an_answer_preferred_to_itself_is_refused(tmp_path, preference_set):
+def test_a_completion_preferred_to_itself_is_refused(tmp_path, preference_set):
     with pytest.raises(DataError, match="1 of 2 pairs have identical completions"):
         run(DATA, preference_set(given(1), given(2, rejected="Good 2")), Workspace(tmp_path))
 
@@ -252,7 +146,7 @@ def unpaired(**settings):
 
 @pytest.fixture
 def half_right(monkeypatch, prompts, tokenizer):
-    """A sampler of four answers: right, right again in the same words, wrong, and cut off."""
+    """A sampler of four completions: right, right again in the same words, wrong, and cut off."""
     everything = [prompt for split in ("train", "validation") for prompt in read_prompts(prompts.path, split)]
     answers = {prompt.question: prompt.answer for prompt in everything}
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
@@ -270,7 +164,7 @@ def half_right(monkeypatch, prompts, tokenizer):
     monkeypatch.setattr(completions, "generate", generate)
 
 
-def test_each_answer_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, half_right):
+def test_each_completion_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, half_right):
     metrics = run(unpaired(), inputs, Workspace(tmp_path))
     train, validation = read_examples(tmp_path / "output", "train"), read_examples(tmp_path / "output", "validation")
     assert (metrics["unpaired_examples"], metrics["validation_unpaired_examples"], metrics["desirable_ratio"]) == (
@@ -285,7 +179,7 @@ def test_each_answer_that_ended_is_an_example_right_or_wrong(tmp_path, inputs, h
     assert [item.completion.startswith("Answer:") for item in train] == [item.label for item in train]
 
 
-def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_right):
+def test_a_threshold_divides_completions_by_their_reward(tmp_path, inputs, half_right):
     rewards = (RewardConfig(kind="regex", pattern="^Sure", weight=0.5),)
     config = unpaired(rule="reward", threshold=0.5, rewards=rewards)
     metrics = run(config, inputs, Workspace(tmp_path))
@@ -295,7 +189,7 @@ def test_a_threshold_divides_answers_by_their_reward(tmp_path, inputs, half_righ
         run(unpaired(rule="reward", threshold=0.6, rewards=rewards), inputs, Workspace(tmp_path / "higher"))
 
 
-def test_answers_that_no_verifier_can_judge_are_no_bad_examples():
+def test_completions_that_no_verifier_can_judge_are_no_bad_examples():
     rows = [row(n, correct=n == 1, sample=n) | {"reward": 1.0} for n in range(1, 3)]
     asked = [Prompt("a", "f", "A?", "1"), Prompt("b", "f", "B?", "", verifier="none")]
     groups = [rows, rows]
@@ -305,7 +199,7 @@ def test_answers_that_no_verifier_can_judge_are_no_bad_examples():
     assert [(item.prompt_id, item.label) for item in by_reward] == [("a", True)] * 2 + [("b", True)] * 2
 
 
-def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse(
+def test_kto_learns_from_sampled_completions_without_pairs_which_other_losses_refuse(
     tmp_path, inputs, half_right, monkeypatch
 ):
     monkeypatch.setattr(dpo, "write_report", lambda *args, **options: None)  # drawing takes longer than training here
@@ -330,7 +224,7 @@ def test_kto_learns_from_sampled_answers_without_pairs_which_other_losses_refuse
         dpo.run(sigmoid, inputs | {"preferences": preferences}, Workspace(tmp_path / "sigmoid"))
 
 
-def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference_set):
+def test_unpaired_completions_that_people_judged_pass_as_they_are(tmp_path, preference_set):
     def judged(index, desirable, split="train"):
         asked: list[Message] = [{"role": "user", "content": f"Say {index}."}]
         return UnpairedExample(f"{split}/{index}", split, asked, f"{desirable} {index}", desirable)
@@ -346,7 +240,7 @@ def test_single_answers_that_people_judged_pass_as_they_are(tmp_path, preference
         run(DATA, inputs, Workspace(tmp_path / "pairs"))
 
 
-def test_held_out_questions_among_single_answers_are_refused(tmp_path, preference_set, prompts):
+def test_held_out_questions_among_unpaired_completions_are_refused(tmp_path, preference_set, prompts):
     question = read_prompts(prompts.path, "test")[0].question
     planted = [
         UnpairedExample("x", "train", [{"role": "user", "content": text}], "a", good)
@@ -358,7 +252,7 @@ def test_held_out_questions_among_single_answers_are_refused(tmp_path, preferenc
         run(unpaired(rule="data"), inputs, Workspace(tmp_path))
 
 
-def test_a_preference_set_without_single_answers_is_refused(tmp_path, preference_set):
+def test_a_preference_set_without_unpaired_completions_is_refused(tmp_path, preference_set):
     with pytest.raises(DataError, match=r"rule 'data' reads examples.arrow .*rows have a `label`"):
         run(unpaired(rule="data"), preference_set(given(1)), Workspace(tmp_path))
 
@@ -372,6 +266,6 @@ def test_a_preference_set_without_single_answers_is_refused(tmp_path, preference
         ({"unpaired": True, "rule": "data", "threshold": 1.0}, "threshold: got 1.0 with rule 'data'"),
     ],
 )
-def test_verdicts_that_cannot_be_made_of_single_answers_are_refused(settings, message):
+def test_verdicts_that_cannot_be_made_of_unpaired_completions_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        config(**settings)
+        PreferencesConfig(seed=0, **settings)

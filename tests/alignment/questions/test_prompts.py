@@ -11,7 +11,7 @@ from lilpipe.alignment.questions.prompts import SPLIT_SHARES, draw_tasks, split_
 from lilpipe.alignment.verify.verifiers import as_text, first_paragraph, is_well_formed, verify
 from lilpipe.config.prompts import PromptsConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.schemas.examples import Prompt, assert_not_held_out, read_conversations, read_exercises, read_prompts
+from lilpipe.schemas.examples import Prompt, check_not_held_out, read_conversations, read_exercises, read_prompts
 from lilpipe.stage import Workspace
 from tests.alignment.conftest import digest_of
 
@@ -193,9 +193,9 @@ def test_courtesy_has_zero_to_the_most_sentences(tmp_path):
 def test_a_held_out_question_in_training_is_refused_and_named(prompts, split):
     planted = read_prompts(prompts.path, split)[3].question
     train = [prompt.question for prompt in read_prompts(prompts.path, "train")]
-    assert_not_held_out(train, prompts.path)
+    check_not_held_out(train, prompts.path)
     with pytest.raises(DataError, match=f"1 training questions.*{re.escape(repr(planted.upper()))}"):
-        assert_not_held_out([*train, planted.upper()], prompts.path)
+        check_not_held_out([*train, planted.upper()], prompts.path)
 
 
 def test_a_split_that_leaks_stops_the_stage(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
 from lilpipe.config.prompts import ANSWER_REWARD, PromptsConfig, PromptSource
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import (
-    assert_not_held_out,
+    check_not_held_out,
     normalise_question,
     read_conversations,
     read_exercises,
@@ -160,9 +160,9 @@ def test_a_planted_near_duplicate_is_seen_by_the_gate_of_every_stage(tmp_path):
         tmp_path, PromptSource(kind="gsm8k", name="g", path=write_lines(tmp_path / "a", problems(90)))
     )
     planted = read_prompts(workspace.output, "test")[0].question.upper().replace(".", ";")
-    assert_not_held_out(["What is new?"], workspace.output)
+    check_not_held_out(["What is new?"], workspace.output)
     with pytest.raises(DataError, match="1 training questions"):
-        assert_not_held_out(["What is new?", planted], workspace.output)
+        check_not_held_out(["What is new?", planted], workspace.output)
 
 
 # --- pairs, demonstrations ----------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from lilpipe.alignment.rewards import reward_functions as rewards
 from lilpipe.alignment.rewards.reward_functions import Rewards
 from lilpipe.alignment.rl import ppo
 from lilpipe.alignment.rl.ppo import PPO, run
-from lilpipe.alignment.rollout.rollouts import Sampler, at_targets
+from lilpipe.alignment.rollout.completion_batch import at_targets
+from lilpipe.alignment.rollout.rollouts import Sampler
 from lilpipe.config.prompts import RewardConfig
 from lilpipe.config.reinforcement import CollapseMonitorConfig, PPOConfig
 from lilpipe.config.sampling import SamplingConfig

@@ -1,6 +1,6 @@
 import pytest
 
-from lilpipe.alignment.rollout import completions, rejection_sampling, sampling
+from lilpipe.alignment.rollout import completion_rows, completions, rejection_sampling
 from lilpipe.alignment.rollout.rejection_sampling import run, select
 from lilpipe.alignment.verify.verifiers import verify
 from lilpipe.config.preferences import RejectionSamplingConfig
@@ -157,7 +157,7 @@ def test_a_killed_run_samples_no_finished_prompt_again_and_ends_in_the_same_byte
         sampled.extend(prompt.id for prompt in prompts)
         return completions.complete(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr("lilpipe.alignment.rollout.sampling.complete", dying)
+    monkeypatch.setattr(completion_rows, "complete", dying)
     with pytest.raises(KeyboardInterrupt):
         run(CONFIG, inputs, Workspace(tmp_path / "killed"))
     assert sampled == train[: 5 * (killed_in - 1)]
@@ -231,7 +231,9 @@ class LikesLength:
 
 
 def test_a_reward_model_can_decide(tmp_path, inputs, oracle, monkeypatch, make_checkpoint):
-    monkeypatch.setattr("lilpipe.alignment.rollout.sampling.load_reward_model", lambda path, device: LikesLength())
+    monkeypatch.setattr(
+        "lilpipe.alignment.rollout.completion_rows.load_reward_model", lambda path, device: LikesLength()
+    )
     config = CONFIG.model_copy(update={"rewards": (RewardConfig(kind="reward_model"),), "keep": "best"})
     metrics = run(config, {**inputs, "reward_model": make_checkpoint()}, Workspace(tmp_path))
     assert metrics["kept"] == 12  # also where nothing is right, the best of the wrong
@@ -259,7 +261,7 @@ def rounds(make_checkpoint, monkeypatch, prompts, tokenizer, no_report):
     asked = []
     everything = [prompt for split in ("train", "validation") for prompt in read_prompts(prompts.path, split)]
     answers = {prompt.question: prompt.answer for prompt in everything}
-    load = sampling.load_model
+    load = completion_rows.load_model
 
     def remembering(path):
         asked.append(next(artifact.manifest.step for artifact in artifacts if artifact.path == path))
@@ -270,7 +272,7 @@ def rounds(make_checkpoint, monkeypatch, prompts, tokenizer, no_report):
         text = {q: f"Answer: {answers[q]}" if right else "?" for (q,) in encoded}
         return [[CompletionOutput(tokenizer.encode(text[q]), [], True)] * num_generations for (q,) in encoded]
 
-    monkeypatch.setattr(sampling, "load_model", remembering)
+    monkeypatch.setattr(completion_rows, "load_model", remembering)
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
     monkeypatch.setattr(completions, "generate", generate)
     return artifacts, asked

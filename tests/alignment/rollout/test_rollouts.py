@@ -4,31 +4,23 @@ import torch
 from lilpipe.alignment.rewards.reward_functions import Scored, judge
 from lilpipe.alignment.rollout.completions import Completion
 from lilpipe.alignment.rollout.rollouts import (
-    CompletionBatch,
     Group,
     Rollout,
     Rollouts,
     as_completion_batch,
-    at_targets,
-    by_length,
-    completion_logprobs,
     group_metrics,
     means,
-    micro_batches,
     read_rollout,
     write_rollout,
 )
-from lilpipe.config.model import ModelConfig
-from lilpipe.config.reinforcement import GRPOConfig
-from lilpipe.errors import ArtifactError, ConfigError
+from lilpipe.errors import ArtifactError
 from lilpipe.generation.engine import CompletionOutput
-from lilpipe.model.scores import IGNORED, token_scores
-from lilpipe.model.transformer import Transformer, token_logprobs
+from lilpipe.model.scores import IGNORED
 from lilpipe.schemas.examples import Prompt
+from tests.alignment.rollout.random_completions import random_completions
 
 PROMPT = Prompt("p", "sort", "Sort the list 3 1.", "1 3")
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=32)
 
 
 def completion(prompt_ids, drawn, text="Answer: 1 3", *, ended=True):
@@ -47,25 +39,6 @@ def groups():
         group(completion([1, 2], [3, 4]), completion([1, 2], [5]), rewards=[1.0, 0.0]),
         group(completion([6], [7, 8, 9], ended=False), completion([6], [10]), rewards=[0.5, 0.5]),
     ]
-
-
-def some_answers(num_rows=6, width=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, 20, (num_rows, width + 1), generator=generator)
-    lengths = torch.randperm(width - 2, generator=generator)[:num_rows] + 3
-    drawn = (torch.arange(width) >= 1) & (torch.arange(width) < lengths[:, None])
-    targets = tokens[:, 1:].where(drawn, IGNORED)
-    old = torch.randn(num_rows, width, generator=generator).where(drawn, 0.0)
-    return CompletionBatch(tokens[:, :-1], targets, drawn, old, old + 1)
-
-
-@pytest.fixture
-def model():
-    model = Transformer(CONFIG, 32)
-    model.init_weights(0)
-    for parameter in model.parameters():
-        parameter.data.mul_(8) if parameter.dim() > 1 else None
-    return model
 
 
 def test_answers_are_targets_and_log_probabilities_where_the_policy_drew(tokenizer, groups):
@@ -95,73 +68,10 @@ def test_what_a_rollout_was_like_is_summed_over_workers(groups):
     assert means(metrics, lambda sums: [3 * value for value in sums])["reward"] == 0.5
 
 
-@pytest.mark.parametrize("minibatches", [1, 3])
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_an_epoch_goes_through_every_answer_once_and_short_ones_are_not_padded_much(minibatches, epoch):
-    answers = some_answers()
-    config = GRPOConfig(seed=0, num_mini_batches=minibatches, accumulation_steps=2, prompts_per_step=3)
-    updates = [micro_batches(answers, epoch * minibatches + part, config, seed=1) for part in range(minibatches)]
-    assert all(len(parts) == 2 for parts in updates)
-    parts = [part for update in updates for part in update]
-    assert sum(part.old_logprobs.sum().item() for part in parts) == pytest.approx(answers.old_logprobs.sum().item())
-    assert sum(len(part.inputs) for part in parts) == 6
-    assert all(part.inputs.shape[1] == part.lengths.max() for part in parts)
-    for shorter, longer in updates:
-        assert shorter.lengths.max() <= longer.lengths.min()
-
-
-def test_each_epoch_has_an_order_of_its_own():
-    answers = some_answers()
-    config = GRPOConfig(seed=0, num_mini_batches=3, prompts_per_step=3)
-    first, second, again = (micro_batches(answers, update, config, seed=1)[0] for update in (0, 3, 0))
-    assert not torch.equal(first.inputs, second.inputs)
-    assert torch.equal(first.inputs, again.inputs)
-
-
-def test_scores_of_targets_alone_are_those_of_all_with_their_gradients(model):
-    answers = some_answers()
-    weights = torch.randn(answers.targets.shape, generator=torch.Generator().manual_seed(2))
-    gradients = []
-    for scores in (token_scores, at_targets(token_scores)):
-        model.zero_grad()
-        model.token_scores = scores
-        found = model(answers.inputs, targets_BT=answers.targets)
-        (found.logprobs * weights + 0.1 * found.normaliser).sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        assert found.logprobs[~answers.completion_mask].eq(0).all()
-    for whole, alone in zip(*gradients, strict=True):
-        assert torch.allclose(whole, alone, atol=1e-5)
-
-
-def test_scores_of_no_target_at_all_are_zeros_with_a_gradient(model):
-    model.token_scores = at_targets(token_scores)
-    found = model(torch.ones(2, 3, dtype=torch.int64), targets_BT=torch.full((2, 3), IGNORED)).logprobs
-    found.sum().backward()
-    assert found.eq(0).all()
-    assert model.output_weight.grad.eq(0).all()
-
-
-def test_log_probabilities_in_parts_are_those_of_the_whole(model):
-    answers = some_answers()
-    tokens = torch.cat([answers.inputs, answers.targets[:, -1:].clamp(min=0)], dim=1)
-    expected = token_logprobs(model, tokens).where(answers.completion_mask, 0.0)
-    for parts in (1, 4):
-        assert torch.allclose(completion_logprobs(model, answers, parts=parts), expected, atol=1e-5)
-    hot = model(answers.inputs).div(1.7).log_softmax(-1).gather(-1, answers.targets.clamp(min=0)[..., None])[..., 0]
-    got = completion_logprobs(model, answers, parts=2, temperature=1.7)
-    assert torch.allclose(got, hot.where(answers.completion_mask, 0.0), atol=1e-5)
-
-
-def test_another_temperature_is_refused_for_logits_that_are_capped():
-    targets = torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(ConfigError, match=r"sampling.temperature: got 0.5, expected 1 for a model with logit_softcap"):
-        at_targets(token_scores, 0.5)(torch.zeros(1, 2, 4), torch.zeros(8, 4), targets, softcap=30.0)
-
-
 def rollouts(directory, *, drawn, data_rank=0):
     def make(number):
         drawn.append(number)
-        return Rollout(some_answers(seed=number), {"reward": (float(number), 1.0)})
+        return Rollout(random_completions(seed=number), {"reward": (float(number), 1.0)})
 
     return Rollouts(make, directory, updates=2, data_rank=data_rank, num_data_ranks=2, device=CPU)
 
@@ -190,17 +100,10 @@ def test_the_answers_of_another_worker_are_not_taken_for_ones_own(tmp_path):
 
 def test_a_rollout_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "rollout.safetensors"
-    write_rollout(path, Rollout(some_answers(seed=1)))
+    write_rollout(path, Rollout(random_completions(seed=1)))
     before = path.read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        write_rollout(path, Rollout(some_answers(seed=2)))
+        write_rollout(path, Rollout(random_completions(seed=2)))
     assert path.read_bytes() == before
     assert read_rollout(path, CPU).metrics == {}
-
-
-def test_rows_are_cut_into_parts_by_length():
-    answers = some_answers()
-    parts = by_length(answers, 3)
-    assert sorted(torch.cat(parts).tolist()) == list(range(6))
-    assert answers.lengths[torch.cat(parts)].diff().ge(0).all()

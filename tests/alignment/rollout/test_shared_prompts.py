@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lilpipe.alignment.rollout.rollouts import CompletionBatch
+from lilpipe.alignment.rollout.completion_batch import CompletionBatch
 from lilpipe.alignment.rollout.shared_prompts import ROW_LEN, share_prompts
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer

@@ -92,7 +92,7 @@ def test_programs_keep_their_order():
 
 def test_a_program_that_is_asked_for_twice_runs_once(monkeypatch):
     runs = []
-    monkeypatch.setattr(sandbox, "run_program", lambda *job: runs.append(job) or sandbox.Outcome(True, "passed"))
+    monkeypatch.setattr(sandbox, "run_program", lambda *job: runs.append(job) or sandbox.ProgramResult(True, "passed"))
     for _ in range(2):
         assert run_programs([("once = 1", TESTS), ("once = 2", TESTS)], LIMITS)[1].passed
     sandbox.outcome_of.cache_clear()

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lilpipe.config.corpus import ClassifierConfig, Source
+from lilpipe.config.corpus import ClassifierConfig
+from lilpipe.config.sources import Source
 from lilpipe.data.filters.chain import Bounds, Document
 from lilpipe.data.filters.classifier import (
     MODEL_FILE,

@@ -1,6 +1,6 @@
 import pytest
 
-from lilpipe.config.corpus import Columns, Source
+from lilpipe.config.sources import Columns, Source
 from lilpipe.data.filters.evaluation_sets import prompt_sets, source_sets
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import PROMPT_SCHEMA

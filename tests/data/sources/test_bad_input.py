@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources import parquet as parquet_reader
 from lilpipe.data.sources.readers import RawDocument, Unreadable, find_parts, read_part
 from lilpipe.errors import DataError

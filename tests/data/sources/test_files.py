@@ -6,7 +6,7 @@ import fsspec
 import pytest
 import zstandard
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.files import BrokenStream, digest_files, find_files, open_file
 from lilpipe.data.sources.readers import RawDocument, digest_source, find_parts, read_part
 from lilpipe.errors import DataError

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources import installed_docs
 from lilpipe.data.sources.readers import RawDocument, Unreadable, find_parts, read_part
 

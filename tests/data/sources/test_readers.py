@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.readers import FirstBytes, RawDocument, Unreadable, digest_source, find_parts, read_part
 from lilpipe.errors import DataError
 from tests.data.prose import write_jsonl

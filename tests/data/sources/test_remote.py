@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import requests
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources import remote
 from lilpipe.data.sources.files import digest_files, find_files, open_file
 from lilpipe.data.sources.readers import RawDocument, find_parts, read_part

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 from lilpipe.data.sources.http_response import decode, parse
 from lilpipe.data.sources.readers import RawDocument, Unreadable, digest_source, find_parts, read_part
 from tests.data.prose import prose

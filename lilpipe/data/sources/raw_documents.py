@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lilpipe.config.corpus import Source
+from lilpipe.config.sources import Source
 
 MAX_DOCUMENT_BYTES = 32 * 2**20
 """Maximum size of a document; longer ones are quarantined, so that a worker's memory does not depend on the source."""

@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
+from lilpipe.alignment.rollout.completion_rows import SAMPLE_SCHEMA, sample_rows
 from lilpipe.alignment.rollout.completions import PromptForm, complete
-from lilpipe.alignment.rollout.sampling import SAMPLE_SCHEMA, sample_rows
 from lilpipe.artifact import Artifact
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.errors import ConfigError
@@ -35,7 +35,7 @@ EVALUATION_SCHEMA = SAMPLE_SCHEMA.append(pa.field("greedy", pa.bool_()))
 REWARD_SCHEMA = pa.schema([("total", pa.float64()), ("parts", pa.list_(pa.float64()))])
 BITS_SCHEMA = pa.schema([("bits_per_byte", pa.float64())])
 BASE_STAGE = "pretrain"
-ANSWERS_PER_CHUNK = 512
+COMPLETIONS_PER_CHUNK = 512
 """Completions scored per chunk; a killed run resumes after its finished chunks."""
 
 
@@ -110,12 +110,12 @@ def add_rewards(
     flat = [row for model_rows in rows.values() for row in model_rows]
 
     def work(index: int) -> list[Row]:
-        part = flat[index * ANSWERS_PER_CHUNK : (index + 1) * ANSWERS_PER_CHUNK]
+        part = flat[index * COMPLETIONS_PER_CHUNK : (index + 1) * COMPLETIONS_PER_CHUNK]
         texts = [CompletionText(row["completion"], row["ended"], row["num_tokens"]) for row in part]
         scored = rewards([by_id[row["prompt_id"]] for row in part], texts)
         return [{"total": item.total, "parts": [item.parts[name] for name in rewards.names]} for item in scored]
 
-    num_chunks = -(-len(flat) // ANSWERS_PER_CHUNK)
+    num_chunks = -(-len(flat) // COMPLETIONS_PER_CHUNK)
     table = iter(run_chunks(work, num_chunks, name="rewards", schema=REWARD_SCHEMA, workspace=workspace))
 
     has_sum = sum(config.weight != 0 for config in rewards.configs) > 1

@@ -11,7 +11,7 @@ import torch
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.tokens.plan import open_loader, plan_data_phases
+from lilpipe.tokens.data_phase_plan import open_loader, plan_data_phases
 from lilpipe.tokens.trace import Sighting, documents_of, trace_document, trace_row
 
 MODEL = ModelConfig(hidden_size=8, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=8, max_seq_len=32)

@@ -1,53 +1,27 @@
-"""Run and inspect the pipeline from the command line, without Prefect."""
+"""Commands that run and inspect the pipeline."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lilpipe.config.overrides import explain, parse_override
-from lilpipe.config.pipeline import PipelineConfig, Step
-from lilpipe.config.sampling import SamplingConfig
-from lilpipe.errors import ConfigError, LilpipeError
+from lilpipe.cli.options import ConfigFile, Overrides, Recipe, Seed, load_config, override_values
+from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.errors import ConfigError
 from lilpipe.pipeline.plan import WaitingStep, changes, plan
 from lilpipe.pipeline.run import Listener, run_step
-from lilpipe.pipeline.runs import latest_pipeline_run, new_pipeline_run
+from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
 from lilpipe.pipeline.wiring import check_wiring
-from lilpipe.recipes import load, resolve
+from lilpipe.recipes import resolve
 from lilpipe.store import Store
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-Recipe = Annotated[str, typer.Option(help="Recipe to start from.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file that overrides values of the recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override one setting, such as sft.num_epochs=4; repeatable.")
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of all training stages.")]
-
-
-def _load(
-    recipe: str,
-    file: Path | None,
-    overrides: list[str] | None,
-    seed: int | None,
-    *,
-    changes: dict[str, Any] | None = None,
-) -> PipelineConfig:
-    return load(recipe, file=file, overrides=_values(overrides, seed, changes))
-
-
-def _values(overrides: list[str] | None, seed: int | None, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    values = dict(parse_override(text) for text in overrides or []) | (changes or {})
-    return values if seed is None else {**values, "seed": seed}
+app = typer.Typer()
 
 
 @app.command()
@@ -62,7 +36,7 @@ def run(
     """Run the pipeline, or one step of it; cached steps are not run again."""
     from lilpipe.display import Display
 
-    loaded = _load(recipe, config, overrides, seed)
+    loaded = load_config(recipe, config, overrides, seed)
     store, display = Store(), Display()
     pipeline_run = (latest_pipeline_run(loaded, store) if stage else None) or new_pipeline_run(loaded)
     with ExitStack() as stack:
@@ -91,7 +65,7 @@ def show_plan(
     """Show which steps are cached, which will run and why, and the estimated cost of pretraining."""
     budgets = {"device": device, "mfu": mfu, "price_per_hour": price}
     given = [f"pretrain.budget.{name}={value}" for name, value in budgets.items() if value is not None]
-    loaded = _load(recipe, config, [*(overrides or []), *given], seed)
+    loaded = load_config(recipe, config, [*(overrides or []), *given], seed)
     console = Console()
     console.print(_steps_table(loaded))
     from lilpipe.training.budget import budget, budget_table
@@ -122,7 +96,7 @@ def why(
     seed: Seed = None,
 ) -> None:
     """Show why a step runs: what changed since its most similar earlier run (config, inputs, code or packages)."""
-    loaded = _load(recipe, config, overrides, seed)
+    loaded = load_config(recipe, config, overrides, seed)
     if stage not in loaded.steps:
         raise ConfigError(f"step {stage!r}: there is no such step; known: {', '.join(loaded.steps)}")
     store = Store()
@@ -148,7 +122,7 @@ def show_settings(
     """Print the resolved settings as TOML for --config, with type, unit, default and source; or search settings."""
     from lilpipe.settings import search, show_config, show_found
 
-    resolved = resolve(recipe, file=config, overrides=_values(overrides, seed))
+    resolved = resolve(recipe, file=config, overrides=override_values(overrides, seed))
     if word is None:
         typer.echo(show_config(resolved, step), nl=False)
     elif found := search(word, type(resolved.config)):
@@ -183,7 +157,7 @@ def scaling(
     from lilpipe.scaling.scaling_report import show, write_study
 
     def loaded(changes: dict[str, Any]) -> PipelineConfig:
-        return _load(recipe, config, overrides, seed, changes=changes)
+        return load_config(recipe, config, overrides, seed, changes=changes)
 
     layers = [int(depth) for depth in _numbers(depths, "--depths")]
     lengths = _numbers(ratios, "--tokens-per-parameter")
@@ -234,122 +208,8 @@ def trace(
 
     if (doc is None) == (step is None):
         raise ConfigError("trace: got both --doc and --step or neither, expected exactly one")
-    trail, console = Trail(_load(recipe, config, overrides, seed), Store()), Console(highlight=False)
+    trail, console = Trail(load_config(recipe, config, overrides, seed), Store()), Console(highlight=False)
     if doc is not None:
         show_document(trail, doc, console)
     elif step is not None:
         show_row(trail, step, row, console)
-
-
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        help="Checkpoint directory, step of the pipeline, or models:/NAME@ALIAS; default: the last checkpoint."
-    ),
-]
-
-
-@app.command("chat")
-def talk(
-    model: Model = None,
-    recipe: Recipe = "tiny",
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    seed: Seed = None,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many most likely tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the most likely tokens up to this probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(help="Minimum probability relative to the most likely token.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
-) -> None:
-    """Chat with a checkpoint in the terminal."""
-    from lilpipe.generation.chat import chat
-    from lilpipe.locate import locate
-
-    _, directory = locate(model, _load(recipe, config, overrides, seed), Store())
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "max_new_tokens": max_tokens}
-    try:
-        sampling = SamplingConfig(**{name: value for name, value in options.items() if value is not None})
-    except ValidationError as error:
-        raise ConfigError(f"chat: {explain(error)}") from error
-    chat(directory, sampling=sampling, system=system, seed=seed or 0)
-
-
-@app.command("serve")
-def serve_model(
-    model: Model = None,
-    recipe: Recipe = "tiny",
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    seed: Seed = None,
-    host: Annotated[str, typer.Option(help="Address to bind; there is no authentication.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="Model name in the API.")] = None,
-    max_rows: Annotated[int, typer.Option(min=1, help="Maximum concurrent requests; others wait.")] = 32,
-) -> None:
-    """Serve a checkpoint with an OpenAI-compatible API and a chat page."""
-    from lilpipe.generation.serve import serve
-    from lilpipe.locate import locate
-
-    found, directory = locate(model, _load(recipe, config, overrides, seed), Store())
-    serve(directory, name=name or found, host=host, port=port, max_rows=max_rows)
-
-
-@app.command("import")
-def import_model(
-    directory: Annotated[Path, typer.Argument(help="Directory of a model in Hugging Face format.")],
-) -> None:
-    """Check a Hugging Face model and add it to the store as a Checkpoint."""
-    settings = {"path": str(directory.resolve())}
-    config = PipelineConfig(recipe="import", steps={"import_model": Step(stage="import_model", settings=settings)})
-    artifact, cached = run_step(config, "import_model", store=Store(), pipeline_run=new_pipeline_run(config))
-    console = Console(highlight=False)
-    console.print(f"{'cached' if cached else 'imported'}: {artifact.path}", markup=False, soft_wrap=True)
-    console.print(f'To use it as a step: stage = "import_model", settings = {{path = {settings["path"]!r}}}')
-
-
-@app.command()
-def harness(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
-    tasks: Annotated[list[str], typer.Option("--task", help="Task of the harness; repeatable.")],
-    include_path: Annotated[Path | None, typer.Option(help="Folder with your own task files.")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Few-shot examples per question.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Maximum questions per task; default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 16,
-    chat: Annotated[bool, typer.Option(help="Apply the chat template.")] = False,
-) -> None:
-    """Run tasks of EleutherAI's lm-evaluation-harness on a checkpoint (extra `eval`)."""
-    try:
-        from lilpipe.evaluation.harness import run_harness
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"harness: {error.name} is not installed; run `pip install -c constraints.txt -e '.[eval]'`"
-        ) from error
-    _, table = run_harness(
-        checkpoint,
-        tasks,
-        include_path=include_path,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        chat=chat,
-    )
-    Console(highlight=False).print(table, markup=False, soft_wrap=True)
-
-
-def main() -> None:
-    """Entry point: user errors (``LilpipeError``) are printed without a traceback."""
-    try:
-        app()
-    except LilpipeError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red bold]error[/]: {escape(str(error))}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

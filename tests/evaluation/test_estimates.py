@@ -3,9 +3,9 @@ import math
 import pytest
 
 from lilpipe.config.evaluate import EvaluateConfig
-from lilpipe.evaluation.scores import Evaluation, comparisons, gains, score, score_by
+from lilpipe.evaluation.estimates import Evaluation, comparisons, gains, score, score_by
 from lilpipe.metrics.pass_at_k import Estimate
-from tests.evaluation.rows import answer
+from tests.evaluation.rows import completion
 
 
 def accuracy_gain(rows, before):
@@ -13,9 +13,9 @@ def accuracy_gain(rows, before):
 
 
 def test_scores_are_worked_out_over_prompts():
-    rows = [answer("a", greedy=True, correct=True), answer("b", greedy=True)]
-    rows += [answer("a", greedy=False, correct=c) for c in (True, True, False)]
-    rows += [answer("b", greedy=False, correct=False)] * 3
+    rows = [completion("a", greedy=True, correct=True), completion("b", greedy=True)]
+    rows += [completion("a", greedy=False, correct=c) for c in (True, True, False)]
+    rows += [completion("b", greedy=False, correct=False)] * 3
     estimates = score(rows)
     assert (estimates["accuracy"].value, estimates["accuracy"].n) == (0.5, 2)
     assert estimates["accuracy"].stderr == pytest.approx(math.sqrt(0.25 / 2))
@@ -26,16 +26,16 @@ def test_scores_are_worked_out_over_prompts():
 
 
 def test_pass_at_k_is_told_for_powers_of_two_and_for_all_samples():
-    rows = [answer("a", greedy=True)]
-    rows += [answer("a", greedy=False, correct=number == 0) for number in range(6)]
+    rows = [completion("a", greedy=True)]
+    rows += [completion("a", greedy=False, correct=number == 0) for number in range(6)]
     estimates = score(rows)
     found = {name: estimates[name].value for name in estimates if name.startswith("pass_at_")}
     assert found == pytest.approx({"pass_at_2": 2 / 6, "pass_at_4": 4 / 6, "pass_at_6": 1.0})
 
 
 def test_a_gain_is_paired_by_prompt():
-    before = [answer(prompt, greedy=greedy, correct=prompt == "a") for greedy in (True, False) for prompt in "abc"]
-    after = [answer(prompt, greedy=greedy, correct=prompt in "ab") for greedy in (True, False) for prompt in "abc"]
+    before = [completion(prompt, greedy=greedy, correct=prompt == "a") for greedy in (True, False) for prompt in "abc"]
+    after = [completion(prompt, greedy=greedy, correct=prompt in "ab") for greedy in (True, False) for prompt in "abc"]
     gain = accuracy_gain(after, before)
     assert gain.value == pytest.approx(1 / 3)
     assert gain.stderr == pytest.approx(1 / 3)
@@ -43,9 +43,9 @@ def test_a_gain_is_paired_by_prompt():
 
 
 def test_prompts_that_no_program_can_check_count_for_rewards_alone():
-    rows = [{**answer("a", greedy=greedy, correct=True), "rewards": {"length": 0.5}} for greedy in (True, False)]
+    rows = [{**completion("a", greedy=greedy, correct=True), "rewards": {"length": 0.5}} for greedy in (True, False)]
     rows += [
-        {**answer("b", greedy=greedy), "verifiable": False, "rewards": {"length": 1.0}} for greedy in (True, False)
+        {**completion("b", greedy=greedy), "verifiable": False, "rewards": {"length": 1.0}} for greedy in (True, False)
     ]
     estimates = score(rows)
     assert (estimates["accuracy"].value, estimates["accuracy"].n) == (1, 1)
@@ -55,18 +55,18 @@ def test_prompts_that_no_program_can_check_count_for_rewards_alone():
     assert "accuracy_gain" not in gains(rows[2:], rows[2:])
 
 
-def test_the_reward_of_a_model_is_that_of_its_samples_each_prompt_once():
-    rows = [{**answer("a", greedy=True), "rewards": {"length": 9.0}}]
-    rows += [{**answer("a", greedy=False), "rewards": {"length": value}} for value in (1.0, 2.0)]
-    rows += [{**answer("b", greedy=True), "rewards": {"length": 9.0}}]
-    rows += [{**answer("b", greedy=False), "rewards": {"length": value}} for value in (3.0, 4.0)]
+def test_the_reward_of_a_model_is_that_of_its_completions_each_prompt_once():
+    rows = [{**completion("a", greedy=True), "rewards": {"length": 9.0}}]
+    rows += [{**completion("a", greedy=False), "rewards": {"length": value}} for value in (1.0, 2.0)]
+    rows += [{**completion("b", greedy=True), "rewards": {"length": 9.0}}]
+    rows += [{**completion("b", greedy=False), "rewards": {"length": value}} for value in (3.0, 4.0)]
     estimate = score(rows)["reward_length"]
     assert (estimate.value, estimate.stderr, estimate.n) == (2.5, 1.0, 2)
 
 
 def test_scores_are_given_by_family_and_by_difficulty():
     rows = [
-        {**answer(prompt, greedy=greedy, correct=right, family=family), "difficulty": difficulty}
+        {**completion(prompt, greedy=greedy, correct=right, family=family), "difficulty": difficulty}
         for prompt, family, difficulty, right in (
             ("a", "sort", 2, True),
             ("b", "sort", 3, False),

@@ -1,4 +1,4 @@
-"""The trace of one document: each filter's verdict, with its scores and thresholds."""
+"""The trace of one document: each filter's decision, with its scores and thresholds."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Thresholds = dict[str, dict[str, Bounds]]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One score of one stage. A stage without scores has one verdict without a score."""
+class FilterDecision:
+    """One score of one stage. A stage without scores has one decision without a score."""
 
     stage: str
     score: str
@@ -36,13 +36,13 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Fate:
+class FilterTrace:
     """What happened to a document in the corpus stage."""
 
     row: dict[str, Any]
     """Its row of the Corpus artifact, of ``documents_schema`` or, if rejected, of ``rejected_schema``."""
-    verdicts: list[Verdict]
-    """Verdicts of the stages that it reached, in order."""
+    decisions: list[FilterDecision]
+    """Decisions of the stages that it reached, in order."""
     not_reached: list[str]
     """Stages after the one that rejected it."""
     kept: dict[str, Any] | None
@@ -68,8 +68,8 @@ def read_thresholds(directory: Path) -> Thresholds:
     return {stage: {name: Bounds(**bounds) for name, bounds in scores.items()} for stage, scores in content.items()}
 
 
-def trace_document(directory: Path, document_id: str) -> Fate:
-    """Return the fate of a document of a Corpus artifact. Raises ``DataError`` if the id is not found."""
+def trace_filters(directory: Path, document_id: str) -> FilterTrace:
+    """Return the trace of a document of a Corpus artifact. Raises ``DataError`` if the id is not found."""
     row = find_document(directory, document_id)
     if row is None:
         known = _like(directory, document_id)
@@ -80,18 +80,18 @@ def trace_document(directory: Path, document_id: str) -> Fate:
     thresholds = read_thresholds(directory)
     stages = list(thresholds)
     end = stages.index(row["stage"]) + 1 if "stage" in row else len(stages)
-    verdicts = [each for stage in stages[:end] for each in _verdicts(row, stage, thresholds[stage])]
+    decisions = [each for stage in stages[:end] for each in _decisions(row, stage, thresholds[stage])]
     duplicate = row.get("stage", "").endswith("_dedup") and row["detail"]
     kept = find_document(directory, row["detail"]) if duplicate else None
-    return Fate(row=row, verdicts=verdicts, not_reached=stages[end:], kept=kept)
+    return FilterTrace(row=row, decisions=decisions, not_reached=stages[end:], kept=kept)
 
 
-def _verdicts(row: dict[str, Any], stage: str, scores: dict[str, Bounds]) -> Iterator[Verdict]:
+def _decisions(row: dict[str, Any], stage: str, scores: dict[str, Bounds]) -> Iterator[FilterDecision]:
     passed = row.get("stage") != stage
     if not scores:
-        yield Verdict(stage, "", None, Bounds(), passed)
+        yield FilterDecision(stage, "", None, Bounds(), passed)
     for name, bounds in scores.items():
-        yield Verdict(stage, name, row["scores"].get(f"{stage}.{name}"), bounds, passed)
+        yield FilterDecision(stage, name, row["scores"].get(f"{stage}.{name}"), bounds, passed)
 
 
 def find_document(directory: Path, document_id: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lilpipe.alignment.rollout.sampling import by_prompt
+from lilpipe.alignment.rollout.completion_rows import by_prompt
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.evaluation.comparison import Comparison, paired
 from lilpipe.evaluation.games import Outcomes, win_scores
@@ -39,7 +39,7 @@ class Evaluation:
 
 
 def score(rows: Sequence[Row]) -> Estimates:
-    """Return estimates from one model's rows; pass@k for k = 2, 4, 8, ... and the number of samples.
+    """Return estimates from one model's rows; pass@k for k = 2, 4, 8, ... and the number of completions per prompt.
 
     Prompts without a verifier are left out of verifier scores. Rewards are those of sampled completions.
     """
@@ -63,12 +63,12 @@ def score(rows: Sequence[Row]) -> Estimates:
 
 
 def _sizes(num_generations: int) -> list[int]:
-    """Return k: powers of two from 2, and the number of samples; pass@1 is the sampled accuracy."""
+    """Return k: powers of two from 2, and the number of completions per prompt; pass@1 is the sampled accuracy."""
     return [*(1 << bits for bits in range(1, (num_generations - 1).bit_length())), num_generations]
 
 
 def gains(rows: Sequence[Row], before: Sequence[Row]) -> Estimates:
-    """Return paired differences to another model on the same prompts: greedy accuracy, and rewards of samples.
+    """Return paired differences to another model on the same prompts: greedy accuracy and sampled rewards.
 
     Their standard errors are below those of two unpaired means.
     """

@@ -25,7 +25,7 @@ from lilpipe.launch.lines import Lines
 from lilpipe.launch.processes import OneProcess
 from lilpipe.launch.srun import Srun
 from lilpipe.launch.torchrun import Torchrun
-from lilpipe.launch.workers import METRICS, Ended, Job, Restarted, Workers
+from lilpipe.launch.workers import METRICS, Ended, Job, Restarted, WorkerProcesses
 from lilpipe.stage import Metrics, Stage, Workspace
 
 POLL_SECONDS = 0.1
@@ -36,7 +36,7 @@ the kernel and mapped again, zeroed page by page: 100,000 page faults and 7 % of
 """
 METRICS_SECONDS = 90
 """How long a file of another host may take to be visible here: NFS caches directories for up to 60 s."""
-LAUNCHERS: dict[str, Callable[[Job], Workers]] = {"torchrun": Torchrun, "srun": Srun, "kubernetes": Kubernetes}
+LAUNCHERS: dict[str, Callable[[Job], WorkerProcesses]] = {"torchrun": Torchrun, "srun": Srun, "kubernetes": Kubernetes}
 
 
 def launch(
@@ -63,7 +63,7 @@ def launch(
     raise read_final(work) or _failure(job, state)
 
 
-def _start(job: Job) -> Workers:
+def _start(job: Job) -> WorkerProcesses:
     settings = job.settings
     if job.num_workers % settings.num_nodes:
         raise ConfigError(f"num_workers {job.num_workers} must be a multiple of launch.num_nodes {settings.num_nodes}")
