@@ -281,14 +281,14 @@ def test_plain_texts_are_held_out_of_nothing(tmp_path):
 
 
 def test_a_saved_dataset_is_its_files_content(tmp_path):
-    parts = {"train": datasets.Dataset.from_list(TALKS), "test": datasets.Dataset.from_list(TALKS[:2])}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    parts = datasets.DatasetDict(train=datasets.Dataset.from_list(TALKS), test=datasets.Dataset.from_list(TALKS[:2]))
+    parts.save_to_disk(tmp_path / "saved")
     path = write_lines(tmp_path / "saved.jsonl", TALKS)
     saved, lines = (PromptSource(path=each, name="mine") for each in (str(tmp_path / "saved"), path))
     assert digest_of(gather(tmp_path, saved)[0]) == digest_of(gather(tmp_path, lines)[0])
     config = PromptsConfig(sources=(saved,))
     before = external(config)
-    datasets.DatasetDict(parts | {"train": parts["test"]}).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=parts["test"], test=parts["test"]).save_to_disk(tmp_path / "saved")
     assert external(config) != before
     with pytest.raises(DataError, match="split 'other', cannot be read"):
         list(read_rows(PromptSource(hub=str(tmp_path / "saved"), split="other")))
