@@ -273,7 +273,7 @@ def test_rows_go_where_they_are_of_use(tmp_path):
 def test_plain_texts_are_held_out_of_nothing(tmp_path):
     path = write_lines(tmp_path / "mine.jsonl", [{"text": f"  Text {n}\n"} for n in range(100)])
     workspace, metrics = gather(tmp_path, PromptSource(path=path, documents_ratio=0.3, test_ratio=0.5))
-    texts = [item.text for item in read_conversations(workspace.output)]
+    texts = [item.text or "" for item in read_conversations(workspace.output)]
     documents = [text for _, text in read_exercises(workspace.output)]
     assert 15 < len(documents) < 45
     assert sorted([*texts, *documents]) == sorted(f"  Text {n}\n" for n in range(100))
@@ -281,14 +281,14 @@ def test_plain_texts_are_held_out_of_nothing(tmp_path):
 
 
 def test_a_saved_dataset_is_its_files_content(tmp_path):
-    parts = datasets.DatasetDict(train=datasets.Dataset.from_list(TALKS), test=datasets.Dataset.from_list(TALKS[:2]))
-    parts.save_to_disk(tmp_path / "saved")
+    many, few = datasets.Dataset.from_list(TALKS), datasets.Dataset.from_list(TALKS[:2])
+    datasets.DatasetDict([("train", many), ("test", few)]).save_to_disk(tmp_path / "saved")
     path = write_lines(tmp_path / "saved.jsonl", TALKS)
     saved, lines = (PromptSource(path=each, name="mine") for each in (str(tmp_path / "saved"), path))
     assert digest_of(gather(tmp_path, saved)[0]) == digest_of(gather(tmp_path, lines)[0])
     config = PromptsConfig(sources=(saved,))
     before = external(config)
-    datasets.DatasetDict(train=parts["test"], test=parts["test"]).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict([("train", few), ("test", few)]).save_to_disk(tmp_path / "saved")
     assert external(config) != before
     with pytest.raises(DataError, match="split 'other', cannot be read"):
         list(read_rows(PromptSource(hub=str(tmp_path / "saved"), split="other")))
