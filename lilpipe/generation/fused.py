@@ -19,6 +19,7 @@ from lilpipe.generation.paged_attention import DecodeView
 from lilpipe.model.attention import Attention
 from lilpipe.model.gradients import rotate
 from lilpipe.model.layers import Linear, SwiGLU
+from lilpipe.model.lora import LoRALinear
 from lilpipe.model.transformer import Block, Transformer
 
 
@@ -32,7 +33,7 @@ class _Weights(NamedTuple):
 
 
 def is_fusable(model: Transformer) -> bool:
-    """Whether the model is a plain Llama on a CPU: no experts, latent attention, query norms, biases or adapters."""
+    """Whether the model is a plain Llama on a CPU: no experts, latent attention, query norms or biases."""
     config = model.config
     plain = config.architecture == "llama" and config.moe is None and config.mla is None and not config.qk_norm
     if not plain or model.device.type != "cpu":
@@ -40,11 +41,11 @@ def is_fusable(model: Transformer) -> bool:
     linear = [
         module for block in model.model.layers.values() for name, module in block.named_modules() if "proj" in name
     ]
-    return all(type(module) is Linear for module in linear)
+    return all(type(module) in (Linear, LoRALinear) for module in linear)
 
 
 class FusedDecoder:
-    """Decodes with a copy of the model's weights, taken at construction."""
+    """Decodes with a copy of the model's weights, taken at construction, with adapters merged into it."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
@@ -84,6 +85,10 @@ def _fuse(block: Block) -> _Weights:
     before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
     assert isinstance(before, Tensor)
     assert isinstance(between, Tensor)
-    qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]) * before
-    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * between
-    return _Weights(*(w.t().contiguous() for w in (qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight)))
+    qkv = torch.cat([_full(attention.q_proj), _full(attention.k_proj), _full(attention.v_proj)]) * before
+    gate_up = torch.cat([_full(mlp.gate_proj), _full(mlp.up_proj)]) * between
+    return _Weights(*(w.t().contiguous() for w in (qkv, _full(attention.o_proj), gate_up, _full(mlp.down_proj))))
+
+
+def _full(linear: Linear) -> Tensor:
+    return linear.full_weight if isinstance(linear, LoRALinear) else linear.weight

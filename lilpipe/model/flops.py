@@ -8,8 +8,9 @@ multi-head latent attention of DeepSeek-V2 (2024).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+from lilpipe.config.lora import LoRAConfig, Projection
 from lilpipe.config.model import ModelConfig, MoEConfig
 
 Recomputed = Literal["none", "selective", "full"]
@@ -50,6 +51,13 @@ def block_parameters(config: ModelConfig, layer: int, *, active: bool = False) -
     matrices = block_matrices(config, layer, active=active)
     biases = sum(matrix.outputs for matrix in matrices) if config.architecture == "gpt2" else 0
     return _size(matrices) + biases + 2 * _norm(config) + _attention_norms(config)
+
+
+def adapter_parameters(config: ModelConfig, lora: LoRAConfig) -> int:
+    """Return the parameters of the adapters of one dense block."""
+    matrices = zip(get_args(Projection), block_matrices(config, 0), strict=False)
+    adapted = [matrix for name, matrix in matrices if name in lora.projections]
+    return sum(lora.r * (m.inputs + m.outputs) + (m.outputs if lora.use_dora else 0) for m in adapted)
 
 
 def block_matrices(config: ModelConfig, layer: int, *, active: bool = False) -> list[Shape]:

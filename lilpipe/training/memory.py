@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import MLAConfig, ModelConfig
 from lilpipe.config.phases import Phase
 from lilpipe.config.training import PretrainConfig
 from lilpipe.model.flops import (
+    adapter_parameters,
     block_matrices,
     block_parameters,
     embedding_parameters,
@@ -80,6 +82,8 @@ class _Worker:
 
     def standing(self) -> tuple[Term, ...]:
         """Return weights, gradients and optimizer state, in fp32."""
+        if self.config.lora is not None:
+            return self._standing_with_adapters(self.config.lora)
         parts = self.layout.shard * self.layout.tensor
         weights, matrices = self._parameters(), self._block_matrices()
         held = f"{_millions(weights)} parameters" + (f" / {self._divisor()}" if parts > 1 else "")
@@ -93,6 +97,23 @@ class _Worker:
             Term("weights", FP32 * weights / parts, f"4 B x {held}"),
             Term("gradients", FP32 * weights / parts, f"4 B x {held}"),
             Term("optimizer state", state / parts, how),
+        )
+
+    def _standing_with_adapters(self, lora: LoRAConfig) -> tuple[Term, ...]:
+        """As ``standing``: only the adapters have gradients and optimizer state. They count as if not sharded by tensor
+        parallelism, which leaves one of each two matrices whole.
+        """
+        parts = self.layout.shard * self.layout.tensor
+        weights = self._parameters()
+        adapters = self.num_blocks * adapter_parameters(self.model, lora)
+        held = f"{_millions(weights)} parameters" + (f" / {self._divisor()}" if parts > 1 else "")
+        own, how = adapters / self.layout.shard, f"{_millions(adapters)} in adapters"
+        how += f" / shard {self.layout.shard}" if self.layout.shard > 1 else ""
+        per_element = FP32 if self.config.optimizer.kind == "muon" and not lora.use_dora else 2 * FP32
+        return (
+            Term("weights", FP32 * (weights / parts + own), f"4 B x ({held} + {how})"),
+            Term("gradients", FP32 * own, f"4 B x {how}"),
+            Term("optimizer state", per_element * own, f"{per_element} B x {how}"),
         )
 
     def _divisor(self) -> str:

@@ -18,6 +18,7 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation import vllm as module
 from lilpipe.generation.engine import generate
 from tests.model.checkpoints import SMALL, small_model, small_tokenizer
+from tests.model.test_lora import adapted, merged
 
 SAMPLING = SamplingConfig(temperature=0.0, max_new_tokens=10, engine="vllm")
 PROMPTS = [[3, 14, 15], [5], [9] * 60]
@@ -132,6 +133,12 @@ def test_new_weights_are_handed_over_without_a_restart():
         assert_same(answers(model, "vllm"), answers(model, "native"))
     assert LLM.started == 1
     assert LLM.forgot == 3
+
+
+def test_a_model_with_adapters_is_handed_over_with_them():
+    model = adapted()
+    assert_same(answers(model, "vllm"), answers(merged(model)[0], "native"))
+    assert answers(model, "vllm")[0].tokens != answers(small_model(), "native")[0].tokens
 
 
 def test_stop_strings_end_an_answer_where_the_native_engine_ends_it():

@@ -11,6 +11,7 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model.hub import load_model
+from lilpipe.model.lora import load_adapter
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace, get_stage
 from lilpipe.tokens.data_phase_plan import open_loader
@@ -138,6 +139,64 @@ def test_a_run_can_start_from_a_checkpoint(trained, tokens, tmp_path):
     other = config(model={**MODEL.model_dump(), "intermediate_size": 48})
     with pytest.raises(ConfigError, match=r"pretrain\.model\.intermediate_size: got 48, expected 32"):
         pretrain.run(other, {"tokens": tokens, "model": checkpoint}, Workspace(tmp_path / "other"))
+
+
+def with_adapters(trained, **settings):
+    """Settings and input of a run that goes on from a checkpoint with adapters."""
+    lora = {"r": 2, "use_dora": True, **settings.pop("lora", {})}
+    settings = {"num_steps": 6, "checkpoint_every": 2, "log_every": 1, **settings}
+    return config(lora=lora, **settings), as_artifact(trained[0].output, kind="Checkpoint", stage="pretrain")
+
+
+def test_continued_pretraining_trains_adapters(trained, tokens, tmp_path, monkeypatch):
+    settings, checkpoint = with_adapters(trained)
+    inputs = {"tokens": tokens, "model": checkpoint}
+    pretrain.run(settings, inputs, Workspace(tmp_path / "whole"))
+    output = tmp_path / "whole" / "output"
+    base, written = load_model(checkpoint.path)[0], load_model(output)[0]
+    before = base.state_dict()
+    differing = {name for name, tensor in written.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert differing == {name for name in before if "proj" in name}
+    load_adapter(base, output / "adapter")
+    some = torch.arange(20)[None]
+    torch.testing.assert_close(base(some), written(some), atol=1e-5, rtol=1e-5)
+    killed = Workspace(tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainLoader, "batch", dying_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(settings, inputs, killed)
+    pretrain.run(settings, inputs, killed)
+    assert digest(killed) == digest(Workspace(tmp_path / "whole"))
+
+
+def dying_at(fatal):
+    """``PretrainLoader.batch`` that is interrupted at a step."""
+    batch = PretrainLoader.batch
+
+    def dying(self, step, **options):
+        if step == fatal:
+            raise KeyboardInterrupt
+        return batch(self, step, **options)
+
+    return dying
+
+
+def test_adapters_drop_the_same_in_accumulated_batches(trained, tokens, tmp_path):
+    found = []
+    for parts in (1, 2):
+        settings, checkpoint = with_adapters(trained, lora={"lora_dropout": 0.3}, accumulation_steps=parts)
+        workspace = Workspace(tmp_path / str(parts))
+        pretrain.run(settings, {"tokens": tokens, "model": checkpoint}, workspace)
+        events = [json.loads(line) for line in workspace.events.read_text().splitlines()]
+        found.append([event["metrics"]["loss"] for event in events if "loss" in event.get("metrics", {})])
+    assert len(found[0]) == 6
+    assert found[0] == pytest.approx(found[1], abs=2e-6)
+
+
+def test_adapters_of_initial_weights_are_refused(trained, tokens, tmp_path):
+    settings, _ = with_adapters(trained)
+    with pytest.raises(ConfigError, match=r"pretrain.lora: got adapters for initial weights, expected a checkpoint"):
+        pretrain.run(settings, {"tokens": tokens}, Workspace(tmp_path))
 
 
 def test_accumulation_gives_the_same_losses(trained, tokens, tmp_path):

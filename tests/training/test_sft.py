@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lilpipe.artifact import content_digest, list_files
+from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.prompts import PromptsConfig
-from lilpipe.config.sft import LoRAConfig, SFTConfig
+from lilpipe.config.sft import SFTConfig
 from lilpipe.config.training import OptimizerConfig
 from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
@@ -185,14 +186,14 @@ def test_noise_on_embeddings_changes_training_and_is_the_same_each_time(base, co
 
 def test_adapters_are_merged_into_the_model_and_written_beside_it(base, conversations, tmp_path, no_report):
     workspace = Workspace(tmp_path / "work")
-    lora = LoRAConfig(rank=4, target_modules=("q_proj", "down_proj"))
+    lora = LoRAConfig(r=4, target_modules=("q_proj", "down_proj"))
     sft.run(config(lora=lora), {"model": base, "conversations": conversations(TALKS)}, workspace)
     before, after = load_model(base.path)[0].state_dict(), load_model(workspace.output)[0].state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"}
     adapters = load_file(workspace.output / "adapter" / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    change = lora.alpha / lora.rank * adapters[name.format("B")] @ adapters[name.format("A")]
+    change = lora.scaling * adapters[name.format("B")] @ adapters[name.format("A")]
     assert torch.linalg.matrix_rank(change) == 4
     expected = before["model.layers.0.self_attn.q_proj.weight"] + change
     torch.testing.assert_close(after["model.layers.0.self_attn.q_proj.weight"], expected)
@@ -202,7 +203,7 @@ def test_a_run_with_adapters_and_dropout_killed_between_steps_ends_in_the_same_b
     base, conversations, tmp_path, monkeypatch, no_report
 ):
     inputs = {"model": base, "conversations": conversations(TALKS)}
-    settings = config(num_epochs=2, lora=LoRAConfig(rank=2, dropout=0.3), neftune_noise_alpha=5.0)
+    settings = config(num_epochs=2, lora=LoRAConfig(r=2, lora_dropout=0.3), neftune_noise_alpha=5.0)
     whole, cut = Workspace(tmp_path / "whole"), Workspace(tmp_path / "cut")
     sft.run(settings, inputs, whole)
     die_in_call(monkeypatch, 5)
