@@ -7,10 +7,12 @@ import pytest
 
 from lilpipe.alignment.preference.data import encode_completion, encode_examples, encode_pairs
 from lilpipe.alignment.rewards.reward_model import encode_rankings
+from lilpipe.schemas.examples import Conversation
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.pairs import Pair, UnpairedExample
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.chat_template import render
+from lilpipe.training.conversation_encoding import encode_conversation
 from tests.training.test_conversation_encoding import CALLED, TOOLS, chatml
 
 PLAIN: list[Message] = [{"role": "user", "content": "a"}]
@@ -42,7 +44,7 @@ def test_the_prompt_of_a_preference_shows_tools_calls_and_results():
     tokenizer = chatml()
     encoded = encode_completion(tokenizer, CALLED[:3], "Half past.", tools=TOOLS)
     whole: list[Message] = [*CALLED[:3], {"role": "assistant", "content": "Half past."}]
-    ids, _ = render(tokenizer, whole, **{"tools": TOOLS})
-    assert [*encoded.prompt, *encoded.completion] == ids
+    shown = encode_conversation(tokenizer, Conversation("called", "prompt", "mine", whole, tools=TOOLS))
+    assert [*encoded.prompt, *encoded.completion] == shown.ids
     assert tokenizer.decode(encoded.completion) == "Half past.<|im_end|>"
     assert '<call>{"name": "time"' in tokenizer.decode(encoded.prompt)
