@@ -59,7 +59,9 @@ class PromptSource(Section):
 
     The hash of a question decides its split, the same for all sources: first the fraction for `test`, then
     `validation`, documents, demonstrations; the rest are `train` prompts. Rows of `preferences` also give pairs or
-    unpaired completions: those of `train` for training, those of `validation` for validation.
+    unpaired completions: those of `train` for training, those of `validation` for validation. Conversations of several
+    turns cannot be prompts: with `kind` `auto` they are demonstrations unless they ask a held-out question, with other
+    kinds they are left out if their first question falls into `test` or `validation`.
     """
 
     kind: Literal["auto", "gsm8k", "instructions", "programs", "preferences"] = "auto"
