@@ -70,7 +70,7 @@ def adapt() -> PipelineConfig:
             "register": step("register", model="grpo", report="evaluate"),
             "release": step("release", model="grpo", report="evaluate"),
         },
-        prompts=PromptsConfig(families=("copy",), num_documents=0, num_demonstrations=0),
+        prompts=PromptsConfig(families=(), num_documents=0, num_demonstrations=0),
         sft=SFTConfig(optimizer=optimizer("sft"), num_epochs=2, num_workers=workers),
         preferences=PreferencesConfig(rule="data", num_workers=workers, sampling=sampling),
         dpo=DPOConfig(optimizer=optimizer("dpo"), num_workers=workers),
