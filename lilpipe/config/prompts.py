@@ -215,9 +215,7 @@ class PromptsConfig(Extensible):
         return self
 
     @model_validator(mode="after")
-    def _something_to_ask(self) -> PromptsConfig:
-        if not self.families and not self.sources:
-            raise ValueError("prompts: families and sources are both empty; add one")
+    def _names_are_unique(self) -> PromptsConfig:
         names = [*self.families, *(source.name for source in self.sources)]
         if len(set(names)) != len(names):
             raise ValueError(f"prompts: names of families and sources must be unique, got {names}")

@@ -18,11 +18,11 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Conversation
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
-from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.jinja_template import JinjaTemplate
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.training.conversation_encoding import encode, encode_conversation, without_history
 from lilpipe.training.conversations import check_answers, check_rejected, keep_checked, supervised_ratio
 from lilpipe.training.supervised import SupervisedTokens
+from tests.tokenizer.foreign import with_special_tokens
 
 CALL = {"type": "function", "function": {"name": "time", "arguments": {"city": "Rome"}}}
 TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}]
@@ -64,13 +64,13 @@ def talk(*turns, weights=None, system=None, name="talk"):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+    return BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
 
 
 def chatml(template=TEMPLATE):
     names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     ranks = {bytes([byte]): byte for byte in range(256)}
-    return Tokenizer(ranks, ".", special=names, document_end=names[2], template=JinjaTemplate(template, {}))
+    return with_special_tokens(ranks, ".", names, document_end=names[2], template=template)
 
 
 def learnt(tokenizer, example):

@@ -19,12 +19,11 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Conversation, read_conversations, read_prompts, write_conversations
 from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace, get_stage
-from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from lilpipe.training import conversation_encoding as module
 from lilpipe.training import conversations as gates
 from lilpipe.training import sft, supervised
 from tests.alignment.conftest import as_artifact
+from tests.tokenizer.foreign import with_special_tokens
 
 MODEL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=64)
 
@@ -231,8 +230,9 @@ CHATML = """\
 def chatml(tokenizer):
     """The same vocabulary with other special tokens."""
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    template = JinjaTemplate(CHATML, {"eos_token": "<|im_end|>"})
-    return Tokenizer(tokenizer.ranks, tokenizer.pattern, special=names, document_end=names[0], template=template)
+    stated = {"eos_token": "<|im_end|>"}
+    ranks, pattern = tokenizer.ranks, tokenizer.pattern
+    return with_special_tokens(ranks, pattern, names, document_end=names[0], template=CHATML, names=stated)
 
 
 def test_transformers_renders_what_was_trained_on_with_the_exported_tokenizer(

@@ -21,7 +21,7 @@ from lilpipe.alignment.questions.turns import Malformed
 from lilpipe.alignment.verify.verifiers import as_text
 from lilpipe.config.prompts import PromptsConfig, PromptSource
 from lilpipe.data.sources.raw_documents import EXCERPT_CHARS
-from lilpipe.errors import DataError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Conversation, Prompt, normalise_question
 from lilpipe.schemas.pairs import Pair, PairSplit, UnpairedExample
 
@@ -89,7 +89,15 @@ class Gathered:
 
 
 def external(config: PromptsConfig) -> dict[str, str]:
-    """Return digests of the sources' contents. Raises ``DataError`` if a source does not exist."""
+    """Return digests of the sources' contents.
+
+    Raises ``DataError`` if a source does not exist, ``ConfigError`` if there is neither a source nor a family.
+    """
+    if not config.families and not config.sources:
+        raise ConfigError(
+            "prompts: families and sources are both empty, expected your data or a generated family; set "
+            'prompts.sources = ["mine.jsonl"]'
+        )
     return {f"source {source.name}": digest(source) for source in config.sources}
 
 
