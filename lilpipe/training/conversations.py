@@ -25,7 +25,7 @@ from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.imported import TEMPLATE_FILE
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
-from lilpipe.training.conversation_encoding import EncodedConversation, Encoding, tool_arguments
+from lilpipe.training.conversation_encoding import EncodedConversation, Encoding
 
 ROUND_TRIPS = 64
 """Conversations that are rendered again with the exported tokenizer."""
@@ -220,7 +220,7 @@ def check_export(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], 
     exported = Tokenizer.load(directory)
     template = exported.template or JinjaTemplate((directory / TEMPLATE_FILE).read_text(encoding="utf-8"), {})
     for example in [example for example in examples if example.messages][:ROUND_TRIPS]:
-        ids, mask = template.render(exported, example.messages, **tool_arguments(example.tools))
+        ids, mask = template.render(exported, example.messages, tools=example.tools)
         if (ids, mask) != (example.ids, example.mask):
             place = next((i for i, pair in enumerate(zip(ids, example.ids, strict=False)) if pair[0] != pair[1]), None)
             what = "other masks" if place is None and ids == example.ids else f"other ids from token {place or 0} on"

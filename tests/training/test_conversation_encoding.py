@@ -1,6 +1,5 @@
 """Weights of tokens, long conversations, tools and plain texts; the peer is transformers' template and loss."""
 
-import inspect
 import json
 
 import pytest
@@ -17,7 +16,6 @@ from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Conversation
 from lilpipe.schemas.messages import Message
-from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.training.conversation_encoding import encode, encode_conversation, without_history
 from lilpipe.training.conversations import check_answers, check_rejected, keep_checked, supervised_ratio
@@ -48,8 +46,6 @@ TEMPLATE = """\
         {{- '<|im_start|>' + m.role + ' ' + m.content + '<|im_end|>' }}
     {%- endif %}
 {%- endfor %}"""
-SHOWS_TOOLS = "tools" in inspect.signature(render).parameters
-needs_tools = pytest.mark.skipif(not SHOWS_TOOLS, reason="render() takes no tools yet")
 
 
 def talk(*turns, weights=None, system=None, name="talk"):
@@ -143,7 +139,6 @@ def called(messages=CALLED):
     return Conversation("called", "prompt", "mine", list(messages), tools=TOOLS)
 
 
-@needs_tools
 def test_a_tool_call_is_learnt_and_its_result_is_not():
     """The mask is that of transformers' assistant tokens."""
     tokenizer = chatml()
@@ -155,7 +150,6 @@ def test_a_tool_call_is_learnt_and_its_result_is_not():
     assert learnt(tokenizer, last) == {1.0: "Half past.<|im_end|>"}
 
 
-@needs_tools
 def test_transformers_renders_tools_to_the_same_ids_and_mask(tmp_path):
     tokenizer = chatml()
     tokenizer.save(tmp_path)
@@ -168,7 +162,6 @@ def test_transformers_renders_tools_to_the_same_ids_and_mask(tmp_path):
     assert example.mask == [bool(flag) for flag in theirs["assistant_masks"]]
 
 
-@needs_tools
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
@@ -248,6 +241,9 @@ def test_each_token_of_a_text_but_the_first_is_predicted_once(tokenizer):
     whole = encode_conversation(tokenizer, text)
     assert whole.ids == [*b"abcdefghij <|user|>", tokenizer.document_end_id]
     assert all(whole.mask)
+    tokenizer.document_start_ids = (7,)  # as of an imported model
+    assert encode_conversation(tokenizer, text).ids == [7, *whole.ids]
+    tokenizer.document_start_ids = ()
     for max_len in (2, 3, 7, 19, 20):
         found = encode(tokenizer, [text], max_len=max_len, strategy="split")
         assert [token for example in found.fitting for token in example.ids[1:]] == whole.ids[1:]
