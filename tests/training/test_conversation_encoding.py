@@ -21,6 +21,7 @@ from lilpipe.training.conversation_encoding import encode, encode_conversation, 
 from lilpipe.training.conversations import check_answers, check_rejected, keep_checked, supervised_ratio
 from lilpipe.training.supervised import SupervisedTokens
 from tests.tokenizer.foreign import with_special_tokens
+from tests.tokenizer.test_published_templates import CONVERSATIONS, pair
 
 CALL = {"type": "function", "function": {"name": "time", "arguments": {"city": "Rome"}}}
 TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}]
@@ -176,6 +177,27 @@ def test_a_template_that_leaves_out_a_part_of_a_tool_call_is_found(old, new, rea
     kept, rejected = keep_checked(tokenizer, [encode_conversation(tokenizer, called())])
     assert not kept
     assert reason in rejected[0][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        *((name, "two turns, system, tools") for name in ("llama3_1", "qwen2_5", "qwen3", "qwen3_training", "gptoss")),
+        *((name, "two turns, system, tools") for name in ("qwen3_instruct_2507", "mistral", "granite")),
+        *((name, "two turns, system") for name in ("llama3", "phi3", "deepseekv3", "zephyr", "smollm2", "olmo2")),
+        *((name, "two turns, system") for name in ("gemma3", "cohere2", "deepseek_r1_distill")),
+        ("gemma", "two turns"),
+    ],
+)
+def test_conversations_of_published_templates_are_trained_on_or_rejected_with_a_reason(name, kinds):
+    tokenizer, _ = pair(name)
+    talks = [
+        Conversation(kind, kind, "mine", messages, tools=tools) for kind, (messages, tools) in CONVERSATIONS.items()
+    ]
+    found = encode(tokenizer, talks, max_len=9_999)
+    kept, unfit = keep_checked(tokenizer, found.fitting)
+    assert ", ".join(example.id for example in kept) == kinds
+    assert len(kept) + len(found.rejected) + len(unfit) == 3
 
 
 def test_our_own_template_rejects_tools(tokenizer):
