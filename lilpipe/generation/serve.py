@@ -80,9 +80,8 @@ def serve(
         app = make_app(directory, name=name, host=host, max_rows=max_rows, adapters=adapters)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
-        print(
-            f"{', '.join([name, *(adapters or {})])}: {address}/v1, chat page {address}/; Ctrl-C stops it", flush=True
-        )
+        names = ", ".join([name, *(adapters or {})])
+        print(f"{names}: {address}/v1, chat page {address}/; Ctrl-C stops it", flush=True)
         http_server(app).run(sockets=[listener])
 
 

@@ -6,7 +6,9 @@ import copy
 import httpx
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from lilpipe.cli import app
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.generation import serve as module
@@ -231,6 +233,13 @@ def test_adapters_are_served_beside_their_base_with_its_weights(checkpoint, tmp_
         assert answers[name]["choices"][0]["text"] == TOKENIZER.decode(sample.tokens)
         assert answers[name]["model"] == name
     assert len({answer["choices"][0]["text"] for answer in answers.values()}) == 3
+
+
+@pytest.mark.parametrize("text", ["sql", "sql=", "=adapters/sql", "tiny=adapters/sql"])
+def test_an_adapter_without_a_name_of_its_own_is_refused(checkpoint, text):
+    refused = CliRunner().invoke(app, ["serve", str(checkpoint), "--name", "tiny", "--adapter", text])
+    assert isinstance(refused.exception, ConfigError)
+    assert str(refused.exception).startswith(f"serve: --adapter: got {text!r}, expected NAME=DIR")
 
 
 def test_an_adapter_shares_the_weights_of_its_base(checkpoint, tmp_path):
