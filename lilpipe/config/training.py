@@ -187,7 +187,7 @@ class PretrainConfig(ParallelSection):
                     f"phases.{number}.from_step {phase.from_step} must be {least} to {self.num_steps - 1}: after the "
                     f"phase before it and below num_steps {self.num_steps}"
                 )
-            if phase.rope_theta is not None and self.model.architecture == "gpt2":
+            if phase.rope_theta is not None and self.model.position_embedding == "learned":
                 raise ValueError(f"phases.{number}.rope_theta would be ignored: gpt2 has learned positions")
             least = phase.from_step + 1
         return self

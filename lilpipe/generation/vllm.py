@@ -108,7 +108,7 @@ def _replay(row: Row, completion: Any) -> None:
 def hand_over(engine: Any, model: Transformer) -> None:
     """Send the model's weights to the engine, with adapters merged into them, and reset its prefix cache."""
     tensors = {name: tensor.detach() for name, tensor in merged_tensors(model)}
-    engine.collective_rpc(_load, args=(list(adapter_for(model.config).to_hf(tensors).items()),))
+    engine.collective_rpc(_load, args=(list(adapter_for(model.config).to_hf(tensors, model.config).items()),))
     engine.reset_prefix_cache()
 
 

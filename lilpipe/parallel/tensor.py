@@ -61,9 +61,9 @@ def divide_matrices(stage: Transformer, mesh: DeviceMesh) -> None:
 def _divide_block(block: nn.Module, mesh: DeviceMesh) -> None:
     group, modules = mesh.get_group(), dict(block.named_modules())
     block.register_forward_pre_hook(partial(_take_part_of_draws, group))
-    modules["input_layernorm"].register_forward_hook(partial(_gather_output, group))
+    modules["self_attn"].register_forward_pre_hook(partial(_gather_input, group))
     if not isinstance(modules["mlp"], MoE):
-        modules["post_attention_layernorm"].register_forward_hook(partial(_gather_output, group))
+        modules["mlp"].register_forward_pre_hook(partial(_gather_input, group))
     for name in BY_OUTPUTS:
         if isinstance(linear := modules.get(name), nn.Linear):
             _divide(linear, "weight", 0, mesh)
@@ -138,8 +138,8 @@ def _own(parameter: Tensor) -> Tensor:
 # --- sequence parallelism ---------------------------------------------------------------------------------------------
 
 
-def _gather_output(group: ProcessGroup, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
-    return gather_sequence(output, group)
+def _gather_input(group: ProcessGroup, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001
+    return gather_sequence(args[0], group), *args[1:]
 
 
 def _whole_rows(group: ProcessGroup, module: nn.Module, args: Any, output_BTO: Tensor) -> Tensor:  # noqa: ARG001

@@ -128,7 +128,7 @@ def _build(
         world_size=workers.num_data_ranks,
         accumulation_steps=config.accumulation_steps,
         # A sharded model uses positions in the row; only RoPE supports row-relative positions for packed documents.
-        packing=config.packing and not (shape.architecture == "gpt2" and workers.mesh),
+        packing=config.packing and not (shape.position_embedding == "learned" and workers.mesh),
         device=distributed.device(),
         watch=noise.expect if noise else None,
     )

@@ -4,7 +4,8 @@ import torch
 
 from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
+from tests.model.options import of_family
 
 PATTERN = r" ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]+|\s+"
 
@@ -22,8 +23,8 @@ ARCHITECTURES = {
     "Llama with a key/value head for each query head": {"num_kv_heads": 4},
     "Llama not tied": {"tie_embeddings": False},
     "Qwen 3": {"qk_norm": True},
-    "GPT-2": {"architecture": "gpt2", "num_kv_heads": 4, "intermediate_size": 80},
-    "GPT-2 not tied": {"architecture": "gpt2", "num_kv_heads": 4, "tie_embeddings": False},
+    "GPT-2": {**of_family("gpt2"), "num_kv_heads": 4, "intermediate_size": 80},
+    "GPT-2 not tied": {**of_family("gpt2"), "num_kv_heads": 4, "tie_embeddings": False},
     "GLM-4.5": {"moe": MOE},
     "GLM-4.5 with norms on queries and keys": {"moe": MOE, "qk_norm": True, "tie_embeddings": False},
     "DeepSeek-V3": {"moe": MOE, "mla": MLA, "tie_embeddings": False},
@@ -36,7 +37,7 @@ def small_tokenizer():
     """The 256 bytes, a few merges and the special tokens."""
     merges = [b"th", b"the", b" a", b"in", b"ing", b" th"]
     ranks = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(merges)}
-    return Tokenizer(ranks, PATTERN)
+    return BytePairTokenizer(ranks, PATTERN)
 
 
 def small_model(config=SMALL, *, vocab_size=None, seed=0, scale=8.0):

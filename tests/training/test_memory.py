@@ -18,6 +18,7 @@ from lilpipe.model.lora import add_adapters
 from lilpipe.model.transformer import Transformer
 from lilpipe.training import activation_checkpointing
 from lilpipe.training.memory import STANDING, activation_bytes, peak_memory
+from tests.model.options import of_family
 from tests.training import memory_of_layouts
 from tests.training.memory_of_layouts import peak_bytes
 
@@ -76,7 +77,7 @@ SHAPES = {
     "long and narrow": changed(hidden_size=32, num_layers=9),
     "norms of queries and keys": changed(qk_norm=True),
     "dropout": changed(dropout=0.1),
-    "gpt2": changed(architecture="gpt2", num_kv_heads=4),
+    "gpt2": changed(**of_family("gpt2"), num_kv_heads=4),
     "experts": changed(moe=MOE),
     "experts, none shared": changed(moe={**MOE, "n_shared_experts": 0, "num_experts_per_tok": 3}),
     "latent attention": changed(mla=MLA),

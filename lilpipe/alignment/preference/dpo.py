@@ -249,7 +249,7 @@ def make_packer(model: Transformer, tokenizer: Tokenizer, config: DPOConfig) -> 
     return Packer(
         padding_id=tokenizer.padding_id,
         max_len=model.config.max_seq_len,
-        packed=model.config.architecture != "gpt2",  # GPT-2 has learned absolute positions
+        packed=model.config.position_embedding == "rope",  # learned positions are absolute
         mask_formatting=config.mask_formatting_tokens,
         device=model.device,
     )
