@@ -29,7 +29,7 @@ from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer import bpe
-from lilpipe.tokenizer.encoding import BytePairTokenizer, special_tokens
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer, special_tokens
 from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.sample import Sample
 from lilpipe.tokenizer.vocabulary import read_vocabulary
@@ -74,7 +74,9 @@ def compare_training(root: Path, texts: list[str], num_bytes: int) -> BytePairTo
         num_bytes,
         unit="MB/s",
     )
-    return Tokenizer.load(root / "work" / "output")
+    trained = Tokenizer.load(root / "work" / "output")
+    assert isinstance(trained, BytePairTokenizer)
+    return trained
 
 
 def train_rustbpe(texts: list[str]) -> None:
