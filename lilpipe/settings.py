@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_origin
 
 from lilpipe.config.describe import Effect, Setting, all_settings, default_of, describe, effect_of, show_value
+from lilpipe.config.families import FAMILY_FIELDS
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.section import Section
 from lilpipe.errors import ConfigError
@@ -77,6 +78,9 @@ def _origin(resolved: Resolved, step: str | None = None) -> Origin:
             return f"--set; not in this file, because TOML has no null: repeat --set {name}=null" if unset else "--set"
         if _covers(resolved.from_file, name):
             return str(resolved.file)
+        section, _, last = name.rpartition(".")
+        if last in FAMILY_FIELDS and f"{section}.architecture" in resolved.from_file | resolved.from_overrides:
+            return "architecture"
         if before != _plain(value) and name not in ("recipe", "file"):
             return "depth or params"
         return "default" if _plain(value) == _plain(default) else f"recipe {resolved.start.recipe}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -79,15 +80,18 @@ def serve_model(
 
 @app.command("import")
 def import_model(
-    directory: Annotated[Path, typer.Argument(help="Directory of a model in Hugging Face format.")],
+    source: Annotated[str, typer.Argument(help="Directory in Hugging Face format, GGUF file, or name on the hub.")],
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
 ) -> None:
-    """Check a Hugging Face model and add it to the store as a Checkpoint."""
-    settings = {"path": str(directory.resolve())}
+    """Check an open model and add it to the store as a Checkpoint."""
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() and not source.endswith(".gguf")
+    settings = {"repo_id": source, "revision": revision} if on_hub else {"path": str(Path(source).resolve())}
     config = PipelineConfig(recipe="import", steps={"import_model": Step(stage="import_model", settings=settings)})
     artifact, cached = run_step(config, "import_model", store=Store(), pipeline_run=new_pipeline_run(config))
     console = Console(highlight=False)
     console.print(f"{'cached' if cached else 'imported'}: {artifact.path}", markup=False, soft_wrap=True)
-    console.print(f'To use it as a step: stage = "import_model", settings = {{path = {settings["path"]!r}}}')
+    shown = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
+    console.print(f'To use it as a step: stage = "import_model", settings = {{{shown}}}', soft_wrap=True)
 
 
 @app.command()

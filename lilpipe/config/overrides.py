@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from lilpipe.config.section import CODE_FILE
+from lilpipe.config.section import CODE_FILE, Section
 from lilpipe.errors import ConfigError
 
 
@@ -48,6 +48,8 @@ def merge(
     ``ConfigError`` if a setting does not exist.
     """
     fields = {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+    if issubclass(model, Section):
+        changes = {**model.implied(values, changes), **changes}
     for key, change in changes.items():
         if key not in fields:
             raise ConfigError(_unknown(f"{prefix}{key}", fields, where=where))

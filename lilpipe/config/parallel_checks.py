@@ -47,6 +47,11 @@ def _model_problems(
             "activation_checkpointing selective is not supported with parallel.schedule zero_bubble, which runs the "
             "backward of a layer's graph twice; use full or none, or the schedule interleaved"
         )
+    if layout.tensor > 1 and model.qk_norm == "projection":
+        yield (
+            f"parallel.tensor {layout.tensor} is not supported with model.qk_norm projection, whose norm is over all "
+            "heads; use parallel.shard, context or pipeline"
+        )
     yield from _stage_problems(parallel, model.num_layers)
     for name, size in _divided_by_tensor(model).items():
         if size % layout.tensor:

@@ -158,6 +158,11 @@ temperature is applied in the loss too, and where a completion ends does not cha
 
 def _check_rollout(section: GRPOConfig | PPOConfig, *, data_ranks: int, num_generations: int) -> None:
     """Raise ``ValueError`` if completions are not divisible, or would not be sampled from the policy itself."""
+    if section.lora is not None and section.lora.lora_dropout:
+        raise ValueError(
+            f"lora.lora_dropout {section.lora.lora_dropout} must be 0: completions are sampled without dropout, so "
+            "probability ratios would measure it"
+        )
     if section.prompts_per_step % data_ranks:
         raise ValueError(
             f"prompts_per_step {section.prompts_per_step} must be a multiple of the {data_ranks} data-parallel workers"

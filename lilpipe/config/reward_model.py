@@ -57,6 +57,15 @@ class ClassifyConfig(ParallelSection):
         return self
 
     @model_validator(mode="after")
+    def _freezing_is_used(self) -> ClassifyConfig:
+        if self.lora is not None and (self.frozen_layers or self.freeze_embedding):
+            raise ValueError(
+                f"frozen_layers {self.frozen_layers} and freeze_embedding {self.freeze_embedding} would be ignored: "
+                "with lora, all weights but the adapters and the head are frozen; remove them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _every_stage_learns(self) -> ClassifyConfig:
         if self.parallel.pipeline > 1 and (self.frozen_layers or self.freeze_embedding):
             raise ValueError(

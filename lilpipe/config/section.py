@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +62,11 @@ class Section(BaseModel):
             for name, field in type(self).model_fields.items()
             if not any(mark is other for mark in field.metadata for other in ignored)
         }
+
+    @classmethod
+    def implied(cls, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        """Return further changes of the section's ``values`` that ``changes`` imply, by field."""
+        return {}
 
     def extensions(self) -> Iterator[Extension]:
         """Yield the extensions that the section and its nested sections name."""

@@ -4,34 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from lilpipe.config.section import Ratio, Rounding, Section
+from lilpipe.config.section import Ratio, Rounding
 from lilpipe.config.training import OptimizerConfig, ParallelSection
-
-Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class LoRAConfig(Section):
-    """Low-rank adapters on linear layers; the base weights are frozen (Hu et al. 2021)."""
-
-    rank: PositiveInt = 8
-    """Rank of the adapters."""
-    alpha: PositiveFloat = 16.0
-    """The output of an adapter is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability of the adapters' inputs in training; not supported with tensor parallelism or activation
-    checkpointing."""
-    target_modules: Annotated[tuple[Projection, ...], Field(min_length=1)] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
-    """Linear layers with an adapter; adapting all of them matches full fine-tuning best (Dettmers et al. 2023)."""
 
 
 class SFTConfig(ParallelSection):
@@ -65,30 +41,8 @@ class SFTConfig(ParallelSection):
     neftune_noise_alpha: NonNegativeFloat = 0.0
     """Scale of NEFTune noise on the embeddings in training: alpha / sqrt(L D) for L tokens of size D (Jain et al. 2023:
     5 to 15); 0 disables it."""
-    lora: LoRAConfig | None = None
-    """Train low-rank adapters instead of the weights; if None, train the weights."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> SFTConfig:
         self.check_batch(self.batch_size)
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_are_computed(self) -> SFTConfig:
-        if self.lora is None:
-            return self
-        if self.precision == "fp8":
-            raise ValueError("lora: got precision fp8, which would skip the adapters; use bf16")
-        # Dropout depends on a worker's random state: tensor-parallel workers and recomputed layers would drop
-        # different elements.
-        if self.lora.dropout and self.layout.tensor > 1:
-            raise ValueError(
-                f"lora.dropout: got {self.lora.dropout} with parallel.tensor {self.layout.tensor}, expected 0, or "
-                "parallel.tensor = 1"
-            )
-        if self.lora.dropout and self.activation_checkpointing != "none":
-            raise ValueError(
-                f"lora.dropout: got {self.lora.dropout} with activation_checkpointing "
-                f"{self.activation_checkpointing!r}, expected 0, or activation_checkpointing = 'none'"
-            )
         return self

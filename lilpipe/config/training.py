@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel import Launch, LaunchConfig, ParallelConfig, ParallelDims
 from lilpipe.config.parallel_checks import check_model, check_phases
@@ -77,6 +78,14 @@ class ParallelSection(TrainingSection):
     compile: Annotated[bool | None, Rounding] = None
     """Compile decoder layers with `torch.compile`. If None, compile only if the run is long enough to save more time
     than compilation takes."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters instead of the weights; if None, train the weights."""
+
+    @model_validator(mode="after")
+    def _adapters_are_computed(self) -> ParallelSection:
+        if self.lora is not None and self.precision == "fp8":
+            raise ValueError("lora: got precision fp8, which would skip the adapters; use bf16")
+        return self
 
     @property
     def layout(self) -> ParallelDims:
@@ -178,7 +187,7 @@ class PretrainConfig(ParallelSection):
                     f"phases.{number}.from_step {phase.from_step} must be {least} to {self.num_steps - 1}: after the "
                     f"phase before it and below num_steps {self.num_steps}"
                 )
-            if phase.rope_theta is not None and self.model.architecture == "gpt2":
+            if phase.rope_theta is not None and self.model.position_embedding == "learned":
                 raise ValueError(f"phases.{number}.rope_theta would be ignored: gpt2 has learned positions")
             least = phase.from_step + 1
         return self

@@ -1,7 +1,7 @@
 """Which rows of a batch attend to which pages, for ``lilpipe.generation.paged_attention``.
 
-Dimensions: B rows, N pages, H query heads, K key/value heads, G query heads of a key/value head (H = K x G), R rows
-that share a prompt, C blocks of G queries, M pages of a row, Q rows and heads (B x H).
+Dimensions: B rows, N pages, K key/value heads, G query heads of a key/value head (H = K x G), R rows that share a
+prompt, C blocks of G queries, M pages of a row, Q rows and heads (B x H).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lilpipe.config.model import ModelConfig
+from lilpipe.generation.pages import PAGE_SIZE
 
 
 @dataclass
@@ -36,6 +37,10 @@ class BatchLayout:
     """Pages of each row, of completions and of prompts; 0 where a row has fewer."""
     seen_BM: tuple[Tensor, Tensor]
     """Where the tables contain a page."""
+    readers_NR: tuple[Tensor, Tensor]
+    """Rows that attend to each page, of completions (R = 1) and of prompts."""
+    starts_N: tuple[Tensor, Tensor]
+    """Position of the first slot of each page."""
 
 
 def layout(
@@ -44,10 +49,12 @@ def layout(
     config: ModelConfig,
     device: torch.device,
     round_up: Callable[[int], int] = int,
+    *,
+    prompt_lengths_B: np.ndarray | None = None,
 ) -> BatchLayout:
     """Return the layout of rows with these pages; the tables contain -1 where a row has fewer.
 
-    ``round_up`` rounds the counts; the pools must have that many pages.
+    ``round_up`` rounds the counts; the pools must have that many pages. Sliding windows require ``prompt_lengths_B``.
     """
     num_rows, heads = len(answers_BM), config.num_heads
     kv_heads = 1 if config.mla is not None else config.num_kv_heads
@@ -55,12 +62,16 @@ def layout(
     num_answer_pages, num_prompt_pages = (round_up(int(table.max(initial=-1)) + 1) for table in tables)
     member_B, sharing = _members(prompts_BM[:, 0])
     sharing = round_up(sharing)
-    owner_N = np.zeros(num_answer_pages, dtype=np.int64)
+    owner_N, answer_start_N = np.zeros((2, num_answer_pages), dtype=np.int64)
     rows, columns = np.nonzero(answers_BM >= 0)
     owner_N[answers_BM[rows, columns]] = rows
+    lengths_B = np.zeros(num_rows, dtype=np.int64) if prompt_lengths_B is None else prompt_lengths_B
+    answer_start_N[answers_BM[rows, columns]] = lengths_B[rows] + columns * PAGE_SIZE
     sharer_NR = np.zeros((num_prompt_pages, sharing), dtype=np.int64)
+    prompt_start_N = np.zeros(num_prompt_pages, dtype=np.int64)
     rows, columns = np.nonzero(prompts_BM >= 0)
     sharer_NR[prompts_BM[rows, columns], member_B[rows]] = rows
+    prompt_start_N[prompts_BM[rows, columns]] = columns * PAGE_SIZE
     kv_K = np.arange(kv_heads)
     blocks_C = np.concatenate(
         [
@@ -94,6 +105,8 @@ def layout(
         partials_QM=put(partials_BHM.reshape(num_rows * heads, -1)),
         tables_BM=(put(np.maximum(tables[0], 0)), put(np.maximum(tables[1], 0))),
         seen_BM=(put(tables[0] >= 0), put(tables[1] >= 0)),
+        readers_NR=(put(owner_N[:, None]), put(sharer_NR)),
+        starts_N=(put(answer_start_N), put(prompt_start_N)),
     )
 
 

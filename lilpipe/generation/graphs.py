@@ -1,8 +1,8 @@
 """CUDA graphs of the decode step. On a GPU a small model's step is bound by launching its few hundred kernels.
 
 A CUDA graph has fixed shapes. ``Rows`` therefore pads rows, pages and partial results to a few sizes, and one graph is
-captured for each combination that occurs. Mixture-of-experts models (whose groups of tokens vary in size) and latent
-attention (which gathers) run without graphs.
+captured for each combination that occurs. Mixture-of-experts models (whose groups of tokens vary in size), latent
+attention (which gathers) and sliding windows (whose masks depend on positions) run without graphs.
 
 The padded layout is tested on a CPU. Capture and replay have not been tested: no GPU was available.
 """
@@ -23,7 +23,9 @@ WARMUP_STEPS = 2
 
 def fits(model: Transformer) -> bool:
     """Whether CUDA graphs support the model's decode step."""
-    return model.device.type == "cuda" and model.config.moe is None and model.config.mla is None
+    config = model.config
+    plain = config.moe is None and config.mla is None and config.sliding_window is None
+    return model.device.type == "cuda" and plain
 
 
 @dataclass

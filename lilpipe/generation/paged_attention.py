@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ from torch import Tensor
 from lilpipe.generation.batch_layout import BatchLayout
 from lilpipe.generation.pages import CLOSED, PAGE_SIZE, PagePool, score_dtype
 from lilpipe.model.attention import AttendingView
+from lilpipe.model.masks import RowMasks
+
+if TYPE_CHECKING:
+    from lilpipe.model.masks import Mask
 
 
 class Scratch:
@@ -53,14 +58,24 @@ class _Pages:
     """``[N x K, R x G, E]``; for completions R is 1."""
     scores: Tensor
     results: Tensor
-    closed: Tensor
-    """Attention mask, in the shape of the scores."""
+    readers_NR: Tensor
+    starts_N: Tensor
+    closed: dict[int | None, Tensor]
+    """Attention mask of each sliding window, in the shape of the scores."""
 
-    def see(self) -> None:
-        """Update the attention mask from the pool."""
-        per_head = self.pool.closed_NS[: self.count, None, None]
-        kv_heads = len(self.scores) // self.count
-        self.closed = per_head.expand(-1, kv_heads, self.scores.shape[1], -1).reshape(self.scores.shape)
+    def see(self, window: int | None, positions_B: Tensor) -> Tensor:
+        """Return the attention mask for rows at these positions."""
+        if window not in self.closed:
+            closed_NRS = self.pool.closed_NS[: self.count, None]
+            if window is not None:
+                slots_NS = self.starts_N[:, None] + torch.arange(PAGE_SIZE, device=self.starts_N.device)
+                passed_NRS = positions_B[self.readers_NR][..., None] - slots_NS[:, None] >= window
+                closed_NRS = closed_NRS.masked_fill(passed_NRS, CLOSED)
+            kv_heads, sharing = len(self.scores) // self.count, self.readers_NR.shape[1]
+            per_head = closed_NRS[:, None, :, None]
+            shape = (-1, kv_heads, sharing, self.scores.shape[1] // sharing, -1)
+            self.closed[window] = per_head.expand(shape).reshape(self.scores.shape)
+        return self.closed[window]
 
 
 class _Work:
@@ -82,9 +97,11 @@ class _Work:
         self.partials = layout.partials_QM.view(-1)
         self.pages: list[_Pages] = []
         start = 0
-        for pool, count, sharing in (
-            (view.answers, layout.num_answer_pages, 1),
-            (view.prompts, layout.num_prompt_pages, layout.sharing),
+        for kind, (pool, count, sharing) in enumerate(
+            (
+                (view.answers, layout.num_answer_pages, 1),
+                (view.prompts, layout.num_prompt_pages, layout.sharing),
+            )
         ):
             stop = start + count * kv_heads * sharing
             if count:
@@ -98,7 +115,9 @@ class _Work:
                     queries=self.queries[start:stop].view(count * kv_heads, -1, size),
                     scores=scores,
                     results=self.all_results[of_pages].view(count * kv_heads, -1, size),
-                    closed=scores,
+                    readers_NR=layout.readers_NR[kind],
+                    starts_N=layout.starts_N[kind],
+                    closed={},
                 )
                 self.pages.append(pages)
             start = stop
@@ -144,27 +163,39 @@ class DecodeView(AttendingView):
         self._see()
 
     def _see(self) -> None:
-        self.mask_B1TS = None
+        self._gathered_B1TS: Tensor | None = None
         for pages in self._work.pages if self._work else ():
-            pages.see()
+            pages.closed.clear()
 
     def view(self, num_tokens: int, positions_BT: Tensor | None) -> DecodeView:  # noqa: ARG002 (made for these tokens)
         """Return itself: it is made for forward passes of one token."""
         return self
 
-    def attend(self, layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q_BTHE: Tensor,
+        k_BTKE: Tensor,
+        v_BTKE: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
         """Cache one token of each row and attend; returns ``[B, 1, H, E]``."""
         self._write(layer, k_BTKE, v_BTKE)
         B, _, H, E = q_BTHE.shape
         kv_heads = k_BTKE.shape[2]
-        rows = (q_BTHE * E**-0.5).view(B * kv_heads, H // kv_heads * E)
+        rows = (q_BTHE * (E**-0.5 if scale is None else scale)).view(B * kv_heads, H // kv_heads * E)
         if self._work is None:
             self._work = _Work(self, rows, kv_heads, H // kv_heads)
-            self._see()
         work = self._work
         torch.index_select(rows, 0, self.layout.blocks_C, out=work.queries)
         for pages in work.pages:
-            _product(pages.queries, pages.keys[layer], pages.scores, added=pages.closed)
+            closed = pages.see(window, self._positions(window))
+            _product(pages.queries, pages.keys[layer], pages.scores, added=closed if softcap is None else None)
+            if softcap is not None:
+                pages.scores.div_(softcap).tanh_().mul_(softcap).add_(closed)
         torch.amax(work.scores, dim=-1, out=work.largest)
         _exp(work.scores.sub_(work.largest_column))
         torch.sum(work.scores, dim=-1, out=work.sums)
@@ -181,17 +212,28 @@ class DecodeView(AttendingView):
         weight_QM.div_((weight_QM * sums_QM).sum(-1, keepdim=True))
         return F.embedding_bag(partials_QM, work.all_results, mode="sum", per_sample_weights=weight_QM)
 
-    def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Cache one token of each row and return the keys and values that rows may attend to, ``[B, S, K, E]`` each."""
-        self._write(layer, keys_BTKE, values_BTKE)
-        if self.mask_B1TS is None:
-            self.mask_B1TS = torch.cat(
+    def _positions(self, window: int | None) -> Tensor:
+        """Return the position of each row's token, ``[B]``; only sliding windows need it."""
+        if window is None:
+            return self.place_B
+        return self.layout.starts_N[0][self.page_B] + self.place_B
+
+    def mask(self, window: int | None) -> Tensor:
+        """Return where the rows' gathered pages hold a token, ``[B, 1, 1, S]``."""
+        assert window is None, "gathered pages have no sliding window"
+        if self._gathered_B1TS is None:
+            self._gathered_B1TS = torch.cat(
                 [
                     ((pool.closed_NS[table_BM] == 0) & seen_BM[..., None]).flatten(1)
                     for pool, table_BM, seen_BM in self._tables()
                 ],
                 dim=1,
             )[:, None, None]
+        return self._gathered_B1TS
+
+    def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """Cache one token of each row and return the keys and values that rows may attend to, ``[B, S, K, E]`` each."""
+        self._write(layer, keys_BTKE, values_BTKE)
         keys = [pool.keys_LNKES[layer, table].permute(0, 1, 4, 2, 3).flatten(1, 2) for pool, table, _ in self._tables()]
         values = [pool.values_LNKSF[layer, table].transpose(2, 3).flatten(1, 2) for pool, table, _ in self._tables()]
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
@@ -219,12 +261,12 @@ class DecodeView(AttendingView):
 
 
 class PromptView:
-    """Prefill of right-padded prompts: caches keys and values in the prompts' pages; attention is causal."""
+    """Prefill of right-padded prompts: caches keys and values in the prompts' pages."""
 
     def __init__(self, pool: PagePool, pages_PM: np.ndarray, lengths_P: np.ndarray) -> None:
         self.pool = pool
-        self.mask_B1TS = None
         device = pool.closed_NS.device
+        self._rows = RowMasks(int(lengths_P.max()), device)
         rows, columns = np.nonzero(pages_PM >= 0)
         self._slots_N = torch.from_numpy(rows * pages_PM.shape[1] + columns).to(device)
         self._pages_N = torch.from_numpy(pages_PM[rows, columns]).to(device)
@@ -236,6 +278,10 @@ class PromptView:
     def view(self, num_tokens: int, positions_BT: Tensor | None) -> PromptView:  # noqa: ARG002 (made for these tokens)
         """Return itself: it is made for one forward pass."""
         return self
+
+    def mask(self, window: int | None) -> Mask | None:
+        """Return the causal mask with a sliding window; None without one."""
+        return self._rows.mask(window)
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:
         """Cache the prompts' keys and values, and return them unchanged."""

@@ -138,15 +138,17 @@ class Rows:
             row.pages.append(page)
         self._compact()
         answers, prompts = [row.pages for row in self.rows], [row.request.pages for row in self.rows]
-        positions_B = np.array([len(row.request.prompt) for row in self.rows]) + own_B
+        lengths_B = np.array([len(row.request.prompt) for row in self.rows])
+        positions_B = lengths_B + own_B
         self._steps_left = int((PAGE_SIZE - 1 - place_B).min())
         if self._sink:
             missing = round_up(len(self.rows)) - len(self.rows)
             answers, prompts = answers + missing * [self._sink], prompts + missing * [[]]
-            index_B, place_B, positions_B = (np.pad(values, (0, missing)) for values in (index_B, place_B, positions_B))
+            arrays = (index_B, place_B, positions_B, lengths_B)
+            index_B, place_B, positions_B, lengths_B = (np.pad(values, (0, missing)) for values in arrays)
         rounded = round_up if self._sink else int
         answers_BM, prompts_BM = table(answers, rounded), table(prompts, rounded)
-        plan = layout(answers_BM, prompts_BM, self.config, self.device, rounded)
+        plan = layout(answers_BM, prompts_BM, self.config, self.device, rounded, prompt_lengths_B=lengths_B)
         self.answers.reserve(plan.num_answer_pages)
         self.prompts.reserve(plan.num_prompt_pages)
         self._positions_B = torch.from_numpy(positions_B).to(self.device)

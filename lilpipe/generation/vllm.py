@@ -26,6 +26,7 @@ from lilpipe.errors import ConfigError
 from lilpipe.generation.requests import CompletionOutput, Row
 from lilpipe.generation.requests import Request as Answers
 from lilpipe.generation.text import token_bytes
+from lilpipe.model.lora import merged_tensors
 from lilpipe.model.state_dict_adapters import Lilpipe, adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
@@ -105,9 +106,9 @@ def _replay(row: Row, completion: Any) -> None:
 
 
 def hand_over(engine: Any, model: Transformer) -> None:
-    """Send the model's weights to the engine and reset its prefix cache."""
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    engine.collective_rpc(_load, args=(list(adapter_for(model.config).to_hf(tensors).items()),))
+    """Send the model's weights to the engine, with adapters merged into them, and reset its prefix cache."""
+    tensors = {name: tensor.detach() for name, tensor in merged_tensors(model)}
+    engine.collective_rpc(_load, args=(list(adapter_for(model.config).to_hf(tensors, model.config).items()),))
     engine.reset_prefix_cache()
 
 

@@ -19,7 +19,7 @@ from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.hub import copy_into, read_model_config, read_tensors
 from lilpipe.tokenizer.encoding import BytePairTokenizer, ImportedTokenizer, Tokenizer
 
-MAY_DIFFER = ("dropout", "rope_theta", "max_seq_len")
+MAY_DIFFER = ("architecture", "dropout", "rope_theta", "max_seq_len")
 """Settings that the weights do not depend on. GPT-2 has position embeddings, so its ``max_seq_len`` may not differ."""
 
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
@@ -47,7 +47,7 @@ def start_from(into: Mapping[str, Tensor], directory: Path, *, config: ModelConf
 def check_shape(config: ModelConfig, directory: Path) -> None:
     """Raise ``ConfigError`` naming the settings in which a model differs from the checkpoint."""
     stored, _ = read_model_config(directory)
-    free = [name for name in MAY_DIFFER if name != "max_seq_len" or config.architecture == "llama"]
+    free = [name for name in MAY_DIFFER if name != "max_seq_len" or config.position_embedding == "rope"]
     wanted, got = stored.model_dump(exclude=set(free)), config.model_dump(exclude=set(free))
     for section in (wanted["moe"], got["moe"]):
         if section:

@@ -39,9 +39,12 @@ def layer_numbers(tokens_BT: Tensor, layer: int) -> Tensor:
     return torch.stack([_mix(tokens_BT ^ (2 * layer + place + 1)) for place in range(2)])
 
 
-def dropout(x_BTD: Tensor, numbers_BT: Tensor, rate: float) -> Tensor:
-    """Set a fraction ``rate`` of the elements to zero and scale the others by 1 / (1 - rate)."""
-    elements_D = _mix(torch.arange(1, x_BTD.shape[-1] + 1, device=x_BTD.device))
+def dropout(x_BTD: Tensor, numbers_BT: Tensor, rate: float, *, first: int = 0) -> Tensor:
+    """Set a fraction ``rate`` of the elements to zero and scale the others by 1 / (1 - rate).
+
+    ``first`` is the index of the first element in the whole vector, if ``x_BTD`` is a shard.
+    """
+    elements_D = _mix(torch.arange(first + 1, first + x_BTD.shape[-1] + 1, device=x_BTD.device))
     bits_BTD = ((numbers_BT[..., None] ^ elements_D) * _FIRST) & _BITS
     bits_BTD = ((bits_BTD ^ (bits_BTD >> 15)) * _SECOND) & _BITS
     return (x_BTD * (1 / (1 - rate))).where(bits_BTD >= int(rate * (_BITS + 1)), 0.0)

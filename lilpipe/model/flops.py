@@ -1,15 +1,15 @@
 """Number of parameters and FLOPs of a model.
 
 Source: Chowdhery et al. 2022 (PaLM), appendix B. A multiply-add counts as two operations. Shapes are those of the
-decoder in ``lilpipe.model``: Llama, GPT-2 (Radford et al. 2019), the mixture of experts of DeepSeek-V3 (2024) and the
-multi-head latent attention of DeepSeek-V2 (2024).
+decoder in ``lilpipe.model`` with all its options.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
+from lilpipe.config.lora import LoRAConfig, Projection
 from lilpipe.config.model import ModelConfig, MoEConfig
 
 Recomputed = Literal["none", "selective", "full"]
@@ -35,8 +35,8 @@ def num_active_parameters(config: ModelConfig, vocab_size: int) -> int:
 
 
 def embedding_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Return the parameters of the token embedding and of GPT-2's position embedding."""
-    num_positions = config.max_seq_len if config.architecture == "gpt2" else 0
+    """Return the parameters of the token embedding and of a learned position embedding."""
+    num_positions = config.max_seq_len if config.position_embedding == "learned" else 0
     return (vocab_size + num_positions) * config.hidden_size
 
 
@@ -47,14 +47,29 @@ def head_parameters(config: ModelConfig, vocab_size: int) -> int:
 
 def block_parameters(config: ModelConfig, layer: int, *, active: bool = False) -> int:
     """Return the parameters of one block; with ``active``, only as many routed experts as a token uses."""
-    matrices = block_matrices(config, layer, active=active)
-    biases = sum(matrix.outputs for matrix in matrices) if config.architecture == "gpt2" else 0
-    return _size(matrices) + biases + 2 * _norm(config) + _attention_norms(config)
+    norms = (4 if config.norm_placement == "both" else 2) * _norm(config) + _attention_norms(config)
+    return _size(block_matrices(config, layer, active=active)) + _biases(config, layer) + norms
+
+
+def _biases(config: ModelConfig, layer: int) -> int:
+    """Return the number of biases of one block."""
+    attention = config.attention_bias * (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+    attention += config.attention_out_bias * config.hidden_size
+    if not config.mlp_bias or layer >= config.first_moe_layer:
+        return attention
+    return attention + (1 + config.gated_mlp) * config.intermediate_size + config.hidden_size
+
+
+def adapter_parameters(config: ModelConfig, lora: LoRAConfig) -> int:
+    """Return the parameters of the adapters of one dense block."""
+    matrices = zip(get_args(Projection), block_matrices(config, 0), strict=False)
+    adapted = [matrix for name, matrix in matrices if name in lora.projections]
+    return sum(lora.r * (m.inputs + m.outputs) + (m.outputs if lora.use_dora else 0) for m in adapted)
 
 
 def block_matrices(config: ModelConfig, layer: int, *, active: bool = False) -> list[Shape]:
     """Return the matrices of one block; ``active`` as in ``block_parameters``."""
-    if config.moe is None or layer < config.moe.first_k_dense_replace:
+    if config.moe is None or layer < config.first_moe_layer:
         return attention_matrices(config) + _dense_matrices(config)
     return attention_matrices(config) + _moe_matrices(config.hidden_size, config.moe, active=active)
 
@@ -77,12 +92,15 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, *, seq_len: in
     """Return FLOPs per token of a forward pass over rows of ``seq_len`` (default ``max_seq_len``) tokens.
 
     Each weight that a token is multiplied by costs 2, including the output layer, tied or not. Attention's two products
-    cost 2 L H T (width of a key + width of a value). Lookups, norms, biases and elementwise operations are excluded. As
-    in PaLM, attention is counted without the causal mask, so that utilizations are comparable.
+    cost 2 H T (width of a key + width of a value) in each layer, with T at most its sliding window. Lookups, norms,
+    biases and elementwise operations are excluded. As in PaLM, attention is counted without the causal mask, so that
+    utilizations are comparable.
     """
     blocks = sum(_size(block_matrices(config, layer, active=True)) for layer in range(config.num_layers))
     key, value = head_widths(config)
-    attention = config.num_layers * config.num_heads * (key + value) * (seq_len or config.max_seq_len)
+    num_tokens = seq_len or config.max_seq_len
+    seen = sum(min(num_tokens, config.window(layer) or num_tokens) for layer in range(config.num_layers))
+    attention = config.num_heads * (key + value) * seen
     return 2 * (blocks + vocab_size * config.hidden_size + attention)
 
 
@@ -96,8 +114,6 @@ def head_widths(config: ModelConfig) -> tuple[int, int]:
 def attention_matrices(config: ModelConfig) -> list[Shape]:
     """Return attention's matrices in the order of computation."""
     width, heads = config.hidden_size, config.num_heads
-    if config.architecture == "gpt2":
-        return [Shape(width, 3 * width), Shape(width, width)]
     key, value = head_widths(config)
     output = Shape(heads * value, width)
     if (mla := config.mla) is None:
@@ -111,7 +127,7 @@ def attention_matrices(config: ModelConfig) -> list[Shape]:
 
 
 def _dense_matrices(config: ModelConfig) -> list[Shape]:
-    if config.architecture == "gpt2":
+    if not config.gated_mlp:
         return [
             Shape(config.hidden_size, config.intermediate_size),
             Shape(config.intermediate_size, config.hidden_size),
@@ -132,13 +148,15 @@ def _swiglu(width: int, inner: int) -> list[Shape]:
 
 def _norm(config: ModelConfig) -> int:
     """RMSNorm has a weight, LayerNorm a weight and a bias."""
-    return (2 if config.architecture == "gpt2" else 1) * config.hidden_size
+    return (2 if config.norm == "layer" else 1) * config.hidden_size
 
 
 def _attention_norms(config: ModelConfig) -> int:
     """Return parameters of the norms inside attention: MLA's latent norms, or the QK norms."""
     if config.mla is not None:
         return (config.mla.q_lora_rank or 0) + config.mla.kv_lora_rank
+    if config.qk_norm == "projection":
+        return (config.num_heads + config.num_kv_heads) * config.head_size
     return 2 * config.head_size if config.qk_norm else 0
 
 

@@ -35,6 +35,10 @@ _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 """Suffixes of ``transformers`` class names that become ``ForSequenceClassification``."""
 
 
+_TEXT_MODELS = {"Gemma3": "Gemma3Text"}
+"""Families whose classification model for text has another name: that of Gemma 3 also reads images."""
+
+
 class HeadModel(Transformer):
     """Decoder, or a pipeline stage of it, with a linear head of ``num_outputs`` on the final hidden states.
 
@@ -142,7 +146,8 @@ def save_head_tensors(
 def _class_name(language_model: str) -> str:
     for end in _LANGUAGE_MODELS:
         if language_model.endswith(end):
-            return language_model.removesuffix(end) + "ForSequenceClassification"
+            family = language_model.removesuffix(end)
+            return f"{_TEXT_MODELS.get(family, family)}ForSequenceClassification"
     return HeadModel.__name__
 
 

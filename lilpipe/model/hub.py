@@ -2,8 +2,8 @@
 
 A directory holds ``config.json``, weights in safetensors (one file, or shards with an index),
 ``generation_config.json`` and the tokenizer's files. All stages read and write this layout, so models need no
-conversion. Checkpoints of other projects (Llama, GPT-2, Qwen 3, and small ones with the architecture of DeepSeek-V3 or
-GLM-4.5) load if the decoder computes them exactly. Weights are never pickles. Equal weights give equal bytes.
+conversion. Checkpoints of other projects load if the decoder computes them exactly (``families``). Weights are never
+pickles. Equal weights give equal bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+MAX_CONFIG_BYTES = 10**7
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of weights. Others are quantized, and their scales are elsewhere."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
@@ -68,7 +71,7 @@ def save_tensors(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     layout = adapter_for(config)
-    renamed = (item for group in _by_layer(tensors) for item in layout.to_hf(group).items())
+    renamed = (item for group in _by_layer(tensors) for item in layout.to_hf(group, config).items())
     write_tensors(renamed, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
     special = _special_ids(tokenizer)
     write_atomically(directory / GENERATION_FILE, _json(special))
@@ -163,12 +166,27 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int) -> None:
     """Raise ``ArtifactError`` for a missing or unexpected tensor, or one of another shape."""
     given = dict(_renamed(directory, config, shapes_only=True))
-    with torch.device("meta"):
-        expected = dict(Transformer(config, vocab_size).state_dict())
+    num_layers = len({_layer(name) for name in given} - {-1})
+    if config.num_layers > num_layers + 1:  # otherwise the missing tensors are named
+        raise ArtifactError(
+            f"{directory}: number of layers: got {config.num_layers:,} in {CONFIG_FILE}, expected the {num_layers:,} "
+            "of the weights; copy all files from the same checkpoint"
+        )
+    try:
+        with torch.device("meta"):
+            expected = dict(Transformer(config, vocab_size).state_dict())
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch's, for numbers that do not fit in 64 bits
+        reason = str(error).partition("\n")[0][:200]
+        raise ArtifactError(f"{directory}: {CONFIG_FILE}: impossible sizes ({reason})") from error
     for name in sorted(expected.keys() | given.keys()):
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (given, expected))
         if got != wanted:
             raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} from {CONFIG_FILE}")
+        if (dtype := given[name].dtype) not in FLOATS:
+            raise ArtifactError(
+                f"{directory}: {name}: got {dtype}, expected one of {', '.join(map(str, FLOATS))}; use the unquantized "
+                "checkpoint"
+            )
 
 
 def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -194,7 +212,7 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
         config = ModelConfig(**layout.read(stated))
     except ValidationError as error:
         raise ArtifactError(f"{path}: {explain(error)}") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ArtifactError(f"{path}: {error}") from error
     vocab_size = stated.get("vocab_size")
     if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -206,13 +224,15 @@ def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
     """Return the adapter for the ``model_type`` in ``config.json``, and the file's content."""
     path = directory / CONFIG_FILE
     try:
+        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"{size:,} bytes, expected at most {MAX_CONFIG_BYTES:,}")
         stated = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read ({error}); expected the directory of a checkpoint") from error
     if not isinstance(stated, dict):
         raise ArtifactError(f"{path}: got a JSON {type(stated).__name__}, expected an object")
     layouts = {layout.model_type: layout for layout in LAYOUTS}
-    if (model_type := stated.get("model_type")) not in layouts:
+    if not isinstance(model_type := stated.get("model_type"), str) or model_type not in layouts:
         raise ArtifactError(
             f"{path}: model_type: got {model_type!r}, expected one of {', '.join(layouts)}; other "
             "architectures are not supported"
@@ -224,7 +244,9 @@ def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
     return layouts[model_type], {key: value for key, value in stated.items() if value is not None or key in _NULLABLE}
 
 
-_NULLABLE = ("q_lora_rank",)
+_NULLABLE = (
+    *("q_lora_rank", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads"),
+)
 """Keys whose null is meaningful; other keys with null count as absent."""
 
 

@@ -23,9 +23,9 @@ _WRITES_RESIDUAL = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 def initial_value(name: str, shape: Sequence[int], *, seed: int, config: ModelConfig) -> Tensor:
     """Return the initial value of a parameter or saved buffer: the whole tensor, float32, on the CPU.
 
-    Biases are 0 and norm weights 1. Matrices, also stacked ones, are normal with ``INIT_STD``; output projections to
-    the residual stream are divided by sqrt(2 * num_layers) (Radford et al. 2019). LoRA's A is uniform in +- 1 /
-    sqrt(inputs), as in ``peft``, and B is 0.
+    Biases are 0 and norm weights 1, or 0 if the norm adds 1. Matrices, also stacked ones, are normal with ``INIT_STD``;
+    output projections to the residual stream are divided by sqrt(2 * num_layers) (Radford et al. 2019). LoRA's A is
+    uniform in +- 1 / sqrt(inputs), as in ``peft``, and B is 0.
     """
     layer, _, kind = name.rpartition(".")
     if kind == "lora_A":
@@ -36,7 +36,7 @@ def initial_value(name: str, shape: Sequence[int], *, seed: int, config: ModelCo
     if name.endswith("bias"):
         return torch.zeros(*shape)
     if len(shape) == 1:
-        return torch.ones(*shape)
+        return torch.zeros(*shape) if config.norm == "rms_plus_one" else torch.ones(*shape)
     std = INIT_STD / math.sqrt(2 * config.num_layers) if name.endswith(_WRITES_RESIDUAL) else INIT_STD
     digest = hashlib.sha256(f"init_weights:{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -7,12 +7,14 @@ Dimensions: B sequences, T tokens, D width of the residual stream.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe.config.model import ModelConfig
-from lilpipe.model.gradients import rms_norm
+from lilpipe.model import gradients
 
 
 class Linear(nn.Linear):
@@ -45,38 +47,63 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., D]`` to the same shape."""
-        return rms_norm(x, self.weight, self.eps)
+        return gradients.rms_norm(x, self.weight, self.eps)
+
+
+class RMSNormPlusOne(nn.Module):
+    """RMSNorm that scales by 1 + weight (Gemma Team 2024)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., D]`` to the same shape; computed in float32, as in transformers."""
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return gradients.rms_norm(x.to(exact), 1 + self.weight.to(exact), self.eps).to(x.dtype)
+
+
+def rms_norm(config: ModelConfig, size: int) -> nn.Module:
+    """Return an RMSNorm over ``size`` elements."""
+    return (RMSNormPlusOne if config.norm == "rms_plus_one" else RMSNorm)(size, config.norm_eps)
 
 
 def residual_norm(config: ModelConfig) -> nn.Module:
-    """Return the norm of the residual stream: LayerNorm for GPT-2, else RMSNorm."""
-    if config.architecture == "gpt2":
+    """Return a norm of the width of the residual stream."""
+    if config.norm == "layer":
         return nn.LayerNorm(config.hidden_size, config.norm_eps)
-    return RMSNorm(config.hidden_size, config.norm_eps)
+    return rms_norm(config, config.hidden_size)
 
 
-class SwiGLU(nn.Module):
-    """Llama's gated feed-forward layer (Shazeer 2020)."""
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
+"""Functions of ``hidden_act``."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+
+class GatedMLP(nn.Module):
+    """Feed-forward layer with a gate: SwiGLU, or GeGLU with GELU (Shazeer 2020)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, act: str = "silu", *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size)
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.act = ACTIVATIONS[act]
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., D]`` to the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
-class GELULayer(nn.Module):
-    """GPT-2's feed-forward layer, with biases and the tanh approximation of GELU (Hendrycks & Gimpel 2016)."""
+class MLP(nn.Module):
+    """Feed-forward layer of two matrices (Radford et al. 2019, with GELU of Hendrycks & Gimpel 2016)."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, act: str, *, bias: bool) -> None:
         super().__init__()
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=True)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=True)
+        self.act = ACTIVATIONS[act]
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., D]`` to the same shape."""
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(self.act(self.up_proj(x)))

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe.config.model import ModelConfig
-from lilpipe.model.attention import Angles, KeysAndValues, apply_rope
+from lilpipe.model.attention import KeysAndValues
 from lilpipe.model.layers import Linear, RMSNorm
 from lilpipe.model.masks import attend
+from lilpipe.model.rope import Angles, apply_rope
 
 if TYPE_CHECKING:
     from lilpipe.model.masks import Mask
@@ -68,7 +69,7 @@ class LatentAttention(nn.Module):
         kv_BS1C = torch.cat([self.kv_a_layernorm(latent_BTR)[:, :, None], k_BT1P], dim=-1)
         if view is not None:  # the cache stores one key head; the values (the latent) are part of it
             kv_BS1C, _ = view.update(self.layer, kv_BS1C, kv_BS1C[..., :0])
-            mask = view.mask_B1TS
+            mask = view.mask(None) if mask is None else mask
         q_BTHP = apply_rope(q_BTHP, *rope)
         heads_of = self._attend_to_latents if x_BTD.shape[1] == 1 else self._attend_to_heads
         return self.o_proj(heads_of(q_BTHN, q_BTHP, kv_BS1C, mask).flatten(2))

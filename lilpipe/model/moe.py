@@ -3,7 +3,8 @@
 Router, shared experts and auxiliary-loss-free load balancing follow DeepSeek-V3 (2024, section 2.1.2). Affinity is the
 sigmoid of the router's logit. The top experts by affinity plus bias are chosen; their outputs are weighted by affinity
 alone. After each optimizer step, the bias of an underloaded expert increases and that of an overloaded one decreases.
-No token is dropped. Parameters have DeepSeek-V3's names, with the experts' matrices stacked.
+With ``scoring_func`` softmax, affinity is the softmax of the logits, and there is no bias (Mixtral, Jiang et al. 2024;
+Qwen 3). No token is dropped. Parameters have DeepSeek-V3's names, with the experts' matrices stacked.
 
 Dimensions: B sequences, T tokens, N = B T tokens, D width, E experts, K experts of a token, I width of an expert.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from lilpipe.config.model import MoEConfig
 from lilpipe.model.grouped import grouped_linear
-from lilpipe.model.layers import SwiGLU
+from lilpipe.model.layers import GatedMLP
 
 EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 
@@ -27,14 +28,15 @@ EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj")
 class Router(nn.Module):
     """Top-k router."""
 
-    e_score_correction_bias: Tensor
+    e_score_correction_bias: Tensor | None
 
     def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
         super().__init__()
         self.num_experts_per_tok = moe.num_experts_per_tok
         self.routed_scaling_factor = moe.routed_scaling_factor
+        self.softmax, self.norm_topk_prob = moe.scoring_func == "softmax", moe.norm_topk_prob
         self.weight = nn.Parameter(torch.zeros(moe.num_experts, hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(moe.num_experts))
+        self.register_buffer("e_score_correction_bias", None if self.softmax else torch.zeros(moe.num_experts))
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return indices and weights of the chosen experts, both ``[N, K]``.
@@ -43,12 +45,15 @@ class Router(nn.Module):
         """
         dtype = torch.promote_types(x_ND.dtype, torch.float32)
         with torch.autocast(x_ND.device.type, enabled=False):
-            affinities_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype)).sigmoid()
+            logits_NE = F.linear(x_ND.to(dtype), self.weight.to(dtype))
+            affinities_NE = logits_NE.softmax(-1) if self.softmax else logits_NE.sigmoid()
         with torch.no_grad():
-            chosen_NK = (
-                (affinities_NE + self.e_score_correction_bias).topk(self.num_experts_per_tok, sorted=False).indices
-            )
+            bias_E = self.e_score_correction_bias
+            biased_NE = affinities_NE if bias_E is None else affinities_NE + bias_E
+            chosen_NK = biased_NE.topk(self.num_experts_per_tok, sorted=False).indices
         weights_NK = affinities_NE.gather(1, chosen_NK)
+        if not self.norm_topk_prob:
+            return chosen_NK, self.routed_scaling_factor * weights_NK
         return chosen_NK, self.routed_scaling_factor * weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
 
 
@@ -81,7 +86,7 @@ class MoE(nn.Module):
         self.gate = Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe)
         shared_size = moe.n_shared_experts * moe.moe_intermediate_size
-        self.shared_experts = SwiGLU(hidden_size, shared_size) if shared_size else None
+        self.shared_experts = GatedMLP(hidden_size, shared_size) if shared_size else None
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's output ``[B, T, D]`` and the tokens per expert, int64 ``[E]``.

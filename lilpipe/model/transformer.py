@@ -1,20 +1,18 @@
-"""Decoder-only transformer: Llama (Touvron et al. 2023; Grattafiori et al. 2024), GPT-2 (Radford et al. 2019),
-variants.
+"""Decoder-only transformer: one block whose options make the families of ``lilpipe.config.families``.
 
-Llama: pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU, no biases. GPT-2: LayerNorm, learned positions, GELU,
-biases. Options: RMSNorm on queries and keys (``qk_norm``), mixture of experts (``moe``), multi-head latent attention
-(``mla``), dropout, logit softcapping and tied embeddings.
+The defaults are Llama's (Touvron et al. 2023; Grattafiori et al. 2024): pre-norm RMSNorm, RoPE, grouped-query
+attention, SwiGLU, no biases. ``ModelConfig`` documents the options.
 
-Parameters have Hugging Face's names: those of ``LlamaForCausalLM``, and for the options those of ``Qwen3ForCausalLM``
-and ``DeepseekV3ForCausalLM``. ``gpt2``, ``moe`` and ``mla`` convert the weights that are stored differently.
+Parameters have Hugging Face's names: those of ``LlamaForCausalLM``, and for options those of the class that introduced
+them. ``lilpipe.model.families`` converts the weights that are stored differently.
 
 Dimensions: B sequences, T tokens, D width, V vocabulary, E size of one head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +20,14 @@ from torch import Tensor, nn
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.errors import DataError
-from lilpipe.model.attention import Angles, Attention, Cache, KeysAndValues, rope_table
+from lilpipe.model.attention import Attention, Cache, KeysAndValues
 from lilpipe.model.dropout import dropout, dropout_seed, layer_numbers, token_numbers
 from lilpipe.model.initial_weights import initial_value
-from lilpipe.model.layers import Embedding, GELULayer, Linear, SwiGLU, residual_norm
-from lilpipe.model.masks import document_mask
+from lilpipe.model.layers import MLP, Embedding, GatedMLP, Linear, residual_norm
+from lilpipe.model.masks import RowMasks
 from lilpipe.model.mla import LatentAttention
 from lilpipe.model.moe import MoE, balanced_bias, imbalance
+from lilpipe.model.rope import Angles, rope_table
 from lilpipe.model.scores import Scores, soften, token_scores
 
 if TYPE_CHECKING:
@@ -36,14 +35,24 @@ if TYPE_CHECKING:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each with a residual connection."""
+    """Attention and a feed-forward layer, each with a residual connection.
+
+    Norms have transformers' names, which differ by placement: ``post_attention_layernorm`` is before the feed-forward
+    layer for ``pre``, and after attention otherwise.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer) if config.mla is None else LatentAttention(config, layer)
         self.mlp = feed_forward(config, layer)
-        self.input_layernorm = residual_norm(config)
+        self.norm_placement, self.parallel_residual = config.norm_placement, config.parallel_residual
+        if config.norm_placement != "post":
+            self.input_layernorm = residual_norm(config)
         self.post_attention_layernorm = residual_norm(config)
+        if config.norm_placement == "both":
+            self.pre_feedforward_layernorm = residual_norm(config)
+        if config.norm_placement != "pre":
+            self.post_feedforward_layernorm = residual_norm(config)
         self.dropout = config.dropout
 
     def forward(
@@ -58,21 +67,33 @@ class Block(nn.Module):
 
         ``draws_2BT`` are the random numbers from ``layer_numbers`` for dropout; None applies no dropout.
         """
-        y_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, mask, view)
-        x_BTD = x_BTD + (y_BTD if draws_2BT is None else dropout(y_BTD, draws_2BT[0], self.dropout))
-        y_BTD, loads_E = self.mlp(self.post_attention_layernorm(x_BTD)), None
+        before, after = self.norm_placement != "post", self.norm_placement != "pre"
+        y_BTD = self.self_attn(self.input_layernorm(x_BTD) if before else x_BTD, rope, mask, view)
+        y_BTD = self.post_attention_layernorm(y_BTD) if after else y_BTD
+        attended_BTD = x_BTD + (y_BTD if draws_2BT is None else dropout(y_BTD, draws_2BT[0], self.dropout))
+        y_BTD, loads_E = self.mlp(self._before_mlp(x_BTD if self.parallel_residual else attended_BTD)), None
         if isinstance(self.mlp, MoE):
             y_BTD, loads_E = y_BTD
-        return x_BTD + (y_BTD if draws_2BT is None else dropout(y_BTD, draws_2BT[1], self.dropout)), loads_E
+        y_BTD = self.post_feedforward_layernorm(y_BTD) if after else y_BTD
+        return attended_BTD + (y_BTD if draws_2BT is None else dropout(y_BTD, draws_2BT[1], self.dropout)), loads_E
+
+    def _before_mlp(self, x_BTD: Tensor) -> Tensor:
+        """Return the input of the feed-forward layer."""
+        if self.norm_placement == "pre":
+            return self.post_attention_layernorm(x_BTD)
+        return self.pre_feedforward_layernorm(x_BTD) if self.norm_placement == "both" else x_BTD
 
 
 def feed_forward(config: ModelConfig, layer: int) -> nn.Module:
     """Return the feed-forward layer of one block."""
-    if config.architecture == "gpt2":
-        return GELULayer(config.hidden_size, config.intermediate_size)
-    if config.moe is None or layer < config.moe.first_k_dense_replace:
-        return SwiGLU(config.hidden_size, config.intermediate_size)
-    return MoE(config.hidden_size, config.moe)
+    if config.moe is not None and layer >= config.first_moe_layer:
+        return MoE(config.hidden_size, config.moe)
+    kind = GatedMLP if config.gated_mlp else MLP
+    return kind(config.hidden_size, config.intermediate_size, config.hidden_act, bias=config.mlp_bias)
+
+
+RopeKind = Literal["none", "global", "local"]
+"""Without RoPE; with it; with the base of layers that have a sliding window."""
 
 
 class ModelPart(NamedTuple):
@@ -90,8 +111,10 @@ class ModelPart(NamedTuple):
 class Decoder(nn.Module):
     """All layers below the output layer, or a pipeline stage of them."""
 
-    rope_cos: Tensor
-    rope_sin: Tensor
+    rope_cos: Tensor | None
+    rope_sin: Tensor | None
+    local_cos: Tensor | None
+    local_sin: Tensor | None
 
     def __init__(self, config: ModelConfig, vocab_size: int, part: ModelPart) -> None:
         super().__init__()
@@ -105,22 +128,26 @@ class Decoder(nn.Module):
         # Keyed by the index in the whole model, so that parameter names do not depend on the parallel layout.
         self.layers = nn.ModuleDict({str(layer): Block(config, layer) for layer in part.layers})
         self.norm = residual_norm(config) if part.last else None
-        learned = part.first and config.architecture == "gpt2"
+        learned = part.first and config.position_embedding == "learned"
         self.embed_positions = Embedding(config.max_seq_len, config.hidden_size) if learned else None
-        self.register_buffer("rope_cos", None, persistent=False)
-        self.register_buffer("rope_sin", None, persistent=False)
+        for name in ("rope_cos", "rope_sin", "local_cos", "local_sin"):
+            self.register_buffer(name, None, persistent=False)
         self.set_rope(config.rope_theta)
         self.dropout_seed: int | None = None
         self.expert_loads: dict[str, Tensor] = {}
         """Tokens routed to each expert of a layer since ``balance_experts``, int64 [experts]."""
 
     def set_rope(self, theta: float) -> None:
-        """Recompute the RoPE tables for another base. Does nothing for GPT-2."""
-        if self.config.architecture == "gpt2":
+        """Recompute the RoPE tables for another base. Does nothing for learned positions."""
+        config = self.config
+        if config.position_embedding == "learned":
             return
-        size = self.config.head_size if self.config.mla is None else self.config.mla.qk_rope_head_dim
         with torch.device(next(self.parameters()).device):
-            self.rope_cos, self.rope_sin = rope_table(self.config.max_seq_len, size, theta)
+            tables = rope_table(config.max_seq_len, config.rotary_size, theta, config.rope_scaling)
+            self.rope_cos, self.rope_sin = tables
+            if config.rope_local_theta is not None:
+                tables = rope_table(config.max_seq_len, config.rotary_size, config.rope_local_theta)
+                self.local_cos, self.local_sin = tables
 
     def forward(
         self,
@@ -144,28 +171,40 @@ class Decoder(nn.Module):
             )
         view = None if cache is None else cache.view(num_tokens, positions_BT)
         x_BTD = self._embed(x, positions_BT) if self.part.first else x
-        rope = self._angles(num_tokens, positions_BT, x_BTD.dtype)
+        angles = self._angles(num_tokens, positions_BT, x_BTD.dtype)
         if self.context is not None:
             assert positions_BT is not None, "context parallelism requires positions_BT"
             view = self.context(positions_BT, documents_BT)
-        elif documents_BT is not None:
-            mask = document_mask(documents_BT)
+        rows = RowMasks(num_tokens, x.device, positions_BT=positions_BT, documents_BT=documents_BT, given=mask)
+        masks = rows if view is None else view if cache is None else None  # a cache knows what it needs
         tokens_BT = self._token_numbers(x, rows_B, documents_BT, positions_BT)
         for layer, block in self.layers.items():
-            draws_2BT = None if tokens_BT is None else layer_numbers(tokens_BT, int(layer))
-            x_BTD, loads_E = block(x_BTD, rope, mask, view, draws_2BT)
+            number = int(layer)
+            draws_2BT = None if tokens_BT is None else layer_numbers(tokens_BT, number)
+            seen = None if masks is None else masks.mask(self.config.window(number))
+            x_BTD, loads_E = block(x_BTD, angles[self.kind_of_rope(number)], seen, view, draws_2BT)
             if loads_E is not None and self.training:
                 self.expert_loads[layer] = self.expert_loads.get(layer, 0) + loads_E
         return x_BTD if self.norm is None else self.norm(x_BTD)
 
+    def kind_of_rope(self, layer: int) -> RopeKind:
+        """Return the kind of RoPE of a layer."""
+        config = self.config
+        if config.position_embedding == "learned" or layer in config.nope_layers:
+            return "none"
+        return "local" if config.rope_local_theta is not None and config.window(layer) is not None else "global"
+
     def _embed(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         """Return the embeddings ``[B, T, D]``, the input of the first block."""
         assert self.embed_tokens is not None
+        x_BTD = self.embed_tokens(tokens_BT)
+        if self.config.scale_embeddings:  # rounded to the dtype of the weights first, as in transformers
+            x_BTD = x_BTD * torch.tensor(self.config.hidden_size**0.5, dtype=x_BTD.dtype, device=x_BTD.device)
         if self.embed_positions is None:
-            return self.embed_tokens(tokens_BT)
+            return x_BTD
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        return self.embed_tokens(tokens_BT) + self.embed_positions(positions_BT)
+        return x_BTD + self.embed_positions(positions_BT)
 
     def _token_numbers(
         self, x: Tensor, rows_B: Tensor | None, documents_BT: Tensor | None, positions_BT: Tensor | None
@@ -179,14 +218,24 @@ class Decoder(nn.Module):
         positions = torch.arange(num_tokens, device=x.device)[None] if positions_BT is None else positions_BT
         return token_numbers(self.dropout_seed, rows_B, documents_BT, positions)
 
-    def _angles(self, num_tokens: int, positions_BT: Tensor | None, dtype: torch.dtype) -> Angles | None:
-        """Return RoPE cosines and sines for the tokens' positions; None for learned positions."""
-        if self.config.architecture == "gpt2":
-            return None
-        cos, sin = self.rope_cos.to(dtype), self.rope_sin.to(dtype)
-        if positions_BT is None:
-            return cos[None, :num_tokens, None], sin[None, :num_tokens, None]
-        return F.embedding(positions_BT, cos)[:, :, None], F.embedding(positions_BT, sin)[:, :, None]
+    def _angles(
+        self, num_tokens: int, positions_BT: Tensor | None, dtype: torch.dtype
+    ) -> dict[RopeKind, Angles | None]:
+        """Return RoPE cosines and sines for the tokens' positions, by kind of RoPE."""
+        tables: dict[RopeKind, tuple[Tensor | None, Tensor | None]] = {
+            "global": (self.rope_cos, self.rope_sin),
+            "local": (self.local_cos, self.local_sin),
+        }
+        angles: dict[RopeKind, Angles | None] = {"none": None}
+        for kind, (cos, sin) in tables.items():
+            if cos is None or sin is None:
+                continue
+            cos, sin = cos.to(dtype), sin.to(dtype)
+            if positions_BT is None:
+                angles[kind] = cos[None, :num_tokens, None], sin[None, :num_tokens, None]
+            else:
+                angles[kind] = F.embedding(positions_BT, cos)[:, :, None], F.embedding(positions_BT, sin)[:, :, None]
+        return angles
 
 
 class Transformer(nn.Module):
@@ -276,15 +325,18 @@ class Transformer(nn.Module):
         moe, loads = self.config.moe, self.model.expert_loads
         if moe is None or not loads:
             return {}
-        routers = [cast(MoE, self.model.layers.get_submodule(layer).mlp).gate for layer in loads]
+        names = list(map(int, loads))
         loads_LE = reduce(torch.stack(list(loads.values())))
-        biases_LE = torch.stack([router.e_score_correction_bias for router in routers])
-        biases_LE = balanced_bias(biases_LE, loads_LE, moe.bias_update_rate)
-        for router, bias_E in zip(routers, biases_LE, strict=True):
-            router.e_score_correction_bias.copy_(bias_E)
-        result = dict(zip(map(int, loads), imbalance(loads_LE).tolist(), strict=True))
+        if moe.scoring_func == "sigmoid":
+            self._move_biases(loads, loads_LE, moe.bias_update_rate)
         loads.clear()
-        return result
+        return dict(zip(names, imbalance(loads_LE).tolist(), strict=True))
+
+    def _move_biases(self, layers: Iterable[str], loads_LE: Tensor, rate: float) -> None:
+        routers = [cast(MoE, self.model.layers.get_submodule(layer).mlp).gate for layer in layers]
+        biases = [router.e_score_correction_bias for router in routers if router.e_score_correction_bias is not None]
+        for bias_E, moved_E in zip(biases, balanced_bias(torch.stack(biases), loads_LE, rate), strict=True):
+            bias_E.copy_(moved_E)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

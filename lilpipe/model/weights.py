@@ -26,6 +26,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 KEPT_IN_FLOAT32 = "e_score_correction_bias"
 """Suffix of tensor names that are always written in float32."""
 
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "I32": torch.int32},
+}
+"""Names of dtypes in safetensors; others count as uint8."""
+
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
@@ -47,7 +53,7 @@ def weight_files(directory: Path) -> list[str]:
 def stored_tensors(directory: Path, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor by its name in the files, memory-mapped on the CPU.
 
-    With ``shapes_only``, tensors are on the meta device in float32. Raises ``ArtifactError`` for a file that is
+    With ``shapes_only``, tensors are on the meta device. Raises ``ArtifactError`` for a file that is
     missing, damaged or inconsistent with the index.
     """
     files = weight_files(directory)
@@ -70,7 +76,9 @@ def _tensors_of(path: Path, expected: set[str] | None, *, shapes_only: bool) -> 
                 )
             for name in names:
                 if shapes_only:
-                    yield name, torch.empty(file.get_slice(name).get_shape(), device="meta")
+                    held = file.get_slice(name)
+                    dtype = _DTYPES.get(held.get_dtype(), torch.uint8)
+                    yield name, torch.empty(held.get_shape(), device="meta", dtype=dtype)
                 else:
                     yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
@@ -86,7 +94,7 @@ def _read_index(path: Path) -> dict[str, str]:
         files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not files or any(Path(file).name != file for file in files.values()):
             raise ValueError("weight_map: expected tensor names to names of files in this directory")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read as a safetensors index ({error!r}); copy it again") from error
     return files
 

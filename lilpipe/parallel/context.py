@@ -33,8 +33,15 @@ class GatheredSequence:
 
     def __init__(self, positions_BT: Tensor, documents_BT: Tensor | None, group: ProcessGroup) -> None:
         self.group = group
-        documents_BS = None if documents_BT is None else gather(documents_BT, group)
-        self.mask_B1TS: Mask | None = allow(positions_BT, gather(positions_BT, group), documents_BT, documents_BS)
+        self._positions = (positions_BT, gather(positions_BT, group))
+        self._documents = None if documents_BT is None else (documents_BT, gather(documents_BT, group))
+        self._masks: dict[int | None, Mask] = {}
+
+    def mask(self, window: int | None) -> Mask:
+        """Return the mask ``[B, 1, T, S]`` of layers with this sliding window."""
+        if window not in self._masks:
+            self._masks[window] = allow(*self._positions, *(self._documents or ()), window=window)
+        return self._masks[window]
 
     def update(self, layer: int, keys_BTKE: Tensor, values_BTKE: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Gather keys and values of all slices, ``[B, S, K, E]`` each."""

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lilpipe.model.heads import HeadModel
-from lilpipe.model.lora import LoRALinear
+from lilpipe.model.lora import Adapter, LoRALinear
 from lilpipe.model.moe import MoE
 from lilpipe.model.transformer import Transformer
 from lilpipe.parallel.collectives import gather_sequence, scatter_sequence, sum_of_parts
@@ -61,14 +61,15 @@ def divide_matrices(stage: Transformer, mesh: DeviceMesh) -> None:
 def _divide_block(block: nn.Module, mesh: DeviceMesh) -> None:
     group, modules = mesh.get_group(), dict(block.named_modules())
     block.register_forward_pre_hook(partial(_take_part_of_draws, group))
-    modules["input_layernorm"].register_forward_hook(partial(_gather_output, group))
+    modules["self_attn"].register_forward_pre_hook(partial(_gather_input, group))
     if not isinstance(modules["mlp"], MoE):
-        modules["post_attention_layernorm"].register_forward_hook(partial(_gather_output, group))
+        modules["mlp"].register_forward_pre_hook(partial(_gather_input, group))
     for name in BY_OUTPUTS:
         if isinstance(linear := modules.get(name), nn.Linear):
             _divide(linear, "weight", 0, mesh)
             _divide(linear, "bias", 0, mesh)
             _divide(linear, "lora_B", 0, mesh)
+            _divide(linear, "lora_magnitude_vector", 0, mesh)
             linear.forward = partial(_to_own_outputs, linear)  # type: ignore[assignment]
     for name in BY_INPUTS:
         if isinstance(linear := modules.get(name), nn.Linear):
@@ -88,24 +89,37 @@ def _divide(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
 
 
 def _to_own_outputs(linear: nn.Linear, x_BTD: Tensor) -> Tensor:
-    return _product(linear, x_BTD, None if linear.bias is None else _own(linear.bias))
+    bias = None if linear.bias is None else _own(linear.bias)
+    y_BTD = F.linear(x_BTD, _own(linear.weight), bias)
+    if isinstance(linear, LoRALinear):
+        return linear.add_output(y_BTD, x_BTD, _own_adapter(linear), _own(linear.weight), bias)
+    return y_BTD
 
 
 def _from_own_inputs(linear: nn.Linear, group: ProcessGroup, x_BTD: Tensor) -> Tensor:
     """Reduce-scatter the product over the sequence; a bias is added once."""
-    y_BTD = scatter_sequence(_product(linear, x_BTD), group)
+    weight = _own(linear.weight)
+    y_BTD = F.linear(x_BTD, weight)
+    if isinstance(linear, LoRALinear):
+        first = dist.get_rank(group) * x_BTD.shape[-1]
+        sum_shards = partial(dist.all_reduce, group=group)
+        y_BTD = linear.add_output(
+            y_BTD, x_BTD, _own_adapter(linear), weight, None, first_input=first, sum_shards=sum_shards
+        )
+    y_BTD = scatter_sequence(y_BTD, group)
     return y_BTD if linear.bias is None else y_BTD + linear.bias
 
 
-def _product(linear: nn.Linear, x_BTD: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply by this process's shard of the matrix and of its adapter.
+def _own_adapter(linear: LoRALinear) -> Adapter:
+    """Return this process's shards of the adapter.
 
-    One of the adapter's matrices is sharded like the layer's. The other is whole, and its gradient is a partial sum.
+    One of the matrices is sharded like the layer's. The other is whole, and its gradient is a partial sum; so is that
+    of a row-parallel layer's norms.
     """
-    y_BTD = F.linear(x_BTD, _own(linear.weight), bias)
-    if isinstance(linear, LoRALinear):
-        y_BTD = y_BTD + linear.change(x_BTD, local(linear.lora_A), local(linear.lora_B))
-    return y_BTD
+    adapter = linear.adapter
+    assert adapter is not None
+    first_RI, second_OR, magnitude_O = adapter
+    return Adapter(local(first_RI), local(second_OR), None if magnitude_O is None else local(magnitude_O))
 
 
 def _embed(embedding: nn.Embedding, group: ProcessGroup, tokens_BT: Tensor) -> Tensor:
@@ -124,8 +138,8 @@ def _own(parameter: Tensor) -> Tensor:
 # --- sequence parallelism ---------------------------------------------------------------------------------------------
 
 
-def _gather_output(group: ProcessGroup, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
-    return gather_sequence(output, group)
+def _gather_input(group: ProcessGroup, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001
+    return gather_sequence(args[0], group), *args[1:]
 
 
 def _whole_rows(group: ProcessGroup, module: nn.Module, args: Any, output_BTO: Tensor) -> Tensor:  # noqa: ARG001

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lilpipe.artifact import Artifact, Inputs, Manifest, all_inputs
+from lilpipe.config.lora import ADAPTER_FILES, LoRAConfig
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.section import Section
+from lilpipe.digests import digest_file
+from lilpipe.errors import DataError
 from lilpipe.extensions import load
 from lilpipe.fingerprint import CacheKey, code_and_packages, difference
 from lilpipe.pipeline.wiring import check_wiring, fill_roles, sources, stage_of
@@ -83,7 +87,7 @@ def plan_step(
         load(extension, object)  # fail before any step runs if the import fails
     missing = [source for source in sources(config, name) if source not in made]
     if missing:
-        stage.external(section)  # reports a path that does not exist before anything runs
+        external_digests(stage, section)  # reports a path that does not exist before anything runs
         return WaitingStep(name, stage, section, f"after {', '.join(missing)}")
     inputs = fill_roles(config, name, made)
     cache_key = _cache_key(stage, section, inputs)
@@ -131,9 +135,26 @@ def _key_of(manifest: Manifest) -> CacheKey:
     return CacheKey(manifest.stage, manifest.config, inputs, manifest.external, manifest.code, manifest.packages)
 
 
+def external_digests(stage: Stage, section: Section) -> dict[str, str]:
+    """Return the digests of what a step reads from outside the store: also the adapter that training starts from."""
+    found = dict(stage.external(section))
+    lora: LoRAConfig | None = getattr(section, "lora", None)
+    if lora is None or lora.path is None:
+        return found
+    for name in ADAPTER_FILES:
+        try:
+            found[f"lora {name}"] = digest_file(Path(lora.path) / name)
+        except OSError as error:
+            raise DataError(
+                f"{stage.name}.lora.path: {lora.path}: {name} cannot be read ({error.strerror}), expected the "
+                "directory of a peft adapter; check the path"
+            ) from error
+    return found
+
+
 def _cache_key(stage: Stage, section: Section, inputs: Inputs) -> CacheKey:
     digests = {role: [artifact.content_digest for artifact in all_inputs(inputs, role)] for role in inputs}
-    external = dict(stage.external(section))
+    external = external_digests(stage, section)
     if stage.names_inputs:
         for role in inputs:
             external |= {f"name of {role}.{n}": each.manifest.step for n, each in enumerate(all_inputs(inputs, role))}

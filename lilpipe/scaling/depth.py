@@ -124,7 +124,7 @@ def derive_shape(depth: int, values: Mapping[str, Any], given: Collection[str]) 
     else:
         width = _round_up(ASPECT * depth, 2 * model["num_heads"] if "num_heads" in own else head * unit)
     heads = model["num_heads"] if "num_heads" in own else _divisor(width // 2, near=width / head, multiple_of=unit)
-    every_head = model["architecture"] == "gpt2" or model["mla"] is not None
+    every_head = model["architecture"] in ("gpt2", "gpt_neox") or model["mla"] is not None
     shape = {
         "num_layers": depth,
         "hidden_size": width,
@@ -136,7 +136,7 @@ def derive_shape(depth: int, values: Mapping[str, Any], given: Collection[str]) 
 
 
 def _feed_forward(width: int, architecture: str, tensor: int) -> int:
-    if architecture == "gpt2":
+    if architecture in ("gpt2", "gpt_neox"):
         return 4 * width
     return _round_up(8 * width / 3, math.lcm(FEED_FORWARD_MULTIPLE, tensor))
 

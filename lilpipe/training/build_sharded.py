@@ -21,6 +21,7 @@ from lilpipe.config.training import ParallelSection
 from lilpipe.errors import ConfigError
 from lilpipe.model.heads import HeadModel
 from lilpipe.model.initial_weights import initial_value
+from lilpipe.model.lora import add_adapters
 from lilpipe.model.transformer import ModelPart, Transformer
 from lilpipe.parallel.context import GatheredSequence
 from lilpipe.parallel.mesh import Mesh
@@ -43,6 +44,7 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     head: int | None = None,
     prepare: Callable[[Transformer], None] | None = None,
+    stage: str = "",
 ) -> ParallelModel:
     """Return a model with initial weights, sharded over ``mesh``.
 
@@ -58,9 +60,10 @@ def parallelize(
         dtype: Of the weights.
         head: Outputs of a head that replaces the output layer; None keeps the output layer.
         prepare: Modifies each stage while it is whole and on the meta device.
+        stage: Name of the pipeline's stage, for messages.
 
     Raises:
-        ConfigError: The vocabulary size is not divisible by the layout.
+        ConfigError: The vocabulary size is not divisible by the layout, or the model cannot have adapters.
     """
     assert section.seed is not None
     try:
@@ -72,18 +75,20 @@ def parallelize(
     stages = []
     for part in _parts(section, model.num_layers, mesh):
         with torch.device("meta"):
-            stage = _stage(model, vocab_size, head, part).to(dtype)
+            held = _stage(model, vocab_size, head, part).to(dtype)
+            if section.lora is not None:
+                add_adapters(held, section.lora, seed=section.seed, stage=stage)
             if prepare is not None:
-                prepare(stage)
-        _cut(stage, section, mesh)
+                prepare(held)
+        _cut(held, section, mesh)
         if compiled:
-            compilation.compile_blocks(stage)
-        stages.append(stage)
+            compilation.compile_blocks(held)
+        stages.append(held)
     if section.layout.shard > 1 or compute_dtype != dtype:
-        for stage in stages:
-            _shard(stage, mesh, compute_dtype, reduce_dtype=dtype)
-    for stage in stages:
-        _fill(stage, section.seed)
+        for held in stages:
+            _shard(held, mesh, compute_dtype, reduce_dtype=dtype)
+    for held in stages:
+        _fill(held, section.seed)
     return ParallelModel(
         stages,
         mesh,

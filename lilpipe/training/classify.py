@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from lilpipe.digests import digest_file
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.heads import HeadModel, last_outputs, outputs_of_rows, pad_rows
 from lilpipe.model.hub import check_model
+from lilpipe.model.lora import add_adapters
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.order import count_steps, rows_by_micro_batch
@@ -88,9 +89,9 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     training = [example for example in fitting if not is_validation(example.text, config.validation_ratio)]
     check_classes(labels, training, validation)
     num_steps = _num_steps(config, len(training))
-    freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
-    with torch.device("meta"):
-        trained_parameters = count_trained(shape, vocab_size, len(labels), freeze)
+    freeze = None
+    if config.lora is None:
+        freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
     workers = finetune.Workers(config)
     objective = LabelObjective(training, config, padding_id=tokenizer.padding_id, workers=workers)
     trainer_module = finetune.build(
@@ -117,7 +118,7 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "steps": float(num_steps),
         "texts": float(len(training)),
         "validation_texts": float(len(validation)),
-        "trained_parameters": float(trained_parameters),
+        "trained_parameters": float(count_trained(config, shape, vocab_size, len(labels))),
         **result.metrics,
         "largest_class_ratio": largest / len(validation),
         "tokens_per_second": result.tokens_per_second,
@@ -150,10 +151,14 @@ def _freeze(stage: Transformer, *, num_layers: int, embedding: bool) -> None:
                 part.requires_grad_(False)
 
 
-def count_trained(shape: ModelConfig, vocab_size: int, num_labels: int, freeze: Callable[[Transformer], None]) -> int:
+def count_trained(config: ClassifyConfig, shape: ModelConfig, vocab_size: int, num_labels: int) -> int:
     """Return the number of trainable parameters of the whole model."""
-    model = HeadModel(shape, vocab_size, num_labels)
-    freeze(model)
+    with torch.device("meta"):
+        model = HeadModel(shape, vocab_size, num_labels)
+        if config.lora is None:
+            _freeze(model, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
+        else:
+            add_adapters(model, config.lora, seed=0, stage="classify")
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -194,15 +199,16 @@ class LabelObjective:
         """Return the micro-batches of a step."""
         rank, world_size = self._workers.data_rank, self._workers.num_data_ranks
         parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
-        return [self._batch([self._examples[row] for row in part]) for part in parts]
+        return [self._batch(part) for part in parts]
 
-    def _batch(self, examples: Sequence[ClassifierExample]) -> TokenBatch:
-        device = distributed.device()
+    def _batch(self, rows: Sequence[int]) -> TokenBatch:
+        device, examples = distributed.device(), [self._examples[row] for row in rows]
         tokens_BT, lengths_B = pad_rows([example.ids for example in examples], padding_id=self._padding_id)
         labels_B = torch.tensor([example.label for example in examples], device=device)
         extra = _Labels(lengths_B.to(device), labels_B, num_tokens=int(lengths_B.sum()))
         tokens_BT = tokens_BT.to(device)
-        return TokenBatch(tokens_BT, torch.full_like(tokens_BT, IGNORED), extra=extra)
+        sequences_BT = torch.tensor(rows, device=device)[:, None].expand_as(tokens_BT)
+        return TokenBatch(tokens_BT, torch.full_like(tokens_BT, IGNORED), extra=extra, sequences=sequences_BT)
 
     def loss(self, outputs_BTO: Tensor, batch: TokenBatch) -> Loss:
         """Return the cross-entropy, summed over texts."""

@@ -19,14 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe import distributed
+from lilpipe.config.lora import LoRAConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel_checks import check_micro_batches, check_model
 from lilpipe.config.training import ParallelSection
 from lilpipe.errors import ConfigError
+from lilpipe.model.adapter_dropout import adapter_dropout
 from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
+from lilpipe.model.lora import adapted_layers, add_adapters, merge, start_adapters
+from lilpipe.model.peft_files import save_adapter
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
-from lilpipe.model.weights import NamedTensors
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import activation_checkpointing, compilation, precision
@@ -35,6 +39,9 @@ from lilpipe.training.replica import Loss, Replica, TrainerModule
 if TYPE_CHECKING:
     from lilpipe.parallel.mesh import Mesh
 
+
+ADAPTER_DIRECTORY = "adapter"
+"""Folder of an adapter in ``peft``'s format, beside the weights that it is merged into."""
 
 Head = int | Literal["stored"] | None
 """Output of a model: a new head with this many outputs, the checkpoint's head, or the output layer (None)."""
@@ -54,6 +61,8 @@ class TokenBatch(NamedTuple):
     """Attention mask [B, 1, T, T] instead of ``documents``; only for models that are not sharded."""
     extra: Any = None
     """Further inputs of the loss: advantages, stored log-probabilities."""
+    sequences: Tensor | None = None
+    """Index in the step's batch, over all data ranks, of each token's sequence; for the dropout of adapters."""
 
 
 class Objective(Protocol):
@@ -97,14 +106,14 @@ def build(
 ) -> TrainerModule:
     """Load the checkpoint ``source`` as a trainer module of this worker.
 
-    ``prepare`` modifies the model, or each pipeline stage of this worker, before training, for example with LoRA.
-    Sharded stages are then on the meta device, and new parameters get their ``initial_value``. Raises ``ConfigError``,
-    naming the setting of ``stage``, for a layout that does not fit the model.
+    ``prepare`` modifies the model, or each pipeline stage of this worker, before training; sharded stages are then on
+    the meta device. Raises ``ConfigError``, naming the setting of ``stage``, for a layout or adapters that do not fit
+    the model.
     """
     precision.check(section, distributed.device())
     if workers.mesh is not None:
         return _build_cut(section, source, objective, workers.mesh, stage=stage, head=head, prepare=prepare)
-    model = _load(source, head, seed=section.seed or 0).to(distributed.device())
+    model = load(section, source, stage=stage, head=head)
     if prepare is not None:
         prepare(model)
     activation_checkpointing.apply(model, section.activation_checkpointing)
@@ -130,17 +139,31 @@ def build(
                 documents_BT=batch.documents,
                 positions_BT=batch.positions,
                 mask=batch.mask,
+                **adapter_dropout(section.lora, batch.sequences, section.seed or 0, step),
             )
         return objective.loss(scores, batch)
 
     return Replica(model, loss, accumulation_steps=lambda step: len(batches(step)))
 
 
-def _load(source: Path, head: Head, *, seed: int) -> Transformer:
+def load(section: ParallelSection, source: Path, *, stage: str, head: Head = None) -> Transformer:
+    """Load the whole model as training starts from it: on this worker's device, with adapters if configured."""
+    seed = section.seed or 0
     if head == "stored":
-        return load_head_model(source)[0]
-    model, _ = load_model(source)
-    return model if head is None else with_head(model, head, seed=seed)
+        model: Transformer = load_head_model(source)[0]
+    else:
+        model, _ = load_model(source)
+        model = model if head is None else with_head(model, head, seed=seed)
+    model = model.to(distributed.device())
+    if section.lora is not None:
+        add_adapters(model, section.lora, seed=seed, stage=stage)
+        start_adapters(model, _starting_at(section.lora, head), stage=stage)
+    return model
+
+
+def _starting_at(lora: LoRAConfig, head: Head) -> LoRAConfig:
+    """Return the settings that a model's adapters start from: PPO's value model does not share the policy's adapter."""
+    return lora.model_copy(update={"path": None}) if head == "stored" else lora
 
 
 def _build_cut(
@@ -176,8 +199,13 @@ def _build_cut(
         compiled=bool(section.compile),
         head=len(read_labels(source)) if head == "stored" else head,
         prepare=prepare,
+        stage=stage,
     )
     (load_head_weights if head == "stored" else load_weights)(trainer_module.tensors(), source)
+    if section.lora is not None:
+        for part in trainer_module.parts:
+            assert isinstance(part, Transformer)
+            start_adapters(part, _starting_at(section.lora, head), stage=stage)
     return trainer_module
 
 
@@ -196,6 +224,7 @@ def _even(batches: Sequence[TokenBatch], section: ParallelSection) -> list[Token
                 inputs=F.pad(batch.inputs, padding),
                 targets=F.pad(batch.targets, padding, value=IGNORED),
                 documents=F.pad(documents, padding, value=-1),
+                sequences=None if batch.sequences is None else F.pad(batch.sequences, padding, value=-1),
             )
         )
     return result
@@ -205,7 +234,7 @@ def whole_model(trainer_module: TrainerModule, into: Transformer | None = None) 
     """Return the whole model on every worker, for sampling or evaluation.
 
     If the model is sharded, this is collective, every worker needs memory for the whole, and ``into`` is filled if
-    given.
+    given. A model without adapters gets them merged into its weights.
     """
     if isinstance(trainer_module, Replica):
         assert isinstance(trainer_module.model, Transformer)
@@ -215,7 +244,8 @@ def whole_model(trainer_module: TrainerModule, into: Transformer | None = None) 
     model = into or _whole_like(part).to(distributed.device())
     # Sharded tensors are not inference tensors, but evaluation runs in inference mode.
     with torch.inference_mode(mode=False), torch.no_grad():
-        found = dict(trainer_module.full_tensors())
+        tensors, lora = trainer_module.full_tensors(), _adapters_of(part)
+        found = dict(tensors if lora is None or adapted_layers(model) else merge(tensors, lora, {}))
         for name, tensor in model.state_dict().items():
             if distributed.is_main():
                 tensor.copy_(found[name])
@@ -236,27 +266,37 @@ def _whole_like(part: Transformer) -> Transformer:
     return Transformer(part.config, part.vocab_size)
 
 
+def _adapters_of(part: nn.Module) -> LoRAConfig | None:
+    """Return the settings of a model's adapters; None without."""
+    layers = adapted_layers(part)
+    return layers[0].config if layers else None
+
+
 def export(
     trainer_module: TrainerModule,
     tokenizer: Tokenizer,
     workspace: Workspace,
     *,
+    config: ModelConfig | None = None,
     labels: Sequence[str] | None = None,
     folder: str = "",
-    change: Callable[[NamedTensors], NamedTensors] | None = None,
 ) -> None:
     """Write the model in Hugging Face's layout, tensor by tensor if it is sharded.
 
-    ``labels`` names a head's outputs; ``folder`` is the model's directory in the output. ``change`` transforms the
-    tensors before they are written, on the first worker.
+    Adapters are merged into the weights and also written to the subdirectory ``adapter``. ``config`` replaces the
+    model's; ``labels`` names a head's outputs; ``folder`` is the model's directory in the output.
     """
     part = trainer_module.parts[0]
     assert isinstance(part, Transformer)
-    tensors = trainer_module.full_tensors()
-    if distributed.is_main():
-        tensors = change(tensors) if change else tensors
-        save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)
-        save(part.config, part.vocab_size, tensors, tokenizer, workspace.output / folder)
-    else:
+    tensors, directory = trainer_module.full_tensors(), workspace.output / folder
+    if not distributed.is_main():
         for _ in tensors:  # gathering is collective
             pass
+        return
+    adapters: dict[str, Tensor] = {}
+    lora = _adapters_of(part)
+    tensors = tensors if lora is None else merge(tensors, lora, adapters)
+    save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)
+    save(config or part.config, part.vocab_size, tensors, tokenizer, directory)
+    if lora is not None:
+        save_adapter(adapters, lora, directory / ADAPTER_DIRECTORY, has_head=labels is not None)

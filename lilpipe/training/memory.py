@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import MLAConfig, ModelConfig
 from lilpipe.config.phases import Phase
 from lilpipe.config.training import PretrainConfig
 from lilpipe.model.flops import (
+    adapter_parameters,
     block_matrices,
     block_parameters,
     embedding_parameters,
@@ -80,6 +82,8 @@ class _Worker:
 
     def standing(self) -> tuple[Term, ...]:
         """Return weights, gradients and optimizer state, in fp32."""
+        if self.config.lora is not None:
+            return self._standing_with_adapters(self.config.lora)
         parts = self.layout.shard * self.layout.tensor
         weights, matrices = self._parameters(), self._block_matrices()
         held = f"{_millions(weights)} parameters" + (f" / {self._divisor()}" if parts > 1 else "")
@@ -93,6 +97,23 @@ class _Worker:
             Term("weights", FP32 * weights / parts, f"4 B x {held}"),
             Term("gradients", FP32 * weights / parts, f"4 B x {held}"),
             Term("optimizer state", state / parts, how),
+        )
+
+    def _standing_with_adapters(self, lora: LoRAConfig) -> tuple[Term, ...]:
+        """As ``standing``: only the adapters have gradients and optimizer state. They count as if not sharded by tensor
+        parallelism, which leaves one of each two matrices whole.
+        """
+        parts = self.layout.shard * self.layout.tensor
+        weights = self._parameters()
+        adapters = self.num_blocks * adapter_parameters(self.model, lora)
+        held = f"{_millions(weights)} parameters" + (f" / {self._divisor()}" if parts > 1 else "")
+        own, how = adapters / self.layout.shard, f"{_millions(adapters)} in adapters"
+        how += f" / shard {self.layout.shard}" if self.layout.shard > 1 else ""
+        per_element = FP32 if self.config.optimizer.kind == "muon" and not lora.use_dora else 2 * FP32
+        return (
+            Term("weights", FP32 * (weights / parts + own), f"4 B x ({held} + {how})"),
+            Term("gradients", FP32 * own, f"4 B x {how}"),
+            Term("optimizer state", per_element * own, f"{per_element} B x {how}"),
         )
 
     def _divisor(self) -> str:
@@ -214,10 +235,17 @@ class _Worker:
         return (self._stream() + outputs * self.element_bytes) / self.layout.tensor
 
     def _mask(self, phase: Phase) -> float:
-        """Return bytes per token of a document mask: on a CPU [rows, T, T], converted to float by attention."""
-        if not self.on_cpu or not (self.config.intra_document_masking or self.layout.context > 1):
+        """Return bytes per token of masks and scores that attention keeps, on a CPU.
+
+        A mask of documents or of a sliding window is [rows, T, T], converted to float. Soft-capped scores are kept
+        three times, [rows, H, T, T] each.
+        """
+        if not self.on_cpu:
             return 0.0
-        return FP32 * phase.seq_len
+        windows = {self.model.window(layer) for layer in range(self.model.num_layers)} - {None}
+        masked = self.config.intra_document_masking or self.layout.context > 1 or windows
+        capped = 3 * self.model.num_heads / self.layout.tensor if self.model.attn_logit_softcap else 0
+        return FP32 * phase.seq_len * (bool(masked) + capped)
 
     def _logits(self, num_tokens: int) -> tuple[Term, ...]:
         """Return the memory at the start of the output layer's backward pass.
@@ -274,10 +302,9 @@ def activation_bytes(
     output. Tensor parallelism with sequence parallelism divides all but the gathered inputs of attention and
     feed-forward layer.
     """
-    gpt2 = model.architecture == "gpt2"
     c, s, width = element_bytes, stream_bytes, model.hidden_size
-    norm = s * width + FP32 * (2 if gpt2 else 1)
-    divided = 2 * norm + _attention_bytes(model, c, context=context)
+    norm = s * width + FP32 * (2 if model.norm == "layer" else 1)
+    divided = (4 if model.norm_placement == "both" else 2) * norm + _attention_bytes(model, c, context=context)
     divided += _feed_forward_bytes(model, layer, c) + (2 * width if model.dropout else 0)
     return 2 * c * width + divided / tensor
 
@@ -308,10 +335,8 @@ def _latent_attention_bytes(model: ModelConfig, mla: MLAConfig, c: int, *, conte
 
 
 def _feed_forward_bytes(model: ModelConfig, layer: int, c: int) -> float:
-    if model.architecture == "gpt2":
-        return 2 * c * model.intermediate_size
-    if (moe := model.moe) is None or layer < moe.first_k_dense_replace:
-        return 4 * c * model.intermediate_size
+    if (moe := model.moe) is None or layer < model.first_moe_layer:
+        return (4 if model.gated_mlp else 2) * c * model.intermediate_size
     # Per routed copy of a token: the input, SwiGLU, and the output that is multiplied by its weight.
     routed = moe.num_experts_per_tok * (2 * model.hidden_size + 4 * moe.moe_intermediate_size)
     shared = 4 * moe.n_shared_experts * moe.moe_intermediate_size

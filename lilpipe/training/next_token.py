@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lilpipe.config.training import PretrainConfig
+from lilpipe.model.adapter_dropout import adapter_dropout
 from lilpipe.model.scores import Scores
 from lilpipe.tokens.loader import IGNORED, Batch, PretrainLoader
 from lilpipe.training.precision import autocast
@@ -69,9 +70,12 @@ class NextToken:
         options: dict[str, Tensor] = {"targets_BT": batch.targets}
         if self._config.intra_document_masking:
             options["documents_BT"] = batch.documents
+        first, num_rows = micro * len(batch.inputs), len(batch.inputs)
+        rows_B = rows_of(first, num_rows, rank=self._rank, world_size=self._world_size).to(self._device)
         if self._config.model.dropout:
-            first = micro * len(batch.inputs)
-            options["rows_B"] = rows_of(first, len(batch.inputs), rank=self._rank, world_size=self._world_size)
+            options["rows_B"] = rows_B
+        sequences_BT = rows_B[:, None].expand_as(batch.inputs)
+        options |= adapter_dropout(self._config.lora, sequences_BT, self._config.seed or 0, step)
         with autocast(self._config.precision, self._device):
             scores = model(batch.inputs, **options)
         return self.loss(scores, batch)

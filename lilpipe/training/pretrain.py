@@ -7,13 +7,14 @@ stream. One trainer supports every parallel layout; see ``lilpipe.parallel``.
 from __future__ import annotations
 
 from lilpipe import distributed, page
-from lilpipe.artifact import Inputs, one_input, optional_input
+from lilpipe.artifact import Artifact, Inputs, one_input, optional_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.continuation import start_from
 from lilpipe.model.flops import num_parameters
-from lilpipe.model.hub import save_tensors
+from lilpipe.model.hub import read_model_config
+from lilpipe.model.lora import add_adapters, start_adapters
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokens.data_phase_plan import open_loader, plan_data_phases
@@ -22,6 +23,7 @@ from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import documents_of
 from lilpipe.training import activation_checkpointing, compilation, precision
 from lilpipe.training.budget import Budget, budget, planned_beside_actual
+from lilpipe.training.finetune import export
 from lilpipe.training.gauges import Gauges, peak_memory
 from lilpipe.training.loop import train
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
@@ -48,11 +50,18 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     planned = plan_data_phases(config, shards)
     for line in unmet_shares(planned):
         workspace.log(line)
+    source = optional_input(inputs, "model")
+    if config.lora is not None:
+        _check_adapters(source, shards.vocab_size)
     trainer_module, objective = build(config, shards.vocab_size, loader)
     identity = {"tokens": tokens.content_digest}
-    if (source := optional_input(inputs, "model")) is not None:
+    if source is not None:
         start_from(trainer_module.tensors(), source.path, config=config.model, tokenizer=tokenizer)
         identity["model"] = source.content_digest
+    if config.lora is not None:
+        for part in trainer_module.parts:
+            assert isinstance(part, Transformer)
+            start_adapters(part, config.lora, stage="pretrain")
     plan = _plan(config, shards.vocab_size, workspace)
     gauges = Gauges(plan, objective)
     result = train(
@@ -83,7 +92,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         **{f"seconds_{cause}": seconds for cause, seconds in result.time.items()},
         **measure_mixture(loader),
     }
-    _export(trainer_module, trained_config(config), shards, workspace)
+    export(trainer_module, shards.tokenizer, workspace, config=trained_config(config))
     if distributed.is_main():
         write_report(
             workspace,
@@ -122,11 +131,14 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
             mesh=mesh,
             intra_document_masking=config.intra_document_masking,
             compiled=compilation.is_wanted(config, vocab_size),
+            stage="pretrain",
         )
         return model, objective
     model = Transformer(config.model, vocab_size)
     model.init_weights(config.seed)
     model = model.to(device)
+    if config.lora is not None:
+        add_adapters(model, config.lora, seed=config.seed, stage="pretrain")
     activation_checkpointing.apply(model, config.activation_checkpointing)
     if config.precision == "fp8":
         precision.convert_fp8(model)
@@ -135,6 +147,20 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
     rank, world_size = distributed.rank(), distributed.world_size()
     objective = NextToken(config, loader, rank=rank, world_size=world_size, device=device)
     return Replica(model, objective.loss_of_replica, accumulation_steps=objective.accumulation_steps), objective
+
+
+def _check_adapters(source: Artifact | None, vocab_size: int) -> None:
+    """Raise ``ConfigError`` if adapters would leave weights at their initial values."""
+    if source is None:
+        raise ConfigError(
+            "pretrain.lora: got adapters for initial weights, expected a checkpoint that they adapt; give the step an "
+            "input `model`, or remove pretrain.lora"
+        )
+    if (stored := read_model_config(source.path)[1]) < vocab_size:
+        raise ConfigError(
+            f"pretrain.lora: got {vocab_size} tokens, expected the {stored} of the checkpoint {source.path}: adapters "
+            "do not train the embeddings of new tokens; remove pretrain.lora"
+        )
 
 
 def _enter_phase(trainer_module: TrainerModule, config: PretrainConfig, step: int) -> None:
@@ -156,16 +182,6 @@ def _describe(loader: PretrainLoader, step: int) -> str:
     documents = documents_of(loader, step)
     more = f" and {len(documents) - DOCUMENTS_SHOWN} more" if len(documents) > DOCUMENTS_SHOWN else ""
     return ", ".join(documents[:DOCUMENTS_SHOWN]) + more
-
-
-def _export(trainer_module: TrainerModule, config: ModelConfig, shards: TokenShards, workspace: Workspace) -> None:
-    """Write the model in Hugging Face's layout, tensor by tensor if it is sharded."""
-    tensors = trainer_module.full_tensors()
-    if distributed.is_main():
-        save_tensors(config, shards.vocab_size, tensors, shards.tokenizer, workspace.output)
-    else:
-        for _ in tensors:  # gathering is collective
-            pass
 
 
 def _plan(config: PretrainConfig, vocab_size: int, workspace: Workspace) -> Budget | None:

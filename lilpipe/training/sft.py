@@ -1,30 +1,21 @@
 """Stage ``sft``: supervised fine-tuning on conversations, with the loss only on the assistant's tokens.
 
 Conversations come from rejection sampling, from written demonstrations, or from both. Before training, the masks are
-checked against the turns in the token ids (``conversations``). All weights are trained, or LoRA adapters, which are
-merged into the weights and also written to ``output/adapter/``.
+checked against the turns in the token ids (``conversations``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.artifact import Inputs, all_inputs, one_input
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.sft import SFTConfig
 from lilpipe.model.hub import check_model
-from lilpipe.model.lora import add_adapters, merge, save_adapters
 from lilpipe.model.neftune import EmbeddingNoise
-from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.order import count_steps
-from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
@@ -88,9 +79,8 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         section=config,
         optimizer=config.optimizer,
         identity={role: [item.content_digest for item in all_inputs(inputs, role)] for role in sorted(inputs)},
-        before_step=_seed_dropout(config),
     )
-    _export(config, trainer_module, tokenizer, workspace)
+    finetune.export(trainer_module, tokenizer, workspace)
     metrics = {
         "train_loss": result.final_loss(),
         "conversations": float(len(examples)),
@@ -138,46 +128,11 @@ def _build(
         world_size=workers.num_data_ranks,
         accumulation_steps=config.accumulation_steps,
         # A sharded model uses positions in the row; only RoPE supports row-relative positions for packed documents.
-        packing=config.packing and not (shape.architecture == "gpt2" and workers.mesh),
+        packing=config.packing and not (shape.position_embedding == "learned" and workers.mesh),
         device=distributed.device(),
         watch=noise.expect if noise else None,
     )
-    prepare = _prepare(config, noise) if noise or config.lora else None
-    return finetune.build(config, source, objective, workers, stage="sft", prepare=prepare)
-
-
-def _prepare(config: SFTConfig, noise: EmbeddingNoise | None) -> Callable[[Transformer], None]:
-    """Return a function that adds adapters and noise to the model."""
-
-    def prepare(model: Transformer) -> None:
-        assert config.seed is not None
-        if config.lora:
-            add_adapters(model, config.lora, seed=config.seed)
-        if noise:
-            noise.install(model)
-
-    return prepare
-
-
-def _seed_dropout(config: SFTConfig) -> Callable[[int], None] | None:
-    """Return a function that seeds the adapters' dropout from the seed, the step and the worker."""
-    if config.lora is None or not config.lora.dropout:
-        return None
-    assert config.seed is not None
-    seed, rank = config.seed, distributed.rank()
-    return lambda step: torch.manual_seed(derive_seed(seed, "lora dropout", step, rank)) and None
-
-
-def _export(config: SFTConfig, trainer_module: TrainerModule, tokenizer: Tokenizer, workspace: Workspace) -> None:
-    """Write the model, with merged adapters, and the adapters."""
-    if config.lora is None:
-        finetune.export(trainer_module, tokenizer, workspace)
-        return
-    adapters: dict[str, Tensor] = {}
-    merged = partial(merge, config=config.lora, adapters=adapters)
-    finetune.export(trainer_module, tokenizer, workspace, change=merged)
-    if distributed.is_main():
-        save_adapters(adapters, config.lora, workspace.output / "adapter")
+    return finetune.build(config, source, objective, workers, stage="sft", prepare=noise.install if noise else None)
 
 
 STAGE = Stage(

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lilpipe import distributed
 from lilpipe.config.training import ParallelSection
+from lilpipe.model.adapter_dropout import adapter_dropout
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.parallel import gradients
@@ -60,6 +61,7 @@ class ParallelModel:
         self._within_documents = intra_document_masking
         self._names: list[str] | None = None
         self._stages = list(stages)
+        self._lora, self._seed = section.lora, section.seed or 0
         self._batches = batches
         self._loss = loss
         self._pipeline = Pipeline(stages, section.parallel, mesh, dtype=dtype) if mesh.layout.pipeline > 1 else None
@@ -72,8 +74,11 @@ class ParallelModel:
         The losses of all processes sum to those of the step. A process that repeats the computation of another, or does
         not hold the output layer, returns zeros.
         """
-        batches = [self._part_of_rows(batch) for batch in self._batches(step)]
+        whole = self._batches(step)
+        batches = [self._part_of_rows(batch) for batch in whole]
         inputs = [self._inputs(batch, number) for number, batch in enumerate(batches)]
+        for number, (batch, micro_batch) in enumerate(zip(whole, inputs, strict=True)):
+            micro_batch.inputs.update(self._adapter_dropout(batch, number, step))
         losses: dict[int, Loss] = {}
 
         def loss_of(outputs: Any, number: int) -> Tensor:
@@ -177,10 +182,25 @@ class ParallelModel:
         if self._within_documents:
             inputs["documents_BT"] = batch.documents
         if self._model.dropout:
-            rank, world_size = self.mesh.data_rank, self.mesh.layout.data
-            rows_B = rows_of(number * len(batch.inputs), len(batch.inputs), rank=rank, world_size=world_size)
-            inputs["rows_B"] = rows_B.to(batch.inputs.device)
+            inputs["rows_B"] = self._rows(batch, number)
         return MicroBatch(batch.inputs, inputs)
+
+    def _rows(self, batch: Any, number: int) -> Tensor:
+        """Return the indices in the step's batch of the rows of micro-batch ``number``, ``[B]``."""
+        rank, world_size = self.mesh.data_rank, self.mesh.layout.data
+        rows_B = rows_of(number * len(batch.inputs), len(batch.inputs), rank=rank, world_size=world_size)
+        return rows_B.to(batch.inputs.device)
+
+    def _adapter_dropout(self, batch: Any, number: int, step: int) -> dict[str, Tensor]:
+        """Return the stages' input for the dropout of adapters, if any; ``batch`` has whole rows."""
+        sequences_BT = getattr(batch, "sequences", None)  # in fine-tuning; otherwise each row is a sequence
+        if sequences_BT is None:
+            sequences_BT = self._rows(batch, number)[:, None].expand_as(batch.inputs)
+        found = adapter_dropout(self._lora, sequences_BT, self._seed, step)
+        if self.mesh.layout.context == 1:
+            return found
+        places = self._places(batch.inputs.shape[1], self.mesh.coordinate.context).to(batch.inputs.device)
+        return {name: numbers_BT[:, places] for name, numbers_BT in found.items()}
 
     def _positions(self, tokens_BT: Tensor) -> dict[str, Tensor]:
         """Return positions of tokens in their rows, if a stage cannot derive them from the shape of its input."""

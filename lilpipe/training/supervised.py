@@ -94,16 +94,13 @@ class SupervisedTokens:
     def _collate(self, rows: Sequence[int], layout: Places) -> TokenBatch:
         batch = collate([[self._rows[rows[n]] for n, _ in places] for places in layout], padding_id=self._padding_id)
         num_tokens = sum(length + 1 for places in layout for _, length in places)
+        assert batch.documents is not None
+        sequences = sequence_ids(batch.documents, [[number for number, _ in places] for places in layout])
         if all(len(places) == 1 for places in layout):  # padding is after the conversation, so nothing attends to it
             batch = batch._replace(documents=None, positions=None)
-        documents, positions = (
-            None if part is None else part.to(self._device) for part in (batch.documents, batch.positions)
-        )
+        parts = batch._replace(sequences=sequences)._asdict()
         return TokenBatch(
-            batch.inputs.to(self._device),
-            batch.targets.to(self._device),
-            documents,
-            positions,
+            **{name: part.to(self._device) for name, part in parts.items() if part is not None},
             extra=(num_tokens, self._weights_of(rows, layout, batch.targets.shape)),
         )
 
@@ -129,6 +126,13 @@ Row = tuple[Tensor, Tensor]
 def _shifted(example: EncodedConversation) -> Row:
     ids, mask = torch.tensor(example.ids), torch.tensor(example.learnt)
     return ids[:-1], ids[1:].where(mask[1:], IGNORED)
+
+
+def sequence_ids(documents_BT: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
+    """Return ``TokenBatch.sequences``, given the id of each conversation of each row; -1 at padding."""
+    width = max(map(len, ids))
+    table = torch.tensor([[*row, *[-1] * (width - len(row))] for row in ids])
+    return table.gather(1, documents_BT.clamp(min=0)).where(documents_BT >= 0, -1)
 
 
 def collate(rows: Sequence[Sequence[Row]], *, padding_id: int) -> TokenBatch:

@@ -1,5 +1,6 @@
 """Run under torchrun on two workers: the stages of post-training, each cut over them in several layouts."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,13 +12,23 @@ from lilpipe.alignment.preference import dpo
 from lilpipe.alignment.rewards import reward_model
 from lilpipe.alignment.rl import grpo, ppo
 from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.config.sft import SFTConfig
+from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import DataError
+from lilpipe.model.heads import save_head_model, with_head
+from lilpipe.model.hub import save_model
+from lilpipe.model.transformer import Transformer
+from lilpipe.schemas.pairs import PAIR_SCHEMA, Pair
+from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.training import classify, sft
 from tests.alignment.conftest import as_artifact
+
+MODEL = ModelConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=64, max_seq_len=160)
 
 COMMON = {
     "seed": 0,
@@ -66,11 +77,14 @@ STAGES = {
         },
     ),
 }
+LORA = {"lora": {"r": 3, "use_dora": True}, "optimizer": {**COMMON["optimizer"], "learning_rate": 3e-3}}
+ADAPTED = ("dpo", "reward_model", "classify", "grpo", "ppo")
+STAGES |= {f"lora {stage}": (*STAGES[stage][:2], {**STAGES[stage][2], **LORA}) for stage in ADAPTED}
 LAYOUTS = {"replicas": {}, "sharded": {"shard": 2}, "tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}}
 
 
 CASES = [(stage, name) for stage in STAGES for name in LAYOUTS if (stage, name) != ("frozen", "pipeline")]
-RESUMED = ("reward_model", "frozen")
+RESUMED = ("reward_model", "frozen", "lora dpo")
 
 
 def letters(prompt, completion):
@@ -78,10 +92,35 @@ def letters(prompt, completion):
     return len(completion.text) % 4
 
 
-def run(stage, root, name, parallel, *, num_workers):
+def write_inputs(root, prompts):
+    """What the stages read: a small model, a reward model, pairs and texts."""
+    (root / "prompts").symlink_to(prompts)
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    tokenizer = BytePairTokenizer(ranks, TokenizerConfig().pattern)
+    model = Transformer(MODEL, tokenizer.vocab_size)
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # sharper than fresh weights, so that answers differ from noise
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    save_model(model, tokenizer, root / "model")
+    save_head_model(with_head(model, 1, seed=1), tokenizer, root / "rewards", labels=["reward"])
+    pairs = [
+        Pair(f"{split}/{i}", split, [{"role": "user", "content": f"Copy {i}."}], f"Answer: {i}", f"Sure. Answer: {i}")
+        for split, first, count in (("train", 0, 12), ("validation", 50, 3))
+        for i in range(first, first + count)
+    ]
+    texts = [{"text": f"Win ${i}00 now! {i * 37}", "label": "spam"} for i in range(20)]
+    texts += [{"text": f"See you at {i}, {i * 91}", "label": "ham"} for i in range(20)]
+    (root / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (root / "preferences").mkdir()
+    write_rows(root / "preferences" / "pairs.arrow", [vars(pair) for pair in pairs], PAIR_SCHEMA)
+
+
+def run(stage, root, name, parallel, *, num_workers, **changes):
     """One stage in one layout; gives its metrics."""
     module, section, settings = STAGES[stage]
-    config = section.model_validate({**COMMON, **settings, "parallel": parallel, "num_workers": num_workers})
+    layout = {"parallel": parallel, "num_workers": num_workers}
+    config = section.model_validate({**COMMON, **settings, **layout, **changes})
     if module is classify:
         config = config.model_copy(update={"path": str(root / "texts.jsonl")})
     inputs = {
@@ -111,15 +150,17 @@ def stop_and_go_on(stage, root, parallel):
     run(stage, root, "resumed", parallel, num_workers=2)
 
 
-def main(root):
+def main(root, adapted):
     torch.set_num_threads(1)
     distributed.init()
     for stage, name in CASES:
-        run(stage, root, name, LAYOUTS[name], num_workers=2)
+        if stage.startswith("lora ") == adapted:
+            run(stage, root, name, LAYOUTS[name], num_workers=2)
     for stage in RESUMED:
-        stop_and_go_on(stage, root, LAYOUTS["sharded"])
+        if stage.startswith("lora ") == adapted:
+            stop_and_go_on(stage, root, LAYOUTS["sharded"])
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), adapted=sys.argv[2] == "adapted")

@@ -31,7 +31,7 @@ def test_every_setting_has_an_entry_of_its_own():
     for name in named({key: value for key, value in dumped.items() if key != "steps"}):
         # Values of tables whose keys are the user's stand under the table's own name.
         assert any(name == entry or name.startswith(f"{entry}.") for entry in entries), name
-    assert {"steps.NAME.stage", "corpus.sources.path", "sft.lora.rank", "pretrain.phases.from_step"} <= set(entries)
+    assert {"steps.NAME.stage", "corpus.sources.path", "sft.lora.r", "pretrain.phases.from_step"} <= set(entries)
 
 
 def test_operational_settings_are_those_that_the_fingerprint_leaves_out():

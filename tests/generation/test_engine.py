@@ -11,6 +11,8 @@ from lilpipe.model.transformer import Transformer, token_logprobs
 from tests.generation.alone import PROMPTS, SAMPLING, STOP, assert_same, naive, sharp_model
 from tests.model.checkpoints import SMALL, small_model
 from tests.model.options import OPTIONS
+from tests.model.test_lora import KINDS, merged
+from tests.model.test_lora import adapted as with_effect
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,23 @@ def test_a_stop_token_ends_the_answer_and_only_its_logprob_is_kept(model):
     assert stopped.finished
     assert stopped.tokens == free.tokens[:first]
     assert stopped.logprobs == pytest.approx(free.logprobs[: first + 1])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_a_model_with_adapters_is_sampled_with_them(monkeypatch, kind, fused):
+    adapted = with_effect(KINDS[kind])
+    plain, _ = merged(adapted)
+    if not fused:
+        monkeypatch.setattr("lilpipe.generation.engine.is_fusable", lambda model: False)
+    assert (Engine(adapted, max_rows=1).fused is not None) == fused
+    found, expected, base = (
+        generate(model, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=7) for model in (adapted, plain, small_model())
+    )
+    for (sample,), (wanted,) in zip(found, expected, strict=True):
+        assert sample.tokens == wanted.tokens
+        assert sample.logprobs == pytest.approx(wanted.logprobs, abs=1e-4)
+    assert [group[0].tokens for group in found] != [group[0].tokens for group in base]
 
 
 def test_each_prompt_is_read_once_however_many_samples(model, monkeypatch):

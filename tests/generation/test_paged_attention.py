@@ -74,7 +74,7 @@ def test_rows_attend_to_their_prompt_and_their_own_tokens_alone(kv_heads, scale,
         new_k, new_v = (torch.stack([own_kv[layer, row][i, -1] for row in range(len(ROWS))])[:, None] for i in (0, 1))
         got = view.attend(layer, q, new_k, new_v)
         keys, values = gathering.update(layer, new_k, new_v)
-        gathered = sdpa(*(x.transpose(1, 2) for x in (q, keys, values)), attn_mask=gathering.mask_B1TS)
+        gathered = sdpa(*(x.transpose(1, 2) for x in (q, keys, values)), attn_mask=gathering.mask(None))
         for row, (prompt, _) in enumerate(ROWS):
             k, v = torch.cat([prompt_kv[layer, prompt], own_kv[layer, row]], dim=1).transpose(1, 2)
             expected = sdpa(q[row].transpose(0, 1)[None], k[None], v[None])

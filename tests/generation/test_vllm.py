@@ -18,6 +18,8 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation import vllm as module
 from lilpipe.generation.engine import generate
 from tests.model.checkpoints import SMALL, small_model, small_tokenizer
+from tests.model.options import of_family
+from tests.model.test_lora import adapted, merged
 
 SAMPLING = SamplingConfig(temperature=0.0, max_new_tokens=10, engine="vllm")
 PROMPTS = [[3, 14, 15], [5], [9] * 60]
@@ -115,7 +117,7 @@ def assert_same(got, expected):
         assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"architecture": "gpt2", "num_kv_heads": 4}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {**of_family("gpt2"), "num_kv_heads": 4}], ids=str)
 def test_greedy_answers_are_those_of_the_native_engine(changes):
     model = small_model(SMALL.model_copy(update=changes))
     native = answers(model, "native")
@@ -132,6 +134,12 @@ def test_new_weights_are_handed_over_without_a_restart():
         assert_same(answers(model, "vllm"), answers(model, "native"))
     assert LLM.started == 1
     assert LLM.forgot == 3
+
+
+def test_a_model_with_adapters_is_handed_over_with_them():
+    model = adapted()
+    assert_same(answers(model, "vllm"), answers(merged(model)[0], "native"))
+    assert answers(model, "vllm")[0].tokens != answers(small_model(), "native")[0].tokens
 
 
 def test_stop_strings_end_an_answer_where_the_native_engine_ends_it():

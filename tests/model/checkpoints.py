@@ -5,6 +5,7 @@ import torch
 from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import BytePairTokenizer
+from tests.model.options import of_family
 
 PATTERN = r" ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]+|\s+"
 
@@ -22,8 +23,8 @@ ARCHITECTURES = {
     "Llama with a key/value head for each query head": {"num_kv_heads": 4},
     "Llama not tied": {"tie_embeddings": False},
     "Qwen 3": {"qk_norm": True},
-    "GPT-2": {"architecture": "gpt2", "num_kv_heads": 4, "intermediate_size": 80},
-    "GPT-2 not tied": {"architecture": "gpt2", "num_kv_heads": 4, "tie_embeddings": False},
+    "GPT-2": {**of_family("gpt2"), "num_kv_heads": 4, "intermediate_size": 80},
+    "GPT-2 not tied": {**of_family("gpt2"), "num_kv_heads": 4, "tie_embeddings": False},
     "GLM-4.5": {"moe": MOE},
     "GLM-4.5 with norms on queries and keys": {"moe": MOE, "qk_norm": True, "tie_embeddings": False},
     "DeepSeek-V3": {"moe": MOE, "mla": MLA, "tie_embeddings": False},

@@ -13,6 +13,7 @@ from lilpipe.model.flops import (
     training_flops_per_token,
 )
 from lilpipe.model.transformer import Transformer
+from tests.model.options import of_family
 
 VOCAB = 96
 SMALL = ModelConfig(
@@ -24,7 +25,7 @@ SMALL = ModelConfig(
     max_seq_len=24,
     tie_embeddings=False,
 )
-GPT2 = SMALL.model_copy(update={"architecture": "gpt2", "num_kv_heads": 4, "tie_embeddings": True})
+GPT2 = SMALL.model_copy(update={**of_family("gpt2"), "num_kv_heads": 4, "tie_embeddings": True})
 MOE = MoEConfig(
     num_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=20, first_k_dense_replace=1
 )

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lilpipe.model.attention import apply_rope, rope_table
 from lilpipe.model.gradients import rms_norm
+from lilpipe.model.rope import apply_rope, rope_table
 
 
 def angles(num_tokens, size, dtype):

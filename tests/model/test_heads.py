@@ -16,6 +16,7 @@ from lilpipe.model.heads import (
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import BytePairTokenizer
+from tests.model.options import of_family
 
 CONFIG = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=32)
 ROWS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]
@@ -60,8 +61,16 @@ def test_the_decoder_is_shared_and_the_head_follows_from_the_seed(tokenizer):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"tie_embeddings": False}, {"qk_norm": True}, {"architecture": "gpt2", "num_kv_heads": 2}],
-    ids=["llama", "untied", "qwen3", "gpt2"],
+    [
+        {},
+        {"tie_embeddings": False},
+        {"qk_norm": True},
+        {**of_family("gpt2"), "num_kv_heads": 2},
+        {**of_family("gpt_neox"), "num_kv_heads": 2},
+        {**of_family("gemma3_text"), "sliding_window": 3, "rope_local_theta": 50.0},
+        {**of_family("phi3")},
+    ],
+    ids=["llama", "untied", "qwen3", "gpt2", "gpt_neox", "gemma3", "phi3"],
 )
 def test_a_model_that_is_saved_comes_back_and_transformers_computes_the_same(tmp_path, tokenizer, settings):
     transformers = pytest.importorskip("transformers")

@@ -22,6 +22,7 @@ from lilpipe.model.transformer import ModelPart, Transformer
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
 from tests.model.checkpoints import ARCHITECTURES, MLA, MOE, SMALL, small_model, small_tokenizer
+from tests.model.options import of_family
 
 MODEL_TYPES = {"Llama": "llama", "Qwen": "qwen3", "GPT": "gpt2", "GLM": "glm4_moe", "DeepSeek": "deepseek_v3"}
 
@@ -82,11 +83,12 @@ def test_a_model_comes_back_as_it_was(tmp_path, changes):
     original = small_model(SMALL.model_copy(update={**changes, "dropout": 0.1}))
     save_model(original, small_tokenizer(), tmp_path)
     loaded, tokenizer = load_model(tmp_path)
-    unused = {}  # what the architecture has none of
+    family = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    unused = {"architecture": family}  # what is not the model's
     if original.config.mla is not None:
-        unused = {"num_kv_heads": 4}
-    elif original.config.architecture == "gpt2":
-        unused = {"rope_theta": 10_000.0}
+        unused |= {"num_kv_heads": 4}
+    elif family == "gpt2":
+        unused |= {"rope_theta": 10_000.0}
     assert loaded.config == original.config.model_copy(update=unused)
     assert not loaded.training
     assert tokenizer.digest == small_tokenizer().digest
@@ -99,7 +101,7 @@ def test_a_model_comes_back_as_it_was(tmp_path, changes):
     "changes",
     [
         {"logit_softcap": 5.0},
-        {"architecture": "gpt2", "num_kv_heads": 4, "logit_softcap": 5.0},
+        {**of_family("gpt2"), "num_kv_heads": 4, "logit_softcap": 5.0},
         {"moe": MoEConfig(num_experts=4, n_shared_experts=0, moe_intermediate_size=24)},
         {"moe": MOE, "mla": MLA, "logit_softcap": 5.0},
     ],
@@ -217,22 +219,27 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, r"model_type: got 'gemma', expected one of llama, qwen3, gpt2,"),
+        ({"model_type": "mamba"}, r"model_type: got 'mamba', expected one of llama, mistral, qwen2,"),
         ({"model_type": ...}, r"model_type: got None, expected one of llama"),
         ({"model_type": "gpt2"}, r"n_embd: missing"),
         ({"model_type": "qwen3"}, r"self_attn\.k_norm\.weight: got nothing, expected \(8,\)"),
-        ({"model_type": "glm4_moe"}, r"partial_rotary_factor: got 0\.5, expected 1\.0"),
+        ({"model_type": "glm4_moe"}, r"n_routed_experts: missing"),
         ({"model_type": "deepseek_v3"}, r"n_group: got 8, expected 1"),
         ({"model_type": "lilpipe"}, r"model: missing"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config: got quantized weights"),
-        ({"hidden_act": "gelu"}, r"hidden_act: got 'gelu', expected 'silu'"),
-        ({"attention_bias": True}, r"attention_bias: got True, expected False"),
+        ({"hidden_act": "relu"}, r"hidden_act: got 'relu', expected one of silu, swish, gelu"),
+        ({"attention_bias": True}, r"k_proj\.bias: got nothing, expected \(16,\)"),
         ({"hidden_size": ...}, r"hidden_size: missing"),
         ({"num_attention_heads": 5, "head_dim": ...}, r"hidden_size 32 must be a multiple of num_heads 5"),
-        ({"head_dim": 16}, r"head_dim: got 16, expected 8"),
+        ({"head_dim": 16}, r"k_proj\.weight: got \(16, 32\), expected \(32, 32\)"),
         ({"vocab_size": "many"}, r"vocab_size: got 'many', expected a positive integer"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_type: got 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_type: got 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, r"rope_scaling\.factor: Field required"),
+        (
+            {"rope_scaling": {"type": "foo", "factor": 2}},
+            r"rope_scaling\.rope_type: got 'foo', expected one of def",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "mrope_section": [1]}}, r"rope_scaling\.mrope_section: got"),
+        ({"num_hidden_layers": 10**7}, r"number of layers: got 10000000, expected 1 to 10,000"),
         ({"vocab_size": 100}, r"vocab_size: got 100, expected at least the 270 of the tokenizer"),
         ({"vocab_size": 300}, r"embed_tokens\.weight: got \(270, 32\), expected \(300, 32\)"),
         ({"num_hidden_layers": 2}, r"layers\.2\..*: got \(.*\), expected nothing"),

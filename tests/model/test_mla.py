@@ -49,7 +49,7 @@ def test_outputs_and_gradients_are_those_of_transformers(changes, interleaved):
     mask = torch.ones(11, 11, dtype=torch.bool).tril()[None, None]
     angles = DeepseekV3RotaryEmbedding(peer.config)(x, positions)
     theirs = peer(x, angles, torch.zeros(1, 1, 11, 11).masked_fill(~mask, -torch.inf))[0]
-    ours = mine(x, model.model._angles(11, positions, x.dtype))
+    ours = mine(x, model.model._angles(11, positions, x.dtype)["global"])
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
     (mine_x,), (their_x,) = (torch.autograd.grad((y * weight).sum(), [x]) for y in (ours, theirs))

@@ -8,9 +8,9 @@ import torch
 
 from lilpipe.config.model import ModelConfig
 from lilpipe.errors import DataError
-from lilpipe.model.attention import apply_rope, rope_table
 from lilpipe.model.flops import num_parameters, training_flops_per_token
 from lilpipe.model.initial_weights import INIT_STD
+from lilpipe.model.rope import apply_rope, rope_table
 from lilpipe.model.transformer import Transformer, token_logprobs
 from tests.model.checkpoints import SMALL, small_model
 from tests.model.options import OPTIONS

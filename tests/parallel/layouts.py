@@ -22,6 +22,28 @@ MOE: dict[str, Any] = {
 MLA: dict[str, Any] = {
     "mla": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 }
+GEMMA2: dict[str, Any] = {
+    "architecture": "gemma2",
+    "head_dim": 6,
+    "sliding_window": 5,
+    "attn_logit_softcap": 3.0,
+    "logit_softcap": 5.0,
+    "query_pre_attn_scalar": 20.0,
+}
+GPT_NEOX: dict[str, Any] = {"architecture": "gpt_neox", "num_kv_heads": 8, "partial_rotary_factor": 0.5, "dropout": 0.1}
+OLMO3: dict[str, Any] = {
+    "architecture": "olmo3",
+    "sliding_window": 5,
+    "layer_types": ("sliding_attention", "full_attention"),
+    "rope_local_theta": 50.0,
+    "nope_layers": (1,),
+}
+QWEN3_MOE: dict[str, Any] = {
+    "architecture": "qwen3_moe",
+    "attention_bias": True,
+    "moe": MOE["moe"]
+    | {"scoring_func": "softmax", "norm_topk_prob": False, "n_shared_experts": 0, "bias_update_rate": 0.0},
+}
 LATENT_MOE: dict[str, Any] = MLA | {"moe": MOE["moe"]}
 
 
@@ -72,6 +94,10 @@ CASES = [
     case("pp2 x ddp2 interleaved", pipeline=2, replicate=2, **INTERLEAVED),
     case("pp2 x fsdp2 zero bubble", pipeline=2, shard=2, **ZERO_BUBBLE),
     case("gpt2 tp2", tensor=2, model=GPT2),
+    case("gemma2 cp2 x tp2", context=2, tensor=2, model=GEMMA2, **DOCUMENTS),
+    case("gpt_neox tp2", tensor=2, model=GPT_NEOX),
+    case("olmo3 pp2 x cp2", pipeline=2, context=2, model=OLMO3),
+    case("qwen3_moe fsdp2 x tp2", shard=2, tensor=2, model=QWEN3_MOE, **DOCUMENTS),
     case("moe pp2 x cp2", pipeline=2, context=2, model=MOE),
     case("mla moe fsdp2 x cp2", shard=2, context=2, model=LATENT_MOE),
     case("muon fsdp2 x tp2", shard=2, tensor=2, optimizer="muon"),

@@ -42,7 +42,7 @@ def eight_workers(tmp_path_factory):
 
 def check(case, reports):
     expected = toy.plain_losses(case.config(), case.dtype)
-    loosely = 20 * case.tolerance  # for numbers that are larger than a loss, or further on
+    loosely = 40 * case.tolerance  # for numbers that are larger than a loss, or further on
     for report in reports:
         got = report[case.name]
         assert got["losses"] == pytest.approx(expected["losses"], rel=0, abs=case.tolerance)

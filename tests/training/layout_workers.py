@@ -45,6 +45,13 @@ PHASED = {
     "eval_every": 10,
 }
 """Experts, dropout, and a second phase with longer sequences and another rotary base."""
+ADAPTED = {
+    **BASE,
+    "num_steps": 4,
+    "lora": {"r": 3, "use_dora": True, "lora_dropout": 0.2},
+    "activation_checkpointing": "selective",
+}
+"""Adapters, from the checkpoint that replicas trained."""
 LAYOUTS = {
     "replicas": {},
     "sharded": {"shard": 4},
@@ -80,6 +87,11 @@ def interrupted(run, tokens, workspace, *, at_step):
     distributed.barrier()
 
 
+def adapted_inputs(root, tokens):
+    """What continued pretraining reads."""
+    return {"tokens": tokens, "model": as_artifact(root / "replicas" / "output", kind="Checkpoint")}
+
+
 def main(root, folder):
     torch.set_num_threads(1)
     distributed.init()
@@ -89,6 +101,9 @@ def main(root, folder):
         metrics = pretrain.run(config(parallel), {"tokens": tokens}, workspace)
         if distributed.is_main():
             (root / name / "metrics.json").write_text(json.dumps(metrics))
+    for name in ("pipeline and tensor", "shard and context"):
+        workspace = Workspace(root / f"adapted {name}", rank=distributed.rank())
+        pretrain.run(config(LAYOUTS[name], base=ADAPTED), adapted_inputs(root, tokens), workspace)
     workspace = Workspace(root / "changed", rank=distributed.rank())
     interrupted(config({"pipeline": 2, "shard": 2}, base=PHASED), tokens, workspace, at_step=13)
     metrics = pretrain.run(config({"context": 2, "tensor": 2}, base=PHASED), {"tokens": tokens}, workspace)

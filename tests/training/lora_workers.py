@@ -17,10 +17,13 @@ from lilpipe.training import sft
 from lilpipe.training.loop import train
 from tests.alignment.conftest import as_artifact
 
-OPTIONS = {"adapters": {"lora": {"rank": 3, "alpha": 7.0}}, "noise": {"neftune_noise_alpha": 5.0}}
+OPTIONS = {"adapters": {"lora": {"r": 3, "lora_alpha": 7.0}}, "noise": {"neftune_noise_alpha": 5.0}}
 OPTIONS["both"] = {**OPTIONS["adapters"], **OPTIONS["noise"]}
-DROPPING = {"dropping": {"lora": {**OPTIONS["adapters"]["lora"], "dropout": 0.2}, **OPTIONS["noise"]}}
-"""What is dropped is a worker's own: it is compared with that of workers that have the same rows."""
+OPTIONS["dropping"] = {
+    "lora": {"r": 3, "lora_alpha": 4.0, "use_rslora": True, "use_dora": True, "lora_dropout": 0.2},
+    "activation_checkpointing": "full",
+    **OPTIONS["noise"],
+}
 LAYOUTS = {
     "replicas": {},
     "sharded": {"shard": 2},
@@ -45,7 +48,7 @@ def run(options, root, name, parallel, *, num_workers):
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "weight_decay": 0.1},
             "parallel": parallel,
             "num_workers": num_workers,
-            **{**OPTIONS, **DROPPING}[options],
+            **OPTIONS[options],
         }
     )
     inputs = {
@@ -60,15 +63,14 @@ def run_sharded(root):
     run("dropping", root, "in two parts", LAYOUTS["sharded"], num_workers=2)
 
 
-def dying(*args, before_step, **options):
+def dying(*args, **options):
     """``train`` in a process that dies between steps."""
 
-    def die_or(step):
+    def die_at(step):
         if step == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
-        before_step(step)
 
-    return train(*args, before_step=die_or, **options)
+    return train(*args, before_step=die_at, **options)
 
 
 def main(root, part):
@@ -78,8 +80,6 @@ def main(root, part):
         for options in OPTIONS:
             for name, parallel in LAYOUTS.items():
                 run(options, root, name, parallel, num_workers=2)
-        for name in ("replicas", "sharded"):
-            run("dropping", root, name, LAYOUTS[name], num_workers=2)
         (root / "layouts").touch()
         sft.train = dying
     run_sharded(root)

@@ -8,14 +8,17 @@ import sys
 import pytest
 import torch
 
+from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel import ParallelConfig
 from lilpipe.config.phases import PhaseConfig
 from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.model.flops import num_parameters
+from lilpipe.model.lora import add_adapters
 from lilpipe.model.transformer import Transformer
 from lilpipe.training import activation_checkpointing
 from lilpipe.training.memory import STANDING, activation_bytes, peak_memory
+from tests.model.options import of_family
 from tests.training import memory_of_layouts
 from tests.training.memory_of_layouts import peak_bytes
 
@@ -74,7 +77,7 @@ SHAPES = {
     "long and narrow": changed(hidden_size=32, num_layers=9),
     "norms of queries and keys": changed(qk_norm=True),
     "dropout": changed(dropout=0.1),
-    "gpt2": changed(architecture="gpt2", num_kv_heads=4),
+    "gpt2": changed(**of_family("gpt2"), num_kv_heads=4),
     "experts": changed(moe=MOE),
     "experts, none shared": changed(moe={**MOE, "n_shared_experts": 0, "num_experts_per_tok": 3}),
     "latent attention": changed(mla=MLA),
@@ -155,6 +158,19 @@ def test_muon_keeps_one_moment_of_the_blocks_matrices():
     adamw, muon = terms(model=SMALL), terms(model=SMALL, optimizer=OptimizerConfig(kind="muon"))
     matrices = SMALL.num_layers * 64 * (2 * 64 + 2 * 32 + 3 * 176)
     assert adamw["optimizer state"] - muon["optimizer state"] == 4 * matrices
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(r=3), LoRAConfig(use_dora=True, target_modules=("q_proj", "down_proj"))])
+def test_with_adapters_only_they_have_gradients_and_optimizer_state(lora):
+    model = filled(SMALL)
+    add_adapters(model, lora, seed=0, stage="pretrain")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    planned = terms(model=SMALL, lora=lora)
+    assert planned["weights"] == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert planned["gradients"] == 4 * trained
+    assert planned["optimizer state"] == 8 * trained
+    sharded = terms(model=SMALL, lora=lora, num_workers=2, parallel=ParallelConfig(shard=2))
+    assert sharded["weights"] == planned["weights"] / 2
 
 
 def test_replicas_that_do_not_shard_hold_everything_whole():

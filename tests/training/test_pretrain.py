@@ -11,6 +11,7 @@ from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model.hub import load_model
+from lilpipe.model.lora import load_adapter
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace, get_stage
 from lilpipe.tokens.data_phase_plan import open_loader
@@ -92,14 +93,11 @@ def test_a_run_killed_between_and_after_its_steps_ends_in_the_same_bytes(trained
     class Killed(BaseException):
         pass
 
-    def dying(*args):
+    def dying(*args, **options):
         raise Killed
 
     workspace = Workspace(tmp_path)
     batch = PretrainLoader.batch
-
-    def dying_batch(self, step, **options):
-        return dying() if step == 17 else batch(self, step, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -108,7 +106,7 @@ def test_a_run_killed_between_and_after_its_steps_ends_in_the_same_bytes(trained
         with pytest.raises(Killed):
             pretrain.run(config(), {"tokens": tokens}, workspace)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_tensors", dying)
+        patch.setattr(pretrain, "export", dying)
         with pytest.raises(Killed):
             pretrain.run(config(), {"tokens": tokens}, workspace)
     pretrain.run(config(), {"tokens": tokens}, workspace)
@@ -138,6 +136,67 @@ def test_a_run_can_start_from_a_checkpoint(trained, tokens, tmp_path):
     other = config(model={**MODEL.model_dump(), "intermediate_size": 48})
     with pytest.raises(ConfigError, match=r"pretrain\.model\.intermediate_size: got 48, expected 32"):
         pretrain.run(other, {"tokens": tokens, "model": checkpoint}, Workspace(tmp_path / "other"))
+
+
+def with_adapters(trained, **settings):
+    """Settings and input of a run that goes on from a checkpoint with adapters."""
+    lora = {"r": 2, "use_dora": True, **settings.pop("lora", {})}
+    settings = {"num_steps": 6, "checkpoint_every": 2, "log_every": 1, **settings}
+    return config(lora=lora, **settings), as_artifact(trained[0].output, kind="Checkpoint", stage="pretrain")
+
+
+def test_continued_pretraining_trains_adapters(trained, tokens, tmp_path, monkeypatch):
+    settings, checkpoint = with_adapters(trained)
+    inputs = {"tokens": tokens, "model": checkpoint}
+    pretrain.run(settings, inputs, Workspace(tmp_path / "whole"))
+    output = tmp_path / "whole" / "output"
+    base, written = load_model(checkpoint.path)[0], load_model(output)[0]
+    before = base.state_dict()
+    differing = {name for name, tensor in written.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert differing == {name for name in before if "proj" in name}
+    load_adapter(base, output / "adapter")
+    some = torch.arange(20)[None]
+    torch.testing.assert_close(base(some), written(some), atol=1e-5, rtol=1e-5)
+    killed = Workspace(tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainLoader, "batch", dying_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(settings, inputs, killed)
+    pretrain.run(settings, inputs, killed)
+    assert digest(killed) == digest(Workspace(tmp_path / "whole"))
+    indices = [path.read_text() for path in (killed.scratch / "checkpoints").rglob("*.json")]
+    assert any("lora_A" in index for index in indices)
+    assert not any("embed_tokens" in index for index in indices)  # frozen
+
+
+def dying_at(fatal):
+    """``PretrainLoader.batch`` that is interrupted at a step."""
+    batch = PretrainLoader.batch
+
+    def dying(self, step, **options):
+        if step == fatal:
+            raise KeyboardInterrupt
+        return batch(self, step, **options)
+
+    return dying
+
+
+def test_adapters_drop_the_same_in_accumulated_batches(trained, tokens, tmp_path):
+    found = []
+    for parts in (1, 2):
+        settings, checkpoint = with_adapters(trained, lora={"lora_dropout": 0.3}, accumulation_steps=parts)
+        workspace = Workspace(tmp_path / str(parts))
+        pretrain.run(settings, {"tokens": tokens, "model": checkpoint}, workspace)
+        events = [json.loads(line) for line in workspace.events.read_text().splitlines()]
+        found.append([event["metrics"]["loss"] for event in events if "loss" in event.get("metrics", {})])
+    assert len(found[0]) == 6
+    assert found[0] == pytest.approx(found[1], abs=2e-6)
+
+
+def test_adapters_of_initial_weights_are_refused(trained, tokens, tmp_path):
+    settings, _ = with_adapters(trained)
+    with pytest.raises(ConfigError, match=r"pretrain.lora: got adapters for initial weights, expected a checkpoint"):
+        pretrain.run(settings, {"tokens": tokens}, Workspace(tmp_path))
 
 
 def test_accumulation_gives_the_same_losses(trained, tokens, tmp_path):

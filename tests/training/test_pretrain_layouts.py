@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ArtifactError
@@ -15,7 +16,7 @@ from lilpipe.model.hub import load_model
 from lilpipe.stage import Workspace
 from lilpipe.training import pretrain
 from tests.training.conftest import write_tokens
-from tests.training.layout_workers import BASE, LAYOUTS, PHASED, config
+from tests.training.layout_workers import ADAPTED, BASE, LAYOUTS, PHASED, adapted_inputs, config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -76,6 +77,21 @@ def test_every_layout_trains_validates_and_exports_the_model_of_one_process(root
     assert_metrics(metrics, expected)
     assert_weights(root / name / "output", workspace.output, atol=2e-4)
     assert "Wall time by cause" in (root / name / "output" / "report" / "report.html").read_text()
+
+
+def test_every_layout_trains_the_adapters_of_one_process(root, tokens, tmp_path):
+    workspace = Workspace(tmp_path)
+    one = PretrainConfig.model_validate(ADAPTED)
+    pretrain.run(one, adapted_inputs(root, tokens), workspace)
+    for name in ("pipeline and tensor", "shard and context"):
+        assert losses(root / f"adapted {name}") == pytest.approx(losses(workspace.root), abs=2e-6)
+        assert_weights(root / f"adapted {name}" / "output", workspace.output, atol=1e-4)
+        adapters, expected = (
+            load_file(path / "output" / "adapter" / "adapter_model.safetensors")
+            for path in (root / f"adapted {name}", tmp_path)
+        )
+        for key, tensor in expected.items():
+            torch.testing.assert_close(adapters[key], tensor, rtol=0, atol=1e-4, msg=key)
 
 
 def test_a_run_killed_in_one_layout_and_taken_up_in_another_ends_as_one_process_does(root, tokens, tmp_path):

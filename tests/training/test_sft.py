@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from lilpipe.artifact import content_digest, list_files
+from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.prompts import PromptsConfig
-from lilpipe.config.sft import LoRAConfig, SFTConfig
+from lilpipe.config.sft import SFTConfig
 from lilpipe.config.training import OptimizerConfig
 from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
@@ -184,14 +185,14 @@ def test_noise_on_embeddings_changes_training_and_is_the_same_each_time(base, co
 
 def test_adapters_are_merged_into_the_model_and_written_beside_it(base, conversations, tmp_path, no_report):
     workspace = Workspace(tmp_path / "work")
-    lora = LoRAConfig(rank=4, target_modules=("q_proj", "down_proj"))
+    lora = LoRAConfig(r=4, target_modules=("q_proj", "down_proj"))
     sft.run(config(lora=lora), {"model": base, "conversations": conversations(TALKS)}, workspace)
     before, after = load_model(base.path)[0].state_dict(), load_model(workspace.output)[0].state_dict()
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"}
     adapters = load_file(workspace.output / "adapter" / "adapter_model.safetensors")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    change = lora.alpha / lora.rank * adapters[name.format("B")] @ adapters[name.format("A")]
+    change = lora.scaling * adapters[name.format("B")] @ adapters[name.format("A")]
     assert torch.linalg.matrix_rank(change) == 4
     expected = before["model.layers.0.self_attn.q_proj.weight"] + change
     torch.testing.assert_close(after["model.layers.0.self_attn.q_proj.weight"], expected)
@@ -201,7 +202,7 @@ def test_a_run_with_adapters_and_dropout_killed_between_steps_ends_in_the_same_b
     base, conversations, tmp_path, monkeypatch, no_report
 ):
     inputs = {"model": base, "conversations": conversations(TALKS)}
-    settings = config(num_epochs=2, lora=LoRAConfig(rank=2, dropout=0.3), neftune_noise_alpha=5.0)
+    settings = config(num_epochs=2, lora=LoRAConfig(r=2, lora_dropout=0.3), neftune_noise_alpha=5.0)
     whole, cut = Workspace(tmp_path / "whole"), Workspace(tmp_path / "cut")
     sft.run(settings, inputs, whole)
     die_in_call(monkeypatch, 5)
@@ -263,6 +264,32 @@ def test_conversations_that_are_too_long_are_left_out_counted_and_listed(base, c
     assert metrics["conversations"] == 20
     line = json.loads((workspace.report / "too_long.jsonl").read_text())
     assert line == {"id": "talk/99", "tokens": 75, "max": 64}
+
+
+def test_texts_weights_and_parts_of_long_conversations_are_trained_on_and_reported(base, tmp_path, conversations):
+    """What cannot be used is left out up to a ratio, and listed with its reason."""
+    quiet: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.0}]
+    loud = [*talk(50, "c", "d" * 20).messages, *talk(50, "e", "f" * 20).messages, *talk(50, "g", "h" * 20).messages]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    others = [
+        Conversation("mixed", "p", "mine", [*quiet, *talk(50, "c", "d").messages]),
+        Conversation("text", "p", "mine", [], text="Once upon a time."),
+        Conversation("long", "p", "mine", loud),
+        Conversation("called", "p", "mine", [quiet[0], {"role": "assistant", "content": "", "tool_calls": [call]}]),
+    ]
+    inputs = {"model": base, "conversations": conversations([*TALKS, *others])}
+    workspace = Workspace(tmp_path / "work")
+    settings = config(num_epochs=1, excess_length_strategy="split", max_malformed_ratio=0.05)
+    metrics = sft.run(settings, inputs, workspace)
+    counts = {name: metrics[name] for name in ("conversations", "too_long", "split", "rejected")}
+    assert counts == {"conversations": 24, "too_long": 0, "split": 1, "rejected": 1}
+    assert json.loads((workspace.report / "split.jsonl").read_text()) == {"id": "long", "tokens": 75, "parts": 2}
+    assert "own chat template" in json.loads((workspace.report / "rejected.jsonl").read_text())["error"]
+    log = workspace.events.read_text()
+    assert "split 1 conversations of more than 64 tokens (report/split.jsonl)" in log
+    assert "left out 1 conversations that cannot be used (report/rejected.jsonl)" in log
+    with pytest.raises(DataError, match=r"1 of 24 conversations cannot be used, expected at most .* = 1.00%"):
+        sft.run(config(), inputs, Workspace(tmp_path / "strict"))
 
 
 def test_conversations_that_are_all_too_long_are_an_error(base, conversations, tmp_path):

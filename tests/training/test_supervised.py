@@ -11,10 +11,11 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.training.conversation_encoding import EncodedConversation
 from lilpipe.training.supervised import SupervisedTokens, collate
 from tests.model.checkpoints import small_model, small_tokenizer
+from tests.model.options import of_family
 
 VOCAB_SIZE = 270
 LLAMA = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=32)
-GPT2 = LLAMA.model_copy(update={"architecture": "gpt2", "num_kv_heads": 2})
+GPT2 = LLAMA.model_copy(update={**of_family("gpt2"), "num_kv_heads": 2})
 LENGTHS = [(3, 4), (9, 2), (2, 12), (5, 5), (14, 3), (2, 2), (4, 9), (7, 6)]
 
 

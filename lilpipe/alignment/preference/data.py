@@ -26,7 +26,7 @@ from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.packing import best_fit
 from lilpipe.training.conversation_encoding import check_tools, tool_arguments
 from lilpipe.training.finetune import TokenBatch
-from lilpipe.training.supervised import Row, collate
+from lilpipe.training.supervised import Row, collate, sequence_ids
 
 ROW_TOKENS = 128
 """Minimum capacity, in tokens, of a packed row.
@@ -208,6 +208,7 @@ class Packer:
     def __call__(self, completions: Sequence[PromptCompletion]) -> tuple[TokenBatch, Places]:
         """Return a micro-batch that scores only completions, and the positions of the completions in order.
 
+        ``TokenBatch.sequences`` are indices of ``completions``.
         Position ids are not reset within a packed row: RoPE depends only on position differences.
         """
         lengths = np.array([completion.num_tokens - 1 for completion in completions])  # the last token is only a target
@@ -221,10 +222,13 @@ class Packer:
             targets = [IGNORED] * (len(completion.prompt) - 1) + completion.completion
             rows[row].append((torch.tensor(completion.prompt + completion.completion[:-1]), torch.tensor(targets)))
         batch = collate(rows, padding_id=self._padding_id)
-        documents = None
-        if len(rows) < len(completions) and batch.documents is not None:
-            documents = batch.documents.to(self._device)
-        batch = TokenBatch(batch.inputs.to(self._device), batch.targets.to(self._device), documents)
+        assert batch.documents is not None
+        members = [np.flatnonzero(row_of == row).tolist() for row in range(len(rows))]
+        sequences = sequence_ids(batch.documents, members).to(self._device)
+        documents = batch.documents.to(self._device) if len(rows) < len(completions) else None
+        batch = TokenBatch(
+            batch.inputs.to(self._device), batch.targets.to(self._device), documents, sequences=sequences
+        )
         return batch, self._places(starts, [len(completion.completion) for completion in completions], max(used))
 
     def _rows(self, lengths: np.ndarray) -> np.ndarray:

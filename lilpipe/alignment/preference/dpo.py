@@ -44,7 +44,6 @@ from lilpipe.alignment.preference.objective import PreferenceObjective
 from lilpipe.artifact import Inputs, one_input, optional_input, write_atomically
 from lilpipe.config.dpo import DPOConfig
 from lilpipe.errors import ConfigError, DataError
-from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.chunks import run_chunks
 from lilpipe.schemas.examples import check_not_held_out
@@ -53,7 +52,7 @@ from lilpipe.schemas.pairs import EXAMPLES_FILE, check_examples, check_pairs, re
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training.finetune import Workers, build, export, whole_model
+from lilpipe.training.finetune import Workers, build, export, load, whole_model
 from lilpipe.training.loop import train
 from lilpipe.training.training_report import read_curves, write_report
 
@@ -82,13 +81,12 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     contain held-out prompts, or if the log-probability of chosen completions falls by more than ``max_chosen_fall``.
     """
     source, preferences = one_input(inputs, "model"), one_input(inputs, "preferences")
-    model, tokenizer = load_model(source.path)
+    model, tokenizer = load(config, source.path, stage="dpo"), Tokenizer.load(source.path)
     data = _read(config, inputs, tokenizer, max_len=model.config.max_seq_len)
     if distributed.is_main():
         _write_skipped(data, workspace)
     workers = Workers(config)
     num_steps = _num_steps(config, len(data.train), num_parts=config.layout.data * config.accumulation_steps)
-    model = model.to(distributed.device())
     packer = make_packer(model, tokenizer, config)
     before = data.validation.score(model, packer, config)
     table, reference_R2 = [], None
@@ -102,9 +100,9 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         rank=workers.data_rank,
         world_size=workers.num_data_ranks,
     )
-    trainer_module = build(config, source.path, objective, workers, stage="dpo")
     whole = model if workers.mesh is not None else None
-    del model
+    del model  # before the trainer loads its own
+    trainer_module = build(config, source.path, objective, workers, stage="dpo")
     latest = before
 
     def evaluate(_: object, done: int) -> Mapping[str, float]:
@@ -251,7 +249,7 @@ def make_packer(model: Transformer, tokenizer: Tokenizer, config: DPOConfig) -> 
     return Packer(
         padding_id=tokenizer.padding_id,
         max_len=model.config.max_seq_len,
-        packed=model.config.architecture != "gpt2",  # GPT-2 has learned absolute positions
+        packed=model.config.position_embedding == "rope",  # learned positions are absolute
         mask_formatting=config.mask_formatting_tokens,
         device=model.device,
     )

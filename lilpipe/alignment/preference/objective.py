@@ -92,7 +92,10 @@ class PreferenceObjective:
             nll_weights_N=torch.tensor([weights[row] for row in rows], device=device),
             num_tokens=sum(map(self._num_tokens, rows)),
         )
-        return batch._replace(extra=extra)
+        assert batch.sequences is not None
+        ids_S = torch.tensor([2 * row + side for side in range(2) for row in rows], device=device)
+        sequences = ids_S[batch.sequences.clamp(min=0)].where(batch.sequences >= 0, -1)
+        return batch._replace(extra=extra, sequences=sequences)
 
     def _nll_weights(self, rows: Sequence[int]) -> dict[int, float]:
         """Return the weight of each row's NLL (summed over tokens) in the total loss of the optimizer step."""

@@ -252,12 +252,19 @@ class RankingObjective:
     ) -> None:
         self._rankings, self._config, self._padding_id, self._workers = rankings, config, padding_id, workers
         self._lengths = [ranking.num_tokens for ranking in rankings]
+        self._max_answers = max(len(ranking.answers) for ranking in rankings)
 
     def batches(self, step: int) -> list[TokenBatch]:
         """Return the micro-batches of an optimizer step."""
         rank, world_size = self._workers.data_rank, self._workers.num_data_ranks
         parts = rows_by_micro_batch(step, self._lengths, self._config, rank=rank, world_size=world_size)
-        return [collate([self._rankings[row] for row in part], padding_id=self._padding_id) for part in parts]
+        return [self._batch(part) for part in parts]
+
+    def _batch(self, rows: Sequence[int]) -> TokenBatch:
+        batch = collate([self._rankings[row] for row in rows], padding_id=self._padding_id)
+        answers = [row * self._max_answers + n for row in rows for n in range(len(self._rankings[row].answers))]
+        sequences_AT = torch.tensor(answers, device=batch.inputs.device)[:, None].expand_as(batch.inputs)
+        return batch._replace(sequences=sequences_AT)
 
     def loss(self, outputs_ATO: Tensor, batch: TokenBatch) -> Loss:
         """Return the loss, averaged over the pairs of each ranking and summed over rankings."""

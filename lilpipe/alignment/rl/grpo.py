@@ -33,16 +33,17 @@ from lilpipe.alignment.rl.reinforcement import (
     identity_of,
     reward_model_of,
     score_targets_alone,
+    scratch_and_reference,
     training_prompts,
 )
 from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
 from lilpipe.alignment.rollout.completion_batch import (
     CompletionBatch,
     at_temperature,
-    completion_logprobs,
     measure_logprob_mismatch,
     micro_batches,
     num_parts,
+    reference_logprobs,
 )
 from lilpipe.alignment.rollout.rollouts import (
     Group,
@@ -58,11 +59,11 @@ from lilpipe.alignment.rollout.rollouts import (
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
 from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.reinforcement import GRPOConfig
-from lilpipe.model.hub import load_model
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
@@ -75,7 +76,8 @@ FEWEST_TOKENS = 1e-6
 class GRPO:
     """GRPO objective of one data rank; see ``lilpipe.training.finetune.Objective``.
 
-    ``policy`` returns the current full model for sampling. With ``shared_len``, completions to a prompt share one
+    ``policy`` returns the current full model for sampling. ``reference`` is the initial policy; if None, it is the
+    policy without what its adapters learned. With ``shared_len``, completions to a prompt share one
     copy of it in rows of at most ``shared_len`` inputs; None gives each completion its own row. ``sum_floats`` is an
     all-reduce.
     """
@@ -204,8 +206,9 @@ class GRPO:
         advantages_PG = self._advantages(torch.tensor([[answer.total for answer in group.scored] for group in groups]))
         advantages_N1 = advantages_PG.flatten()[:, None].to(completions.inputs.device)
         completions = completions._replace(advantages=advantages_N1.expand_as(completions.old_logprobs))
-        if self.reference is not None:
-            reference_NT = completion_logprobs(
+        if config.beta:
+            reference_NT = reference_logprobs(
+                model,
                 self.reference,
                 completions,
                 parts=num_parts(config),
@@ -235,7 +238,7 @@ class GRPO:
 def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train on rollouts. Raises ``DataError`` if the run collapses; see ``rollout/collapse_monitor.py``."""
     source, prompts_artifact = one_input(inputs, "model"), one_input(inputs, "prompts")
-    model, tokenizer = load_model(source.path)
+    model, tokenizer = finetune.load(config, source.path, stage="grpo"), Tokenizer.load(source.path)
     prompts, validation = training_prompts(
         prompts_artifact,
         tokenizer,
@@ -245,9 +248,11 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     )
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     rewards.log_sandbox(prompts, workspace)
-    before = greedy_metrics(model.to(distributed.device()), tokenizer, validation, rewards, config)
+    before = greedy_metrics(model, tokenizer, validation, rewards, config)
     workers = Workers(config)
-    whole = None if workers.mesh is None else model  # receives the gathered weights of a sharded policy
+    whole, reference = scratch_and_reference(config, source.path, model, workers, needed=config.beta > 0)
+    shared_len = _shared_len(model, workers)
+    del model  # before the trainer loads its own
     sampler = Sampler(
         tokenizer,
         prompts,
@@ -263,9 +268,9 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         sampler,
         workspace,
         policy=lambda: finetune.whole_model(trainer_module, into=whole),
-        reference=load_model(source.path)[0].to(distributed.device()) if config.beta else None,
+        reference=reference,
         workers=workers,
-        shared_len=_shared_len(model, workers),
+        shared_len=shared_len,
     )
     trainer_module = finetune.build(config, source.path, objective, workers, stage="grpo")
     score_targets_alone(trainer_module, config, workers)

@@ -36,17 +36,18 @@ from lilpipe.alignment.rl.reinforcement import (
     identity_of,
     reward_model_of,
     score_targets_alone,
+    scratch_and_reference,
     training_prompts,
 )
 from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
 from lilpipe.alignment.rollout.completion_batch import (
     CompletionBatch,
     at_temperature,
-    completion_logprobs,
     in_parts,
     measure_logprob_mismatch,
     micro_batches,
     num_parts,
+    reference_logprobs,
 )
 from lilpipe.alignment.rollout.rollouts import (
     Group,
@@ -63,11 +64,11 @@ from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.reinforcement import PPOConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.heads import HeadModel, load_head_model
-from lilpipe.model.hub import load_model
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Metrics, Stage, Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.vocabulary import TOKENIZER_FILE
 from lilpipe.training import finetune
 from lilpipe.training.finetune import TokenBatch, Workers
@@ -90,8 +91,8 @@ class _Half:
 class PPO:
     """PPO objectives of policy and value model on one data rank, which share their rollouts.
 
-    ``policy`` and ``value`` return the current full models for sampling and for values. ``sum_floats`` is an
-    all-reduce.
+    ``policy`` and ``value`` return the current full models for sampling and for values. ``reference`` is the initial
+    policy; if None, it is the policy without what its adapters learned. ``sum_floats`` is an all-reduce.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class PPO:
         *,
         policy: Callable[[], Transformer],
         value: Callable[[], HeadModel],
-        reference: Transformer,
+        reference: Transformer | None,
         workers: Workers,
         sum_floats: Callable[[list[float]], list[float]] = distributed.sum_floats,
     ) -> None:
@@ -217,7 +218,7 @@ class PPO:
         )
         if temperature != 1:
             completions = at_temperature(policy, completions, config, rollout=number)
-        reference_NT = completion_logprobs(self.reference, completions, parts=parts, temperature=temperature)
+        reference_NT = reference_logprobs(policy, self.reference, completions, parts=parts, temperature=temperature)
         values_NT = in_parts(lambda part: value(part.inputs)[..., 0], completions, parts)
         rewards_NT = token_rewards(
             self._scores(groups).to(device),
@@ -265,7 +266,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """
     source, prompts_artifact, judge = (one_input(inputs, role) for role in ("model", "prompts", "reward_model"))
     _check_same_tokens(source.path, judge.path)
-    policy, tokenizer = load_model(source.path)
+    policy, tokenizer = finetune.load(config, source.path, stage="ppo"), Tokenizer.load(source.path)
     prompts, validation = training_prompts(
         prompts_artifact,
         tokenizer,
@@ -273,7 +274,6 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         max_seq_len=policy.config.max_seq_len,
         workspace=workspace,
     )
-    policy = policy.to(distributed.device())
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     before = greedy_metrics(policy, tokenizer, validation, rewards, config)
     workers = Workers(config)
@@ -287,8 +287,8 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         data_rank=workers.data_rank,
         num_data_ranks=workers.num_data_ranks,
     )
-    # These receive the gathered weights of sharded models.
-    whole = None if workers.mesh is None else policy
+    whole, reference = scratch_and_reference(config, source.path, policy, workers, needed=True)
+    del policy  # before the trainer loads its own
     value = None if workers.mesh is None else load_head_model(judge.path)[0].to(distributed.device())
     objective = PPO(
         config,
@@ -296,7 +296,7 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         workspace,
         policy=lambda: finetune.whole_model(members["policy"], into=whole),
         value=lambda: finetune.whole_head_model(members["value"], into=value),
-        reference=load_model(source.path)[0].to(distributed.device()),
+        reference=reference,
         workers=workers,
     )
     members = {

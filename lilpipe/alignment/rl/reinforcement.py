@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from lilpipe import distributed
@@ -16,7 +17,7 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Prompt, check_not_held_out, read_prompts
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training.finetune import Workers
+from lilpipe.training.finetune import Workers, load
 from lilpipe.training.replica import TrainerModule
 from lilpipe.training.training_report import write_report
 from lilpipe.training.training_state import TrainingResult
@@ -79,6 +80,20 @@ def checkpoints_between_rollouts(config: Section) -> Section:
     """Round ``checkpoint_every`` up to whole rollouts; a signal may still cause a checkpoint in between."""
     updates = config.updates_per_rollout
     return config.model_copy(update={"checkpoint_every": -(-config.checkpoint_every // updates) * updates})
+
+
+def scratch_and_reference(
+    config: GRPOConfig | PPOConfig, source: Path, model: Transformer, workers: Workers, *, needed: bool
+) -> tuple[Transformer | None, Transformer | None]:
+    """Return what receives the gathered weights of a sharded policy, and the reference model if it is ``needed``.
+
+    ``model`` is the policy as training starts from it, in memory already. With adapters there is no separate reference:
+    it is the policy without what they learned.
+    """
+    scratch = None if workers.mesh is None else model
+    if not needed or config.lora is not None:
+        return scratch, None
+    return scratch, model if scratch is None else load(config, source, stage="")
 
 
 def score_targets_alone(policy: TrainerModule, config: GRPOConfig | PPOConfig, workers: Workers) -> None:

@@ -6,6 +6,7 @@ Dimensions: N completions, T tokens of prompt and completion, less 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from lilpipe.alignment.rollout.collapse_monitor import check_logprob_mismatch
 from lilpipe.config.reinforcement import CollapseMonitorConfig, GRPOConfig, PPOConfig
 from lilpipe.errors import ConfigError
+from lilpipe.model.lora import initial_adapters
 from lilpipe.model.scores import Scores, token_scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
@@ -98,6 +100,16 @@ def completion_logprobs(
         return scores(model.model(part.inputs), model.output_weight, part.targets, softcap=softcap).logprobs
 
     return in_parts(logprobs, completions, parts)
+
+
+def reference_logprobs(
+    policy: Transformer, reference: Transformer | None, completions: CompletionBatch, *, parts: int, temperature: float
+) -> Tensor:
+    """Return ``completion_logprobs`` under the initial policy: ``reference`` or, if None, ``policy`` without what its
+    adapters learned.
+    """
+    with initial_adapters(policy) if reference is None else nullcontext(reference) as model:
+        return completion_logprobs(model, completions, parts=parts, temperature=temperature)
 
 
 def at_temperature(

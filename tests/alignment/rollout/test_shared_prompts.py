@@ -6,6 +6,7 @@ from lilpipe.alignment.rollout.shared_prompts import ROW_LEN, share_prompts
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from tests.alignment.conftest import TINY
+from tests.model.options import of_family
 
 VOCAB = 50
 PROMPTS = ([1, 2, 3, 4, 5], [6, 7], [8])
@@ -49,7 +50,7 @@ def shared(model, answers, max_len):
     return scores.logprobs.flatten()[rows.places].where(answers.completion_mask, 0.0), rows
 
 
-@pytest.mark.parametrize("changes", [{}, {"architecture": "gpt2", "num_kv_heads": 2}], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("changes", [{}, {**of_family("gpt2"), "num_kv_heads": 2}], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("max_len", [160, 12])
 def test_scores_and_gradients_are_those_of_answers_alone(changes, max_len):
     model = model_of(**changes)
