@@ -49,7 +49,7 @@ from lilpipe.tokenizer.vocabulary import (
 )
 
 TOKENIZER_FILES = (*VERBATIM_FILES, DOCUMENT_END_FILE)
-"""Files that ``Tokenizer.save`` may write. Each tokenizer has some of them."""
+"""Files that ``Tokenizer.save`` may write."""
 
 
 class Tokenizer(ABC):
@@ -200,7 +200,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write the tokenizer's files, which are among ``TOKENIZER_FILES``."""
+        """Write the tokenizer's files."""
 
 
 class BytePairTokenizer(Tokenizer):
@@ -331,10 +331,7 @@ class ImportedTokenizer(Tokenizer):
         return exact_vocabulary(imported.read_object(self.files, TOKENIZER_FILE))
 
     def extended(self, names: Sequence[str]) -> ImportedTokenizer:
-        """Return this tokenizer with more special tokens, whose ids follow; and with our chat template if it has none.
-
-        Token ids of text are unchanged.
-        """
+        """Return this tokenizer with more special tokens, whose ids follow, and with our template if it has none."""
         content = imported.with_special_tokens(imported.read_object(self.files, TOKENIZER_FILE), names, self.vocab_size)
         template = {} if self.template else {TEMPLATE_FILE: CHAT_TEMPLATE.encode()}
         files = {**self.files, **template, TOKENIZER_FILE: _json(content).encode()}
