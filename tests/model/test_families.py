@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,7 +197,8 @@ def test_files_go_out_as_they_came_in(case, tmp_path):
     ignored |= {"max_window_layers", "no_rope_layer_interval", "partial_rotary_factor", "rotary_pct"}
     both = {key: (before.get(key), after.get(key)) for key in before.keys() | after.keys() if key not in ignored}
     assert not {key: values for key, values in both.items() if values[0] != values[1]}
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded_with_info: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = loaded_with_info
     assert type(loaded) is type(peer)
     assert not any(info.values()), info
     expected = peer.state_dict()
@@ -319,7 +321,7 @@ def test_a_family_sets_the_options_that_are_not_given():
     base = PipelineConfig(recipe="x", steps={}).model_dump(by_alias=True)
     for changes in ({"architecture": "gemma2", "norm": "rms"}, {"architecture": "gpt2", "num_kv_heads": 4}):
         merge(base, {"pretrain": {"model": changes}}, model=PipelineConfig, where="test")
-        assert PipelineConfig(**base).pretrain.model == ModelConfig(**changes)
+        assert PipelineConfig(**base).pretrain.model == ModelConfig.model_validate(changes)
 
 
 @pytest.mark.parametrize(
@@ -348,13 +350,13 @@ def test_a_family_sets_the_options_that_are_not_given():
 )
 def test_options_that_others_would_ignore_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**changes)
+        ModelConfig.model_validate(changes)
 
 
 def test_a_layout_that_cannot_divide_a_norm_over_all_heads_is_refused():
-    model = {"architecture": "olmo2", "num_layers": 2}
+    settings = {"model": {"architecture": "olmo2", "num_layers": 2}, "parallel": {"tensor": 2}, "num_workers": 2}
     with pytest.raises(ValueError, match=r"parallel\.tensor 2 is not supported with model\.qk_norm projection"):
-        PretrainConfig(model=ModelConfig(**model), parallel={"tensor": 2}, num_workers=2)
+        PretrainConfig.model_validate(settings)
 
 
 @pytest.mark.slow
@@ -372,7 +374,7 @@ def test_a_real_model_in_gguf_gives_the_logits_and_the_text_of_transformers(tmp_
     assert num_parameters(config, vocab_size) == 134_515_008
     model = Transformer(config, vocab_size).eval()
     load_weights(model.state_dict(), directory)
-    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    peer: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids = transformers.AutoTokenizer.from_pretrained(directory)("The capital of France is Paris. The capital of")
     x = torch.tensor([ids["input_ids"]])
     with torch.no_grad():
