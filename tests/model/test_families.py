@@ -63,7 +63,8 @@ CASES = {
     "mistral without a window": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", OWN_HEAD | {"attention_bias": True}),
+    "qwen3": ("Qwen3", OWN_HEAD),
+    "qwen3 with biases": ("Qwen3", {"attention_bias": True}),
     "gemma": ("Gemma", OWN_HEAD),
     "gemma2": ("Gemma2", OWN_HEAD | GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3_text": (
@@ -84,7 +85,8 @@ CASES = {
         {"sliding_window": 7, "layer_types": [SLIDES, FULL, SLIDES]}
         | {"rope_parameters": {FULL: YARN, SLIDES: {"rope_type": "default", "rope_theta": 500.0}}},
     ),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "mlp_bias": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3 with biases": ("SmolLM3", {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 1, 0]}),
     "smollm3 with windows": (
         "SmolLM3",
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 7},
@@ -181,7 +183,8 @@ def test_logits_and_gradients_are_those_of_transformers(case):
     compared = 0
     for key, gradient in written.items():
         if key in given:  # transformers stacks the matrices of experts otherwise
-            assert relative(gradient, given[key]) < 1e-4, key
+            least = 0.1  # without RoPE, the gradient of a bias of keys is 0
+            assert (gradient - given[key]).norm() < 1e-4 * given[key].norm().clamp(min=least), key
             compared += 1
     assert compared >= (4 if model.config.moe else 7) * 3
     peer.zero_grad()
@@ -305,7 +308,8 @@ def test_what_is_not_computed_exactly_is_refused_by_name(name, changes, message,
 
 def test_plain_decoders_are_decoded_by_the_fused_step(root):
     fused = {name for name in CASES if is_fusable(load_model(saved(name, root)[0])[0])}
-    assert fused >= {"llama", "llama, linear", "mistral", "phi3"}
+    assert fused >= {"llama", "llama, linear", "mistral", "phi3", "qwen2", "qwen2 with windows", "qwen3", "smollm3"}
+    assert not fused & {"gemma", "gemma2", "olmo2", "gpt_neox", "mixtral", "llama, llama3"}
 
 
 def test_the_guide_has_a_row_for_each_family():
