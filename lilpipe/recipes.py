@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lilpipe.adapt_recipe import adapt, derive_rates
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
 from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig
 from lilpipe.config.dpo import DPOConfig
@@ -121,6 +122,7 @@ def tiny() -> PipelineConfig:
 
 RECIPES: dict[str, Callable[[], PipelineConfig]] = {
     "tiny": tiny,
+    "adapt": adapt,
     **{name: lambda lay=lay: lay(tiny()) for name, lay in ALIGNMENT_RECIPES.items()},
 }
 """Maps recipe names to functions. The recipes of published post-training share the steps of ``tiny`` up to
@@ -184,7 +186,8 @@ def resolve(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] 
     for key, value in overrides.items():
         set_dotted(complete, key, value, model=model, where="overrides")
     given = frozenset(dotted(values)), frozenset(dotted(overrides))
-    for key, value in derive(complete, given[0] | given[1]).items():
+    all_given = given[0] | given[1]
+    for key, value in {**derive(complete, all_given), **derive_rates(complete, all_given)}.items():
         set_dotted(complete, key, value, model=model, where="depth")
     try:
         config = model.model_validate(complete)

@@ -16,10 +16,12 @@ import pytest
 from lilpipe import digests
 from lilpipe import store as store_module
 from lilpipe.artifact import SCHEMA_VERSION, damage, read_manifest
+from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.digests import SETTLED_SECONDS
 from lilpipe.errors import ArtifactError, ConfigError, DataError, SchemaVersionError, StageFailure, StoreError
-from lilpipe.pipeline.plan import plan
+from lilpipe.pipeline.plan import external_digests, plan
 from lilpipe.pipeline.run import run_step
+from lilpipe.stage import get_stage
 from lilpipe.store import Store
 from tests.artifacts import make_manifest
 from tests.conftest import toy_config
@@ -443,3 +445,17 @@ def _hold(root, local, holding):
     with Store(root, local=local).lock("prompts", "f" * 64):
         holding.set()
         time.sleep(60)
+
+
+def test_an_adapter_that_training_starts_from_is_part_of_the_fingerprint(store, tmp_path):
+    config = PipelineConfig(recipe="tiny", sft={"lora": {"path": str(tmp_path)}})  # type: ignore[arg-type] (coerced)
+    with pytest.raises(DataError, match=r"sft.lora.path: .*: adapter_config.json cannot be read \(No such file"):
+        list(plan(config, store))
+    found = []
+    for text in ("{}", "{ }"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        (tmp_path / "adapter_model.safetensors").touch()
+        found.append(external_digests(get_stage("sft"), config.sft))
+    assert found[0].keys() == {"lora adapter_config.json", "lora adapter_model.safetensors"}
+    assert found[0] != found[1]
+    assert external_digests(get_stage("sft"), PipelineConfig(recipe="tiny").sft) == {}

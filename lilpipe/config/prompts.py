@@ -59,7 +59,9 @@ class PromptSource(Section):
 
     The hash of a question decides its split, the same for all sources: first the fraction for `test`, then
     `validation`, documents, demonstrations; the rest are `train` prompts. Rows of `preferences` also give pairs or
-    unpaired completions: those of `train` for training, those of `validation` for validation.
+    unpaired completions: those of `train` for training, those of `validation` for validation. Conversations of several
+    turns cannot be prompts: with `kind` `auto` they are demonstrations unless they ask a held-out question, with other
+    kinds they are left out if their first question falls into `test` or `validation`.
     """
 
     kind: Literal["auto", "gsm8k", "instructions", "programs", "preferences"] = "auto"
@@ -213,9 +215,7 @@ class PromptsConfig(Extensible):
         return self
 
     @model_validator(mode="after")
-    def _something_to_ask(self) -> PromptsConfig:
-        if not self.families and not self.sources:
-            raise ValueError("prompts: families and sources are both empty; add one")
+    def _names_are_unique(self) -> PromptsConfig:
         names = [*self.families, *(source.name for source in self.sources)]
         if len(set(names)) != len(names):
             raise ValueError(f"prompts: names of families and sources must be unique, got {names}")

@@ -50,8 +50,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Id of the token before and after a text."""
+        """Id of the token after a text."""
         return self.tokens.document_end_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Id of the token before a text."""
+        return (*self.tokens.document_start_ids, self.eot_token_id)[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:  # noqa: ARG002
         """Encode text in which names of special tokens are special tokens, such as a rendered conversation."""
@@ -72,6 +77,10 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation as text. Without ``add_generation_prompt`` the last message stays open."""
+        if self.tokens.template is not None:
+            text = self.tokens.template.text([*chat_history], add_generation_prompt=add_generation_prompt)  # pyright: ignore
+            last = chat_history[-1]["content"].strip()
+            return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
         if not self.tokens.has_turns:
             raise DataError("--chat: got a vocabulary without tokens for conversations, expected one with them")
         turns = "".join(f"<|{message['role']}|>{message['content']}<|end_of_turn|>" for message in chat_history)
@@ -79,7 +88,8 @@ class HarnessModel(TemplateLM):
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Chat template, for the harness's records."""
-        return CHAT_TEMPLATE if chat_template else ""
+        template = self.tokens.template.source if self.tokens.template else CHAT_TEMPLATE
+        return template if chat_template else ""
 
     @property
     def tokenizer_name(self) -> str:
@@ -186,7 +196,8 @@ class HarnessModel(TemplateLM):
             )
         room = self.max_length - num_tokens
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
-        stop_ids = [self.tokens.document_end_id, *([self.tokens.turn_end_id] if self.tokens.has_turns else [])]
+        talks = self.tokens.has_turns or self.tokens.template is not None
+        stop_ids = [self.tokens.document_end_id, *([self.tokens.turn_end_id] if talks else [])]
         for [completion] in generate(self.model, prompts, sampling=sampling, stop_ids=stop_ids, seed=self.seed):
             yield postprocess_generated_text(self._decode(completion.tokens), stop=stops, think_end_token=None)
 

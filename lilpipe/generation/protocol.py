@@ -234,7 +234,10 @@ class CompletionRequest(BaseRequest):
 
     def ask(self, tokenizer: Tokenizer, *, max_seq_len: int) -> Ask:
         """Tokenize and validate the request. Raises ``RequestError``."""
-        prompts = [_ids(prompt, tokenizer) for prompt in self._prompts()]
+        try:
+            prompts = [_ids(prompt, tokenizer) for prompt in self._prompts()]
+        except DataError as error:
+            raise RequestError(str(error), param="prompt") from error
         if not prompts or not all(prompts):
             raise RequestError("prompt: got no tokens, expected a non-empty text or list of token ids", param="prompt")
         if len(prompts) * self.n > MAX_CHOICES:
@@ -255,9 +258,9 @@ Request = ChatRequest | CompletionRequest
 
 
 def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids of a prompt. A text gets the end-of-document token in front, as in training."""
+    """Return the token ids of a prompt. A text gets the tokens in front that precede a document in training."""
     if isinstance(prompt, str):
-        return [tokenizer.document_end_id, *tokenizer.encode(prompt)]
+        return tokenizer.encode_prompt(prompt)
     if prompt and not 0 <= min(prompt) <= max(prompt) < tokenizer.vocab_size:
         message = f"prompt: got token ids {min(prompt)} to {max(prompt)}, expected 0 to {tokenizer.vocab_size - 1}"
         raise RequestError(message, param="prompt")

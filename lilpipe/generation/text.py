@@ -10,7 +10,7 @@ from lilpipe.tokenizer.encoding import Tokenizer
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """Return the bytes of each token by id; for special tokens, their names."""
-    return [*tokenizer.ranks, *(name.encode() for name in tokenizer.special_ids)]
+    return tokenizer.vocabulary
 
 
 class TextStream:
@@ -18,7 +18,8 @@ class TextStream:
 
     Incomplete UTF-8 characters, and text that may be the start of a stop string, are held back. After a stop string
     ``stopped`` is True and no more text is returned. The pieces concatenate to the decoded completion up to the stop
-    string.
+    string. A space at the start, which the decoder of a SentencePiece vocabulary drops, is kept: it separates the
+    completion from the prompt.
     """
 
     def __init__(self, vocabulary: Sequence[bytes], stop: Sequence[str] = ()) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.hub import copy_into, read_model_config, read_tensors
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer, ImportedTokenizer, Tokenizer
 
 MAY_DIFFER = ("architecture", "dropout", "rope_theta", "max_seq_len")
 """Settings that the weights do not depend on. GPT-2 has position embeddings, so its ``max_seq_len`` may not differ."""
@@ -65,9 +65,22 @@ def check_shape(config: ModelConfig, directory: Path) -> None:
 def check_vocabulary(tokenizer: Tokenizer, directory: Path) -> None:
     """Raise ``ArtifactError`` if token ids have other meanings than in the checkpoint."""
     stored = Tokenizer.load(directory)
-    if (tokenizer.ranks, tokenizer.pattern) != (stored.ranks, stored.pattern):
+    if not _same_text_ids(tokenizer, stored):
         raise ArtifactError(
-            f"{directory}: got a vocabulary of {len(stored.ranks):,} tokens, expected the {len(tokenizer.ranks):,} of "
-            "the token shards; tokenize with a tokenizer whose tokenizer.base is the checkpoint's tokenizer.json and "
-            "which adds no merges"
+            f"{directory}: got a vocabulary of {stored.vocab_size:,} tokens, expected that of the token shards, "
+            f"{tokenizer.vocab_size:,} tokens, without special ones; tokenize with the checkpoint's tokenizer, or with "
+            "one whose tokenizer.base is the checkpoint's and which adds no merges"
         )
+
+
+def _same_text_ids(tokenizer: Tokenizer, stored: Tokenizer) -> bool:
+    """Whether two tokenizers give the same ids for all text; an imported one may have been extended by tiktoken."""
+    if tokenizer.text_digest == stored.text_digest:
+        return True
+    if not (isinstance(tokenizer, BytePairTokenizer) and isinstance(stored, ImportedTokenizer)):
+        return False
+    try:
+        ranks = stored.as_ranks()
+    except (ValueError, LookupError, TypeError):
+        return False
+    return (ranks.ranks, ranks.pattern) == (tokenizer.ranks, tokenizer.pattern)

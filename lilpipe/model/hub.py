@@ -251,11 +251,14 @@ _NULLABLE = (
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A text starts after and ends with the end-of-document token; an answer ends with the end-of-turn token."""
+    """A text starts after its first token, else after the end-of-document token, with which it ends.
+
+    An answer ends with the end-of-turn token.
+    """
     talks = tokenizer.has_turns or tokenizer.template is not None
     ends = list(dict.fromkeys([tokenizer.document_end_id, *([tokenizer.turn_end_id] if talks else [])]))
     return {
-        "bos_token_id": tokenizer.document_end_id,
+        "bos_token_id": (*tokenizer.document_start_ids, tokenizer.document_end_id)[0],
         "eos_token_id": ends,
         "pad_token_id": tokenizer.padding_id,
     }

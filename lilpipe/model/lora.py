@@ -32,7 +32,7 @@ from lilpipe.model.state_dict_adapters import adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import NamedTensors
 
-ADAPTABLE = ("llama", "qwen3")
+ADAPTABLE = (*("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3"),)
 """Model types whose linear layers have the same names here and in ``peft``."""
 
 

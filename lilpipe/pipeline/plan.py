@@ -87,7 +87,7 @@ def plan_step(
         load(extension, object)  # fail before any step runs if the import fails
     missing = [source for source in sources(config, name) if source not in made]
     if missing:
-        _external(stage, section)  # reports a path that does not exist before anything runs
+        external_digests(stage, section)  # reports a path that does not exist before anything runs
         return WaitingStep(name, stage, section, f"after {', '.join(missing)}")
     inputs = fill_roles(config, name, made)
     cache_key = _cache_key(stage, section, inputs)
@@ -135,7 +135,7 @@ def _key_of(manifest: Manifest) -> CacheKey:
     return CacheKey(manifest.stage, manifest.config, inputs, manifest.external, manifest.code, manifest.packages)
 
 
-def _external(stage: Stage, section: Section) -> dict[str, str]:
+def external_digests(stage: Stage, section: Section) -> dict[str, str]:
     """Return the digests of what a step reads from outside the store: also the adapter that training starts from."""
     found = dict(stage.external(section))
     lora: LoRAConfig | None = getattr(section, "lora", None)
@@ -154,7 +154,7 @@ def _external(stage: Stage, section: Section) -> dict[str, str]:
 
 def _cache_key(stage: Stage, section: Section, inputs: Inputs) -> CacheKey:
     digests = {role: [artifact.content_digest for artifact in all_inputs(inputs, role)] for role in inputs}
-    external = _external(stage, section)
+    external = external_digests(stage, section)
     if stage.names_inputs:
         for role in inputs:
             external |= {f"name of {role}.{n}": each.manifest.step for n, each in enumerate(all_inputs(inputs, role))}

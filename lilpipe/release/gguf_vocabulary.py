@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lilpipe.errors import ArtifactError, ConfigError
-from lilpipe.tokenizer.imported import TEMPLATE_TOKENS, chat_template
+from lilpipe.tokenizer.imported import chat_templates, read_files, stated_settings, token_names
 from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.vocabulary import TOKENIZER_FILE
 
@@ -58,9 +58,9 @@ def add_vocabulary(writer: Any, directory: Path, vocab_size: int) -> None:
     writer.add_token_list(names)
     writer.add_token_types(kinds)
     _add_special(writer, directory, content)
-    found = chat_template(directory)
-    if found is not None:
-        writer.add_chat_template(found[0])
+    files = read_files(directory)
+    if template := chat_templates(files, stated_settings(files)).get("default"):
+        writer.add_chat_template(template)
 
 
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
@@ -120,17 +120,16 @@ def _prepends_space(content: Mapping[str, Any]) -> bool:
 def _add_special(writer: Any, directory: Path, content: Mapping[str, Any]) -> None:
     """Write the ids of special tokens. The end of a turn comes from ``generation_config.json`` if it names several."""
     ids = dict(_vocab(content)) | {token["content"]: token["id"] for token in content["added_tokens"]}
-    stated = _read(directory / "tokenizer_config.json")
-    named = {key: ids.get(_name(stated.get(key))) for key in TEMPLATE_TOKENS}
+    named = {key: ids.get(name) for key, name in token_names(stated_settings(read_files(directory))).items()}
     ends = _read(directory / "generation_config.json").get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    end = ends[0] if ends else named["eos_token"]
+    end = ends[0] if ends else named.get("eos_token")
     for add, number in (
-        (writer.add_bos_token_id, named["bos_token"]),
+        (writer.add_bos_token_id, named.get("bos_token")),
         (writer.add_eos_token_id, end),
         (writer.add_eot_token_id, ends[1] if len(ends) > 1 else None),
-        (writer.add_unk_token_id, named["unk_token"]),
-        (writer.add_pad_token_id, named["pad_token"]),
+        (writer.add_unk_token_id, named.get("unk_token")),
+        (writer.add_pad_token_id, named.get("pad_token")),
     ):
         if number is not None:
             add(number)
@@ -144,10 +143,6 @@ def _adds_bos(processor: Any) -> bool:
     if processor["type"] == "Sequence":
         return any(_adds_bos(part) for part in processor["processors"])
     return processor["type"] == "TemplateProcessing" and "SpecialToken" in processor["single"][0]
-
-
-def _name(token: Any) -> Any:
-    return token.get("content") if isinstance(token, Mapping) else token
 
 
 def _read(path: Path) -> dict[str, Any]:

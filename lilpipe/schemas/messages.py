@@ -25,6 +25,8 @@ class Message(TypedDict):
     """Id of the call that a `tool` message answers."""
     tool_calls: NotRequired[list[dict[str, Any]]]
     """Calls of an assistant: ``{"type": "function", "function": {"name": ..., "arguments": {...}}}``, optional `id`."""
+    reasoning_content: NotRequired[str]
+    """Reasoning of an assistant before the content, for templates that show it."""
     weight: NotRequired[float]
     """Weight of an assistant's message in the loss, 0 to 1; 0: in the context, without loss. If absent, 1."""
 
@@ -36,6 +38,7 @@ _OPTIONAL = {
     "name": pa.string(),
     "tool_call_id": pa.string(),
     "tool_calls": pa.string(),  # JSON, since arguments have no common schema
+    "reasoning_content": pa.string(),
     "weight": pa.float64(),
 }
 

@@ -15,16 +15,23 @@ import numpy as np
 import tiktoken
 from rustbpe import Tokenizer as RustTokenizer  # pyright: ignore[reportAttributeAccessIssue]: no stubs
 
-from lilpipe.artifact import Inputs, optional_input, write_atomically
+from lilpipe.artifact import Inputs, digest_json, optional_input, write_atomically
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.digests import digest_file
-from lilpipe.errors import ConfigError, DataError
+from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import NUM_RESERVED, Tokenizer, special_tokens
+from lilpipe.tokenizer.encoding import (
+    NUM_RESERVED,
+    TOKENIZER_FILES,
+    BytePairTokenizer,
+    ImportedTokenizer,
+    Tokenizer,
+    special_tokens,
+)
 from lilpipe.tokenizer.extension import check_base, extend
 from lilpipe.tokenizer.patterns import resolve_pattern
 from lilpipe.tokenizer.sample import Sample, Text
-from lilpipe.tokenizer.tokenizer_report import build_report
+from lilpipe.tokenizer.tokenizer_report import build_compression_report, build_report
 from lilpipe.tokenizer.usage import Totals, Usage, find_suspects, measure_usage
 from lilpipe.tokenizer.vocabulary import TIKTOKEN_FILE, Vocabulary, read_vocabulary, vocabulary_file
 
@@ -41,11 +48,13 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
     """Train on the inputs, save the tokenizer and its report. Raises ``DataError`` if the text has too few merges."""
     corpus = _path(inputs, "corpus")
     assert corpus is not None
-    base = _read_base(config)
+    base, kept = _read_base(config), _read_kept(config)
     others = _read_others(config)
     sample = Sample.plan(config, corpus, _path(inputs, "prompts"))
     for line in sample.shortages():
         workspace.log(line)
+    if kept is not None:
+        return _save_kept(kept, sample, others, workspace)
     taken: Counter[str] = Counter()
     texts = counted(sample.texts(), taken, workspace, total=sample.num_bytes)
     tokenizer = learn((text.text for text in texts), config, base)
@@ -69,7 +78,22 @@ def run(config: TokenizerConfig, inputs: Inputs, workspace: Workspace) -> Metric
     }
 
 
-def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None) -> Tokenizer:
+def _save_kept(
+    tokenizer: ImportedTokenizer, sample: Sample, others: Mapping[str, tiktoken.Encoding], workspace: Workspace
+) -> Metrics:
+    """Save an imported tokenizer with our special tokens, and measure its compression."""
+    tokenizer.save(workspace.output)
+    usage = measure_usage(tokenizer, sample.texts(MEASURED_BYTES), others=others)
+    html = build_compression_report(tokenizer, usage, others=list(others))
+    write_atomically(workspace.report / "report.html", html)
+    return {
+        **_compression(usage, list(others)),
+        "tokens_per_word": usage.total.tokens_per_word,
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
+def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None) -> BytePairTokenizer:
     """Train a tokenizer with the section's settings; extend ``base`` if given."""
     if base is None:
         return train_tokenizer(
@@ -80,7 +104,7 @@ def learn(texts: Iterable[str], config: TokenizerConfig, base: Vocabulary | None
 
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int, pattern: str = DEFAULT_PATTERN, num_reserved: int = NUM_RESERVED
-) -> Tokenizer:
+) -> BytePairTokenizer:
     """Train a tokenizer of exactly ``vocab_size`` ids: 256 bytes, merges, special tokens.
 
     The result depends on neither the order of the texts nor the number of threads. Raises ``DataError`` if the texts
@@ -94,15 +118,15 @@ def train_tokenizer(
         raise ConfigError(f"tokenizer.pattern: got {pattern!r}, expected a regular expression ({error})") from error
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     _check_size(len(ranks), vocab_size, num_reserved=num_reserved, num_base=256)
-    return Tokenizer(ranks, pattern, num_reserved=num_reserved)
+    return BytePairTokenizer(ranks, pattern, num_reserved=num_reserved)
 
 
-def train_extension(texts: Iterable[str], base: Vocabulary, config: TokenizerConfig) -> Tokenizer:
+def train_extension(texts: Iterable[str], base: Vocabulary, config: TokenizerConfig) -> BytePairTokenizer:
     """Extend ``base`` to exactly ``config.vocab_size`` ids; raises the errors of ``train_tokenizer``."""
     num_merges = config.vocab_size - len(special_tokens(config.num_reserved)) - len(base.ranks)
     ranks = extend(texts, base.ranks, num_merges, pattern=config.pattern)
     _check_size(len(ranks), config.vocab_size, num_reserved=config.num_reserved, num_base=len(base.ranks))
-    return Tokenizer(ranks, config.pattern, num_reserved=config.num_reserved)
+    return BytePairTokenizer(ranks, config.pattern, num_reserved=config.num_reserved)
 
 
 def _check_size(num_ranks: int, vocab_size: int, *, num_reserved: int, num_base: int) -> None:
@@ -164,10 +188,44 @@ def _path(inputs: Inputs, role: str) -> Path | None:
     return artifact.path if artifact else None
 
 
-def _read_base(config: TokenizerConfig) -> Vocabulary | None:
-    if config.base is None:
+def _read_kept(config: TokenizerConfig) -> ImportedTokenizer | None:
+    """Return ``base`` with our special tokens if it is an imported tokenizer and ``vocab_size`` leaves no merges."""
+    if config.base is None or not (tokenizer := _imported_base(config.base)):
         return None
-    base = read_vocabulary(Path(config.base))
+    names = added_names(tokenizer, config.num_reserved)
+    return tokenizer.extended(names) if config.vocab_size == tokenizer.vocab_size + len(names) else None
+
+
+def _imported_base(base: str) -> ImportedTokenizer | None:
+    path = vocabulary_file(Path(base))
+    if path.suffix == ".tiktoken" or path.name not in TOKENIZER_FILES:
+        return None
+    try:
+        tokenizer = Tokenizer.load(path.parent)
+    except ArtifactError as error:
+        raise ConfigError(f"tokenizer.base: {error}") from error
+    return tokenizer if isinstance(tokenizer, ImportedTokenizer) else None
+
+
+def added_names(tokenizer: Tokenizer, num_reserved: int) -> list[str]:
+    """Return our special tokens that an imported tokenizer lacks; its own token ends a document."""
+    return [name for name in special_tokens(num_reserved)[1:] if name not in tokenizer.special_ids]
+
+
+def _read_base(config: TokenizerConfig) -> Vocabulary | None:
+    """Return the vocabulary that is extended by merges. Raises ``ConfigError`` if that is impossible."""
+    if config.base is None or _read_kept(config) is not None:
+        return None
+    try:
+        base = read_vocabulary(Path(config.base))
+    except DataError as error:
+        if (tokenizer := _imported_base(config.base)) is None:
+            raise
+        size = tokenizer.vocab_size + len(added_names(tokenizer, config.num_reserved))
+        raise ConfigError(
+            f"tokenizer.vocab_size: got {config.vocab_size}, expected {size}: {config.base} cannot be extended by "
+            f"merges, but by our special tokens alone ({error})"
+        ) from error
     check_base(base, config.pattern, where=config.base)
     num_special = len(special_tokens(config.num_reserved))
     if len(base.ranks) + num_special > config.vocab_size:
@@ -196,10 +254,12 @@ def _read_others(config: TokenizerConfig) -> dict[str, tiktoken.Encoding]:
 
 def external(config: TokenizerConfig) -> dict[str, str]:
     """Return digests of the vocabularies read from outside the store. Raises ``DataError`` if one is missing."""
-    named = {f"compare {name}": other.path for name, other in config.compare.items()}
+    named = {f"compare {name}": digest_file(vocabulary_file(Path(path.path))) for name, path in config.compare.items()}
     if config.base is not None:
-        named["base"] = config.base
-    return {name: digest_file(vocabulary_file(Path(path))) for name, path in named.items()}
+        file = vocabulary_file(Path(config.base))
+        beside = [file.with_name(name) for name in TOKENIZER_FILES if file.name in TOKENIZER_FILES]
+        named["base"] = digest_json([digest_file(path) for path in (file, *beside) if path.is_file()])
+    return named
 
 
 STAGE = Stage(

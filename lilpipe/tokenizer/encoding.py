@@ -1,104 +1,112 @@
-"""Byte-level BPE: text to token ids and back.
+"""Text to token ids and back: tokenizers trained here, and imported ones, behind one interface.
 
-tiktoken encodes. On disk the vocabulary is Hugging Face's ``tokenizer.json``, which this package and ``transformers``
-both read. ``tokenizer_config.json`` and ``chat_template.jinja`` are for ``transformers``; ``.tiktoken`` files are
-exports for other tools.
+``BytePairTokenizer`` is ours: byte-level BPE, encoded by tiktoken. A token's id is its rank: merges of lower rank are
+applied first. Ids 0 to 255 are the single bytes (in the base's order if a vocabulary was extended), followed by the
+merges and the special tokens. ``ImportedTokenizer`` is any other ``tokenizer.json``, run by Hugging Face's
+``tokenizers``, and stored as it came.
 
-A token's id is its rank: merges of lower rank are applied first. Ids 0 to 255 are the single bytes (in the base's
-order if a vocabulary was extended), followed by the merges and the special tokens. Since all bytes are tokens, no
-text is unknown. Text is never encoded as a special token: ``"<|user|>"`` in a document encodes as eight ordinary
-characters (``transformers`` does this with ``split_special_tokens=True``).
+On disk both are Hugging Face's files, which ``transformers`` reads; ``.tiktoken`` files are exports for other tools.
 
-An imported vocabulary keeps its own special tokens. One of them ends a document; it may have no tokens for turns of a
-conversation.
+Text is never encoded as a special token: ``"<|user|>"`` in a document encodes as ordinary characters (``transformers``
+does this with ``split_special_tokens=True``). A document is ``document_start_ids``, its text, and ``document_end_id``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
 
 from lilpipe.artifact import write_atomically
 from lilpipe.errors import ArtifactError, DataError
-from lilpipe.tokenizer.imported import chat_template, check_added_tokens, document_end, exact_merges
+from lilpipe.tokenizer import imported
+from lilpipe.tokenizer.byte_pair import BytePairEncoder
+from lilpipe.tokenizer.conversion import as_tokenizer_json
+from lilpipe.tokenizer.huggingface import HuggingFaceEncoder
+from lilpipe.tokenizer.imported import CONFIG_FILE, DOCUMENT_END_FILE, TEMPLATE_FILE, VERBATIM_FILES, Files
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
+from lilpipe.tokenizer.marked import Encoded, Encoder
 from lilpipe.tokenizer.patterns import resolve_pattern
+from lilpipe.tokenizer.special_tokens import NAMED_TOKENS, NUM_RESERVED, TURN_TOKENS, is_ours, special_tokens
 from lilpipe.tokenizer.vocabulary import (
     TOKENIZER_FILE,
     Merge,
     Ranks,
     Vocabulary,
+    exact_vocabulary,
     from_hugging_face,
-    read_vocabulary,
+    ranks_digest,
     recover_merges,
     to_hugging_face,
     to_tiktoken,
 )
 
-NAMED_TOKENS = (
-    "<|end_of_document|>",
-    "<|padding|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|end_of_turn|>",
-)
-NUM_RESERVED = 2
+TOKENIZER_FILES = (*VERBATIM_FILES, DOCUMENT_END_FILE)
+"""Files that ``Tokenizer.save`` may write. Each tokenizer has some of them."""
 
 
-def special_tokens(num_reserved: int = NUM_RESERVED) -> tuple[str, ...]:
-    """Return the names of the special tokens in order of their ids: named tokens, then reserved ones."""
-    return (*NAMED_TOKENS, *(f"<|reserved_{index}|>" for index in range(num_reserved)))
+class Tokenizer(ABC):
+    """A vocabulary with special tokens: encodes and decodes."""
 
+    special_ids: dict[str, int]
+    """Special tokens by name."""
+    vocab_size: int
+    """Number of ids: the largest one plus 1. Ids between may have no token."""
+    document_end: str
+    """Name of the special token that ends a document."""
+    document_start_ids: tuple[int, ...] = ()
+    """Ids before the text of a document; empty if the model was trained without. Chat templates write their own."""
+    template: JinjaTemplate | None = None
+    """Chat template of an imported tokenizer."""
+    _encoder: Encoder
 
-class Tokenizer:
-    """A vocabulary of bytes, merges and special tokens; encodes with tiktoken."""
+    @staticmethod
+    def load(directory: Path) -> Tokenizer:
+        """Load the tokenizer of a Tokenizer or Checkpoint artifact, or of an imported model.
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        pattern: str,
-        *,
-        num_reserved: int = NUM_RESERVED,
-        special: Sequence[str] | None = None,
-        document_end: str = NAMED_TOKENS[0],
-        template: JinjaTemplate | None = None,
-    ) -> None:
-        """Create a tokenizer.
-
-        Args:
-            ranks: Token bytes to id; contains the 256 bytes, ids without gaps.
-            pattern: Splits text into pieces before merging: name of a preset, or a regular expression.
-            num_reserved: Number of reserved special tokens.
-            special: Names of an imported vocabulary's special tokens; ``None`` means ours.
-            document_end: Name of the special token that ends a document.
-            template: Chat template of an imported tokenizer.
+        Raises ``ArtifactError`` if there is no tokenizer, or its files are damaged.
         """
-        self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-        self.pattern = resolve_pattern(pattern)
-        assert list(self.ranks.values()) == list(range(len(ranks))), "ranks must be 0, 1, 2, ..."
-        names = special_tokens(num_reserved) if special is None else special
-        self.special_ids = {name: len(ranks) + index for index, name in enumerate(names)}
-        self.vocab_size = len(ranks) + len(self.special_ids)
-        self._encoding = tiktoken.Encoding(
-            "lilpipe", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special_ids
-        )
-        self.document_end = document_end
-        self.document_end_id = self.special_ids[document_end]
-        self.padding_id = self.special_ids.get("<|padding|>", self.document_end_id)
-        self.template = template
+        try:
+            files = imported.read_files(directory)
+            if TOKENIZER_FILE not in files:
+                files |= as_tokenizer_json(files, imported.stated_settings(files))
+            content = imported.read_object(files, TOKENIZER_FILE)
+            if is_ours(content):
+                return BytePairTokenizer.of(from_hugging_face(content))
+            return ImportedTokenizer(files, content, ends=imported.document_ends(directory, content))
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"{directory / TOKENIZER_FILE}: missing; expected a directory that contains a tokenizer ({error})"
+            ) from error
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else repr(error)
+            raise ArtifactError(
+                f"{directory / TOKENIZER_FILE}: got no usable tokenizer ({reason}); expected the file that stage "
+                "`tokenizer` writes, or the files of a model as they were published; get them again"
+            ) from error
+
+    # --- special tokens -------------------------------------------------------------------------------------------
+
+    @property
+    def document_end_id(self) -> int:
+        """Id of the token that ends a document."""
+        return self.special_ids[self.document_end]
+
+    @property
+    def padding_id(self) -> int:
+        """Id of the token in place of absent ones."""
+        return self.special_ids.get("<|padding|>", self.document_end_id)
 
     @property
     def has_turns(self) -> bool:
         """Whether the vocabulary has our special tokens for conversations."""
-        return set(NAMED_TOKENS) <= self.special_ids.keys()
+        return set(TURN_TOKENS) <= self.special_ids.keys()
 
     @property
     def system_id(self) -> int:
@@ -128,17 +136,6 @@ class Tokenizer:
             )
         return self.special_ids[name]
 
-    @cached_property
-    def merges(self) -> tuple[Merge, ...]:
-        """The pair that forms each token, in order of rank; read from the file if it has merges, else recovered."""
-        return tuple(recover_merges(self.ranks))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over pattern, tokens and special tokens; equal if and only if tokenizers give the same ids."""
-        content = [self.pattern, *self.special_ids, *(token.hex() for token in self.ranks)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
     @property
     def special(self) -> tuple[tuple[int, str], ...]:
         """Ids and names of the special tokens."""
@@ -146,107 +143,202 @@ class Tokenizer:
 
     # --- text and ids ---------------------------------------------------------------------------------------------
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """Encode text to ids, uint32 [tokens]; threads can run it in parallel.
+
+        A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD. Raises ``DataError`` for a text that the library
+        cannot encode.
+        """
+        return self._encoder.encode_batch([text])[0]
+
     def encode(self, text: str) -> list[int]:
-        """Encode text to ids. A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD."""
-        return self._encoding.encode_ordinary(text)
+        """Encode text to ids; see ``encode_array``."""
+        return self.encode_array(text).tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode texts to ids, an imported tokenizer on all cores; see ``encode_array``."""
+        return self._encoder.encode_batch(texts)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode the beginning of a document, after the ids that precede its text in training.
+
+        These are ``document_start_ids``, or the end of the document before if there are none.
+        """
+        return [*(self.document_start_ids or [self.document_end_id]), *self.encode(text)]
 
     def encode_marked(self, text: str) -> list[int]:
-        """Encode text in which names of special tokens are special tokens, such as a rendered conversation."""
-        return self._encoding.encode(text, allowed_special="all")
+        """Encode text in which names of special tokens are special, unless marked with ``marked.LITERAL``."""
+        return self.encode_with_offsets(text).ids
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Encode text to ids as uint32, without a Python object per id; threads can run it in parallel."""
-        try:
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which `encode` replaces
-            return np.array(self.encode(text), dtype=np.uint32)
+    def encode_with_offsets(self, text: str) -> Encoded:
+        """Encode as ``encode_marked``; also return the characters that each token covers."""
+        return self._encoder.encode_marked(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text; special tokens appear by name, invalid UTF-8 as U+FFFD."""
-        return self._encoding.decode(list(ids))
+        return self._encoder.decode(ids)
+
+    @cached_property
+    def vocabulary(self) -> list[bytes]:
+        """Bytes of each token by id: for special tokens their names, for an id without a token nothing."""
+        return self._encoder.vocabulary()
 
     def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
         """Return the bytes of each id."""
-        return self._encoding.decode_tokens_bytes(list(ids))
+        vocabulary = self.vocabulary
+        return [vocabulary[token] for token in ids]
 
-    # --- files ----------------------------------------------------------------------------------------------------
+    # --- identity and files ---------------------------------------------------------------------------------------
 
-    @classmethod
-    def load(cls, directory: Path) -> Tokenizer:
-        """Load the tokenizer of a Tokenizer or Checkpoint artifact, or of an imported model.
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256; equal only if tokenizers give the same ids."""
 
-        Raises ``ArtifactError`` if there is no tokenizer, or if tiktoken would give other ids.
+    @property
+    @abstractmethod
+    def text_digest(self) -> str:
+        """SHA-256 of what decides the ids of a text: the tokenizer without its special tokens."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files, which are among ``TOKENIZER_FILES``."""
+
+
+class BytePairTokenizer(Tokenizer):
+    """Bytes, merges and our special tokens. Since all bytes are tokens, no text is unknown."""
+
+    def __init__(self, ranks: Ranks, pattern: str, *, num_reserved: int = NUM_RESERVED) -> None:
+        """Create a tokenizer.
+
+        Args:
+            ranks: Token bytes to id; contains the 256 bytes, ids without gaps.
+            pattern: Splits text into pieces before merging: name of a preset, or a regular expression.
+            num_reserved: Number of reserved special tokens.
         """
-        path = directory / TOKENIZER_FILE
-        if not path.exists() and (directory / "vocab.json").exists():
-            path = directory / "vocab.json"
-        try:
-            if path.name == TOKENIZER_FILE:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                vocabulary = from_hugging_face(content)
-                check_added_tokens(content["added_tokens"])
-                ignore_merges = bool(content["model"].get("ignore_merges"))
-            else:
-                vocabulary, ignore_merges = read_vocabulary(path), False
-            return cls._of(vocabulary, directory, ignore_merges=ignore_merges)
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{path}: missing; expected a directory that contains a tokenizer") from error
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError) as error:
-            raise ArtifactError(
-                f"{path}: got something other than byte-level BPE ({error!r}); expected the file that "
-                "stage `tokenizer` writes, or an imported one that tiktoken supports; run that stage again"
-            ) from error
+        self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        self.pattern = resolve_pattern(pattern)
+        assert list(self.ranks.values()) == list(range(len(ranks))), "ranks must be 0, 1, 2, ..."
+        self.special_ids = {name: len(ranks) + index for index, name in enumerate(special_tokens(num_reserved))}
+        self.vocab_size = len(ranks) + len(self.special_ids)
+        self.document_end = NAMED_TOKENS[0]
+        self._encoder = BytePairEncoder(self.ranks, self.pattern, self.special_ids)
 
     @classmethod
-    def _of(cls, vocabulary: Vocabulary, directory: Path, *, ignore_merges: bool) -> Tokenizer:
-        """Create the tokenizer of a vocabulary that was read from ``directory``."""
+    def of(cls, vocabulary: Vocabulary) -> BytePairTokenizer:
+        """Create the tokenizer of a vocabulary with our special tokens. Raises ``ValueError`` for other ones."""
         assert vocabulary.pattern is not None
-        special = dict(sorted(vocabulary.special))
-        names = tuple(special.values())
-        if NAMED_TOKENS[0] in names:
-            tokenizer = cls(vocabulary.ranks, vocabulary.pattern, num_reserved=len(names) - len(NAMED_TOKENS))
-            merges = vocabulary.merges
-        else:
-            merges = exact_merges(vocabulary, ignore_merges=ignore_merges)
-            end = document_end(directory, special)
-            found = chat_template(directory)
-            template = found and JinjaTemplate(*found)
-            tokenizer = cls(vocabulary.ranks, vocabulary.pattern, special=names, document_end=end, template=template)
-        if tuple(special.items()) != tokenizer.special:
+        special = tuple(sorted(vocabulary.special))
+        tokenizer = cls(vocabulary.ranks, vocabulary.pattern, num_reserved=len(special) - len(NAMED_TOKENS))
+        if special != tokenizer.special:
             raise ValueError(f"special tokens: got {vocabulary.special}, expected {tokenizer.special}")
-        if merges is not None:
-            tokenizer.merges = merges
+        if vocabulary.merges is not None:
+            tokenizer.merges = vocabulary.merges
         return tokenizer
 
-    @classmethod
-    def load_tiktoken(cls, path: Path, pattern: str, *, num_reserved: int = NUM_RESERVED) -> Tokenizer:
-        """Read a ``.tiktoken`` file, which has no pattern, and add our special tokens.
+    @cached_property
+    def merges(self) -> tuple[Merge, ...]:
+        """The pair that forms each token, in order of rank; read from the file if it has merges, else recovered."""
+        return tuple(recover_merges(self.ranks))
 
-        Raises ``DataError`` if it is not a vocabulary or its ids have gaps.
-        """
-        ranks = read_vocabulary(path).ranks
-        if list(ranks.values()) != list(range(len(ranks))):
-            raise DataError(f"{path}: got ids with gaps, expected 0 to {len(ranks) - 1}; use another vocabulary")
-        return cls(ranks, pattern, num_reserved=num_reserved)
+    @property
+    def digest(self) -> str:  # noqa: D102
+        content = [self.pattern, *self.special_ids, *(token.hex() for token in self.ranks)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def text_digest(self) -> str:  # noqa: D102
+        return ranks_digest(self.ranks, self.pattern)
 
     def save(self, directory: Path) -> None:
-        """Write ``tokenizer.json``, ``tokenizer_config.json`` and, if there is a template, ``chat_template.jinja``."""
+        """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
         content = to_hugging_face(self.ranks, self.pattern, self.special, self.merges)
         write_atomically(directory / TOKENIZER_FILE, _json(content))
-        names = {"eos_token": self.document_end, "pad_token": "<|padding|>" if self.has_turns else self.document_end}
-        names |= self.template.names if self.template else {}
-        write_atomically(directory / "tokenizer_config.json", _json({**HUGGING_FACE_CONFIG, **names}))
-        if self.template or self.has_turns:
-            source = self.template.source if self.template else CHAT_TEMPLATE
-            write_atomically(directory / "chat_template.jinja", source)
+        names = {"eos_token": self.document_end, "pad_token": "<|padding|>"}
+        write_atomically(directory / CONFIG_FILE, _json({**HUGGING_FACE_CONFIG, **names}))
+        write_atomically(directory / TEMPLATE_FILE, CHAT_TEMPLATE)
 
     def save_tiktoken(self, path: Path) -> None:
         """Write tokens and ranks in tiktoken's format, which stores neither pattern nor special tokens."""
         write_atomically(path, to_tiktoken(self.ranks))
 
 
-TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja")
-"""Files that ``Tokenizer.save`` writes, the last one only if the tokenizer has a chat template."""
+class ImportedTokenizer(Tokenizer):
+    """A tokenizer from elsewhere, as its files define it."""
+
+    def __init__(self, files: Files, content: dict[str, Any], *, ends: Sequence[str]) -> None:
+        """Create a tokenizer.
+
+        Args:
+            files: Contents of its files.
+            content: JSON of ``tokenizer.json``.
+            ends: Names of tokens that end a text, by the model's settings.
+
+        Raises ``ValueError`` or ``LookupError`` if the files are damaged, ``DataError`` for a damaged chat template.
+        """
+        self.files = files
+        self._stated = imported.stated_settings(files)
+        self._encoder = HuggingFaceEncoder(imported.completed(content, self._stated))
+        self.special_ids = self._encoder.special_ids
+        self.vocab_size = self._encoder.size
+        self.document_start_ids = imported.start_ids(content, self._stated, self.special_ids)
+        templates = imported.chat_templates(files, self._stated)
+        if "default" in templates and not (self.has_turns and templates["default"] == CHAT_TEMPLATE):
+            self.template = JinjaTemplate(
+                templates["default"], imported.token_names(self._stated), with_tools=templates.get("tool_use")
+            )
+        self._ends = [
+            name for name in (*ends, imported.token_names(self._stated).get("eos_token")) if name in self.special_ids
+        ]
+        if not self._ends:
+            raise ValueError("eos_token: got none in config.json or tokenizer_config.json that is a special token")
+
+    @cached_property
+    def document_end(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Name of the token that ends a document: the first that ends a text, other than the end of a turn."""
+        if len(self._ends) > 1 and self.template is not None:
+            try:
+                turn_end = self.turn_end_id
+            except DataError:
+                turn_end = None
+            return next((name for name in self._ends if self.special_ids[name] != turn_end), self._ends[0])
+        return self._ends[0]
+
+    @property
+    def padding_id(self) -> int:  # noqa: D102
+        stated = imported.token_names(self._stated).get("pad_token", "")
+        return self.special_ids.get(stated, super().padding_id)
+
+    @cached_property
+    def digest(self) -> str:  # noqa: D102
+        others = [self.special, self.document_start_ids, self.document_end]
+        return hashlib.sha256(self.files[TOKENIZER_FILE] + json.dumps(others).encode()).hexdigest()
+
+    @cached_property
+    def text_digest(self) -> str:  # noqa: D102
+        content = imported.without_special_tokens(imported.read_object(self.files, TOKENIZER_FILE), self.special_ids)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def as_ranks(self) -> Vocabulary:
+        """Return the vocabulary as tokens with ranks. Raises ``ValueError`` if tiktoken would give other ids."""
+        return exact_vocabulary(imported.read_object(self.files, TOKENIZER_FILE))
+
+    def extended(self, names: Sequence[str]) -> ImportedTokenizer:
+        """Return this tokenizer with more special tokens, whose ids follow; and with our chat template if it has none.
+
+        Token ids of text are unchanged.
+        """
+        content = imported.with_special_tokens(imported.read_object(self.files, TOKENIZER_FILE), names, self.vocab_size)
+        template = {} if self.template else {TEMPLATE_FILE: CHAT_TEMPLATE.encode()}
+        files = {**self.files, **template, TOKENIZER_FILE: _json(content).encode()}
+        return ImportedTokenizer(files, content, ends=[self.document_end])
+
+    def save(self, directory: Path) -> None:
+        """Write the files as they came, and ``document_end.json``."""
+        for name, data in self.files.items():
+            write_atomically(directory / name, data)
+        write_atomically(directory / DOCUMENT_END_FILE, _json({"document_end": self.document_end}))
+
 
 HUGGING_FACE_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",

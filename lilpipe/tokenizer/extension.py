@@ -17,15 +17,13 @@ import regex
 import tiktoken
 
 from lilpipe.errors import ConfigError
+from lilpipe.tokenizer.byte_pair import WHOLE
 from lilpipe.tokenizer.patterns import PATTERNS, resolve_pattern
 from lilpipe.tokenizer.vocabulary import Ranks, Vocabulary
 
 MAX_UNREACHABLE_SHARE = 0.005
 """Maximum share of the base's tokens that the pattern makes unreachable. Under its own pattern, 12 tokens of o200k
 (0.006 %) are unreachable; under another preset, 1.1 to 22 % of o200k or cl100k."""
-
-WHOLE = r"[\s\S]+"
-"""A pattern that does not split text."""
 
 Pair = tuple[int, int]
 

@@ -1,81 +1,146 @@
-"""Imported vocabularies, such as those of GPT-2 and Llama 3: checks that tiktoken gives the same ids.
+"""Files of an imported tokenizer: what they say, and which tokens stand around a text.
 
-``tokenizer.json`` can contain more than ranks, a pattern and special tokens. Whatever would change ids is rejected, so
-that an imported model gets the ids that it was trained on.
+``tokenizer.json`` defines the ids. ``tokenizer_config.json`` and the older ``special_tokens_map.json`` name tokens, and
+may change flags of added tokens and ask for a token before each text, as in ``transformers``. The files are kept
+unchanged. ``document_end.json`` is ours: which token ends a document follows from the model's ``config.json``, which is
+not beside every copy of the tokenizer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lilpipe.tokenizer.vocabulary import Merge, Vocabulary, recover_merges
+from lilpipe.tokenizer.huggingface import leading_ids
+from lilpipe.tokenizer.vocabulary import TOKENIZER_FILE
 
-TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-"""Special tokens that ``transformers`` passes to a chat template by these names."""
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+DOCUMENT_END_FILE = "document_end.json"
+VERBATIM_FILES = (
+    *(TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
+)
+"""Files that are copied as they are."""
+
+FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
+
+Files = dict[str, bytes]
 
 
-def exact_merges(vocabulary: Vocabulary, *, ignore_merges: bool) -> tuple[Merge, ...]:
-    """Return the vocabulary's merges. Raises ``ValueError`` if the file's merges would not give tiktoken's ids.
+def read_files(directory: Path) -> Files:
+    """Return the contents of the tokenizer's files in a directory."""
+    return {name: path.read_bytes() for name in VERBATIM_FILES if (path := directory / name).is_file()}
 
-    tiktoken applies exactly the merges of ``recover_merges``, so a file gives the same ids if it contains these in
-    order of rank. A token without a merge is only found as a whole piece, which ``ignore_merges`` enables.
+
+def read_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if there is no such file. Raises ``ValueError`` naming the file."""
+    if name not in files:
+        return {}
+    if files[name].startswith(b"\x80"):
+        raise ValueError(f"{name}: got a pickle, which could run code, expected JSON")
+    try:
+        found = json.loads(files[name].decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: got a JSON {type(found).__name__}, expected an object")
+    return found
+
+
+def stated_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the tokenizer's settings; names of tokens in ``tokenizer_config.json`` come before those in the map."""
+    both = [read_object(files, name) for name in ("special_tokens_map.json", CONFIG_FILE)]
+    return {key: value for each in both for key, value in each.items() if value is not None}
+
+
+def token_names(stated: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tokens with a name, such as ``bos_token``; a chat template refers to them by it."""
+    found = {key: value for key, value in stated.items() if key.endswith("_token") and isinstance(value, str | dict)}
+    return {key: token["content"] if isinstance(token, dict) else token for key, token in found.items()}
+
+
+def completed(content: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of ``tokenizer.json`` with the added tokens that the settings name or change.
+
+    ``transformers`` does the same: flags in ``added_tokens_decoder`` win, and a named token of the vocabulary is
+    special. Tokens that the vocabulary lacks are left out: the model has no embedding for them.
     """
-    merges = tuple(recover_merges(vocabulary.ranks))
-    if vocabulary.merges is not None and (absent := set(merges) - set(vocabulary.merges)):
-        raise ValueError(f"merges: got none of {min(absent)}, by which tiktoken would merge")
-    if not ignore_merges and len(merges) + 256 < len(vocabulary.ranks):
-        raise ValueError("ignore_merges: got false and tokens that no merge forms, expected true or no such token")
-    return merges
+    added = {token["content"]: token for token in content.get("added_tokens") or []}
+    ids = _vocabulary(content)
+    for number, token in sorted((stated.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+        name = token["content"]
+        if name in added or ids.get(name) == int(number):
+            known = added.get(name, {"id": int(number), "content": name, **dict.fromkeys(FLAGS, False)})
+            added[name] = {**known, **{flag: bool(token[flag]) for flag in FLAGS if flag in token}}
+    for name in token_names(stated).values():
+        if name in added:
+            added[name] = {**added[name], "special": True}
+        elif name in ids:
+            added[name] = {"id": ids[name], "content": name, **dict.fromkeys(FLAGS, False), "special": True}
+    return {**content, "added_tokens": sorted(added.values(), key=lambda token: token["id"])}
 
 
-def check_added_tokens(added: list[Mapping[str, Any]]) -> None:
-    """Raise ``ValueError`` for added tokens that match in plain text or strip surrounding spaces."""
-    for token in added:
-        flags = {name: bool(token.get(name)) for name in ("single_word", "lstrip", "rstrip")}
-        if not token.get("special", True) or any(flags.values()):
-            raise ValueError(f"added_tokens: got {token['content']!r} that is not special or is stripped")
+def start_ids(content: Mapping[str, Any], stated: Mapping[str, Any], special_ids: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ids that the model expects before a text: those of the post-processor, else of ``add_bos_token``."""
+    leading = tuple(leading_ids(content.get("post_processor")))
+    begin = token_names(stated).get("bos_token") if stated.get("add_bos_token") else None
+    return leading or ((special_ids[begin],) if begin in special_ids else ())
 
 
-def document_end(directory: Path, special: Mapping[int, str]) -> str:
-    """Return the name of the end-of-text token: the first one in ``config.json``, else in ``tokenizer_config.json``.
-
-    Raises ``ValueError`` if there is none.
-    """
-    ids = _read(directory / "config.json").get("eos_token_id")
-    first: Any = ids[0] if isinstance(ids, list) and ids else ids
-    if first in special:
-        return special[first]
-    named = _read(directory / "tokenizer_config.json").get("eos_token")
-    name: Any = named.get("content") if isinstance(named, dict) else named
-    if name in special.values():
-        return name
-    raise ValueError("eos_token: got none in config.json or tokenizer_config.json that is a special token")
+def document_ends(directory: Path, content: Mapping[str, Any]) -> list[str]:
+    """Return the names of tokens that end a text, by ``document_end.json``, else by the model's files."""
+    beside = {name: path.read_bytes() for name in _BESIDE if (path := directory / name).is_file()}
+    if DOCUMENT_END_FILE in beside:
+        return [str(read_object(beside, DOCUMENT_END_FILE).get("document_end"))]
+    names = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+    names = {**{number: name for name, number in _vocabulary(content).items()}, **names}
+    ids = [number for name in beside for number in _listed(read_object(beside, name).get("eos_token_id"))]
+    return list(dict.fromkeys(names[number] for number in ids if number in names))
 
 
-def chat_template(directory: Path) -> tuple[str, dict[str, str]] | None:
-    """Return the chat template in Jinja and the special tokens that it refers to, or ``None`` if there is no template.
-
-    Of several named templates it is ``default``, as in ``transformers``.
-    """
-    stated = _read(directory / "tokenizer_config.json")
-    path = directory / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.exists() else stated.get("chat_template")
-    if isinstance(source, list):
-        source = {item["name"]: item["template"] for item in source}.get("default")
-    if not isinstance(source, str):
-        return None
-    names = {
-        key: token["content"] if isinstance(token, dict) else token
-        for key, token in stated.items()
-        if key in TEMPLATE_TOKENS and token
-    }
-    return source, names
+def with_special_tokens(content: dict[str, Any], names: Sequence[str], first_id: int) -> dict[str, Any]:
+    """Return the content of ``tokenizer.json`` with more special tokens, whose ids start at ``first_id``."""
+    added, known = list(content.get("added_tokens") or []), _vocabulary(content)
+    model = dict(content["model"])
+    flags = {**dict.fromkeys(FLAGS, False), "special": True}
+    for number, name in enumerate(names, start=first_id):
+        added.append({"id": number, "content": name, **flags})
+    used = len(known.keys() | {token["content"] for token in content.get("added_tokens") or []})
+    if used < first_id:  # ids with gaps: the library would fill them, unless the vocabulary states the id
+        model["vocab"] = {**known, **{name: number for number, name in enumerate(names, start=first_id)}}
+    return {**content, "added_tokens": added, "model": model}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; empty if the file does not exist."""
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return content if isinstance(content, dict) else {}
+def without_special_tokens(content: Mapping[str, Any], special: Collection[str]) -> list[Any]:
+    """Return the parts of ``tokenizer.json`` that decide the ids of a text."""
+    added = [token for token in content.get("added_tokens") or [] if token["content"] not in special]
+    vocabulary = {name: number for name, number in _vocabulary(content).items() if name not in special}
+    model = {**content["model"], "vocab": vocabulary}
+    if model["type"] == "Unigram":
+        model["scores"] = [score for name, score in content["model"]["vocab"] if name not in special]
+    return [added, model, content.get("normalizer"), content.get("pre_tokenizer")]
+
+
+def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
+    found = content["model"]["vocab"]
+    return found if isinstance(found, dict) else {name: index for index, (name, _) in enumerate(found)}
+
+
+_BESIDE = (DOCUMENT_END_FILE, "config.json", "generation_config.json")
+
+
+def _listed(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def chat_templates(files: Mapping[str, bytes], stated: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates in Jinja by name, of which ``default`` is used; empty if there is none."""
+    if TEMPLATE_FILE in files:
+        return {"default": files[TEMPLATE_FILE].decode("utf-8")}
+    found = stated.get("chat_template")
+    if isinstance(found, list):
+        return {item["name"]: item["template"] for item in found}
+    return {"default": found} if isinstance(found, str) else {}

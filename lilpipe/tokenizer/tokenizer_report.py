@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lilpipe import charts, page
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer
 from lilpipe.tokenizer.patterns import pattern_name
 from lilpipe.tokenizer.sample import TokenizerShare
 from lilpipe.tokenizer.usage import HARDLY, NUM_NEIGHBOURS, Suspects, Totals, Usage
@@ -19,7 +19,7 @@ MAX_POINTS = 20_000
 
 
 def build_report(
-    tokenizer: Tokenizer,
+    tokenizer: BytePairTokenizer,
     usage: Usage,
     suspects: Suspects,
     shares: Mapping[str, TokenizerShare],
@@ -70,10 +70,29 @@ def build_report(
     )
 
 
+def build_compression_report(tokenizer: Tokenizer, usage: Usage, *, others: Sequence[str]) -> str:
+    """Return the report on an imported tokenizer as HTML."""
+    sections: dict[str, page.Body] = {
+        "Bytes per token": _pictures(usage, others),
+        "By source": page.table(_compression("source", usage.by_source, others)),
+        "By language": page.table(_compression("language", usage.by_language, others)),
+    }
+    return page.render(
+        "Tokenizer",
+        sections,
+        subtitle="An imported tokenizer",
+        key_figures={
+            "tokens": tokenizer.vocab_size,
+            "bytes per token": usage.total.bytes_per_token,
+            "tokens per word": usage.total.tokens_per_word,
+        },
+    )
+
+
 class _Tokens:
     """Table rows about tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, usage: Usage) -> None:
+    def __init__(self, tokenizer: BytePairTokenizer, usage: Usage) -> None:
         self.names = list(tokenizer.ranks)
         self.lengths = [len(token) for token in self.names]
         self.counts = usage.token_counts

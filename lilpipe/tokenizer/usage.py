@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer
 from lilpipe.tokenizer.sample import Text
 
 CHUNK_BYTES = 4_000_000
@@ -61,7 +61,7 @@ class Usage:
     """Counts over all of the text."""
 
     token_counts: np.ndarray
-    """Occurrences of each id, special tokens excluded; int64 [ids]."""
+    """Occurrences of each id, without our special tokens; int64 [ids]."""
     first_document: np.ndarray
     """Number of the first document with each id, int64 [ids]; -1 if there is none."""
     last_document: np.ndarray
@@ -88,7 +88,7 @@ def measure_usage(
     tokenizer: Tokenizer, texts: Iterable[Text], *, others: Encodings | None = None, num_threads: int = 2
 ) -> Usage:
     """Encode texts and count tokens."""
-    num_ids = len(tokenizer.ranks)
+    num_ids = len(tokenizer.ranks) if isinstance(tokenizer, BytePairTokenizer) else tokenizer.vocab_size
     none = np.full(num_ids, -1, dtype=np.int64)
     usage = Usage(np.zeros(num_ids, dtype=np.int64), first_document=none, last_document=none.copy())
     with ThreadPoolExecutor(num_threads) as pool:

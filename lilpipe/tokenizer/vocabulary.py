@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lilpipe.tokenizer.patterns import PATTERNS
 
 TOKENIZER_FILE = "tokenizer.json"
 TIKTOKEN_FILE = "tokenizer.tiktoken"
+SENTENCEPIECE_FILE = "tokenizer.model"
 GPT2_FILES = {"encoder.json": "vocab.bpe", "vocab.json": "merges.txt"}
 """Files of ids, and the files of merges next to them, as OpenAI and Hugging Face name them."""
 
@@ -47,7 +49,7 @@ class Vocabulary:
 
 def vocabulary_file(path: Path) -> Path:
     """Return the vocabulary file at ``path``, a file or a folder. Raises ``DataError`` if there is none."""
-    names = (TOKENIZER_FILE, *GPT2_FILES)
+    names = (TOKENIZER_FILE, *GPT2_FILES, SENTENCEPIECE_FILE)
     found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
     if not found:
         raise DataError(
@@ -64,7 +66,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         if path.name in GPT2_FILES:
             vocabulary = _read_gpt2(path)
         elif path.suffix == ".json":
-            vocabulary = from_hugging_face(json.loads(path.read_text(encoding="utf-8")))
+            vocabulary = exact_vocabulary(json.loads(path.read_text(encoding="utf-8")))
         else:
             vocabulary = Vocabulary(_read_tiktoken(path))
         _check(vocabulary.ranks)
@@ -140,10 +142,14 @@ def _token_pairs(pairs: Iterable[Sequence[str]]) -> tuple[Merge, ...]:
     return tuple((_token(left), _token(right)) for left, right in pairs)
 
 
+def parse_merges(text: str) -> list[list[str]]:
+    """Return the pairs in GPT-2's file of merges."""
+    return [line.split(" ") for line in text.splitlines() if line and not line.startswith("#version")]
+
+
 def _read_gpt2(path: Path) -> Vocabulary:
     ids: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
-    lines = path.with_name(GPT2_FILES[path.name]).read_text(encoding="utf-8").split("\n")
-    merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    merges = parse_merges(path.with_name(GPT2_FILES[path.name]).read_text(encoding="utf-8"))
     special = set(ids) - set(CHARACTER_BYTES) - {"".join(pair) for pair in merges}
     ranks = _named_ranks(ids, merges, special)
     return Vocabulary(
@@ -203,6 +209,30 @@ def from_hugging_face(content: Mapping[str, Any]) -> Vocabulary:
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     ranks = _named_ranks(model["vocab"], pairs, {name for _, name in special})
     return Vocabulary(ranks, _pattern_of(content["pre_tokenizer"]), special, _token_pairs(pairs))
+
+
+def exact_vocabulary(content: Mapping[str, Any]) -> Vocabulary:
+    """Read ``tokenizer.json``. Raises ``ValueError`` or ``LookupError`` if tiktoken would give other ids.
+
+    tiktoken applies exactly the merges of ``recover_merges``, so a file gives the same ids if it contains these in
+    order of rank. A token without a merge is only found as a whole piece, which ``ignore_merges`` enables.
+    """
+    vocabulary = from_hugging_face(content)
+    for token in content["added_tokens"]:
+        if not token["special"] or any(token[flag] for flag in ("single_word", "lstrip", "rstrip")):
+            raise ValueError(f"added_tokens: got {token['content']!r} that is not special or is stripped")
+    merges = recover_merges(vocabulary.ranks)
+    if absent := set(merges) - set(vocabulary.merges or ()):
+        raise ValueError(f"merges: got none of {min(absent)}, by which tiktoken would merge")
+    if not content["model"].get("ignore_merges") and len(merges) + 256 < len(vocabulary.ranks):
+        raise ValueError("ignore_merges: got false and tokens that no merge forms, expected true or no such token")
+    return replace(vocabulary, merges=tuple(merges))
+
+
+def ranks_digest(ranks: Ranks, pattern: str) -> str:
+    """Return a SHA-256 of what decides the ids of a text."""
+    content = [pattern, *(token.hex() for token, _ in _by_rank(ranks))]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _pattern_of(pre_tokenizer: Mapping[str, Any]) -> str:

@@ -3,15 +3,15 @@
 The split depends on the text alone: a document stays in its split whatever else the corpus contains, and equal texts
 are in the same split. The stage reads each source once and appends each document to the open shard of its stream and
 split. Each shard stores the source position at which the next shard of its stream starts, so a resumed run skips
-documents in finished shards. Threads encode in parallel (tiktoken releases the GIL); the order of rows does not
-depend on the number of threads.
+documents in finished shards. Threads encode in parallel (tiktoken releases the GIL, ``tokenizers`` has its own
+threads); the order of rows does not depend on the number of threads.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lilpipe.artifact import Inputs, one_input
+from lilpipe.artifact import Inputs, one_input, write_atomically
 from lilpipe.config.tokens import TokensConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.documents import read_documents
 from lilpipe.schemas.examples import read_exercises
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
+from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.shards import (
     CORPUS,
     EXERCISES,
@@ -49,6 +49,8 @@ CHARS_PER_TASK = 2**18
 """Characters per encoding task: a few hundredths of a second, so that no thread is idle for long at the end."""
 TASKS_AHEAD = 8
 """Maximum queued tasks per thread, so that no thread is idle while a shard is written."""
+QUARANTINE_FILE = "quarantine.jsonl"
+"""Lists documents that cannot be encoded, if there are any."""
 MAX_OPEN_SHARDS = 8
 """Limit of tokens in all open shards, in units of ``shard_tokens``; bounds memory if there are many streams."""
 
@@ -81,11 +83,21 @@ def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
             counts = write_streams(workspace.output, texts, tokenizer, config, progress)
             _check_split(source, counts, config.validation_ratio)
             streams += sorted({stream for stream, _ in counts})
-    copy_tokenizer(_path(inputs, "tokenizer"), workspace.output / TOKENIZER_FOLDER)
+    tokenizer.save(workspace.output / TOKENIZER_FOLDER)
     write_index(workspace.output, tokenizer, streams)
     shards = TokenShards.open(workspace.output)
     write_tokens_report(shards, workspace.report / "report.html")
-    return measure(shards)
+    quarantined = _sort_quarantine(workspace.output / QUARANTINE_FILE)
+    return {**measure(shards), **({"quarantined": quarantined} if quarantined else {})}
+
+
+def _sort_quarantine(path: Path) -> int:
+    """Remove duplicates, which a killed run leaves, from the list of documents without tokens; return its length."""
+    if not path.exists():
+        return 0
+    lines = sorted({line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"})
+    write_atomically(path, "".join(lines))
+    return len(lines)
 
 
 def measure(shards: TokenShards) -> Metrics:
@@ -172,6 +184,14 @@ class Progress:
     def __init__(self, workspace: Workspace, *, total: int) -> None:
         self.workspace, self.total, self.done = workspace, total, 0
 
+    def skip(self, error: str) -> None:
+        """Count a document that gets no tokens; log and list it if it cannot be encoded."""
+        self.done += 1
+        if error:
+            self.workspace.log(f"quarantined {error}")
+            with (self.workspace.output / QUARANTINE_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"error": error}, ensure_ascii=False) + "\n")
+
     def add(self, num_documents: int) -> None:
         """Add to the count and report it."""
         self.done += num_documents
@@ -185,7 +205,9 @@ class Encoded(NamedTuple):
     """Index of the document in the source."""
     place: Place
     document: TokenizedDocument | None
-    """``None`` if the document is in a finished shard."""
+    """``None`` if the document is in a finished shard, or cannot be encoded."""
+    error: str = ""
+    """Why it cannot be encoded."""
 
 
 class _OpenShard:
@@ -223,10 +245,10 @@ def write_streams(
     shards: dict[Place, _OpenShard] = {}
     finished = {(each.parent.name, each.name): finished_shards(each)[1] for each in output.glob("shards/*/*")}
     open_tokens = 0
-    for position, place, document in encode_in_order(texts, tokenizer, config, finished):
+    for position, place, document, error in encode_in_order(texts, tokenizer, config, finished):
         counts[place] += 1
         if document is None:
-            progress.done += 1
+            progress.skip(error)
             continue
         shard = shards.get(place) or shards.setdefault(place, _OpenShard(output / shard_folder(*place)))
         shard.add(position, document)
@@ -277,26 +299,34 @@ def _encode(
     validation_ratio: float,
     finished: Mapping[tuple[str, str], int],
 ) -> list[Encoded]:
-    dtype = token_type(tokenizer.vocab_size).to_pandas_dtype()
-    results = []
+    results, todo = [], []
     for position, text in enumerate(texts, start=first):
         data = text.text.encode(errors="surrogatepass")
         place: Place = (text.stream, "validation" if is_validation(data, validation_ratio) else "train")
-        document = None
         if position >= finished.get(place, 0):
-            ids = tokenizer.encode_array(text.text)
-            tokens = np.empty(len(ids) + 1, dtype=dtype)
-            tokens[:-1], tokens[-1] = ids, tokenizer.document_end_id
-            document = TokenizedDocument(text.id, text.source, num_bytes=len(data), tokens=tokens)
-        results.append(Encoded(position, place, document))
+            todo.append((position, text, len(data)))
+        results.append(Encoded(position, place, None))
+    dtype = token_type(tokenizer.vocab_size).to_pandas_dtype()
+    start = tokenizer.document_start_ids
+    ids_of_each = _encode_each(tokenizer, [text.text for _, text, _ in todo])
+    for (position, text, num_bytes), ids in zip(todo, ids_of_each, strict=True):
+        encoded = results[position - first]
+        if isinstance(ids, str):
+            results[position - first] = encoded._replace(error=f"{text.source} {text.id}: {ids}")
+            continue
+        tokens = np.empty(len(start) + len(ids) + 1, dtype=dtype)
+        tokens[: len(start)], tokens[len(start) : -1], tokens[-1] = start, ids, tokenizer.document_end_id
+        document = TokenizedDocument(text.id, text.source, num_bytes=num_bytes, tokens=tokens)
+        results[position - first] = encoded._replace(document=document)
     return results
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files next to the shards; saving the loaded tokenizer would recompute its merges."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, target / name)
+def _encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray | str]:
+    """Return the ids of each text, or why it has none."""
+    try:
+        return [*tokenizer.encode_batch(texts)]
+    except DataError as error:
+        return [str(error)] if len(texts) == 1 else [_encode_each(tokenizer, [text])[0] for text in texts]
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -4,8 +4,8 @@ A ``TokenShards`` artifact contains streams (``corpus``, or one per source, lang
 two splits (``train``, ``validation``), as shards ``shards/<stream>/<split>/NNNNN.arrow``. ``tokenizer/`` contains the
 tokenizer that encoded them. A shard is one record batch with one row per document: ``id``, ``source`` (from the
 corpus), ``num_bytes`` of its text, and ``tokens``, uint16 if the vocabulary allows it, else uint32. Each document
-ends with ``<|end_of_document|>``, so training reads the values of the ``tokens`` column as one contiguous sequence,
-without a copy.
+ends with the tokenizer's end of a document (and starts with the token that an imported model expects before a text), so
+training reads the values of the ``tokens`` column as one contiguous sequence, without a copy.
 
 Each stream's folder also contains ``offsets.npy``, the start of each document, and ``ids.npy``, an index by document
 id (``lilpipe.tokens.index``). With these and the counts in ``index.json``, opening an artifact reads no shard; a
@@ -183,9 +183,8 @@ class TokenShards:
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """Text bytes of each token, int64 [vocab_size]; 0 for special tokens."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, rank in self.tokenizer.ranks.items():
-            lengths[rank] = len(token)
+        lengths = np.array([len(token) for token in self.tokenizer.vocabulary], dtype=np.int64)
+        lengths[list(self.tokenizer.special_ids.values())] = 0
         return lengths
 
     def stream(self, name: str, split: Split) -> TokenStream:

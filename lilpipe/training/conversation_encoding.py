@@ -95,8 +95,9 @@ def encode_conversation(tokenizer: Tokenizer, item: Conversation) -> EncodedConv
     Raises ``DataError``, naming the conversation, if the chat template rejects it.
     """
     if item.text is not None:
-        ids = [*tokenizer.encode(item.text), tokenizer.document_end_id]
-        return EncodedConversation(item.id, ids, [True] * len(ids))
+        start = tokenizer.document_start_ids
+        learnt = [*tokenizer.encode(item.text), tokenizer.document_end_id]
+        return EncodedConversation(item.id, [*start, *learnt], [False] * len(start) + [True] * len(learnt))
     try:
         check_tools(tokenizer, item.messages, item.tools)
         ids, mask = render(tokenizer, item.messages, **tool_arguments(item.tools))

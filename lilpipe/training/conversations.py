@@ -23,6 +23,7 @@ from lilpipe.schemas.messages import Message
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.imported import TEMPLATE_FILE
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from lilpipe.training.conversation_encoding import EncodedConversation, Encoding, tool_arguments
 
@@ -96,7 +97,7 @@ def check_masks(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], *
     ``DataError`` naming the conversation, or for a ratio below ``min_ratio``.
     """
     for example in examples:
-        if tokenizer.has_turns:
+        if tokenizer.template is None:
             _check_turns(tokenizer, example)
         else:
             _check_ends(tokenizer, example)
@@ -213,23 +214,19 @@ def _check_others(tokenizer: Tokenizer, example: EncodedConversation, special: s
 def check_export(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], directory: Path) -> None:
     """Render the first conversations again with only the tokenizer's files, as ``transformers`` will.
 
-    Skips those that contain the text of a special token, which a Jinja template cannot keep as text. Raises
-    ``DataError`` if ids or masks differ from those in training.
+    Raises ``DataError`` if ids or masks differ from those in training.
     """
     tokenizer.save(directory)
     exported = Tokenizer.load(directory)
-    source = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    template = JinjaTemplate(source, exported.template.names if exported.template else {})
+    template = exported.template or JinjaTemplate((directory / TEMPLATE_FILE).read_text(encoding="utf-8"), {})
     for example in [example for example in examples if example.messages][:ROUND_TRIPS]:
-        if any(name in turn["content"] for turn in example.messages for name in exported.special_ids):
-            continue
         ids, mask = template.render(exported, example.messages, **tool_arguments(example.tools))
         if (ids, mask) != (example.ids, example.mask):
             place = next((i for i, pair in enumerate(zip(ids, example.ids, strict=False)) if pair[0] != pair[1]), None)
             what = "other masks" if place is None and ids == example.ids else f"other ids from token {place or 0} on"
             raise DataError(
                 f"conversation {example.id}: the exported tokenizer gives {what} than in training; "
-                f"{directory / 'chat_template.jinja'} does not match the tokenizer"
+                f"{directory / TEMPLATE_FILE} does not match the tokenizer"
             )
 
 

@@ -85,13 +85,14 @@ def metrics(needles: Sequence[Needle], *, seq_len: int) -> Mapping[str, float]:
 
 
 def read_filler(shards: TokenShards, *, num_tokens: int) -> np.ndarray:
-    """Return the first validation tokens of the largest corpus stream, without end-of-document tokens."""
+    """Return the first validation tokens of the largest corpus stream, without the tokens around documents."""
     streams = [shards.stream(name, "validation") for name in shards.corpus_streams or shards.streams]
     largest = max(streams, key=lambda stream: stream.num_tokens)
     if largest.num_tokens == 0:
         raise DataError("needle: got no validation text; raise tokens.validation_ratio")
     tokens = largest.read(0, min(num_tokens, largest.num_tokens)).astype(np.int64)
-    return tokens[tokens != shards.tokenizer.document_end_id]
+    around = [shards.tokenizer.document_end_id, *shards.tokenizer.document_start_ids]
+    return tokens[~np.isin(tokens, around)]
 
 
 # --- texts --------------------------------------------------------------------------------------------------------

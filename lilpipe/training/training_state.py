@@ -200,7 +200,10 @@ class TrainingState:
         return done
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"model/{name}": tensor for name, tensor in self.model.tensors().items()}
+        """Return what a checkpoint holds: not the frozen weights, which a resumed run has loaded already."""
+        named = (item for part in self.model.parts for item in part.named_parameters())
+        frozen = {name for name, parameter in named if not parameter.requires_grad}
+        tensors = {f"model/{name}": held for name, held in self.model.tensors().items() if name not in frozen}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in named_state(self.optimizers).items()}
         record = {"losses": self._losses, "grad_norms": self._grad_norms, "seconds": self._step_seconds}
         return tensors | {f"record/{name}": tensor for name, tensor in record.items()}

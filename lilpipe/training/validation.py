@@ -91,10 +91,11 @@ class Validation:
         if not distributed.is_main() or not self._config.sample_prompts:
             return
         assert self._config.seed is not None
-        start = self._tokenizer.document_end_id
-        prompts = [[start, *self._tokenizer.encode(prompt)] for prompt in self._config.sample_prompts]
+        prompts = [self._tokenizer.encode_prompt(prompt) for prompt in self._config.sample_prompts]
         sampling = SamplingConfig(temperature=0.8, max_new_tokens=SAMPLE_TOKENS)
-        answers = generate(model, prompts, sampling=sampling, stop_ids=[start], seed=self._config.seed)
+        answers = generate(
+            model, prompts, sampling=sampling, stop_ids=[self._tokenizer.document_end_id], seed=self._config.seed
+        )
         texts = [
             prompt + self._tokenizer.decode(answer.tokens)
             for prompt, (answer,) in zip(self._config.sample_prompts, answers, strict=True)

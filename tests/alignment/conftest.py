@@ -15,7 +15,7 @@ from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.model.hub import save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from tests.artifacts import make_manifest
 
 TINY = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=160)
@@ -54,7 +54,7 @@ def as_workers(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+    return BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.pairs import PAIR_SCHEMA, Pair
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.training import classify, sft
 from tests.alignment.conftest import as_artifact
 
@@ -96,7 +96,7 @@ def write_inputs(root, prompts):
     """What the stages read: a small model, a reward model, pairs and texts."""
     (root / "prompts").symlink_to(prompts)
     ranks = {bytes([byte]): byte for byte in range(256)}
-    tokenizer = Tokenizer(ranks, TokenizerConfig().pattern)
+    tokenizer = BytePairTokenizer(ranks, TokenizerConfig().pattern)
     model = Transformer(MODEL, tokenizer.vocab_size)
     model.init_weights(0)
     with torch.no_grad():

@@ -117,8 +117,6 @@ def test_with_adapters_no_second_copy_of_the_model_is_held(root, stage, copies, 
 @pytest.mark.parametrize("stage", ["grpo", "ppo"])
 def test_the_divergence_from_the_reference_is_that_from_a_second_copy(root, stage, monkeypatch):
     """The copy is the model that the stage would load without adapters."""
-    from lilpipe.alignment.rl import reinforcement
-
     settings = {
         "num_steps": 2,
         "num_iterations": 1,
@@ -129,9 +127,8 @@ def test_the_divergence_from_the_reference_is_that_from_a_second_copy(root, stag
     module = STAGES[stage][0]
 
     def copied(config, source, model, workers, *, needed):
-        return None, reinforcement.load_model(source)[0]
+        return None, load_model(source)[0]
 
-    monkeypatch.setattr(reinforcement, "load_model", load_model, raising=False)
     monkeypatch.setattr(module, "scratch_and_reference", copied)
     run(stage, root, "copied", {}, num_workers=1, **settings)
     found, expected = (divergences(root / f"{stage} {name}") for name in ("off", "copied"))

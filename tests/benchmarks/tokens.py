@@ -23,7 +23,7 @@ from lilpipe.config.tokens import TokensConfig
 from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import train_tokenizer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokens import build
 from lilpipe.tokens.data_phase import Steps
 from lilpipe.tokens.loader import DataPhasePlan, PretrainLoader
@@ -53,7 +53,7 @@ def main() -> None:
 # --- encoding -----------------------------------------------------------------------------------------------------
 
 
-def compare_encoding(root: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
+def compare_encoding(root: Path, tokenizer: BytePairTokenizer, texts: list[str]) -> None:
     """Bare tiktoken and the stage, run in turn; the last shards stay in ``root/shards``."""
     bare = tiktoken.Encoding(
         "bare", pat_str=tokenizer.pattern, mergeable_ranks=dict(tokenizer.ranks), special_tokens=tokenizer.special_ids
@@ -84,12 +84,12 @@ def _encode_to_numpy(bare: tiktoken.Encoding, texts: list[str]) -> list[np.ndarr
         return list(pool.map(lambda text: bare.encode_to_numpy(text, disallowed_special=()), texts))
 
 
-def _write_shards(root: Path, tokenizer: Tokenizer, workspace: Workspace) -> None:
+def _write_shards(root: Path, tokenizer: BytePairTokenizer, workspace: Workspace) -> None:
     config = TokensConfig(num_workers=NUM_THREADS, shard_tokens=1_000_000)
     progress = build.Progress(workspace, total=0)
     texts = build.read_corpus(root / "corpus", "none")
     build.write_streams(workspace.output, texts, tokenizer, config, progress)
-    build.copy_tokenizer(root / "tokenizer", workspace.output / "tokenizer")
+    tokenizer.save(workspace.output / "tokenizer")
     write_index(workspace.output, tokenizer, ["corpus"])
 
 

@@ -4,9 +4,8 @@ import pytest
 
 from lilpipe.generation.protocol import ChatRequest, CompletionRequest, RequestError
 from lilpipe.generation.text import TextStream, token_bytes
-from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from tests.model.checkpoints import PATTERN
+from tests.tokenizer.foreign import with_special_tokens
 
 TEMPLATE = """\
 {%- for message in messages %}<|im_start|>{{ message['role'] + '\n' + message['content'] }}<|im_end|>{% endfor %}
@@ -18,8 +17,7 @@ def foreign(template=None):
     """A vocabulary with other special tokens than ours."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    found = JinjaTemplate(template, {}) if template else None
-    return Tokenizer(ranks, PATTERN, special=special, document_end="<|endoftext|>", template=found)
+    return with_special_tokens(ranks, PATTERN, special, document_end="<|endoftext|>", template=template)
 
 
 def test_a_template_from_elsewhere_puts_the_conversation_and_ends_the_answer():

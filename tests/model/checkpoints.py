@@ -4,7 +4,7 @@ import torch
 
 from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from tests.model.options import of_family
 
 PATTERN = r" ?\p{L}+| ?\p{N}|[^\s\p{L}\p{N}]+|\s+"
@@ -37,7 +37,7 @@ def small_tokenizer():
     """The 256 bytes, a few merges and the special tokens."""
     merges = [b"th", b"the", b" a", b"in", b"ing", b" th"]
     ranks = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(merges)}
-    return Tokenizer(ranks, PATTERN)
+    return BytePairTokenizer(ranks, PATTERN)
 
 
 def small_model(config=SMALL, *, vocab_size=None, seed=0, scale=8.0):

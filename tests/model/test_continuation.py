@@ -5,9 +5,9 @@ from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.continuation import start_from
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.encoding import Tokenizer
-from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
-from tests.tokenizer.test_imported import gpt2
+from lilpipe.tokenizer.encoding import BytePairTokenizer
+from tests.model.checkpoints import ARCHITECTURES, PATTERN, SMALL, small_model, small_tokenizer
+from tests.tokenizer.foreign import with_special_tokens
 
 
 @pytest.fixture
@@ -33,12 +33,11 @@ def test_weights_are_the_checkpoints_under_longer_sequences_and_another_base(che
 
 def test_special_tokens_of_ours_are_added_behind_a_foreign_vocabulary(tmp_path):
     """As with GPT-2: its vocabulary as the base, its end of text where our end of a document stands."""
-    (tmp_path / "made").mkdir()
-    gpt2(tmp_path / "made")
-    foreign = Tokenizer.load(tmp_path / "made")
+    ranks = small_tokenizer().ranks
+    foreign = with_special_tokens(ranks, PATTERN, ["<|endoftext|>"], document_end="<|endoftext|>")
     save_model(small_model(vocab_size=foreign.vocab_size), foreign, tmp_path / "model")
     stored, _ = load_model(tmp_path / "model")
-    extended = Tokenizer(foreign.ranks, foreign.pattern)
+    extended = BytePairTokenizer(ranks, PATTERN)
     assert extended.document_end_id == foreign.document_end_id
     model = started(tmp_path / "model", tokenizer=extended)
     fresh = Transformer(SMALL, extended.vocab_size)
@@ -72,6 +71,8 @@ def test_positions_that_are_learned_cannot_grow(tmp_path):
 
 def test_another_vocabulary_is_refused_with_the_remedy(checkpoint):
     ranks = dict(small_tokenizer().ranks) | {b"zz": 262}
-    other = Tokenizer(ranks, small_tokenizer().pattern)
-    with pytest.raises(ArtifactError, match=r"262 tokens, expected the 263 of the token shards.*tokenizer\.base"):
+    other = BytePairTokenizer(ranks, small_tokenizer().pattern)
+    with pytest.raises(
+        ArtifactError, match=r"270 tokens, expected that of the token shards, 271 tokens.*tokenizer\.base"
+    ):
         started(checkpoint, tokenizer=other)

@@ -15,7 +15,7 @@ from lilpipe.model.heads import (
 )
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from tests.model.options import of_family
 
 CONFIG = ModelConfig(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=32)
@@ -24,7 +24,7 @@ ROWS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15]]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+    return BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
 
 
 def head_model(tokenizer, num_outputs=3, **settings) -> HeadModel:

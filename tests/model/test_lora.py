@@ -110,7 +110,7 @@ def test_only_the_layers_that_are_named_get_adapters():
 
 def test_a_model_whose_layers_have_other_names_in_peft_is_refused():
     model = small_model(SMALL.model_copy(update=ARCHITECTURES["GPT-2"]))
-    with pytest.raises(ConfigError, match=r"dpo.lora: got a model of type 'gpt2', expected one of llama, qwen3"):
+    with pytest.raises(ConfigError, match=r"dpo.lora: got a model of type 'gpt2', expected one of llama, mistral"):
         add_adapters(model, CONFIG, seed=0, stage="dpo")
 
 

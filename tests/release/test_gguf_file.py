@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from lilpipe.errors import ConfigError
 from lilpipe.release.gguf_file import interleave, write_gguf
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -41,7 +41,7 @@ MODELS = {
 def tokenizer(pattern="llama3"):
     merges = [b"th", b"the", b" a", b"in", b"ing", b" th"]
     ranks = {bytes([byte]): byte for byte in range(256)} | {token: 256 + i for i, token in enumerate(merges)}
-    return Tokenizer(ranks, pattern)
+    return BytePairTokenizer(ranks, pattern)
 
 
 def checkpoint(directory, name):

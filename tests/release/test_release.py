@@ -16,14 +16,14 @@ from lilpipe.errors import ConfigError, LilpipeError
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.release.release import STAGE
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from tests.artifacts import make_manifest
 from tests.model.checkpoints import small_model
 
 
 def tokenizer():
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"th": 256}
-    return Tokenizer(ranks, "llama3")
+    return BytePairTokenizer(ranks, "llama3")
 
 
 @pytest.fixture

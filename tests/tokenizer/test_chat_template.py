@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 from lilpipe.errors import DataError
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
-from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
+from lilpipe.tokenizer.encoding import BytePairTokenizer, special_tokens
 
 CONTENT = st.one_of(st.text(max_size=12), st.sampled_from(["", " ", "\n", " a \n", "{{ x }}", "<x>", "12\n\n"]))
 MESSAGES = st.lists(
@@ -20,7 +20,7 @@ MESSAGES = st.lists(
 @pytest.fixture(scope="module")
 def byte_tokenizer():
     """Ids are bytes; the special tokens are 256 and up."""
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, ".")
+    return BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, ".")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_what_a_tool_says_is_a_turn_that_is_not_supervised(byte_tokenizer):
 
 
 def test_a_vocabulary_without_reserved_tokens_has_no_place_for_tools():
-    without = Tokenizer({bytes([byte]): byte for byte in range(256)}, ".", num_reserved=0)
+    without = BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, ".", num_reserved=0)
     with pytest.raises(DataError, match=r"message 0: got role 'tool', but the vocabulary has no <\|reserved_0\|>"):
         render(without, [{"role": "tool", "content": "4"}])
 

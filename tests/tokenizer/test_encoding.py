@@ -3,12 +3,13 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lilpipe.errors import ArtifactError
 from lilpipe.tokenizer.bpe import train_tokenizer
-from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
-from tests.tokenizer.conftest import TEXT
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer, special_tokens
+from tests.tokenizer.conftest import PROSE, TEXT
 
 SURROGATES = st.text(st.characters(categories=["Cs", "Lu"]), max_size=6)
 
@@ -96,12 +97,15 @@ def test_the_digest_tells_vocabularies_and_patterns_apart(tokenizer):
     swapped = dict(tokenizer.ranks)
     first, second = list(swapped)[300:302]
     swapped[first], swapped[second] = swapped[second], swapped[first]
-    others = [Tokenizer(swapped, tokenizer.pattern), Tokenizer(tokenizer.ranks, tokenizer.pattern + "|x")]
+    others = [
+        BytePairTokenizer(swapped, tokenizer.pattern),
+        BytePairTokenizer(tokenizer.ranks, tokenizer.pattern + "|x"),
+    ]
     assert len({tokenizer.digest, *(other.digest for other in others)}) == 3
 
 
 def test_any_number_of_special_tokens_can_be_reserved(tmp_path):
-    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)}, ".", num_reserved=3)
+    tokenizer = BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, ".", num_reserved=3)
     assert list(tokenizer.special_ids)[-3:] == ["<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>"]
     assert (tokenizer.vocab_size, tokenizer.special_ids["<|reserved_2|>"]) == (265, 264)
     tokenizer.save(tmp_path)
@@ -125,9 +129,44 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path):
 )
 def test_a_damaged_vocabulary_is_an_error_that_names_the_file(saved, tmp_path, damage):
     (tmp_path / "tokenizer.json").write_text(damage((saved / "tokenizer.json").read_text()))
-    with pytest.raises(ArtifactError, match=r"tokenizer\.json: got something other than byte-level BPE"):
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: got no usable tokenizer"):
         Tokenizer.load(tmp_path)
 
 
 def test_no_file_of_a_tokenizer_needs_pickle(saved):
     assert sorted(p.name for p in saved.iterdir()) == ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+
+
+# --- runs of a million characters ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spaced():
+    patterns = ("single_digits", "gpt2")
+    return {pattern: train_tokenizer(PROSE * 3, vocab_size=400, pattern=pattern) for pattern in patterns}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "run"),
+    [
+        ("single_digits", " " * 1_100_000),
+        pytest.param("single_digits", "\t" * 1_100_000, marks=pytest.mark.slow),
+        pytest.param("single_digits", " \u3000" * 800_000, marks=pytest.mark.slow),
+        pytest.param("gpt2", " " * 1_100_000, marks=pytest.mark.slow),
+        pytest.param("gpt2", "\n" * 2_100_000, marks=pytest.mark.slow),
+    ],
+    ids=["spaces", "tabs", "ideographic spaces", "spaces, GPT-2", "line breaks, GPT-2"],
+)
+def test_a_run_of_white_space_has_the_ids_of_any_other_text(spaced, tmp_path, pattern, run):
+    tokenizer = spaced[pattern]
+    tokenizer.save(tmp_path)
+    text = f"the fox{run}jumps over 12"
+    expected = Library.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+    assert tokenizer.encode_array(text).tolist() == expected
+    assert tokenizer.encode_marked(f"{text}<|user|>") == [*expected, tokenizer.user_id]
+
+
+def test_a_shorter_run_is_encoded_alike_by_both_ways(spaced):
+    for tokenizer in spaced.values():
+        for text in (*PROSE, "a" + " " * 5_000 + "b", "\n \t" * 1_000, "<|user|>"):
+            assert tokenizer._encoder._encode_pieces(text).tolist() == tokenizer.encode(text)

@@ -8,14 +8,17 @@ from hypothesis import strategies as st
 
 from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.bpe import STAGE, external, train_tokenizer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.chat_template import render
+from lilpipe.tokenizer.encoding import BytePairTokenizer, ImportedTokenizer, Tokenizer
 from lilpipe.tokenizer.extension import count_pieces, extend, learn_merges, unreachable_tokens
 from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.vocabulary import Vocabulary
 from tests import artifacts
 from tests.tokenizer.conftest import PROSE, TEXT
+from tests.tokenizer.foreign import write
 
 BYTES = {bytes([byte]): byte for byte in range(256)}
 OTHER = [
@@ -32,7 +35,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def extended(base):
-    return Tokenizer(extend(OTHER * 3, base.ranks, 60, pattern="gpt4"), "gpt4")
+    return BytePairTokenizer(extend(OTHER * 3, base.ranks, 60, pattern="gpt4"), "gpt4")
 
 
 def test_extending_the_bytes_is_training_from_nothing():
@@ -160,7 +163,7 @@ def test_another_pattern_than_the_bases_is_refused_with_the_right_one(tmp_path):
 
 
 def test_a_base_with_gaps_between_ids_is_refused(tmp_path):
-    Tokenizer(BYTES, ".").save_tiktoken(tmp_path / "x.tiktoken")
+    BytePairTokenizer(BYTES, ".").save_tiktoken(tmp_path / "x.tiktoken")
     with (tmp_path / "x.tiktoken").open("a") as file:
         file.write("YWI= 300\n")
     with pytest.raises(ConfigError, match=r"with 257 tokens and ids up to 300, expected ids without gaps"):
@@ -177,7 +180,7 @@ def test_what_is_read_from_outside_is_part_of_the_fingerprint(tmp_path, base):
     config = TokenizerConfig(base=str(tmp_path), compare={"old": {"path": str(tmp_path)}})  # pyright: ignore
     before = external(config)
     assert set(before) == {"base", "compare old"}
-    Tokenizer(base.ranks, "gpt2").save(tmp_path)
+    BytePairTokenizer(base.ranks, "gpt2").save(tmp_path)
     assert external(config) != before
 
 
@@ -190,5 +193,47 @@ def test_a_vocabulary_whose_tokens_no_merge_makes_can_be_extended():
     improper = Vocabulary(BYTES | {b"abcd": 256, b"ab": 257}, PATTERNS["gpt4"])
     ranks = extend(["abcd abcdx abcdx abx abx"], improper.ranks, 3, pattern="gpt4")
     assert list(ranks)[:258] == list(improper.ranks)
-    assert Tokenizer(ranks, "gpt4").encode("abcd") == [256]
+    assert BytePairTokenizer(ranks, "gpt4").encode("abcd") == [256]
     assert len(set(ranks)) == 261
+
+
+# --- imported bases -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "bloom"])
+def test_an_imported_base_that_tiktoken_cannot_express_gets_our_special_tokens(tmp_path, family):
+    imported = Tokenizer.load(write(family, tmp_path))
+    size = imported.vocab_size + 7
+    metrics, tokenizer, workspace = run_stage(tmp_path, base=str(tmp_path), vocab_size=size)
+    assert isinstance(tokenizer, ImportedTokenizer)
+    assert tokenizer.has_turns
+    assert metrics["vocab_size"] == tokenizer.vocab_size == size
+    assert tokenizer.text_digest == imported.text_digest
+    assert (tokenizer.document_end, tokenizer.document_start_ids) == (
+        imported.document_end,
+        imported.document_start_ids,
+    )
+    talk: list[Message] = [{"role": "user", "content": "hi <|user|>"}, {"role": "assistant", "content": "there"}]
+    ids, mask = render(tokenizer, talk)
+    hi, there = tokenizer.encode("hi <|user|>"), tokenizer.encode("there")
+    assert ids == [tokenizer.user_id, *hi, tokenizer.turn_end_id, tokenizer.assistant_id, *there, tokenizer.turn_end_id]
+    assert sum(mask) == len(there) + 1
+    assert "bytes per token" in (workspace.report / "report.html").read_text()
+    with pytest.raises(ConfigError, match=rf"vocab_size: got 5000, expected {size}: .* cannot be extended by merges"):
+        run_stage(tmp_path / "merges", base=str(tmp_path), vocab_size=5000)
+
+
+def test_an_imported_base_that_tiktoken_can_express_is_extended_by_merges_too(tmp_path):
+    imported = Tokenizer.load(write("gpt2", tmp_path))
+    _, tokenizer, _ = run_stage(tmp_path, base=str(tmp_path), pattern="gpt2", vocab_size=imported.vocab_size + 40)
+    assert isinstance(tokenizer, BytePairTokenizer)
+    assert list(tokenizer.ranks)[:400] == imported.vocabulary[:400]
+    _, kept, _ = run_stage(tmp_path / "kept", base=str(tmp_path), vocab_size=imported.vocab_size + 7)
+    assert isinstance(kept, ImportedTokenizer)
+
+
+def test_a_damaged_imported_base_is_named(tmp_path):
+    write("gpt2", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.base: .*tokenizer_config\.json: cannot be read as JSON"):
+        run_stage(tmp_path, base=str(tmp_path), vocab_size=408)

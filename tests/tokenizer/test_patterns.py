@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lilpipe.config.tokens import PATTERN_NAMES, TokenizerConfig
 from lilpipe.tokenizer.bpe import train_tokenizer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokenizer.patterns import PATTERNS, pattern_name
 from tests.tokenizer.conftest import PROSE, TEXT
 
@@ -64,7 +64,7 @@ def test_a_lone_surrogate_comes_back_as_the_replacement_character(preset_tokeniz
 def test_training_cuts_as_encoding_does(preset, text):
     trainer = RustTokenizer()
     trainer.train_from_iterator(iter(PROSE), 300, pattern=PATTERNS[preset])
-    ours = Tokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, preset)
+    ours = BytePairTokenizer({bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}, preset)
     assert trainer.encode(text) == ours.encode(text)
 
 
@@ -78,7 +78,7 @@ def test_both_regular_expression_engines_cut_alike_around_every_code_point(prese
     ranks = {bytes([byte]): byte for byte in range(256)}
     for piece in pieces:
         ranks.setdefault(piece, len(ranks))
-    assert Tokenizer(ranks, preset).encode(text) == [ranks[piece] for piece in pieces]
+    assert BytePairTokenizer(ranks, preset).encode(text) == [ranks[piece] for piece in pieces]
 
 
 def test_the_default_is_the_preset_of_single_digits():

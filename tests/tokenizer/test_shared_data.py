@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lilpipe.tokenizer.bpe import train_tokenizer
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokenizer.extension import extend
 from lilpipe.tokenizer.patterns import PATTERNS
 
@@ -42,7 +42,7 @@ def test_ids_are_those_of_transformers_and_come_back_as_the_text(texts, preset, 
 def test_ids_of_an_extension_are_those_of_its_base_with_new_tokens_in_place_of_runs(texts):
     base = train_tokenizer(texts[::20], vocab_size=1_000, pattern="gpt4")
     ranks = extend(texts[::2], base.ranks, 1_000, pattern="gpt4")
-    extended, tokens = Tokenizer(ranks, "gpt4"), list(ranks)
+    extended, tokens = BytePairTokenizer(ranks, "gpt4"), list(ranks)
     num_new = 0
     for text in texts[::10]:
         old = base.encode(text)

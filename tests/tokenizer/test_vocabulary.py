@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lilpipe.errors import DataError
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.vocabulary import BYTE_CHARACTERS, read_vocabulary, recover_merges, to_hugging_face
 from tests.tokenizer.conftest import PROSE, TEXT
@@ -26,7 +26,7 @@ def test_a_tiktoken_file_is_read_alike_by_tiktoken_and_back(tokenizer, tmp_path,
     path = tmp_path / "tokenizer.tiktoken"
     tokenizer.save_tiktoken(path)
     assert tiktoken.load.load_tiktoken_bpe(str(path)) == tokenizer.ranks
-    assert Tokenizer.load_tiktoken(path, "single_digits").digest == tokenizer.digest
+    assert BytePairTokenizer(read_vocabulary(path).ranks, "single_digits").digest == tokenizer.digest
     assert path.read_bytes().splitlines()[97] == b"YQ== 97"
 
 
@@ -73,7 +73,7 @@ def test_a_foreign_tokenizer_gives_its_own_ids(foreign, text):
     vocabulary = read_vocabulary(path.parent)
     assert vocabulary.special == ((400, "<s>"),)
     assert vocabulary.pattern is not None
-    assert Tokenizer(vocabulary.ranks, vocabulary.pattern).encode(text) == trained.encode(text).ids
+    assert BytePairTokenizer(vocabulary.ranks, vocabulary.pattern).encode(text) == trained.encode(text).ids
 
 
 def test_merges_are_recovered_from_ranks():
@@ -96,7 +96,7 @@ def test_a_token_that_no_pair_makes_has_no_merge():
 def test_tokens_in_any_order_encode_alike_in_both_formats(tokens, texts):
     # Most such vocabularies are none that training makes: tokens come before what they are made of, or without it.
     ranks = BYTES | {token.encode(): 256 + index for index, token in enumerate(tokens)}
-    ours = Tokenizer(ranks, "gpt2")
+    ours = BytePairTokenizer(ranks, "gpt2")
     peer = HuggingFaceTokenizer.from_str(json.dumps(to_hugging_face(ranks, PATTERNS["gpt2"], ())))
     for text in [*texts, *tokens]:
         assert ours.encode(text) == peer.encode(text).ids
@@ -155,10 +155,14 @@ def test_a_pre_tokenizer_of_another_kind_is_refused(foreign, tmp_path):
         damaged(foreign, tmp_path, lambda content: content.update(pre_tokenizer={"type": "Whitespace"}))
 
 
-def test_ids_with_gaps_make_no_tokenizer(tmp_path):
-    Tokenizer(BYTES, ".").save_tiktoken(tmp_path / "x.tiktoken")
-    with (tmp_path / "x.tiktoken").open("a") as file:
-        file.write("YWI= 300\n")
-    assert read_vocabulary(tmp_path / "x.tiktoken").ranks[b"ab"] == 300
-    with pytest.raises(DataError, match="got ids with gaps, expected 0 to 256"):
-        Tokenizer.load_tiktoken(tmp_path / "x.tiktoken", ".")
+def test_merges_that_tiktoken_would_not_make_are_refused(foreign, tmp_path):
+    def without_a_merge(content):
+        del content["model"]["merges"][3]
+
+    with pytest.raises(DataError, match="by which tiktoken would merge"):
+        damaged(foreign, tmp_path, without_a_merge)
+
+
+def test_added_tokens_of_plain_text_are_refused(foreign, tmp_path):
+    with pytest.raises(DataError, match="'<s>' that is not special"):
+        damaged(foreign, tmp_path, lambda content: content["added_tokens"][0].update(special=False))

@@ -1,13 +1,17 @@
 import hashlib
+import json
 
 import pyarrow as pa
 import pytest
 
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.tokenizer.byte_pair import BytePairEncoder
+from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens import build as module
 from lilpipe.tokens.build import is_validation, stream_name
 from lilpipe.tokens.shards import SPLITS
 from tests import artifacts
+from tests.tokenizer.foreign import write
 from tests.tokens.conftest import CORPUS, EXERCISES, SEVERAL, build, source_of
 
 SOURCES = {"corpus": CORPUS, "exercises": EXERCISES}
@@ -221,3 +225,42 @@ def test_the_report_counts_tokens(built):
 
 def test_progress_counts_every_document(built):
     assert '"done": 100, "total": 100, "unit": "documents"' in built.workspace.events.read_text().splitlines()[-1]
+
+
+# --- imported tokenizers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "gpt2", "t5"])
+def test_documents_stand_between_the_tokens_that_an_imported_model_expects(inputs, tmp_path, family):
+    imported = Tokenizer.load(write(family, tmp_path))
+    others = inputs | {"tokenizer": artifacts.artifact(tmp_path)}
+    built = build(tmp_path / "built", others, num_workers=3)
+    start, end = imported.document_start_ids, imported.document_end_id
+    assert bool(start) == (family in ("llama3", "gemma"))
+    for source in SOURCES:
+        stream = built.shards.stream(source, "train")
+        texts = members(source, "train")
+        expected = [token for text in texts for token in (*start, *imported.encode(text), end)]
+        assert stream.read(0, stream.num_tokens).tolist() == expected
+    assert built.shards.tokenizer.digest == imported.digest
+    assert built.files() == build(tmp_path / "again", others, num_workers=1).files()
+    lengths = built.shards.token_bytes
+    assert lengths[[*imported.special_ids.values()]].tolist() == [0] * len(imported.special_ids)
+    if family != "t5":  # its normalizer changes the text
+        text = "the fox über 人工"
+        assert lengths[imported.encode(text)].sum() == len(text.encode())
+
+
+def test_a_document_that_cannot_be_encoded_is_quarantined(inputs, tokenizer, tmp_path, monkeypatch):
+    def failing(self, texts, *, encode=BytePairEncoder.encode_batch):
+        if any(text.startswith("1/7 ") for text in texts):
+            raise DataError("too long")
+        return encode(self, texts)
+
+    monkeypatch.setattr(BytePairEncoder, "encode_batch", failing)
+    built = build(tmp_path, inputs)
+    [line] = (built.workspace.output / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"error": "books books/7: too long"}
+    assert built.metrics["quarantined"] == 1
+    documents = [built.metrics[f"corpus_{split}_documents"] for split in SPLITS]
+    assert sum(documents) == len(CORPUS) - 1

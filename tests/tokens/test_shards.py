@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lilpipe.errors import ArtifactError
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokens import shards
 from lilpipe.tokens.shards import Shard, TokenizedDocument, TokenShards, token_type, write_index, write_shard
 from tests.tokens.conftest import CORPUS
@@ -58,7 +58,7 @@ def test_documents_that_share_an_id_are_all_found(tmp_path):
     documents = [TokenizedDocument(name, "s", 1, np.array([1, 2], dtype=np.uint16)) for name in ("a", "b", "a", "a")]
     write_shard(tmp_path / "shards/corpus/train/00000.arrow", documents[:2], vocab_size=9, next_document=2)
     write_shard(tmp_path / "shards/corpus/train/00001.arrow", documents[2:], vocab_size=9, next_document=4)
-    write_index(tmp_path, Tokenizer({bytes([byte]): byte for byte in range(256)}, "."), ["corpus"])
+    write_index(tmp_path, BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, "."), ["corpus"])
     stream = TokenShards.open(tmp_path).stream("corpus", "train")
     assert (stream.find("a"), stream.find("b")) == ([0, 2, 3], [1])
     assert stream.offsets.tolist() == [0, 2, 4, 6, 8]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lilpipe.config.tokens import TokenizerConfig
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.tokens.shards import TOKENIZER_FOLDER, TokenizedDocument, shard_folder, write_index, write_shard
 from tests.alignment.conftest import as_artifact
 
@@ -18,7 +18,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+    return BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
 
 
 def write_tokens(directory, tokenizer, texts):

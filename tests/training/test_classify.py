@@ -15,7 +15,7 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import PROMPT_SCHEMA, Prompt
 from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.training import classify
 from lilpipe.training.classify import external, run
 from lilpipe.training.confusion import confusion_metrics, precision_recall_f1
@@ -28,7 +28,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+    tokenizer = BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
     network = Transformer(SIZE, tokenizer.vocab_size)
     network.init_weights(0)
     directory = tmp_path_factory.mktemp("model")

@@ -18,11 +18,11 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Conversation
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
-from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.jinja_template import JinjaTemplate
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.training.conversation_encoding import encode, encode_conversation, without_history
 from lilpipe.training.conversations import check_answers, check_rejected, keep_checked, supervised_ratio
 from lilpipe.training.supervised import SupervisedTokens
+from tests.tokenizer.foreign import with_special_tokens
 
 CALL = {"type": "function", "function": {"name": "time", "arguments": {"city": "Rome"}}}
 TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}]
@@ -64,13 +64,13 @@ def talk(*turns, weights=None, system=None, name="talk"):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+    return BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
 
 
 def chatml(template=TEMPLATE):
     names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     ranks = {bytes([byte]): byte for byte in range(256)}
-    return Tokenizer(ranks, ".", special=names, document_end=names[2], template=JinjaTemplate(template, {}))
+    return with_special_tokens(ranks, ".", names, document_end=names[2], template=template)
 
 
 def learnt(tokenizer, example):
@@ -90,7 +90,9 @@ def test_each_answer_has_the_weight_of_its_message(tokenizer):
     assert learnt(tokenizer, example) == {0.5: "two<|end_of_turn|>", 1.0: "three<|end_of_turn|>"}
     assert encode_conversation(tokenizer, talk("a", "one", weights=[1.0])).weights is None
     check_answers(tokenizer, [example])  # an answer without loss is still whole
-    assert supervised_ratio([example], min_ratio=0) == sum(weight > 0 for weight in example.weights) / len(example.ids)
+    num_learnt = len("two<") + len("three<")
+    assert sum(example.learnt) == num_learnt
+    assert supervised_ratio([example], min_ratio=0) == num_learnt / len(example.ids)
 
 
 def test_only_the_last_answer_is_learnt_if_history_is_masked(tokenizer):
@@ -120,8 +122,10 @@ def test_the_weighted_loss_is_that_of_torch_packed_or_not(tokenizer):
         logits = model(ids[None, :-1])[0]
         total += (F.cross_entropy(logits, ids[1:], reduction="none") * weights).sum().item()
         weight += weights.sum().item()
-    for options in ({"packing": False}, {"packing": True}, {"accumulation_steps": 3}):
-        objective = SupervisedTokens(examples, batch_size=3, seed=0, padding_id=0, **options)
+    for packing, steps in ((False, 1), (True, 1), (True, 3)):
+        objective = SupervisedTokens(
+            examples, batch_size=3, seed=0, padding_id=0, packing=packing, accumulation_steps=steps
+        )
         losses = []
         for batch in objective.batches(0):
             scores = model(batch.inputs, targets_BT=batch.targets, documents_BT=batch.documents)

@@ -9,10 +9,11 @@ from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Conversation
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer import encoding
-from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
+from lilpipe.tokenizer.encoding import BytePairTokenizer
+from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE
 from lilpipe.training.conversation_encoding import encode
 from lilpipe.training.conversations import check_answers, check_export, check_masks, mix
+from tests.tokenizer.foreign import with_special_tokens
 
 
 def talk(number, *turns, origin="sampled", system=None):
@@ -38,7 +39,7 @@ TALKS = [talk(number, f"say {number % 5}", f"Answer: {number % 5}") for number i
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+    return BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
 
 
 def examples_of(tokenizer, talks=TALKS):
@@ -88,7 +89,7 @@ def test_under_another_template_each_answer_must_end_its_turn():
     def tokenizer_of(template):
         names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return Tokenizer(ranks, ".", special=names, document_end=names[2], template=JinjaTemplate(template, {}))
+        return with_special_tokens(ranks, ".", names, document_end=names[2], template=template)
 
     chatml = tokenizer_of(MARKED)
     examples = examples_of(chatml, [talk(0, "one", "1", "two", "2")])
@@ -168,7 +169,7 @@ def test_a_turn_that_the_template_leaves_out_is_refused(role):
     source += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     ranks = {bytes([byte]): byte for byte in range(256)}
     names = ("<|end|>", "<|endoftext|>")
-    other = Tokenizer(ranks, ".", special=names, document_end=names[1], template=JinjaTemplate(source, {}))
+    other = with_special_tokens(ranks, ".", names, document_end=names[1], template=source)
     silent = talk(0, "one", "1", "two", "2")
     silent.messages.insert(2 if role == "tool" else 0, {"role": role, "content": 'be "brief"'})
     examples = examples_of(other, [silent])
@@ -176,7 +177,7 @@ def test_a_turn_that_the_template_leaves_out_is_refused(role):
     with pytest.raises(DataError, match=rf"talk/0: the {role}'s message . is not among the tokens"):
         check_answers(other, examples)
     as_json = source.replace(f" if m.role != '{role}'", "").replace("m.content +", "(m.content | tojson)[1:-1] +")
-    spoken = Tokenizer(ranks, ".", special=names, document_end=names[1], template=JinjaTemplate(as_json, {}))
+    spoken = with_special_tokens(ranks, ".", names, document_end=names[1], template=as_json)
     check_answers(spoken, examples_of(spoken, [silent]))
 
 

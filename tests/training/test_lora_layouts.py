@@ -20,7 +20,7 @@ from lilpipe.model.hub import load_model, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Conversation, write_conversations
 from lilpipe.schemas.messages import Message
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from tests.training.lora_workers import LAYOUTS, OPTIONS, run
 
 distributed = [pytest.mark.distributed, pytest.mark.timeout(400)]
@@ -41,7 +41,7 @@ def torchrun(root, part):
 def root(tmp_path_factory):
     """Where the two workers and the one left what they made."""
     root = tmp_path_factory.mktemp("adapters")
-    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
+    tokenizer = BytePairTokenizer({bytes([byte]): byte for byte in range(256)}, TokenizerConfig().pattern)
     model = Transformer(MODEL, tokenizer.vocab_size)
     model.init_weights(0)
     with torch.no_grad():

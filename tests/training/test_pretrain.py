@@ -93,14 +93,11 @@ def test_a_run_killed_between_and_after_its_steps_ends_in_the_same_bytes(trained
     class Killed(BaseException):
         pass
 
-    def dying(*args):
+    def dying(*args, **options):
         raise Killed
 
     workspace = Workspace(tmp_path)
     batch = PretrainLoader.batch
-
-    def dying_batch(self, step, **options):
-        return dying() if step == 17 else batch(self, step, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -109,7 +106,7 @@ def test_a_run_killed_between_and_after_its_steps_ends_in_the_same_bytes(trained
         with pytest.raises(Killed):
             pretrain.run(config(), {"tokens": tokens}, workspace)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_tensors", dying)
+        patch.setattr(pretrain, "export", dying)
         with pytest.raises(Killed):
             pretrain.run(config(), {"tokens": tokens}, workspace)
     pretrain.run(config(), {"tokens": tokens}, workspace)
@@ -167,6 +164,9 @@ def test_continued_pretraining_trains_adapters(trained, tokens, tmp_path, monkey
             pretrain.run(settings, inputs, killed)
     pretrain.run(settings, inputs, killed)
     assert digest(killed) == digest(Workspace(tmp_path / "whole"))
+    indices = [path.read_text() for path in (killed.scratch / "checkpoints").rglob("*.json")]
+    assert any("lora_A" in index for index in indices)
+    assert not any("embed_tokens" in index for index in indices)  # frozen
 
 
 def dying_at(fatal):

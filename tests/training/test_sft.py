@@ -19,12 +19,11 @@ from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Conversation, read_conversations, read_prompts, write_conversations
 from lilpipe.schemas.messages import Message
 from lilpipe.stage import Workspace, get_stage
-from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokenizer.jinja_template import JinjaTemplate
 from lilpipe.training import conversation_encoding as module
 from lilpipe.training import conversations as gates
 from lilpipe.training import sft, supervised
 from tests.alignment.conftest import as_artifact
+from tests.tokenizer.foreign import with_special_tokens
 
 MODEL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=64)
 
@@ -231,8 +230,9 @@ CHATML = """\
 def chatml(tokenizer):
     """The same vocabulary with other special tokens."""
     names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    template = JinjaTemplate(CHATML, {"eos_token": "<|im_end|>"})
-    return Tokenizer(tokenizer.ranks, tokenizer.pattern, special=names, document_end=names[0], template=template)
+    stated = {"eos_token": "<|im_end|>"}
+    ranks, pattern = tokenizer.ranks, tokenizer.pattern
+    return with_special_tokens(ranks, pattern, names, document_end=names[0], template=CHATML, names=stated)
 
 
 def test_transformers_renders_what_was_trained_on_with_the_exported_tokenizer(
@@ -264,6 +264,32 @@ def test_conversations_that_are_too_long_are_left_out_counted_and_listed(base, c
     assert metrics["conversations"] == 20
     line = json.loads((workspace.report / "too_long.jsonl").read_text())
     assert line == {"id": "talk/99", "tokens": 75, "max": 64}
+
+
+def test_texts_weights_and_parts_of_long_conversations_are_trained_on_and_reported(base, tmp_path, conversations):
+    """What cannot be used is left out up to a ratio, and listed with its reason."""
+    quiet: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0.0}]
+    loud = [*talk(50, "c", "d" * 20).messages, *talk(50, "e", "f" * 20).messages, *talk(50, "g", "h" * 20).messages]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    others = [
+        Conversation("mixed", "p", "mine", [*quiet, *talk(50, "c", "d").messages]),
+        Conversation("text", "p", "mine", [], text="Once upon a time."),
+        Conversation("long", "p", "mine", loud),
+        Conversation("called", "p", "mine", [quiet[0], {"role": "assistant", "content": "", "tool_calls": [call]}]),
+    ]
+    inputs = {"model": base, "conversations": conversations([*TALKS, *others])}
+    workspace = Workspace(tmp_path / "work")
+    settings = config(num_epochs=1, excess_length_strategy="split", max_malformed_ratio=0.05)
+    metrics = sft.run(settings, inputs, workspace)
+    counts = {name: metrics[name] for name in ("conversations", "too_long", "split", "rejected")}
+    assert counts == {"conversations": 24, "too_long": 0, "split": 1, "rejected": 1}
+    assert json.loads((workspace.report / "split.jsonl").read_text()) == {"id": "long", "tokens": 75, "parts": 2}
+    assert "own chat template" in json.loads((workspace.report / "rejected.jsonl").read_text())["error"]
+    log = workspace.events.read_text()
+    assert "split 1 conversations of more than 64 tokens (report/split.jsonl)" in log
+    assert "left out 1 conversations that cannot be used (report/rejected.jsonl)" in log
+    with pytest.raises(DataError, match=r"1 of 24 conversations cannot be used, expected at most .* = 1.00%"):
+        sft.run(config(), inputs, Workspace(tmp_path / "strict"))
 
 
 def test_conversations_that_are_all_too_long_are_an_error(base, conversations, tmp_path):

@@ -56,10 +56,11 @@ def without_none(values: Any) -> dict[str, Any]:
 def recognise(kind: str, values: Mapping[str, Any], columns: PromptColumns) -> Format:
     """Return the format of a row among those of a kind; if none matches, the closest."""
     formats = KINDS[kind]
-    present = [sum(getattr(columns, name) in values for name in form.needs) / len(form.needs) for form in formats]
-    for form, ratio in zip(formats, present, strict=True):
-        if ratio == 1 and (form.accepts is None or form.accepts(values, columns)):
+    for form in formats:
+        is_whole = all(getattr(columns, name) in values for name in form.needs)
+        if is_whole and (form.accepts is None or form.accepts(values, columns)):
             return form
+    present = [sum(getattr(columns, name) in values for name in form.needs) / len(form.needs) for form in formats]
     if kind == "auto" and not any(present):
         raise Malformed(
             f"is in no known format: its columns are {', '.join(map(str, values)) or 'none'}; expected, for example, "

@@ -8,6 +8,7 @@ from typing import Any
 
 from lilpipe import page
 from lilpipe.schemas.examples import Conversation
+from lilpipe.schemas.messages import Message, dump_json
 
 NUM_SHOWN = 3
 """Number of questions shown per family, and of conversations."""
@@ -26,7 +27,7 @@ def build_report(
             [{key: row[key] for key in ("family", "difficulty", "question", "answer", "verifier")} for row in shown]
         ),
         "First conversations": [
-            page.text_block("\n".join(f"{turn['role']}: {turn['content']}" for turn in item.messages), title=item.id)
+            page.text_block(item.text or "\n".join(map(_said, item.messages)), title=item.id)
             for item in conversations[:NUM_SHOWN]
         ],
     }
@@ -34,6 +35,11 @@ def build_report(
         sections["Quarantined rows (all in quarantine.jsonl)"] = page.table(list(quarantine[:MAX_LEFT_OUT]))
     figures = {"prompts": len(rows), "conversations": len(conversations), "quarantined rows": len(quarantine)}
     return page.render("Prompts", sections, key_figures=figures)
+
+
+def _said(turn: Message) -> str:
+    calls = "".join(f" {dump_json(call['function'])}" for call in turn.get("tool_calls", ()))
+    return f"{turn['role']}: {turn['content']}{calls}"
 
 
 def _family(family: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lilpipe.alignment.questions.turns import Malformed
 from lilpipe.alignment.verify.verifiers import as_text
 from lilpipe.config.prompts import PromptsConfig, PromptSource
 from lilpipe.data.sources.raw_documents import EXCERPT_CHARS
-from lilpipe.errors import DataError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.schemas.examples import Conversation, Prompt, normalise_question
 from lilpipe.schemas.pairs import Pair, PairSplit, UnpairedExample
 
@@ -39,6 +39,8 @@ class Gathered:
     """Quarantined rows with source, file, row, error and excerpt."""
     learnt_questions: dict[str, list[str]] = field(default_factory=dict)
     """Questions used in training, by source."""
+    conversations: list[tuple[PromptSource, str, int, ParsedRow, str]] = field(default_factory=list)
+    """Rows of several turns with source, file, row number and split, to be placed when all questions are known."""
     formats: dict[str, Counter[str]] = field(default_factory=dict)
     """Number of rows of each format, by source."""
     unused_columns: dict[str, Counter[str]] = field(default_factory=dict)
@@ -87,7 +89,15 @@ class Gathered:
 
 
 def external(config: PromptsConfig) -> dict[str, str]:
-    """Return digests of the sources' contents. Raises ``DataError`` if a source does not exist."""
+    """Return digests of the sources' contents.
+
+    Raises ``DataError`` if a source does not exist, ``ConfigError`` if there is neither a source nor a family.
+    """
+    if not config.families and not config.sources:
+        raise ConfigError(
+            "prompts: families and sources are both empty, expected your data or a generated family; set "
+            'prompts.sources = ["mine.jsonl"]'
+        )
     return {f"source {source.name}": digest(source) for source in config.sources}
 
 
@@ -107,8 +117,8 @@ def split_of_row(example: ParsedRow, source: PromptSource) -> str:
         usable = 0.4 if example.verifier != "none" else 1.0
         shares["demonstrations"] = 0.0 if example.is_preference else usable
     if example.text is not None:  # it asks nothing that could be held out
-        place = position(example.text)
-        return "documents" if place < source.documents_ratio else "demonstrations"
+        is_document = source.documents_ratio > 0 and position(example.text) < source.documents_ratio
+        return "documents" if is_document else "demonstrations"
     place = position(example.question)
     for split, share in shares.items():
         place -= share
@@ -123,12 +133,15 @@ def gather(config: PromptsConfig) -> Gathered:
     for source in config.sources:
         gathered.formats[source.name], gathered.unused_columns[source.name] = Counter(), Counter()
         num_rows = num_malformed = 0
+        last: dict[str, Any] = {}
         for official_test in (False, True) if source.has_official_test else (False,):
             rows = read_rows(source, official_test=official_test)
             for row in rows if official_test else itertools.islice(rows, source.max_rows):
                 num_rows += 1
-                num_malformed += not _take(row, source, gathered, official_test=official_test)
-        _check_rows(source, num_rows, num_malformed, gathered)
+                if not _take(row, source, gathered, official_test=official_test):
+                    num_malformed, last = num_malformed + 1, gathered.quarantine[-1]
+        _check_rows(source, num_rows, num_malformed, last)
+    _place_conversations(gathered)
     return gathered
 
 
@@ -138,11 +151,10 @@ def _count(form: Format, values: dict[str, Any], source: PromptSource, gathered:
     gathered.unused_columns[source.name].update(name for name in values if name not in used)
 
 
-def _check_rows(source: PromptSource, num_rows: int, num_malformed: int, gathered: Gathered) -> None:
+def _check_rows(source: PromptSource, num_rows: int, num_malformed: int, last: dict[str, Any]) -> None:
     if not num_rows:
         raise DataError(f"source {source.name!r}: {source.path or source.hub} has no rows; correct the path")
     if num_malformed > source.max_malformed_ratio * num_rows:
-        last = gathered.quarantine[-1]
         raise DataError(
             f"source {source.name!r}: {num_malformed} of {num_rows} rows are not valid {source.kind}, expected at most "
             f"{source.max_malformed_ratio:.1%}; the last is {last['file']}:{last['row']}: {last['error']}. Correct the "
@@ -169,6 +181,10 @@ def _take(row: Located, source: PromptSource, gathered: Gathered, *, official_te
         return True
     split = "test" if official_test else split_of_row(example, source)
     is_validation = split == "validation" and example.is_preference
+    is_alone = example.is_single_question or example.text is not None
+    if source.kind == "auto" and not (is_alone or is_validation or official_test):
+        gathered.conversations.append((source, file, number, example, "train" if split == "test" else split))
+        return True
     if split in ("validation", "test") and not example.is_single_question and not is_validation:
         reason = f"conversation whose first question is in the {split!r} split, which takes single questions only"
         gathered.add_to_quarantine(source, file, number, reason, example.question[:EXCERPT_CHARS])
@@ -182,6 +198,20 @@ def _excerpt(values: Any) -> str:
         return json.dumps(values, default=str)[:EXCERPT_CHARS]
     except (ValueError, RecursionError):
         return ""
+
+
+def _place_conversations(gathered: Gathered) -> None:
+    """Place the conversations of several turns, except those that ask a held-out question."""
+    held_out = {
+        normalise_question(prompt.question) for split in ("validation", "test") for prompt in gathered.prompts[split]
+    }
+    for source, file, number, example, split in gathered.conversations:
+        questions = [turn["content"] for turn in example.prompt if turn["role"] == "user"]
+        if found := [question for question in questions if normalise_question(question) in held_out]:
+            reason = "conversation that asks a question of the validation or test split"
+            gathered.add_to_quarantine(source, file, number, reason, found[0][:EXCERPT_CHARS])
+        else:
+            _place(example, split if example.is_preference else "demonstrations", source.name, gathered)
 
 
 def _place(example: ParsedRow, split: str, name: str, gathered: Gathered) -> None:

@@ -100,6 +100,8 @@ def _turn(turn: Any, where: str, position: int, name: str) -> Message:
         message["name"] = checked_text(given["name"], f"{where}.name")
     if "tool_call_id" in given:
         message["tool_call_id"] = checked_text(given["tool_call_id"], f"{where}.tool_call_id")
+    if "reasoning_content" in given:
+        message["reasoning_content"] = checked_text(given["reasoning_content"], f"{where}.reasoning_content")
     if calls:
         message["tool_calls"] = calls
     if "weight" in given:

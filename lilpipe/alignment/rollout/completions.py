@@ -53,7 +53,7 @@ class Completion:
 def encode_question(tokenizer: Tokenizer, question: str, form: PromptForm) -> list[int]:
     """Return the tokens of the prompt."""
     if form == "text":
-        return tokenizer.encode(as_text(question))
+        return [*tokenizer.document_start_ids, *tokenizer.encode(as_text(question))]
     return render(tokenizer, [Message(role="user", content=question)], add_generation_prompt=True)[0]
 
 

@@ -128,13 +128,17 @@ def test_difficulty_is_chosen_by_family_and_kept_with_each_prompt(tmp_path):
     [
         ({"difficulty": {"sort": (3, 2)}}, r"difficulty.sort: got \(3, 2\), expected \(min, max\)"),
         ({"difficulty": {"largest": (3, 4)}}, "difficulty: 'largest' is not one of prompts.families"),
-        ({"families": ()}, "families and sources are both empty"),
         ({"families": ("copy", "copy")}, "must be unique"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         PromptsConfig(**settings)
+
+
+def test_neither_families_nor_sources_are_refused():
+    with pytest.raises(ConfigError, match="families and sources are both empty"):
+        module.STAGE.external(PromptsConfig(families=()))
 
 
 def test_a_difficulty_that_a_family_cannot_have_is_refused(tmp_path):

@@ -270,10 +270,31 @@ def test_rows_go_where_they_are_of_use(tmp_path):
     assert len(read_prompts(workspace.output, "train")) == 300 - shown.count("Q")
 
 
+def test_conversations_are_trained_on_unless_they_ask_a_held_out_question(tmp_path):
+    def talk(n, later):
+        return {"messages": [*TALKS[n]["messages"], {"role": "user", "content": later}, TALKS[n]["messages"][1]]}
+
+    single = [{"prompt": f"Q {n}?", "completion": "b"} for n in range(40)]
+    path = write_lines(tmp_path / "a.jsonl", single)
+    workspace, _ = gather(tmp_path, PromptSource(path=path))
+    held_out = read_prompts(workspace.output, "test")[0].question
+    learnt = read_conversations(workspace.output)[0].messages[0]["content"]
+    rows = [*(talk(n, "More?") for n in range(28)), talk(28, held_out.upper()), talk(29, learnt)]
+    turns = [{**row, "prompt": row["messages"][:3], "chosen": "x", "rejected": f"y{n}"} for n, row in enumerate(rows)]
+    path = write_lines(tmp_path / "b.jsonl", [*rows, *turns, *single])
+    workspace, metrics = gather(tmp_path, PromptSource(path=path))
+    shown = [item.messages[0]["content"] for item in read_conversations(workspace.output) if len(item.messages) > 2]
+    assert sorted(shown) == sorted(f"Say {n}." for n in range(30) if n != 28)
+    entries = [json.loads(line) for line in (workspace.output / "quarantine.jsonl").read_text().splitlines()]
+    assert {entry["row"] for entry in entries} <= {29, 59}
+    assert "asks a question of the validation or test split" in entries[0]["error"]
+    assert metrics["pairs"] + metrics["quarantined"] == 31
+
+
 def test_plain_texts_are_held_out_of_nothing(tmp_path):
     path = write_lines(tmp_path / "mine.jsonl", [{"text": f"  Text {n}\n"} for n in range(100)])
     workspace, metrics = gather(tmp_path, PromptSource(path=path, documents_ratio=0.3, test_ratio=0.5))
-    texts = [item.text for item in read_conversations(workspace.output)]
+    texts = [item.text or "" for item in read_conversations(workspace.output)]
     documents = [text for _, text in read_exercises(workspace.output)]
     assert 15 < len(documents) < 45
     assert sorted([*texts, *documents]) == sorted(f"  Text {n}\n" for n in range(100))
@@ -281,14 +302,14 @@ def test_plain_texts_are_held_out_of_nothing(tmp_path):
 
 
 def test_a_saved_dataset_is_its_files_content(tmp_path):
-    parts = {"train": datasets.Dataset.from_list(TALKS), "test": datasets.Dataset.from_list(TALKS[:2])}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    many, few = datasets.Dataset.from_list(TALKS), datasets.Dataset.from_list(TALKS[:2])
+    datasets.DatasetDict([("train", many), ("test", few)]).save_to_disk(tmp_path / "saved")
     path = write_lines(tmp_path / "saved.jsonl", TALKS)
     saved, lines = (PromptSource(path=each, name="mine") for each in (str(tmp_path / "saved"), path))
     assert digest_of(gather(tmp_path, saved)[0]) == digest_of(gather(tmp_path, lines)[0])
     config = PromptsConfig(sources=(saved,))
     before = external(config)
-    datasets.DatasetDict(parts | {"train": parts["test"]}).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict([("train", few), ("test", few)]).save_to_disk(tmp_path / "saved")
     assert external(config) != before
     with pytest.raises(DataError, match="split 'other', cannot be read"):
         list(read_rows(PromptSource(hub=str(tmp_path / "saved"), split="other")))

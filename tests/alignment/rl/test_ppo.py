@@ -24,7 +24,7 @@ from lilpipe.model.heads import load_head_model, save_head_model, with_head
 from lilpipe.model.hub import load_model
 from lilpipe.schemas.examples import read_prompts
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.encoding import Tokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.training.finetune import Workers
 from tests.alignment.conftest import as_artifact, digest_of
 
@@ -299,7 +299,7 @@ def test_a_policy_that_leaves_its_reference_stops_the_run(tmp_path, inputs):
 
 def test_a_reward_model_of_other_tokens_is_refused(tmp_path, inputs, make_reward_model):
     ranks = {bytes([byte]): byte for byte in range(256)}
-    other = Tokenizer({**ranks, b"ab": 256}, TokenizerConfig().pattern)
+    other = BytePairTokenizer({**ranks, b"ab": 256}, TokenizerConfig().pattern)
     foreign = make_reward_model(tokenizer=other)
     with pytest.raises(ArtifactError, match="expected the same: the value model starts as the reward model"):
         run(CONFIG, {**inputs, "reward_model": foreign}, Workspace(tmp_path))
