@@ -2,6 +2,7 @@
 
 import gc
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_the_base_with_the_written_adapter_is_the_written_model(root, stage):
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model", "classify"])
 def test_what_is_dropped_does_not_depend_on_how_a_batch_is_computed(root, stage):
-    changes = {"one": {"accumulation_steps": 1}, "two": {"accumulation_steps": 2}}
+    changes: dict[str, dict[str, Any]] = {"one": {"accumulation_steps": 1}, "two": {"accumulation_steps": 2}}
     if stage == "sft":
         changes["recomputed"] = {"accumulation_steps": 1, "activation_checkpointing": "full"}
         changes["padded"] = {"accumulation_steps": 4, "packing": False}
