@@ -103,7 +103,7 @@ def verify(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """Load the directory and compare model and tokenizer with the expected ones on a fixed input."""
     loaded, loaded_tokenizer = load_model(directory)
     ids = loaded_tokenizer.encode(SAMPLE_TEXT)
-    if ids != tokenizer.encode(SAMPLE_TEXT) or loaded_tokenizer.decode(ids) != SAMPLE_TEXT:
+    if ids != tokenizer.encode(SAMPLE_TEXT) or loaded_tokenizer.decode(ids) != tokenizer.decode(ids):
         raise ArtifactError(
             f"{directory}: the tokenizer gives {ids[:8]}... for a fixed text, expected the same ids as the input's, "
             "which decode to the same text; rerun the stage that produced the model"

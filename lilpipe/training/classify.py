@@ -81,7 +81,10 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     texts = distinct_texts(read_texts(config, inputs))
     labels = sorted({item.label for item in texts})
     shape, vocab_size, tokenizer = check_model(source.path)
-    examples = [ClassifierExample(item.text, tokenizer.encode(item.text), labels.index(item.label)) for item in texts]
+    start = tokenizer.document_start_ids
+    examples = [
+        ClassifierExample(item.text, [*start, *tokenizer.encode(item.text)], labels.index(item.label)) for item in texts
+    ]
     fitting = [example for example in examples if len(example.ids) <= shape.max_seq_len]
     if skipped := len(examples) - len(fitting):
         workspace.log(f"skipped {skipped} of {len(examples)} texts of more than {shape.max_seq_len} tokens")
