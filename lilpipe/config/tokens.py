@@ -41,7 +41,9 @@ class TokenizerConfig(Section):
     base: str | None = None
     """Tokenizer to extend: its tokens keep their ids, and new merges get the ids above (Llama 3: tiktoken's 100 k plus
     28 k new tokens). A `.tiktoken` file, a `tokenizer.json` or its folder; `pattern` must be the base's pattern.
-    Special tokens of the base are not kept: this pipeline's own follow the merges."""
+    Special tokens of the base are not kept: this pipeline's own follow the merges. If the base is an imported tokenizer
+    and `vocab_size` is its size plus these special tokens (one less, since it keeps its end of a document), nothing is
+    trained: it is kept whole, and the special tokens are added."""
     num_reserved: NonNegativeInt = 2
     """Number of reserved special tokens, `<|reserved_0|>` and so on. They can get a meaning later without changing any
     id."""
@@ -91,4 +93,4 @@ class TokensConfig(Section):
     validation_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.02
     """Fraction of documents in the validation split, chosen by a hash of the document's text."""
     num_workers: NumWorkers = 2
-    """Number of encoding threads."""
+    """Number of encoding threads. An imported tokenizer uses all cores in each."""

@@ -122,10 +122,10 @@ def check_model(directory: Path) -> tuple[ModelConfig, int, Tokenizer]:
     """
     config, vocab_size = read_model_config(directory)
     tokenizer = Tokenizer.load(directory)
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.num_needed_ids > vocab_size:
         raise ArtifactError(
             f"{directory / CONFIG_FILE}: vocab_size: got {vocab_size}, expected at least the "
-            f"{tokenizer.vocab_size} of the tokenizer; use the tokenizer of this model"
+            f"{tokenizer.num_needed_ids} of the tokenizer; use the tokenizer of this model"
         )
     _check_shapes(directory, config, vocab_size)
     return config, vocab_size, tokenizer

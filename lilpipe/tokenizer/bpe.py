@@ -140,7 +140,7 @@ def _check_size(num_ranks: int, vocab_size: int, *, num_reserved: int, num_base:
         )
 
 
-def _check_lossless(tokenizer: Tokenizer, usage: Usage) -> None:
+def _check_lossless(tokenizer: BytePairTokenizer, usage: Usage) -> None:
     """Raise ``ConfigError`` if encoding dropped text, which happens where the pattern does not match."""
     lengths = np.array([len(token) for token in tokenizer.ranks])
     got, expected = int(usage.token_counts @ lengths), usage.total.num_bytes

@@ -41,6 +41,7 @@ from lilpipe.tokenizer.vocabulary import (
     Vocabulary,
     exact_vocabulary,
     from_hugging_face,
+    hugging_face_config,
     ranks_digest,
     recover_merges,
     to_hugging_face,
@@ -48,7 +49,7 @@ from lilpipe.tokenizer.vocabulary import (
 )
 
 TOKENIZER_FILES = (*VERBATIM_FILES, DOCUMENT_END_FILE)
-"""Files that ``Tokenizer.save`` may write. Each tokenizer has some of them."""
+"""Files that ``Tokenizer.save`` may write."""
 
 
 class Tokenizer(ABC):
@@ -90,6 +91,11 @@ class Tokenizer(ABC):
                 f"{directory / TOKENIZER_FILE}: got no usable tokenizer ({reason}); expected the file that stage "
                 "`tokenizer` writes, or the files of a model as they were published; get them again"
             ) from error
+
+    @property
+    def num_needed_ids(self) -> int:
+        """Number of ids that a model must have: the largest one of a text or conversation, plus 1."""
+        return self.vocab_size
 
     # --- special tokens -------------------------------------------------------------------------------------------
 
@@ -136,11 +142,6 @@ class Tokenizer(ABC):
             )
         return self.special_ids[name]
 
-    @property
-    def special(self) -> tuple[tuple[int, str], ...]:
-        """Ids and names of the special tokens."""
-        return tuple((number, name) for name, number in self.special_ids.items())
-
     # --- text and ids ---------------------------------------------------------------------------------------------
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -160,10 +161,7 @@ class Tokenizer(ABC):
         return self._encoder.encode_batch(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Encode the beginning of a document, after the ids that precede its text in training.
-
-        These are ``document_start_ids``, or the end of the document before if there are none.
-        """
+        """Encode the beginning of a document, after ``document_start_ids``, or else the end of a document."""
         return [*(self.document_start_ids or [self.document_end_id]), *self.encode(text)]
 
     def encode_marked(self, text: str) -> list[int]:
@@ -202,7 +200,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Write the tokenizer's files, which are among ``TOKENIZER_FILES``."""
+        """Write the tokenizer's files."""
 
 
 class BytePairTokenizer(Tokenizer):
@@ -228,10 +226,10 @@ class BytePairTokenizer(Tokenizer):
     def of(cls, vocabulary: Vocabulary) -> BytePairTokenizer:
         """Create the tokenizer of a vocabulary with our special tokens. Raises ``ValueError`` for other ones."""
         assert vocabulary.pattern is not None
-        special = tuple(sorted(vocabulary.special))
-        tokenizer = cls(vocabulary.ranks, vocabulary.pattern, num_reserved=len(special) - len(NAMED_TOKENS))
-        if special != tokenizer.special:
-            raise ValueError(f"special tokens: got {vocabulary.special}, expected {tokenizer.special}")
+        num_reserved = len(vocabulary.special) - len(NAMED_TOKENS)
+        tokenizer = cls(vocabulary.ranks, vocabulary.pattern, num_reserved=num_reserved)
+        if (got := {name: number for number, name in vocabulary.special}) != tokenizer.special_ids:
+            raise ValueError(f"special tokens: got {got}, expected {tokenizer.special_ids}")
         if vocabulary.merges is not None:
             tokenizer.merges = vocabulary.merges
         return tokenizer
@@ -252,10 +250,11 @@ class BytePairTokenizer(Tokenizer):
 
     def save(self, directory: Path) -> None:
         """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``."""
-        content = to_hugging_face(self.ranks, self.pattern, self.special, self.merges)
+        special = [(number, name) for name, number in self.special_ids.items()]
+        content = to_hugging_face(self.ranks, self.pattern, special, self.merges)
         write_atomically(directory / TOKENIZER_FILE, _json(content))
         names = {"eos_token": self.document_end, "pad_token": "<|padding|>"}
-        write_atomically(directory / CONFIG_FILE, _json({**HUGGING_FACE_CONFIG, **names}))
+        write_atomically(directory / CONFIG_FILE, _json(hugging_face_config(names)))
         write_atomically(directory / TEMPLATE_FILE, CHAT_TEMPLATE)
 
     def save_tiktoken(self, path: Path) -> None:
@@ -309,12 +308,20 @@ class ImportedTokenizer(Tokenizer):
         stated = imported.token_names(self._stated).get("pad_token", "")
         return self.special_ids.get(stated, super().padding_id)
 
-    @cached_property
+    @property
+    def num_needed_ids(self) -> int:
+        """See ``Tokenizer``. Special tokens for other modalities may lie beyond a model's vocabulary (Gemma 3)."""
+        written = self.template.source if self.template else ""
+        needed = {self.document_end_id, self.padding_id, *self.document_start_ids}
+        unused = {number for name, number in self.special_ids.items() if number not in needed and name not in written}
+        return max(number for number in range(self.vocab_size) if number not in unused) + 1
+
+    @property
     def digest(self) -> str:  # noqa: D102
-        others = [self.special, self.document_start_ids, self.document_end]
+        others = [self.special_ids, self.document_start_ids, self.document_end]
         return hashlib.sha256(self.files[TOKENIZER_FILE] + json.dumps(others).encode()).hexdigest()
 
-    @cached_property
+    @property
     def text_digest(self) -> str:  # noqa: D102
         content = imported.without_special_tokens(imported.read_object(self.files, TOKENIZER_FILE), self.special_ids)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -324,10 +331,7 @@ class ImportedTokenizer(Tokenizer):
         return exact_vocabulary(imported.read_object(self.files, TOKENIZER_FILE))
 
     def extended(self, names: Sequence[str]) -> ImportedTokenizer:
-        """Return this tokenizer with more special tokens, whose ids follow; and with our chat template if it has none.
-
-        Token ids of text are unchanged.
-        """
+        """Return this tokenizer with more special tokens, whose ids follow, and with our template if it has none."""
         content = imported.with_special_tokens(imported.read_object(self.files, TOKENIZER_FILE), names, self.vocab_size)
         template = {} if self.template else {TEMPLATE_FILE: CHAT_TEMPLATE.encode()}
         files = {**self.files, **template, TOKENIZER_FILE: _json(content).encode()}
@@ -338,13 +342,6 @@ class ImportedTokenizer(Tokenizer):
         for name, data in self.files.items():
             write_atomically(directory / name, data)
         write_atomically(directory / DOCUMENT_END_FILE, _json({"document_end": self.document_end}))
-
-
-HUGGING_FACE_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "clean_up_tokenization_spaces": False,
-    "model_input_names": ["input_ids", "attention_mask"],
-}
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -86,7 +86,7 @@ def completed(content: dict[str, Any], stated: Mapping[str, Any]) -> dict[str, A
 def start_ids(content: Mapping[str, Any], stated: Mapping[str, Any], special_ids: Mapping[str, int]) -> tuple[int, ...]:
     """Return the ids that the model expects before a text: those of the post-processor, else of ``add_bos_token``."""
     leading = tuple(leading_ids(content.get("post_processor")))
-    begin = token_names(stated).get("bos_token") if stated.get("add_bos_token") else None
+    begin = token_names(stated).get("bos_token", "") if stated.get("add_bos_token") else ""
     return leading or ((special_ids[begin],) if begin in special_ids else ())
 
 

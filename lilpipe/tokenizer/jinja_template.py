@@ -276,7 +276,7 @@ def _escaped(
     return messages, tools
 
 
-def _with_reasoning(message: Message) -> dict[str, Any]:
+def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message whose reasoning has the names that templates read, as in ``transformers``."""
     found = [message[key] for key in REASONING if message.get(key) is not None]
     return {"thinking": found[0], **message, "reasoning_content": found[0]} if found else dict(message)

@@ -200,6 +200,16 @@ def to_hugging_face(
     }
 
 
+def hugging_face_config(names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of ``tokenizer_config.json`` with named special tokens."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **names,
+    }
+
+
 def from_hugging_face(content: Mapping[str, Any]) -> Vocabulary:
     """Read ``tokenizer.json``. Raises ``ValueError`` or ``LookupError`` if it is not plain byte-level BPE."""
     model = content["model"]

@@ -29,7 +29,7 @@ from lilpipe.config.tokens import TokenizerConfig
 from lilpipe.schemas.tables import write_table
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer import bpe
-from lilpipe.tokenizer.encoding import Tokenizer, special_tokens
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer, special_tokens
 from lilpipe.tokenizer.patterns import PATTERNS
 from lilpipe.tokenizer.sample import Sample
 from lilpipe.tokenizer.vocabulary import read_vocabulary
@@ -60,7 +60,7 @@ def main() -> None:
 # --- speed --------------------------------------------------------------------------------------------------------
 
 
-def compare_training(root: Path, texts: list[str], num_bytes: int) -> Tokenizer:
+def compare_training(root: Path, texts: list[str], num_bytes: int) -> BytePairTokenizer:
     """Learn a vocabulary each, in turn."""
     config = TokenizerConfig(vocab_size=VOCAB_SIZE, pattern=PATTERN)
     measure(
@@ -74,7 +74,9 @@ def compare_training(root: Path, texts: list[str], num_bytes: int) -> Tokenizer:
         num_bytes,
         unit="MB/s",
     )
-    return Tokenizer.load(root / "work" / "output")
+    trained = Tokenizer.load(root / "work" / "output")
+    assert isinstance(trained, BytePairTokenizer)
+    return trained
 
 
 def train_rustbpe(texts: list[str]) -> None:
@@ -82,7 +84,7 @@ def train_rustbpe(texts: list[str]) -> None:
     RustTokenizer().train_from_iterator(iter(texts), VOCAB_SIZE - len(special_tokens()), pattern=PATTERNS[PATTERN])
 
 
-def learn(root: Path, config: TokenizerConfig) -> Tokenizer:
+def learn(root: Path, config: TokenizerConfig) -> BytePairTokenizer:
     """All that the stage does until it has a tokenizer that encodes: reading, counting, training."""
     sample = Sample.plan(config, root / "corpus", None)
     texts = bpe.counted(sample.texts(), Counter(), Workspace(root / "work"), total=sample.num_bytes)
@@ -107,7 +109,7 @@ def train_hugging_face(texts: list[str]) -> None:
     peer.train_from_iterator(texts, trainer)
 
 
-def compare_encoding(trained: Tokenizer, texts: list[str], num_bytes: int) -> None:
+def compare_encoding(trained: BytePairTokenizer, texts: list[str], num_bytes: int) -> None:
     """Encode one document after the other."""
     bare = tiktoken.Encoding("bare", pat_str=trained.pattern, mergeable_ranks=trained.ranks, special_tokens={})
     measure(

@@ -4,7 +4,7 @@ import pytest
 
 from lilpipe.generation.protocol import ChatRequest, CompletionRequest, RequestError
 from lilpipe.generation.text import TextStream, token_bytes
-from tests.model.checkpoints import PATTERN
+from tests.model.checkpoints import PATTERN, small_tokenizer
 from tests.tokenizer.foreign import with_special_tokens
 
 TEMPLATE = """\
@@ -52,3 +52,10 @@ def test_the_longest_answer_is_bounded_by_the_context():
 def test_ids_beyond_the_tokenizers_say_nothing():
     vocabulary = token_bytes(foreign())
     assert TextStream(vocabulary).push([ord("a"), len(vocabulary), ord("b")]) == "ab"
+
+
+def test_a_million_spaces_are_too_long_a_prompt_and_no_failure():
+    for tokenizer in (foreign(TEMPLATE), small_tokenizer()):
+        with pytest.raises(RequestError, match=r"prompt: got .* tokens, expected at most 63") as error:
+            CompletionRequest.parse({"prompt": " " * 1_100_000}).ask(tokenizer, max_seq_len=64)
+        assert error.value.status == 400

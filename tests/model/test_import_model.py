@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,7 +14,9 @@ from lilpipe.model import import_model
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.stage import Workspace
+from lilpipe.tokenizer.encoding import Tokenizer
 from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
+from tests.tokenizer.foreign import write
 
 
 @pytest.fixture
@@ -73,3 +77,25 @@ def test_what_the_decoder_does_not_compute_is_not_imported(directory, tmp_path):
     (directory / "config.json").write_text(text.replace('"gelu_new"', '"relu"'))
     with pytest.raises(ArtifactError, match="activation_function: got 'relu', expected 'gelu_new'"):
         import_model.run(ImportModelConfig(path=str(directory)), {}, Workspace(tmp_path / "work"))
+
+
+@pytest.mark.parametrize("family", ["llama3", "gemma", "mistral", "qwen"])
+def test_a_tokenizer_of_any_kind_is_kept_as_it_came(tmp_path, family):
+    source = write(family, tmp_path / "published")
+    tokenizer = Tokenizer.load(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    save_model(small_model(vocab_size=tokenizer.vocab_size + 6), tokenizer, source)
+    assert {name: (source / name).read_bytes() for name in before} == before
+    _, (model, loaded), path = imported(source)
+    assert {name: (path / name).read_bytes() for name in before} == before
+    assert model.vocab_size == tokenizer.vocab_size + 6
+    assert loaded.digest == tokenizer.digest
+    generation = json.loads((path / "generation_config.json").read_text())
+    assert generation["bos_token_id"] == (*tokenizer.document_start_ids, tokenizer.document_end_id)[0]
+
+
+def test_a_tokenizer_that_is_larger_than_its_model_is_refused(tmp_path):
+    source = write("llama2", tmp_path / "published")
+    save_model(small_model(vocab_size=600), Tokenizer.load(source), source)
+    with pytest.raises(ArtifactError, match=r"vocab_size: got 600, expected at least the 662 of the tokenizer"):
+        import_model.run(ImportModelConfig(path=str(source)), {}, Workspace(tmp_path / "work"))

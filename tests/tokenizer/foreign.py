@@ -254,6 +254,7 @@ FAMILIES = {
 def write(name, directory):
     """Write a family's tokenizer as its models carry it."""
     library, stated = FAMILIES[name]()
+    directory.mkdir(exist_ok=True)
     library.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **stated}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,6 +1,7 @@
 import random
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import regex
@@ -62,7 +63,7 @@ def test_no_text_at_all_is_too_little():
         train_tokenizer([], vocab_size=300)
 
 
-def run_stage(tmp_path, *, exercises=None, **settings):
+def run_stage(tmp_path, *, exercises=None, **settings) -> tuple[Any, Any, Workspace]:
     inputs = {"corpus": artifacts.corpus(tmp_path / "corpus", PROSE * 4)}
     if exercises is not None:
         inputs["prompts"] = artifacts.prompts(tmp_path / "prompts", exercises)

@@ -1,5 +1,6 @@
 import random
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import regex
@@ -117,7 +118,7 @@ def test_tokens_that_the_pattern_cuts_are_unreachable():
 # --- the stage ----------------------------------------------------------------------------------------------------
 
 
-def run_stage(tmp_path, texts=OTHER, **values):
+def run_stage(tmp_path, texts=OTHER, **values) -> tuple[Any, Any, Workspace]:
     inputs = {"corpus": artifacts.corpus(tmp_path / "corpus", list(texts) * 4)}
     workspace = Workspace(tmp_path / "work")
     return STAGE.run(TokenizerConfig(**values), inputs, workspace), Tokenizer.load(workspace.output), workspace

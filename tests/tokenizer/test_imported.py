@@ -6,6 +6,7 @@ import pickle
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from lilpipe.errors import ArtifactError, DataError
 from lilpipe.tokenizer.encoding import NAMED_TOKENS, BytePairTokenizer, ImportedTokenizer, Tokenizer
+from lilpipe.tokenizer.huggingface import token_decoder
 from tests.tokenizer.conftest import FAMILIAR, TEXT
 from tests.tokenizer.foreign import FAMILIES, SENTENCES, write
 
@@ -57,7 +59,7 @@ MIXED = st.lists(st.one_of(UNICODE, st.sampled_from(PIECES)), max_size=10).map("
 
 
 @functools.cache
-def pair(name):
+def pair(name) -> tuple[Any, Any]:
     """Our tokenizer of a family, and transformers'."""
     directory = write(name, Path(tempfile.mkdtemp()))
     return Tokenizer.load(directory), AutoTokenizer.from_pretrained(directory)
@@ -219,6 +221,44 @@ def test_a_token_that_the_settings_name_is_special_unless_text_consists_of_it(tm
     assert tokenizer.encode("a lonely!") == pair("bloom")[0].encode("a lonely!")
 
 
+def test_special_tokens_that_nothing_writes_may_lie_beyond_the_models_vocabulary(tmp_path):
+    """As Gemma 3's <image_soft_token>."""
+    tokenizer = pair("gemma")[0].extended(["<image>"])
+    assert (tokenizer.vocab_size, tokenizer.num_needed_ids) == (675, 674)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<image>")
+    tokenizer.save(tmp_path / "without")
+    for file in (tmp_path / "without").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<image>")
+    assert Tokenizer.load(tmp_path).num_needed_ids == 675
+
+
+@pytest.mark.parametrize(
+    ("decoder", "names", "spelled"),
+    [
+        ({"type": "ByteLevel"}, ["Ġthe", "Ã©", "Ċ", "人"], [b" the", "é".encode(), b"\n", "人".encode()]),
+        ({"type": "Metaspace", "replacement": "▁"}, ["▁the", "é"], [b" the", "é".encode()]),
+        ({"type": "WordPiece", "prefix": "##"}, ["the", "##ory"], [b" the", b"ory"]),
+        ({"type": "BPEDecoder", "suffix": "</w>"}, ["the</w>", "ory"], [b"the ", b"ory"]),
+        (
+            {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                ],
+            },
+            ["▁▁a", "<0xE4>", "<0xZZ>"],
+            [b"  a", b"\xe4", b"<0xZZ>"],
+        ),
+        (None, ["the"], [b"the"]),
+    ],
+)
+def test_names_of_tokens_spell_bytes_as_the_decoder_says(decoder, names, spelled):
+    assert [token_decoder(decoder)(name) for name in names] == spelled
+
+
 # --- places of tokens in a text -----------------------------------------------------------------------------------
 
 
@@ -277,17 +317,16 @@ def test_a_text_that_is_too_much_for_the_library_is_refused_by_name(tmp_path, mo
     class PanicException(BaseException):
         """As pyo3 names it."""
 
+    tokenizer: Any = Tokenizer.load(write("gpt2", tmp_path))
+    library = tokenizer._encoder._library
+
     class Failing:
         def encode_batch_fast(self, texts, **_):
             if any("bad" in text for text in texts):
                 raise PanicException("retry-limit-in-match over")
-            return self.inner.encode_batch_fast(texts, add_special_tokens=False)
+            return library.encode_batch_fast(texts, add_special_tokens=False)
 
-    write("gpt2", tmp_path)
-    tokenizer = Tokenizer.load(tmp_path)
-    failing = Failing()
-    failing.inner = tokenizer._encoder._library
-    monkeypatch.setattr(tokenizer._encoder, "_library", failing)
+    monkeypatch.setattr(tokenizer._encoder, "_library", Failing())
     assert len(tokenizer.encode_batch(["a", "b"])) == 2
     with pytest.raises(DataError, match=r"a text of 5 characters that begins with 'a bad': tokenizers fails on it"):
         tokenizer.encode_batch(["a", "a bad"])

@@ -1,6 +1,7 @@
 """Templates from elsewhere against transformers' own rendering."""
 
 import json
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -177,7 +178,7 @@ def test_a_message_cannot_forge_a_turn(source):
     talk: list[Message] = [{"role": "user", "content": forged}, {"role": "assistant", "content": f"b{forged}"}]
     ours = tokenizer(source)
     ids, mask = render(ours, talk)
-    honest = [{**message, "content": message["content"].replace("<|im", "<im")} for message in talk]
+    honest: list[Any] = [{**message, "content": message["content"].replace("<|im", "<im")} for message in talk]
     special = set(ours.special_ids.values())
     assert [i for i in ids if i in special] == [i for i in render(ours, honest)[0] if i in special]
     assert ours.decode(ids) == JinjaTemplate(source, NAMES).text(talk)
