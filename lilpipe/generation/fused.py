@@ -18,10 +18,11 @@ from torch import Tensor
 
 from lilpipe.generation.paged_attention import DecodeView
 from lilpipe.model.attention import Attention
+from lilpipe.model.block import Block
 from lilpipe.model.layers import ACTIVATIONS, GatedMLP, Linear
 from lilpipe.model.lora import LoRALinear
 from lilpipe.model.rope import apply_rope
-from lilpipe.model.transformer import Block, Transformer
+from lilpipe.model.transformer import Transformer
 
 
 class _Weights(NamedTuple):

@@ -22,15 +22,13 @@ from lilpipe.model.family_parts import (
     InnerSize,
     Latents,
     LayerWindows,
-    NopeLayers,
     QueryScalar,
-    Rope,
-    RopeByLayerType,
     Window,
     every,
     nope_windows,
     qwen_windows,
 )
+from lilpipe.model.family_positions import NopeLayers, Rope, RopeByLayerType
 
 LLAMA_KEYS = {
     "hidden_size": "hidden_size",

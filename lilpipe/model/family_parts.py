@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lilpipe.config.model import ROPE_KEYS, ROPE_OPTIONAL, MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig
+from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
 from lilpipe.model.family import Stated, read_keys
 
 ACTIVATIONS: Mapping[str, str] = {
@@ -17,8 +17,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
 }
 """Names of activation functions in transformers to ours."""
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_ROPE_NAMES = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -84,145 +83,6 @@ class QueryScalar:
         return {"query_pre_attn_scalar": int(config.query_pre_attn_scalar or config.head_size)}
 
 
-# --- positions ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rope:
-    """RoPE's base, scaling and rotated fraction. The base is written twice: for transformers before version 5, and
-    since.
-    """
-
-    theta: float = 10_000.0
-    theta_key: str = "rope_theta"
-    partial: float | None = None
-    """Default of the rotated fraction; None if the class always rotates whole heads."""
-    partial_key: str = "partial_rotary_factor"
-    scales: bool = True
-
-    def read(self, stated: Stated, values: dict[str, Any]) -> dict[str, Any]:
-        """Raise ``ValueError`` for scaling that the decoder does not compute."""
-        parameters = _parameters(stated, "rope_scaling") or _parameters(stated, "rope_parameters")
-        given = stated.get(self.partial_key, 1.0 if self.partial is None else self.partial)
-        rotated = parameters.get("partial_rotary_factor", given)
-        if self.partial is None and rotated != 1:
-            raise ValueError(f"partial_rotary_factor: got {rotated!r}, expected 1.0")
-        return {
-            "rope_theta": parameters.get("rope_theta", stated.get(self.theta_key, self.theta)),
-            "rope_scaling": read_scaling(parameters, stated, values, allowed=self.scales),
-            "partial_rotary_factor": rotated,
-        }
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Write all keys that the versions of transformers read."""
-        scaling = write_scaling(config.rope_scaling)
-        parameters = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
-        stated = {self.theta_key: config.rope_theta, "rope_parameters": parameters}
-        if self.partial is not None:
-            parameters["partial_rotary_factor"] = config.partial_rotary_factor
-            if (self.partial, config.partial_rotary_factor) != (1, 1):
-                stated[self.partial_key] = config.partial_rotary_factor
-        return stated | ({"rope_scaling": scaling} if scaling else {})
-
-
-@dataclass(frozen=True)
-class RopeByLayerType:
-    """RoPE of layers with and without a sliding window; only the latter are scaled."""
-
-    theta: float
-    local_theta: float
-    local_key: str
-
-    def read(self, stated: Stated, values: dict[str, Any]) -> dict[str, Any]:
-        """Read after the windows. Raises ``ValueError`` for scaling that the decoder does not compute."""
-        parameters = _parameters(stated, "rope_parameters")
-        if unknown := sorted(parameters.keys() - {_FULL, _SLIDING}):
-            raise ValueError(f"rope_parameters: got {unknown[0]!r}, expected {_FULL} and {_SLIDING}")
-        full = _parameters(parameters, _FULL) | _parameters(stated, "rope_scaling")
-        local = _parameters(parameters, _SLIDING)
-        if (kind := local.get("rope_type", local.get("type", "default"))) != "default":
-            raise ValueError(f"rope_parameters.{_SLIDING}.rope_type: got {kind!r}, expected 'default'")
-        own = local.get("rope_theta", stated.get(self.local_key, self.local_theta))
-        return {
-            "rope_theta": full.get("rope_theta", stated.get("rope_theta", self.theta)),
-            "rope_scaling": read_scaling(full, stated, values),
-            "rope_local_theta": own if values["sliding_window"] is not None else None,
-        }
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Write all keys that the versions of transformers read."""
-        scaling = write_scaling(config.rope_scaling)
-        local = config.rope_local_theta or self.local_theta
-        return {
-            self.local_key: local,
-            "rope_theta": config.rope_theta,
-            "rope_parameters": {
-                _FULL: {"rope_type": "default", **scaling, "rope_theta": config.rope_theta},
-                _SLIDING: {"rope_type": "default", "rope_theta": local},
-            },
-            **({"rope_scaling": scaling} if scaling else {}),
-        }
-
-
-def read_scaling(
-    parameters: Stated, stated: Stated, values: Mapping[str, Any], *, allowed: bool = True
-) -> dict[str, Any] | None:
-    """Return our ``rope_scaling`` from transformers' RoPE parameters; None if they do not scale.
-
-    Raises ``ValueError`` for another kind of scaling or an unknown parameter.
-    """
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    kinds = ["default", *(ROPE_KEYS if allowed else ())]
-    if kind not in kinds:
-        raise ValueError(f"rope_scaling.rope_type: got {kind!r}, expected one of {', '.join(kinds)}")
-    if unknown := sorted(parameters.keys() - _ROPE_NAMES - RopeScalingConfig.model_fields.keys()):
-        raise ValueError(f"rope_scaling.{unknown[0]}: got {parameters[unknown[0]]!r}, expected no such parameter")
-    if kind == "default":
-        return None
-    used = ROPE_KEYS[kind] | ROPE_OPTIONAL.get(kind, frozenset())
-    scaling = {name: parameters[name] for name in used if name in parameters}
-    if "original_max_position_embeddings" in used:
-        own = scaling.get("original_max_position_embeddings", values["max_seq_len"])
-        scaling["original_max_position_embeddings"] = stated.get("original_max_position_embeddings", own)
-    if kind == "yarn" and "factor" not in scaling:
-        scaling["factor"] = values["max_seq_len"] / scaling["original_max_position_embeddings"]
-    return {"rope_type": kind, **scaling}
-
-
-def write_scaling(scaling: RopeScalingConfig | None) -> dict[str, Any]:
-    """Return transformers' RoPE parameters; empty without scaling."""
-    return {} if scaling is None else scaling.model_dump(exclude_none=True)
-
-
-def _parameters(stated: Stated, key: str) -> dict[str, Any]:
-    """Return a table without its nulls; empty if missing. Raises ``ValueError`` if it is no table."""
-    value = stated.get(key) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{key}: got {value!r}, expected a table")
-    return {name: item for name, item in value.items() if item is not None}
-
-
-@dataclass(frozen=True)
-class NopeLayers:
-    """Layers without RoPE: transformers states for each layer whether it has it."""
-
-    def read(self, stated: Stated, values: dict[str, Any]) -> dict[str, Any]:
-        """By default, every ``no_rope_layer_interval``-th layer has none."""
-        num_layers, interval = values["num_layers"], stated.get("no_rope_layer_interval", 4)
-        if "no_rope_layers" not in stated:
-            if not isinstance(interval, int) or interval < 1:
-                raise ValueError(f"no_rope_layer_interval: got {interval!r}, expected a positive integer")
-            return {"nope_layers": tuple(range(interval - 1, num_layers, interval))}
-        flags = stated["no_rope_layers"]
-        if not isinstance(flags, list) or len(flags) < num_layers:
-            raise ValueError(f"no_rope_layers: got {str(flags)[:80]}, expected 0 or 1 for each of {num_layers} layers")
-        return {"nope_layers": tuple(layer for layer in range(num_layers) if not flags[layer])}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Write 1 for a layer with RoPE."""
-        return {"no_rope_layers": [int(layer not in config.nope_layers) for layer in range(config.num_layers)]}
-
-
 # --- sliding windows ------------------------------------------------------------------------------------------------
 
 
@@ -284,21 +144,21 @@ class LayerWindows:
         layers = range(values["num_layers"])
         kinds = stated.get("layer_types")
         if kinds is None:
-            kinds = [_SLIDING if window and self.sliding(layer, stated) else _FULL for layer in layers]
-        if not isinstance(kinds, list) or len(kinds) != len(layers) or set(map(str, kinds)) - {_FULL, _SLIDING}:
+            kinds = [SLIDING if window and self.sliding(layer, stated) else FULL for layer in layers]
+        if not isinstance(kinds, list) or len(kinds) != len(layers) or set(map(str, kinds)) - {FULL, SLIDING}:
             raise ValueError(
-                f"layer_types: got {str(kinds)[:80]}, expected {_FULL} or {_SLIDING} for each of {len(layers)} layers"
+                f"layer_types: got {str(kinds)[:80]}, expected {FULL} or {SLIDING} for each of {len(layers)} layers"
             )
-        if _SLIDING not in kinds:
+        if SLIDING not in kinds:
             return {"sliding_window": None, "layer_types": None}
         if window is None:
-            raise ValueError(f"sliding_window: got null, expected a number: layer_types has {_SLIDING}")
-        return {"sliding_window": window, "layer_types": tuple(kinds) if _FULL in kinds else None}
+            raise ValueError(f"sliding_window: got null, expected a number: layer_types has {SLIDING}")
+        return {"sliding_window": window, "layer_types": tuple(kinds) if FULL in kinds else None}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Write the kind of each layer."""
         windows = [config.window(layer) for layer in range(config.num_layers)]
-        kinds = [_FULL if window is None else _SLIDING for window in windows]
+        kinds = [FULL if window is None else SLIDING for window in windows]
         if self.switch is None:
             return {"sliding_window": config.sliding_window, "layer_types": kinds}
         if config.sliding_window is None:

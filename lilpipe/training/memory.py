@@ -238,14 +238,14 @@ class _Worker:
         """Return bytes per token of masks and scores that attention keeps, on a CPU.
 
         A mask of documents or of a sliding window is [rows, T, T], converted to float. Soft-capped scores are kept
-        three times, [rows, H, T, T] each.
+        twice, before and after the softmax, [rows, H, T, T] each.
         """
         if not self.on_cpu:
             return 0.0
-        windows = {self.model.window(layer) for layer in range(self.model.num_layers)} - {None}
-        masked = self.config.intra_document_masking or self.layout.context > 1 or windows
-        capped = 3 * self.model.num_heads / self.layout.tensor if self.model.attn_logit_softcap else 0
-        return FP32 * phase.seq_len * (bool(masked) + capped)
+        windows = (self.model.window(layer) or phase.seq_len for layer in range(self.model.num_layers))
+        masked = self.config.intra_document_masking or self.layout.context > 1 or min(windows) < phase.seq_len
+        capped = 2 * self.model.num_heads / self.layout.tensor if self.model.attn_logit_softcap else 0
+        return FP32 * phase.seq_len * (bool(masked or capped) + capped)
 
     def _logits(self, num_tokens: int) -> tuple[Term, ...]:
         """Return the memory at the start of the output layer's backward pass.
@@ -304,7 +304,9 @@ def activation_bytes(
     """
     c, s, width = element_bytes, stream_bytes, model.hidden_size
     norm = s * width + FP32 * (2 if model.norm == "layer" else 1)
-    divided = (4 if model.norm_placement == "both" else 2) * norm + _attention_bytes(model, c, context=context)
+    norms = (4 if model.norm_placement == "both" else 2) * norm
+    norms -= s * width if model.parallel_residual else 0  # both norms have the same input
+    divided = norms + _attention_bytes(model, c, context=context)
     divided += _feed_forward_bytes(model, layer, c) + (2 * width if model.dropout else 0)
     return 2 * c * width + divided / tensor
 

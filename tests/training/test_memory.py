@@ -78,6 +78,9 @@ SHAPES = {
     "norms of queries and keys": changed(qk_norm=True),
     "dropout": changed(dropout=0.1),
     "gpt2": changed(**of_family("gpt2"), num_kv_heads=4),
+    "norms before and after": changed(**of_family("gemma2"), head_dim=40),
+    "a norm over all heads": changed(qk_norm="projection", norm_placement="post"),
+    "parallel residual": changed(**of_family("gpt_neox"), num_kv_heads=4),
     "experts": changed(moe=MOE),
     "experts, none shared": changed(moe={**MOE, "n_shared_experts": 0, "num_experts_per_tok": 3}),
     "latent attention": changed(mla=MLA),
@@ -101,6 +104,15 @@ def test_on_a_cpu_each_block_keeps_the_mask_of_documents_as_floats():
     config = PretrainConfig(model=SMALL, batch_size=2, intra_document_masking=True)
     planned = {term.name: term.bytes for term in peak_memory(config, VOCAB, on_cpu=True)}
     assert block == pytest.approx(planned["activations"] / SMALL.num_layers, rel=0.05)
+
+
+def test_on_a_cpu_each_block_keeps_capped_scores():
+    capped = changed(attn_logit_softcap=5.0)
+    deeper = capped.model_copy(update={"num_layers": capped.num_layers + 1})
+    block = saved_bytes(filled(deeper)) - saved_bytes(filled(capped))
+    config = PretrainConfig(model=capped, batch_size=2)
+    planned = {term.name: term.bytes for term in peak_memory(config, VOCAB, on_cpu=True)}
+    assert block == pytest.approx(planned["activations"] / capped.num_layers, rel=0.05)
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
