@@ -112,21 +112,20 @@ class Display:
                 self.console.print(quality_table(artifact.manifest.metrics))
 
 
-COLUMNS = ("accuracy", "pass_at_8", "win_rate", "bits_per_byte")
+COLUMNS = ("accuracy", "pass_at_8", "win_rate", "reference_bits_per_byte", "bits_per_byte")
 
 
 def quality_table(metrics: dict[str, float]) -> Table:
-    """Return the metrics of `evaluate` as a table, one row per model: fraction of test prompts, each with its standard
-    error.
-    """
+    """Return the metrics of `evaluate` on the test prompts, with standard errors, as a table of one row per model."""
     table = Table(title="after each training stage (± one standard error)", title_justify="left")
     table.add_column("model")
     sizes = [int(size) for size in re.findall(r"^pass_at_(\d+)/", "\n".join(metrics), re.MULTILINE)]
     pass_at = f"pass_at_{max(sizes, default=0)}"
     columns = [pass_at if name == "pass_at_8" else name for name in COLUMNS]
+    columns = [name for name in columns if any(key.startswith(f"{name}/") for key in metrics)]
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
-    for model in dict.fromkeys(name.split("/")[1] for name in metrics if name.startswith("accuracy/")):
+    for model in dict.fromkeys(key.split("/")[1] for key in metrics if key.split("/")[0] in columns):
         cells = []
         for name in columns:
             value, error = metrics.get(f"{name}/{model}"), metrics.get(f"{name}_stderr/{model}")

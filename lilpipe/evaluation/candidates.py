@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 
 from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
@@ -22,16 +23,21 @@ from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.errors import ConfigError
 from lilpipe.metrics.bits_per_byte import bits_per_byte
 from lilpipe.model.hub import load_model
+from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.chunks import Row, run_chunks
 from lilpipe.schemas.examples import Prompt
+from lilpipe.schemas.messages import Message
 from lilpipe.seeds import derive_seed
 from lilpipe.stage import Workspace
+from lilpipe.tokenizer.chat_template import render_completion
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.loader import corpus_validation_shares, validation_rows
 from lilpipe.tokens.shards import TokenShards
 
-EVALUATION_SCHEMA = SAMPLE_SCHEMA.append(pa.field("greedy", pa.bool_()))
+EVALUATION_SCHEMA = SAMPLE_SCHEMA.append(pa.field("greedy", pa.bool_())).append(
+    pa.field("reference_bits", pa.float64())
+)
 REWARD_SCHEMA = pa.schema([("total", pa.float64()), ("parts", pa.list_(pa.float64()))])
 BITS_SCHEMA = pa.schema([("bits_per_byte", pa.float64())])
 BASE_STAGE = "pretrain"
@@ -79,24 +85,48 @@ def sample_all(
     def work(index: int) -> list[Row]:
         which, part = divmod(index, num_parts)
         model, tokenizer = _load(candidates[which].artifact.path)
+        asked = prompts[part * size : (part + 1) * size]
+        bits: dict[str, float] = {}
+        if candidates[which].form == "chat":
+            bits = {prompt.id: found for prompt in asked if (found := reference_bits(model, tokenizer, prompt))}
         rows = []
         for sampling, num_generations in ((greedy, 1), (config.sampling, config.num_generations)):
             groups = complete(
                 model,
                 tokenizer,
-                prompts[part * size : (part + 1) * size],
+                asked,
                 form=candidates[which].form,
                 sampling=sampling,
                 seed=derive_seed(seed, "evaluate", part),
                 num_generations=num_generations,
             )
-            rows += [{**row, "greedy": sampling is greedy} for row in sample_rows(groups)]
+            for row in sample_rows(groups):
+                bits_of_row = bits.get(row["prompt_id"]) if sampling is greedy else None
+                rows.append({**row, "greedy": sampling is greedy, "reference_bits": bits_of_row})
         return rows
 
     num_chunks = len(candidates) * num_parts
     rows = run_chunks(work, num_chunks, name="samples", schema=EVALUATION_SCHEMA, workspace=workspace)
     each = len(rows) // len(candidates)
     return {c.name: rows[index * each : (index + 1) * each] for index, c in enumerate(candidates)}
+
+
+def reference_bits(model: Transformer, tokenizer: Tokenizer, prompt: Prompt) -> float | None:
+    """Return the bits per byte of the reference completion after its prompt, the end of its turn included.
+
+    None if there is no reference, or if prompt and reference exceed the context.
+    """
+    if not prompt.reference:
+        return None
+    question: Message = {"role": "user", "content": prompt.question}
+    answer: Message = {"role": "assistant", "content": prompt.reference}
+    before, after = render_completion(tokenizer, [question, answer])
+    if len(before) + len(after) > model.config.max_seq_len:
+        return None
+    tokens_BT = torch.tensor([before + after], device=model.device)
+    targets_BT = tokens_BT[:, 1:].clone()
+    targets_BT[:, : len(before) - 1] = IGNORED
+    return bits_per_byte(model, tokens_BT[:, :-1], targets_BT, len(prompt.reference.encode()))
 
 
 def add_rewards(

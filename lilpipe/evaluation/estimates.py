@@ -56,6 +56,8 @@ def score(rows: Sequence[Row]) -> Estimates:
         for size in _sizes(k):
             estimates[f"pass_at_{size}"] = mean_estimate([pass_at_k(k, correct, size) for correct in corrects])
         estimates["well_formed"] = ratio_estimate(sum(row["well_formed"] for row in checked), len(checked))
+    if bits := [row["reference_bits"] for row in greedy if row.get("reference_bits") is not None]:
+        estimates["reference_bits_per_byte"] = mean_estimate(bits)
     estimates["words"] = mean_estimate([float(row["num_words"]) for row in greedy])
     for name in rows[0]["rewards"]:
         estimates[f"reward_{name}"] = mean_estimate([_mean_reward(group, name) for group in groups])
@@ -68,7 +70,8 @@ def _sizes(num_generations: int) -> list[int]:
 
 
 def gains(rows: Sequence[Row], before: Sequence[Row]) -> Estimates:
-    """Return paired differences to another model on the same prompts: greedy accuracy and sampled rewards.
+    """Return paired differences to another model on the same prompts: greedy accuracy, sampled rewards, and bits per
+    byte of the reference completions, with the sign that makes better positive.
 
     Their standard errors are below those of two unpaired means.
     """
@@ -76,6 +79,10 @@ def gains(rows: Sequence[Row], before: Sequence[Row]) -> Estimates:
     estimates: Estimates = {}
     if pairs:
         estimates["accuracy_gain"] = paired(*([float(row["correct"]) for row in part] for part in zip(*pairs)))  # noqa: B905
+    bits = [tuple(row.get("reference_bits") for row in pair) for pair in zip(rows, before, strict=True)]
+    if known := [(theirs, mine) for mine, theirs in bits if mine is not None and theirs is not None]:
+        # Fewer bits are better, so the gain is positive if the model needs fewer than the one before.
+        estimates["reference_bits_per_byte_gain"] = paired(*zip(*known))  # noqa: B905
     mine, theirs = (by_prompt([row for row in part if not row["greedy"]]) for part in (rows, before))
     for name in rows[0]["rewards"]:
         values = [[_mean_reward(group, name) for group in groups] for groups in (mine, theirs)]
