@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lilpipe.adapt_recipe import adapt, derive_rates
+from lilpipe.adapt_recipe import adapt, derive_adapted
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
 from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig
 from lilpipe.config.dpo import DPOConfig
@@ -187,7 +187,7 @@ def resolve(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] 
         set_dotted(complete, key, value, model=model, where="overrides")
     given = frozenset(dotted(values)), frozenset(dotted(overrides))
     all_given = given[0] | given[1]
-    for key, value in {**derive(complete, all_given), **derive_rates(complete, all_given)}.items():
+    for key, value in {**derive(complete, all_given), **derive_adapted(complete, all_given)}.items():
         set_dotted(complete, key, value, model=model, where="depth")
     try:
         config = model.model_validate(complete)

@@ -69,13 +69,24 @@ def serve_model(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Model name in the API.")] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Maximum concurrent requests; others wait.")] = 32,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=DIR: also serve an adapter of the checkpoint in peft's format; repeatable."),
+    ] = None,
 ) -> None:
     """Serve a checkpoint with an OpenAI-compatible API and a chat page."""
     from lilpipe.generation.serve import serve
     from lilpipe.locate import locate
 
     found, directory = locate(model, load_config(recipe, config, overrides, seed), Store())
-    serve(directory, name=name or found, host=host, port=port, max_rows=max_rows)
+    name = name or found
+    adapters: dict[str, Path] = {}
+    for text in adapter or []:
+        other, sign, folder = text.partition("=")
+        if not (other and sign and folder) or other in (name, *adapters):
+            raise ConfigError(f"serve: --adapter: got {text!r}, expected NAME=DIR with a NAME that is not served yet")
+        adapters[other] = Path(folder)
+    serve(directory, name=name, host=host, port=port, max_rows=max_rows, adapters=adapters)
 
 
 @app.command("import")

@@ -1,4 +1,4 @@
-"""Decode step of a Llama on a CPU, fused into few operations.
+"""Decode step of a Llama, Mistral, Qwen or SmolLM on a CPU, fused into few operations.
 
 On a CPU the call overhead of a decode step's many small operations is as large as their arithmetic. Here the query, key
 and value projections are one matrix, and so are gate and up. The norms' weights are folded into them, and the matrix
@@ -31,6 +31,12 @@ class _Weights(NamedTuple):
     out: Tensor
     gate_up: Tensor
     down: Tensor
+    bias: Tensor | None
+    """Of queries, keys and values."""
+    norm_HE: Tensor | None
+    """Weights of the norms of query heads and key heads."""
+    rotates: bool
+    """Whether the layer has RoPE."""
     scoring: Mapping[str, Any]
     """Options of ``DecodeView.attend``."""
 
@@ -39,9 +45,9 @@ def is_fusable(model: Transformer) -> bool:
     """Whether the model is on a CPU and like Llama: no experts, latent attention, other norms or biases."""
     config = model.config
     plain = config.norm == "rms" and config.norm_placement == "pre" and not config.parallel_residual
-    plain = plain and config.gated_mlp and config.moe is None and config.mla is None and not config.qk_norm
-    plain = plain and not (config.attention_bias or config.attention_out_bias or config.mlp_bias)
-    plain = plain and config.position_embedding == "rope" and not config.nope_layers and not config.scale_embeddings
+    plain = plain and config.gated_mlp and config.moe is None and config.mla is None
+    plain = plain and not (config.attention_out_bias or config.mlp_bias or config.qk_norm == "projection")
+    plain = plain and config.position_embedding == "rope" and not config.scale_embeddings
     if not plain or config.rope_local_theta is not None or model.device.type != "cpu":
         return False
     linear = [
@@ -57,7 +63,9 @@ class FusedDecoder:
         self.model = model
         blocks = [block for block in model.model.layers.values() if isinstance(block, Block)]
         with torch.no_grad():
-            self.weights = [_fuse(block) for block in blocks]
+            self.weights = [
+                _fuse(block, rotates=model.model.kind_of_rope(layer) != "none") for layer, block in enumerate(blocks)
+            ]
 
     def __call__(self, tokens_B1: Tensor, positions_B1: Tensor, view: DecodeView) -> Tensor:
         """Return the logits ``[B, V]`` of the next token."""
@@ -73,8 +81,13 @@ class FusedDecoder:
         cos, sin = F.embedding(positions_B1, decoder.rope_cos), F.embedding(positions_B1, decoder.rope_sin)
         cos, sin = cos[:, :, None], sin[:, :, None]
         for layer, weights in enumerate(self.weights):
-            qkv = x_BD.mm(weights.qkv).mul_(_scale(x_BD, eps)).view(B, 1, H + 2 * K, E)
-            turned = apply_rope(qkv[:, :, : H + K], cos, sin)
+            qkv_BR = x_BD.mm(weights.qkv).mul_(_scale(x_BD, eps))
+            qkv = (qkv_BR if weights.bias is None else qkv_BR.add_(weights.bias)).view(B, 1, H + 2 * K, E)
+            turned = qkv[:, :, : H + K]
+            if weights.norm_HE is not None:
+                turned = F.rms_norm(turned, (E,), eps=eps).mul_(weights.norm_HE)
+            if weights.rotates:
+                turned = apply_rope(turned, cos, sin)
             y = view.attend(layer, turned[:, :, :H], turned[:, :, H:], qkv[:, :, H + K :], **weights.scoring)
             x_BD = x_BD.addmm(y.view(B, H * E), weights.out)
             gate_BI, up_BI = x_BD.mm(weights.gate_up).mul_(_scale(x_BD, eps)).chunk(2, dim=1)
@@ -87,7 +100,7 @@ def _scale(x_BD: Tensor, eps: float) -> Tensor:
     return x_BD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
-def _fuse(block: Block) -> _Weights:
+def _fuse(block: Block, *, rotates: bool) -> _Weights:
     attention, mlp = block.self_attn, block.mlp
     assert isinstance(attention, Attention)
     assert isinstance(mlp, GatedMLP)
@@ -97,7 +110,19 @@ def _fuse(block: Block) -> _Weights:
     qkv = torch.cat([_full(attention.q_proj), _full(attention.k_proj), _full(attention.v_proj)]) * before
     gate_up = torch.cat([_full(mlp.gate_proj), _full(mlp.up_proj)]) * between
     matrices = (w.t().contiguous() for w in (qkv, _full(attention.o_proj), gate_up, _full(mlp.down_proj)))
-    return _Weights(*matrices, scoring=attention.scoring)
+    projections, norm_HE = (attention.q_proj, attention.k_proj, attention.v_proj), None
+    biases: list[Tensor] = [projection.bias for projection in projections if projection.bias is not None]
+    if attention.q_norm is not None and attention.k_norm is not None:
+        heads = (attention.num_heads, attention.num_kv_heads)
+        norms = (attention.q_norm.get_parameter("weight"), attention.k_norm.get_parameter("weight"))
+        norm_HE = torch.cat([norm_E.expand(num, -1) for num, norm_E in zip(heads, norms, strict=True)])
+    return _Weights(
+        *matrices,
+        bias=torch.cat(biases) if biases else None,
+        norm_HE=norm_HE,
+        rotates=rotates,
+        scoring=attention.scoring,
+    )
 
 
 def _full(linear: Linear) -> Tensor:

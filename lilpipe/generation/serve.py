@@ -1,6 +1,7 @@
 """An OpenAI-compatible HTTP server: chat and text completions, with streaming, and a chat page.
 
-One engine decodes the requests of all clients together. There is no authentication: anyone who can reach the address
+One engine decodes the requests of all clients together; each adapter of the model has its own engine, and shares the
+weights. There is no authentication: anyone who can reach the address
 can use the model, so it listens on loopback by default. Web pages of other sites can reach loopback from a browser; the
 server rejects them by checking the Host header and by accepting only JSON bodies.
 """
@@ -12,8 +13,9 @@ import json
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from lilpipe.generation.protocol import (
 from lilpipe.generation.responses import Envelope, Piece
 from lilpipe.generation.transcript import gather
 from lilpipe.model.hub import load_model
+from lilpipe.model.lora import with_adapter
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_POLICY = (
@@ -59,17 +62,26 @@ CLIENT_GONE = 499
 logger = logging.getLogger(__name__)
 
 
-def serve(directory: Path, *, name: str, host: str = "127.0.0.1", port: int = 8000, max_rows: int = 32) -> None:
-    """Serve a checkpoint until interrupted. ``max_rows`` is the number of completions decoded at once; others wait.
+def serve(
+    directory: Path,
+    *,
+    name: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_rows: int = 32,
+    adapters: Mapping[str, Path] | None = None,
+) -> None:
+    """Serve a checkpoint until interrupted, and ``adapters`` of it in ``peft``'s format, by model name.
 
-    Raises ``ArtifactError`` if the directory contains no checkpoint, ``ConfigError`` if it cannot listen at the
-    address.
+    ``max_rows`` is the number of completions of a model decoded at once; others wait. Raises ``ArtifactError`` if a
+    directory contains no checkpoint or no adapter of it, ``ConfigError`` if it cannot listen at the address.
     """
     with listen(host, port) as listener:
-        app = make_app(directory, name=name, host=host, max_rows=max_rows)
+        app = make_app(directory, name=name, host=host, max_rows=max_rows, adapters=adapters)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
-        print(f"{name}: {address}/v1, chat page {address}/; Ctrl-C stops it", flush=True)
+        names = ", ".join([name, *(adapters or {})])
+        print(f"{names}: {address}/v1, chat page {address}/; Ctrl-C stops it", flush=True)
         http_server(app).run(sockets=[listener])
 
 
@@ -94,12 +106,17 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_app(directory: Path, *, name: str, host: str, max_rows: int) -> Starlette:
-    """Return the server as an ASGI application; its engine's thread runs until the application shuts down."""
+def make_app(
+    directory: Path, *, name: str, host: str, max_rows: int, adapters: Mapping[str, Path] | None = None
+) -> Starlette:
+    """Return the server as an ASGI application; its engines' threads run until the application shuts down."""
     model, tokenizer = load_model(directory)
     model = model.to(distributed.device())
-    thread = EngineThread(lambda: Engine(model, max_rows=max_rows), tokenizer)
-    server = _Server(thread, name=name, max_seq_len=model.config.max_seq_len)
+    adapted = {other: with_adapter(model, folder) for other, folder in (adapters or {}).items()}
+    threads = {name: EngineThread(lambda: Engine(model, max_rows=max_rows), tokenizer)}
+    for other, twin in adapted.items():  # not fused, which would copy the weights
+        threads[other] = EngineThread(partial(Engine, twin, max_rows=max_rows, fuse=False), tokenizer)
+    server = _Server(threads, name=name, max_seq_len=model.config.max_seq_len)
     routes = [
         Route("/", server.page),
         Route("/health", server.health),
@@ -120,20 +137,24 @@ def make_app(directory: Path, *, name: str, host: str, max_rows: int) -> Starlet
 class _Server:
     """The request handlers and their state."""
 
-    def __init__(self, thread: EngineThread, *, name: str, max_seq_len: int) -> None:
-        self.thread = thread
+    def __init__(self, threads: Mapping[str, EngineThread], *, name: str, max_seq_len: int) -> None:
+        self.threads = threads
+        """By model name."""
+        self.thread = threads[name]
+        """The default model's."""
         self.name = name
         self.max_seq_len = max_seq_len
         self.created = int(time.time())
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Stop the engine's thread when the application shuts down."""
+        """Stop the engines' threads when the application shuts down."""
         app.state.thread = self.thread
         try:
             yield
         finally:
-            self.thread.close()
+            for thread in self.threads.values():
+                thread.close()
 
     async def page(self, request: HTTPRequest) -> Response:  # noqa: ARG002
         """Return the chat page, a single file."""
@@ -141,19 +162,19 @@ class _Server:
         return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY})
 
     async def health(self, request: HTTPRequest) -> Response:  # noqa: ARG002
-        """Return status 200 while the engine's thread is running, else 503."""
-        alive = self.thread.alive
-        content = {"status": "ok" if alive else "the engine has stopped", "requests": len(self.thread.tickets)}
+        """Return status 200 while the engines' threads are running, else 503."""
+        alive = all(thread.alive for thread in self.threads.values())
+        num_requests = sum(len(thread.tickets) for thread in self.threads.values())
+        content = {"status": "ok" if alive else "the engine has stopped", "requests": num_requests}
         return JSONResponse(content, status_code=200 if alive else 503)
 
     async def models(self, request: HTTPRequest) -> Response:  # noqa: ARG002
-        """List the one model."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        """List the model and its adapters."""
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self.threads]})
 
     async def model(self, request: HTTPRequest) -> Response:
         """Return the model, if it has this name."""
-        self._check_model(request.path_params["model"])
-        return JSONResponse(self._card())
+        return JSONResponse(self._card(self._name(request.path_params["model"])))
 
     async def chat_completions(self, request: HTTPRequest) -> Response:
         """Return chat completions."""
@@ -163,24 +184,28 @@ class _Server:
         """Return text completions."""
         return await self._respond(request, CompletionRequest.parse(await _json(request)))
 
-    def _card(self) -> dict[str, Any]:
-        card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "lilpipe"}
+    def _card(self, name: str) -> dict[str, Any]:
+        card = {"id": name, "object": "model", "created": self.created, "owned_by": "lilpipe"}
         return {**card, "max_model_len": self.max_seq_len, "has_chat": can_chat(self.thread.tokenizer)}
 
-    def _check_model(self, name: str | None) -> None:
-        if name not in (None, self.name):
-            message = f"model: got {name!r}, expected {self.name!r}, the served model"
+    def _name(self, name: str | None) -> str:
+        """Return the name of a served model, by default that without an adapter."""
+        if name is not None and name not in self.threads:
+            served = " or ".join(map(repr, self.threads))
+            message = f"model: got {name!r}, expected {served}, the served model{'s' * (len(self.threads) > 1)}"
             raise RequestError(message, param="model", code="model_not_found", status=404)
+        return name or self.name
 
     async def _respond(self, http: HTTPRequest, request: Request) -> Response:
-        self._check_model(request.model)
+        name = self._name(request.model)
+        thread = self.threads[name]
         # Encoding a prompt of megabytes takes seconds, which would block the streams of other clients.
-        ask = await asyncio.to_thread(request.ask, self.thread.tokenizer, max_seq_len=self.max_seq_len)
-        envelope = Envelope(request, model=self.name, vocabulary=self.thread.vocabulary)
+        ask = await asyncio.to_thread(request.ask, thread.tokenizer, max_seq_len=self.max_seq_len)
+        envelope = Envelope(request, model=name, vocabulary=thread.vocabulary)
         if request.stream:
-            events = self._events(request, ask, envelope)
+            events = _events(thread, request, ask, envelope)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        answer = asyncio.ensure_future(self._whole(ask))
+        answer = asyncio.ensure_future(_whole(thread, ask))
         gone = asyncio.ensure_future(_disconnected(http))
         try:
             await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -193,44 +218,47 @@ class _Server:
             gone.cancel()
             answer.cancel()
 
-    async def _whole(self, ask: Ask) -> list[Piece]:
-        choices: dict[int, Piece] = {}
-        async for pieces in self._pieces(ask):
-            gather(choices, pieces)
-        return [choices[index] for index in sorted(choices)]
 
-    async def _events(self, request: Request, ask: Ask, envelope: Envelope) -> AsyncIterator[str]:
-        """Yield server-sent events: chunks, usage if requested, and the end. An error ends the stream."""
-        num_tokens = 0
-        try:
-            for chunk in envelope.opening():
-                yield _event(chunk)
-            async for pieces in self._pieces(ask):
-                for piece in pieces:
-                    num_tokens += len(piece.tokens)
-                    yield _event(envelope.part(piece))
-        except Exception as error:  # the status is already sent: report the error in the stream
-            logger.warning("a stream was aborted: %s", error)
-            yield _event(error_body(str(error), kind="server_error"))
-            return
-        if request.stream_options.include_usage:
-            yield _event(envelope.chunk(usage=envelope.usage(ask, num_tokens)))
-        yield "data: [DONE]\n\n"
+async def _whole(thread: EngineThread, ask: Ask) -> list[Piece]:
+    choices: dict[int, Piece] = {}
+    async for pieces in _pieces(thread, ask):
+        gather(choices, pieces)
+    return [choices[index] for index in sorted(choices)]
 
-    async def _pieces(self, ask: Ask) -> AsyncIterator[Sequence[Piece]]:
-        """Yield the parts of all choices as they arrive. Closing the iterator cancels the request."""
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[Sequence[Piece] | Exception]()
-        ticket = self.thread.submit(ask, lambda pieces: loop.call_soon_threadsafe(news.put_nowait, pieces))
-        num_open = len(ask.prompts) * ask.num_generations
-        try:
-            while num_open:
-                pieces = await news.get()
-                if isinstance(pieces, Exception):
-                    raise pieces
-                num_open -= sum(piece.finish_reason is not None for piece in pieces)
-                yield pieces
-        finally:
-            self.thread.cancel(ticket)
+
+async def _events(thread: EngineThread, request: Request, ask: Ask, envelope: Envelope) -> AsyncIterator[str]:
+    """Yield server-sent events: chunks, usage if requested, and the end. An error ends the stream."""
+    num_tokens = 0
+    try:
+        for chunk in envelope.opening():
+            yield _event(chunk)
+        async for pieces in _pieces(thread, ask):
+            for piece in pieces:
+                num_tokens += len(piece.tokens)
+                yield _event(envelope.part(piece))
+    except Exception as error:  # the status is already sent: report the error in the stream
+        logger.warning("a stream was aborted: %s", error)
+        yield _event(error_body(str(error), kind="server_error"))
+        return
+    if request.stream_options.include_usage:
+        yield _event(envelope.chunk(usage=envelope.usage(ask, num_tokens)))
+    yield "data: [DONE]\n\n"
+
+
+async def _pieces(thread: EngineThread, ask: Ask) -> AsyncIterator[Sequence[Piece]]:
+    """Yield the parts of all choices as they arrive. Closing the iterator cancels the request."""
+    loop, news = asyncio.get_running_loop(), asyncio.Queue[Sequence[Piece] | Exception]()
+    ticket = thread.submit(ask, lambda pieces: loop.call_soon_threadsafe(news.put_nowait, pieces))
+    num_open = len(ask.prompts) * ask.num_generations
+    try:
+        while num_open:
+            pieces = await news.get()
+            if isinstance(pieces, Exception):
+                raise pieces
+            num_open -= sum(piece.finish_reason is not None for piece in pieces)
+            yield pieces
+    finally:
+        thread.cancel(ticket)
 
 
 async def _json(request: HTTPRequest) -> Any:

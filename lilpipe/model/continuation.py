@@ -29,7 +29,8 @@ _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 def start_from(into: Mapping[str, Tensor], directory: Path, *, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Copy a checkpoint's weights into an initialized model, one tensor at a time.
 
-    ``into`` is as in ``load_weights``. Rows of tokens that the checkpoint does not have keep their initial values.
+    ``into`` is as in ``load_weights``. Rows of tokens that the checkpoint does not have get the mean of its rows, so
+    that no new token is more likely than others at first (Hewitt 2021).
     Raises ``ConfigError`` for a model of another shape, ``ArtifactError`` for an incompatible vocabulary.
     """
     check_shape(config, directory)
@@ -40,6 +41,7 @@ def start_from(into: Mapping[str, Tensor], directory: Path, *, config: ModelConf
             rows = target.full_tensor() if hasattr(target, "full_tensor") else target.clone()
             shared = min(len(rows), len(tensor))
             rows[:shared] = tensor[:shared]
+            rows[shared:] = tensor[:shared].double().mean(0)
             tensor = rows
         copy_into(target, tensor)
 

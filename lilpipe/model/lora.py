@@ -10,6 +10,7 @@ Dimensions: B rows, T tokens, R rank, I inputs, O outputs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -32,7 +33,7 @@ from lilpipe.model.state_dict_adapters import adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import NamedTensors
 
-ADAPTABLE = (*("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3"),)
+ADAPTABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3")
 """Model types whose linear layers have the same names here and in ``peft``."""
 
 
@@ -222,6 +223,14 @@ def load_adapter(model: Transformer, directory: Path) -> LoRAConfig:
     add_adapters(model, config, seed=0, stage="adapter")
     start_adapters(model, config, stage="adapter")
     return config
+
+
+def with_adapter(model: Transformer, directory: Path) -> Transformer:
+    """Return a model that shares the weights of ``model`` and has an adapter. Raises ``ArtifactError`` as above."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    load_adapter(twin, directory)
+    return twin.eval()
 
 
 def adapted_layers(model: nn.Module) -> list[LoRALinear]:

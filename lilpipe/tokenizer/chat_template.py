@@ -9,7 +9,6 @@ template, ``render`` uses that (``jinja_template``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lilpipe.errors import DataError
 from lilpipe.schemas.messages import Message
@@ -49,13 +48,15 @@ def render(
     return ids, mask
 
 
-def render_completion(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> tuple[list[int], list[int]]:
+def render_completion(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None
+) -> tuple[list[int], list[int]]:
     """Return the token ids of the prompt, and of the answer with its end of turn, for a conversation that ends in one.
 
     Text that a template adds after the end of turn, such as a line break, is left out: the model never generates it.
-    ``options`` are those of ``render``. Raises ``DataError`` if the template leaves out the answer.
+    Raises ``DataError`` if the template leaves out the answer.
     """
-    ids, mask = render(tokenizer, messages, **options)
+    ids, mask = render(tokenizer, messages, tools=tools)
     if not any(mask):
         raise DataError(
             f"the answer {messages[-1]['content'][:60]!r}: the chat template marks none of its tokens as assistant "

@@ -72,7 +72,12 @@ def run(config: TokensConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 
     Raises ``DataError`` if a source is too small to split, ``ConfigError`` if ``streams_by`` is not a column.
     """
-    tokenizer = Tokenizer.load(_path(inputs, "tokenizer"))
+    if ("tokenizer" in inputs) == ("model" in inputs):
+        raise ConfigError(
+            "tokens: got both inputs tokenizer and model or neither, expected one: a tokenizer trained here, or the "
+            "model whose tokenizer to use"
+        )
+    tokenizer = Tokenizer.load(_path(inputs, "tokenizer" if "tokenizer" in inputs else "model"))
     corpus = _path(inputs, "corpus")
     exercises = list(_read_exercises(_path(inputs, "prompts"))) if "prompts" in inputs else []
     _remove_leftovers(workspace.output)
@@ -340,7 +345,7 @@ STAGE = Stage(
     output="TokenShards",
     config=TokensConfig,
     run=run,
-    inputs={"corpus": "Corpus", "tokenizer": "Tokenizer"},
-    optional_inputs={"prompts": "Prompts"},
+    inputs={"corpus": "Corpus"},
+    optional_inputs={"tokenizer": "Tokenizer", "model": "Checkpoint", "prompts": "Prompts"},
     main_metric="tokens",
 )

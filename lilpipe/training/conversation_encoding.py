@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from lilpipe.errors import DataError
 from lilpipe.schemas.examples import Conversation
@@ -90,7 +90,7 @@ def encode(
 
 
 def encode_conversation(tokenizer: Tokenizer, item: Conversation) -> EncodedConversation:
-    """Tokenize a conversation, or a plain text with the end of a document.
+    """Tokenize a conversation, or a plain text as a document with its end.
 
     Raises ``DataError``, naming the conversation, if the chat template rejects it.
     """
@@ -100,7 +100,7 @@ def encode_conversation(tokenizer: Tokenizer, item: Conversation) -> EncodedConv
         return EncodedConversation(item.id, [*start, *learnt], [False] * len(start) + [True] * len(learnt))
     try:
         check_tools(tokenizer, item.messages, item.tools)
-        ids, mask = render(tokenizer, item.messages, **tool_arguments(item.tools))
+        ids, mask = render(tokenizer, item.messages, tools=item.tools)
         weights = _token_weights(item.messages, mask)
     except DataError as error:
         raise DataError(f"conversation {item.id}: {error}") from error
@@ -114,11 +114,6 @@ def check_tools(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools 
             "got tools or tool calls, which lilpipe's own chat template cannot show; use a model whose tokenizer has a "
             "template for tools, or remove them"
         )
-
-
-def tool_arguments(tools: Tools | None) -> dict[str, Any]:
-    """Return the arguments of ``render`` for a conversation's tools."""
-    return {"tools": tools} if tools else {}
 
 
 def without_history(messages: Sequence[Message]) -> list[Message]:
@@ -162,7 +157,7 @@ def _parts(
     exchanges = [turns[first:stop] for first, stop in pairwise([*places, len(turns)])]
 
     def fits(messages: Sequence[Message]) -> bool:
-        return len(render(tokenizer, [*system, *messages], **tool_arguments(item.tools))[0]) <= max_len
+        return len(render(tokenizer, [*system, *messages], tools=item.tools)[0]) <= max_len
 
     parts: list[list[Message]] = []
     for exchange in exchanges:

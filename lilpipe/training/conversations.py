@@ -7,6 +7,7 @@ no other token. Messages with a weight and history without loss change the weigh
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -25,7 +26,7 @@ from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.imported import TEMPLATE_FILE
 from lilpipe.tokenizer.jinja_template import JinjaTemplate
-from lilpipe.training.conversation_encoding import EncodedConversation, Encoding, tool_arguments
+from lilpipe.training.conversation_encoding import EncodedConversation, Encoding
 
 ROUND_TRIPS = 64
 """Conversations that are rendered again with the exported tokenizer."""
@@ -132,12 +133,20 @@ def _check_turns(tokenizer: Tokenizer, example: EncodedConversation) -> None:
 
 
 def _check_ends(tokenizer: Tokenizer, example: EncodedConversation) -> None:
-    found = [tokenizer.decode(run[-1:]) for run in _supervised_runs(example)]
-    if set(found) != {expected := tokenizer.decode([tokenizer.turn_end_id])}:
+    """Tool calls and earlier answers may end in other special tokens than the last answer (gpt-oss)."""
+    ends = [run[-1] for run in _supervised_runs(example)]
+    special = set(tokenizer.special_ids.values())
+    if not ends or not special.issuperset(ends) or (ends[-1] != tokenizer.turn_end_id and _ends_in_text(example)):
+        found = [tokenizer.decode([token]) for token in ends]
+        expected = tokenizer.decode([tokenizer.turn_end_id])
         raise DataError(
             f"conversation {example.id}: the supervised runs end in {found}, expected one run or more that each end "
             f"in {expected!r}; the chat template must mark end-of-turn tokens too"
         )
+
+
+def _ends_in_text(example: EncodedConversation) -> bool:
+    return not example.messages or "tool_calls" not in example.messages[-1]
 
 
 def assistant_turns(tokenizer: Tokenizer, ids: Sequence[int]) -> list[bool]:
@@ -162,9 +171,7 @@ def check_answers(tokenizer: Tokenizer, examples: Sequence[EncodedConversation])
     special = set(tokenizer.special_ids.values())
     for example in examples:
         said = [turn for turn in example.messages if turn["role"] == "assistant"]
-        learnt = [
-            tokenizer.decode([token for token in run if token not in special]) for run in _supervised_runs(example)
-        ]
+        learnt = [_texts(tokenizer, run, special) for run in _supervised_runs(example)]
         if len(learnt) != len(said) or not all(map(_says, learnt, said)):
             raise DataError(
                 f"conversation {example.id}: {_first_difference(learnt, said)}; answers must be supervised whole, with "
@@ -173,14 +180,29 @@ def check_answers(tokenizer: Tokenizer, examples: Sequence[EncodedConversation])
         _check_others(tokenizer, example, special)
 
 
-def _says(text: str, turn: Message) -> bool:
-    """Return whether a text is an answer; one with tool calls or reasoning must contain their parts."""
+_NO_REASONING = re.compile(r"<think>\s*</think>")
+"""Reasoning left empty, which Qwen 3's template writes before an answer without one."""
+
+
+def _texts(tokenizer: Tokenizer, run: Sequence[int], special: set[int]) -> list[str]:
+    """Return the texts between the special tokens of a run."""
+    parts = groupby(run, key=special.__contains__)
+    return [tokenizer.decode(list(part)) for is_special, part in parts if not is_special]
+
+
+def _says(texts: Sequence[str], turn: Message) -> bool:
+    """Return whether supervised texts are an answer; one with tool calls or reasoning must contain their parts.
+
+    The model may also have to name a channel between special tokens, as gpt-oss does, but never its role.
+    """
     content = _as_encoded(turn["content"]).strip()
+    whole = _NO_REASONING.sub("", "".join(texts))
     calls = [call["function"] for call in turn.get("tool_calls", ())]
     if not calls and not turn.get("reasoning_content"):
-        return text.strip() == content
+        in_channel = "assistant" not in texts and content in [text.strip() for text in texts]
+        return whole.strip() == content or in_channel
     words = [word for call in calls for word in (call["name"], *map(str, call["arguments"]))]
-    return content in text and all(word in text for word in words)
+    return content in whole and all(word in whole for word in words)
 
 
 def _check_others(tokenizer: Tokenizer, example: EncodedConversation, special: set[int]) -> None:
@@ -197,7 +219,9 @@ def _check_others(tokenizer: Tokenizer, example: EncodedConversation, special: s
             number += 1
             continue
         said = _as_encoded(turn["content"]).strip()
-        if said not in before[number] and json.dumps(said, ensure_ascii=False)[1:-1] not in before[number]:
+        # Mistral's template puts the system message before the last question.
+        place = "".join(before) if turn["role"] == "system" else before[number]
+        if said not in place and json.dumps(said, ensure_ascii=False)[1:-1] not in place:
             raise DataError(
                 f"conversation {example.id}: the {turn['role']}'s message {position} is not among the "
                 "tokens, so the next answer would be trained without it: the chat template omits it; use "
@@ -220,7 +244,7 @@ def check_export(tokenizer: Tokenizer, examples: Sequence[EncodedConversation], 
     exported = Tokenizer.load(directory)
     template = exported.template or JinjaTemplate((directory / TEMPLATE_FILE).read_text(encoding="utf-8"), {})
     for example in [example for example in examples if example.messages][:ROUND_TRIPS]:
-        ids, mask = template.render(exported, example.messages, **tool_arguments(example.tools))
+        ids, mask = template.render(exported, example.messages, tools=example.tools)
         if (ids, mask) != (example.ids, example.mask):
             place = next((i for i, pair in enumerate(zip(ids, example.ids, strict=False)) if pair[0] != pair[1]), None)
             what = "other masks" if place is None and ids == example.ids else f"other ids from token {place or 0} on"
@@ -239,9 +263,10 @@ def _as_encoded(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _first_difference(learnt: Sequence[str], said: Sequence[Message]) -> str:
-    for number, (got, expected) in enumerate(zip(learnt, said, strict=False)):
-        if not _says(got, expected):
+def _first_difference(learnt: Sequence[Sequence[str]], said: Sequence[Message]) -> str:
+    for number, (texts, expected) in enumerate(zip(learnt, said, strict=False)):
+        if not _says(texts, expected):
+            got = "".join(texts)
             calls = [call["function"]["name"] for call in expected.get("tool_calls", ())]
             wanted = f"{expected['content'][-60:]!r}" + (f" and calls of {', '.join(calls)}" if calls else "")
             return f"answer {number}: {got[-60:]!r} is supervised, expected {wanted}"

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ COMMON = {
     "accumulation_steps": 2,
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "weight_decay": 0.0},
 }
-STAGES = {
+STAGES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "sft": (sft, SFTConfig, {"batch_size": 8, "num_epochs": 1}),
     "dpo": (dpo, DPOConfig, {"batch_size": 4}),
     "reward_model": (

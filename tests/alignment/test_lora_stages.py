@@ -23,7 +23,8 @@ def light():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STAGES["sft"][2], "max_demonstrations", 16)
+        module, section, settings = STAGES["sft"]
+        patch.setitem(STAGES, "sft", (module, section, {**settings, "max_demonstrations": 16}))
         for module in {stage[0] for stage in STAGES.values()}:
             if hasattr(module, "write_report"):
                 patch.setattr(module, "write_report", lambda *args, **options: None)
@@ -51,7 +52,7 @@ def test_the_base_with_the_written_adapter_is_the_written_model(root, stage):
         base = load_head_model(source)[0] if source.name == "rewards" else load_model(source)[0]
         plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
         if has_head and source.name != "rewards":
-            base = finetune.with_head(base, written.num_outputs, seed=9)
+            base = finetune.with_head(base, len(written.state_dict()["score.weight"]), seed=9)
         load_adapter(base, output / "adapter")
         torch.testing.assert_close(base(TOKENS), written(TOKENS), atol=1e-4, rtol=1e-5)
         differing = {n for n, t in written.state_dict().items() if n in plain and not torch.equal(t, plain[n])}

@@ -52,6 +52,7 @@ def run(tmp_path, models, folder, name="work", **settings):
 
 def test_values_are_the_harness_s_and_errors_are_over_questions(tmp_path, models, folder):
     workspace, metrics = run(tmp_path, models, folder)
+    share = 0.0
     for model in models:
         found = harness.run_harness(model.path, ["choices", "texts"], include_path=folder)["results"]
         name = model.manifest.step

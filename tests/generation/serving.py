@@ -14,10 +14,10 @@ HELLO = {"messages": [{"role": "user", "content": "hi"}], "seed": 7, "max_tokens
 
 
 @contextmanager
-def serving(checkpoint, *, host="127.0.0.1", max_rows=8):
+def serving(checkpoint, *, host="127.0.0.1", max_rows=8, adapters=None):
     """A client of a server that runs in a thread, and the server's application."""
     with listen("127.0.0.1", 0) as listener:
-        app = make_app(checkpoint, name="tiny", host=host, max_rows=max_rows)
+        app = make_app(checkpoint, name="tiny", host=host, max_rows=max_rows, adapters=adapters)
         server = http_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -1,14 +1,25 @@
 """The server over real HTTP, on a port of its own, with a small random model."""
 
 import asyncio
+import copy
 
 import httpx
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from lilpipe.cli import app
+from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError
 from lilpipe.generation import serve as module
+from lilpipe.generation.engine import generate
 from lilpipe.generation.serve import PAGE, listen
-from tests.generation.serving import HELLO, TOKENIZER, chat, complete, stream
+from lilpipe.model.hub import load_model
+from lilpipe.model.lora import adapted_layers, add_adapters, merge, start_adapters, with_adapter
+from lilpipe.model.peft_files import save_adapter
+from lilpipe.model.transformer import Transformer
+from tests.generation.serving import HELLO, TOKENIZER, chat, complete, serving, stream
+from tests.model.test_lora import KINDS
 
 
 def test_a_chat_completion_has_openais_shape_and_counts_its_tokens(client):
@@ -192,6 +203,55 @@ def test_an_unknown_model_is_not_found(client):
         assert response.json()["error"]["code"] == "model_not_found"
         assert "'tiny'" in response.json()["error"]["message"]
     assert client.get("/v1/models/tiny").json() == client.get("/v1/models").json()["data"][0]
+
+
+def test_adapters_are_served_beside_their_base_with_its_weights(checkpoint, tmp_path):
+    base, _ = load_model(checkpoint)
+    expected = {"tiny": base}
+    for number, kind in enumerate(("LoRA", "DoRA")):
+        model, adapters = copy.deepcopy(base), {}
+        add_adapters(model, KINDS[kind], seed=number, stage="sft")
+        start_adapters(model, KINDS[kind], stage="sft")
+        for layer in adapted_layers(model):
+            torch.nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(number))
+        plain = Transformer(base.config, base.vocab_size).eval()
+        plain.load_state_dict(dict(merge(model.state_dict().items(), KINDS[kind], adapters)))
+        save_adapter(adapters, KINDS[kind], tmp_path / kind, has_head=False)
+        expected[kind] = plain
+    folders = {kind: tmp_path / kind for kind in ("LoRA", "DoRA")}
+    with serving(checkpoint, adapters=folders) as (client, _):
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == list(expected)
+        assert client.get("/v1/models/DoRA").json()["id"] == "DoRA"
+        answers = {name: complete(client, [3, 4, 5], model=name, max_tokens=12, temperature=0) for name in expected}
+        assert complete(client, [3, 4, 5], max_tokens=12, temperature=0)["model"] == "tiny"
+        unknown = client.post("/v1/completions", json={"prompt": "a", "model": "else"})
+        assert unknown.json()["error"]["message"].startswith("model: got 'else', expected 'tiny' or 'LoRA' or 'DoRA'")
+    sampling = SamplingConfig(temperature=0, max_new_tokens=12)
+    for name, model in expected.items():
+        ends = {TOKENIZER.document_end_id}
+        (sample,) = generate(model, [[3, 4, 5]], sampling=sampling, stop_ids=ends, seed=0)[0]
+        assert answers[name]["choices"][0]["text"] == TOKENIZER.decode(sample.tokens)
+        assert answers[name]["model"] == name
+    assert len({answer["choices"][0]["text"] for answer in answers.values()}) == 3
+
+
+@pytest.mark.parametrize("text", ["sql", "sql=", "=adapters/sql", "tiny=adapters/sql"])
+def test_an_adapter_without_a_name_of_its_own_is_refused(checkpoint, text):
+    refused = CliRunner().invoke(app, ["serve", str(checkpoint), "--name", "tiny", "--adapter", text])
+    assert isinstance(refused.exception, ConfigError)
+    assert str(refused.exception).startswith(f"serve: --adapter: got {text!r}, expected NAME=DIR")
+
+
+def test_an_adapter_shares_the_weights_of_its_base(checkpoint, tmp_path):
+    base, _ = load_model(checkpoint)
+    model, adapters = copy.deepcopy(base), {}
+    add_adapters(model, KINDS["LoRA"], seed=0, stage="sft")
+    dict(merge(model.state_dict().items(), KINDS["LoRA"], adapters))
+    save_adapter(adapters, KINDS["LoRA"], tmp_path, has_head=False)
+    twin = with_adapter(base, tmp_path)
+    held = dict(twin.named_parameters())
+    assert all(held[name] is parameter for name, parameter in base.named_parameters())
+    assert not adapted_layers(base)
 
 
 def test_what_is_no_json_or_no_path_has_an_error_of_the_same_shape(client):

@@ -40,11 +40,9 @@ def test_special_tokens_of_ours_are_added_behind_a_foreign_vocabulary(tmp_path):
     extended = BytePairTokenizer(ranks, PATTERN)
     assert extended.document_end_id == foreign.document_end_id
     model = started(tmp_path / "model", tokenizer=extended)
-    fresh = Transformer(SMALL, extended.vocab_size)
-    fresh.init_weights(5)
     rows, old = model.output_weight, foreign.vocab_size
     assert torch.equal(rows[:old], stored.output_weight)
-    assert torch.equal(rows[old:], fresh.output_weight[old:])
+    torch.testing.assert_close(rows[old:], stored.output_weight.mean(0).expand(len(rows) - old, -1))
     assert len(rows) == old + 7
 
 

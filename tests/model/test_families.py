@@ -3,6 +3,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ CASES = {
     "mistral without a window": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", OWN_HEAD | {"attention_bias": True}),
+    "qwen3": ("Qwen3", OWN_HEAD),
+    "qwen3 with biases": ("Qwen3", {"attention_bias": True}),
     "gemma": ("Gemma", OWN_HEAD),
     "gemma2": ("Gemma2", OWN_HEAD | GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3_text": (
@@ -83,7 +85,8 @@ CASES = {
         {"sliding_window": 7, "layer_types": [SLIDES, FULL, SLIDES]}
         | {"rope_parameters": {FULL: YARN, SLIDES: {"rope_type": "default", "rope_theta": 500.0}}},
     ),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1], "mlp_bias": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3 with biases": ("SmolLM3", {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 1, 0]}),
     "smollm3 with windows": (
         "SmolLM3",
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 7},
@@ -180,7 +183,8 @@ def test_logits_and_gradients_are_those_of_transformers(case):
     compared = 0
     for key, gradient in written.items():
         if key in given:  # transformers stacks the matrices of experts otherwise
-            assert relative(gradient, given[key]) < 1e-4, key
+            least = 0.1  # without RoPE, the gradient of a bias of keys is 0
+            assert (gradient - given[key]).norm() < 1e-4 * given[key].norm().clamp(min=least), key
             compared += 1
     assert compared >= (4 if model.config.moe else 7) * 3
     peer.zero_grad()
@@ -196,7 +200,8 @@ def test_files_go_out_as_they_came_in(case, tmp_path):
     ignored |= {"max_window_layers", "no_rope_layer_interval", "partial_rotary_factor", "rotary_pct"}
     both = {key: (before.get(key), after.get(key)) for key in before.keys() | after.keys() if key not in ignored}
     assert not {key: values for key, values in both.items() if values[0] != values[1]}
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded_with_info: Any = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = loaded_with_info
     assert type(loaded) is type(peer)
     assert not any(info.values()), info
     expected = peer.state_dict()
@@ -303,7 +308,8 @@ def test_what_is_not_computed_exactly_is_refused_by_name(name, changes, message,
 
 def test_plain_decoders_are_decoded_by_the_fused_step(root):
     fused = {name for name in CASES if is_fusable(load_model(saved(name, root)[0])[0])}
-    assert fused >= {"llama", "llama, linear", "mistral", "phi3"}
+    assert fused >= {"llama", "llama, linear", "mistral", "phi3", "qwen2", "qwen2 with windows", "qwen3", "smollm3"}
+    assert not fused & {"gemma", "gemma2", "olmo2", "gpt_neox", "mixtral", "llama, llama3"}
 
 
 def test_the_guide_has_a_row_for_each_family():
@@ -319,7 +325,7 @@ def test_a_family_sets_the_options_that_are_not_given():
     base = PipelineConfig(recipe="x", steps={}).model_dump(by_alias=True)
     for changes in ({"architecture": "gemma2", "norm": "rms"}, {"architecture": "gpt2", "num_kv_heads": 4}):
         merge(base, {"pretrain": {"model": changes}}, model=PipelineConfig, where="test")
-        assert PipelineConfig(**base).pretrain.model == ModelConfig(**changes)
+        assert PipelineConfig(**base).pretrain.model == ModelConfig.model_validate(changes)
 
 
 @pytest.mark.parametrize(
@@ -348,13 +354,13 @@ def test_a_family_sets_the_options_that_are_not_given():
 )
 def test_options_that_others_would_ignore_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**changes)
+        ModelConfig.model_validate(changes)
 
 
 def test_a_layout_that_cannot_divide_a_norm_over_all_heads_is_refused():
-    model = {"architecture": "olmo2", "num_layers": 2}
+    settings = {"model": {"architecture": "olmo2", "num_layers": 2}, "parallel": {"tensor": 2}, "num_workers": 2}
     with pytest.raises(ValueError, match=r"parallel\.tensor 2 is not supported with model\.qk_norm projection"):
-        PretrainConfig(model=ModelConfig(**model), parallel={"tensor": 2}, num_workers=2)
+        PretrainConfig.model_validate(settings)
 
 
 @pytest.mark.slow
@@ -372,7 +378,7 @@ def test_a_real_model_in_gguf_gives_the_logits_and_the_text_of_transformers(tmp_
     assert num_parameters(config, vocab_size) == 134_515_008
     model = Transformer(config, vocab_size).eval()
     load_weights(model.state_dict(), directory)
-    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    peer: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids = transformers.AutoTokenizer.from_pretrained(directory)("The capital of France is Paris. The capital of")
     x = torch.tensor([ids["input_ids"]])
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import pytest
 
 from lilpipe.release.modelfile import find_turns, modelfile
+from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE, JinjaTemplate
 
 CHATML = (
@@ -37,7 +38,7 @@ def test_parts_give_the_template_s_text(source):
     render = render_with(source)
     found = find_turns(render)
     assert found is not None
-    turns = [
+    turns: list[Message] = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},

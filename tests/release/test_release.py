@@ -80,8 +80,18 @@ def test_the_adapter_is_kept_apart(tmp_path, source):
 # --- hub ----------------------------------------------------------------------------------------------------------
 
 
+class HubServer(ThreadingHTTPServer):
+    """Keeps what it was sent."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Hub)
+        self.created, self.files = [], {}
+
+
 class Hub(BaseHTTPRequestHandler):
     """The part of the hub's HTTP API that an upload of small files uses."""
+
+    server: HubServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def address(self):
         return f"http://127.0.0.1:{self.server.server_port}"
@@ -123,14 +133,13 @@ class Hub(BaseHTTPRequestHandler):
         else:
             self.answer({})
 
-    def log_message(self, *_args):
+    def log_message(self, format, *args):  # noqa: A002
         pass
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.created, server.files = [], {}
+    server = HubServer()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "right")

@@ -1,6 +1,5 @@
 """Weights of tokens, long conversations, tools and plain texts; the peer is transformers' template and loss."""
 
-import inspect
 import json
 
 import pytest
@@ -17,12 +16,12 @@ from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Conversation
 from lilpipe.schemas.messages import Message
-from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import BytePairTokenizer
 from lilpipe.training.conversation_encoding import encode, encode_conversation, without_history
 from lilpipe.training.conversations import check_answers, check_rejected, keep_checked, supervised_ratio
 from lilpipe.training.supervised import SupervisedTokens
 from tests.tokenizer.foreign import with_special_tokens
+from tests.tokenizer.test_published_templates import CONVERSATIONS, pair
 
 CALL = {"type": "function", "function": {"name": "time", "arguments": {"city": "Rome"}}}
 TOOLS = [{"type": "function", "function": {"name": "time", "parameters": {"type": "object", "properties": {}}}}]
@@ -48,8 +47,6 @@ TEMPLATE = """\
         {{- '<|im_start|>' + m.role + ' ' + m.content + '<|im_end|>' }}
     {%- endif %}
 {%- endfor %}"""
-SHOWS_TOOLS = "tools" in inspect.signature(render).parameters
-needs_tools = pytest.mark.skipif(not SHOWS_TOOLS, reason="render() takes no tools yet")
 
 
 def talk(*turns, weights=None, system=None, name="talk"):
@@ -143,7 +140,6 @@ def called(messages=CALLED):
     return Conversation("called", "prompt", "mine", list(messages), tools=TOOLS)
 
 
-@needs_tools
 def test_a_tool_call_is_learnt_and_its_result_is_not():
     """The mask is that of transformers' assistant tokens."""
     tokenizer = chatml()
@@ -155,7 +151,6 @@ def test_a_tool_call_is_learnt_and_its_result_is_not():
     assert learnt(tokenizer, last) == {1.0: "Half past.<|im_end|>"}
 
 
-@needs_tools
 def test_transformers_renders_tools_to_the_same_ids_and_mask(tmp_path):
     tokenizer = chatml()
     tokenizer.save(tmp_path)
@@ -168,7 +163,6 @@ def test_transformers_renders_tools_to_the_same_ids_and_mask(tmp_path):
     assert example.mask == [bool(flag) for flag in theirs["assistant_masks"]]
 
 
-@needs_tools
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
@@ -183,6 +177,27 @@ def test_a_template_that_leaves_out_a_part_of_a_tool_call_is_found(old, new, rea
     kept, rejected = keep_checked(tokenizer, [encode_conversation(tokenizer, called())])
     assert not kept
     assert reason in rejected[0][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        *((name, "two turns, system, tools") for name in ("llama3_1", "qwen2_5", "qwen3", "qwen3_training", "gptoss")),
+        *((name, "two turns, system, tools") for name in ("qwen3_instruct_2507", "mistral", "granite")),
+        *((name, "two turns, system") for name in ("llama3", "phi3", "deepseekv3", "zephyr", "smollm2", "olmo2")),
+        *((name, "two turns, system") for name in ("gemma3", "cohere2", "deepseek_r1_distill")),
+        ("gemma", "two turns"),
+    ],
+)
+def test_conversations_of_published_templates_are_trained_on_or_rejected_with_a_reason(name, kinds):
+    tokenizer, _ = pair(name)
+    talks = [
+        Conversation(kind, kind, "mine", messages, tools=tools) for kind, (messages, tools) in CONVERSATIONS.items()
+    ]
+    found = encode(tokenizer, talks, max_len=9_999)
+    kept, unfit = keep_checked(tokenizer, found.fitting)
+    assert ", ".join(example.id for example in kept) == kinds
+    assert len(kept) + len(found.rejected) + len(unfit) == 3
 
 
 def test_our_own_template_rejects_tools(tokenizer):
@@ -248,6 +263,9 @@ def test_each_token_of_a_text_but_the_first_is_predicted_once(tokenizer):
     whole = encode_conversation(tokenizer, text)
     assert whole.ids == [*b"abcdefghij <|user|>", tokenizer.document_end_id]
     assert all(whole.mask)
+    tokenizer.document_start_ids = (7,)  # as of an imported model
+    assert encode_conversation(tokenizer, text).ids == [7, *whole.ids]
+    tokenizer.document_start_ids = ()
     for max_len in (2, 3, 7, 19, 20):
         found = encode(tokenizer, [text], max_len=max_len, strategy="split")
         assert [token for example in found.fitting for token in example.ids[1:]] == whole.ids[1:]

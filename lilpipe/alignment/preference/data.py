@@ -24,7 +24,7 @@ from lilpipe.schemas.pairs import Pair, UnpairedExample
 from lilpipe.tokenizer.chat_template import render_completion
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokens.packing import best_fit
-from lilpipe.training.conversation_encoding import check_tools, tool_arguments
+from lilpipe.training.conversation_encoding import check_tools
 from lilpipe.training.finetune import TokenBatch
 from lilpipe.training.supervised import Row, collate, sequence_ids
 
@@ -103,7 +103,7 @@ def encode_completion(
     """
     check_tools(tokenizer, prompt, tools)
     messages = [*prompt, Message(role="assistant", content=completion)]
-    return PromptCompletion(*render_completion(tokenizer, messages, **tool_arguments(tools)))
+    return PromptCompletion(*render_completion(tokenizer, messages, tools=tools))
 
 
 def _encode_all(

@@ -32,7 +32,7 @@ from lilpipe.data.sources.files import (
     find_files,
     open_file,
 )
-from lilpipe.data.sources.jsonl import bounded_lines
+from lilpipe.data.sources.jsonl import bounded_lines, numbered_lines
 from lilpipe.data.sources.raw_documents import EXCERPT_CHARS, MAX_DOCUMENT_BYTES, rows_of
 from lilpipe.errors import DataError
 
@@ -96,7 +96,7 @@ def _file_rows(file: File) -> Iterator[Located]:
             for number, values in _csv_rows(stream, suffix) if suffix in (".csv", ".tsv") else _json_rows(stream):
                 yield file.name, number, values
     except BrokenStream as error:
-        yield file.name, number + 1, Malformed(f"file is truncated after row {number}: {error}")
+        yield file.name, number + 1, Malformed(f"cannot be read after row {number}: {error}")
 
 
 def _json_rows(stream: BinaryIO) -> Numbered:
@@ -105,11 +105,9 @@ def _json_rows(stream: BinaryIO) -> Numbered:
     if start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _array_rows(stream)
         return
-    for number, line in enumerate(bounded_lines(stream), 1):
-        if len(line) > MAX_DOCUMENT_BYTES:
-            yield number, Malformed(TOO_LONG, _excerpt(line))
-        elif line.strip():
-            yield number, _parsed(line)
+    for number, line in numbered_lines(stream):
+        is_long = len(line) > MAX_DOCUMENT_BYTES
+        yield number, Malformed(TOO_LONG, _excerpt(line)) if is_long else _parsed(line)
 
 
 def _array_rows(stream: BinaryIO) -> Numbered:

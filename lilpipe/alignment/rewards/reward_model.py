@@ -38,7 +38,7 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.chat_template import render_completion
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
-from lilpipe.training.conversation_encoding import check_tools, tool_arguments
+from lilpipe.training.conversation_encoding import check_tools
 from lilpipe.training.finetune import TokenBatch, Workers
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, TrainerModule
@@ -104,7 +104,7 @@ def encode_ranking(tokenizer: Tokenizer, pair: Pair) -> EncodedRanking:
     answers = []
     for text in pair.ranking:
         messages = [*pair.prompt, Message(role="assistant", content=text)]
-        before, answer = render_completion(tokenizer, messages, **tool_arguments(pair.tools))
+        before, answer = render_completion(tokenizer, messages, tools=pair.tools)
         answers.append([*before, *answer])
     return EncodedRanking(pair.prompt_id, answers)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import BinaryIO
+from io import BufferedReader
+from typing import BinaryIO, cast
 
 from lilpipe.config.sources import Source
 from lilpipe.data.sources.files import READ_BYTES, BrokenStream, File, FilePart, compression, local_path, open_file
@@ -51,11 +52,34 @@ def read(file: File, span: FilePart | None, source: Source) -> Iterator[Row]:
     number = first - 1
     try:
         with open_file(file) as stream:
-            for number, line in enumerate(bounded_lines(stream, span), first):
-                if line.strip():
-                    yield _parse(line, source, file.name, number)
+            for number, line in numbered_lines(stream, span, first=first):
+                yield _parse(line, source, file.name, number)
     except BrokenStream as error:
         yield Unreadable(file.name, number + 1, f"cannot be read after line {number}: {error}", breaks_off=True)
+
+
+def numbered_lines(stream: BinaryIO, span: FilePart | None = None, *, first: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not blank with their numbers; those that are too long as ``bounded_lines`` does."""
+    number = first
+    for line in bounded_lines(stream, span):
+        if line.strip():
+            yield number, line
+        elif span is None:
+            number += _skip_blank_lines(cast(BufferedReader, stream))
+        number += 1
+
+
+def _skip_blank_lines(stream: BufferedReader) -> int:
+    """Read blank lines, of which a compressed file may hold millions, and return their number."""
+    num_lines = 0
+    while block := stream.peek(READ_BYTES):
+        num_blank = len(block) - len(block.lstrip())
+        end = block.rfind(b"\n", 0, num_blank) + 1
+        if not end:
+            break
+        num_lines += block.count(b"\n", 0, end)
+        stream.read(end)
+    return num_lines
 
 
 def bounded_lines(stream: BinaryIO, span: FilePart | None = None) -> Iterator[bytes]:

@@ -1,9 +1,6 @@
 """Preferences to tokens: tools in their prompts, and rows that a template cannot show."""
 
-import inspect
 import json
-
-import pytest
 
 from lilpipe.alignment.preference.data import encode_completion, encode_examples, encode_pairs
 from lilpipe.alignment.rewards.reward_model import encode_rankings
@@ -11,7 +8,6 @@ from lilpipe.schemas.examples import Conversation
 from lilpipe.schemas.messages import Message
 from lilpipe.schemas.pairs import Pair, UnpairedExample
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.chat_template import render
 from lilpipe.training.conversation_encoding import encode_conversation
 from tests.training.test_conversation_encoding import CALLED, TOOLS, chatml
 
@@ -39,7 +35,6 @@ def test_pairs_with_tools_are_skipped_and_counted_under_our_own_template(tokeniz
     assert "own chat template cannot show" in entries[0]["error"]
 
 
-@pytest.mark.skipif("tools" not in inspect.signature(render).parameters, reason="render() takes no tools yet")
 def test_the_prompt_of_a_preference_shows_tools_calls_and_results():
     tokenizer = chatml()
     encoded = encode_completion(tokenizer, CALLED[:3], "Half past.", tools=TOOLS)

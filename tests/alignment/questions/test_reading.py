@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import time
 import tracemalloc
 from collections import Counter
 
@@ -10,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from pydantic import ValidationError
 
 from lilpipe.alignment.questions import prompts as module
@@ -153,6 +155,17 @@ def test_a_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     for size in (1, 7, 64, 4096):
         monkeypatch.setattr(reading, "READ_BYTES", size)
         assert values_of(tmp_path / "a.json") == rows
+
+
+def test_blank_lines_are_counted_and_take_no_time(tmp_path):
+    """A few kilobytes can expand to any number of them."""
+    (tmp_path / "a.jsonl").write_bytes(b'\n \r\n{"text": "a"}\n\n\n  {"text": "b"}\n\n  ')
+    assert [row for _, row, _ in read_rows(PromptSource(path=str(tmp_path / "a.jsonl")))] == [3, 6]
+    data = b"\n" * (1 << 27) + b'{"text": "a"}\n'
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
+    start = time.monotonic()
+    assert "more than 1,000 times its size" in malformed_of(tmp_path / "b.jsonl.zst")[0][1]
+    assert time.monotonic() - start < 30  # one by one, they took minutes
 
 
 def test_memory_does_not_grow_with_a_file(tmp_path, monkeypatch):

@@ -240,7 +240,7 @@ def test_a_line_of_fifty_megabytes_is_quarantined_and_the_next_one_read(tmp_path
 
 @pytest.mark.parametrize("kind", ["text", "parquet"])
 def test_a_text_that_is_too_long_is_quarantined_in_any_format(tmp_path, monkeypatch, kind):
-    for module in ("rows", "readers"):
+    for module in ("raw_documents", "readers"):
         monkeypatch.setattr(f"lilpipe.data.sources.{module}.MAX_DOCUMENT_BYTES", 1_000)
     if kind == "text":
         (tmp_path / "a.txt").write_text("x" * 1_001)
