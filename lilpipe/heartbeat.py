@@ -18,6 +18,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
+TIMEOUT_SECONDS = 600
+"""Default of ``launch.timeout_seconds``; also that of stages without the section, which do not load it."""
+
 _COLLECTIVES = "torch/distributed/"
 _BENEATH = ("/torch/", "/lilpipe/distributed.py", "<frozen", "<string>")
 

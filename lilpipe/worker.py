@@ -19,6 +19,7 @@ from typing import Any
 
 from lilpipe.artifact import Artifact, Inputs, read_manifest, write_atomically
 from lilpipe.errors import DataError, HungCollective, LilpipeError, Preempted, StoreError
+from lilpipe.heartbeat import TIMEOUT_SECONDS
 from lilpipe.launch.failure import RAISED, forget, report
 from lilpipe.launch.processes import be_killed_with_parent
 from lilpipe.launch.srun import rank_environment
@@ -77,12 +78,12 @@ def _run_distributed(stage: Stage, config: Any, inputs: Inputs, workspace: Works
     import torch
 
     from lilpipe import distributed
-    from lilpipe.config.parallel import LaunchConfig  # other stages do not load it
 
     torch.set_num_threads(getattr(config, "threads_per_worker", 1))
-    settings: LaunchConfig = getattr(config, "launch", LaunchConfig())
-    timeout_seconds, heartbeats = settings.timeout_seconds, workspace.root / HEARTBEATS
-    if settings.launcher == "kubernetes" and workspace.rank == 0 and any(heartbeats.glob("*.json")):
+    settings: Any = getattr(config, "launch", None)
+    timeout_seconds: int = settings.timeout_seconds if settings else TIMEOUT_SECONDS
+    heartbeats = workspace.root / HEARTBEATS
+    if settings and settings.launcher == "kubernetes" and workspace.rank == 0 and any(heartbeats.glob("*.json")):
         workspace.log("all workers restart from the last checkpoint")  # other launchers report restarts themselves
         forget(workspace.root / RAISED)
     try:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from lilpipe.config.section import Operational, Section
+from lilpipe.heartbeat import TIMEOUT_SECONDS
 
 
 class ParallelDims(NamedTuple):
@@ -116,7 +117,7 @@ class LaunchConfig(Section):
     """Maximum restarts of all workers from the last checkpoint after one of them failed."""
     stop_seconds: PositiveInt = 30
     """Grace period after SIGTERM to save a checkpoint, before workers are killed. Slurm uses its own (`KillWait`)."""
-    timeout_seconds: PositiveInt = 600
+    timeout_seconds: PositiveInt = TIMEOUT_SECONDS
     """Timeout of a collective; the run then fails with an error that names the collective."""
     slurm: SlurmLaunchConfig = SlurmLaunchConfig()
     kubernetes: KubernetesLaunchConfig = KubernetesLaunchConfig()
