@@ -9,6 +9,7 @@ import torch
 from lilpipe.evaluation.candidates import reference_bits
 from lilpipe.evaluation.estimates import gains, score
 from lilpipe.schemas.examples import Prompt
+from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render_completion
 from tests.model.checkpoints import small_model, small_tokenizer
 
@@ -17,7 +18,7 @@ PROMPT = Prompt("p/0", "mine", "what?", "the thing", reference="the thing in ä"
 
 def test_bits_are_those_of_the_completion_and_its_end_alone():
     model, tokenizer = small_model(), small_tokenizer()
-    messages = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": PROMPT.reference}]
+    messages: list[Message] = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": PROMPT.reference}]
     before, after = render_completion(tokenizer, messages)
     with torch.inference_mode():
         logprobs = model(torch.tensor([before + after])).log_softmax(-1)[0].double()

@@ -26,6 +26,7 @@ def small_layer(**changes):
     layer = moe.MoE(D, SMALL_MOE.model_copy(update=changes))
     for seed, parameter in enumerate(layer.parameters()):
         parameter.data = 0.4 * random(*parameter.shape, seed=seed)
+    assert layer.gate.e_score_correction_bias is not None
     layer.gate.e_score_correction_bias.copy_(0.3 * random(SMALL_MOE.num_experts, seed=99))
     return layer
 
