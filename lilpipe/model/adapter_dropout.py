@@ -43,39 +43,48 @@ def adapter_dropout(config: LoRAConfig | None, sequences_BT: Tensor | None, *see
 
 
 class Numbers:
-    """The random numbers of the tokens of the current forward pass."""
+    """The random numbers of the tokens in a block."""
 
+    arriving_BT: Tensor | None = None
+    """Of the current forward pass."""
     tokens_BT: Tensor | None = None
+    """Of the current forward pass, or of the one that is recomputed."""
 
 
-def drop(x_BTI: Tensor, numbers: Numbers, rate: float, *, layer: str, first: int = 0) -> Tensor:
+def salt_of(name: str) -> int:
+    """Return a number that tells a layer, by its name in its block, from the others of the block."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def drop(x_BTI: Tensor, numbers: Numbers, rate: float, *, salt: int, first: int = 0) -> Tensor:
     """Apply dropout to the inputs of an adapter.
 
-    ``layer`` is its name in the whole model, ``first`` the index of the first of these inputs, if they are a shard.
+    ``salt`` is its layer's, ``first`` the index of the first of these inputs, if they are a shard.
     """
     assert numbers.tokens_BT is not None, f"pass {_ARGUMENT} to the model"
-    salt = int.from_bytes(hashlib.sha256(layer.encode()).digest()[:4], "big")
     return dropout(x_BTI, layer_numbers(numbers.tokens_BT ^ salt, 0)[0], rate, first=first)
 
 
 def carry_numbers(model: Transformer) -> dict[str, Numbers]:
     """Let a model, or a pipeline stage of it, take random numbers; return where each block's adapters find them."""
-    arrived = Numbers()
+    result = {layer: Numbers() for layer in model.model.layers}
 
+    # Blocks differ in their numbers alone, a tensor, so that compiled blocks share their code.
     def take(_module: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        arrived.tokens_BT = inputs.pop(_ARGUMENT, None)
+        tokens_BT = inputs.pop(_ARGUMENT, None)
+        for layer, numbers in result.items():
+            numbers.arriving_BT = None if tokens_BT is None else layer_numbers(tokens_BT, int(layer))[0]
         return args, inputs
 
-    def give(_module: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**inputs, _ARGUMENT: arrived.tokens_BT}
-
     model.register_forward_pre_hook(take, with_kwargs=True)
-    result = {}
     for layer, block in model.model.layers.items():
-        result[layer] = Numbers()
-        block.register_forward_pre_hook(give, with_kwargs=True)
+        block.register_forward_pre_hook(partial(_give, result[layer]), with_kwargs=True)
         block.forward = partial(_forward, block.forward, result[layer])
     return result
+
+
+def _give(numbers: Numbers, _module: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return args, {**inputs, _ARGUMENT: numbers.arriving_BT}
 
 
 def _forward(forward: Callable[..., Any], numbers: Numbers, *args: Any, adapter_dropout_BT: Tensor | None) -> Any:

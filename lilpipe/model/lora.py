@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lilpipe.config.lora import LoRAConfig
 from lilpipe.errors import ArtifactError, ConfigError
-from lilpipe.model.adapter_dropout import Numbers, carry_numbers, drop
+from lilpipe.model.adapter_dropout import Numbers, carry_numbers, drop, salt_of
 from lilpipe.model.heads import HEAD
 from lilpipe.model.hub import copy_into
 from lilpipe.model.initial_weights import initial_value
@@ -73,6 +73,7 @@ class LoRALinear(Linear):
         magnitude = nn.Parameter(base.weight.new_ones(base.out_features)) if config.use_dora else None
         self.register_parameter("lora_magnitude_vector", magnitude)
         self.config, self.name = config, name
+        self.salt = salt_of(name.split(".", 3)[-1])
         self.numbers = Numbers()
         """Random numbers of the current tokens, for dropout."""
         self.is_initial = False
@@ -114,7 +115,7 @@ class LoRALinear(Linear):
         """
         scale, dropped = self.config.scaling, x
         if self.training and self.config.lora_dropout:
-            dropped = drop(x, self.numbers, self.config.lora_dropout, layer=self.name, first=first_input)
+            dropped = drop(x, self.numbers, self.config.lora_dropout, salt=self.salt, first=first_input)
         low = F.linear(dropped, adapter.lora_A_RI)
         change = F.linear(low, adapter.lora_B_OR)
         if adapter.magnitude_O is None:

@@ -53,7 +53,7 @@ def test_the_stated_share_is_dropped_in_each_layer_independently(model):
     kept = {}
     for layer in adapted_layers(model):
         ones = torch.ones_like(seen[layer.name])
-        found = drop(ones, layer.numbers, 0.4, layer=layer.name)
+        found = drop(ones, layer.numbers, 0.4, salt=layer.salt)
         assert found.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
         kept[layer.name] = found != 0
     share = torch.cat([part.flatten() for part in kept.values()]).float().mean().item()
