@@ -331,6 +331,9 @@ class ImportModelConfig(Section):
     """Repository of the Hugging Face hub, such as `HuggingFaceTB/SmolLM2-135M`. Downloads need `HF_HUB_OFFLINE=0`."""
     revision: str = "main"
     """Branch, tag or commit of `repo_id`. The commit that it names is part of the fingerprint."""
+    chat_template: Literal["own", "chatml"] = "own"
+    """Chat template: the model's own, or `chatml` (`<|im_start|>role`, the message, `<|im_end|>`) for a base that has
+    none. Its two tokens are added if the vocabulary lacks them, with the mean of the other tokens' embeddings."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ImportModelConfig:

@@ -22,7 +22,8 @@ from lilpipe.tokenizer.encoding import BytePairTokenizer, ImportedTokenizer, Tok
 MAY_DIFFER = ("architecture", "dropout", "rope_theta", "max_seq_len")
 """Settings that the weights do not depend on. GPT-2 has position embeddings, so its ``max_seq_len`` may not differ."""
 
-_BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+"""Tensors with a row per token."""
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def start_from(into: Mapping[str, Tensor], directory: Path, *, config: ModelConf
     check_vocabulary(tokenizer, directory)
     for name, tensor in read_tensors(directory):
         target: Any = into.get(name)
-        if target is not None and name in _BY_TOKEN:
+        if target is not None and name in EMBEDDINGS:
             rows = target.full_tensor() if hasattr(target, "full_tensor") else target.clone()
             shared = min(len(rows), len(tensor))
             rows[:shared] = tensor[:shared]

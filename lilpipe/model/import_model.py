@@ -1,20 +1,28 @@
 """Stage ``import_model``: imports a model as an artifact, from a directory, the Hugging Face hub, or a GGUF file.
 
-Weights are copied unchanged, in their files and precision. Before that, the stage checks that the decoder computes the
-model exactly and that the tokenizer gives the ids that the model was trained on.
+Weights are copied unchanged, in their files and precision, unless a chat template is added. Before that, the stage
+checks that the decoder computes the model exactly and that the tokenizer gives the ids that the model was trained on.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
 
 from lilpipe.artifact import Inputs
-from lilpipe.config.model import ImportModelConfig
+from lilpipe.config.model import ImportModelConfig, ModelConfig
+from lilpipe.errors import ConfigError
+from lilpipe.model.continuation import EMBEDDINGS
 from lilpipe.model.flops import num_parameters
-from lilpipe.model.hub import check_model, model_files
+from lilpipe.model.hub import check_model, model_files, read_tensors, save_tensors
 from lilpipe.model.model_sources import digests, fetch, write_origin
+from lilpipe.model.weights import stored_dtype
 from lilpipe.stage import Metrics, Stage, Workspace
-from lilpipe.tokenizer.encoding import TOKENIZER_FILES
+from lilpipe.tokenizer.encoding import TOKENIZER_FILES, ImportedTokenizer, Tokenizer
+from lilpipe.tokenizer.jinja_template import CHATML, CHATML_TOKENS
 
 
 def run(config: ImportModelConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001
@@ -24,16 +32,46 @@ def run(config: ImportModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
     # A retry starts over, because copying is all the work.
     shutil.rmtree(workspace.output)
     workspace.output.mkdir()
-    names = [name for name in model_files(source) if name not in TOKENIZER_FILES]
-    for done, name in enumerate(names):
-        workspace.progress(done, len(names), "files")
-        shutil.copyfile(source / name, workspace.output / name)
-    tokenizer.save(workspace.output)
+    if config.chat_template == "chatml":
+        vocab_size = _add_chatml(source, workspace.output, shape, vocab_size, tokenizer)
+    else:
+        names = [name for name in model_files(source) if name not in TOKENIZER_FILES]
+        for done, name in enumerate(names):
+            workspace.progress(done, len(names), "files")
+            shutil.copyfile(source / name, workspace.output / name)
+        tokenizer.save(workspace.output)
     write_origin(origin, workspace.output)
     for key, value in origin.items():
         workspace.log(f"{key}: {value}")
     check_model(workspace.output)
     return {"num_parameters": float(num_parameters(shape, vocab_size))}
+
+
+def _add_chatml(source: Path, target: Path, shape: ModelConfig, vocab_size: int, tokenizer: Tokenizer) -> int:
+    """Write the model with the chat template ChatML; return its vocabulary size.
+
+    Raises ``ConfigError`` if the model was trained here: it has a chat template.
+    """
+    if not isinstance(tokenizer, ImportedTokenizer):
+        raise ConfigError(
+            "import_model.chat_template: got 'chatml' for a model that lilpipe made, expected 'own': it has a template"
+        )
+    extended = tokenizer.extended(CHATML_TOKENS, template=CHATML)
+    new_ids = [extended.special_ids[name] for name in CHATML_TOKENS if name not in tokenizer.special_ids]
+    rows = max(vocab_size, *(number + 1 for number in new_ids), 0)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read_tensors(source):
+            if name in EMBEDDINGS and new_ids:
+                mean_D = tensor[: tokenizer.vocab_size].double().mean(0).to(tensor.dtype)
+                grown_VD = mean_D.repeat(rows, 1)
+                grown_VD[: len(tensor)] = tensor
+                grown_VD[new_ids] = mean_D
+                tensor = grown_VD
+            yield name, tensor
+
+    save_tensors(shape, rows, tensors(), extended, target, dtype=stored_dtype(source))
+    return rows
 
 
 STAGE = Stage(

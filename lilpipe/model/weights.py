@@ -63,6 +63,11 @@ def stored_tensors(directory: Path, *, shapes_only: bool = False) -> Iterator[tu
         yield from _tensors_of(directory / name, expected, shapes_only=shapes_only)
 
 
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Return the data type of the first matrix in the files."""
+    return next(tensor.dtype for _, tensor in stored_tensors(directory) if tensor.dim() == 2)
+
+
 def _tensors_of(path: Path, expected: set[str] | None, *, shapes_only: bool) -> Iterator[tuple[str, Tensor]]:
     if not path.exists():
         raise ArtifactError(f"{path}: missing, but {INDEX_FILE} names it; copy all of the checkpoint's files")

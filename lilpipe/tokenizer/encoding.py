@@ -330,12 +330,14 @@ class ImportedTokenizer(Tokenizer):
         """Return the vocabulary as tokens with ranks. Raises ``ValueError`` if tiktoken would give other ids."""
         return exact_vocabulary(imported.read_object(self.files, TOKENIZER_FILE))
 
-    def extended(self, names: Sequence[str]) -> ImportedTokenizer:
-        """Return this tokenizer with more special tokens, whose ids follow, and with our template if it has none."""
-        content = imported.with_special_tokens(imported.read_object(self.files, TOKENIZER_FILE), names, self.vocab_size)
-        template = {} if self.template else {TEMPLATE_FILE: CHAT_TEMPLATE.encode()}
-        files = {**self.files, **template, TOKENIZER_FILE: _json(content).encode()}
-        return ImportedTokenizer(files, content, ends=[self.document_end])
+    def extended(self, names: Sequence[str], *, template: str | None = None) -> ImportedTokenizer:
+        """Return this tokenizer with special tokens that it lacks behind, and ``template`` or, if it has none, ours."""
+        content = imported.read_object(self.files, TOKENIZER_FILE)
+        if missing := [name for name in names if name not in self.special_ids]:
+            content = imported.with_special_tokens(content, missing, self.vocab_size)
+        source = template or (None if self.template else CHAT_TEMPLATE)
+        files = {**self.files, **({TEMPLATE_FILE: source.encode()} if source else {})}
+        return ImportedTokenizer({**files, TOKENIZER_FILE: _json(content).encode()}, content, ends=[self.document_end])
 
     def save(self, directory: Path) -> None:
         """Write the files as they came, and ``document_end.json``."""

@@ -48,6 +48,17 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""The template of ChatML (OpenAI 2023), which many open models use."""
+
 START, STOP = "\ufdd0", "\ufdd1"
 """Noncharacters of Unicode, which no text contains; they mark the output of a ``{% generation %}`` block."""
 

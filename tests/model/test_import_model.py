@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lilpipe.artifact import read_manifest
@@ -14,6 +14,7 @@ from lilpipe.model import import_model
 from lilpipe.model.hub import load_model, save_model
 from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.stage import Workspace
+from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 from tests.model.checkpoints import ARCHITECTURES, SMALL, small_model, small_tokenizer
 from tests.tokenizer.foreign import write
@@ -99,3 +100,47 @@ def test_a_tokenizer_that_is_larger_than_its_model_is_refused(tmp_path):
     save_model(small_model(vocab_size=600), Tokenizer.load(source), source)
     with pytest.raises(ArtifactError, match=r"vocab_size: got 600, expected at least the 662 of the tokenizer"):
         import_model.run(ImportModelConfig(path=str(source)), {}, Workspace(tmp_path / "work"))
+
+
+@pytest.mark.parametrize(("family", "spare"), [("llama3", 0), ("llama3", 6), ("gemma", 0), ("mistral", 1)])
+def test_chatml_is_added_to_a_base_with_mean_embeddings(tmp_path, family, spare):
+    source = write(family, tmp_path / "published")
+    tokenizer = Tokenizer.load(source)
+    for file in ("chat_template.jinja", "generation_config.json"):
+        (source / file).unlink(missing_ok=True)
+    model = small_model(SMALL.model_copy(update={"tie_embeddings": False}), vocab_size=tokenizer.vocab_size + spare)
+    save_model(model, Tokenizer.load(source), source, dtype=torch.bfloat16)
+    expected, before = load_model(source)
+    work = Workspace(tmp_path / "work")
+    import_model.run(ImportModelConfig(path=str(source), chat_template="chatml"), {}, work)
+    found, after = load_model(work.output)
+    new = [after.special_ids[name] for name in ("<|im_start|>", "<|im_end|>")]
+    assert new == [before.vocab_size, before.vocab_size + 1]
+    assert found.vocab_size == before.vocab_size + max(2, spare)
+    for got, old in (
+        (found.output_weight, expected.output_weight),
+        (found.model.embed_tokens, expected.model.embed_tokens),
+    ):
+        got, old = (part if isinstance(part, torch.Tensor) else part.weight for part in (got, old))
+        kept = [row for row in range(len(old)) if row not in new]
+        assert torch.equal(got[kept], old[kept])
+        mean = old[: before.vocab_size].mean(0)
+        torch.testing.assert_close(got[new], mean.expand(2, -1), rtol=0.01, atol=1e-3)  # stored in bfloat16
+    ids, mask = render(after, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho <|im_end|>"}])
+    assert (
+        after.decode([token for token, trained in zip(ids, mask, strict=True) if trained]) == "Ho <|im_end|><|im_end|>"
+    )
+    assert mask.count(True) > 2
+    assert after.turn_end_id == new[1]
+    assert new[1] in json.loads((work.output / "generation_config.json").read_text())["eos_token_id"]
+    assert (
+        AutoTokenizer.from_pretrained(work.output).apply_chat_template(
+            [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+        )
+        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_chatml_is_not_for_models_with_our_template(directory, tmp_path):
+    with pytest.raises(ConfigError, match="got 'chatml' for a model that lilpipe made"):
+        import_model.run(ImportModelConfig(path=str(directory), chat_template="chatml"), {}, Workspace(tmp_path / "w"))
