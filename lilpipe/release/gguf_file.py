@@ -210,7 +210,7 @@ K_QUANTS: Mapping[KQuant, int] = {"Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}
 def quantize_gguf(source: Path, path: Path, file_type: KQuant) -> None:
     """Quantize a GGUF file with llama.cpp. Raises ``ConfigError`` if ``llama-cpp-python`` is not installed."""
     try:
-        import llama_cpp
+        import llama_cpp  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"release.gguf: {file_type}: package llama-cpp-python is not installed; run `pip install "
