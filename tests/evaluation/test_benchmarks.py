@@ -106,11 +106,9 @@ def test_other_questions_are_an_error():
         comparisons({"base": results([0, 1]), "a": results([0, 1, 1])}, "base")
 
 
-def test_no_tasks_and_unknown_tasks(tmp_path, models, folder):
+def test_no_tasks_are_an_error(tmp_path, models, folder):
     with pytest.raises(ConfigError, match=r"benchmarks\.tasks: got none"):
         run(tmp_path, models, folder, tasks=())
-    with pytest.raises(ConfigError, match="got missing, expected tasks of the harness"):
-        run(tmp_path, models, folder, tasks=("missing",))
 
 
 def test_task_files_and_their_data_are_in_the_fingerprint(tmp_path, folder):
