@@ -26,7 +26,7 @@ from lilpipe.config.release import GGUFType, KQuant
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.hub import CONFIG_FILE
 from lilpipe.model.weights import stored_tensors
-from lilpipe.release.gguf_vocabulary import add_vocabulary
+from lilpipe.release.gguf_vocabulary import add_vocabulary, check_vocabulary
 
 Stated = Mapping[str, Any]
 """Content of a ``config.json``."""
@@ -78,6 +78,7 @@ def check_gguf(directory: Path) -> Family:
             raise ConfigError(
                 f"release.gguf: {key}: got {stated[key]!r}, expected {expected!r} for {kind}; set release.gguf = []"
             )
+    check_vocabulary(directory)
     return FAMILIES[kind]
 
 

@@ -39,10 +39,8 @@ def add_vocabulary(writer: Any, directory: Path, vocab_size: int) -> None:
 
     Raises ``ConfigError`` for a tokenizer that llama.cpp does not have.
     """
-    content = _read(directory / TOKENIZER_FILE)
+    content = check_vocabulary(directory)
     model = content["model"]
-    if model.get("type") != "BPE":
-        raise _refused(f"got a tokenizer model of type {model.get('type')!r}, expected BPE")
     pieces = bool(model.get("byte_fallback"))
     names, kinds = _tokens(content, vocab_size, pieces=pieces)
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
@@ -50,7 +48,7 @@ def add_vocabulary(writer: Any, directory: Path, vocab_size: int) -> None:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(names, merges))
-        writer.add_add_space_prefix(_prepends_space(content))
+        writer.add_add_space_prefix(True)
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre_tokenizer_name(content))
@@ -63,11 +61,23 @@ def add_vocabulary(writer: Any, directory: Path, vocab_size: int) -> None:
         writer.add_chat_template(template)
 
 
+def check_vocabulary(directory: Path) -> dict[str, Any]:
+    """Return the content of ``tokenizer.json``. Raises ``ConfigError`` for a tokenizer that llama.cpp does not have."""
+    content = _read(directory / TOKENIZER_FILE)
+    if (kind := content["model"].get("type")) != "BPE":
+        raise _refused(f"got a tokenizer model of type {kind!r}, expected BPE")
+    if content["model"].get("byte_fallback"):
+        _check_pieces(content)
+    else:
+        pre_tokenizer_name(content)
+    return content
+
+
 def pre_tokenizer_name(content: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of a byte-level pre-tokenizer. Raises ``ConfigError`` if it has none."""
     outer = content.get("pre_tokenizer") or {}
     parts = outer.get("pretokenizers", [outer])
-    if content.get("normalizer") not in (None, {"type": "NFC"}):  # llama.cpp's qwen2 normalises neither
+    if content.get("normalizer") not in (None, {"type": "NFC"}):  # Qwen; llama.cpp leaves NFC out
         raise _refused(f"got the normalizer {content['normalizer']}, expected none")
     match parts:
         case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
@@ -111,10 +121,25 @@ def _scores(names: list[str], merges: list[tuple[str, ...]]) -> list[float]:
     return [-float(ranks[name]) if name in ranks else -1e6 if len(name) > 1 else 0.0 for name in names]
 
 
-def _prepends_space(content: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer puts a space before a text."""
-    shown = json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    return '"Prepend"' in shown or '"prepend_scheme": "first"' in shown or '"prepend_scheme": "always"' in shown
+_LLAMA2_NORMALIZERS = [
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+]
+
+
+def _check_pieces(content: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for a SentencePiece vocabulary other than in Llama 2's form.
+
+    Compared with llama.cpp, those of Mistral (a space before the first piece only) and of Gemma (runs of spaces) gave
+    other ids.
+    """
+    normalizer, found = content.get("normalizer") or {}, content.get("pre_tokenizer")
+    added = [token["content"] for token in content["added_tokens"] if not token["special"]]
+    if normalizer.get("normalizers") != _LLAMA2_NORMALIZERS or found is not None or added:
+        raise _refused(
+            f"got SentencePiece pieces with normalizer {normalizer}, pre-tokenizer {found} and ordinary added tokens "
+            f"{added[:3]}, expected the form of Llama 2, for which llama.cpp gives the same ids"
+        )
 
 
 def _add_special(writer: Any, directory: Path, content: Mapping[str, Any]) -> None:

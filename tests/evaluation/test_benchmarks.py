@@ -12,7 +12,7 @@ from lilpipe.model.hub import save_model
 from lilpipe.schemas.tables import read_rows
 from lilpipe.stage import Workspace
 from tests.artifacts import make_manifest
-from tests.evaluation.test_harness import ANSWERS, CHOICES, CONFIG, TEXTS, WORDS
+from tests.evaluation.test_harness import CONFIG, WORDS, write_tasks
 from tests.model.checkpoints import small_model, small_tokenizer
 
 harness = pytest.importorskip("lilpipe.evaluation.harness")
@@ -33,14 +33,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    for name, task in (("choices", CHOICES), ("answers", ANSWERS), ("texts", TEXTS)):
-        (folder / f"{name}.yaml").write_text(task.format(folder=folder))
-    questions = [
-        {"question": f"{WORDS[n % 5]} {n} is ", "choices": [WORDS[(n + k) % 5] for k in range(3)], "answer": n % 3}
-        for n in range(12)
-    ]
-    for name, rows in (("choices", questions), ("texts", [{"text": word} for word in WORDS])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_tasks(folder, texts=WORDS)
     return folder
 
 

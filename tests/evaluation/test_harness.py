@@ -62,19 +62,25 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tasks")
+def write_tasks(folder, *, more_questions=(), texts):
+    """Write the three task files, twelve questions and more, and the texts."""
     for name, task in (("choices", CHOICES), ("answers", ANSWERS), ("texts", TEXTS)):
         (folder / f"{name}.yaml").write_text(task.format(folder=folder))
     questions = [
         {"question": f"{WORDS[n % 5]} {n} is ", "choices": [WORDS[(n + k) % 5] for k in range(3)], "answer": n % 3}
         for n in range(12)
     ]
-    questions.append({"question": "long " * 60, "choices": WORDS[:3], "answer": 1})  # longer than the model takes
-    texts = [{"text": " ".join(WORDS) * repeats} for repeats in (1, 3, 9)]
-    for name, rows in (("choices", questions), ("texts", texts)):
+    rows_of = {"choices": [*questions, *more_questions], "texts": [{"text": text} for text in texts]}
+    for name, rows in rows_of.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    longer_than_the_model_takes = {"question": "long " * 60, "choices": WORDS[:3], "answer": 1}
+    texts = [" ".join(WORDS) * repeats for repeats in (1, 3, 9)]
+    write_tasks(folder, more_questions=[longer_than_the_model_takes], texts=texts)
     return folder
 
 

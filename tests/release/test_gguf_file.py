@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from lilpipe.errors import ConfigError
 from lilpipe.release.gguf_file import interleave, write_gguf
-from lilpipe.tokenizer.encoding import BytePairTokenizer
+from lilpipe.tokenizer.encoding import BytePairTokenizer, Tokenizer
+from tests.tokenizer.foreign import SENTENCES, write
 
 gguf = pytest.importorskip("gguf")
 
@@ -44,10 +45,10 @@ def tokenizer(pattern="llama3"):
     return BytePairTokenizer(ranks, pattern)
 
 
-def checkpoint(directory, name):
-    """A random model of transformers with large weights, and our tokenizer beside it."""
+def checkpoint(directory, name, tokens=None):
+    """A random model of transformers with large weights, and a tokenizer, by default ours, beside it."""
     model_class, config_class, changes = MODELS[name]
-    tokens = tokenizer()
+    tokens = tokens or tokenizer()
     torch.manual_seed(0)
     model = model_class(config_class(**SHAPE, vocab_size=tokens.vocab_size + 3, **changes)).float()
     with torch.no_grad():
@@ -135,6 +136,14 @@ def test_an_architecture_without_a_row_is_refused(tmp_path):
         write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", name="m")
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma"])
+def test_pieces_for_which_llama_cpp_gives_other_ids_are_refused(tmp_path, family):
+    checkpoint(tmp_path / "model", "llama, not tied")
+    write(family, tmp_path / "model")
+    with pytest.raises(ConfigError, match="expected the form of Llama 2"):
+        write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", name="m")
+
+
 # --- llama.cpp ----------------------------------------------------------------------------------------------------
 
 TEXTS = ["the thing, in a tin", "Año 12345 — naïve 日本語 🙂", "  tabs\tand\n\nlines  ", "don't DON'T 3.14"]
@@ -156,4 +165,16 @@ def test_llama_cpp_computes_the_same_logits_and_ids(tmp_path, name):
     got = loaded.scores[: len(ids)]
 
     assert np.abs(got - expected).max() < 2e-3 * np.abs(expected).max()
+    loaded.close()
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_the_ids_of_llama_2_s_pieces(tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    tokens = Tokenizer.load(write("llama2", tmp_path / "tokenizer"))
+    checkpoint(tmp_path / "model", "llama", tokens)
+    write_gguf(tmp_path / "model", tmp_path / "m.gguf", "F16", name="m")
+    loaded = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    for text in [*SENTENCES, *TEXTS, "  two spaces", " lead"]:
+        assert loaded.tokenize(text.encode(), add_bos=False) == tokens.encode(text)
     loaded.close()

@@ -18,7 +18,7 @@ from lilpipe.release.release import STAGE
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import BytePairTokenizer
 from tests.artifacts import make_manifest
-from tests.model.checkpoints import small_model
+from tests.model.checkpoints import small_model, small_tokenizer
 
 
 def tokenizer():
@@ -68,6 +68,13 @@ def test_gguf_files_and_a_modelfile(tmp_path, source):
     assert content.startswith("FROM ./mine-F16.gguf\nTEMPLATE")
     assert 'PARAMETER stop "<|end_of_turn|>"' in content
     assert 0 < metrics["gguf_bytes/Q8_0"] < metrics["gguf_bytes/F16"]
+
+
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused_before_anything_is_written(tmp_path, source):
+    small_tokenizer().save(source.path)
+    with pytest.raises(ConfigError, match=r"release\.gguf: got the pre-tokenizer"):
+        release(tmp_path, source, gguf=("F16",))
+    assert not list((tmp_path / "work" / "output").iterdir())
 
 
 def test_the_adapter_is_kept_apart(tmp_path, source):
