@@ -117,7 +117,9 @@ def harness(
 ) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on a checkpoint (extra `eval`)."""
     try:
-        from lilpipe.evaluation.harness import results_table, run_harness
+        from lm_eval.utils import make_table
+
+        from lilpipe.evaluation.harness import run_harness
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"harness: {error.name} is not installed; run `pip install -c constraints.txt -e '.[eval]'`"
@@ -131,4 +133,4 @@ def harness(
         batch_size=batch_size,
         chat=chat,
     )
-    Console(highlight=False).print(results_table(results), markup=False, soft_wrap=True)
+    Console(highlight=False).print(make_table(results), markup=False, soft_wrap=True)

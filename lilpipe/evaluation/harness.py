@@ -18,7 +18,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError, DataError
@@ -242,11 +242,6 @@ def run_harness(
         fewshot_random_seed=seed,
     )
     return results
-
-
-def results_table(results: dict[str, Any]) -> str:
-    """Return the harness's table of results."""
-    return make_table(results)
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
