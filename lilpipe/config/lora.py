@@ -10,7 +10,8 @@ from lilpipe.config.section import Section
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-
+ADAPTER_DIRECTORY = "adapter"
+"""Folder of an adapter in a checkpoint, beside the weights that it is merged into."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter in peft's format."""
 
@@ -33,7 +34,8 @@ class LoRAConfig(Section):
     use_dora: bool = False
     """Also train the norm of each row of the adapted weights (DoRA, Liu et al. 2024); a step takes longer."""
     path: str | None = None
-    """Directory of an adapter in peft's format to start from; if None, adapters start without effect."""
+    """Directory of an adapter in peft's format to start from; if None, adapters start from that of the step's input
+    `adapter`, or without effect."""
 
     @property
     def scaling(self) -> float:
