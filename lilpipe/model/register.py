@@ -19,6 +19,7 @@ from lilpipe.config.evaluate import RegisterConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import load_model, model_files
+from lilpipe.model.origin import card_metadata, copy_origin, lineage, read_origin
 from lilpipe.model.state_dict_adapters import Lilpipe, adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
@@ -32,9 +33,9 @@ SAMPLE_TEXT = "Reverse the list 3, 14, 15.\n\tÉtude in naïve 日本語 🙂 <|
 
 CARD = """\
 ---
-library_name: {library}{base}
+library_name: {library}
 pipeline_tag: text-generation
----
+{metadata}---
 
 # {name}
 
@@ -61,7 +62,7 @@ The last stage was `{stage}`, with these settings:
 ```
 
 `manifest.json` holds the way back: the artifact that this one was made from, by content, and so on to the corpus.
-"""
+{lineage}"""
 
 
 WITH_TRANSFORMERS = """\
@@ -103,6 +104,7 @@ def run(config: RegisterConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     workspace.output.mkdir()
     for name in model_files(source.path):
         shutil.copyfile(source.path / name, workspace.output / name)
+    copy_origin(source.path, workspace.output)
     card = model_card(model, source, {} if report is None else read_metrics(report.path))
     (workspace.output / CARD_FILE).write_text(card, encoding="utf-8")
     workspace.progress(1, 2, "checks")
@@ -179,10 +181,13 @@ def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float
     rows = [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
     loading = f"{WITHOUT_TRANSFORMERS if own else WITH_TRANSFORMERS}\n\n{WITH_LILPIPE}"
     library = "lilpipe" if own else "transformers"
+    origin = read_origin(source.path)
+    metadata = card_metadata(origin) | ({"base_model": adapter_of} if adapter_of else {})
     return CARD.format(
         name=f"A language model of {num_parameters(shape, model.vocab_size):,} parameters",
+        metadata="".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()),
+        lineage=lineage(origin),
         library="peft" if adapter_of else library,
-        base=f"\nbase_model: {adapter_of}" if adapter_of else "",
         architecture="this package's own" if own else f"transformers' `{layout.class_name}`",
         loading=WITH_PEFT.replace("BASE", adapter_of) if adapter_of else loading,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),

@@ -79,14 +79,13 @@ def check_adapter(step: str, inputs: Inputs) -> None:
         return
     if f"{ADAPTER_DIRECTORY}/{ADAPTER_FILES[0]}" not in source.manifest.files:
         raise ConfigError(
-            f"steps.{step}.inputs.{ADAPTER}: step {source.manifest.step} made no adapter; set "
-            f"{source.manifest.stage}.lora"
+            f"steps.{step}.inputs.{ADAPTER}: step {source.manifest.step} made no adapter, expected a step with lora"
         )
     bases = [entry.content_digest for entry in source.manifest.inputs.get("model", ())]
     if bases != [model.content_digest for model in all_inputs(inputs, "model")]:
         raise ConfigError(
             f"steps.{step}.inputs.{ADAPTER}: step {source.manifest.step} made an adapter of another checkpoint than "
-            f"inputs.model; expected the same `model` in both steps"
+            "inputs.model; expected the same `model` in both steps"
         )
 
 

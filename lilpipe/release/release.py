@@ -19,6 +19,7 @@ from lilpipe.config.release import GGUFType, KQuant, ReleaseConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import load_model, model_files, save_tensors
+from lilpipe.model.origin import copy_origin
 from lilpipe.model.register import CARD_FILE, model_card, read_metrics, verify
 from lilpipe.model.transformer import Transformer
 from lilpipe.release.gguf_file import check_gguf, import_gguf, quantize_gguf, write_gguf
@@ -50,6 +51,7 @@ def run(config: ReleaseConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     num_bytes = write(config, source, model, tokenizer, workspace.output)
     metrics = {"num_parameters": float(num_parameters(model.config, model.vocab_size)), "weights_bytes": num_bytes}
     found = {} if report is None else read_metrics(report.path)
+    copy_origin(source.path, workspace.output)
     card = model_card(model, source, found, adapter_of=config.adapter_of)
     (workspace.output / CARD_FILE).write_text(card, encoding="utf-8")
     for number, file_type in enumerate(config.gguf):

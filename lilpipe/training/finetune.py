@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe import distributed
-from lilpipe.config.backend import BackendConfig
 from lilpipe.config.lora import ADAPTER_DIRECTORY, LoRAConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel_checks import check_micro_batches, check_model
@@ -29,14 +28,13 @@ from lilpipe.model.adapter_dropout import adapter_dropout
 from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
 from lilpipe.model.lora import adapted_layers, add_adapters, merge, start_adapters
+from lilpipe.model.origin import copy_origin
 from lilpipe.model.peft_files import save_adapter
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
-from lilpipe.model.weights import held_tensors
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import activation_checkpointing, compilation, precision
-from lilpipe.training.backend_limits import check_limits
 from lilpipe.training.replica import Loss, Replica, TrainerModule
 
 if TYPE_CHECKING:
@@ -111,9 +109,6 @@ def build(
     the model.
     """
     precision.check(section, distributed.device())
-    shape, _ = read_model_config(source)
-    if isinstance(shape, BackendConfig):
-        check_limits(section, class_name=shape.class_name, stage=stage)
     if workers.mesh is not None:
         return _build_cut(section, source, objective, workers.mesh, stage=stage, head=head, prepare=prepare)
     model = load(section, source, stage=stage, head=head)
@@ -249,7 +244,7 @@ def whole_model(trainer_module: TrainerModule, into: Transformer | None = None) 
     with torch.inference_mode(mode=False), torch.no_grad():
         tensors, lora = trainer_module.full_tensors(), _adapters_of(part)
         found = dict(tensors if lora is None or adapted_layers(model) else merge(tensors, lora, {}))
-        for name, tensor in held_tensors(model):
+        for name, tensor in model.state_dict().items():
             if distributed.is_main():
                 tensor.copy_(found[name])
             dist.broadcast(tensor, 0)
@@ -280,14 +275,16 @@ def export(
     tokenizer: Tokenizer,
     workspace: Workspace,
     *,
+    source: Path | None,
     config: ModelConfig | None = None,
     labels: Sequence[str] | None = None,
     folder: str = "",
 ) -> None:
     """Write the model in Hugging Face's layout, tensor by tensor if it is sharded.
 
-    Adapters are merged into the weights and also written to the subdirectory ``adapter``. ``config`` replaces the
-    model's; ``labels`` names a head's outputs; ``folder`` is the model's directory in the output.
+    Adapters are merged into the weights and also written to the subdirectory ``adapter``. ``source``: the checkpoint
+    that training started from, whose record of an imported model is copied. ``config`` replaces the model's; ``labels``
+    names a head's outputs; ``folder`` is the model's directory in the output.
     """
     part = trainer_module.parts[0]
     assert isinstance(part, Transformer)
@@ -301,5 +298,7 @@ def export(
     tensors = tensors if lora is None else merge(tensors, lora, adapters)
     save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)
     save(config or part.config, part.vocab_size, tensors, tokenizer, directory)
+    if source is not None:
+        copy_origin(source, directory)
     if lora is not None:
         save_adapter(adapters, lora, directory / ADAPTER_DIRECTORY, has_head=labels is not None)

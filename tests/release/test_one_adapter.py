@@ -27,10 +27,8 @@ def configured(base, rows, **overrides):
     """The steps from the import to the release, with one adapter in the middle."""
     training = {"lora": LORA, "num_workers": 1, "batch_size": 4, "optimizer.learning_rate": 1e-2}
     settings = {f"{stage}.{name}": value for stage in ("sft", "dpo") for name, value in training.items()}
-    on = {f"enable.{name}": True for name in ("preferences", "dpo")} | {
-        "enable.evaluate": False,
-        "enable.register": False,
-    }
+    enabled = {"preferences": True, "dpo": True, "evaluate": False, "register": False}
+    on = {f"enable.{name}": value for name, value in enabled.items()}
     wiring = {"steps.dpo.inputs.model": "import_model", "steps.dpo.inputs.adapter": "sft"}
     sources = {"import_model.path": str(base), "prompts.sources": [str(rows)], "preferences.num_workers": 1}
     changes = {"release.dtype": "float32", **settings, **on, **wiring, **sources, **overrides}
@@ -97,7 +95,7 @@ def test_an_adapter_alone_names_its_base_and_loads_on_it(base, artifacts):
     torch.testing.assert_close(loaded(TOKENS).logits, logits(artifacts["dpo"].path), atol=1e-4, rtol=1e-4)
     assert not list(directory.glob("model*"))
     assert (directory / "tokenizer.json").exists()
-    assert f"base_model: {base}" in (directory / "README.md").read_text()
+    assert f'base_model: "{base}"' in (directory / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +103,7 @@ def test_an_adapter_alone_names_its_base_and_loads_on_it(base, artifacts):
     [
         ({"dpo.lora.path": "mine"}, r"steps.dpo.inputs.adapter: got also lora.path mine"),
         ({"dpo.lora": None}, r"steps.dpo.inputs.adapter: got no lora"),
-        ({"steps.dpo.inputs.adapter": "import_model"}, "step import_model made no adapter; set import_model.lora"),
+        ({"steps.dpo.inputs.adapter": "import_model"}, "step import_model made no adapter, expected a step with lora"),
         ({"steps.dpo.inputs.model": "sft"}, "step sft made an adapter of another checkpoint than inputs.model"),
     ],
 )

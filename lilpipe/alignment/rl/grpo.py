@@ -58,7 +58,6 @@ from lilpipe.alignment.rollout.rollouts import (
 )
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
 from lilpipe.artifact import Inputs, one_input
-from lilpipe.config.backend import BackendConfig
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
@@ -288,18 +287,17 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         evaluate=evaluate,
         identity=identity_of(inputs),
     )
-    finetune.export(trainer_module, tokenizer, workspace)
+    finetune.export(trainer_module, tokenizer, workspace, source=source.path)
     return conclude("Group relative policy optimization", config, before, result, workspace)
 
 
 def _shared_len(model: Transformer, workers: Workers) -> int | None:
     """Return the length of rows that share prompts, or None to disable sharing.
 
-    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position. Classes of
-    transformers take no masks.
+    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position.
     """
     shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
-    return model.config.max_seq_len if shares and not isinstance(model.config, BackendConfig) else None
+    return model.config.max_seq_len if shares else None
 
 
 STAGE = Stage(
