@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lilpipe.errors import DataError
 from lilpipe.model.heads import load_head_model
 from lilpipe.model.hub import load_model
 from lilpipe.model.lora import load_adapter
-from lilpipe.stage import Workspace
 from lilpipe.training import finetune
 from tests.alignment.finetune_workers import ADAPTED, STAGES, run, write_inputs
 from tests.alignment.test_finetune_layouts import losses
@@ -167,30 +165,3 @@ def test_training_goes_on_from_an_adapter_with_it_as_the_reference(root, stage):
     written, before = (load_model(path)[0](TOKENS) for path in (root / f"{stage} after" / "output", sft))
     torch.testing.assert_close(base(TOKENS), written, atol=1e-4, rtol=1e-5)
     assert not torch.equal(written, before)
-
-
-def test_compiled_blocks_drop_what_eager_ones_do_and_go_on_as_if_never_stopped(root, monkeypatch):
-    settings = {**DROPPING, "num_epochs": 3}
-    found = {}
-    for name, compiled in (("eager", False), ("compiled", True)):
-        run("sft", root, f"whole {name}", {}, num_workers=1, compile=compiled, **settings)
-        found[name] = losses(root / f"sft whole {name}")
-    assert len(found["eager"]) > 4
-    assert found["compiled"] == pytest.approx(found["eager"], abs=2e-6)
-
-    made = Workspace.progress
-
-    def failing(self, done, *args, **options):
-        if done == 3:
-            raise DataError("planted")
-        made(self, done, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Workspace, "progress", failing)
-        with pytest.raises(DataError, match="planted"):
-            run("sft", root, "stopped", {}, num_workers=1, compile=True, **settings)
-    run("sft", root, "stopped", {}, num_workers=1, compile=True, **settings)
-    assert "resuming from the checkpoint after step 2" in (root / "sft stopped" / "events.jsonl").read_text()
-    written, expected = (load_model(root / f"sft {name}" / "output")[0] for name in ("stopped", "whole compiled"))
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(written.state_dict()[name], tensor), name
