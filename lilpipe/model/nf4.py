@@ -39,6 +39,8 @@ def nf4_layers(device: torch.device, *, stage: str) -> Callable[[Linear, LoRACon
 class NF4LoRALinear(LoRALinear):
     """Linear layer with an adapter, whose weight has 4 bits."""
 
+    packed: Tensor
+
     def __init__(self, base: Linear, config: LoRAConfig, name: str, *, device: torch.device) -> None:
         """Move the layer to ``device``, where its weight is quantized. ``name`` as in ``LoRALinear``."""
         from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
