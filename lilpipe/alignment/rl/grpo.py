@@ -58,6 +58,7 @@ from lilpipe.alignment.rollout.rollouts import (
 )
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
 from lilpipe.artifact import Inputs, one_input
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
@@ -294,10 +295,11 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 def _shared_len(model: Transformer, workers: Workers) -> int | None:
     """Return the length of rows that share prompts, or None to disable sharing.
 
-    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position.
+    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position. Classes of
+    transformers take no masks.
     """
     shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
-    return model.config.max_seq_len if shares else None
+    return model.config.max_seq_len if shares and not isinstance(model.config, BackendConfig) else None
 
 
 STAGE = Stage(
