@@ -26,6 +26,7 @@ from lilpipe.config.backend import BackendConfig
 from lilpipe.config.overrides import explain
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model.decoder import Decoder
+from lilpipe.model.family import MAX_LAYERS, check_size
 from lilpipe.model.scores import soften
 from lilpipe.model.weights import held_tensors
 
@@ -114,6 +115,7 @@ def _hf_config(stated: Mapping[str, Any]) -> Any:
     config = CONFIG_MAPPING[kind].from_dict(json.loads(read, object_hook=_special_float))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model_type: got {kind!r}, which has no causal language model in transformers")
+    check_size("number of layers", getattr(config.get_text_config(), "num_hidden_layers", 1), MAX_LAYERS)
     return config
 
 

@@ -1,6 +1,8 @@
 """Models that a class of transformers computes: the oracle is that class."""
 
 import json
+import sys
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ImportModelConfig
-from lilpipe.errors import ArtifactError
-from lilpipe.model import import_model
+from lilpipe.errors import ArtifactError, ConfigError
+from lilpipe.model import backend, import_model
+from lilpipe.model.backend import Backend
 from lilpipe.model.hub import check_model, load_model, load_weights, save_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Workspace
@@ -59,7 +62,7 @@ def test_documents_of_a_row_are_computed_as_if_alone(kind, tmp_path):
     documents_BT = torch.tensor([[0] * 3 + [1] * 13 + [2] * 8, [0] * 20 + [-1] * 4, [0] * 24])
     with torch.no_grad():
         for one_pass in (False, True):
-            model.model.one_pass = one_pass
+            cast(Backend, model.model).one_pass = one_pass
             got = model(ROWS_BT, documents_BT=documents_BT)
             for row, ids in enumerate(documents_BT):
                 for document in ids.unique().tolist():
@@ -73,7 +76,8 @@ def test_a_saved_model_is_the_same_model_of_the_same_class(kind, tmp_path):
     theirs = publish(kind, tmp_path / "published")
     model, tokenizer = load_model(tmp_path / "published")
     save_model(model, tokenizer, tmp_path / "ours")
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    found: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    loaded, info = found
     assert type(loaded) is type(theirs)
     assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("published", "ours"))
@@ -144,9 +148,7 @@ def test_code_of_a_repository_is_never_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**stated, "auto_map": code}))
     load_model(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**stated, "auto_map": code, "model_type": "evil"}))
-    with pytest.raises(
-        ArtifactError, match="got 'evil', expected an architecture.* code of its repository, which is never run"
-    ):
+    with pytest.raises(ArtifactError, match=r"got 'evil'.* code of its repository, which is never run"):
         load_model(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -186,3 +188,11 @@ def test_sizes_come_from_the_class(tmp_path):
     assert isinstance(config, BackendConfig)
     assert (config.num_layers, vocab_size) == (2, their_model("mamba").config.vocab_size)
     assert config.num_parameters == their_model("mamba").num_parameters()
+
+
+def test_without_transformers_the_extra_is_named(tmp_path, monkeypatch):
+    publish("opt", tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    backend._without_weights.cache_clear()
+    with pytest.raises(ConfigError, match=r"got 'opt', which the decoder does not compute.*install lilpipe\[hf\]"):
+        check_model(tmp_path)

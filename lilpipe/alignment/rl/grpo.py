@@ -295,8 +295,8 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
 def _shared_len(model: Transformer, workers: Workers) -> int | None:
     """Return the length of rows that share prompts, or None to disable sharing.
 
-    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position. Classes of
-    transformers take no masks.
+    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position. A
+    class of transformers takes no masks.
     """
     shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
     return model.config.max_seq_len if shares and not isinstance(model.config, BackendConfig) else None
