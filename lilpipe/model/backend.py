@@ -142,6 +142,7 @@ class Backend(Decoder):
         self.network.requires_grad_(True)
         self.expert_loads: dict[str, Tensor] = {}
         self.dropout_seed: int | None = None
+        self.embed_positions = None
         self.one_pass = False
         """Whether to compute all documents in one forward pass, as sharding requires."""
         self.network.get_output_embeddings().forward = _identity
@@ -164,6 +165,11 @@ class Backend(Decoder):
         lists = (module for module in self.network.modules() if isinstance(module, nn.ModuleList))
         found = next((each for each in lists if len(each) == self.config.num_layers), [])
         return nn.ModuleDict({str(number): layer for number, layer in enumerate(found)})
+
+    @property
+    def embed_tokens(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The input embedding."""
+        return self.network.get_input_embeddings()
 
     @property
     def output_weight(self) -> Tensor:
