@@ -167,7 +167,7 @@ class Backend(Decoder):
         return nn.ModuleDict({str(number): layer for number, layer in enumerate(found)})
 
     @property
-    def embed_tokens(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def embed_tokens(self) -> nn.Embedding:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The input embedding."""
         return self.network.get_input_embeddings()
 
