@@ -20,7 +20,8 @@ from lilpipe.model.backend import LIMITS, Backend, check_backend
 from lilpipe.model.continuation import embeddings_of
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import CONFIG_FILE, check_model, load_model, model_files, read_tensors, save_tensors
-from lilpipe.model.model_sources import digests, fetch, write_origin
+from lilpipe.model.model_sources import digests, fetch
+from lilpipe.model.origin import write_origin
 from lilpipe.model.weights import stored_dtype
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import TOKENIZER_FILES, ImportedTokenizer, Tokenizer

@@ -80,7 +80,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         optimizer=config.optimizer,
         identity={role: [item.content_digest for item in all_inputs(inputs, role)] for role in sorted(inputs)},
     )
-    finetune.export(trainer_module, tokenizer, workspace)
+    finetune.export(trainer_module, tokenizer, workspace, source=source.path)
     metrics = {
         "train_loss": result.final_loss(),
         "conversations": float(len(examples)),

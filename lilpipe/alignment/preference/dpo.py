@@ -131,7 +131,7 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
-    export(trainer_module, tokenizer, workspace)
+    export(trainer_module, tokenizer, workspace, source=source.path)
     if distributed.is_main():
         if table:
             write_rows(workspace.output / REFERENCE_FILE, table, _reference_schema(config))

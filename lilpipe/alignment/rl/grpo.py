@@ -288,7 +288,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         evaluate=evaluate,
         identity=identity_of(inputs),
     )
-    finetune.export(trainer_module, tokenizer, workspace)
+    finetune.export(trainer_module, tokenizer, workspace, source=source.path)
     return conclude("Group relative policy optimization", config, before, result, workspace)
 
 
