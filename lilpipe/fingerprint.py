@@ -47,6 +47,7 @@ NEUTRAL_MODULES: dict[str, str] = {
     "lilpipe.tokenizer.tokenizer_report": _REPORT,
     "lilpipe.tokens.tokens_report": _REPORT,
     "lilpipe.training.budget": _PLAN,
+    "lilpipe.training.finetune_memory": "estimates memory; a stage that is refused has no output",
     "lilpipe.training.memory": _PLAN,
     "lilpipe.training.training_report": _REPORT,
     "lilpipe.worker": _RUNS,

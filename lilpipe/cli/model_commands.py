@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from lilpipe.cli.options import ConfigFile, Overrides, Recipe, Seed, load_config
+from lilpipe.config.benchmarks import BenchmarksConfig
 from lilpipe.config.overrides import explain
 from lilpipe.config.pipeline import PipelineConfig, Step
 from lilpipe.config.sampling import SamplingConfig
@@ -109,28 +110,24 @@ def import_model(
 def harness(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
     tasks: Annotated[list[str], typer.Option("--task", help="Task of the harness; repeatable.")],
-    include_path: Annotated[Path | None, typer.Option(help="Folder with your own task files.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="Folder with your own task files.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Few-shot examples per question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum questions per task; default: all.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 16,
     chat: Annotated[bool, typer.Option(help="Apply the chat template.")] = False,
 ) -> None:
     """Run tasks of EleutherAI's lm-evaluation-harness on a checkpoint (extra `eval`)."""
-    try:
-        from lm_eval.utils import make_table
+    from lilpipe.evaluation.benchmarks import run_tasks
 
-        from lilpipe.evaluation.harness import run_harness
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"harness: {error.name} is not installed; run `pip install -c constraints.txt -e '.[eval]'`"
-        ) from error
-    results = run_harness(
-        checkpoint,
-        tasks,
+    config = BenchmarksConfig(
+        tasks=tuple(tasks),
         include_path=include_path,
         num_fewshot=num_fewshot,
         limit=limit,
         batch_size=batch_size,
         chat=chat,
     )
+    results = run_tasks(config, checkpoint)
+    from lm_eval.utils import make_table
+
     Console(highlight=False).print(make_table(results), markup=False, soft_wrap=True)

@@ -93,26 +93,22 @@ def _distinct(inputs: Inputs) -> list[Artifact]:
 # --- running ------------------------------------------------------------------------------------------------------
 
 
-def _run_task(config: BenchmarksConfig, model: Artifact, task: str, workspace: Workspace) -> dict[str, Result]:
-    """Return the results of a task, or of each task of a group, by the task's name."""
+def run_tasks(config: BenchmarksConfig, checkpoint: Path) -> dict[str, Any]:
+    """Return the harness's results of a checkpoint. Raises ``ConfigError`` if it is not installed or lacks a task."""
     try:
         from lilpipe.evaluation.harness import run_harness
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"benchmarks: {error.name} is not installed; run `pip install -c constraints.txt -e '.[eval]'`"
         ) from error
+    return run_harness(checkpoint, config)
+
+
+def _run_task(config: BenchmarksConfig, model: Artifact, task: str, workspace: Workspace) -> dict[str, Result]:
+    """Return the results of a task, or of each task of a group, by the task's name."""
     path = workspace.scratch / f"{model.content_digest}-{task.replace('/', '_')}.json"
     if not path.exists():
-        found = run_harness(
-            model.path,
-            [task],
-            include_path=Path(config.include_path) if config.include_path else None,
-            num_fewshot=config.num_fewshot,
-            limit=config.limit,
-            batch_size=config.batch_size,
-            chat=config.chat,
-            seed=config.seed or 0,
-        )
+        found = run_tasks(config.model_copy(update={"tasks": (task,)}), model.path)
         write_atomically(path, json.dumps({name: result._asdict() for name, result in _results(found).items()}))
     return {name: Result(**result) for name, result in json.loads(path.read_text(encoding="utf-8")).items()}
 

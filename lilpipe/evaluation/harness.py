@@ -20,6 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from lilpipe.config.benchmarks import BenchmarksConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import generate
@@ -82,7 +83,7 @@ class HarnessModel(TemplateLM):
             last = chat_history[-1]["content"].strip()
             return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
         if not self.tokens.has_turns:
-            raise DataError("--chat: got a vocabulary without tokens for conversations, expected one with them")
+            raise DataError("benchmarks.chat: got a vocabulary without tokens for conversations; set chat = false")
         turns = "".join(f"<|{message['role']}|>{message['content']}<|end_of_turn|>" for message in chat_history)
         return turns + "<|assistant|>" if add_generation_prompt else turns.removesuffix("<|end_of_turn|>")
 
@@ -209,31 +210,21 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-def run_harness(
-    checkpoint: Path,
-    tasks: Sequence[str],
-    *,
-    include_path: Path | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 16,
-    chat: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
+def run_harness(checkpoint: Path, config: BenchmarksConfig) -> dict[str, Any]:
     """Run tasks of the harness; return its results, with the samples of each task.
 
-    ``include_path`` is a folder with your own task files. Raises ``ConfigError`` for an unknown task.
+    Raises ``ConfigError`` for an unknown task.
     """
-    manager = _task_manager(tasks, include_path)
+    manager, seed = _task_manager(config.tasks, config.include_path), config.seed or 0
     model, tokenizer = load_model(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: Any = simple_evaluate(
-        model=HarnessModel(model.to(device), tokenizer, batch_size=batch_size, seed=seed),
-        tasks=list(tasks),
+        model=HarnessModel(model.to(device), tokenizer, batch_size=config.batch_size, seed=seed),
+        tasks=list(config.tasks),
         task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        apply_chat_template=chat,
+        num_fewshot=config.num_fewshot,
+        limit=config.limit,
+        apply_chat_template=config.chat,
         bootstrap_iters=0,
         log_samples=True,
         random_seed=seed,
@@ -244,15 +235,14 @@ def run_harness(
     return results
 
 
-def _task_manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
+def _task_manager(tasks: Sequence[str], include_path: str | None) -> TaskManager:
     """Return a manager of the tasks in ``include_path`` if it has all of them, else also of the harness's (slow)."""
-    own = str(include_path) if include_path else None
-    if own and not _unknown(tasks, manager := TaskManager(include_path=own, include_defaults=False)):
+    if include_path and not _unknown(tasks, manager := TaskManager(include_path=include_path, include_defaults=False)):
         return manager
-    manager = TaskManager(include_path=own)
+    manager = TaskManager(include_path=include_path)
     if unknown := _unknown(tasks, manager):
         raise ConfigError(
-            f"--task: got {', '.join(unknown)}, expected tasks of the harness or of files in --include-path; "
+            f"benchmarks.tasks: got {', '.join(unknown)}, expected tasks of the harness or of files in include_path; "
             "`lm-eval ls tasks` lists the harness's tasks"
         )
     return manager

@@ -18,7 +18,8 @@ from lilpipe.errors import ConfigError
 from lilpipe.model.continuation import EMBEDDINGS
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import check_model, model_files, read_tensors, save_tensors
-from lilpipe.model.model_sources import digests, fetch, write_origin
+from lilpipe.model.model_sources import digests, fetch
+from lilpipe.model.origin import write_origin
 from lilpipe.model.weights import stored_dtype
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import TOKENIZER_FILES, ImportedTokenizer, Tokenizer

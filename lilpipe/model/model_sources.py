@@ -6,7 +6,6 @@ downloaded, no code. A GGUF file is converted by transformers (extra ``hf``) to 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import struct
@@ -15,15 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lilpipe.artifact import write_atomically
 from lilpipe.config.model import ImportModelConfig
 from lilpipe.digests import digest_file
 from lilpipe.errors import ArtifactError, ConfigError, DataError
 from lilpipe.model.hub import model_files
+from lilpipe.model.origin import read_card
 
 CARD_FILE = "README.md"
-ORIGIN_FILE = "origin.json"
-"""Record of an imported model: its repository, commit, license and base model, as far as they are known."""
 HUB_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", CARD_FILE),
     *("tokenizer.json", "tokenizer.model", "*.tiktoken", "tokenizer_config.json", "special_tokens_map.json"),
@@ -34,8 +31,6 @@ TOKENIZER_SOURCES = (*("vocab.json", "merges.txt", "tokenizer.model", "special_t
 """Files beside those of ``model_files`` that may determine the tokenizer."""
 MAX_GGUF_ENTRIES = 100_000
 """More tensors or settings than any GGUF file has."""
-MAX_CARD_CHARACTERS = 200
-"""Longer values of a model card's metadata are left out."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -58,7 +53,7 @@ def digests(config: ImportModelConfig) -> dict[str, str]:
 
 
 def fetch(config: ImportModelConfig, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the directory of the model's files, and its record for ``ORIGIN_FILE``.
+    """Return the directory of the model's files, and its record for ``origin.json``.
 
     Raises ``DataError`` for a repository that cannot be read, ``ArtifactError`` for a damaged file.
     """
@@ -74,12 +69,6 @@ def fetch(config: ImportModelConfig, scratch: Path) -> tuple[Path, dict[str, Any
     return directory, origin | read_card(directory / CARD_FILE)
 
 
-def write_origin(origin: dict[str, Any], directory: Path) -> None:
-    """Write the record, if anything is known."""
-    if origin:
-        write_atomically(directory / ORIGIN_FILE, json.dumps(origin, indent=2, sort_keys=True) + "\n")
-
-
 def check_links(directory: Path, names: Iterable[str]) -> None:
     """Raise ``ArtifactError`` for a link to a file outside the directory, except in the hub's cache."""
     root = directory.resolve()
@@ -92,28 +81,6 @@ def check_links(directory: Path, names: Iterable[str]) -> None:
             raise ArtifactError(
                 f"{directory / name}: got a link to {target}, expected a file in this directory; copy the file here"
             )
-
-
-def read_card(path: Path) -> dict[str, Any]:
-    """Return ``license`` and ``base_model`` from a model card's metadata; empty if there is none."""
-    from huggingface_hub import metadata_load  # the import takes 0.5 s
-
-    try:
-        data = metadata_load(path) if path.is_file() else None
-    except (ValueError, OSError, RecursionError):
-        return {}
-    except Exception as error:  # PyYAML's errors; a card is no reason to refuse a model
-        if type(error).__module__.partition(".")[0] != "yaml":
-            raise
-        return {}
-    known = {key: (data or {}).get(key) for key in ("license", "license_name", "license_link", "base_model")}
-    return {key: value for key, value in known.items() if _is_short(value)}
-
-
-def _is_short(value: Any) -> bool:
-    if isinstance(value, list):
-        return 0 < len(value) <= 10 and all(isinstance(item, str) and _is_short(item) for item in value)
-    return isinstance(value, str) and 0 < len(value) <= MAX_CARD_CHARACTERS
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lilpipe.config.evaluate import RegisterConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import load_model, model_files
+from lilpipe.model.origin import card_metadata, copy_origin, lineage, read_origin
 from lilpipe.model.state_dict_adapters import Lilpipe, adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.stage import Metrics, Stage, Workspace
@@ -34,7 +35,7 @@ CARD = """\
 ---
 library_name: {library}
 pipeline_tag: text-generation
----
+{metadata}---
 
 # {name}
 
@@ -63,7 +64,7 @@ The last stage was `{stage}`, with these settings:
 ```
 
 `manifest.json` holds the way back: the artifact that this one was made from, by content, and so on to the corpus.
-"""
+{lineage}"""
 
 
 WITH_TRANSFORMERS = """\
@@ -91,6 +92,7 @@ def run(config: RegisterConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     workspace.output.mkdir()
     for name in model_files(source.path):
         shutil.copyfile(source.path / name, workspace.output / name)
+    copy_origin(source.path, workspace.output)
     card = model_card(model, source, {} if report is None else read_metrics(report.path))
     (workspace.output / CARD_FILE).write_text(card, encoding="utf-8")
     workspace.progress(1, 2, "checks")
@@ -162,8 +164,11 @@ def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float
         "Content digest of the checkpoint": f"`{source.content_digest}`",
     }
     rows = [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+    origin = read_origin(source.path)
     return CARD.format(
         name=f"A language model of {num_parameters(shape, model.vocab_size):,} parameters",
+        metadata="".join(f"{key}: {json.dumps(value)}\n" for key, value in card_metadata(origin).items()),
+        lineage=lineage(origin),
         library="lilpipe" if own else "transformers",
         architecture="this package's own" if own else f"transformers' `{layout.class_name}`",
         loading=WITHOUT_TRANSFORMERS if own else WITH_TRANSFORMERS,

@@ -14,6 +14,7 @@ from lilpipe.artifact import Inputs, one_input, optional_input
 from lilpipe.config.release import GGUFType, KQuant, ReleaseConfig
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import load_model, model_files, save_tensors
+from lilpipe.model.origin import copy_origin
 from lilpipe.model.register import CARD_FILE, model_card, read_metrics, verify
 from lilpipe.release.gguf_file import check_gguf, import_gguf, quantize_gguf, write_gguf
 from lilpipe.release.modelfile import find_turns, modelfile
@@ -48,6 +49,7 @@ def run(config: ReleaseConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     verify(workspace.output, model, tokenizer)
     if (source.path / ADAPTER).is_dir():
         shutil.copytree(source.path / ADAPTER, workspace.output / ADAPTER)
+    copy_origin(source.path, workspace.output)
     card = model_card(model, source, {} if report is None else read_metrics(report.path))
     (workspace.output / CARD_FILE).write_text(card, encoding="utf-8")
     for number, file_type in enumerate(config.gguf):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lilpipe.artifact import Artifact
 from lilpipe.errors import ArtifactError
+from lilpipe.model.origin import card_metadata, read_origin
 from lilpipe.tracking.client import MAX_BATCH_PARAMS, connect, tracking_uri
 from lilpipe.tracking.events import flatten
 from lilpipe.tracking.lineage import links_to_inputs
@@ -101,7 +102,13 @@ def _create_version(runs: Runs, name: str, origin: Run, artifact: Artifact) -> s
         run_id=run_id,
         model_id=model_id,
         await_creation_for=0,
-        tags={"content_digest": artifact.content_digest, "uri": artifact.uri},
+        tags={"content_digest": artifact.content_digest, "uri": artifact.uri, **_origin_tags(artifact)},
         description=f"From [this run]({runs.page(run_id)}), made from {links}, in {pipeline}.",
     )
     return str(version.version)
+
+
+def _origin_tags(artifact: Artifact) -> dict[str, str]:
+    """Return license and base model of an imported model."""
+    metadata = card_metadata(read_origin(artifact.path))
+    return {key: value if isinstance(value, str) else ", ".join(value) for key, value in metadata.items()}

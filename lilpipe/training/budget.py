@@ -86,8 +86,8 @@ class Budget:
         if self.peak_memory_bytes <= free:
             return []
         return [
-            f"peak memory {_gib(self.peak_memory_bytes)} exceeds the {_gib(free)} that {self.device.name} has for "
-            f"one worker ({_gib(self.device.memory_bytes)} minus {SPARE_MEMORY:.0%}): {'; or '.join(self.remedies)}"
+            f"peak memory {gib(self.peak_memory_bytes)} exceeds the {gib(free)} that {self.device.name} has for "
+            f"one worker ({gib(self.device.memory_bytes)} minus {SPARE_MEMORY:.0%}): {'; or '.join(self.remedies)}"
         ]
 
     def lines(self) -> list[tuple[str, str, str]]:
@@ -109,8 +109,8 @@ class Budget:
                 f"{self.cost:,.2f}",
                 f"{self.num_devices} x {_duration(self.seconds)} x {self.price_per_hour:g}/h",
             ),
-            *((term.name, _gib(term.bytes), term.arithmetic) for term in self.memory),
-            ("peak memory per worker", _gib(self.peak_memory_bytes), f"of {_gib(self.device.memory_bytes)}"),
+            *((term.name, gib(term.bytes), term.arithmetic) for term in self.memory),
+            ("peak memory per worker", gib(self.peak_memory_bytes), f"of {gib(self.device.memory_bytes)}"),
         ]
 
 
@@ -201,7 +201,7 @@ def planned_beside_actual(plan: Budget, actual: Mapping[str, float]) -> list[dic
     return rows
 
 
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
     """Format bytes."""
     return f"{count / GIBI:,.2f} GiB" if count >= GIBI / 10 else f"{count / 2**20:,.2f} MiB"
 

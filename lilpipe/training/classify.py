@@ -126,7 +126,7 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "largest_class_ratio": largest / len(validation),
         "tokens_per_second": result.tokens_per_second,
     }
-    finetune.export(trainer_module, tokenizer, workspace, labels=labels)
+    finetune.export(trainer_module, tokenizer, workspace, source=source.path, labels=labels)
     model = finetune.whole_head_model(trainer_module)
     if distributed.is_main():
         write_report(

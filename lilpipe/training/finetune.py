@@ -28,6 +28,7 @@ from lilpipe.model.adapter_dropout import adapter_dropout
 from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
 from lilpipe.model.lora import adapted_layers, add_adapters, merge, start_adapters
+from lilpipe.model.origin import copy_origin
 from lilpipe.model.peft_files import save_adapter
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
@@ -277,14 +278,16 @@ def export(
     tokenizer: Tokenizer,
     workspace: Workspace,
     *,
+    source: Path | None,
     config: ModelConfig | None = None,
     labels: Sequence[str] | None = None,
     folder: str = "",
 ) -> None:
     """Write the model in Hugging Face's layout, tensor by tensor if it is sharded.
 
-    Adapters are merged into the weights and also written to the subdirectory ``adapter``. ``config`` replaces the
-    model's; ``labels`` names a head's outputs; ``folder`` is the model's directory in the output.
+    Adapters are merged into the weights and also written to the subdirectory ``adapter``. ``source``: the checkpoint
+    that training started from, whose record of an imported model is copied. ``config`` replaces the model's; ``labels``
+    names a head's outputs; ``folder`` is the model's directory in the output.
     """
     part = trainer_module.parts[0]
     assert isinstance(part, Transformer)
@@ -298,5 +301,7 @@ def export(
     tensors = tensors if lora is None else merge(tensors, lora, adapters)
     save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)
     save(config or part.config, part.vocab_size, tensors, tokenizer, directory)
+    if source is not None:
+        copy_origin(source, directory)
     if lora is not None:
         save_adapter(adapters, lora, directory / ADAPTER_DIRECTORY, has_head=labels is not None)

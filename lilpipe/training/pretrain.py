@@ -92,7 +92,13 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         **{f"seconds_{cause}": seconds for cause, seconds in result.time.items()},
         **measure_mixture(loader),
     }
-    export(trainer_module, shards.tokenizer, workspace, config=trained_config(config))
+    export(
+        trainer_module,
+        shards.tokenizer,
+        workspace,
+        source=source and source.path,
+        config=trained_config(config),
+    )
     if distributed.is_main():
         write_report(
             workspace,

@@ -30,6 +30,7 @@ from lilpipe.training.conversations import (
     show,
     supervised_ratio,
 )
+from lilpipe.training.finetune_memory import check_memory, largest_batch
 from lilpipe.training.loop import train
 from lilpipe.training.replica import TrainerModule
 from lilpipe.training.supervised import SupervisedTokens
@@ -71,7 +72,17 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         rows="conversations",
         remedy="add conversations",
     )
-    trainer_module = _build(config, source.path, shape, tokenizer, examples)
+    packed = packs(config, shape)
+    largest = largest_batch(
+        [(len(example.ids) - 1,) for example in examples],
+        batch_size=config.batch_size,
+        num_parts=config.layout.data * config.accumulation_steps,
+        seed=config.seed,
+        num_steps=num_steps,
+        packed=packed,
+    )
+    check_memory(config, source.path, largest, workspace, stage="sft")
+    trainer_module = _build(config, source.path, packed, tokenizer, examples)
     result = train(
         trainer_module,
         num_steps=num_steps,
@@ -80,7 +91,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         optimizer=config.optimizer,
         identity={role: [item.content_digest for item in all_inputs(inputs, role)] for role in sorted(inputs)},
     )
-    finetune.export(trainer_module, tokenizer, workspace)
+    finetune.export(trainer_module, tokenizer, workspace, source=source.path)
     metrics = {
         "train_loss": result.final_loss(),
         "conversations": float(len(examples)),
@@ -105,10 +116,19 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     return metrics
 
 
+def packs(config: SFTConfig, shape: ModelConfig) -> bool:
+    """Return whether rows are packed.
+
+    A sharded model uses positions in the row; only RoPE supports row-relative positions for packed documents.
+    """
+    sharded = config.layout.replicate < config.num_workers
+    return config.packing and not (shape.position_embedding == "learned" and sharded)
+
+
 def _build(
     config: SFTConfig,
     source: Path,
-    shape: ModelConfig,
+    packed: bool,
     tokenizer: Tokenizer,
     examples: list[EncodedConversation],
 ) -> TrainerModule:
@@ -127,8 +147,7 @@ def _build(
         rank=workers.data_rank,
         world_size=workers.num_data_ranks,
         accumulation_steps=config.accumulation_steps,
-        # A sharded model uses positions in the row; only RoPE supports row-relative positions for packed documents.
-        packing=config.packing and not (shape.position_embedding == "learned" and workers.mesh),
+        packing=packed,
         device=distributed.device(),
         watch=noise.expect if noise else None,
     )

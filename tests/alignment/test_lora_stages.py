@@ -38,12 +38,14 @@ def light():
 def root(prompts, tmp_path_factory):
     root = tmp_path_factory.mktemp("lora")
     write_inputs(root, prompts.path)
+    (root / "model" / "origin.json").write_text('{"license": "mit"}')
     return root
 
 
 @pytest.mark.parametrize("stage", ["sft", *ADAPTED])
 def test_the_base_with_the_written_adapter_is_the_written_model(root, stage):
     run(stage, root, "adapted", {}, num_workers=1, lora={"r": 3, "use_rslora": True})
+    assert (root / f"{stage} adapted" / "output" / "origin.json").read_text() == '{"license": "mit"}'
     pairs = [(root / f"{stage} adapted" / "output", root / "model")]
     if stage == "ppo":
         pairs.append((root / f"{stage} adapted" / "output" / "value", root / "rewards"))

@@ -47,7 +47,8 @@ def test_values_are_the_harness_s_and_errors_are_over_questions(tmp_path, models
     workspace, metrics = run(tmp_path, models, folder)
     share = 0.0
     for model in models:
-        found = harness.run_harness(model.path, ["choices", "texts"], include_path=folder)["results"]
+        config = BenchmarksConfig(tasks=("choices", "texts"), include_path=str(folder))
+        found = harness.run_harness(model.path, config)["results"]
         name = model.manifest.step
         assert metrics[f"choices_acc/{name}"] == found["choices"]["acc,none"]
         assert metrics[f"texts_bits_per_byte/{name}"] == found["texts"]["bits_per_byte,none"]

@@ -23,7 +23,7 @@ from lilpipe.model import import_model
 from lilpipe.model.families import FAMILIES
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import load_model, read_model_config, save_model
-from lilpipe.model.model_sources import ORIGIN_FILE
+from lilpipe.model.origin import ORIGIN_FILE
 from lilpipe.model.state_dict_adapters import adapter_for
 from lilpipe.stage import Workspace
 from tests.model.checkpoints import small_tokenizer

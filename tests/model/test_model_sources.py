@@ -16,7 +16,8 @@ from lilpipe.errors import ArtifactError, DataError, LilpipeError
 from lilpipe.model import import_model
 from lilpipe.model import model_sources as sources
 from lilpipe.model.hub import load_model, save_model
-from lilpipe.model.model_sources import ORIGIN_FILE, check_gguf, read_card
+from lilpipe.model.model_sources import check_gguf
+from lilpipe.model.origin import ORIGIN_FILE, read_card
 from lilpipe.stage import Workspace
 from tests.model.checkpoints import small_model, small_tokenizer
 
@@ -120,6 +121,7 @@ def test_sources_that_contradict_are_refused(settings, message):
         ("---\nlicense: " + "x" * 500 + "\n---\n", {}),
         ("---\nlicense: !!python/object/apply:os.system ['true']\n---\n", {}),
         ("---\nbase_model: 3\n---\n", {}),
+        ('---\nlicense: "mit\\n# Heading"\n---\n', {}),
     ],
 )
 def test_a_card_gives_license_and_base_model_or_nothing(tmp_path, text, expected):

@@ -12,6 +12,7 @@ import httpx
 import pandas
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from lilpipe.artifact import MANIFEST, Artifact, content_digest, list_files
 from lilpipe.config.evaluate import RegisterConfig
@@ -77,6 +78,28 @@ def test_the_card_says_what_it_is_how_good_and_how_to_load_it(tmp_path, source, 
     assert "`grpo`" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
     assert str(tmp_path) not in card
+
+
+ORIGIN = {"repo_id": "me/tiny", "commit": "0123", "license": "apache-2.0", "base_model": ["some/base"]}
+
+
+@pytest.mark.parametrize(
+    ("origin", "base"),
+    [(ORIGIN, "me/tiny"), ({"license": "apache-2.0", "base_model": ["some/base"]}, ["some/base"])],
+)
+def test_the_card_has_license_and_base_of_an_imported_model(tmp_path, source, origin, base):
+    (source.path / "origin.json").write_text(json.dumps(origin))
+    workspace, _ = run(tmp_path, model=source)
+    card = ModelCard.load(workspace.output / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "base_model": base,
+    }
+    assert "started from an imported model" in card.text
+    assert "its base model `some/base`" in card.text
+    assert json.loads((workspace.output / "origin.json").read_text()) == origin
 
 
 def test_the_cards_code_runs_as_written(tmp_path, source):
@@ -151,6 +174,7 @@ def registered(tmp_path_factory):
     """A folder whose MLflow database holds a registered model."""
     folder = tmp_path_factory.mktemp("registry")
     save_model(small_model(), small_tokenizer(), folder / "released")
+    (folder / "released" / "origin.json").write_text(json.dumps(ORIGIN))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
@@ -204,6 +228,14 @@ def test_the_registered_model_is_the_released_files_and_a_pointer_to_this_packag
     released = {path.name for path in (registered / "released").iterdir()}
     assert {path.name for path in directory.iterdir()} == {*released, "MLmodel", "registered_model_meta"}
     assert "lilpipe.generation.pyfunc" in (directory / "MLmodel").read_text()
+
+
+def test_the_version_has_license_and_base_model_as_tags(registered):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{registered / 'mlflow.db'}")
+    tags = client.get_model_version_by_alias("lilpipe", "champion").tags
+    assert (tags["license"], tags["base_model"]) == ("apache-2.0", "me/tiny")
 
 
 def test_a_registered_model_is_found_by_its_name_and_another_is_not(registered):

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 
 from lilpipe.artifact import MANIFEST, Artifact, list_files
@@ -58,6 +58,14 @@ def test_weights_are_bfloat16_by_default(tmp_path, source):
     expected, _ = load_model(source.path)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.bfloat16().float()), name
+
+
+def test_the_record_of_an_imported_model_is_in_the_card_and_beside_it(tmp_path, source):
+    (source.path / "origin.json").write_text(json.dumps({"repo_id": "me/tiny", "license": "mit"}))
+    workspace, _ = release(tmp_path, source)
+    card = ModelCard.load(workspace.output / "README.md")
+    assert (card.data["license"], card.data["base_model"]) == ("mit", "me/tiny")
+    assert (workspace.output / "origin.json").read_bytes() == (source.path / "origin.json").read_bytes()
 
 
 def test_gguf_files_and_a_modelfile(tmp_path, source):

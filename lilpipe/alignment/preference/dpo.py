@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lilpipe import distributed
 from lilpipe.alignment.preference.data import (
+    ROW_TOKENS,
     Packer,
     PreferenceRow,
     Skipped,
@@ -43,7 +44,9 @@ from lilpipe.alignment.preference.evaluation import (
 from lilpipe.alignment.preference.objective import PreferenceObjective
 from lilpipe.artifact import Inputs, one_input, optional_input, write_atomically
 from lilpipe.config.dpo import DPOConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ConfigError, DataError
+from lilpipe.model.hub import read_model_config
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.chunks import run_chunks
 from lilpipe.schemas.examples import check_not_held_out
@@ -53,6 +56,7 @@ from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.finetune import Workers, build, export, load, whole_model
+from lilpipe.training.finetune_memory import check_memory, largest_batch
 from lilpipe.training.loop import train
 from lilpipe.training.training_report import read_curves, write_report
 
@@ -81,12 +85,14 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     contain held-out prompts, or if the log-probability of chosen completions falls by more than ``max_chosen_fall``.
     """
     source, preferences = one_input(inputs, "model"), one_input(inputs, "preferences")
-    model, tokenizer = load(config, source.path, stage="dpo"), Tokenizer.load(source.path)
-    data = _read(config, inputs, tokenizer, max_len=model.config.max_seq_len)
+    shape, tokenizer = read_model_config(source.path)[0], Tokenizer.load(source.path)
+    data = _read(config, inputs, tokenizer, max_len=shape.max_seq_len)
     if distributed.is_main():
         _write_skipped(data, workspace)
     workers = Workers(config)
     num_steps = _num_steps(config, len(data.train), num_parts=config.layout.data * config.accumulation_steps)
+    _check_memory(config, source.path, shape, data.train, workspace, num_steps=num_steps, sharded=bool(workers.mesh))
+    model = load(config, source.path, stage="dpo")
     packer = make_packer(model, tokenizer, config)
     before = data.validation.score(model, packer, config)
     table, reference_R2 = [], None
@@ -131,12 +137,34 @@ def run(config: DPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         **result.metrics,
         "tokens_per_second": result.tokens_per_second,
     }
-    export(trainer_module, tokenizer, workspace)
+    export(trainer_module, tokenizer, workspace, source=source.path)
     if distributed.is_main():
         if table:
             write_rows(workspace.output / REFERENCE_FILE, table, _reference_schema(config))
         _write_report(config, workspace, data, tokenizer, (before, latest), losses=result.losses, metrics=metrics)
     return metrics
+
+
+def _check_memory(
+    config: DPOConfig,
+    source: Path,
+    shape: ModelConfig,
+    rows: Sequence[PreferenceRow],
+    workspace: Workspace,
+    *,
+    num_steps: int,
+    sharded: bool,
+) -> None:
+    largest = largest_batch(
+        [(row.first.num_tokens - 1, row.second.num_tokens - 1) for row in rows],
+        batch_size=config.batch_size,
+        num_parts=config.layout.data * config.accumulation_steps,
+        seed=config.seed or 0,
+        num_steps=num_steps,
+        packed=shape.position_embedding == "rope",
+        row_len=min(ROW_TOKENS, shape.max_seq_len),
+    )
+    check_memory(config, source, largest, workspace, stage="dpo", other_models=[source] * sharded)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
         **length_baseline(validation),
         "tokens_per_second": result.tokens_per_second,
     }
-    finetune.export(trainer_module, tokenizer, workspace, labels=["reward"])
+    finetune.export(trainer_module, tokenizer, workspace, source=source.path, labels=["reward"])
     found = [margin for group in margins() for margin in group]
     if distributed.is_main():
         write_report(

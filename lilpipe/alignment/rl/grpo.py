@@ -11,6 +11,7 @@ Dimensions: P prompts, G completions per prompt, N = P x G completions, T tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lilpipe.alignment.rl.reinforcement import (
     conclude,
     greedy_metrics,
     identity_of,
+    longest_prompt,
     reward_model_of,
     score_targets_alone,
     scratch_and_reference,
@@ -57,8 +59,10 @@ from lilpipe.alignment.rollout.rollouts import (
     means,
 )
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
-from lilpipe.artifact import Inputs, one_input
+from lilpipe.artifact import Inputs, all_inputs, one_input
+from lilpipe.config.model import ModelConfig
 from lilpipe.config.reinforcement import GRPOConfig
+from lilpipe.model.hub import read_model_config
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
@@ -66,6 +70,7 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.finetune import TokenBatch, Workers
+from lilpipe.training.finetune_memory import Shape, check_memory
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss
 
@@ -238,18 +243,20 @@ class GRPO:
 def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """Train on rollouts. Raises ``DataError`` if the run collapses; see ``rollout/collapse_monitor.py``."""
     source, prompts_artifact = one_input(inputs, "model"), one_input(inputs, "prompts")
-    model, tokenizer = finetune.load(config, source.path, stage="grpo"), Tokenizer.load(source.path)
+    shape, tokenizer = read_model_config(source.path)[0], Tokenizer.load(source.path)
     prompts, validation = training_prompts(
         prompts_artifact,
         tokenizer,
         form=config.prompt_form,
-        max_seq_len=model.config.max_seq_len,
+        max_seq_len=shape.max_seq_len,
         workspace=workspace,
     )
+    workers = Workers(config)
+    _check_memory(config, source.path, shape, longest_prompt(prompts, tokenizer, config.prompt_form), inputs, workspace)
+    model = finetune.load(config, source.path, stage="grpo")
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     rewards.log_sandbox(prompts, workspace)
     before = greedy_metrics(model, tokenizer, validation, rewards, config)
-    workers = Workers(config)
     whole, reference = scratch_and_reference(config, source.path, model, workers, needed=config.beta > 0)
     shared_len = _shared_len(model, workers)
     del model  # before the trainer loads its own
@@ -287,8 +294,24 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         evaluate=evaluate,
         identity=identity_of(inputs),
     )
-    finetune.export(trainer_module, tokenizer, workspace)
+    finetune.export(trainer_module, tokenizer, workspace, source=source.path)
     return conclude("Group relative policy optimization", config, before, result, workspace)
+
+
+def _check_memory(
+    config: GRPOConfig, source: Path, shape: ModelConfig, prompt_len: int, inputs: Inputs, workspace: Workspace
+) -> None:
+    """Check the memory of the largest possible micro-batch: the longest prompt, and completions as long as allowed."""
+    num_completions = config.prompts_per_step // config.layout.data * config.num_generations
+    largest = Shape(
+        num_rows=-(-num_completions // (config.num_mini_batches * config.accumulation_steps)),
+        num_tokens=min(shape.max_seq_len, prompt_len + config.sampling.max_new_tokens),
+        packed=False,
+    )
+    sharded = config.layout.replicate < config.num_workers
+    others = [source] * (sharded + (config.beta > 0 and config.lora is None))
+    others += [model.path for model in all_inputs(inputs, "reward_model")]
+    check_memory(config, source, largest, workspace, stage="grpo", other_models=others)
 
 
 def _shared_len(model: Transformer, workers: Workers) -> int | None:

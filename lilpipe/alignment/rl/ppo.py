@@ -319,8 +319,8 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         evaluate=evaluate,
         identity=identity_of(inputs),
     )
-    finetune.export(members["policy"], tokenizer, workspace)
-    finetune.export(members["value"], tokenizer, workspace, labels=["value"], folder=VALUE_DIRECTORY)
+    finetune.export(members["policy"], tokenizer, workspace, source=source.path)
+    finetune.export(members["value"], tokenizer, workspace, source=None, labels=["value"], folder=VALUE_DIRECTORY)
     return conclude("Proximal policy optimization", config, before, result, workspace)
 
 

@@ -61,6 +61,12 @@ def training_prompts(
     return found[0], found[1][:NUM_VALIDATION_PROMPTS]
 
 
+def longest_prompt(prompts: Sequence[Prompt], tokenizer: Tokenizer, form: PromptForm) -> int:
+    """Return the tokens of the prompt with the longest text."""
+    longest = max(prompts, key=lambda prompt: len(prompt.question.encode()))
+    return len(encode_question(tokenizer, longest.question, form))
+
+
 def reward_model_of(inputs: Inputs) -> RewardModel | None:
     """Load the reward model among the inputs, if any."""
     source = optional_input(inputs, "reward_model")

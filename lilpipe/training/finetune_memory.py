@@ -1,0 +1,127 @@
+"""Estimate of a fine-tuning worker's peak memory before it loads the model; what cannot fit is refused.
+
+The arithmetic is that of pretraining (``lilpipe.training.memory``) with the largest micro-batch of the first steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import torch
+
+from lilpipe import distributed
+from lilpipe.config.training import ParallelSection, PretrainConfig
+from lilpipe.errors import ConfigError
+from lilpipe.model.flops import num_parameters
+from lilpipe.model.hub import read_model_config
+from lilpipe.schemas.order import rows_of_step
+from lilpipe.stage import Workspace
+from lilpipe.tokens.packing import best_fit
+from lilpipe.training.budget import SPARE_MEMORY, gib
+from lilpipe.training.memory import FP32, Term, peak_memory, total
+
+STEPS_LOOKED_AT = 100
+
+
+class Shape(NamedTuple):
+    """Shape of a micro-batch."""
+
+    num_rows: int
+    num_tokens: int
+    """Of each row, with padding."""
+    packed: bool
+    """Whether attention needs a mask of the sequences of a row."""
+
+
+def largest_batch(
+    examples: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    num_parts: int,
+    seed: int,
+    num_steps: int,
+    packed: bool,
+    row_len: int = 0,
+) -> Shape:
+    """Return the largest micro-batch of the first steps.
+
+    ``examples``: lengths of the sequences of each example. ``num_parts``: micro-batches of a step on all data ranks,
+    each with every ``num_parts``-th example by length. ``row_len``: least capacity of a packed row.
+    """
+    found = []
+    for step in range(min(num_steps, STEPS_LOOKED_AT)):
+        rows = rows_of_step(step, num_rows=len(examples), batch_size=batch_size, seed=seed)
+        rows.sort(key=lambda row: sum(examples[row]))
+        lengths = np.array([length for row in rows[num_parts - 1 :: num_parts] for length in examples[row]])
+        width = max(int(lengths.max()), row_len if packed else 0)
+        num_rows = int(best_fit(lengths, capacity=width).max()) + 1 if packed else len(lengths)
+        found.append(Shape(num_rows, min(width, int(lengths.sum())), packed))
+    return max(found, key=lambda shape: shape.num_rows * shape.num_tokens)
+
+
+def check_memory(
+    section: ParallelSection,
+    source: Path,
+    shape: Shape,
+    workspace: Workspace,
+    *,
+    stage: str,
+    other_models: Sequence[Path] = (),
+) -> None:
+    """Log the estimated peak memory of a worker. Raises ``ConfigError`` if the machine has less.
+
+    ``other_models`` are held whole beside the trained one: a reference, a reward model, a gathered copy.
+    """
+    config = _as_pretraining(section, source, shape)
+    terms = planned_memory(config, read_model_config(source)[1], other_models)
+    has = _device_bytes(section)
+    parts = ", ".join(f"{term.name} {gib(term.bytes)}" for term in terms if term.bytes)
+    workspace.log(
+        f"memory: {gib(total(terms))} planned of {gib(has)} per worker: {parts}; micro-batch "
+        f"{shape.num_rows} x {shape.num_tokens} tokens"
+    )
+    if total(terms) > has * (1 - SPARE_MEMORY):
+        remedies = [
+            *([] if section.lora else [f"train adapters: set {stage}.lora = {{}}"]),
+            f"increase {stage}.accumulation_steps from {section.accumulation_steps}",
+            *([] if section.activation_checkpointing == "full" else [f"set {stage}.activation_checkpointing = 'full'"]),
+            f"increase {stage}.parallel.shard from {section.layout.shard}, with more workers",
+            "use a machine with more memory",
+        ]
+        raise ConfigError(
+            f"{stage}: the estimated peak memory per worker is {gib(total(terms))} ({parts}), expected at most "
+            f"{gib(has * (1 - SPARE_MEMORY))}; {'; or '.join(remedies)}"
+        )
+
+
+def planned_memory(config: PretrainConfig, vocab_size: int, other_models: Sequence[Path] = ()) -> tuple[Term, ...]:
+    """Return the terms of the peak memory."""
+    terms = peak_memory(config, vocab_size, on_cpu=not torch.cuda.is_available())
+    held = sum(FP32 * num_parameters(*read_model_config(path)) for path in other_models)
+    return (*terms, Term("other models", held, "4 B x parameters"))
+
+
+def _as_pretraining(section: ParallelSection, source: Path, shape: Shape) -> PretrainConfig:
+    """Return pretraining of the model with this micro-batch, which takes the same memory."""
+    shared = {name: getattr(section, name) for name in ParallelSection.model_fields}
+    return PretrainConfig.model_construct(
+        **shared,
+        optimizer=section.optimizer,  # type: ignore[attr-defined]
+        model=read_model_config(source)[0],
+        batch_size=shape.num_rows * section.layout.data * section.accumulation_steps,
+        seq_len=shape.num_tokens,
+        num_steps=1,
+        intra_document_masking=shape.packed,
+    )
+
+
+def _device_bytes(section: ParallelSection) -> int:
+    """Return the memory of this worker's GPU, or its part of the host's."""
+    device = distributed.device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total // (section.num_workers // section.launch.num_nodes)
