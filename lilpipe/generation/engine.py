@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation import vllm
+from lilpipe.generation.by_class import complete
 from lilpipe.generation.fused import FusedDecoder, is_fusable
 from lilpipe.generation.graphs import DecodeGraphs, fits
 from lilpipe.generation.paged_attention import PromptView
@@ -31,7 +34,7 @@ from lilpipe.generation.text import token_bytes
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
 
-__all__ = ["CompletionOutput", "Engine", "Request", "generate", "stream"]
+__all__ = ["CompletionOutput", "Engine", "Request", "engine_for", "generate", "stream"]
 
 TOKENS_AT_ONCE = 8192
 """Maximum number of prompt tokens, padding included, per prefill forward pass."""
@@ -69,7 +72,7 @@ def generate(
             rooms=[_room(model, index, prompt, sampling) for index, prompt in enumerate(prompts)],
             tokenizer=tokenizer,
         )
-    engine = Engine(model, max_rows=sampling.batch_size, num_pages=num_pages, cuda_graphs=sampling.cuda_graphs)
+    engine = engine_for(model, max_rows=sampling.batch_size, num_pages=num_pages, cuda_graphs=sampling.cuda_graphs)
     requests = [
         engine.submit(
             prompt,
@@ -97,7 +100,7 @@ def stream(
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[int]:
     """Yield the tokens of one completion as they are sampled; the same tokens as ``generate``."""
-    engine = Engine(model, max_rows=1, cuda_graphs=sampling.cuda_graphs)
+    engine = engine_for(model, max_rows=1, cuda_graphs=sampling.cuda_graphs)
     request = engine.submit(prompt, sampling=sampling, stop_ids=stop_ids, seed=seed, tokenizer=tokenizer)
     tokens, num_sent = request.samples[0].tokens, 0
     while not request.done:
@@ -257,6 +260,55 @@ class Engine:
                 f"prompt {request.index}: {len(request.prompt)} tokens and a completion of up to {request.room} need "
                 f"{needed} pages of {PAGE_SIZE} tokens, but num_pages is {self.num_pages}; shorten them or increase it"
             )
+
+
+class BackendEngine(Engine):
+    """The engine of a model that transformers computes, with ``generate`` of its class.
+
+    A step generates completions of prompts of equal length to their ends, so nothing is assumed about padding or the
+    cache. Tokens and random numbers are those of ``Engine``; ended rows are computed until the last has ended.
+    """
+
+    def __init__(self, model: Transformer, *, max_rows: int) -> None:
+        self.model, self.max_rows, self.num_pages = model, max_rows, None
+        self.waiting: deque[Request] = deque()
+
+    @torch.inference_mode()
+    def cancel(self, request: Request) -> None:
+        """Do not start further completions of a request."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        request.num_ended += len(request.samples) - request.num_started
+        request.num_started = len(request.samples)
+        for sample in request.samples:
+            sample.stop_reason = sample.stop_reason or "cancelled"
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Complete waiting prompts as long as the oldest, with the same parameters. Returns False when all is done."""
+        if not self.waiting:
+            return False
+        first = self.waiting[0]
+        rows: list[Row] = []
+        for request in list(self.waiting):
+            if (len(request.prompt), request.params) != (len(first.prompt), first.params):
+                continue
+            while request.num_started < len(request.samples) and len(rows) < self.max_rows:
+                rows.append(Row(request, request.num_started))
+                request.num_started += 1
+            if request.num_started == len(request.samples):
+                self.waiting.remove(request)
+        complete(self.model, rows)
+        for row in rows:
+            row.request.num_ended += 1
+        return bool(self.waiting)
+
+
+def engine_for(model: Transformer, *, max_rows: int, **options: Any) -> Engine:
+    """Return the engine of a model; ``options`` are those of ``Engine``, which others ignore."""
+    if isinstance(model.config, BackendConfig):
+        return BackendEngine(model, max_rows=max_rows)
+    return Engine(model, max_rows=max_rows, **options)
 
 
 def _room(model: Transformer, index: int, prompt: Sequence[int], sampling: SamplingConfig) -> int:

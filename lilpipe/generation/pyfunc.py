@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lilpipe import distributed
-from lilpipe.generation.engine import Engine
+from lilpipe.generation.engine import engine_for
 from lilpipe.generation.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -64,7 +64,7 @@ class ServedModel:
     def _answers(self, requests: list[Request]) -> list[list[Piece]]:
         """Return the choices of each request, decoded together. Each call has its own engine, so it is thread-safe."""
         asks = [request.ask(self.tokenizer, max_seq_len=self.model.config.max_seq_len) for request in requests]
-        engine = Engine(self.model, max_rows=MAX_ROWS)
+        engine = engine_for(self.model, max_rows=MAX_ROWS)
         transcripts = [Transcript(engine, self.tokenizer, self.vocabulary, ask) for ask in asks]
         found: list[dict[int, Piece]] = [{} for _ in transcripts]
         while not all(transcript.done for transcript in transcripts):

@@ -31,7 +31,7 @@ from starlette.routing import Route
 
 from lilpipe import distributed
 from lilpipe.errors import ConfigError
-from lilpipe.generation.engine import Engine
+from lilpipe.generation.engine import engine_for
 from lilpipe.generation.engine_thread import EngineThread
 from lilpipe.generation.protocol import (
     Ask,
@@ -113,9 +113,9 @@ def make_app(
     model, tokenizer = load_model(directory)
     model = model.to(distributed.device())
     adapted = {other: with_adapter(model, folder) for other, folder in (adapters or {}).items()}
-    threads = {name: EngineThread(lambda: Engine(model, max_rows=max_rows), tokenizer)}
+    threads = {name: EngineThread(lambda: engine_for(model, max_rows=max_rows), tokenizer)}
     for other, twin in adapted.items():  # not fused, which would copy the weights
-        threads[other] = EngineThread(partial(Engine, twin, max_rows=max_rows, fuse=False), tokenizer)
+        threads[other] = EngineThread(partial(engine_for, twin, max_rows=max_rows, fuse=False), tokenizer)
     server = _Server(threads, name=name, max_seq_len=model.config.max_seq_len)
     routes = [
         Route("/", server.page),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.hub import copy_into, read_model_config, read_tensors
@@ -23,7 +24,12 @@ MAY_DIFFER = ("architecture", "dropout", "rope_theta", "max_seq_len")
 """Settings that the weights do not depend on. GPT-2 has position embeddings, so its ``max_seq_len`` may not differ."""
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-"""Tensors with a row per token."""
+"""Tensors of the decoder with a row per token."""
+
+
+def embeddings_of(config: ModelConfig) -> tuple[str, ...]:
+    """Return the names of tensors with a row per token."""
+    return config.embeddings if isinstance(config, BackendConfig) else EMBEDDINGS
 
 
 @torch.no_grad()
@@ -38,7 +44,7 @@ def start_from(into: Mapping[str, Tensor], directory: Path, *, config: ModelConf
     check_vocabulary(tokenizer, directory)
     for name, tensor in read_tensors(directory):
         target: Any = into.get(name)
-        if target is not None and name in EMBEDDINGS:
+        if target is not None and name in embeddings_of(config):
             rows = target.full_tensor() if hasattr(target, "full_tensor") else target.clone()
             shared = min(len(rows), len(tensor))
             rows[:shared] = tensor[:shared]

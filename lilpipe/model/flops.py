@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple, get_args
 
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.lora import LoRAConfig, Projection
 from lilpipe.config.model import ModelConfig, MoEConfig
 
@@ -24,12 +25,19 @@ class Shape(NamedTuple):
 
 def num_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Return the number of all parameters; a tied output layer adds none."""
+    if isinstance(config, BackendConfig):
+        return config.num_parameters
     blocks = sum(block_parameters(config, layer) for layer in range(config.num_layers))
     return embedding_parameters(config, vocab_size) + blocks + head_parameters(config, vocab_size)
 
 
 def num_active_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Return the number of parameters used per token: without the routed experts that a token is not sent to."""
+    """Return the number of parameters used per token: without the routed experts that a token is not sent to.
+
+    The experts of a class of transformers are not known, so all count.
+    """
+    if isinstance(config, BackendConfig):
+        return config.num_parameters
     blocks = sum(block_parameters(config, layer, active=True) for layer in range(config.num_layers))
     return embedding_parameters(config, vocab_size) + blocks + head_parameters(config, vocab_size)
 
@@ -94,8 +102,10 @@ def forward_flops_per_token(config: ModelConfig, vocab_size: int, *, seq_len: in
     Each weight that a token is multiplied by costs 2, including the output layer, tied or not. Attention's two products
     cost 2 H T (width of a key + width of a value) in each layer, with T at most its sliding window. Lookups, norms,
     biases and elementwise operations are excluded. As in PaLM, attention is counted without the causal mask, so that
-    utilizations are comparable.
+    utilizations are comparable. For a class of transformers it is 2 for each parameter.
     """
+    if isinstance(config, BackendConfig):
+        return 2 * config.num_parameters
     blocks = sum(_size(block_matrices(config, layer, active=True)) for layer in range(config.num_layers))
     key, value = head_widths(config)
     num_tokens = seq_len or config.max_seq_len

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from lilpipe.artifact import write_atomically
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.errors import ArtifactError
+from lilpipe.model.backend import load_backend
 from lilpipe.model.hub import CONFIG_FILE, copy_into, read_model_config, save_tensors
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear
-from lilpipe.model.state_dict_adapters import adapter_for
+from lilpipe.model.state_dict_adapters import Verbatim, adapter_for
 from lilpipe.model.transformer import ModelPart, Transformer
-from lilpipe.model.weights import NamedTensors, stored_tensors
+from lilpipe.model.weights import NamedTensors, held_tensors, stored_tensors
 from lilpipe.tokenizer.encoding import Tokenizer
 
 HEAD = "score.weight"
@@ -137,7 +139,8 @@ def save_head_tensors(
     save_tensors(config, vocab_size, tensors, tokenizer, directory)
     path = directory / CONFIG_FILE
     stated = json.loads(path.read_text(encoding="utf-8"))
-    stated["architectures"] = [_class_name(stated["architectures"][0])]
+    is_backend = isinstance(config, BackendConfig)
+    stated["architectures"] = [HeadModel.__name__ if is_backend else _class_name(stated["architectures"][0])]
     stated["id2label"] = {str(index): name for index, name in enumerate(labels)}
     stated["label2id"] = {name: index for index, name in enumerate(labels)}
     write_atomically(path, json.dumps(stated, indent=2, sort_keys=True) + "\n")
@@ -158,7 +161,7 @@ def load_head_model(directory: Path) -> tuple[HeadModel, Tokenizer]:
     """
     config, vocab_size, tensors = _read_checked(directory)
     model = HeadModel(config, vocab_size, len(tensors[HEAD]))
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, strict=False)  # the names are checked
     return model.eval(), Tokenizer.load(directory)
 
 
@@ -186,7 +189,7 @@ def _read_checked(directory: Path) -> tuple[ModelConfig, int, dict[str, Tensor]]
             "check the step's inputs"
         )
     with torch.device("meta"):
-        expected = HeadModel(config, vocab_size, len(tensors[HEAD])).state_dict()
+        expected = dict(held_tensors(HeadModel(config, vocab_size, len(tensors[HEAD]))))
     for name in sorted(expected.keys() | tensors.keys()):
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (tensors, expected))
         if got != wanted:
@@ -198,7 +201,11 @@ def _read(directory: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Return tensors by the decoder's names; the head has the same name in all layouts."""
     stored = dict(stored_tensors(directory))
     head = {HEAD: stored.pop(HEAD)} if HEAD in stored else {}
-    return adapter_for(config).from_hf(stored, config, _stated(directory)) | head
+    if isinstance(config, BackendConfig):
+        return {f"model.{name}": tensor for name, tensor in held_tensors(load_backend(directory, config))} | head
+    layout = adapter_for(config)
+    assert not isinstance(layout, Verbatim)
+    return layout.from_hf(stored, config, _stated(directory)) | head
 
 
 def _stated(directory: Path) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A directory holds ``config.json``, weights in safetensors (one file, or shards with an index),
 ``generation_config.json`` and the tokenizer's files. All stages read and write this layout, so models need no
-conversion. Checkpoints of other projects load if the decoder computes them exactly (``families``). Weights are never
-pickles. Equal weights give equal bytes.
+conversion. Checkpoints of other projects load if the decoder computes them exactly (``families``), all other
+architectures with a class of transformers (``backend``). Weights are never pickles. Equal weights give equal bytes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,21 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lilpipe.artifact import write_atomically
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import explain
 from lilpipe.errors import ArtifactError
+from lilpipe.model.backend import load_backend, read_backend_config
 from lilpipe.model.state_dict_adapters import LAYOUTS, StateDictAdapter, adapter_for
 from lilpipe.model.transformer import Transformer
-from lilpipe.model.weights import MAX_SHARD_BYTES, NamedTensors, stored_tensors, weight_files, write_tensors
+from lilpipe.model.weights import (
+    MAX_SHARD_BYTES,
+    NamedTensors,
+    held_tensors,
+    stored_tensors,
+    weight_files,
+    write_tensors,
+)
 from lilpipe.tokenizer.encoding import TOKENIZER_FILES, Tokenizer
 
 CONFIG_FILE = "config.json"
@@ -85,6 +94,8 @@ def save_tensors(
         "dtype": precision,
         "torch_dtype": precision,  # read by transformers before version 5
     }
+    if isinstance(config, BackendConfig):
+        stated, special = {}, {"dtype": precision, "torch_dtype": precision}
     write_atomically(directory / CONFIG_FILE, _json({**stated, **layout.write(config), **special}))
 
 
@@ -106,10 +117,15 @@ def _layer(name: str) -> int:
 def load_model(directory: Path) -> tuple[Transformer, Tokenizer]:
     """Load the model in float32 on the CPU, in evaluation mode, and its tokenizer.
 
-    Raises ``ArtifactError`` naming file and key if the directory holds no checkpoint that this decoder computes
-    exactly.
+    Raises ``ArtifactError`` naming file and key if the directory holds no checkpoint that this decoder or a class of
+    transformers computes exactly.
     """
     config, vocab_size, tokenizer = check_model(directory)
+    if isinstance(config, BackendConfig):
+        with torch.device("meta"):
+            model = Transformer(config, vocab_size)
+        model.model = load_backend(directory, config)
+        return model.eval(), tokenizer
     model = Transformer(config, vocab_size)
     load_weights(model.state_dict(), directory)
     return model.eval(), tokenizer
@@ -160,11 +176,21 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """
     config, vocab_size = read_model_config(directory)
     _check_shapes(directory, config, vocab_size)
-    yield from _renamed(directory, config)
+    if isinstance(config, BackendConfig):
+        yield from ((f"model.{name}", tensor) for name, tensor in held_tensors(load_backend(directory, config)))
+    else:
+        yield from _renamed(directory, config)
 
 
 def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int) -> None:
-    """Raise ``ArtifactError`` for a missing or unexpected tensor, or one of another shape."""
+    """Raise ``ArtifactError`` for a missing or unexpected tensor, or one of another shape or type.
+
+    transformers checks the names and shapes of models that it computes.
+    """
+    if isinstance(config, BackendConfig):
+        for name, tensor in stored_tensors(directory, shapes_only=True):
+            _check_dtype(directory, name, tensor.dtype)
+        return
     given = dict(_renamed(directory, config, shapes_only=True))
     num_layers = len({_layer(name) for name in given} - {-1})
     if config.num_layers > num_layers + 1:  # otherwise the missing tensors are named
@@ -182,16 +208,22 @@ def _check_shapes(directory: Path, config: ModelConfig, vocab_size: int) -> None
         got, wanted = (tuple(held[name].shape) if name in held else "nothing" for held in (given, expected))
         if got != wanted:
             raise ArtifactError(f"{directory}: {name}: got {got}, expected {wanted} from {CONFIG_FILE}")
-        if (dtype := given[name].dtype) not in FLOATS:
-            raise ArtifactError(
-                f"{directory}: {name}: got {dtype}, expected one of {', '.join(map(str, FLOATS))}; use the unquantized "
-                "checkpoint"
-            )
+        _check_dtype(directory, name, given[name].dtype)
+
+
+def _check_dtype(directory: Path, name: str, dtype: torch.dtype) -> None:
+    """Raise ``ArtifactError`` for a quantized tensor."""
+    if dtype not in FLOATS:
+        raise ArtifactError(
+            f"{directory}: {name}: got {dtype}, expected one of {', '.join(map(str, FLOATS))}; use the unquantized "
+            "checkpoint"
+        )
 
 
 def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors by the decoder's names, without duplicates of tied weights and without RoPE buffers."""
     layout, stated = _read_config(directory)
+    assert layout is not None
     # Memory-mapped tensors take no memory, so all can be sorted by layer; shards need not be sorted.
     stored = sorted(stored_tensors(directory, shapes_only=shapes_only), key=lambda item: (_layer(item[0]), item[0]))
     for group in _by_layer(stored):
@@ -208,6 +240,8 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
     """Return the config and the vocabulary size from ``config.json``. Raises ``ArtifactError`` naming the key."""
     path = directory / CONFIG_FILE
     layout, stated = _read_config(directory)
+    if layout is None:
+        return read_backend_config(path, stated)
     try:
         config = ModelConfig(**layout.read(stated))
     except ValidationError as error:
@@ -220,8 +254,8 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
     return config, vocab_size
 
 
-def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
-    """Return the adapter for the ``model_type`` in ``config.json``, and the file's content."""
+def _read_config(directory: Path) -> tuple[StateDictAdapter | None, dict[str, Any]]:
+    """Return the adapter for the ``model_type`` in ``config.json``, None for one of transformers, and the content."""
     path = directory / CONFIG_FILE
     try:
         if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
@@ -231,17 +265,14 @@ def _read_config(directory: Path) -> tuple[StateDictAdapter, dict[str, Any]]:
         raise ArtifactError(f"{path}: cannot be read ({error}); expected the directory of a checkpoint") from error
     if not isinstance(stated, dict):
         raise ArtifactError(f"{path}: got a JSON {type(stated).__name__}, expected an object")
-    layouts = {layout.model_type: layout for layout in LAYOUTS}
-    if not isinstance(model_type := stated.get("model_type"), str) or model_type not in layouts:
-        raise ArtifactError(
-            f"{path}: model_type: got {model_type!r}, expected one of {', '.join(layouts)}; other "
-            "architectures are not supported"
-        )
     if stated.get("quantization_config"):
         raise ArtifactError(
             f"{path}: quantization_config: got quantized weights, expected none; use the unquantized checkpoint"
         )
-    return layouts[model_type], {key: value for key, value in stated.items() if value is not None or key in _NULLABLE}
+    layout = next((layout for layout in LAYOUTS if layout.model_type == stated.get("model_type")), None)
+    if layout is None:
+        return None, stated
+    return layout, {key: value for key, value in stated.items() if value is not None or key in _NULLABLE}
 
 
 _NULLABLE = (

@@ -13,11 +13,13 @@ from pathlib import Path
 from torch import Tensor
 
 from lilpipe.artifact import Inputs
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ImportModelConfig, ModelConfig
 from lilpipe.errors import ConfigError
-from lilpipe.model.continuation import EMBEDDINGS
+from lilpipe.model.backend import LIMITS, Backend, check_backend
+from lilpipe.model.continuation import embeddings_of
 from lilpipe.model.flops import num_parameters
-from lilpipe.model.hub import check_model, model_files, read_tensors, save_tensors
+from lilpipe.model.hub import CONFIG_FILE, check_model, load_model, model_files, read_tensors, save_tensors
 from lilpipe.model.model_sources import digests, fetch
 from lilpipe.model.origin import write_origin
 from lilpipe.model.weights import stored_dtype
@@ -27,7 +29,10 @@ from lilpipe.tokenizer.jinja_template import CHATML, CHATML_TOKENS
 
 
 def run(config: ImportModelConfig, inputs: Inputs, workspace: Workspace) -> Metrics:  # noqa: ARG001
-    """Check the model and copy it. Raises ``ArtifactError`` for a model that the decoder does not support."""
+    """Check the model and copy it.
+
+    Raises ``ArtifactError`` for a model that neither the decoder nor a class of transformers computes exactly.
+    """
     source, origin = fetch(config, workspace.scratch)
     shape, vocab_size, tokenizer = check_model(source)
     # A retry starts over, because copying is all the work.
@@ -41,10 +46,17 @@ def run(config: ImportModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
             workspace.progress(done, len(names), "files")
             shutil.copyfile(source / name, workspace.output / name)
         tokenizer.save(workspace.output)
+    if isinstance(shape, BackendConfig):
+        origin = {**origin, "backend": "transformers"}
+        workspace.log(f"{shape.class_name} of transformers computes this model, not the decoder: {LIMITS}")
     write_origin(origin, workspace.output)
     for key, value in origin.items():
         workspace.log(f"{key}: {value}")
     check_model(workspace.output)
+    if isinstance(shape, BackendConfig):
+        backend = load_model(workspace.output)[0].model
+        assert isinstance(backend, Backend)
+        check_backend(backend, source / CONFIG_FILE)
     return {"num_parameters": float(num_parameters(shape, vocab_size))}
 
 
@@ -61,11 +73,14 @@ def _add_chatml(source: Path, target: Path, shape: ModelConfig, vocab_size: int,
     new_ids = [extended.special_ids[name] for name in CHATML_TOKENS if name not in tokenizer.special_ids]
     rows = max(vocab_size, *(number + 1 for number in new_ids), 0)
 
+    if isinstance(shape, BackendConfig):
+        shape = shape.model_copy(update={"stated": {**shape.stated, "vocab_size": rows}})
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in read_tensors(source):
-            if name in EMBEDDINGS and new_ids:
+            if name in embeddings_of(shape) and new_ids:
                 mean_D = tensor[: tokenizer.vocab_size].double().mean(0).to(tensor.dtype)
-                grown_VD = mean_D.repeat(rows, 1)
+                grown_VD = mean_D.expand(rows, *tensor.shape[1:]).clone()
                 grown_VD[: len(tensor)] = tensor
                 grown_VD[new_ids] = mean_D
                 tensor = grown_VD

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
+from lilpipe.model.backend import published_tensors
 from lilpipe.model.families import FAMILIES
 from lilpipe.model.family import Family, Stated
 
@@ -43,11 +45,31 @@ class Lilpipe:
         return tensors
 
 
+class Verbatim:
+    """Models that a class of transformers computes (``lilpipe.model.backend``): the files are that class's."""
+
+    def __init__(self, config: BackendConfig) -> None:
+        self.model_type: str = config.stated["model_type"]
+        self.class_name = config.class_name
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Return the content of ``config.json`` as it came."""
+        assert isinstance(config, BackendConfig)
+        return config.stated
+
+    def to_hf(self, tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        """Return the tensors by their names in a published checkpoint."""
+        assert isinstance(config, BackendConfig)
+        return published_tensors(tensors, config)
+
+
 StateDictAdapter = Family | Lilpipe
 LAYOUTS: tuple[StateDictAdapter, ...] = (*FAMILIES, Lilpipe())
 
 
-def adapter_for(config: ModelConfig) -> StateDictAdapter:
+def adapter_for(config: ModelConfig) -> StateDictAdapter | Verbatim:
     """Return the layout of a model: of its own family if that computes it, otherwise the first that does."""
+    if isinstance(config, BackendConfig):
+        return Verbatim(config)
     own = [layout for layout in FAMILIES if layout.model_type == config.architecture]
     return next(layout for layout in (*own, *LAYOUTS) if layout.computes(config))

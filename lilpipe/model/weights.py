@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lilpipe.artifact import sync_directory, write_atomically
 from lilpipe.errors import ArtifactError
@@ -33,6 +33,14 @@ _DTYPES = {
 """Names of dtypes in safetensors; others count as uint8."""
 
 NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+def held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and persistent buffers by name; those that share memory once."""
+    saved = module.state_dict().keys()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in saved:
+            yield name, tensor.detach()
 
 
 def weight_files(directory: Path) -> list[str]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilpipe import distributed
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel_checks import check_micro_batches, check_model
@@ -32,9 +33,11 @@ from lilpipe.model.origin import copy_origin
 from lilpipe.model.peft_files import save_adapter
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
+from lilpipe.model.weights import held_tensors
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import activation_checkpointing, compilation, precision
+from lilpipe.training.backend_limits import check_limits
 from lilpipe.training.replica import Loss, Replica, TrainerModule
 
 if TYPE_CHECKING:
@@ -112,6 +115,9 @@ def build(
     the model.
     """
     precision.check(section, distributed.device())
+    shape, _ = read_model_config(source)
+    if isinstance(shape, BackendConfig):
+        check_limits(section, class_name=shape.class_name, stage=stage)
     if workers.mesh is not None:
         return _build_cut(section, source, objective, workers.mesh, stage=stage, head=head, prepare=prepare)
     model = load(section, source, stage=stage, head=head)
@@ -247,7 +253,7 @@ def whole_model(trainer_module: TrainerModule, into: Transformer | None = None) 
     with torch.inference_mode(mode=False), torch.no_grad():
         tensors, lora = trainer_module.full_tensors(), _adapters_of(part)
         found = dict(tensors if lora is None or adapted_layers(model) else merge(tensors, lora, {}))
-        for name, tensor in model.state_dict().items():
+        for name, tensor in held_tensors(model):
             if distributed.is_main():
                 tensor.copy_(found[name])
             dist.broadcast(tensor, 0)

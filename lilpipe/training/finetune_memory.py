@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from lilpipe import distributed
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.training import ParallelSection, PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.flops import num_parameters
@@ -74,8 +75,11 @@ def check_memory(
 ) -> None:
     """Log the estimated peak memory of a worker. Raises ``ConfigError`` if the machine has less.
 
-    ``other_models`` are held whole beside the trained one: a reference, a reward model, a gathered copy.
+    ``other_models`` are held whole beside the trained one: a reference, a reward model, a gathered copy. Nothing is
+    known about the activations of a class of transformers, so there is no estimate.
     """
+    if isinstance(read_model_config(source)[0], BackendConfig):
+        return
     config = _as_pretraining(section, source, shape)
     terms = planned_memory(config, read_model_config(source)[1], other_models)
     has = _device_bytes(section)

@@ -18,6 +18,7 @@ from lilpipe import distributed
 from lilpipe.metrics.bits_per_byte import nats
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
+from lilpipe.model.weights import held_tensors
 
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -151,9 +152,7 @@ class Replica:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return parameters and persistent buffers by name."""
-        names = self.model.state_dict().keys()
-        found = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        return {name: tensor.detach() for name, tensor in found.items() if name in names}
+        return dict(held_tensors(self.model))
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield parameters and persistent buffers by name."""

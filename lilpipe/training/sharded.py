@@ -22,6 +22,7 @@ from lilpipe.config.training import ParallelSection
 from lilpipe.model.adapter_dropout import adapter_dropout
 from lilpipe.model.scores import IGNORED, Scores
 from lilpipe.model.transformer import Transformer
+from lilpipe.model.weights import held_tensors
 from lilpipe.parallel import gradients
 from lilpipe.parallel.collectives import gather
 from lilpipe.parallel.context import head_and_tail
@@ -273,12 +274,7 @@ class ParallelModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return this process's parameters and persistent buffers by their names in the whole model."""
-        found: dict[str, Tensor] = {}
-        for part in self.parts:
-            saved = part.state_dict().keys()
-            named = dict(part.named_parameters()) | dict(part.named_buffers())
-            found |= {name: tensor.detach() for name, tensor in named.items() if name in saved}
-        return found
+        return {name: tensor for part in self.parts for name, tensor in held_tensors(part)}
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the whole model on the CPU of the mesh's first process, one at a time.

@@ -81,7 +81,7 @@ class System:
         assert self.process.stdout is not None
         print("go", file=self.process.stdin, flush=True)
         for line in self.process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"seconds"'):  # other lines are the system's own
                 return json.loads(line)
         raise RuntimeError(f"{self.name} has ended with status {self.process.wait()}")
 

@@ -1,8 +1,10 @@
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from markupsafe import escape
 
 from lilpipe.alignment.rollout import completion_rows, completions
@@ -18,9 +20,11 @@ from lilpipe.metrics.pass_at_k import Estimate
 from lilpipe.schemas.examples import read_prompts
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.tokens.shards import TokenizedDocument, shard_folder, write_index, write_shard
+from lilpipe.tokens.loader import validation_rows
+from lilpipe.tokens.shards import TokenizedDocument, TokenShards, shard_folder, write_index, write_shard
 from tests.alignment.conftest import as_artifact, digest_of
 from tests.evaluation.judges import judge_config, prefers_shorter, serving
+from tests.model.published import publish
 
 CONFIG = EvaluateConfig(
     seed=0, num_generations=3, prompts_per_chunk=8, validation_rows=4, sampling=SamplingConfig(max_new_tokens=6)
@@ -254,3 +258,19 @@ def test_a_model_meets_questions_as_it_did_when_it_was_trained(make_checkpoint):
     zero.manifest.config["prompt_form"] = "chat"
     assert as_candidate(zero).form == "chat"
     assert as_candidate(make_checkpoint(0, stage="pretrain")).is_base
+
+
+def test_a_model_of_transformers_is_evaluated(prompts, tokens, tokenizer, tmp_path, no_report):
+    size = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 160}
+    theirs = publish("opt", tmp_path / "opt", tokenizer=tokenizer, **size)
+    model = as_artifact(tmp_path / "opt", kind="Checkpoint", stage="pretrain", step="opt")
+    workspace = Workspace(tmp_path / "work")
+    metrics = run(CONFIG, {"models": (model,), "prompts": prompts, "tokens": tokens}, workspace)
+    inputs_BT, targets_BT, num_bytes = validation_rows(
+        TokenShards.open(tokens.path), "corpus", num_rows=CONFIG.validation_rows, seq_len=160
+    )
+    with torch.no_grad():
+        logits_BVT = theirs(inputs_BT).logits.transpose(1, 2)
+    bits = torch.nn.functional.cross_entropy(logits_BVT, targets_BT, reduction="sum").item() / math.log(2)
+    found = [value for name, value in metrics.items() if "bits_per_byte" in name and "reference" not in name]
+    assert found == pytest.approx([bits / num_bytes], rel=1e-5)

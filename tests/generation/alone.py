@@ -56,7 +56,7 @@ def naive(
     return CompletionOutput(tokens[len(prompt) :], logprobs, False)
 
 
-def assert_same(got: CompletionOutput, expected: CompletionOutput) -> None:
+def assert_same(got: CompletionOutput, expected: CompletionOutput, *, atol: float = 1e-5) -> None:
     assert got.tokens == expected.tokens
     assert got.finished == expected.finished
-    assert got.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+    assert got.logprobs == pytest.approx(expected.logprobs, abs=atol)

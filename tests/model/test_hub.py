@@ -219,8 +219,10 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, r"model_type: got 'mamba', expected one of llama, mistral, qwen2,"),
-        ({"model_type": ...}, r"model_type: got None, expected one of llama"),
+        ({"model_type": "new"}, r"model_type: got 'new', expected an architecture of the decoder or of the installed"),
+        ({"model_type": ...}, r"model_type: got None, expected an architecture of"),
+        ({"model_type": "mamba"}, r"backbone\.embeddings\.weight: missing, expected it from config\.json"),
+        ({"model_type": "mamba", "num_hidden_layers": 10**7}, r"number of layers: got 10000000, expected 1 to 10,000"),
         ({"model_type": "gpt2"}, r"n_embd: missing"),
         ({"model_type": "qwen3"}, r"self_attn\.k_norm\.weight: got nothing, expected \(8,\)"),
         ({"model_type": "glm4_moe"}, r"n_routed_experts: missing"),

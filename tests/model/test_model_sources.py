@@ -187,7 +187,10 @@ def lie(directory, kind):
         ({"num_attention_heads": 10**9, "head_dim": 8}, r"got \(.*\), expected"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": "x"}}, r"rope_scaling\.factor"),
         ({"rope_parameters": [1]}, r"rope_parameters: got \[1\], expected a table"),
-        ({"architectures": ["Evil"], "model_type": ["llama"]}, r"model_type: got \['llama'\], expected one of"),
+        (
+            {"architectures": ["Evil"], "model_type": ["llama"]},
+            r"model_type: got \['llama'\], expected an architecture",
+        ),
         ({"rms_norm_eps": float("nan")}, r"norm_eps"),
     ],
     ids=str,

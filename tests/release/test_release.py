@@ -19,6 +19,7 @@ from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import BytePairTokenizer
 from tests.artifacts import make_manifest
 from tests.model.checkpoints import small_model, small_tokenizer
+from tests.model.published import publish
 
 
 def tokenizer():
@@ -199,3 +200,18 @@ def test_a_hub_that_is_down_is_retryable(tmp_path, source, hub):
     with pytest.raises(Exception, match="refused") as raised:
         release(tmp_path, source, hub=config)
     assert not isinstance(raised.value, LilpipeError)
+
+
+def test_a_model_of_transformers_is_released_but_not_as_gguf(tmp_path):
+    theirs = publish("mamba", tmp_path / "trained", tokenizer=tokenizer())
+    manifest = make_manifest(kind="Checkpoint", stage="grpo", files=list_files(tmp_path / "trained"))
+    (tmp_path / "trained" / MANIFEST).write_text(manifest.to_json())
+    source = Artifact(str(tmp_path / "trained"), tmp_path / "trained", manifest)
+    workspace, metrics = release(tmp_path, source, dtype="float32")
+    ids = torch.arange(20)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(workspace.output)
+    assert torch.equal(loaded(ids).logits, theirs(ids).logits)
+    assert metrics["num_parameters"] == theirs.num_parameters()
+    assert "MambaForCausalLM" in (workspace.output / "README.md").read_text()
+    with pytest.raises(ConfigError, match="got a model of type 'mamba', expected one of"):
+        release(tmp_path, source, gguf=("F16",))

@@ -60,6 +60,7 @@ from lilpipe.alignment.rollout.rollouts import (
 )
 from lilpipe.alignment.rollout.shared_prompts import share_prompts
 from lilpipe.artifact import Inputs, all_inputs, one_input
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.model.hub import read_model_config
@@ -317,10 +318,11 @@ def _check_memory(
 def _shared_len(model: Transformer, workers: Workers) -> int | None:
     """Return the length of rows that share prompts, or None to disable sharing.
 
-    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position.
+    On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position. A
+    class of transformers takes no masks.
     """
     shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
-    return model.config.max_seq_len if shares else None
+    return model.config.max_seq_len if shares and not isinstance(model.config, BackendConfig) else None
 
 
 STAGE = Stage(
