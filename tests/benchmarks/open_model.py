@@ -418,9 +418,9 @@ def sample_theirs(job: str, source: Path, data: Path, turns: Turns, tell: Tell) 
     repeat(sample, count * NEW_TOKENS, turns, tell)
 
 
-def answer_llama_cpp(_: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
+def answer_llama_cpp(job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
     llama_cpp: Any = importlib.import_module("llama_cpp")
-    _, [prompt] = problems(source, data, 1)
+    prompt = problems(source, data, 1)[1][0]
     threads, path = torch.get_num_threads(), str(source.parent / "gguf/model-F16.gguf")
     model = llama_cpp.Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
 
