@@ -421,9 +421,9 @@ def test_a_class_of_transformers_goes_on_as_the_decoder_does(trained, tokens, tm
     ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "output") for name in found)
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(theirs.state_dict()[name], tensor, atol=1e-3, rtol=0, msg=name)
-    with pytest.raises(ConfigError, match=r"pretrain\.phases\.0\.seq_len: got 48, expected at most 24 for LlamaFor"):
-        phases = [{"from_step": 3, "seq_len": 48}]
-        pretrain.run(config(num_steps=6, phases=phases), inputs, Workspace(tmp_path / "long"))
+    longer = config(model=MODEL.model_copy(update={"max_seq_len": 48}))
+    with pytest.raises(ConfigError, match=r"pretrain\.seq_len: got 48, expected at most 24 for LlamaForCausalLM"):
+        pretrain.run(longer, inputs, Workspace(tmp_path / "long"))
 
 
 def test_a_class_of_transformers_gets_rows_for_new_tokens(tokens, tokenizer, tmp_path):
