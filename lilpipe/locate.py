@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lilpipe.artifact import MANIFEST, read_manifest
+from lilpipe.artifact import MANIFEST, Manifest, read_manifest
+from lilpipe.config.lora import ADAPTER_FILES
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
 from lilpipe.pipeline.plan import plan
@@ -26,7 +27,7 @@ def locate(model: str | None, config: PipelineConfig, store: Store) -> tuple[str
         directory = Path(model).resolve()
         return read_manifest(directory).step if (directory / MANIFEST).exists() else directory.name, directory
     planned = plan(config, store)
-    made = {name: p.artifact for name, p in planned.items() if p.artifact and p.artifact.manifest.kind == "Checkpoint"}
+    made = {name: p.artifact for name, p in planned.items() if p.artifact and _is_whole(p.artifact.manifest)}
     if model is not None and model not in made:
         raise ConfigError(
             f"model {model!r}: there is no such checkpoint; expected a directory, {REGISTERED}NAME@ALIAS, or a step "
@@ -36,3 +37,8 @@ def locate(model: str | None, config: PipelineConfig, store: Store) -> tuple[str
         raise ConfigError("model: no checkpoint of this configuration is in the store; run the pipeline first")
     name = model or list(made)[-1]
     return name, store.fetch(made[name]).path
+
+
+def _is_whole(manifest: Manifest) -> bool:
+    """Return whether the artifact is a checkpoint, not the adapter of one alone."""
+    return manifest.kind == "Checkpoint" and ADAPTER_FILES[0] not in manifest.files

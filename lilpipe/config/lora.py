@@ -10,7 +10,8 @@ from lilpipe.config.section import Section
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-
+ADAPTER_DIRECTORY = "adapter"
+"""Folder of an adapter in a checkpoint, beside the weights that it is merged into."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter in peft's format."""
 
@@ -32,8 +33,12 @@ class LoRAConfig(Section):
     """Scale by lora_alpha / sqrt(r) instead, which keeps high ranks effective (rsLoRA, Kalajdzievski 2023)."""
     use_dora: bool = False
     """Also train the norm of each row of the adapted weights (DoRA, Liu et al. 2024); a step takes longer."""
+    load_in_4bit: bool = False
+    """Keep the frozen weights of the adapted layers in 4 bits, type NF4 (QLoRA, Dettmers et al. 2023; extra `qlora`).
+    Experimental: tested on the CPU only, never run on a GPU."""
     path: str | None = None
-    """Directory of an adapter in peft's format to start from; if None, adapters start without effect."""
+    """Directory of an adapter in peft's format to start from; if None, adapters start from that of the step's input
+    `adapter`, or without effect."""
 
     @property
     def scaling(self) -> float:

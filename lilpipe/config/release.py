@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lilpipe.config.section import Operational, Section
 
@@ -37,4 +37,14 @@ class ReleaseConfig(Section):
     gguf: tuple[GGUFType | KQuant, ...] = ()
     """Types of the GGUF files for llama.cpp and Ollama (extra `gguf`). Q4_K_M, Q5_K_M and Q6_K are quantized by
     llama.cpp (package `llama-cpp-python`)."""
+    adapter_of: str = ""
+    """Hub name or path of the base model, to release the adapter of the last step alone, in peft's format: without the
+    weights, and with this name as its base. If empty, the weights are released, and the adapter in the folder
+    `adapter`."""
     hub: HubConfig = HubConfig()
+
+    @model_validator(mode="after")
+    def _an_adapter_has_no_gguf(self) -> ReleaseConfig:
+        if self.adapter_of and self.gguf:
+            raise ValueError("adapter_of: an adapter alone has no weights for gguf; set one of them")
+        return self

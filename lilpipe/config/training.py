@@ -85,7 +85,13 @@ class ParallelSection(TrainingSection):
     def _adapters_are_computed(self) -> ParallelSection:
         if self.lora is not None and self.precision == "fp8":
             raise ValueError("lora: got precision fp8, which would skip the adapters; use bf16")
+        if self.lora is not None and self.lora.load_in_4bit and self._splits_or_compiles:
+            raise ValueError("lora.load_in_4bit: expected only parallel.replicate, and compile = false; set it so")
         return self
+
+    @property
+    def _splits_or_compiles(self) -> bool:
+        return self.layout.replicate < self.num_workers or bool(self.compile)
 
     @property
     def layout(self) -> ParallelDims:
@@ -190,6 +196,12 @@ class PretrainConfig(ParallelSection):
             if phase.rope_theta is not None and self.model.position_embedding == "learned":
                 raise ValueError(f"phases.{number}.rope_theta would be ignored: gpt2 has learned positions")
             least = phase.from_step + 1
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_whole(self) -> PretrainConfig:
+        if self.lora is not None and self.lora.load_in_4bit:
+            raise ValueError("lora.load_in_4bit: pretraining does not support it; set it to false")
         return self
 
     @model_validator(mode="after")

@@ -87,10 +87,15 @@ class LoRALinear(Linear):
         return self.initial if self.is_initial else Adapter(self.lora_A, self.lora_B, self.lora_magnitude_vector)
 
     @property
+    def frozen_weight(self) -> Tensor:
+        """The weight without the adapter, ``[O, I]``."""
+        return self.weight
+
+    @property
     def full_weight(self) -> Tensor:
         """The weight with the adapter, ``[O, I]``."""
-        adapter = self.adapter
-        return self.weight if adapter is None else add_to_weight(self.weight, adapter, self.config.scaling)
+        weight_OI, adapter = self.frozen_weight, self.adapter
+        return weight_OI if adapter is None else add_to_weight(weight_OI, adapter, self.config.scaling)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Map ``[..., I]`` to ``[..., O]``."""
@@ -140,8 +145,15 @@ def _row_squares(weight_OI: Tensor, adapter: Adapter, scale: float) -> Tensor:
 # --- models -------------------------------------------------------------------------------------------------------
 
 
-def add_adapters(model: Transformer, config: LoRAConfig, *, seed: int, stage: str) -> None:
-    """Freeze the model, or a pipeline stage of it, and add adapters to its linear layers, in place.
+def add_adapters(
+    model: Transformer,
+    config: LoRAConfig,
+    *,
+    seed: int,
+    stage: str,
+    make: Callable[[Linear, LoRAConfig, str], LoRALinear] = LoRALinear,
+) -> None:
+    """Freeze the model, or a pipeline stage of it, and replace its linear layers by those that ``make`` returns.
 
     A head stays trainable. Call ``start_adapters`` when the weights are loaded. Raises ``ConfigError`` naming the
     setting of ``stage`` for a model whose layers have other names in ``peft``.
@@ -156,7 +168,7 @@ def add_adapters(model: Transformer, config: LoRAConfig, *, seed: int, stage: st
     for name, layer in list(model.named_modules()):
         parent, _, kind = name.rpartition(".")
         if kind in config.projections and isinstance(layer, Linear):
-            adapted = LoRALinear(layer, config, name)
+            adapted = make(layer, config, name)
             adapted.train(layer.training)
             matrix_RI = adapted.lora_A.detach()
             matrix_RI.copy_(initial_value(f"{name}.lora_A", matrix_RI.shape, seed=seed, config=model.config))
@@ -179,7 +191,7 @@ def start_adapters(model: Transformer, config: LoRAConfig, *, stage: str) -> Non
         _load(model, layers, config, stage=stage)
     elif config.use_dora:
         for layer in layers:
-            copy_into(layer.lora_magnitude_vector, torch.linalg.vector_norm(_whole(layer.weight), dim=1))
+            copy_into(layer.lora_magnitude_vector, torch.linalg.vector_norm(_whole(layer.frozen_weight), dim=1))
 
 
 def _load(model: Transformer, layers: list[LoRALinear], config: LoRAConfig, *, stage: str) -> None:
@@ -275,10 +287,19 @@ def merge(tensors: NamedTensors, config: LoRAConfig, adapters: dict[str, Tensor]
         yield from found.items()
 
 
+def with_frozen_weights(model: nn.Module, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's tensors, and before those of an adapter its frozen weight if that has 4 bits, dequantized."""
+    missing = {layer.name: layer for layer in adapted_layers(model) if layer.config.load_in_4bit}
+    for name, tensor in tensors:
+        if (layer := missing.pop(name.rpartition(".")[0], None)) is not None:
+            yield f"{layer.name}.weight", layer.frozen_weight
+        yield name, tensor
+
+
 def merged_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Yield a whole model's tensors by name, with its adapters, if any, merged into the weights."""
     layers = adapted_layers(model)
-    tensors = model.state_dict().items()
+    tensors = with_frozen_weights(model, model.state_dict().items())
     yield from merge(tensors, layers[0].config, {}) if layers else tensors
 
 

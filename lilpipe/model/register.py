@@ -53,8 +53,6 @@ A language model trained by lilpipe, with the architecture of {architecture}.
 
 {loading}
 
-`lilpipe chat PATH` talks to it; `lilpipe serve PATH` serves it with OpenAI's API and a page to chat.
-
 ## How it was made
 
 The last stage was `{stage}`, with these settings:
@@ -79,6 +77,20 @@ prompt = tokenizer.apply_chat_template(
 answer = model.generate(**prompt, max_new_tokens=48, do_sample=False)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
+
+WITH_PEFT = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+base = AutoModelForCausalLM.from_pretrained("BASE")
+model = PeftModel.from_pretrained(base, "PATH")
+```
+
+`lilpipe serve BASE --adapter NAME=PATH` serves it with OpenAI's API; BASE is the directory of the base."""
+
+WITH_LILPIPE = "`lilpipe chat PATH` talks to it; `lilpipe serve PATH` serves it with OpenAI's API and a page to chat."
 
 WITHOUT_TRANSFORMERS = "No class of transformers computes this model: lilpipe alone loads it."
 
@@ -149,8 +161,11 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float]) -> str:
-    """Return the text of the card. It has no times, paths or registry names, so equal models give equal cards."""
+def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float], *, adapter_of: str = "") -> str:
+    """Return the text of the card, of the adapter alone if ``adapter_of`` names its base.
+
+    It has no times, paths or registry names, so equal models give equal cards.
+    """
     shape = model.config
     layout = adapter_for(shape)
     own = isinstance(layout, Lilpipe)
@@ -164,14 +179,17 @@ def model_card(model: Transformer, source: Artifact, metrics: Mapping[str, float
         "Content digest of the checkpoint": f"`{source.content_digest}`",
     }
     rows = [f"| {name} | {value:.6g} |" for name, value in metrics.items()]
+    loading = f"{WITHOUT_TRANSFORMERS if own else WITH_TRANSFORMERS}\n\n{WITH_LILPIPE}"
+    library = "lilpipe" if own else "transformers"
     origin = read_origin(source.path)
+    metadata = card_metadata(origin) | ({"base_model": adapter_of} if adapter_of else {})
     return CARD.format(
         name=f"A language model of {num_parameters(shape, model.vocab_size):,} parameters",
-        metadata="".join(f"{key}: {json.dumps(value)}\n" for key, value in card_metadata(origin).items()),
+        metadata="".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items()),
         lineage=lineage(origin),
-        library="lilpipe" if own else "transformers",
+        library="peft" if adapter_of else library,
         architecture="this package's own" if own else f"transformers' `{layout.class_name}`",
-        loading=WITHOUT_TRANSFORMERS if own else WITH_TRANSFORMERS,
+        loading=WITH_PEFT.replace("BASE", adapter_of) if adapter_of else loading,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         results="\n".join(["| metric | value |", "| --- | --- |", *rows]) if rows else "It has not been evaluated.",
         stage=source.manifest.stage,

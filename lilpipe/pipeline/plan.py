@@ -16,7 +16,7 @@ from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
 from lilpipe.extensions import load
 from lilpipe.fingerprint import CacheKey, code_and_packages, difference
-from lilpipe.pipeline.wiring import check_wiring, fill_roles, sources, stage_of
+from lilpipe.pipeline.wiring import check_adapter, check_wiring, fill_roles, sources, stage_of
 from lilpipe.stage import Stage
 from lilpipe.store import Store
 
@@ -90,6 +90,7 @@ def plan_step(
         external_digests(stage, section)  # reports a path that does not exist before anything runs
         return WaitingStep(name, stage, section, f"after {', '.join(missing)}")
     inputs = fill_roles(config, name, made)
+    check_adapter(name, inputs)
     cache_key = _cache_key(stage, section, inputs)
     lookup = store.find(stage.name, cache_key.fingerprint)
     if lookup.artifact is not None:

@@ -15,7 +15,7 @@ from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.launch.run_stage import launch
 from lilpipe.pipeline.manifest import ATTEMPTS, collect_logs, make_manifest
 from lilpipe.pipeline.plan import CACHE_KEY, PlannedStep, WaitingStep, plan, plan_step
-from lilpipe.pipeline.wiring import sources
+from lilpipe.pipeline.wiring import continue_adapter, sources
 from lilpipe.store import Store
 
 
@@ -97,7 +97,8 @@ def _run(planned: PlannedStep, store: Store, listeners: Sequence[Listener]) -> A
             listener.stage_started(planned.name, planned)
         _append(work / ATTEMPTS, {"started": time.time()})
         try:
-            metrics = launch(planned.stage, planned.config, inputs, work, on_event=on_event)
+            section = continue_adapter(planned.config, inputs)
+            metrics = launch(planned.stage, section, inputs, work, on_event=on_event)
         finally:
             _append(work / ATTEMPTS, {"ended": time.time()})
         collect_logs(work)

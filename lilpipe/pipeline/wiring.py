@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from lilpipe.artifact import Artifact, Inputs
+from lilpipe.artifact import Artifact, Inputs, all_inputs, optional_input
+from lilpipe.config.lora import ADAPTER_DIRECTORY, ADAPTER_FILES, LoRAConfig
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
 from lilpipe.stage import Stage, get_stage
+
+ADAPTER = "adapter"
+"""Input role of a training stage: a checkpoint whose adapter training continues, on the step's input `model`."""
 
 
 def stage_of(config: PipelineConfig, step: str) -> Stage:
@@ -43,6 +48,13 @@ def check_wiring(config: PipelineConfig, step: str) -> None:
             kind = stage_of(config, name).output
             if kind != known[role]:
                 raise ConfigError(f"steps.{step}.inputs.{role}: step {name} makes a {kind}, expected a {known[role]}")
+    lora: LoRAConfig | None = getattr(config.section(step), "lora", None)
+    if ADAPTER in roles and (lora is None or lora.path is not None):
+        got = "no lora" if lora is None else f"also lora.path {lora.path}"
+        raise ConfigError(
+            f"steps.{step}.inputs.{ADAPTER}: got {got}, expected the settings of the adapter in {stage.name}.lora "
+            "without path"
+        )
 
 
 def fill_roles(config: PipelineConfig, step: str, made: Mapping[str, Artifact]) -> Inputs:
@@ -59,3 +71,27 @@ def fill_roles(config: PipelineConfig, step: str, made: Mapping[str, Artifact]) 
         role: named(value) if isinstance(value, str) else tuple(named(source) for source in value)
         for role, value in config.steps[step].inputs.items()
     }
+
+
+def check_adapter(step: str, inputs: Inputs) -> None:
+    """Raise ``ConfigError`` if the input `adapter` has no adapter, or one of another checkpoint than `model`."""
+    if (source := optional_input(inputs, ADAPTER)) is None:
+        return
+    if f"{ADAPTER_DIRECTORY}/{ADAPTER_FILES[0]}" not in source.manifest.files:
+        raise ConfigError(
+            f"steps.{step}.inputs.{ADAPTER}: step {source.manifest.step} made no adapter, expected a step with lora"
+        )
+    bases = [entry.content_digest for entry in source.manifest.inputs.get("model", ())]
+    if bases != [model.content_digest for model in all_inputs(inputs, "model")]:
+        raise ConfigError(
+            f"steps.{step}.inputs.{ADAPTER}: step {source.manifest.step} made an adapter of another checkpoint than "
+            "inputs.model; expected the same `model` in both steps"
+        )
+
+
+def continue_adapter(section: Any, inputs: Inputs) -> Any:
+    """Return the settings with the adapter of the input `adapter`, if there is one, as the one to start from."""
+    if (source := optional_input(inputs, ADAPTER)) is None:
+        return section
+    lora = section.lora.model_copy(update={"path": str(source.path / ADAPTER_DIRECTORY)})
+    return section.model_copy(update={"lora": lora})

@@ -44,7 +44,12 @@ def add_vocabulary(writer: Any, directory: Path, vocab_size: int) -> None:
     pieces = bool(model.get("byte_fallback"))
     names, kinds = _tokens(content, vocab_size, pieces=pieces)
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    if pieces:
+    if _is_gemma(content):
+        writer.add_tokenizer_model("gemma4")
+        writer.add_token_scores([0.0] * len(names))
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_add_space_prefix(False)
+    elif pieces:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(names, merges))
@@ -66,6 +71,8 @@ def check_vocabulary(directory: Path) -> dict[str, Any]:
     content = _read(directory / TOKENIZER_FILE)
     if (kind := content["model"].get("type")) != "BPE":
         raise _refused(f"got a tokenizer model of type {kind!r}, expected BPE")
+    if _is_gemma(content):
+        return content
     if content["model"].get("byte_fallback"):
         _check_pieces(content)
     else:
@@ -127,18 +134,30 @@ _LLAMA2_NORMALIZERS = [
 ]
 
 
-def _check_pieces(content: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` for a SentencePiece vocabulary other than in Llama 2's form.
+_GEMMA_NORMALIZER = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_GEMMA_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
-    Compared with llama.cpp, those of Mistral (a space before the first piece only) and of Gemma (runs of spaces) gave
-    other ids.
+
+def _is_gemma(content: Mapping[str, Any]) -> bool:
+    """Return whether pieces have Gemma's form: merges of the whole text, with ``▁`` for spaces and no prefix."""
+    return (
+        bool(content["model"].get("byte_fallback"))
+        and content.get("normalizer") == _GEMMA_NORMALIZER
+        and content.get("pre_tokenizer") in (None, _GEMMA_SPLIT)
+    )
+
+
+def _check_pieces(content: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for a SentencePiece vocabulary in another form than Llama 2's.
+
+    Mistral's, with a space before the first piece only, gave other ids in llama.cpp.
     """
     normalizer, found = content.get("normalizer") or {}, content.get("pre_tokenizer")
     added = [token["content"] for token in content["added_tokens"] if not token["special"]]
     if normalizer.get("normalizers") != _LLAMA2_NORMALIZERS or found is not None or added:
         raise _refused(
             f"got SentencePiece pieces with normalizer {normalizer}, pre-tokenizer {found} and ordinary added tokens "
-            f"{added[:3]}, expected the form of Llama 2, for which llama.cpp gives the same ids"
+            f"{added[:3]}, expected the form of Llama 2 or Gemma, for which llama.cpp gives the same ids"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lilpipe import distributed
 from lilpipe.config.backend import BackendConfig
-from lilpipe.config.lora import LoRAConfig
+from lilpipe.config.lora import ADAPTER_DIRECTORY, LoRAConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel_checks import check_micro_batches, check_model
 from lilpipe.config.training import ParallelSection
@@ -28,7 +28,8 @@ from lilpipe.errors import ConfigError
 from lilpipe.model.adapter_dropout import adapter_dropout
 from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
-from lilpipe.model.lora import adapted_layers, add_adapters, merge, start_adapters
+from lilpipe.model.lora import LoRALinear, adapted_layers, add_adapters, merge, start_adapters, with_frozen_weights
+from lilpipe.model.nf4 import nf4_layers
 from lilpipe.model.origin import copy_origin
 from lilpipe.model.peft_files import save_adapter
 from lilpipe.model.scores import IGNORED
@@ -43,9 +44,6 @@ from lilpipe.training.replica import Loss, Replica, TrainerModule
 if TYPE_CHECKING:
     from lilpipe.parallel.mesh import Mesh
 
-
-ADAPTER_DIRECTORY = "adapter"
-"""Folder of an adapter in ``peft``'s format, beside the weights that it is merged into."""
 
 Head = int | Literal["stored"] | None
 """Output of a model: a new head with this many outputs, the checkpoint's head, or the output layer (None)."""
@@ -155,16 +153,18 @@ def build(
 
 def load(section: ParallelSection, source: Path, *, stage: str, head: Head = None) -> Transformer:
     """Load the whole model as training starts from it: on this worker's device, with adapters if configured."""
-    seed = section.seed or 0
+    seed, lora = section.seed or 0, section.lora
+    make = nf4_layers(distributed.device(), stage=stage) if lora is not None and lora.load_in_4bit else LoRALinear
     if head == "stored":
         model: Transformer = load_head_model(source)[0]
     else:
         model, _ = load_model(source)
         model = model if head is None else with_head(model, head, seed=seed)
+    if lora is not None:  # before the move, so that a GPU never holds all weights that get 4 bits
+        add_adapters(model, lora, seed=seed, stage=stage, make=make)
     model = model.to(distributed.device())
-    if section.lora is not None:
-        add_adapters(model, section.lora, seed=seed, stage=stage)
-        start_adapters(model, _starting_at(section.lora, head), stage=stage)
+    if lora is not None:
+        start_adapters(model, _starting_at(lora, head), stage=stage)
     return model
 
 
@@ -304,7 +304,7 @@ def export(
         return
     adapters: dict[str, Tensor] = {}
     lora = _adapters_of(part)
-    tensors = tensors if lora is None else merge(tensors, lora, adapters)
+    tensors = tensors if lora is None else merge(with_frozen_weights(part, tensors), lora, adapters)
     save = save_tensors if labels is None else partial(save_head_tensors, labels=labels)
     save(config or part.config, part.vocab_size, tensors, tokenizer, directory)
     if source is not None:

@@ -269,7 +269,7 @@ STAGE = Stage(
     config=PretrainConfig,
     run=run,
     inputs={"tokens": "TokenShards"},
-    optional_inputs={"model": "Checkpoint"},
+    optional_inputs={"model": "Checkpoint", "adapter": "Checkpoint"},
     distributed=True,
     main_metric="validation_bits_per_byte_corpus",
 )

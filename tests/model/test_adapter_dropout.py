@@ -6,7 +6,7 @@ import torch
 from lilpipe.config.lora import LoRAConfig
 from lilpipe.model.adapter_dropout import adapter_dropout, drop
 from lilpipe.model.lora import adapted_layers
-from lilpipe.training import activation_checkpointing
+from lilpipe.training import activation_checkpointing, compilation
 from tests.model.checkpoints import SMALL
 from tests.model.test_lora import adapted
 
@@ -96,3 +96,44 @@ def test_recomputed_blocks_drop_the_same_though_another_micro_batch_was_computed
     assert len(found) == 2 * 7 * SMALL.num_layers
     for name, gradient in found.items():
         assert torch.equal(gradient, expected[name]), name
+
+
+def steps(model, optimizer, numbers):
+    """Take these steps of training; gives their losses."""
+    found = []
+    for step in numbers:
+        optimizer.zero_grad()
+        loss = model(TOKENS, **draws(rows(0, 1, 2), step=step)).square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+SHORT = CONFIG.model_copy(update={"target_modules": ("q_proj",)})
+"""Compiles quickly."""
+
+
+def in_training(*, compiled):
+    model = adapted(SHORT, SMALL.model_copy(update={"num_layers": 1})).train()
+    if compiled:
+        compilation.compile_blocks(model)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def test_compiled_blocks_drop_what_eager_ones_do_and_go_on_as_if_never_stopped():
+    torch._dynamo.reset()
+    eager, (whole, optimizer) = in_training(compiled=False), in_training(compiled=True)
+    expected, found = steps(*eager, range(4)), steps(whole, optimizer, range(4))
+    assert found == pytest.approx(expected, rel=1e-5)
+    kept = in_training(compiled=False)[0].eval()(TOKENS).square().mean().item()
+    assert kept != pytest.approx(expected[0], rel=1e-3)
+
+    begun, begun_optimizer = in_training(compiled=True)
+    steps(begun, begun_optimizer, range(2))
+    resumed, resumed_optimizer = in_training(compiled=True)
+    resumed.load_state_dict(begun.state_dict())
+    resumed_optimizer.load_state_dict(begun_optimizer.state_dict())
+    assert steps(resumed, resumed_optimizer, range(2, 4)) == found[2:]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name

@@ -160,7 +160,7 @@ def test_peft_merges_our_adapters_into_our_merged_weights(tmp_path, config):
 def test_an_adapter_that_peft_made_loads_with_its_logits(tmp_path, config):
     model = small_model()
     save_model(model, small_tokenizer(), tmp_path)
-    options = config.model_dump(exclude={"path", "target_modules"})
+    options = config.model_dump(exclude={"path", "load_in_4bit", "target_modules"})
     modules = list(config.projections) if config.target_modules != "all-linear" else "all-linear"
     base = AutoModelForCausalLM.from_pretrained(tmp_path)
     theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=modules, **options))

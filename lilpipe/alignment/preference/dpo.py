@@ -336,7 +336,7 @@ STAGE = Stage(
     config=DPOConfig,
     run=run,
     inputs={"model": "Checkpoint", "preferences": "Preferences"},
-    optional_inputs={"prompts": "Prompts"},
+    optional_inputs={"prompts": "Prompts", "adapter": "Checkpoint"},
     distributed=True,
     main_metric="validation_preference_accuracy",
 )

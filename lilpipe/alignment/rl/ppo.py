@@ -340,6 +340,7 @@ STAGE = Stage(
     config=PPOConfig,
     run=run,
     inputs={"model": "Checkpoint", "prompts": "Prompts", "reward_model": "Checkpoint"},
+    optional_inputs={"adapter": "Checkpoint"},
     external=external,
     distributed=True,
     main_metric="validation_reward",
