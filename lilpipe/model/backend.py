@@ -93,6 +93,11 @@ def read_backend_config(path: Path, stated: Mapping[str, Any]) -> tuple[BackendC
     return config, head.out_features
 
 
+def with_vocabulary(config: BackendConfig, vocab_size: int) -> BackendConfig:
+    """Return the config with another number of rows of the embeddings."""
+    return config.model_copy(update={"stated": {**config.stated, "vocab_size": vocab_size}})
+
+
 @cache
 def _without_weights(stated: str) -> Any:
     """Return the model on the meta device."""

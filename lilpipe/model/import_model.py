@@ -16,7 +16,7 @@ from lilpipe.artifact import Inputs
 from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ImportModelConfig, ModelConfig
 from lilpipe.errors import ConfigError
-from lilpipe.model.backend import LIMITS, Backend, check_backend
+from lilpipe.model.backend import LIMITS, Backend, check_backend, with_vocabulary
 from lilpipe.model.continuation import embeddings_of
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import CONFIG_FILE, check_model, load_model, model_files, read_tensors, save_tensors
@@ -74,7 +74,7 @@ def _add_chatml(source: Path, target: Path, shape: ModelConfig, vocab_size: int,
     rows = max(vocab_size, *(number + 1 for number in new_ids), 0)
 
     if isinstance(shape, BackendConfig):
-        shape = shape.model_copy(update={"stated": {**shape.stated, "vocab_size": rows}})
+        shape = with_vocabulary(shape, rows)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in read_tensors(source):

@@ -8,6 +8,7 @@ initialize weights. An initial value depends on the seed and the name, so every 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,10 +16,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lilpipe import distributed
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.parallel_checks import check_vocabulary
 from lilpipe.config.training import ParallelSection
 from lilpipe.errors import ConfigError
+from lilpipe.model.backend import Backend
 from lilpipe.model.heads import HeadModel
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.lora import add_adapters
@@ -59,7 +62,7 @@ def parallelize(
         compiled: Whether to compile the blocks.
         dtype: Of the weights.
         head: Outputs of a head that replaces the output layer; None keeps the output layer.
-        prepare: Modifies each stage while it is whole and on the meta device.
+        prepare: Modifies each stage while it is whole, and on the meta device unless transformers computes it.
         stage: Name of the pipeline's stage, for messages.
 
     Raises:
@@ -72,9 +75,11 @@ def parallelize(
         raise ConfigError(str(error)) from error
     mesh = mesh or Mesh(section.layout)
     compute_dtype = dtype if section.precision == "fp32" else torch.bfloat16
+    is_backend = isinstance(model, BackendConfig)
     stages = []
     for part in _parts(section, model.num_layers, mesh):
-        with torch.device("meta"):
+        # A class of transformers computes tables in memory when it is made, so it is made whole.
+        with nullcontext() if is_backend else torch.device("meta"):
             held = _stage(model, vocab_size, head, part).to(dtype)
             if section.lora is not None:
                 add_adapters(held, section.lora, seed=section.seed, stage=stage)
@@ -88,7 +93,10 @@ def parallelize(
         for held in stages:
             _shard(held, mesh, compute_dtype, reduce_dtype=dtype)
     for held in stages:
-        _fill(held, section.seed)
+        if isinstance(held.model, Backend):
+            held.model.one_pass = True  # all workers gather the weights equally often
+        else:
+            _fill(held, section.seed)
     return ParallelModel(
         stages,
         mesh,

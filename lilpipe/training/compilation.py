@@ -14,6 +14,7 @@ from functools import partial
 from torch import nn
 
 from lilpipe import distributed
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.model.flops import training_flops_per_token
 from lilpipe.model.scores import token_scores
@@ -29,8 +30,8 @@ PROVEN_COMPILER = 12
 
 def is_wanted(config: PretrainConfig, vocab_size: int) -> bool:
     """Return ``config.compile`` if set, else whether the run is long enough for compilation to pay off."""
-    if config.compile is not None:
-        return config.compile
+    if config.compile is not None or isinstance(config.model, BackendConfig):
+        return bool(config.compile)
     flops = sum(
         (phase.stop - phase.first)
         * phase.batch_size

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from lilpipe import distributed, page
 from lilpipe.artifact import Artifact, Inputs, one_input, optional_input
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.training import PretrainConfig
 from lilpipe.errors import ConfigError
+from lilpipe.model.backend import with_vocabulary
 from lilpipe.model.continuation import start_from
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import read_model_config
@@ -22,6 +24,7 @@ from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import documents_of
 from lilpipe.training import activation_checkpointing, compilation, precision
+from lilpipe.training.backend_limits import check_limits
 from lilpipe.training.budget import Budget, budget, planned_beside_actual
 from lilpipe.training.finetune import export
 from lilpipe.training.gauges import Gauges, peak_memory
@@ -51,9 +54,10 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     for line in unmet_shares(planned):
         workspace.log(line)
     source = optional_input(inputs, "model")
+    config, vocab_size = _with_stored_class(config, source, shards.vocab_size)
     if config.lora is not None:
         _check_adapters(source, shards.vocab_size)
-    trainer_module, objective = build(config, shards.vocab_size, loader)
+    trainer_module, objective = build(config, vocab_size, loader)
     identity = {"tokens": tokens.content_digest}
     if source is not None:
         start_from(trainer_module.tensors(), source.path, config=config.model, tokenizer=tokenizer)
@@ -62,7 +66,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         for part in trainer_module.parts:
             assert isinstance(part, Transformer)
             start_adapters(part, config.lora, stage="pretrain")
-    plan = _plan(config, shards.vocab_size, workspace)
+    plan = _plan(config, vocab_size, workspace)
     gauges = Gauges(plan, objective)
     result = train(
         trainer_module,
@@ -86,7 +90,7 @@ def run(config: PretrainConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "tokens_per_second": result.tokens_per_second,
         "mfu": gauges.mfu(result.tokens_per_second),
         "peak_memory_gib": peak_memory() / 2**30,
-        "num_parameters": float(num_parameters(config.model, shards.vocab_size)),
+        "num_parameters": float(num_parameters(config.model, vocab_size)),
         "goodput": result.goodput,
         "skipped_steps": float(len(result.skipped)),
         **{f"seconds_{cause}": seconds for cause, seconds in result.time.items()},
@@ -141,7 +145,8 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
         )
         return model, objective
     model = Transformer(config.model, vocab_size)
-    model.init_weights(config.seed)
+    if not isinstance(config.model, BackendConfig):
+        model.init_weights(config.seed)
     model = model.to(device)
     if config.lora is not None:
         add_adapters(model, config.lora, seed=config.seed, stage="pretrain")
@@ -153,6 +158,32 @@ def build(config: PretrainConfig, vocab_size: int, loader: PretrainLoader) -> tu
     rank, world_size = distributed.rank(), distributed.world_size()
     objective = NextToken(config, loader, rank=rank, world_size=world_size, device=device)
     return Replica(model, objective.loss_of_replica, accumulation_steps=objective.accumulation_steps), objective
+
+
+def _with_stored_class(config: PretrainConfig, source: Artifact | None, vocab_size: int) -> tuple[PretrainConfig, int]:
+    """Return config and vocabulary size, with the checkpoint's model instead of `model` if transformers computes it.
+
+    `model.max_seq_len` stays the default of the sequence length. Raises ``ConfigError`` for what the class cannot do.
+    """
+    stored, num_stored = (None, vocab_size) if source is None else read_model_config(source.path)
+    if not isinstance(stored, BackendConfig):
+        return config, vocab_size
+    check_limits(config, class_name=stored.class_name, stage="pretrain")
+    for phase in config.resolved_phases:
+        if phase.seq_len > stored.max_seq_len:
+            raise ConfigError(
+                f"pretrain.{phase.setting('seq_len')}: got {phase.seq_len}, expected at most {stored.max_seq_len} for "
+                f"{stored.class_name}; set it to that"
+            )
+        if phase.rope_theta != config.model.rope_theta:
+            raise ConfigError(
+                f"pretrain.{phase.setting('rope_theta')}: got {phase.rope_theta}, expected no other base for "
+                f"{stored.class_name}; remove it"
+            )
+    if vocab_size > num_stored:
+        stored, num_stored = with_vocabulary(stored, vocab_size), vocab_size
+    changes = {"model": stored, "seq_len": config.seq_len or config.model.max_seq_len}
+    return config.model_copy(update=changes), num_stored
 
 
 def _check_adapters(source: Artifact | None, vocab_size: int) -> None:
@@ -191,8 +222,8 @@ def _describe(loader: PretrainLoader, step: int) -> str:
 
 
 def _plan(config: PretrainConfig, vocab_size: int, workspace: Workspace) -> Budget | None:
-    """Return the estimate of the run on the main worker; None on a device with unknown peak."""
-    if not distributed.is_main():
+    """Return the estimate of the run on the main worker; None on a device or for a model with unknown peak."""
+    if not distributed.is_main() or isinstance(config.model, BackendConfig):
         return None
     try:
         return budget(config, vocab_size)

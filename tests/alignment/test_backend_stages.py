@@ -1,6 +1,9 @@
 """Post-training of a model that a class of transformers computes: the oracle is the decoder, on a model of both."""
 
 import json
+import os
+import subprocess
+import sys
 from typing import Any, cast
 
 import pytest
@@ -108,3 +111,34 @@ def test_what_a_class_cannot_do_is_refused_before_weights_are_loaded(
     config = section.model_validate({**values, "seed": 0, "parallel": parallel, **settings})
     with pytest.raises(ConfigError, match=message):
         finetune.build(config, root / "model", cast(Any, None), cast(Any, None), stage="sft")
+
+
+@pytest.fixture(scope="module", params=["opt", "mamba"])
+def by_two(request, prompts, tmp_path_factory):
+    """Where two workers and one left what they made."""
+    root = tmp_path_factory.mktemp("two")
+    write_inputs(root, prompts.path)
+    _, tokenizer = load_model(root / "model")
+    size = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 160}
+    publish(request.param, root / "model", tokenizer=tokenizer, **size)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "tests.alignment.backend_workers", str(root)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=380, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+def test_replicas_and_shards_come_to_the_model_of_one_process(by_two, stage, monkeypatch):
+    monkeypatch.setitem(STAGES, "sft", (*STAGES["sft"][:2], {"batch_size": 8, "num_epochs": 1}))
+    run(stage, by_two, "alone", {}, num_workers=1)
+    expected = dict(stored_tensors(by_two / f"{stage} alone" / "output"))
+    for layout in ("replicas", "sharded"):
+        assert losses(by_two / f"{stage} {layout}") == pytest.approx(losses(by_two / f"{stage} alone"), abs=1e-5)
+        found = dict(stored_tensors(by_two / f"{stage} {layout}" / "output"))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, atol=5e-4, rtol=0, msg=f"{layout} {name}")

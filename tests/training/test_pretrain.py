@@ -20,6 +20,7 @@ from lilpipe.tokens.shards import TokenShards
 from lilpipe.training import pretrain
 from lilpipe.training.next_token import NextToken
 from tests.alignment.conftest import as_artifact
+from tests.model.published import publish
 from tests.training.conftest import write_tokens
 
 MODEL = ModelConfig(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=32, max_seq_len=24)
@@ -406,3 +407,35 @@ def test_a_learning_rate_that_is_far_too_high_is_told_with_its_step(tokens, tmp_
     optimizer = OptimizerConfig(learning_rate=1e38, warmup_steps=0)
     with pytest.raises(ConfigError, match=r"step \d+: .*lower optimizer.learning_rate"):
         pretrain.run(config(optimizer=optimizer), {"tokens": tokens}, Workspace(tmp_path))
+
+
+def test_a_class_of_transformers_goes_on_as_the_decoder_does(trained, tokens, tmp_path, monkeypatch):
+    inputs = {"tokens": tokens, "model": as_artifact(trained[0].output, kind="Checkpoint")}
+    settings = {"num_steps": 6, "eval_every": 6, "intra_document_masking": True, "sample_prompts": ["The"]}
+    found = {}
+    for name in ("decoder", "class"):
+        found[name] = pretrain.run(config(**settings), inputs, Workspace(tmp_path / name))
+        monkeypatch.setattr("lilpipe.model.hub.LAYOUTS", ())
+    for metric in ("train_loss", "validation_bits_per_byte_corpus", "num_parameters"):
+        assert found["class"][metric] == pytest.approx(found["decoder"][metric], rel=1e-5)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "output") for name in found)
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(theirs.state_dict()[name], tensor, atol=1e-3, rtol=0, msg=name)
+    longer = config(model=MODEL.model_copy(update={"max_seq_len": 48}))
+    with pytest.raises(ConfigError, match=r"pretrain\.seq_len: got 48, expected at most 24 for LlamaForCausalLM"):
+        pretrain.run(longer, inputs, Workspace(tmp_path / "long"))
+
+
+def test_a_class_of_transformers_gets_rows_for_new_tokens(tokens, tokenizer, tmp_path):
+    theirs = publish("phi", tmp_path / "phi", tokenizer=tokenizer, vocab_size=tokenizer.vocab_size - 2)
+    inputs = {"tokens": tokens, "model": as_artifact(tmp_path / "phi", kind="Checkpoint")}
+    settings = {"num_steps": 1, "optimizer": OptimizerConfig(learning_rate=1e-9, warmup_steps=0, weight_decay=0)}
+    pretrain.run(config(**settings), inputs, Workspace(tmp_path / "work"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "work" / "output")
+    for got, old in (
+        (loaded.model.embed_tokens.weight, theirs.model.embed_tokens.weight),
+        (loaded.lm_head.weight, theirs.lm_head.weight),
+        (loaded.lm_head.bias, theirs.lm_head.bias),
+    ):
+        torch.testing.assert_close(got[:-2], old)
+        torch.testing.assert_close(got[-2:], old.mean(0).expand(2, *old.shape[1:]))
