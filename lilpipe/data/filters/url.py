@@ -9,10 +9,12 @@ forms are equal. Block lists of domains and words follow RefinedWeb (Penedo et a
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import unquote
 
+import idna
 import xxhash
 
 from lilpipe.config.corpus import UrlConfig
@@ -32,6 +34,7 @@ TRACKING_PARAMETERS = frozenset({
 _WEB = re.compile(r"(?:https?:/+|/{2,})*", re.IGNORECASE)
 _PARTS = re.compile(r"((?:[A-Za-z][A-Za-z0-9+.-]*:/{2})?)([^/?#]*)([^?#]*)(?:\?([^#]*))?", re.DOTALL)
 _HOST_END = re.compile(r"(?:\.|:(?:80|443)?)+$")
+_ENCODED_IDN = re.compile(r"(?:%[89A-Fa-f][0-9A-Fa-f])+")
 _WWW = re.compile(r"(?:www\.)+(?=[^.]+\.)")  # leaves www.com
 _PLAIN = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]*")
 _TO_ENCODE = re.compile(r"%([0-9A-Fa-f]{2})|[^A-Za-z0-9._~!$&'()*+,;=:@/?\[\]-]")
@@ -109,19 +112,25 @@ class UrlFilter:
 
 def _host(authority: str) -> str:
     """Return the normalised host, with the port unless it is a default port."""
-    host = authority.rpartition("@")[2]
+    host = _ENCODED_IDN.sub(lambda found: unquote(found[0]), authority.rpartition("@")[2])
     host = _HOST_END.sub("", _encode(_ascii(host)).lower())
     return _WWW.sub("", host) if host.startswith("www.") else host
 
 
 def _ascii(host: str) -> str:
-    """Return an internationalised domain name in its ASCII form (IDNA)."""
+    """Return an internationalised domain name in its ASCII form (IDNA 2008, with the mapping of UTS 46).
+
+    A label that IDNA 2008 does not permit, such as an emoji, is encoded as it is, as browsers do.
+    """
     if host.isascii():
         return host
+    name, colon, port = host.partition(":")
     try:
-        return host.encode("idna").decode()
+        return idna.encode(name, uts46=True).decode() + colon + port
     except UnicodeError:
-        return host.lower()
+        labels = re.split("[.。．｡]", unicodedata.normalize("NFKC", name).lower())
+        encoded = (label if label.isascii() else f"xn--{label.encode('punycode').decode()}" for label in labels)
+        return ".".join(encoded) + colon + port
 
 
 def _is_tracking(parameter: str) -> bool:

@@ -29,7 +29,17 @@ SAME = {
     ],
     "example.com:8080/x": ["http://www.example.com:8080/x/", "example.com:8080/x"],
     "example.com/caf%C3%A9%20bar": ["http://example.com/café bar", "http://example.com/caf%c3%a9%20bar"],
-    "xn--mnchen-3ya.de/x": ["https://www.MÜNCHEN.de/x", "http://xn--mnchen-3ya.de/x/"],
+    "xn--mnchen-3ya.de/x": [
+        "https://www.MÜNCHEN.de/x",
+        "http://xn--mnchen-3ya.de/x/",
+        "http://mu\u0308nchen.de/x",
+        "http://m%C3%BCnchen.de/x",
+        "http://ｍünchen。de/x",
+    ],
+    "xn--strae-oqa.org/a": ["http://straße.org/a", "http://STRAẞE.org/a", "http://xn--strae-oqa.org/a"],  # IDNA 2008
+    "strasse.org/a": ["http://Strasse.org/a"],
+    "xn--i-7iq.ws/a": ["http://i❤.ws/a", "http://xn--i-7iq.ws/a"],
+    "xn--mnchen-3ya.de:8080/x": ["http://münchen.de:8080/x"],
     "www.com": ["https://www.com/", "http://www.www.com"],
     "ftp://example.com/f": ["FTP://www.example.com/f"],
     "": ["", "  ", "http://", "https:///", "/relative/page", "#top"],
