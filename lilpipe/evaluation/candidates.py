@@ -70,7 +70,7 @@ def as_candidate(artifact: Artifact) -> Candidate:
 @lru_cache(maxsize=1)
 def _load(directory: Path) -> tuple[Transformer, Tokenizer]:
     model, tokenizer = load_model(directory)
-    return model.to(distributed.device()), tokenizer
+    return model.to(distributed.device()).requires_grad_(False), tokenizer
 
 
 def sample_all(

@@ -219,7 +219,7 @@ def run_harness(checkpoint: Path, config: BenchmarksConfig) -> dict[str, Any]:
     model, tokenizer = load_model(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: Any = simple_evaluate(
-        model=HarnessModel(model.to(device), tokenizer, batch_size=config.batch_size, seed=seed),
+        model=HarnessModel(model.to(device).requires_grad_(False), tokenizer, batch_size=config.batch_size, seed=seed),
         tasks=list(config.tasks),
         task_manager=manager,
         num_fewshot=config.num_fewshot,

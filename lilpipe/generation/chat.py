@@ -26,6 +26,7 @@ def chat(directory: Path, *, sampling: SamplingConfig = GREEDY, system: str | No
     ``system`` message. Raises ``ArtifactError`` if the directory contains no checkpoint.
     """
     model, tokenizer = load_model(directory)
+    model.requires_grad_(False)
     stop_ids = (tokenizer.turn_end_id, tokenizer.document_end_id)
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)

@@ -1,15 +1,17 @@
 """Decode step of a Llama, Mistral, Qwen or SmolLM on a CPU, fused into few operations.
 
 On a CPU the call overhead of a decode step's many small operations is as large as their arithmetic. Here the query, key
-and value projections are one matrix, and so are gate and up. The norms' weights are folded into them, and the matrix
-products add the residuals. Other models and devices use the model's forward pass.
+and value projections are one matrix, and so are gate and up, and the matrix products add the residuals. Matrices are
+stored as ``[in, out]``: for one row, MKL reads them 1.6 times faster than ``[out, in]``. Other models and devices use
+the model's forward pass.
 
 Dimensions: B rows, D width, H query heads, K key/value heads, E size of a head, I width of the feed-forward layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +28,11 @@ from lilpipe.model.transformer import Transformer
 
 
 class _Weights(NamedTuple):
-    """Weights of one block, transposed: ``[in, out]``."""
+    """Weights of one block; matrices are transposed: ``[in, out]``."""
 
+    before: Tensor
+    """Weight of the norm before attention; ``between``: of the one before the feed-forward layer."""
+    between: Tensor
     qkv: Tensor
     out: Tensor
     gate_up: Tensor
@@ -58,15 +63,24 @@ def is_fusable(model: Transformer) -> bool:
 
 
 class FusedDecoder:
-    """Decodes with a copy of the model's weights, taken at construction, with adapters merged into it."""
+    """Decodes with the model's matrices in this layout, with adapters merged.
+
+    A frozen model, of which no parameter requires gradients, keeps its values but as views of these matrices, so that
+    no memory is needed twice, and the next decoder of the model has nothing to do. Of other models, which a step of an
+    optimizer may change, the matrices are a copy, taken at construction.
+    """
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
         blocks = [block for block in model.model.layers.values() if isinstance(block, Block)]
+        is_frozen = not any(parameter.requires_grad for parameter in model.parameters())
         with torch.no_grad():
             self.weights = [
-                _fuse(block, rotates=model.model.kind_of_rope(layer) != "none") for layer, block in enumerate(blocks)
+                _fuse(block, rotates=model.model.kind_of_rope(layer) != "none", move=is_frozen)
+                for layer, block in enumerate(blocks)
             ]
+            if is_frozen:
+                model.output_weight.data = model.output_weight.t().contiguous().t()
 
     def __call__(self, tokens_B1: Tensor, positions_B1: Tensor, view: DecodeView) -> Tensor:
         """Return the logits ``[B, V]`` of the next token."""
@@ -82,7 +96,7 @@ class FusedDecoder:
         cos, sin = F.embedding(positions_B1, decoder.rope_cos), F.embedding(positions_B1, decoder.rope_sin)
         cos, sin = cos[:, :, None], sin[:, :, None]
         for layer, weights in enumerate(self.weights):
-            qkv_BR = x_BD.mm(weights.qkv).mul_(_scale(x_BD, eps))
+            qkv_BR = F.rms_norm(x_BD, weights.before.shape, weights.before, eps).mm(weights.qkv)
             qkv = (qkv_BR if weights.bias is None else qkv_BR.add_(weights.bias)).view(B, 1, H + 2 * K, E)
             turned = qkv[:, :, : H + K]
             if weights.norm_HE is not None:
@@ -91,26 +105,19 @@ class FusedDecoder:
                 turned = apply_rope(turned, cos, sin)
             y = view.attend(layer, turned[:, :, :H], turned[:, :, H:], qkv[:, :, H + K :], **weights.scoring)
             x_BD = x_BD.addmm(y.view(B, H * E), weights.out)
-            gate_BI, up_BI = x_BD.mm(weights.gate_up).mul_(_scale(x_BD, eps)).chunk(2, dim=1)
+            normed_BD = F.rms_norm(x_BD, weights.between.shape, weights.between, eps)
+            gate_BI, up_BI = normed_BD.mm(weights.gate_up).chunk(2, dim=1)
             x_BD = x_BD.addmm(act(gate_BI).mul_(up_BI), weights.down)
         return self.model.logits(decoder.norm(x_BD))
 
 
-def _scale(x_BD: Tensor, eps: float) -> Tensor:
-    """Return 1 / RMS of each row. It commutes with the matrix product that follows."""
-    return x_BD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-
-
-def _fuse(block: Block, *, rotates: bool) -> _Weights:
+def _fuse(block: Block, *, rotates: bool, move: bool) -> _Weights:
     attention, mlp = block.self_attn, block.mlp
     assert isinstance(attention, Attention)
     assert isinstance(mlp, GatedMLP)
     before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
     assert isinstance(before, Tensor)
     assert isinstance(between, Tensor)
-    qkv = torch.cat([_full(attention.q_proj), _full(attention.k_proj), _full(attention.v_proj)]) * before
-    gate_up = torch.cat([_full(mlp.gate_proj), _full(mlp.up_proj)]) * between
-    matrices = (w.t().contiguous() for w in (qkv, _full(attention.o_proj), gate_up, _full(mlp.down_proj)))
     projections, norm_HE = (attention.q_proj, attention.k_proj, attention.v_proj), None
     biases: list[Tensor] = [projection.bias for projection in projections if projection.bias is not None]
     if attention.q_norm is not None and attention.k_norm is not None:
@@ -118,12 +125,37 @@ def _fuse(block: Block, *, rotates: bool) -> _Weights:
         norms = (attention.q_norm.get_parameter("weight"), attention.k_norm.get_parameter("weight"))
         norm_HE = torch.cat([norm_E.expand(num, -1) for num, norm_E in zip(heads, norms, strict=True)])
     return _Weights(
-        *matrices,
+        before,
+        between,
+        *(
+            _join(together, move=move)
+            for together in (projections, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
+        ),
         bias=torch.cat(biases) if biases else None,
         norm_HE=norm_HE,
         rotates=rotates,
         scoring=attention.scoring,
     )
+
+
+def _join(projections: Sequence[Linear], *, move: bool) -> Tensor:
+    """Return the matrices of projections of one input side by side, ``[in, out]``.
+
+    With ``move``, the projections' weights become views of the result.
+    """
+    parts = [_full(projection).t() for projection in projections]
+    widths = [part.shape[1] for part in parts]
+    first, starts = parts[0], [0, *accumulate(widths)]
+    size, stride = (first.shape[0], starts[-1]), (starts[-1], 1)
+    places = [(part.untyped_storage().data_ptr(), part.storage_offset()) for part in parts]
+    address, offset = places[0]
+    if first.stride() == stride and places == [(address, offset + start) for start in starts[:-1]]:
+        return first.as_strided(size, stride)  # an earlier decoder has moved them
+    joined = torch.cat(parts, dim=1)
+    for projection, part in zip(projections, joined.split(widths, dim=1), strict=True):
+        if move and type(projection) is Linear:
+            projection.weight.data = part.t()
+    return joined
 
 
 def _full(linear: Linear) -> Tensor:

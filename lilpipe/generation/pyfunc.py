@@ -36,7 +36,7 @@ class ServedModel:
 
     def __init__(self, directory: Path) -> None:
         model, self.tokenizer = load_model(directory)
-        self.model = model.to(distributed.device())
+        self.model = model.to(distributed.device()).requires_grad_(False)
         self.vocabulary = token_bytes(self.tokenizer)
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:

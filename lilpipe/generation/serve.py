@@ -111,7 +111,7 @@ def make_app(
 ) -> Starlette:
     """Return the server as an ASGI application; its engines' threads run until the application shuts down."""
     model, tokenizer = load_model(directory)
-    model = model.to(distributed.device())
+    model = model.to(distributed.device()).requires_grad_(False)
     adapted = {other: with_adapter(model, folder) for other, folder in (adapters or {}).items()}
     threads = {name: EngineThread(lambda: engine_for(model, max_rows=max_rows), tokenizer)}
     for other, twin in adapted.items():  # not fused, which would copy the weights

@@ -224,9 +224,11 @@ def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False)
     """Yield tensors by the decoder's names, without duplicates of tied weights and without RoPE buffers."""
     layout, stated = _read_config(directory)
     assert layout is not None
-    # Memory-mapped tensors take no memory, so all can be sorted by layer; shards need not be sorted.
-    stored = sorted(stored_tensors(directory, shapes_only=shapes_only), key=lambda item: (_layer(item[0]), item[0]))
-    for group in _by_layer(stored):
+    shapes = sorted(stored_tensors(directory, shapes_only=True), key=lambda item: (_layer(item[0]), item[0]))
+    for group in _by_layer(shapes):
+        if not shapes_only:  # a mapping of its own for each layer, so that the pages of earlier ones are released
+            held = dict(stored_tensors(directory, only=group.keys()))
+            group = {name: held[name] for name in group}
         for name, tensor in layout.from_hf(group, config, stated).items():
             shared_twice = name == "lm_head.weight" and config.tie_embeddings
             if not (shared_twice or name.endswith("rotary_emb.inv_freq")):

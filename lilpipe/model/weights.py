@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -58,17 +58,21 @@ def weight_files(directory: Path) -> list[str]:
     raise ArtifactError(f"{directory}: got no weights, expected {WEIGHTS_FILE} or {INDEX_FILE}; check the path")
 
 
-def stored_tensors(directory: Path, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor by its name in the files, memory-mapped on the CPU.
+def stored_tensors(
+    directory: Path, *, only: Collection[str] | None = None, shapes_only: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor, or those named in ``only``, by its name in the files, memory-mapped on the CPU.
 
-    With ``shapes_only``, tensors are on the meta device. Raises ``ArtifactError`` for a file that is
+    Pages that were read count as memory of the process until all tensors of the call are gone. With ``shapes_only``,
+    tensors are on the meta device. Raises ``ArtifactError`` for a file that is
     missing, damaged or inconsistent with the index.
     """
     files = weight_files(directory)
     index = _read_index(directory / INDEX_FILE) if files[0] == INDEX_FILE else None
     for name in files[1:] if index else files:
         expected = {tensor for tensor, file in index.items() if file == name} if index else None
-        yield from _tensors_of(directory / name, expected, shapes_only=shapes_only)
+        if expected is None or only is None or not expected.isdisjoint(only):
+            yield from _tensors_of(directory / name, expected, only, shapes_only=shapes_only)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
@@ -76,7 +80,9 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return next(tensor.dtype for _, tensor in stored_tensors(directory) if tensor.dim() == 2)
 
 
-def _tensors_of(path: Path, expected: set[str] | None, *, shapes_only: bool) -> Iterator[tuple[str, Tensor]]:
+def _tensors_of(
+    path: Path, expected: set[str] | None, only: Collection[str] | None, *, shapes_only: bool
+) -> Iterator[tuple[str, Tensor]]:
     if not path.exists():
         raise ArtifactError(f"{path}: missing, but {INDEX_FILE} names it; copy all of the checkpoint's files")
     try:
@@ -87,7 +93,7 @@ def _tensors_of(path: Path, expected: set[str] | None, *, shapes_only: bool) -> 
                     f"{path}: {min(wrong)} is only in this file or only in {INDEX_FILE}, expected in both; "
                     "copy all files from the same checkpoint"
                 )
-            for name in names:
+            for name in names if only is None else (name for name in names if name in only):
                 if shapes_only:
                     held = file.get_slice(name)
                     dtype = _DTYPES.get(held.get_dtype(), torch.uint8)

@@ -242,6 +242,7 @@ def grpo_ours(_: str, model: Path, data: Path, turns: Turns, tell: Tell) -> None
 def sample_ours(job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
     count = 1 if job == "answer" else 64
     model, _ = load_model(source)
+    model.requires_grad_(False)
     _, prompts = problems(source, data, count)
     sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, batch_size=64, temperature=0.0 if count == 1 else 1.0)
 
@@ -308,7 +309,9 @@ def counting(trainer: Any, tell: Tell) -> None:
 
 def their_settings(folder: str, job: str, batch_size: int = BATCH, **settings: Any) -> dict[str, Any]:
     found = trl_settings(folder, batch_size=batch_size, optimizer=optimizer(job))
-    return found | {"logging_steps": 1, "gradient_checkpointing": False, "seed": 0} | settings
+    ours = optimizer(job)
+    found |= {"adam_beta1": ours.beta1, "adam_beta2": ours.beta2, "max_grad_norm": ours.max_grad_norm, "seed": 0}
+    return found | {"logging_steps": 1, "gradient_checkpointing": False} | settings
 
 
 def sft_theirs(settings: dict[str, Any], job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:

@@ -1,11 +1,14 @@
 """Batched decoding against decoding one sequence at a time without a cache."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import DataError
 from lilpipe.generation.engine import Engine, generate, stream
+from lilpipe.generation.fused import FusedDecoder
 from lilpipe.generation.rows import Rows
 from lilpipe.model.transformer import Transformer, token_logprobs
 from tests.generation.alone import PROMPTS, SAMPLING, STOP, assert_same, naive, sharp_model
@@ -60,6 +63,29 @@ def test_a_stop_token_ends_the_answer_and_only_its_logprob_is_kept(model):
     assert stopped.finished
     assert stopped.tokens == free.tokens[:first]
     assert stopped.logprobs == pytest.approx(free.logprobs[: first + 1])
+
+
+@pytest.mark.parametrize("options", ["plain", "untied", "qk_norm"])
+def test_the_matrices_of_a_frozen_model_are_moved_and_keep_their_values(options):
+    config = SMALL.model_copy(update=OPTIONS[options])
+    model, frozen = small_model(config), small_model(config).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    expected = generate(model, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=7)
+    found = generate(frozen, PROMPTS, sampling=SAMPLING, stop_ids=STOP, seed=7)
+    for (sample,), (wanted,) in zip(found, expected, strict=True):
+        assert_same(sample, wanted)
+    for name, tensor in frozen.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    mlp = cast("Any", frozen.model.layers["0"]).mlp
+    first, second = (FusedDecoder(frozen).weights[0] for _ in range(2))
+    assert mlp.gate_proj.weight.data_ptr() == first.gate_up.data_ptr() == second.gate_up.data_ptr()
+    assert {tensor.untyped_storage().data_ptr() for tensor in (first.qkv, second.qkv)} == {first.qkv.data_ptr()}
+    with torch.no_grad():
+        mlp.gate_proj.weight.mul_(2)
+    assert torch.equal(
+        first.gate_up[:, : len(mlp.gate_proj.weight)].t(), 2 * before["model.layers.0.mlp.gate_proj.weight"]
+    )
+    assert all(tensor.is_contiguous() for tensor in model.state_dict().values()), "a model that may train stays"
 
 
 @pytest.mark.parametrize("fused", [True, False])

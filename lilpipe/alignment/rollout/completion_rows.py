@@ -126,7 +126,7 @@ def sample_in_chunks(
     @cache
     def load() -> tuple[Transformer, Tokenizer]:
         network, tokenizer = load_model(model.path)
-        return network.to(distributed.device()), tokenizer
+        return network.to(distributed.device()).requires_grad_(False), tokenizer
 
     def work(index: int) -> list[Row]:
         network, tokenizer = load()

@@ -51,7 +51,7 @@ def replace(text: str, kind: str) -> tuple[str, int]:
 
 _MAX_LOCAL_CHARS = 64  # RFC 5321
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-"""Scripts without spaces between words: Chinese, Japanese, Thai, Lao, Burmese, Khmer. Their text may touch an address."""
+"""Scripts without spaces between words: Chinese, Japanese, Thai, Lao, Burmese, Khmer."""
 _MARKS = r"\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
 """Combining marks, and the Indic scripts with theirs: ``\w`` has no marks."""
 _LETTER, _UNSPACED_LETTER = rf"(?:(?![{_UNSPACED}])[^\W_]|[{_MARKS}])", rf"(?:(?=[{_UNSPACED}])[^\W_]|[\u0e31-\u0e4e])"
@@ -66,7 +66,8 @@ _DOMAIN = re.compile(
 """Internationalised addresses (RFC 6531) included."""
 _RESERVED_DOMAIN = re.compile(r"(?:.*\.)?(?:example(?:\.(?:com|net|org|edu))|test|invalid|localhost|local)", re.I)
 _FILE_ENDINGS = frozenset(
-    "png jpg jpeg gif svg webp css js ts jsx tsx html json xml txt yml yaml toml ini cfg conf lock log php".split()
+    {"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "ts", "jsx", "tsx", "html", "json", "xml", "txt"}
+    | {"yml", "yaml", "toml", "ini", "cfg", "conf", "lock", "log", "php"}
 )
 _LOGIN = re.compile(r"://[^\s/@]*\Z")
 
@@ -110,7 +111,8 @@ _VERSION_BEFORE = re.compile(
     re.ASCII | re.IGNORECASE,
 )
 _ADDRESS_BEFORE = re.compile(
-    r"(?:\b(?:ip(?:v4)?|addr(?:ess)?|host|server|dns|nameserver|resolver|gateway|ping|ssh|port)\W{0,3}|https?://)\Z", re.I
+    r"(?:\b(?:ip(?:v4)?|addr(?:ess)?|host|server|dns|nameserver|resolver|gateway|ping|ssh)\W{0,3}|https?://)\Z",
+    re.I,
 )
 _MAX_SECTION_NUMBER = 31
 _RESOLVERS = frozenset({"8.8.8.8", "8.8.4.4", "1.1.1.1", "1.0.0.1", "9.9.9.9", "4.2.2.1", "4.2.2.2"})
@@ -223,7 +225,7 @@ _CREDENTIALS = tuple(
     )
 )
 """Credentials known by what is before them: a pattern that is fast to search, and the full pattern with the secret."""
-_PLACEHOLDER = re.compile(r".*(?:[<{$%*\[…]|\.\.|your|example|xxx|placeholder|changeme|secret_key|<SECRET>)", re.I | re.S)
+_PLACEHOLDER = re.compile(r".*(?:[<{$%*\[…]|\.\.|your|example|xxx|placeholder|changeme)", re.I | re.S)
 
 
 def find_secrets(text: str) -> Iterator[Span]:

@@ -87,7 +87,10 @@ PERSONAL = {
         "1-800-736-5000",
     ],
     "secrets": [
-        *SECRETS, pem("RSA PRIVATE KEY"), pem("OPENSSH PRIVATE KEY"), pem("PGP PRIVATE KEY BLOCK"),
+        *SECRETS,
+        pem("RSA PRIVATE KEY"),
+        pem("OPENSSH PRIVATE KEY"),
+        pem("PGP PRIVATE KEY BLOCK"),
     ],
 }
 FRAMES = ["{}", "see {}.", "<{}>", "({})", '"{}",', "联系{}。", "a {} b", "x\n{}\ny", "Kontakt: {}; und", "*{}*"]
