@@ -92,3 +92,28 @@ def test_a_bad_loss_on_one_worker_stops_both_with_the_same_words(reports):
 @pytest.mark.distributed
 def test_no_thread_of_the_group_outlives_it_to_race_the_interpreters_end(reports):
     assert not [name for report in reports for name in report["threads"] if "gloo" in name]
+
+
+@pytest.fixture
+def precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is changed")
+def test_products_by_onednn_are_those_of_float32(precision):
+    left_NN, right_NN = torch.randn(2, 96, 96, generator=torch.Generator().manual_seed(1))
+    distributed.use_onednn()
+    exact_NN = left_NN.double() @ right_NN.double()
+    assert ((left_NN @ right_NN) - exact_NN).abs().max() < 1e-5 * exact_NN.abs().max()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is changed")
+def test_onednn_is_not_used_where_it_multiplies_in_bfloat16(precision, monkeypatch):
+    def multiply(left, right):
+        product = torch.mm(left, right)
+        return product if left.dtype == torch.float64 else product.bfloat16().float()
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    assert not distributed.use_onednn()
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lilpipe import distributed
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import stream
 from lilpipe.generation.text import TextStream, token_bytes
@@ -25,6 +26,7 @@ def chat(directory: Path, *, sampling: SamplingConfig = GREEDY, system: str | No
     The prompt is the whole conversation. When it no longer fits the context, the oldest turns are dropped, but not the
     ``system`` message. Raises ``ArtifactError`` if the directory contains no checkpoint.
     """
+    distributed.use_onednn()
     model, tokenizer = load_model(directory)
     model.requires_grad_(False)
     stop_ids = (tokenizer.turn_end_id, tokenizer.document_end_id)

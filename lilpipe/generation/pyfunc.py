@@ -35,6 +35,7 @@ class ServedModel:
     """Completes one request, or each row of a table."""
 
     def __init__(self, directory: Path) -> None:
+        distributed.use_onednn()
         model, self.tokenizer = load_model(directory)
         self.model = model.to(distributed.device()).requires_grad_(False)
         self.vocabulary = token_bytes(self.tokenizer)

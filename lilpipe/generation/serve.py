@@ -110,6 +110,7 @@ def make_app(
     directory: Path, *, name: str, host: str, max_rows: int, adapters: Mapping[str, Path] | None = None
 ) -> Starlette:
     """Return the server as an ASGI application; its engines' threads run until the application shuts down."""
+    distributed.use_onednn()
     model, tokenizer = load_model(directory)
     model = model.to(distributed.device()).requires_grad_(False)
     adapted = {other: with_adapter(model, folder) for other, folder in (adapters or {}).items()}

@@ -17,6 +17,7 @@ from typing import Literal
 import psutil
 import torch
 
+from lilpipe.distributed import use_onednn
 from lilpipe.errors import ConfigError
 
 Arithmetic = Literal["fp32", "tf32", "bf16", "fp8"]
@@ -117,6 +118,7 @@ def device_at_hand(*, num_threads: int = 1, num_processes: int = 1) -> Device:
 
 def this_cpu(*, num_threads: int = 1, num_processes: int = 1) -> Device:
     """Return the CPU share of one of ``num_processes``: its part of the memory, and its measured peak."""
+    use_onednn()
     peaks = {"fp32": measure_peak(torch.float32, num_threads=num_threads)}
     peaks["bf16"] = measure_peak(torch.bfloat16, num_threads=num_threads)
     source = f"measured: matrix products on {num_threads} thread{'s' if num_threads > 1 else ''}"

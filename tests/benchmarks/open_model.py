@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from lilpipe import distributed
 from lilpipe.alignment.preference.data import PreferenceRow, encode_pairs
 from lilpipe.alignment.preference.dpo import compute_reference, make_packer
 from lilpipe.alignment.preference.objective import PreferenceObjective
@@ -443,6 +444,7 @@ SFT = {
     "lilpipe": sft_ours,
     "TRL": partial(sft_theirs, SEQUENTIAL),
     "TRL, like lengths": partial(sft_theirs, LIKE_LENGTHS),
+    "TRL, like lengths, our matrix products": partial(sft_theirs, LIKE_LENGTHS),
 }
 DPO = {"lilpipe": dpo_ours, "TRL": partial(dpo_theirs, SEQUENTIAL)}
 JOBS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -450,7 +452,7 @@ JOBS: dict[str, tuple[int, dict[str, Any]]] = {
     "lora": (2, SFT),
     "dpo": (1, DPO),
     "dpo_lora": (1, DPO),
-    "grpo": (1, {"lilpipe": grpo_ours, "TRL, 4 micro-batches": partial(grpo_theirs, 4)}),
+    "grpo": (1, {"lilpipe": grpo_ours, "TRL, 8 micro-batches": partial(grpo_theirs, 8)}),
     "sampling": (1, {"lilpipe": sample_ours, "transformers": sample_theirs}),
     "answer": (4, {"lilpipe": sample_ours, "transformers": sample_theirs, "llama.cpp, F16": answer_llama_cpp}),
 }
@@ -498,7 +500,8 @@ def compare(job: str, model: Path, data: Path, *, rounds: int, threads: int) -> 
             System(  # with the allocator's settings of a stage, but those of `lilpipe chat` for an answer
                 name,
                 [MODULE, str(data), "--system", job, name, str(model), str(told), "--threads", str(threads)],
-                {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"} | (KEEP_MEMORY if name == "lilpipe" and job != "answer" else {}),
+                {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+                | (KEEP_MEMORY if (name, job == "answer") == ("lilpipe", False) else {}),
             )
             for name, told in files.items()
         ]
@@ -538,6 +541,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     if given.system:
         job, name, model, told = given.system
+        if name == "lilpipe" or "our matrix products" in name:
+            distributed.use_onednn()
         return take_part(job, name, Path(model), given.data, Path(told))
     jobs = given.job or list(JOBS)
     print(f"torch {torch.__version__}, {given.threads} threads, {given.rounds} rounds")
