@@ -2,8 +2,8 @@
 
 On a CPU the call overhead of a decode step's many small operations is as large as their arithmetic. Here the query, key
 and value projections are one matrix, and so are gate and up, and the matrix products add the residuals. Matrices are
-stored as ``[in, out]``: for one row, both MKL and oneDNN read them 1.6 times faster than ``[out, in]``. Other models and devices use
-the model's forward pass.
+stored as ``[in, out]``: for one row, both MKL and oneDNN read them 1.6 times faster than ``[out, in]``. Other models
+and devices use the model's forward pass.
 
 Dimensions: B rows, D width, H query heads, K key/value heads, E size of a head, I width of the feed-forward layer.
 """
