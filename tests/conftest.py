@@ -3,6 +3,7 @@ import uuid
 
 import fsspec
 import pytest
+import torch
 from hypothesis import settings
 
 from lilpipe import stage
@@ -12,6 +13,13 @@ from lilpipe.store import Store
 # The same examples on every machine; `pytest --hypothesis-profile default` looks for others.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def matrix_products():
+    """Each test starts with PyTorch's default, whatever the one before it served or planned."""
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 @pytest.fixture

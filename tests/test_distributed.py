@@ -94,14 +94,8 @@ def test_no_thread_of_the_group_outlives_it_to_race_the_interpreters_end(reports
     assert not [name for report in reports for name in report["threads"] if "gloo" in name]
 
 
-@pytest.fixture
-def precision():
-    yield
-    torch.set_float32_matmul_precision("highest")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is changed")
-def test_products_by_onednn_are_those_of_float32(precision):
+def test_products_by_onednn_are_those_of_float32():
     left_NN, right_NN = torch.randn(2, 96, 96, generator=torch.Generator().manual_seed(1))
     distributed.use_onednn()
     exact_NN = left_NN.double() @ right_NN.double()
@@ -109,7 +103,7 @@ def test_products_by_onednn_are_those_of_float32(precision):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is changed")
-def test_onednn_is_not_used_where_it_multiplies_in_bfloat16(precision, monkeypatch):
+def test_onednn_is_not_used_where_it_multiplies_in_bfloat16(monkeypatch):
     def multiply(left, right):
         product = torch.mm(left, right)
         return product if left.dtype == torch.float64 else product.bfloat16().float()
