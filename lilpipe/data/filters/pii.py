@@ -53,7 +53,7 @@ _MAX_LOCAL_CHARS = 64  # RFC 5321
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 """Scripts without spaces between words: Chinese, Japanese, Thai, Lao, Burmese, Khmer."""
 _MARKS = r"\u0300-\u036f\u0483-\u0487\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
-"""Combining marks, and the Indic scripts with theirs: ``\w`` has no marks."""
+r"""Combining marks, and the Indic scripts with theirs: ``\w`` has no marks."""
 _LETTER, _UNSPACED_LETTER = rf"(?:(?![{_UNSPACED}])[^\W_]|[{_MARKS}])", rf"(?:(?=[{_UNSPACED}])[^\W_]|[\u0e31-\u0e4e])"
 _LOCAL = re.compile(
     rf"{_LETTER}(?:(?:{_LETTER}|[_.+'~-])*(?:{_LETTER}|[_+~-]))?\Z|(?:{_UNSPACED_LETTER}|[\w.+-])*{_UNSPACED_LETTER}\Z"
