@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 pipeline: setup ## Run the full pipeline; CONFIG=mine.toml lays your settings over the recipe
 	@$(BIN)/python -m flows --recipe $(RECIPE) $(if $(CONFIG),--config $(CONFIG)) $(if $(SEED),--seed $(SEED))
 
-test: setup ## The fast tests: offline, on the CPU, 9 minutes on two cores; SERVERS=1 with those of server-test
+test: setup ## The fast tests: offline, on the CPU, 5 minutes on two cores; SERVERS=1 with those of server-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slow$(if $(SERVERS),, and not servers)"
 
 server-test: setup ## Flows, retries and cancelling on real servers of Prefect and MLflow
