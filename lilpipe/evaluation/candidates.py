@@ -14,15 +14,14 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import CompletionText, Rewards
 from lilpipe.alignment.rollout.completion_rows import SAMPLE_SCHEMA, sample_rows
 from lilpipe.alignment.rollout.completions import PromptForm, complete
 from lilpipe.artifact import Artifact
 from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.errors import ConfigError
+from lilpipe.generation.frozen import load_frozen
 from lilpipe.metrics.bits_per_byte import bits_per_byte
-from lilpipe.model.hub import load_model
 from lilpipe.model.scores import IGNORED
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.chunks import Row, run_chunks
@@ -69,8 +68,7 @@ def as_candidate(artifact: Artifact) -> Candidate:
 
 @lru_cache(maxsize=1)
 def _load(directory: Path) -> tuple[Transformer, Tokenizer]:
-    model, tokenizer = load_model(directory)
-    return model.to(distributed.device()).requires_grad_(False), tokenizer
+    return load_frozen(directory)
 
 
 def sample_all(

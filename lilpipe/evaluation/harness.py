@@ -24,7 +24,7 @@ from lilpipe.config.benchmarks import BenchmarksConfig
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.errors import ConfigError, DataError
 from lilpipe.generation.engine import generate
-from lilpipe.model.hub import load_model
+from lilpipe.generation.frozen import load_frozen
 from lilpipe.model.transformer import Transformer
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.tokenizer.jinja_template import CHAT_TEMPLATE
@@ -216,10 +216,9 @@ def run_harness(checkpoint: Path, config: BenchmarksConfig) -> dict[str, Any]:
     Raises ``ConfigError`` for an unknown task.
     """
     manager, seed = _task_manager(config.tasks, config.include_path), config.seed or 0
-    model, tokenizer = load_model(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_frozen(checkpoint)
     results: Any = simple_evaluate(
-        model=HarnessModel(model.to(device).requires_grad_(False), tokenizer, batch_size=config.batch_size, seed=seed),
+        model=HarnessModel(model, tokenizer, batch_size=config.batch_size, seed=seed),
         tasks=list(config.tasks),
         task_manager=manager,
         num_fewshot=config.num_fewshot,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lilpipe import distributed
 from lilpipe.config.sampling import SamplingConfig
 from lilpipe.generation.engine import stream
+from lilpipe.generation.frozen import load_frozen
 from lilpipe.generation.text import TextStream, token_bytes
-from lilpipe.model.hub import load_model
 from lilpipe.schemas.messages import Message
 from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
@@ -26,9 +25,7 @@ def chat(directory: Path, *, sampling: SamplingConfig = GREEDY, system: str | No
     The prompt is the whole conversation. When it no longer fits the context, the oldest turns are dropped, but not the
     ``system`` message. Raises ``ArtifactError`` if the directory contains no checkpoint.
     """
-    distributed.use_onednn()
-    model, tokenizer = load_model(directory)
-    model.requires_grad_(False)
+    model, tokenizer = load_frozen(directory)
     stop_ids = (tokenizer.turn_end_id, tokenizer.document_end_id)
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)

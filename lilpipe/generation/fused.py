@@ -30,9 +30,8 @@ from lilpipe.model.transformer import Transformer
 class _Weights(NamedTuple):
     """Weights of one block; matrices are transposed: ``[in, out]``."""
 
-    before: Tensor
-    """Weight of the norm before attention; ``between``: of the one before the feed-forward layer."""
-    between: Tensor
+    input_norm: Tensor
+    post_attention_norm: Tensor
     qkv: Tensor
     out: Tensor
     gate_up: Tensor
@@ -94,7 +93,7 @@ class FusedDecoder:
         cos, sin = F.embedding(positions_B1, decoder.rope_cos), F.embedding(positions_B1, decoder.rope_sin)
         cos, sin = cos[:, :, None], sin[:, :, None]
         for layer, weights in enumerate(self.weights):
-            qkv_BR = F.rms_norm(x_BD, weights.before.shape, weights.before, eps).mm(weights.qkv)
+            qkv_BR = F.rms_norm(x_BD, weights.input_norm.shape, weights.input_norm, eps).mm(weights.qkv)
             qkv = (qkv_BR if weights.bias is None else qkv_BR.add_(weights.bias)).view(B, 1, H + 2 * K, E)
             turned = qkv[:, :, : H + K]
             if weights.norm_HE is not None:
@@ -103,7 +102,7 @@ class FusedDecoder:
                 turned = apply_rope(turned, cos, sin)
             y = view.attend(layer, turned[:, :, :H], turned[:, :, H:], qkv[:, :, H + K :], **weights.scoring)
             x_BD = x_BD.addmm(y.view(B, H * E), weights.out)
-            normed_BD = F.rms_norm(x_BD, weights.between.shape, weights.between, eps)
+            normed_BD = F.rms_norm(x_BD, weights.post_attention_norm.shape, weights.post_attention_norm, eps)
             gate_BI, up_BI = normed_BD.mm(weights.gate_up).chunk(2, dim=1)
             x_BD = x_BD.addmm(act(gate_BI).mul_(up_BI), weights.down)
         return self.model.logits(decoder.norm(x_BD))
@@ -113,9 +112,6 @@ def _fuse(block: Block, *, rotates: bool, move: bool) -> _Weights:
     attention, mlp = block.self_attn, block.mlp
     assert isinstance(attention, Attention)
     assert isinstance(mlp, GatedMLP)
-    before, between = block.input_layernorm.weight, block.post_attention_layernorm.weight
-    assert isinstance(before, Tensor)
-    assert isinstance(between, Tensor)
     projections, norm_HE = (attention.q_proj, attention.k_proj, attention.v_proj), None
     biases: list[Tensor] = [projection.bias for projection in projections if projection.bias is not None]
     if attention.q_norm is not None and attention.k_norm is not None:
@@ -123,8 +119,8 @@ def _fuse(block: Block, *, rotates: bool, move: bool) -> _Weights:
         norms = (attention.q_norm.get_parameter("weight"), attention.k_norm.get_parameter("weight"))
         norm_HE = torch.cat([norm_E.expand(num, -1) for num, norm_E in zip(heads, norms, strict=True)])
     return _Weights(
-        before,
-        between,
+        block.input_layernorm.get_parameter("weight"),
+        block.post_attention_layernorm.get_parameter("weight"),
         *(
             _join(together, move=move)
             for together in (projections, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lilpipe import distributed
 from lilpipe.generation.engine import engine_for
+from lilpipe.generation.frozen import load_frozen
 from lilpipe.generation.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -23,7 +23,6 @@ from lilpipe.generation.protocol import (
 from lilpipe.generation.responses import Envelope, Piece
 from lilpipe.generation.text import token_bytes
 from lilpipe.generation.transcript import Transcript, gather
-from lilpipe.model.hub import load_model
 
 MAX_ROWS = 32
 """Maximum number of completions decoded together."""
@@ -35,9 +34,7 @@ class ServedModel:
     """Completes one request, or each row of a table."""
 
     def __init__(self, directory: Path) -> None:
-        distributed.use_onednn()
-        model, self.tokenizer = load_model(directory)
-        self.model = model.to(distributed.device()).requires_grad_(False)
+        self.model, self.tokenizer = load_frozen(directory)
         self.vocabulary = token_bytes(self.tokenizer)
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:

@@ -29,10 +29,10 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lilpipe import distributed
 from lilpipe.errors import ConfigError
 from lilpipe.generation.engine import engine_for
 from lilpipe.generation.engine_thread import EngineThread
+from lilpipe.generation.frozen import load_frozen
 from lilpipe.generation.protocol import (
     Ask,
     ChatRequest,
@@ -44,7 +44,6 @@ from lilpipe.generation.protocol import (
 )
 from lilpipe.generation.responses import Envelope, Piece
 from lilpipe.generation.transcript import gather
-from lilpipe.model.hub import load_model
 from lilpipe.model.lora import with_adapter
 
 PAGE = Path(__file__).with_name("page.html")
@@ -110,9 +109,7 @@ def make_app(
     directory: Path, *, name: str, host: str, max_rows: int, adapters: Mapping[str, Path] | None = None
 ) -> Starlette:
     """Return the server as an ASGI application; its engines' threads run until the application shuts down."""
-    distributed.use_onednn()
-    model, tokenizer = load_model(directory)
-    model = model.to(distributed.device()).requires_grad_(False)
+    model, tokenizer = load_frozen(directory)
     adapted = {other: with_adapter(model, folder) for other, folder in (adapters or {}).items()}
     threads = {name: EngineThread(lambda: engine_for(model, max_rows=max_rows), tokenizer)}
     for other, twin in adapted.items():  # not fused, which would copy the weights

@@ -160,6 +160,9 @@ def trl_settings(folder: str, *, batch_size: int, optimizer: OptimizerConfig) ->
         "per_device_train_batch_size": batch_size,
         "optim": "adamw_torch_fused",
         "learning_rate": optimizer.learning_rate,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "max_grad_norm": optimizer.max_grad_norm,
         "lr_scheduler_type": "constant",
         "dataloader_pin_memory": False,
     }

@@ -100,7 +100,7 @@ def evaluate(model, folder, **options):
 
 
 def test_results_are_those_of_the_harness_on_the_exported_model(checkpoint, folder):
-    model, tokenizer = harness.load_model(checkpoint)
+    model, tokenizer = harness.load_frozen(checkpoint)
     ours = evaluate(harness.HarnessModel(model, tokenizer, batch_size=4), folder)
     theirs = evaluate("hf", folder, model_args={"pretrained": str(checkpoint)}, device="cpu", batch_size=4)
     for task, metrics in theirs["results"].items():
@@ -123,7 +123,7 @@ def assert_same(got, wanted):
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_a_score_does_not_depend_on_its_batch(checkpoint, folder, batch_size):
-    model, tokenizer = harness.load_model(checkpoint)
+    model, tokenizer = harness.load_frozen(checkpoint)
     requests = [(None, tokenizer.encode("the thing"), tokenizer.encode(word)) for word in WORDS]
     scores = harness.HarnessModel(model, tokenizer, batch_size=batch_size)._loglikelihood_tokens(requests)
     for (_, context, continuation), (got, _) in zip(requests, scores, strict=True):
@@ -137,7 +137,7 @@ def test_a_score_does_not_depend_on_its_batch(checkpoint, folder, batch_size):
 def test_a_conversation_in_writing_has_the_ids_of_its_template(checkpoint):
     from lilpipe.tokenizer.chat_template import render
 
-    model, tokenizer = harness.load_model(checkpoint)
+    model, tokenizer = harness.load_frozen(checkpoint)
     adapter = harness.HarnessModel(model, tokenizer)
     messages: list[Any] = [{"role": "user", "content": "the thing"}]
     text = adapter.apply_chat_template(messages)
@@ -154,13 +154,13 @@ def test_a_conversation_in_writing_has_the_ids_of_its_template(checkpoint):
     ],
 )
 def test_settings_of_sampling_that_cannot_be_kept_are_refused(checkpoint, settings, message):
-    adapter = harness.HarnessModel(*harness.load_model(checkpoint))
+    adapter = harness.HarnessModel(*harness.load_frozen(checkpoint))
     with pytest.raises(ConfigError, match=message):
         list(adapter._complete(["the"], settings))
 
 
 def test_a_continuation_that_the_model_cannot_take_is_refused(checkpoint):
-    adapter = harness.HarnessModel(*harness.load_model(checkpoint))
+    adapter = harness.HarnessModel(*harness.load_frozen(checkpoint))
     with pytest.raises(DataError, match="a continuation of 97 tokens: the model takes at most max_seq_len = 96"):
         adapter._loglikelihood_tokens([(None, [1], [2] * 97)])
 

@@ -16,8 +16,8 @@ from lilpipe.alignment.rollout.completions import Completion, PromptForm, comple
 from lilpipe.artifact import Artifact, Inputs, optional_input
 from lilpipe.config.preferences import PreferencesConfig, RejectionSamplingConfig
 from lilpipe.config.prompts import RewardConfig
+from lilpipe.generation.frozen import load_frozen
 from lilpipe.metrics.pass_at_k import mean_estimate
-from lilpipe.model.hub import load_model
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.chunks import Row, run_chunks
 from lilpipe.schemas.examples import Prompt
@@ -125,8 +125,7 @@ def sample_in_chunks(
 
     @cache
     def load() -> tuple[Transformer, Tokenizer]:
-        network, tokenizer = load_model(model.path)
-        return network.to(distributed.device()).requires_grad_(False), tokenizer
+        return load_frozen(model.path)
 
     def work(index: int) -> list[Row]:
         network, tokenizer = load()

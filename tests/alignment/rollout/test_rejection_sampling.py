@@ -261,7 +261,7 @@ def rounds(make_checkpoint, monkeypatch, prompts, tokenizer, no_report):
     asked = []
     everything = [prompt for split in ("train", "validation") for prompt in read_prompts(prompts.path, split)]
     answers = {prompt.question: prompt.answer for prompt in everything}
-    load = completion_rows.load_model
+    load = completion_rows.load_frozen
 
     def remembering(path):
         asked.append(next(artifact.manifest.step for artifact in artifacts if artifact.path == path))
@@ -272,7 +272,7 @@ def rounds(make_checkpoint, monkeypatch, prompts, tokenizer, no_report):
         text = {q: f"Answer: {answers[q]}" if right else "?" for (q,) in encoded}
         return [[CompletionOutput(tokenizer.encode(text[q]), [], True)] * num_generations for (q,) in encoded]
 
-    monkeypatch.setattr(completion_rows, "load_model", remembering)
+    monkeypatch.setattr(completion_rows, "load_frozen", remembering)
     monkeypatch.setattr(completions, "encode_question", lambda _, question, form: [question])
     monkeypatch.setattr(completions, "generate", generate)
     return artifacts, asked

@@ -60,6 +60,7 @@ PERSONAL = {
         "jörg.muster@example.de",
         "jo\u0308rg@mail.de",
         "info@müller.example",
+        "me@mail.example",
         "иван@почта.рф",
         "δοκιμή@παράδειγμα.gr",
         "संपर्क@डाटामेल.भारत",
@@ -86,12 +87,7 @@ PERSONAL = {
         "212.736.5000",
         "1-800-736-5000",
     ],
-    "secrets": [
-        *SECRETS,
-        pem("RSA PRIVATE KEY"),
-        pem("OPENSSH PRIVATE KEY"),
-        pem("PGP PRIVATE KEY BLOCK"),
-    ],
+    "secrets": [*SECRETS, pem("RSA PRIVATE KEY"), pem("OPENSSH PRIVATE KEY"), pem("PGP PRIVATE KEY BLOCK")],
 }
 FRAMES = ["{}", "see {}.", "<{}>", "({})", '"{}",', "联系{}。", "a {} b", "x\n{}\ny", "Kontakt: {}; und", "*{}*"]
 
@@ -110,7 +106,7 @@ def test_personal_data_is_replaced_and_all_around_it_stays(kind, value):
         ("emails", "https://lists.python.org/list/dev@python.org/", "https://lists.python.org/list/<EMAIL>/"),
         ("ip_addresses", "http://93.184.216.34:8080/x", "http://<IP_ADDRESS>:8080/x"),
         ("ip_addresses", "host=93.184.216.34/24", "host=<IP_ADDRESS>/24"),
-        ("ip_addresses", "5.90.77.0-5.90.77.255", "<IP_ADDRESS>-<IP_ADDRESS>"),
+        ("ip_addresses", "5.9.77.0-5.9.77.255", "<IP_ADDRESS>-<IP_ADDRESS>"),
         ("ip_addresses", "[2a00:1450::200e]:80 2a00:1450::/32", "[<IP_ADDRESS>]:80 <IP_ADDRESS>/32"),
         ("emails", "联系用户@例子.广告。", "<EMAIL>。"),
         ("ip_addresses", "the host 8.8.45.1 and http://5.6.7.8/", "the host <IP_ADDRESS> and http://<IP_ADDRESS>/"),
