@@ -15,13 +15,9 @@ beforehand by us, is made for the pairs of each step within its turn, as TRL doe
 from __future__ import annotations
 
 import argparse
-import gzip
-import importlib
 import json
-import re
 import resource
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -32,410 +28,23 @@ from typing import Any
 import torch
 
 from lilpipe import distributed
-from lilpipe.alignment.preference.data import PreferenceRow, encode_pairs
-from lilpipe.alignment.preference.dpo import compute_reference, make_packer
-from lilpipe.alignment.preference.objective import PreferenceObjective
-from lilpipe.alignment.questions import prompts as prompts_stage
-from lilpipe.alignment.rl import grpo, reinforcement
-from lilpipe.config.dpo import DPOConfig
-from lilpipe.config.lora import LoRAConfig
 from lilpipe.config.model import ImportModelConfig
-from lilpipe.config.prompts import PromptsConfig, PromptSource, RewardConfig
-from lilpipe.config.reinforcement import GRPOConfig
-from lilpipe.config.sampling import SamplingConfig
-from lilpipe.config.sft import SFTConfig
-from lilpipe.config.training import OptimizerConfig
-from lilpipe.generation.engine import generate
 from lilpipe.launch.run_stage import KEEP_MEMORY
 from lilpipe.model import import_model
-from lilpipe.model.hub import load_model
-from lilpipe.model.transformer import Transformer
-from lilpipe.schemas.examples import Conversation, read_prompts
-from lilpipe.schemas.messages import Message
-from lilpipe.schemas.order import rows_of_step
-from lilpipe.schemas.pairs import Pair
 from lilpipe.stage import Workspace
-from lilpipe.tokenizer.chat_template import render
-from lilpipe.tokenizer.encoding import Tokenizer
-from lilpipe.training import finetune, loop
-from lilpipe.training.conversation_encoding import EncodedConversation, encode
-from lilpipe.training.supervised import SupervisedTokens
-from tests.alignment.conftest import as_artifact
-from tests.benchmarks.beside_trl import trl_settings
+from tests.benchmarks.open_model_jobs import Tell
+from tests.benchmarks.open_model_ours import dpo_ours, grpo_ours, sample_ours, sft_ours
+from tests.benchmarks.open_model_peers import (
+    answer_llama_cpp,
+    dpo_theirs,
+    grpo_theirs,
+    sample_theirs,
+    sft_theirs,
+)
 from tests.benchmarks.tables import markdown, ratio, spread
 from tests.benchmarks.turns import Finished, System, Turns, take_turns
 
 MODULE = "tests.benchmarks.open_model"
-MAX_LEN, BATCH, NUM_PAIRS = 1024, 16, 128
-NUM_PROMPTS, GROUP, NEW_TOKENS = 8, 8, 64
-RATES = {"sft": 1.4e-4, "lora": 1e-3, "dpo": 3.6e-6, "dpo_lora": 3.6e-5, "grpo": 7e-6}
-"""Learning rates of recipe ``adapt`` for 135 M parameters."""
-LORA_RANK, LORA_ALPHA = 16, 32
-REWARD = r"\btotal\b"
-"""A completion of GRPO has the reward 1 if it contains this: some do, and some do not."""
-MOST_STEPS = 1000
-Tell = dict[str, Any]
-Job = Callable[[Path, Path, Turns, Tell], None]
-"""Takes (the model's directory, the data's, the turns, what to tell)."""
-
-
-def optimizer(job: str) -> OptimizerConfig:
-    return OptimizerConfig(learning_rate=RATES[job], warmup_steps=0, weight_decay=0.0, schedule="constant")
-
-
-def lora_of(job: str) -> LoRAConfig | None:
-    return LoRAConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA) if job.endswith("lora") else None
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
-
-
-def question(row: dict[str, str]) -> list[Message]:
-    return [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}".strip()}]
-
-
-def instructions(model: Path, data: Path) -> tuple[Tokenizer, list[EncodedConversation]]:
-    """All instructions, in the order of the first epoch."""
-    tokenizer = Tokenizer.load(model)
-    rows = json.loads((data / "instruction-data.json").read_text())
-    talks = [
-        Conversation(str(n), "", "", [*question(row), {"role": "assistant", "content": row["output"]}])
-        for n, row in enumerate(rows)
-    ]
-    return tokenizer, encode(tokenizer, talks, max_len=MAX_LEN).fitting
-
-
-def preferences(model: Path, data: Path) -> tuple[Tokenizer, list[PreferenceRow]]:
-    """The first pairs of two different completions: the reference's pass over all would take longer than the turns."""
-    tokenizer = Tokenizer.load(model)
-    rows = json.loads((data / "instruction-data-with-preference.json").read_text())
-    pairs = [Pair(str(n), "train", question(row), row["chosen"], row["rejected"]) for n, row in enumerate(rows)]
-    pairs = [pair for pair in pairs if pair.chosen != pair.rejected]
-    return tokenizer, encode_pairs(tokenizer, pairs, max_len=MAX_LEN)[0][:NUM_PAIRS]
-
-
-def problems(model: Path, data: Path, count: int) -> tuple[Tokenizer, list[list[int]]]:
-    """Token ids of questions in the chat template."""
-    tokenizer = Tokenizer.load(model)
-    with gzip.open(data / "gsm8k-train.jsonl.gz", "rt") as lines:
-        asked = [json.loads(line)["question"] for _, line in zip(range(count), lines, strict=False)]
-    return tokenizer, [
-        render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)[0] for text in asked
-    ]
-
-
-# --- ours ---------------------------------------------------------------------------------------------------------
-
-
-def train_ours(module: Any, config: Any, turns: Turns, tell: Tell, before: Callable[[int], None] | None = None) -> None:
-    def before_step(step: int) -> None:
-        turns(step)
-        if before:
-            before(step)
-
-    with tempfile.TemporaryDirectory() as work:
-        workspace = Workspace(Path(work))
-        try:
-            loop.train(
-                module,
-                num_steps=MOST_STEPS,
-                workspace=workspace,
-                section=config,
-                optimizer=config.optimizer,
-                before_step=before_step,
-            )
-        finally:
-            tell["losses"] = losses_of(workspace)
-
-
-def losses_of(workspace: Workspace) -> list[float]:
-    events = [json.loads(line) for line in workspace.events.read_text().splitlines()]
-    return [event["metrics"]["loss"] for event in events if "loss" in event.get("metrics", {})]
-
-
-def sft_ours(job: str, model: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    config = SFTConfig(
-        seed=0, batch_size=BATCH, optimizer=optimizer(job), lora=lora_of(job), log_every=1, checkpoint_every=10**6
-    )
-    tokenizer, examples = instructions(model, data)
-    tell["tokens"] = [sum(len(examples[row].ids) for row in batch(step, len(examples))) for step in range(MOST_STEPS)]
-    objective = SupervisedTokens(examples, batch_size=BATCH, seed=0, padding_id=tokenizer.padding_id)
-    module = finetune.build(config, model, objective, finetune.Workers(config), stage="sft")
-    train_ours(module, config, turns, tell)
-
-
-def batch(step: int, num_rows: int) -> list[int]:
-    return rows_of_step(step, num_rows=num_rows, batch_size=BATCH, seed=0)
-
-
-def dpo_ours(job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    config = DPOConfig(
-        seed=0,
-        batch_size=BATCH,
-        optimizer=optimizer(job),
-        lora=lora_of(job),
-        rpo_alpha=0.0,
-        mask_formatting_tokens=False,
-        log_every=1,
-        checkpoint_every=10**6,
-    )
-    _, rows = preferences(source, data)
-    model, tokenizer = load_model(source)
-    packer = make_packer(model, tokenizer, config)
-    with tempfile.TemporaryDirectory() as work:
-        _, reference_R2 = compute_reference(model, rows, packer, config, Workspace(Path(work)))
-    objective = PreferenceObjective(rows, config, packer, reference_R2=reference_R2, rank=0, world_size=1)
-    tell["tokens"] = [
-        sum(rows[row].first.num_tokens + rows[row].second.num_tokens for row in batch(step, len(rows)))
-        for step in range(MOST_STEPS)
-    ]
-    del model
-    module = finetune.build(config, source, objective, finetune.Workers(config), stage="dpo")
-
-    policy = module.parts[0]
-    assert isinstance(policy, Transformer)
-
-    def reference_pass(step: int) -> None:
-        with tempfile.TemporaryDirectory() as work:
-            chosen = [rows[row] for row in batch(step, len(rows))]
-            compute_reference(policy, chosen, packer, config, Workspace(Path(work)))
-
-    train_ours(module, config, turns, tell, before=reference_pass)
-
-
-def grpo_prompts(data: Path, root: Path) -> Path:
-    """Prompts of the stage, under ``root``."""
-    source = PromptSource(path=str(data / "gsm8k-train.jsonl.gz"), kind="gsm8k", max_rows=400, demonstrations_ratio=0)
-    config = PromptsConfig(families=(), num_documents=0, num_demonstrations=0, sources=(source,))
-    workspace = Workspace(root)
-    prompts_stage.run(config, {}, workspace)
-    return workspace.output
-
-
-def grpo_ours(_: str, model: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    """The stage itself, without its validation before and after."""
-    config = GRPOConfig(
-        seed=0,
-        optimizer=optimizer("grpo"),
-        num_steps=MOST_STEPS,
-        prompts_per_step=NUM_PROMPTS,
-        num_generations=GROUP,
-        rewards=(RewardConfig(kind="regex", pattern=REWARD),),
-        log_every=1,
-        checkpoint_every=10**6,
-        num_workers=1,
-        threads_per_worker=torch.get_num_threads(),
-        sampling=SamplingConfig(max_new_tokens=NEW_TOKENS),
-    )
-    reinforcement.NUM_VALIDATION_PROMPTS = 1
-    grpo.train = partial(loop.train, before_step=turns)  # pyright: ignore[reportPrivateImportUsage]
-    tell["tokens"] = [NUM_PROMPTS * GROUP] * MOST_STEPS
-    with tempfile.TemporaryDirectory() as work:
-        prompts = grpo_prompts(data, Path(work) / "prompts")
-        inputs = {"model": as_artifact(model, kind="Checkpoint"), "prompts": as_artifact(prompts, kind="Prompts")}
-        workspace = Workspace(Path(work) / "grpo")
-        try:
-            grpo.run(config, inputs, workspace)
-        finally:
-            tell["losses"] = losses_of(workspace)
-
-
-def sample_ours(job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    count = 1 if job == "answer" else 64
-    model, _ = load_model(source)
-    model.requires_grad_(False)
-    _, prompts = problems(source, data, count)
-    sampling = SamplingConfig(max_new_tokens=NEW_TOKENS, batch_size=64, temperature=0.0 if count == 1 else 1.0)
-
-    def sample(step: int) -> None:
-        with torch.inference_mode():
-            groups = generate(model.eval(), prompts, sampling=sampling, stop_ids=(), seed=step)
-        assert all(len(found.tokens) == NEW_TOKENS for [found] in groups)
-
-    repeat(sample, count * NEW_TOKENS, turns, tell)
-
-
-def repeat(work: Callable[[int], None], tokens: int, turns: Turns, tell: Tell) -> None:
-    tell["tokens"] = [tokens] * MOST_STEPS
-    for step in range(MOST_STEPS):
-        turns(step)
-        work(step)
-
-
-# --- peers --------------------------------------------------------------------------------------------------------
-
-
-def their_model(model: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return loaded, AutoTokenizer.from_pretrained(model)
-
-
-def peft_of(job: str) -> Any:
-    if not job.endswith("lora"):
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
-
-
-def train_theirs(trainer: Any, turns: Turns, tell: Tell) -> None:
-    from transformers import TrainerCallback
-
-    class Steps(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            turns(state.global_step)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            tell.setdefault("losses", []).append(float((logs or {}).get("loss", "nan")))
-
-    trainer.add_callback(Steps)
-    trainer.train()
-
-
-def counting(trainer: Any, tell: Tell) -> None:
-    """Count the tokens of each batch, which the trainer may have put together itself."""
-    collate, tell["tokens"] = trainer.data_collator, []
-
-    def counted(features: Any) -> Any:
-        found = collate(features)
-        tell["tokens"].append(int(found["attention_mask"].sum()))
-        return found
-
-    trainer.data_collator = counted
-
-
-def their_settings(folder: str, job: str, batch_size: int = BATCH, **settings: Any) -> dict[str, Any]:
-    found = trl_settings(folder, batch_size=batch_size, optimizer=optimizer(job))
-    return found | {"logging_steps": 1, "gradient_checkpointing": False, "seed": 0} | settings
-
-
-def sft_theirs(settings: dict[str, Any], job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    trl: Any = importlib.import_module("trl")
-    from datasets import Dataset
-
-    _, examples = instructions(source, data)
-    ordered = [examples[row] for step in range(24) for row in batch(step, len(examples))]
-    rows = [
-        {
-            "input_ids": item.ids,
-            "labels": [token if counts else -100 for token, counts in zip(item.ids, item.mask, strict=True)],
-        }
-        for item in ordered
-    ]
-    model, tokenizer = their_model(source)
-    with tempfile.TemporaryDirectory() as work:
-        trainer = trl.SFTTrainer(
-            model=model,
-            args=trl.SFTConfig(**their_settings(work, job, max_length=None, **settings)),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=peft_of(job),
-        )
-        counting(trainer, tell)
-        train_theirs(trainer, turns, tell)
-
-
-def dpo_theirs(settings: dict[str, Any], job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    from datasets import Dataset
-    from trl.trainer import dpo_config, dpo_trainer
-
-    ours, rows = preferences(source, data)
-    ordered = [rows[row] for step in range(24) for row in batch(step, len(rows))]
-    model, tokenizer = their_model(source)
-    with tempfile.TemporaryDirectory() as work:
-        trainer = dpo_trainer.DPOTrainer(
-            model=model,
-            args=dpo_config.DPOConfig(**their_settings(work, job, max_length=None, **settings)),
-            train_dataset=Dataset.from_list(
-                [
-                    {
-                        "prompt": ours.decode(row.first.prompt),
-                        "chosen": ours.decode(row.first.completion),
-                        "rejected": ours.decode(row.second.completion),
-                    }
-                    for row in ordered
-                ]
-            ),
-            processing_class=tokenizer,
-            peft_config=peft_of(job),
-        )
-        counting(trainer, tell)
-        train_theirs(trainer, turns, tell)
-
-
-def grpo_theirs(accumulation: int, job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    from datasets import Dataset
-    from trl.trainer.grpo_config import GRPOConfig as TheirConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    model, tokenizer = their_model(source)
-
-    def contains(completions: Any, **_: Any) -> Any:
-        return [float(bool(re.search(REWARD, completion[0]["content"]))) for completion in completions]
-
-    tell["tokens"] = [NUM_PROMPTS * GROUP] * MOST_STEPS
-    with tempfile.TemporaryDirectory() as work:
-        asked = [prompt.question for prompt in read_prompts(grpo_prompts(data, Path(work) / "prompts"), "train")]
-        settings = their_settings(work, job, batch_size=NUM_PROMPTS * GROUP // accumulation)
-        settings |= {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1000}
-        trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=contains,
-            args=TheirConfig(
-                **settings,
-                num_generations=GROUP,
-                max_completion_length=NEW_TOKENS,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                beta=0.0,
-                loss_type="dapo",
-            ),
-            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in asked]),
-            processing_class=tokenizer,
-        )
-        train_theirs(trainer, turns, tell)
-
-
-def sample_theirs(job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    count = 1 if job == "answer" else 64
-    model, _ = their_model(source)
-    _, prompts = problems(source, data, count)
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    model.generation_config.eos_token_id = None
-
-    def sample(step: int) -> None:
-        torch.manual_seed(step)
-        choice = {"do_sample": False} if count == 1 else {"do_sample": True, "top_k": 0}
-        with torch.inference_mode():
-            found = model.eval().generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, pad_token_id=0, **choice
-            )
-        assert found.shape[1] == longest + NEW_TOKENS
-
-    repeat(sample, count * NEW_TOKENS, turns, tell)
-
-
-def answer_llama_cpp(job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
-    llama_cpp: Any = importlib.import_module("llama_cpp")
-    prompt = problems(source, data, 1)[1][0]
-    threads, path = torch.get_num_threads(), str(source.parent / "gguf/model-F16.gguf")
-    model = llama_cpp.Llama(path, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-
-    def answer(step: int) -> None:
-        model.reset()
-        drawn = [token for token, _ in zip(model.generate(prompt, temp=0.0), range(NEW_TOKENS), strict=False)]
-        assert len(drawn) == NEW_TOKENS
-
-    repeat(answer, NEW_TOKENS, turns, tell)
-
-
 SEQUENTIAL = {"train_sampling_strategy": "sequential"}
 LIKE_LENGTHS = {"train_sampling_strategy": "group_by_length"}
 SFT = {
@@ -454,10 +63,10 @@ JOBS: dict[str, tuple[int, dict[str, Any]]] = {
     "sampling": (1, {"lilpipe": sample_ours, "transformers": sample_theirs}),
     "answer": (4, {"lilpipe": sample_ours, "transformers": sample_theirs, "llama.cpp, F16": answer_llama_cpp}),
 }
-"""Steps of a turn, and systems. TRL's GRPO ran out of 24 GiB in one batch of 64 and in 4 micro-batches."""
+"""Steps of a turn, and systems: functions of (job, the model's directory, the data's, turns, what to tell).
 
-
-# --- the comparison -----------------------------------------------------------------------------------------------
+TRL's GRPO ran out of 24 GiB in one batch of 64 and in 4 micro-batches.
+"""
 
 
 def take_part(job: str, name: str, model: Path, data: Path, told: Path) -> None:
