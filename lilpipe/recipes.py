@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lilpipe.adapt_recipe import adapt, derive_adapted
+from lilpipe.adapt_recipe import adapt
 from lilpipe.alignment_recipes import ALIGNMENT_RECIPES
 from lilpipe.config.corpus import CorpusConfig, LanguageConfig, QualityConfig
 from lilpipe.config.dpo import DPOConfig
@@ -34,6 +34,7 @@ from lilpipe.config.training import OptimizerConfig, PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.extensions import find, installed
 from lilpipe.extensions import load as load_extension
+from lilpipe.pipeline.base_model import derive_from_path
 from lilpipe.scaling.depth import derive
 from lilpipe.stage import get_stage
 
@@ -187,13 +188,15 @@ def resolve(recipe: str, *, file: Path | None = None, overrides: dict[str, Any] 
         set_dotted(complete, key, value, model=model, where="overrides")
     given = frozenset(dotted(values)), frozenset(dotted(overrides))
     all_given = given[0] | given[1]
-    for key, value in {**derive(complete, all_given), **derive_adapted(complete, all_given)}.items():
+    for key, value in derive(complete, all_given).items():
         set_dotted(complete, key, value, model=model, where="depth")
+    for key, value in derive_from_path(complete, all_given).items():
+        set_dotted(complete, key, value, model=model, where="import_model")
     try:
         config = model.model_validate(complete)
         steps = enabled_steps(config.steps, config.enable)
         config = model.model_validate({**dict(config), "steps": steps, "enable": {}})
-        return Resolved(config, start, file, *given)
+        return Resolved(config.with_given(all_given), start, file, *given)
     except ValidationError as error:
         raise ConfigError(explain(error)) from error
 

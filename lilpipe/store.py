@@ -121,6 +121,19 @@ class Store:
             )
         return artifact
 
+    def fetch_file(self, artifact: Artifact, name: str) -> Path:
+        """Return the directory on the local disk that holds one verified file of an artifact, without the others.
+
+        Raises ``ArtifactError`` if the file is damaged.
+        """
+        path, entry = artifact.path / name, artifact.manifest.files[name]
+        for _ in range(2):
+            if path.is_file() and self.digests.sha256(path) == entry.sha256:
+                return artifact.path
+            if self.fs is not None:
+                self._download(artifact, name)
+        raise ArtifactError(f"{artifact.uri}/{name}: damaged, expected SHA-256 {entry.sha256}; run the pipeline again")
+
     def _download(self, artifact: Artifact, name: str) -> None:
         """Copy a remote file, if it exists, to a temporary name and rename it."""
         assert self.fs is not None

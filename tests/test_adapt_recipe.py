@@ -1,15 +1,24 @@
 """Recipe ``adapt``: its steps, and what follows from the base."""
 
+import shutil
+
 import pytest
 
-from lilpipe.adapt_recipe import rate
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.errors import ConfigError
 from lilpipe.model.flops import num_parameters
-from lilpipe.model.hub import save_model
+from lilpipe.model.hub import read_model_config, save_model
+from lilpipe.pipeline.base_model import rate
+from lilpipe.pipeline.plan import plan, plan_step
+from lilpipe.pipeline.run import run_step
 from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.recipes import load
+from lilpipe.store import Store
 from tests.model.checkpoints import SMALL, small_model, small_tokenizer
+from tests.model.published import publish
 
+CONTINUED = {"enable.corpus": True, "enable.tokens": True, "enable.pretrain": True}
 ON = ["import_model", "prompts", "sft", "evaluate", "register", "release"]
 
 
@@ -18,6 +27,13 @@ def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("base")
     save_model(small_model(), small_tokenizer(), directory)
     return directory
+
+
+def rows(folder):
+    """A conversation as the data of the user."""
+    (folder / "rows.jsonl").write_text('{"prompt": "Name a tree.", "completion": "Oak."}\n')
+    data = str(folder / "rows.jsonl")
+    return {"prompts.sources": [data], "corpus.sources": [{"name": "own", "kind": "jsonl", "path": data}]}
 
 
 def enabled(*names):
@@ -71,4 +87,57 @@ def test_rates_and_shape_follow_from_a_local_base(base):
 
 def test_other_recipes_keep_their_rates(base):
     config: PipelineConfig = load("tiny", overrides={"import_model.path": str(base)})
-    assert config == load("tiny").model_copy(update={"import_model": config.import_model})
+    assert config.model_dump(exclude={"import_model"}) == load("tiny").model_dump(exclude={"import_model"})
+
+
+@pytest.fixture
+def hidden_base(base, tmp_path, monkeypatch):
+    """An imported base whose directory is gone, as that of a hub model or GGUF file never was; and the store."""
+    store, directory = Store(str(tmp_path / "store")), tmp_path / "moved"
+    shutil.copytree(base, directory)
+    monkeypatch.setattr("lilpipe.pipeline.base_model._local_base", lambda _: None)
+    config = load("adapt", overrides={"import_model.path": str(directory), **CONTINUED})
+    artifact, _ = run_step(config, "import_model", store=store, pipeline_run="run")
+    return config, artifact, store
+
+
+def test_rates_and_shape_follow_from_a_base_once_it_is_imported(hidden_base):
+    config, artifact, store = hidden_base
+    assert config.sft.optimizer.learning_rate == rate("sft", 1e9, lora=False)
+    # The shards of tokens are not read for the plan.
+    planned = plan_step(config, store, "pretrain", {"import_model": artifact, "tokens": artifact})
+    size = num_parameters(*read_model_config(artifact.path))
+    assert planned.config.model == SMALL
+    assert planned.config.seq_len == SMALL.max_seq_len
+    assert planned.config.optimizer.learning_rate == rate("pretrain", size, lora=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sft.parallel.tensor": 2}, r"sft\.parallel\.tensor: got 2, expected 1 for OPTForCausalLM"),
+        ({"sft.lora": {"load_in_4bit": True}}, r"sft\.lora\.load_in_4bit: got True, expected False"),
+        (CONTINUED | {"pretrain.model.hidden_size": 64}, r"pretrain\.model\.hidden_size: would be ignored"),
+    ],
+)
+def test_what_a_class_of_transformers_cannot_do_is_said_by_the_plan(tmp_path, overrides, message):
+    publish("opt", tmp_path / "opt")
+    config = load("adapt", overrides={"import_model.path": str(tmp_path / "opt"), **rows(tmp_path), **overrides})
+    with pytest.raises(ConfigError, match=message):
+        plan(config, Store(str(tmp_path / "store")))
+
+
+def test_a_division_that_the_base_does_not_allow_is_said_by_the_plan(base, tmp_path):
+    overrides = {"import_model.path": str(base), "sft.parallel.tensor": 3, "sft.num_workers": 3, **rows(tmp_path)}
+    config = load("adapt", overrides=overrides)
+    with pytest.raises(ConfigError, match=r"sft: parallel\.tensor 3 must divide model\.num_heads"):
+        plan(config, Store(str(tmp_path / "store")))
+
+
+def test_a_class_of_transformers_gives_rates_and_the_context(tmp_path):
+    publish("opt", tmp_path)
+    shape, vocab_size = read_model_config(tmp_path)
+    assert isinstance(shape, BackendConfig)
+    config = load("adapt", overrides={"import_model.path": str(tmp_path), **CONTINUED})
+    assert config.pretrain.seq_len == config.pretrain.model.max_seq_len == shape.max_seq_len
+    assert config.sft.optimizer.learning_rate == rate("sft", num_parameters(shape, vocab_size), lora=False)

@@ -16,6 +16,8 @@ class BackendConfig(ModelConfig):
 
     stated: dict[str, Any]
     """Content of ``config.json``."""
+    reason: str = ""
+    """Setting that the decoder does not compute; empty if it lacks the architecture."""
     class_name: str
     """Class in transformers."""
     num_parameters: int

@@ -13,6 +13,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     create_model,
     model_validator,
@@ -164,6 +165,18 @@ class PipelineConfig(Section):
     orchestration: OrchestrationConfig = OrchestrationConfig()
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Dotted names of the settings that the user set; others may follow from the base model."""
+        return self._given
+
+    def with_given(self, names: frozenset[str]) -> PipelineConfig:
+        """Return the configuration with the names of the settings that the user set."""
+        copy = self.model_copy()
+        copy._given = names
+        return copy
 
     @classmethod
     def with_sections(cls, **sections: type[Section]) -> type[PipelineConfig]:

@@ -36,6 +36,10 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 
+LOG_LIKELIHOOD = "log_likelihood"
+"""Metric of tasks with ``perplexity``: the mean log-likelihood of a question's target, in nats."""
+
+
 class Measure(NamedTuple):
     """A metric of a task. The same metric after two of the task's filters is two measures."""
 
@@ -114,15 +118,15 @@ def _run_task(config: BenchmarksConfig, model: Artifact, task: str, workspace: W
 
 
 def _results(found: Mapping[str, Any]) -> dict[str, Result]:
-    return {
-        task: Result(
-            values={_metric(key): value for key, value in found["results"][task].items() if _is_value(key, value)},
-            higher_is_better=dict(found["higher_is_better"].get(task) or {}),
-            samples=list(_samples(task, rows)),
-            version=str(found["versions"].get(task)),
-        )
-        for task, rows in found["samples"].items()
-    }
+    results = {}
+    for task, rows in found["samples"].items():
+        values = {_metric(key): value for key, value in found["results"][task].items() if _is_value(key, value)}
+        samples = list(_samples(task, rows))
+        if likelihoods := [row["value"] for row in samples if row["metric"] == LOG_LIKELIHOOD]:
+            values[LOG_LIKELIHOOD] = mean_estimate(likelihoods).value
+        higher = dict(found["higher_is_better"].get(task) or {})
+        results[task] = Result(values, higher, samples, version=str(found["versions"].get(task)))
+    return results
 
 
 def _is_value(key: str, value: Any) -> bool:
@@ -136,13 +140,17 @@ def _metric(key: str) -> str:
 
 
 def _samples(task: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield a row per question and metric that has one number per question."""
+    """Yield a row per question and metric that has one number per question.
+
+    For ``perplexity``, the harness states the log-likelihood of each question.
+    """
     for row in rows:
         for name in row["metrics"]:
             if isinstance(row[name], int | float):
+                metric = _metric(f"{name},{row['filter']}")
                 yield {
                     "task": task,
-                    "metric": _metric(f"{name},{row['filter']}"),
+                    "metric": LOG_LIKELIHOOD if metric == "perplexity" else metric,
                     "question": row["doc_id"],
                     "value": float(row[name]),
                     "response": json.dumps(row["filtered_resps"], ensure_ascii=False),

@@ -25,6 +25,10 @@ MAX_POSITIONS = 2**24
 """More layers and positions than any model has: a wrong number would take hours or all memory."""
 
 
+class UnsupportedError(ValueError):
+    """A setting that the decoder does not compute; a class of transformers may."""
+
+
 class Part(Protocol):
     """Settings that are stated in several keys."""
 
@@ -100,10 +104,12 @@ class Family:
         return stated
 
     def read(self, stated: Stated) -> dict[str, Any]:
-        """Return the values of a ``ModelConfig``. Raises ``ValueError`` naming a missing or unsupported key."""
+        """Return the values of a ``ModelConfig``. Raises ``ValueError`` naming a missing or wrong key,
+        ``UnsupportedError`` one that the decoder does not compute.
+        """
         for key, value in {**self.fixed, **self.expected}.items():
             if (got := stated.get(key, self.defaults.get(key, value))) != value:
-                raise ValueError(f"{key}: got {got!r}, expected {value!r}")
+                raise UnsupportedError(f"{key}: got {got!r}, expected {value!r}")
         every_head = {"num_key_value_heads": stated.get("num_attention_heads")}
         stated = {**every_head, **self.defaults, **stated}
         if stated["num_key_value_heads"] is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lilpipe.config.model import MLAConfig, ModelConfig, MoEConfig
-from lilpipe.model.family import Stated, read_keys
+from lilpipe.model.family import Stated, UnsupportedError, read_keys
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
@@ -28,10 +28,10 @@ class Activation:
     names: Mapping[str, str] = field(default_factory=lambda: ACTIVATIONS)
 
     def read(self, stated: Stated, values: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Raise ``ValueError`` for another function."""
+        """Raise ``UnsupportedError`` for another function."""
         got = stated.get(self.key)
         if not isinstance(got, str) or got not in self.names:
-            raise ValueError(f"{self.key}: got {got!r}, expected one of {', '.join(self.names)}")
+            raise UnsupportedError(f"{self.key}: got {got!r}, expected one of {', '.join(self.names)}")
         return {"hidden_act": self.names[got]}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -206,10 +206,10 @@ class DenseLayers:
     """Qwen 3 MoE's list of layers without experts, which must be the first ones."""
 
     def read(self, stated: Stated, values: dict[str, Any]) -> dict[str, Any]:
-        """Read after the experts. Raises ``ValueError`` for a dense layer after one with experts."""
+        """Read after the experts. Raises ``UnsupportedError`` for a dense layer after one with experts."""
         dense = stated.get("mlp_only_layers", [])
         if not isinstance(dense, list) or sorted(map(str, dense)) != sorted(map(str, range(len(dense)))):
-            raise ValueError(f"mlp_only_layers: got {str(dense)[:80]}, expected the first layers, such as [0, 1]")
+            raise UnsupportedError(f"mlp_only_layers: got {str(dense)[:80]}, expected the first layers, such as [0, 1]")
         return {"moe": {**values["moe"], "first_k_dense_replace": len(dense)}}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:

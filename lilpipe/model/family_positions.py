@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lilpipe.config.model import ROPE_KEYS, ROPE_OPTIONAL, ModelConfig, RopeScalingConfig
-from lilpipe.model.family import Stated
+from lilpipe.model.family import Stated, UnsupportedError
 from lilpipe.model.family_parts import FULL, SLIDING
 
 _ROPE_NAMES = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
@@ -27,12 +27,12 @@ class Rope:
     scales: bool = True
 
     def read(self, stated: Stated, values: dict[str, Any]) -> dict[str, Any]:
-        """Raise ``ValueError`` for scaling that the decoder does not compute."""
+        """Raise ``UnsupportedError`` for scaling that the decoder does not compute."""
         parameters = _parameters(stated, "rope_scaling") or _parameters(stated, "rope_parameters")
         given = stated.get(self.partial_key, 1.0 if self.partial is None else self.partial)
         rotated = parameters.get("partial_rotary_factor", given)
         if self.partial is None and rotated != 1:
-            raise ValueError(f"partial_rotary_factor: got {rotated!r}, expected 1.0")
+            raise UnsupportedError(f"partial_rotary_factor: got {rotated!r}, expected 1.0")
         return {
             "rope_theta": parameters.get("rope_theta", stated.get(self.theta_key, self.theta)),
             "rope_scaling": read_scaling(parameters, stated, values, allowed=self.scales),
@@ -60,14 +60,14 @@ class RopeByLayerType:
     local_key: str
 
     def read(self, stated: Stated, values: dict[str, Any]) -> dict[str, Any]:
-        """Read after the windows. Raises ``ValueError`` for scaling that the decoder does not compute."""
+        """Read after the windows. Raises ``UnsupportedError`` for scaling that the decoder does not compute."""
         parameters = _parameters(stated, "rope_parameters")
         if unknown := sorted(parameters.keys() - {FULL, SLIDING}):
             raise ValueError(f"rope_parameters: got {unknown[0]!r}, expected {FULL} and {SLIDING}")
         full = _parameters(parameters, FULL) | _parameters(stated, "rope_scaling")
         local = _parameters(parameters, SLIDING)
         if (kind := local.get("rope_type", local.get("type", "default"))) != "default":
-            raise ValueError(f"rope_parameters.{SLIDING}.rope_type: got {kind!r}, expected 'default'")
+            raise UnsupportedError(f"rope_parameters.{SLIDING}.rope_type: got {kind!r}, expected 'default'")
         own = local.get("rope_theta", stated.get(self.local_key, self.local_theta))
         return {
             "rope_theta": full.get("rope_theta", stated.get("rope_theta", self.theta)),
@@ -95,14 +95,14 @@ def read_scaling(
 ) -> dict[str, Any] | None:
     """Return our ``rope_scaling`` from transformers' RoPE parameters; None if they do not scale.
 
-    Raises ``ValueError`` for another kind of scaling or an unknown parameter.
+    Raises ``UnsupportedError`` for another kind of scaling or an unknown parameter.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     kinds = ["default", *(ROPE_KEYS if allowed else ())]
     if kind not in kinds:
-        raise ValueError(f"rope_scaling.rope_type: got {kind!r}, expected one of {', '.join(kinds)}")
+        raise UnsupportedError(f"rope_scaling.rope_type: got {kind!r}, expected one of {', '.join(kinds)}")
     if unknown := sorted(parameters.keys() - _ROPE_NAMES - RopeScalingConfig.model_fields.keys()):
-        raise ValueError(f"rope_scaling.{unknown[0]}: got {parameters[unknown[0]]!r}, expected no such parameter")
+        raise UnsupportedError(f"rope_scaling.{unknown[0]}: got {parameters[unknown[0]]!r}, expected no such parameter")
     if kind == "default":
         return None
     used = ROPE_KEYS[kind] | ROPE_OPTIONAL.get(kind, frozenset())

@@ -23,8 +23,9 @@ from lilpipe.artifact import write_atomically
 from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
 from lilpipe.config.overrides import explain
-from lilpipe.errors import ArtifactError
+from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.backend import load_backend, read_backend_config
+from lilpipe.model.family import UnsupportedError
 from lilpipe.model.state_dict_adapters import LAYOUTS, StateDictAdapter, adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import (
@@ -222,8 +223,9 @@ def _check_dtype(directory: Path, name: str, dtype: torch.dtype) -> None:
 
 def _renamed(directory: Path, config: ModelConfig, *, shapes_only: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Yield tensors by the decoder's names, without duplicates of tied weights and without RoPE buffers."""
-    layout, stated = _read_config(directory)
+    layout, content = _read_config(directory)
     assert layout is not None
+    stated = _stated(content)
     shapes = sorted(stored_tensors(directory, shapes_only=True), key=lambda item: (_layer(item[0]), item[0]))
     for group in _by_layer(shapes):
         if not shapes_only:  # a mapping of its own for each layer, so that the pages of earlier ones are released
@@ -245,7 +247,9 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
     if layout is None:
         return read_backend_config(path, stated)
     try:
-        config = ModelConfig(**layout.read(stated))
+        config = ModelConfig(**layout.read(_stated(stated)))
+    except UnsupportedError as error:
+        return _computed_by_class(path, stated, error)
     except ValidationError as error:
         raise ArtifactError(f"{path}: {explain(error)}") from error
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
@@ -254,6 +258,17 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int]:
     if not isinstance(vocab_size, int) or vocab_size < 1:
         raise ArtifactError(f"{path}: vocab_size: got {vocab_size!r}, expected a positive integer")
     return config, vocab_size
+
+
+def _computed_by_class(path: Path, stated: dict[str, Any], reason: UnsupportedError) -> tuple[BackendConfig, int]:
+    """Return the config for the class of transformers. Raises ``ArtifactError`` if that does not compute it either."""
+    try:
+        config, vocab_size = read_backend_config(path, stated)
+    except ConfigError as error:
+        raise ArtifactError(f"{path}: {reason}, or the class of transformers: install lilpipe[hf]") from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {reason}") from error
+    return config.model_copy(update={"reason": str(reason)}), vocab_size
 
 
 def _read_config(directory: Path) -> tuple[StateDictAdapter | None, dict[str, Any]]:
@@ -272,9 +287,12 @@ def _read_config(directory: Path) -> tuple[StateDictAdapter | None, dict[str, An
             f"{path}: quantization_config: got quantized weights, expected none; use the unquantized checkpoint"
         )
     layout = next((layout for layout in LAYOUTS if layout.model_type == stated.get("model_type")), None)
-    if layout is None:
-        return None, stated
-    return layout, {key: value for key, value in stated.items() if value is not None or key in _NULLABLE}
+    return layout, stated
+
+
+def _stated(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that a family reads."""
+    return {key: value for key, value in content.items() if value is not None or key in _NULLABLE}
 
 
 _NULLABLE = (

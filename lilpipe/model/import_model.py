@@ -48,7 +48,8 @@ def run(config: ImportModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
         tokenizer.save(workspace.output)
     if isinstance(shape, BackendConfig):
         origin = {**origin, "backend": "transformers"}
-        workspace.log(f"{shape.class_name} of transformers computes this model, not the decoder: {LIMITS}")
+        because = f" ({shape.reason})" if shape.reason else ""
+        workspace.log(f"{shape.class_name} of transformers computes this model, not the decoder{because}: {LIMITS}")
     write_origin(origin, workspace.output)
     for key, value in origin.items():
         workspace.log(f"{key}: {value}")

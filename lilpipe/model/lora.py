@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from lilpipe.config.lora import LoRAConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.adapter_dropout import Numbers, carry_numbers, drop, salt_of
+from lilpipe.model.backend import Backend
 from lilpipe.model.heads import HEAD
 from lilpipe.model.hub import copy_into
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear
-from lilpipe.model.peft_files import read_adapter
+from lilpipe.model.peft_files import BY_CLASS, read_adapter
 from lilpipe.model.state_dict_adapters import adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import NamedTensors
@@ -63,7 +64,7 @@ class LoRALinear(Linear):
 
     lora_magnitude_vector: nn.Parameter | None
 
-    def __init__(self, base: Linear, config: LoRAConfig, name: str) -> None:
+    def __init__(self, base: nn.Linear, config: LoRAConfig, name: str) -> None:
         """``name`` is the layer's name in the whole model."""
         with torch.device("meta"):
             super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
@@ -151,32 +152,51 @@ def add_adapters(
     *,
     seed: int,
     stage: str,
-    make: Callable[[Linear, LoRAConfig, str], LoRALinear] = LoRALinear,
+    make: Callable[[nn.Linear, LoRAConfig, str], LoRALinear] = LoRALinear,
 ) -> None:
     """Freeze the model, or a pipeline stage of it, and replace its linear layers by those that ``make`` returns.
 
     A head stays trainable. Call ``start_adapters`` when the weights are loaded. Raises ``ConfigError`` naming the
     setting of ``stage`` for a model whose layers have other names in ``peft``.
     """
-    if (kind := adapter_for(model.config).model_type) not in ADAPTABLE:
+    kind = adapter_for(model.config).model_type
+    if kind not in ADAPTABLE and not isinstance(model.model, Backend):
         raise ConfigError(
             f"{stage}.lora: got a model of type {kind!r}, expected one of {', '.join(ADAPTABLE)}; remove {stage}.lora "
             "to train all weights"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == HEAD)
-    for name, layer in list(model.named_modules()):
+    for name, layer in _adapted_by(config, model).items():
         parent, _, kind = name.rpartition(".")
-        if kind in config.projections and isinstance(layer, Linear):
-            adapted = make(layer, config, name)
-            adapted.train(layer.training)
-            matrix_RI = adapted.lora_A.detach()
-            matrix_RI.copy_(initial_value(f"{name}.lora_A", matrix_RI.shape, seed=seed, config=model.config))
-            setattr(model.get_submodule(parent), kind, adapted)
+        adapted = make(layer, config, name)
+        adapted.train(layer.training)
+        matrix_RI = adapted.lora_A.detach()
+        own_name = name.removeprefix(BY_CLASS)  # as in the decoder, so that both draw the same values
+        matrix_RI.copy_(initial_value(f"{own_name}.lora_A", matrix_RI.shape, seed=seed, config=model.config))
+        setattr(model.get_submodule(parent), kind, adapted)
     if config.lora_dropout:
         for block, numbers in carry_numbers(model).items():
             for layer in adapted_layers(model.model.layers[block]):
                 layer.numbers = numbers
+
+
+def _adapted_by(config: LoRAConfig, model: Transformer) -> dict[str, nn.Linear]:
+    """Return the layers that get an adapter, by name. Of a class of transformers, `all-linear` is what it is in
+    ``peft``: all linear layers except the output layer, and those whose weights Mamba's kernels read directly.
+    """
+    if not isinstance(model.model, Backend):
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+        return {name: layer for name, layer in layers.items() if name.rpartition(".")[2] in config.projections}
+    output = model.model.network.get_output_embeddings()
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) is nn.Linear
+        and layer is not output
+        and not (name.endswith(".out_proj") and "Mamba" in type(model.get_submodule(name.rpartition(".")[0])).__name__)
+        and (config.target_modules == "all-linear" or name.rpartition(".")[2] in config.projections)
+    }
 
 
 @torch.no_grad()
@@ -197,7 +217,7 @@ def start_adapters(model: Transformer, config: LoRAConfig, *, stage: str) -> Non
 def _load(model: Transformer, layers: list[LoRALinear], config: LoRAConfig, *, stage: str) -> None:
     assert config.path is not None
     directory = Path(config.path)
-    stored, tensors = read_adapter(directory)
+    stored, tensors = read_adapter(directory, by_class=isinstance(model.model, Backend))
     for name in ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules"):
         got, expected = getattr(config, name), getattr(stored, name)
         same = set(config.projections) == set(stored.projections) if name == "target_modules" else got == expected
@@ -232,7 +252,7 @@ def load_adapter(model: Transformer, directory: Path) -> LoRAConfig:
 
     Raises ``ArtifactError`` if it is damaged, not supported, or of another model.
     """
-    config, _ = read_adapter(directory)
+    config, _ = read_adapter(directory, by_class=isinstance(model.model, Backend))
     add_adapters(model, config, seed=0, stage="adapter")
     start_adapters(model, config, stage="adapter")
     return config

@@ -13,15 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lilpipe.config.lora import LoRAConfig
 from lilpipe.errors import ConfigError
-from lilpipe.model.layers import Linear
 from lilpipe.model.lora import LoRALinear
 
 
-def nf4_layers(device: torch.device, *, stage: str) -> Callable[[Linear, LoRAConfig, str], LoRALinear]:
+def nf4_layers(device: torch.device, *, stage: str) -> Callable[[nn.Linear, LoRAConfig, str], LoRALinear]:
     """Return what makes layers of 4 bits on a device, for ``add_adapters``.
 
     Raises ``ConfigError`` naming the setting of ``stage`` without bitsandbytes.
@@ -41,7 +40,7 @@ class NF4LoRALinear(LoRALinear):
 
     packed: Tensor
 
-    def __init__(self, base: Linear, config: LoRAConfig, name: str, *, device: torch.device) -> None:
+    def __init__(self, base: nn.Linear, config: LoRAConfig, name: str, *, device: torch.device) -> None:
         """Move the layer to ``device``, where its weight is quantized. ``name`` as in ``LoRALinear``."""
         from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 

@@ -22,6 +22,8 @@ from lilpipe.config.overrides import explain
 from lilpipe.errors import ArtifactError
 
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
+BY_CLASS = "model.network."
+"""Before the names of layers that a class of transformers computes; ``peft`` has the names without it."""
 _PREFIX = "base_model.model."
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 _WITHOUT_EFFECT = {
@@ -48,7 +50,7 @@ def save_adapter(tensors: Mapping[str, Tensor], config: LoRAConfig, directory: P
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "target_modules": list(config.projections),
+        "target_modules": _target_modules(tensors),
         "modules_to_save": ["score"] if has_head else None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -57,16 +59,24 @@ def save_adapter(tensors: Mapping[str, Tensor], config: LoRAConfig, directory: P
     write_atomically(directory / CONFIG_FILE, json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 
-def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+def _target_modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the last parts of the adapted layers' names: those of the decoder in its order, others sorted."""
+    kinds = {name.split(".")[-2] for name in tensors if name.endswith(".lora_A")}
+    own = [kind for kind in get_args(Projection) if kind in kinds]
+    return [*own, *sorted(kinds - set(own))]
+
+
+def read_adapter(directory: Path, *, by_class: bool = False) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """Return an adapter's settings and its tensors, by the names of ``lilpipe.model.lora``.
 
+    ``by_class``: of a model that a class of transformers computes, whose layers have other names than the decoder's.
     Raises ``ArtifactError`` naming the file and the key of what is missing, damaged or not supported.
     """
-    tensors = _read_tensors(directory)
+    tensors = _read_tensors(directory, by_class=by_class)
     path = directory / CONFIG_FILE
     stated = _read_config(path)
     kinds = {name.split(".")[-2] for name in tensors if "." in name and name != "score.weight"}
-    if unknown := sorted(kinds - set(get_args(Projection))):
+    if not by_class and (unknown := sorted(kinds - set(get_args(Projection)))):
         raise ArtifactError(
             f"{directory / WEIGHTS_FILE}: got an adapter of {unknown[0]!r}, expected one of "
             f"{', '.join(get_args(Projection))}; merge the adapter into the model with peft instead"
@@ -74,7 +84,7 @@ def read_adapter(directory: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
     modules = tuple(kind for kind in get_args(Projection) if kind in kinds)
     try:
         values = {name: stated[name] for name in _SETTINGS if stated.get(name) is not None}
-        whole = modules == get_args(Projection)
+        whole = modules == get_args(Projection) or not kinds <= set(modules)
         config = LoRAConfig(**values, target_modules="all-linear" if whole else modules, path=str(directory))
     except ValidationError as error:
         raise ArtifactError(f"{path}: {explain(error)}") from error
@@ -104,7 +114,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return stated
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
+def _read_tensors(directory: Path, *, by_class: bool) -> dict[str, Tensor]:
     path = directory / WEIGHTS_FILE
     if not path.exists() and (pickled := sorted(directory.glob("adapter_model.bin"))):
         raise ArtifactError(
@@ -115,16 +125,17 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be read as safetensors ({error}); copy the adapter again") from error
-    return {_from_peft(name, path): tensor for name, tensor in stored.items()}
+    return {_from_peft(name, path, by_class=by_class): tensor for name, tensor in stored.items()}
 
 
 def _to_peft(name: str) -> str:
-    return f"{_PREFIX}{name}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
+    return f"{_PREFIX}{name.removeprefix(BY_CLASS)}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
 
 
-def _from_peft(name: str, path: Path) -> str:
+def _from_peft(name: str, path: Path, *, by_class: bool) -> str:
     ours = name.removeprefix(_PREFIX)
-    placed = ours.startswith("model.layers.") or ours == "score.weight"
+    placed = ours.startswith("model.layers.") or ours == "score.weight" or by_class
+    ours = f"{BY_CLASS}{ours}" if by_class and ours != "score.weight" else ours
     if ours.endswith((".lora_A.weight", ".lora_B.weight")):
         ours = ours.removesuffix(".weight")
     if not placed or not ours.endswith((".lora_A", ".lora_B", ".lora_magnitude_vector", "score.weight")):

@@ -16,6 +16,7 @@ from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
 from lilpipe.extensions import load
 from lilpipe.fingerprint import CacheKey, code_and_packages, difference
+from lilpipe.pipeline.base_model import check_model_limits, follow_model, known_model
 from lilpipe.pipeline.wiring import check_adapter, check_wiring, fill_roles, sources, stage_of
 from lilpipe.stage import Stage
 from lilpipe.store import Store
@@ -82,7 +83,12 @@ def plan_step(
     """Return the state of one step; ``made`` has the artifacts of the steps before it, by name."""
     check_wiring(config, name)
     stage = stage_of(config, name)
+    model = known_model(config, name, made, store)
+    if model is not None:
+        config = follow_model(config, model)
     section = config.section(name)
+    if model is not None:
+        check_model_limits(config, name, section, model)
     for extension in section.extensions():
         load(extension, object)  # fail before any step runs if the import fails
     missing = [source for source in sources(config, name) if source not in made]

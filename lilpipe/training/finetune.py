@@ -22,9 +22,7 @@ from lilpipe import distributed
 from lilpipe.config.backend import BackendConfig
 from lilpipe.config.lora import ADAPTER_DIRECTORY, LoRAConfig
 from lilpipe.config.model import ModelConfig
-from lilpipe.config.parallel_checks import check_micro_batches, check_model
 from lilpipe.config.training import ParallelSection
-from lilpipe.errors import ConfigError
 from lilpipe.model.adapter_dropout import adapter_dropout
 from lilpipe.model.heads import HeadModel, load_head_model, load_head_weights, read_labels, save_head_tensors, with_head
 from lilpipe.model.hub import load_model, load_weights, read_model_config, save_tensors
@@ -38,7 +36,7 @@ from lilpipe.model.weights import held_tensors
 from lilpipe.stage import Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import activation_checkpointing, compilation, precision
-from lilpipe.training.backend_limits import check_limits
+from lilpipe.training.model_limits import check_division, check_limits
 from lilpipe.training.replica import Loss, Replica, TrainerModule
 
 if TYPE_CHECKING:
@@ -186,15 +184,7 @@ def _build_cut(
     from lilpipe.training.build_sharded import parallelize
 
     config, vocab_size = read_model_config(source)
-    try:
-        check_model(section.parallel, section.layout, config, activation_checkpointing=section.activation_checkpointing)
-        check_micro_batches(section.parallel, section.accumulation_steps)
-    except ValueError as error:
-        raise ConfigError(f"{stage}: {error}") from error
-    if section.layout.context > 1:
-        raise ConfigError(
-            f"{stage}.parallel.context: got {section.layout.context}, expected 1: only pretraining splits sequences"
-        )
+    check_division(section, config, stage=stage)
     trainer_module = parallelize(
         section,
         config,

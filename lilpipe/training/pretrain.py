@@ -24,12 +24,12 @@ from lilpipe.tokens.loader import PretrainLoader
 from lilpipe.tokens.shards import TokenShards
 from lilpipe.tokens.trace import documents_of
 from lilpipe.training import activation_checkpointing, compilation, precision
-from lilpipe.training.backend_limits import check_limits
 from lilpipe.training.budget import Budget, budget, planned_beside_actual
 from lilpipe.training.finetune import export
 from lilpipe.training.gauges import Gauges, peak_memory
 from lilpipe.training.loop import train
 from lilpipe.training.mixture_report import measure_mixture, mixture_section, unmet_shares
+from lilpipe.training.model_limits import check_limits
 from lilpipe.training.next_token import NextToken
 from lilpipe.training.replica import Replica, TrainerModule
 from lilpipe.training.training_report import write_report

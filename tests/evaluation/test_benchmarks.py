@@ -1,6 +1,7 @@
 """Stage ``benchmarks``: values of the harness, paired comparisons, resuming, and digests of task files."""
 
 import json
+import math
 
 import pytest
 
@@ -124,3 +125,28 @@ def test_a_continuation_inside_of_a_token_is_encoded_on_its_own():
     _context, continuation = model._encode_pair("in a t", "h")  # "th" is one token
     assert continuation == small_tokenizer().encode("h")
     assert model._encode_pair("in a", " thing")[1] == small_tokenizer().encode(" thing")
+
+
+def test_perplexity_is_compared_by_the_log_likelihood_of_each_question(tmp_path, models, folder):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{word} is", "a": " so."}) + "\n" for word in WORDS))
+    (tmp_path / "likely.yaml").write_text(
+        f"""task: likely
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+target_delimiter: ""
+metric_list: [{{metric: perplexity}}]
+"""
+    )
+    _, metrics = run(tmp_path, models, tmp_path, tasks=("likely",))
+    for model in models:
+        name = model.manifest.step
+        perplexity, mean = (metrics[f"likely_{metric}/{name}"] for metric in ("perplexity", "log_likelihood"))
+        assert perplexity == pytest.approx(math.exp(-mean))
+        assert metrics[f"likely_log_likelihood_stderr/{name}"] > 0
+    difference = metrics["likely_log_likelihood/tuned"] - metrics["likely_log_likelihood/base"]
+    log = (tmp_path / "work" / "events.jsonl").read_text()
+    assert f"{difference:+.3f}" in log

@@ -20,6 +20,16 @@ PUBLISHED = {
     "phi": {},  # an output layer with a bias
     "vaultgemma": {"head_dim": 8, "final_logit_softcapping": 2.0},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {  # scaling of positions that the decoder does not compute, though it has the architecture
+        "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0] * 4}
+        | {"original_max_position_embeddings": 64, "rope_theta": 1e4},
+        "original_max_position_embeddings": 64,
+    },
+    "deepseek_v3": {  # groups of experts
+        **{"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
+        **{"first_k_dense_replace": 1, "moe_intermediate_size": 24},
+    },
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
 }
 """Settings by ``model_type``; each has something that the others do not have."""
