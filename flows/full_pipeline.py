@@ -11,8 +11,9 @@ from prefect.states import Completed, Failed
 
 from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
+from lilpipe.pipeline.plan import plan
 from lilpipe.pipeline.run_names import new_pipeline_run
-from lilpipe.pipeline.wiring import check_wiring
+from lilpipe.store import Store
 from lilpipe.tracking import MLflowTracker
 from tasks.stage import run_configured
 
@@ -35,8 +36,7 @@ def full_pipeline(
     """
     try:
         pipeline = configure(recipe, config, overrides, seed)
-        for step in pipeline.steps:
-            check_wiring(pipeline, step)
+        plan(pipeline, Store())  # what cannot run is said before the first step
     except LilpipeError as error:
         return Failed(message=str(error))
     tracker = MLflowTracker(pipeline, pipeline_run=new_pipeline_run(pipeline, created=flow_run_created()))

@@ -1,9 +1,9 @@
-"""SHA-256 of files, computed once per state of a file.
+"""SHA-256 of files, computed once per state of a file and process.
 
 A file's device, inode, size, mtime and ctime tell whether it has changed since it was hashed: every write sets its
-ctime, which no program can set back. The states are recorded in the local store, so a cached run costs one ``stat`` per
-file. Changes below the file system, such as a failing disk, are not detected: delete the record to hash every file
-again.
+ctime, which no program can set back. The states of an artifact's files are also recorded in the local store, so a
+cached run costs one ``stat`` per file. Changes below the file system, such as a failing disk, are not detected: delete
+the record to hash every file again.
 """
 
 from __future__ import annotations
@@ -29,10 +29,20 @@ class FileState(NamedTuple):
     ctime_ns: int
 
 
+_digests: dict[FileState, str] = {}
+"""What this process has hashed."""
+
+
 def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's current content."""
+    """Return the SHA-256 of a file's current content. Raises ``OSError``."""
+    state = _state(path)
+    if (digest := _digests.get(state)) is not None:
+        return digest
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if _is_settled(path, state):
+        _digests[state] = digest
+    return digest
 
 
 class FileDigests:
@@ -52,7 +62,7 @@ class FileDigests:
         if (digest := known.get(state)) is not None:
             return digest
         digest = digest_file(path)
-        if _state(path) == state and time.time() - state.ctime_ns / 1e9 > SETTLED_SECONDS:
+        if _is_settled(path, state):
             known[state] = digest
             self._append(state, digest)
         return digest
@@ -80,6 +90,11 @@ class FileDigests:
                 file.write(f"\n{json.dumps([*state, digest])}\n".encode())
         except OSError:
             pass  # a full disk: the next process hashes the file again
+
+
+def _is_settled(path: Path, state: FileState) -> bool:
+    """Whether a file is as it was, and has not been changed just before."""
+    return _state(path) == state and time.time() - state.ctime_ns / 1e9 > SETTLED_SECONDS
 
 
 def _state(path: Path) -> FileState:

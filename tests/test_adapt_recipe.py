@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
+from typer.testing import CliRunner
 
+from lilpipe.cli import app
 from lilpipe.config.backend import BackendConfig
 from lilpipe.config.pipeline import PipelineConfig
-from lilpipe.errors import ConfigError
+from lilpipe.errors import ConfigError, DataError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import read_model_config, save_model
 from lilpipe.pipeline.base_model import rate
@@ -141,3 +143,15 @@ def test_a_class_of_transformers_gives_rates_and_the_context(tmp_path):
     config = load("adapt", overrides={"import_model.path": str(tmp_path), **CONTINUED})
     assert config.pretrain.seq_len == config.pretrain.model.max_seq_len == shape.max_seq_len
     assert config.sft.optimizer.learning_rate == rate("sft", num_parameters(shape, vocab_size), lora=False)
+
+
+def test_missing_data_is_said_before_the_base_is_imported(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("LILPIPE_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    settings = [f"import_model.path={base}", 'prompts.sources=["nowhere.jsonl"]']
+    result = CliRunner().invoke(
+        app, ["run", "--no-track", "--recipe", "adapt", *(f"--set={each}" for each in settings)]
+    )
+    assert isinstance(result.exception, DataError)
+    assert f"path nowhere.jsonl does not exist in {tmp_path}" in str(result.exception)
+    assert not list(tmp_path.glob("store/import_model/*"))

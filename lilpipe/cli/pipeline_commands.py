@@ -12,12 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from lilpipe.cli.options import ConfigFile, Overrides, Recipe, Seed, load_config, override_values
+from lilpipe.config.backend import BackendConfig
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
+from lilpipe.model.hub import read_model_config
+from lilpipe.pipeline.base_model import first_model, known_model
 from lilpipe.pipeline.plan import WaitingStep, changes, plan
 from lilpipe.pipeline.run import Listener, run_step
 from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
-from lilpipe.pipeline.wiring import check_wiring
 from lilpipe.recipes import resolve
 from lilpipe.store import Store
 
@@ -45,8 +47,7 @@ def run(
             from lilpipe.tracking import MLflowTracker
 
             listeners.append(stack.enter_context(closing(MLflowTracker(loaded, pipeline_run=pipeline_run))))
-        for step in loaded.steps:
-            check_wiring(loaded, step)
+        plan(loaded, store, until=stage)  # what cannot run is said before the first step
         for step in [stage] if stage else loaded.steps:
             run_step(loaded, step, store=store, pipeline_run=pipeline_run, listeners=listeners)
     display.summary(loaded)
@@ -71,7 +72,10 @@ def show_plan(
     from lilpipe.training.budget import budget, budget_table
 
     for name in (name for name, node in loaded.steps.items() if node.stage == "pretrain"):
-        planned = budget(loaded.section(name), loaded.tokenizer.vocab_size)
+        if (vocab_size := _vocab_size(loaded, name)) is None:
+            console.print(f"{name}: no estimate, because its model is not imported yet or computed by transformers")
+            continue
+        planned = budget(loaded.section(name), vocab_size)
         console.print(budget_table(planned, title=name))
         for warning in planned.warnings:
             console.print(f"[yellow bold]warning[/]: {escape(warning)}", highlight=False, soft_wrap=True)
@@ -85,6 +89,15 @@ def _steps_table(loaded: PipelineConfig) -> Table:
     for name, planned in plan(loaded, Store()).items():
         table.add_row(name, f"[{colours[planned.status]}]{planned.status}[/]", escape(planned.reason))
     return table
+
+
+def _vocab_size(loaded: PipelineConfig, step: str) -> int | None:
+    """Return the vocabulary size of a step of pretraining; None for an imported model of unknown shape."""
+    if loaded.steps[first_model(loaded, step)].stage != "import_model":
+        return loaded.tokenizer.vocab_size
+    model = known_model(loaded, step, {}, Store())
+    shape, vocab_size = (None, 0) if model is None else read_model_config(model)
+    return None if shape is None or isinstance(shape, BackendConfig) else vocab_size
 
 
 @app.command()

@@ -96,8 +96,14 @@ def known_model(config: PipelineConfig, step: str, made: Mapping[str, Artifact],
             has_config = CONFIG_FILE in made[source].manifest.files
             return store.fetch_file(made[source], CONFIG_FILE) if has_config else None
         step = source
-    stage = config.steps[step].stage
-    return _local_base(config.section(step).path) if stage == "import_model" else None
+    return _local_base(config.section(step).path) if config.steps[step].stage == "import_model" else None
+
+
+def first_model(config: PipelineConfig, step: str) -> str:
+    """Return the step whose model a step's input model descends from; the step itself if it has none."""
+    while isinstance(source := config.steps[step].inputs.get("model"), str):
+        step = source
+    return step
 
 
 def _local_base(path: str) -> Path | None:

@@ -58,7 +58,7 @@ from lilpipe.alignment.rollout.rollouts import (
     group_metrics,
     means,
 )
-from lilpipe.alignment.rollout.shared_prompts import share_prompts
+from lilpipe.alignment.rollout.shared_prompts import PromptSharing, by_prompt, share_prompts, sharing_of
 from lilpipe.artifact import Inputs, all_inputs, one_input
 from lilpipe.config.backend import BackendConfig
 from lilpipe.config.model import ModelConfig
@@ -83,8 +83,8 @@ class GRPO:
     """GRPO objective of one data rank; see ``lilpipe.training.finetune.Objective``.
 
     ``policy`` returns the current full model for sampling. ``reference`` is the initial policy; if None, it is the
-    policy without what its adapters learned. With ``shared_len``, completions to a prompt share one
-    copy of it in rows of at most ``shared_len`` inputs; None gives each completion its own row. ``sum_floats`` is an
+    policy without what its adapters learned. With ``sharing``, completions to a prompt share
+    one copy of it in a row; None gives each completion its own row. ``sum_floats`` is an
     all-reduce.
     """
 
@@ -97,13 +97,13 @@ class GRPO:
         policy: Callable[[], Transformer],
         reference: Transformer | None,
         workers: Workers,
-        shared_len: int | None = None,
+        sharing: PromptSharing | None = None,
         sum_floats: Callable[[list[float]], list[float]] = distributed.sum_floats,
     ) -> None:
         self.config, self.reference = config, reference
         self._sampler, self._policy, self._sum_floats = sampler, policy, sum_floats
         self._rank = workers.data_rank
-        self._shared_len = shared_len
+        self._sharing = sharing
         self.collapse_monitor = CollapseMonitor(
             config.collapse_monitor,
             workspace.scratch / "rollouts.jsonl",
@@ -124,17 +124,18 @@ class GRPO:
         """Return the micro-batches of an update; the first update of a rollout samples its completions."""
         rollout, number, update = self._rollouts.at(step)
         seed = derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank)
-        parts = micro_batches(rollout.completions, update, self.config, seed=seed)
+        split = None if self._sharing is None else by_prompt
+        parts = micro_batches(rollout.completions, update, self.config, seed=seed, split=split)
         return [
             self._batch(part, {} if index else rollout.metrics, number, is_fresh=update == 0)
             for index, part in enumerate(parts)
         ]
 
     def _batch(self, completions: CompletionBatch, metrics: Sums, rollout: int, *, is_fresh: bool) -> TokenBatch:
-        if self._shared_len is None:
+        if self._sharing is None:
             extra = MicroBatch(completions, metrics, rollout, is_fresh=is_fresh)
             return TokenBatch(completions.inputs, completions.targets, extra=extra)
-        rows = share_prompts(completions, max_len=self._shared_len)
+        rows = share_prompts(completions, self._sharing)
         extra = MicroBatch(completions, metrics, rollout, is_fresh=is_fresh, places=rows.places)
         return TokenBatch(rows.inputs, rows.targets, positions=rows.positions, mask=rows.mask, extra=extra)
 
@@ -259,7 +260,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     rewards.log_sandbox(prompts, workspace)
     before = greedy_metrics(model, tokenizer, validation, rewards, config)
     whole, reference = scratch_and_reference(config, source.path, model, workers, needed=config.beta > 0)
-    shared_len = _shared_len(model, workers)
+    sharing = _sharing(model, workers)
     del model  # before the trainer loads its own
     sampler = Sampler(
         tokenizer,
@@ -278,7 +279,7 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         policy=lambda: finetune.whole_model(trainer_module, into=whole),
         reference=reference,
         workers=workers,
-        shared_len=shared_len,
+        sharing=sharing,
     )
     trainer_module = finetune.build(config, source.path, objective, workers, stage="grpo")
     score_targets_alone(trainer_module, config, workers)
@@ -315,14 +316,14 @@ def _check_memory(
     check_memory(config, source, largest, workspace, stage="grpo", other_models=others)
 
 
-def _shared_len(model: Transformer, workers: Workers) -> int | None:
-    """Return the length of rows that share prompts, or None to disable sharing.
+def _sharing(model: Transformer, workers: Workers) -> PromptSharing | None:
+    """Return how prompts are shared, or None to disable it.
 
     On a GPU, attention without a mask is faster than what sharing saves. Dropout depends on row and position. A
     class of transformers takes no masks.
     """
     shares = workers.mesh is None and model.device.type == "cpu" and not model.config.dropout
-    return model.config.max_seq_len if shares and not isinstance(model.config, BackendConfig) else None
+    return sharing_of(model.config) if shares and not isinstance(model.config, BackendConfig) else None
 
 
 STAGE = Stage(

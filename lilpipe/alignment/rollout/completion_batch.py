@@ -56,17 +56,29 @@ class CompletionBatch(NamedTuple):
         return self._replace(**tensors)
 
 
+Split = Callable[[CompletionBatch, int], list[Tensor]]
+"""Divides the rows of a batch into a number of parts."""
+
+
 def micro_batches(
-    completions: CompletionBatch, update: int, config: GRPOConfig | PPOConfig, *, seed: int
+    completions: CompletionBatch,
+    update: int,
+    config: GRPOConfig | PPOConfig,
+    *,
+    seed: int,
+    split: Split | None = None,
 ) -> list[CompletionBatch]:
-    """Return the micro-batches of an update; each epoch shuffles all completions anew."""
+    """Return the micro-batches of an update; each epoch shuffles all completions anew.
+
+    ``split`` divides the rows of an update into parts; by default ``by_length``.
+    """
     rows = torch.arange(len(completions.inputs))
     if config.num_mini_batches > 1:
         epoch, part = divmod(update, config.num_mini_batches)
         generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
         rows = torch.randperm(len(rows), generator=generator).chunk(config.num_mini_batches)[part]
     chosen = completions.take(rows)
-    return [chosen.take(part) for part in by_length(chosen, config.accumulation_steps)]
+    return [chosen.take(part) for part in (split or by_length)(chosen, config.accumulation_steps)]
 
 
 def by_length(completions: CompletionBatch, parts: int) -> list[Tensor]:

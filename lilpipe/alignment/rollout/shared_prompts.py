@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 
 from lilpipe.alignment.rollout.completion_batch import CompletionBatch
+from lilpipe.config.model import ModelConfig
+from lilpipe.model.flops import block_parameters, head_widths
 from lilpipe.model.scores import IGNORED
 
 ROW_LEN = 128
-"""Inputs per row, unless a single completion needs more: the cost of attention is quadratic in row length."""
+"""Least inputs per row. The cost of attention is quadratic in row length."""
+MULTIPLES = (1, 1.5, 2, 3, 4, 6, 8)
+"""Row lengths that are considered, as multiples of the least."""
+ATTENTION_SLOWDOWN = 3
+"""How much longer an operation of attention with a mask takes than one of the matrix products, on a CPU."""
 
 
 class SharedRows(NamedTuple):
@@ -36,15 +42,36 @@ class SharedRows(NamedTuple):
     """[N, T], index of each sampled token in the flattened targets; 0 elsewhere."""
 
 
-def share_prompts(completions: CompletionBatch, *, max_len: int) -> SharedRows:
-    """Pack completions into rows of at most ``max_len`` inputs, which must fit the longest completion."""
+class PromptSharing(NamedTuple):
+    """How prompts are shared in the rows of a model."""
+
+    max_len: int
+    """Most inputs of a row, which must fit the longest completion."""
+    attention_cost: float
+    """Time to attend to a key, relative to that of a token's matrix products."""
+
+
+def sharing_of(config: ModelConfig) -> PromptSharing:
+    """Return how prompts are shared for a model on a CPU."""
+    key, value = head_widths(config)
+    parameters = block_parameters(config, config.num_layers - 1, active=True)
+    return PromptSharing(config.max_seq_len, ATTENTION_SLOWDOWN * config.num_heads * (key + value) / parameters)
+
+
+def share_prompts(completions: CompletionBatch, sharing: PromptSharing) -> SharedRows:
+    """Pack completions into rows of the length that is expected to take the least time: in longer rows more completions
+    share a prompt, but attention costs more.
+    """
     inputs_NT, completion_mask_NT = completions.inputs.cpu().numpy(), completions.completion_mask.cpu().numpy()
     targets_NT = completions.targets.cpu().numpy()
     firsts = completion_mask_NT.argmax(axis=1)
     ends = completion_mask_NT.shape[1] - completion_mask_NT[:, ::-1].argmax(axis=1)
-    row_len = min(max_len, max(ROW_LEN, int(ends.max())))
-    rows = _rows(_branches(inputs_NT, firsts, ends, row_len), row_len)
-    width = max(sum(branch.size for branch in row) for row in rows)
+    groups = _same_prompts(inputs_NT, firsts)
+    least = min(sharing.max_len, max(ROW_LEN, int(ends.max())))
+    lengths = dict.fromkeys(min(sharing.max_len, int(least * multiple)) for multiple in MULTIPLES)
+    packings = [_rows(_branches(groups, firsts, ends, length), length) for length in lengths]
+    rows = min(packings, key=lambda rows: len(rows) * _width(rows) * (1 + sharing.attention_cost * _width(rows)))
+    width = _width(rows)
     inputs_BS, positions_BS = np.zeros((2, len(rows), width), dtype=np.int64)
     targets_BS = np.full((len(rows), width), IGNORED, dtype=np.int64)
     # owner: the prompt or completion of a token; prompt: the prompt it attends to. Ids are unique within a row.
@@ -82,13 +109,31 @@ class _Branch(NamedTuple):
     """Number of inputs, including the prompt's."""
 
 
-def _branches(inputs_NT: np.ndarray, firsts: np.ndarray, ends: np.ndarray, row_len: int) -> list[_Branch]:
-    """Group completions by prompt; a group has at most ``row_len`` inputs."""
+def _width(rows: list[list[_Branch]]) -> int:
+    return max(sum(branch.size for branch in row) for row in rows)
+
+
+def _same_prompts(inputs_NT: np.ndarray, firsts: np.ndarray) -> list[list[int]]:
+    """Return the completions to each prompt."""
     by_prompt: dict[bytes, list[int]] = defaultdict(list)
     for n, first in enumerate(firsts):
         by_prompt[inputs_NT[n, : first + 1].tobytes()].append(n)
+    return list(by_prompt.values())
+
+
+def by_prompt(completions: CompletionBatch, parts: int) -> list[Tensor]:
+    """Split rows into parts of equal size that hold the completions to as few prompts as possible."""
+    firsts = completions.completion_mask.cpu().numpy().argmax(axis=1)
+    groups = _same_prompts(completions.inputs.cpu().numpy(), firsts)
+    groups.sort(key=lambda members: (int(firsts[members[0]]), members[0]))
+    order = torch.tensor([n for members in groups for n in members], device=completions.inputs.device)
+    return list(order.tensor_split(parts))
+
+
+def _branches(groups: list[list[int]], firsts: np.ndarray, ends: np.ndarray, row_len: int) -> list[_Branch]:
+    """Divide the completions to each prompt into branches of at most ``row_len`` inputs."""
     branches: list[_Branch] = []
-    for members in by_prompt.values():
+    for members in groups:
         branch = _Branch([], int(firsts[members[0]]))
         for n in members:
             size = int(ends[n] - firsts[n])

@@ -115,7 +115,10 @@ def find_files(source: Source, suffixes: Sequence[str] = ()) -> list[File]:
         root = _fixed_part(root)
         missing = "no file matches the pattern"
     else:
-        raise DataError(f"source {source.name!r}: path {path} does not exist; correct the path or remove the source")
+        raise DataError(
+            f"source {source.name!r}: path {path} does not exist{_seen_from(path)}; correct the path, or "
+            "remove the source"
+        )
     files = [file for each, info in sorted(found.items()) if (file := _file(filesystem, each, root, info))]
     if not files:
         raise DataError(f"source {source.name!r}: path {path}: {missing}; correct `path` or `kind` ({source.kind})")
@@ -197,6 +200,11 @@ def _check_not_empty(source: Source, files: list[File]) -> list[File]:
     if not any(file.size for file in files):
         raise DataError(f"source {source.name!r}: path {source.path}: all files are empty (0 bytes)")
     return files
+
+
+def _seen_from(path: str) -> str:
+    """Return the directory that a relative path is taken from, for messages."""
+    return "" if "://" in path or Path(path).is_absolute() else f" in {Path.cwd()}, where the command runs"
 
 
 def digest_files(files: list[File]) -> str:
