@@ -16,7 +16,7 @@ from lilpipe.config.backend import BackendConfig
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.hub import read_model_config
-from lilpipe.pipeline.base_model import first_model, known_model
+from lilpipe.pipeline.base_model import ancestors_of, known_model
 from lilpipe.pipeline.plan import WaitingStep, changes, plan
 from lilpipe.pipeline.run import Listener, run_step
 from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
@@ -93,7 +93,7 @@ def _steps_table(loaded: PipelineConfig) -> Table:
 
 def _vocab_size(loaded: PipelineConfig, step: str) -> int | None:
     """Return the vocabulary size of a step of pretraining; None for an imported model of unknown shape."""
-    if loaded.steps[first_model(loaded, step)].stage != "import_model":
+    if loaded.steps[ancestors_of(loaded, step)[-1]].stage != "import_model":
         return loaded.tokenizer.vocab_size
     model = known_model(loaded, step, {}, Store())
     shape, vocab_size = (None, 0) if model is None else read_model_config(model)

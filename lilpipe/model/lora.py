@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from lilpipe.config.lora import LoRAConfig
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.model.adapter_dropout import Numbers, carry_numbers, drop, salt_of
+from lilpipe.model.backend import PREFIX as BACKEND_PREFIX
 from lilpipe.model.backend import Backend
 from lilpipe.model.heads import HEAD
 from lilpipe.model.hub import copy_into
 from lilpipe.model.initial_weights import initial_value
 from lilpipe.model.layers import Linear
-from lilpipe.model.peft_files import BY_CLASS, read_adapter
+from lilpipe.model.peft_files import read_adapter
 from lilpipe.model.state_dict_adapters import adapter_for
 from lilpipe.model.transformer import Transformer
 from lilpipe.model.weights import NamedTensors
@@ -172,7 +173,7 @@ def add_adapters(
         adapted = make(layer, config, name)
         adapted.train(layer.training)
         matrix_RI = adapted.lora_A.detach()
-        own_name = name.removeprefix(BY_CLASS)  # as in the decoder, so that both draw the same values
+        own_name = name.removeprefix(BACKEND_PREFIX)  # as in the decoder, so that both draw the same values
         matrix_RI.copy_(initial_value(f"{own_name}.lora_A", matrix_RI.shape, seed=seed, config=model.config))
         setattr(model.get_submodule(parent), kind, adapted)
     if config.lora_dropout:

@@ -20,10 +20,9 @@ from lilpipe.artifact import write_atomically
 from lilpipe.config.lora import ADAPTER_FILES, LoRAConfig, Projection
 from lilpipe.config.overrides import explain
 from lilpipe.errors import ArtifactError
+from lilpipe.model.backend import PREFIX as BACKEND_PREFIX
 
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
-BY_CLASS = "model.network."
-"""Before the names of layers that a class of transformers computes; ``peft`` has the names without it."""
 _PREFIX = "base_model.model."
 _SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 _WITHOUT_EFFECT = {
@@ -129,13 +128,15 @@ def _read_tensors(directory: Path, *, by_class: bool) -> dict[str, Tensor]:
 
 
 def _to_peft(name: str) -> str:
-    return f"{_PREFIX}{name.removeprefix(BY_CLASS)}" + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
+    return f"{_PREFIX}{name.removeprefix(BACKEND_PREFIX)}" + (
+        ".weight" if name.endswith((".lora_A", ".lora_B")) else ""
+    )
 
 
 def _from_peft(name: str, path: Path, *, by_class: bool) -> str:
     ours = name.removeprefix(_PREFIX)
     placed = ours.startswith("model.layers.") or ours == "score.weight" or by_class
-    ours = f"{BY_CLASS}{ours}" if by_class and ours != "score.weight" else ours
+    ours = f"{BACKEND_PREFIX}{ours}" if by_class and ours != "score.weight" else ours
     if ours.endswith((".lora_A.weight", ".lora_B.weight")):
         ours = ours.removesuffix(".weight")
     if not placed or not ours.endswith((".lora_A", ".lora_B", ".lora_magnitude_vector", "score.weight")):

@@ -38,8 +38,8 @@ LORA_FACTOR = 10
 SEQ_LEN = 2048
 """Tokens of a row in continued pretraining, if the base's context is longer."""
 MAX_RATE = 1e-3
-FREE = "pretrain.model.max_seq_len"
-"""The only setting of ``pretrain.model`` that has an effect on a model of transformers."""
+CONTEXT = "pretrain.model.max_seq_len"
+"""The only setting of ``pretrain.model`` that has an effect on a model of transformers: the default sequence length."""
 
 
 def rate(stage: str, parameters: float, *, lora: bool) -> float:
@@ -91,19 +91,21 @@ def known_model(config: PipelineConfig, step: str, made: Mapping[str, Artifact],
     """
     if not isinstance(config.section(step), ParallelSection):
         return None
-    while isinstance(source := config.steps[step].inputs.get("model"), str):
+    ancestors = ancestors_of(config, step)
+    for source in ancestors[1:]:
         if source in made:
             has_config = CONFIG_FILE in made[source].manifest.files
             return store.fetch_file(made[source], CONFIG_FILE) if has_config else None
-        step = source
-    return _local_base(config.section(step).path) if config.steps[step].stage == "import_model" else None
+    root = ancestors[-1]
+    return _local_base(config.section(root).path) if config.steps[root].stage == "import_model" else None
 
 
-def first_model(config: PipelineConfig, step: str) -> str:
-    """Return the step whose model a step's input model descends from; the step itself if it has none."""
-    while isinstance(source := config.steps[step].inputs.get("model"), str):
-        step = source
-    return step
+def ancestors_of(config: PipelineConfig, step: str) -> list[str]:
+    """Return a step, the step of its input model, and so on to the one that made or imported the first model."""
+    found = [step]
+    while isinstance(source := config.steps[found[-1]].inputs.get("model"), str):
+        found.append(source)
+    return found
 
 
 def _local_base(path: str) -> Path | None:
@@ -132,7 +134,7 @@ def check_model_limits(config: PipelineConfig, step: str, section: object, model
 
 
 def _check_ignored(config: PipelineConfig, stage: str, shape: BackendConfig) -> None:
-    ignored = sorted(name for name in config.given if name.startswith("pretrain.model.") and name != FREE)
+    ignored = sorted(name for name in config.given if name.startswith("pretrain.model.") and name != CONTEXT)
     if stage == "pretrain" and ignored:
         raise ConfigError(
             f"{ignored[0]}: would be ignored: the step continues a {shape.class_name} of transformers; remove it"

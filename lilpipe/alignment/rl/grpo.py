@@ -42,6 +42,7 @@ from lilpipe.alignment.rollout.collapse_monitor import CollapseMonitor
 from lilpipe.alignment.rollout.completion_batch import (
     CompletionBatch,
     at_temperature,
+    by_length,
     measure_logprob_mismatch,
     micro_batches,
     num_parts,
@@ -83,9 +84,8 @@ class GRPO:
     """GRPO objective of one data rank; see ``lilpipe.training.finetune.Objective``.
 
     ``policy`` returns the current full model for sampling. ``reference`` is the initial policy; if None, it is the
-    policy without what its adapters learned. With ``sharing``, completions to a prompt share
-    one copy of it in a row; None gives each completion its own row. ``sum_floats`` is an
-    all-reduce.
+    policy without what its adapters learned. With ``sharing``, completions to a prompt share one copy of it in a row;
+    None gives each completion its own row. ``sum_floats`` is an all-reduce.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class GRPO:
         """Return the micro-batches of an update; the first update of a rollout samples its completions."""
         rollout, number, update = self._rollouts.at(step)
         seed = derive_seed(self.config.seed or 0, "grpo/minibatches", number, self._rank)
-        split = None if self._sharing is None else by_prompt
+        split = by_length if self._sharing is None else by_prompt
         parts = micro_batches(rollout.completions, update, self.config, seed=seed, split=split)
         return [
             self._batch(part, {} if index else rollout.metrics, number, is_fresh=update == 0)

@@ -56,6 +56,11 @@ class CompletionBatch(NamedTuple):
         return self._replace(**tensors)
 
 
+def by_length(completions: CompletionBatch, parts: int) -> list[Tensor]:
+    """Split rows into parts of completions of similar length, to reduce padding."""
+    return list(completions.lengths.argsort(stable=True).tensor_split(parts))
+
+
 Split = Callable[[CompletionBatch, int], list[Tensor]]
 """Divides the rows of a batch into a number of parts."""
 
@@ -66,11 +71,11 @@ def micro_batches(
     config: GRPOConfig | PPOConfig,
     *,
     seed: int,
-    split: Split | None = None,
+    split: Split = by_length,
 ) -> list[CompletionBatch]:
     """Return the micro-batches of an update; each epoch shuffles all completions anew.
 
-    ``split`` divides the rows of an update into parts; by default ``by_length``.
+    ``split`` divides the rows of an update.
     """
     rows = torch.arange(len(completions.inputs))
     if config.num_mini_batches > 1:
@@ -78,12 +83,7 @@ def micro_batches(
         generator = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
         rows = torch.randperm(len(rows), generator=generator).chunk(config.num_mini_batches)[part]
     chosen = completions.take(rows)
-    return [chosen.take(part) for part in (split or by_length)(chosen, config.accumulation_steps)]
-
-
-def by_length(completions: CompletionBatch, parts: int) -> list[Tensor]:
-    """Split rows into parts of completions of similar length, to reduce padding."""
-    return list(completions.lengths.argsort(stable=True).tensor_split(parts))
+    return [chosen.take(part) for part in split(chosen, config.accumulation_steps)]
 
 
 def num_parts(config: GRPOConfig | PPOConfig) -> int:
