@@ -89,7 +89,7 @@ def test_rates_and_shape_follow_from_a_local_base(base):
 
 def test_other_recipes_keep_their_rates(base):
     config: PipelineConfig = load("tiny", overrides={"import_model.path": str(base)})
-    assert config.model_dump(exclude={"import_model"}) == load("tiny").model_dump(exclude={"import_model"})
+    assert config == load("tiny").model_copy(update={"import_model": config.import_model})
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    PrivateAttr,
     ValidationError,
     create_model,
     model_validator,
@@ -165,17 +164,19 @@ class PipelineConfig(Section):
     orchestration: OrchestrationConfig = OrchestrationConfig()
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
-    _given: frozenset[str] = PrivateAttr(default=frozenset())
 
-    @property
+    @functools.cached_property
     def given(self) -> frozenset[str]:
-        """Dotted names of the settings that the user set; others may follow from the base model."""
-        return self._given
+        """Dotted names of the settings that the user set; others may follow from the base model.
+
+        This is the origin of values, so it is no field: equal values make equal configurations.
+        """
+        return frozenset()
 
     def with_given(self, names: frozenset[str]) -> PipelineConfig:
         """Return the configuration with the names of the settings that the user set."""
         copy = self.model_copy()
-        copy._given = names
+        copy.__dict__["given"] = names
         return copy
 
     @classmethod

@@ -301,16 +301,18 @@ def load_backend(directory: Path, config: BackendConfig) -> Backend:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named below
         )
     except (OSError, ValueError, TypeError, RuntimeError, LookupError) as error:
         raise ArtifactError(f"{directory}: cannot be loaded by transformers ({str(error)[:300]})") from error
     network, info = loaded
-    problems = {"missing": info["missing_keys"], "of another shape": info["mismatched_keys"]}
+    because = f" (by its class, because of {config.reason})" if config.reason else ""
+    problems = {"missing": info["missing_keys"], "of another shape": [name for name, *_ in info["mismatched_keys"]]}
     for problem, names in problems.items():
         if names:
             raise ArtifactError(
-                f"{directory}: {min(map(str, names))}: {problem}, expected it from config.json; copy all files from "
-                "the same checkpoint"
+                f"{directory}: {min(names)}: {problem}, expected it from config.json{because}; copy all files from the "
+                "same checkpoint"
             )
     return Backend(config, network)
 

@@ -32,7 +32,7 @@ class Rope:
         given = stated.get(self.partial_key, 1.0 if self.partial is None else self.partial)
         rotated = parameters.get("partial_rotary_factor", given)
         if self.partial is None and rotated != 1:
-            raise UnsupportedError(f"partial_rotary_factor: got {rotated!r}, expected 1.0")
+            raise ValueError(f"partial_rotary_factor: got {rotated!r}, expected 1.0")
         return {
             "rope_theta": parameters.get("rope_theta", stated.get(self.theta_key, self.theta)),
             "rope_scaling": read_scaling(parameters, stated, values, allowed=self.scales),
@@ -95,14 +95,15 @@ def read_scaling(
 ) -> dict[str, Any] | None:
     """Return our ``rope_scaling`` from transformers' RoPE parameters; None if they do not scale.
 
-    Raises ``UnsupportedError`` for another kind of scaling or an unknown parameter.
+    Raises ``UnsupportedError`` for another kind of scaling, ``ValueError`` for an unknown parameter, which classes of
+    transformers ignore.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     kinds = ["default", *(ROPE_KEYS if allowed else ())]
     if kind not in kinds:
         raise UnsupportedError(f"rope_scaling.rope_type: got {kind!r}, expected one of {', '.join(kinds)}")
     if unknown := sorted(parameters.keys() - _ROPE_NAMES - RopeScalingConfig.model_fields.keys()):
-        raise UnsupportedError(f"rope_scaling.{unknown[0]}: got {parameters[unknown[0]]!r}, expected no such parameter")
+        raise ValueError(f"rope_scaling.{unknown[0]}: got {parameters[unknown[0]]!r}, expected no such parameter")
     if kind == "default":
         return None
     used = ROPE_KEYS[kind] | ROPE_OPTIONAL.get(kind, frozenset())

@@ -229,7 +229,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
         ({"model_type": "deepseek_v3"}, r"n_group: got 8, expected 1"),
         ({"model_type": "lilpipe"}, r"model: missing"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config: got quantized weights"),
-        ({"hidden_act": "relu"}, r"hidden_act: got 'relu', expected one of silu, swish, gelu"),
+        ({"hidden_act": "foo"}, r"hidden_act: got 'foo', expected one of silu, swish, gelu"),
         ({"attention_bias": True}, r"k_proj\.bias: got nothing, expected \(16,\)"),
         ({"hidden_size": ...}, r"hidden_size: missing"),
         ({"num_attention_heads": 5, "head_dim": ...}, r"hidden_size 32 must be a multiple of num_heads 5"),

@@ -73,10 +73,25 @@ def test_a_directory_without_a_checkpoint_is_refused_before_anything_runs(tmp_pa
         imported(tmp_path / "nowhere")
 
 
-def test_what_the_decoder_does_not_compute_is_not_imported(directory, tmp_path):
+def test_what_the_decoder_does_not_compute_is_imported_with_its_class(directory, tmp_path):
     text = (directory / "config.json").read_text()
     (directory / "config.json").write_text(text.replace('"gelu_new"', '"relu"'))
-    with pytest.raises(ArtifactError, match="activation_function: got 'relu', expected 'gelu_new'"):
+    workspace = Workspace(tmp_path / "work")
+    import_model.run(ImportModelConfig(path=str(directory)), {}, workspace)
+    log = (tmp_path / "work" / "events.jsonl").read_text()
+    assert (
+        "GPT2LMHeadModel of transformers computes this model, not the decoder (activation_function: got 'relu'" in log
+    )
+    tokens = torch.arange(3, 23)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ours, _ = load_model(workspace.output)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_neither_the_decoder_nor_its_class_computes_is_not_imported(directory, tmp_path):
+    text = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(text.replace('"gelu_new"', '"foo"'))
+    with pytest.raises(ArtifactError, match="activation_function: got 'foo', expected 'gelu_new'"):
         import_model.run(ImportModelConfig(path=str(directory)), {}, Workspace(tmp_path / "work"))
 
 
