@@ -176,7 +176,7 @@ class PipelineConfig(Section):
     def with_given(self, names: frozenset[str]) -> PipelineConfig:
         """Return the configuration with the names of the settings that the user set."""
         copy = self.model_copy()
-        copy.__dict__["given"] = names
+        vars(copy)["given"] = names
         return copy
 
     @classmethod
