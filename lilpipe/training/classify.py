@@ -36,6 +36,7 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.training import finetune
 from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, precision_recall_f1
 from lilpipe.training.finetune import TokenBatch, Workers
+from lilpipe.training.finetune_memory import check_memory, largest_padded_batch
 from lilpipe.training.labelled_texts import LabelledText, distinct_texts, is_validation, read_texts
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, TrainerModule
@@ -96,6 +97,9 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     if config.lora is None:
         freeze = partial(_freeze, num_layers=config.frozen_layers, embedding=config.freeze_embedding)
     workers = finetune.Workers(config)
+    trained = count_trained(config, shape, vocab_size, len(labels))
+    largest_batch = largest_padded_batch([(len(example.ids),) for example in training], config, num_steps=num_steps)
+    check_memory(config, source.path, largest_batch, workspace, stage="classify", head=len(labels), trained=trained)
     objective = LabelObjective(training, config, padding_id=tokenizer.padding_id, workers=workers)
     trainer_module = finetune.build(
         config, source.path, objective, workers, stage="classify", head=len(labels), prepare=freeze
@@ -121,7 +125,7 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         "steps": float(num_steps),
         "texts": float(len(training)),
         "validation_texts": float(len(validation)),
-        "trained_parameters": float(count_trained(config, shape, vocab_size, len(labels))),
+        "trained_parameters": float(trained),
         **result.metrics,
         "largest_class_ratio": largest / len(validation),
         "tokens_per_second": result.tokens_per_second,

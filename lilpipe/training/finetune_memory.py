@@ -15,17 +15,20 @@ import torch
 
 from lilpipe import distributed
 from lilpipe.config.backend import BackendConfig
+from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.config.training import ParallelSection, PretrainConfig
 from lilpipe.errors import ConfigError
 from lilpipe.model.flops import num_parameters
 from lilpipe.model.hub import read_model_config
-from lilpipe.schemas.order import rows_of_step
+from lilpipe.schemas.order import rows_by_micro_batch, rows_of_step
 from lilpipe.stage import Workspace
 from lilpipe.tokens.packing import best_fit
 from lilpipe.training.budget import SPARE_MEMORY, gib
-from lilpipe.training.memory import FP32, Term, peak_memory, total
+from lilpipe.training.memory import FP32, Term, peak_memory, persistent_memory, total
 
 STEPS_LOOKED_AT = 100
+TRAINED = ("gradients", "optimizer state")
+"""Names of the terms that frozen parameters do not need."""
 
 
 class Shape(NamedTuple):
@@ -64,6 +67,24 @@ def largest_batch(
     return max(found, key=lambda shape: shape.num_rows * shape.num_tokens)
 
 
+def largest_padded_batch(
+    examples: Sequence[Sequence[int]], config: RewardModelConfig | ClassifyConfig, *, num_steps: int
+) -> Shape:
+    """Return the largest micro-batch of the first steps of a model with a head; its rows are padded.
+
+    ``examples``: lengths of the sequences of each example.
+    """
+    world_size = config.layout.data
+    lengths = [sum(example) for example in examples]
+    found = []
+    for step in range(min(num_steps, STEPS_LOOKED_AT)):
+        longest = rows_by_micro_batch(step, lengths, config, rank=world_size - 1, world_size=world_size)
+        for rows in longest:
+            sequences = [length for row in rows for length in examples[row]]
+            found.append(Shape(len(sequences), max(sequences), packed=False))
+    return max(found, key=lambda shape: shape.num_rows * shape.num_tokens)
+
+
 def check_memory(
     section: ParallelSection,
     source: Path,
@@ -71,21 +92,27 @@ def check_memory(
     workspace: Workspace,
     *,
     stage: str,
+    head: int = 0,
+    trained: int | None = None,
     other_models: Sequence[Path] = (),
+    value_model: Path | None = None,
 ) -> None:
     """Log the estimated peak memory of a worker. Raises ``ConfigError`` if the machine has less.
 
-    ``other_models`` are held whole beside the trained one: a reference, a reward model, a gathered copy. Nothing is
-    known about the activations of a class of transformers, so there is no estimate.
+    ``head``: number of outputs of a head in place of the output layer. ``trained``: number of trainable parameters, if
+    not all or those of adapters. ``other_models`` are held whole beside the
+    trained one: a reference, a reward model, a gathered copy. ``value_model`` is trained beside it. Nothing is known
+    about the activations of a class of transformers: without them the estimate is a lower bound.
     """
-    if isinstance(read_model_config(source)[0], BackendConfig):
-        return
-    config = _as_pretraining(section, source, shape)
-    terms = planned_memory(config, read_model_config(source)[1], other_models)
+    terms = planned_memory(
+        section, source, shape, head=head, trained=trained, other_models=other_models, value_model=value_model
+    )
     has = _device_bytes(section)
     parts = ", ".join(f"{term.name} {gib(term.bytes)}" for term in terms if term.bytes)
+    model = read_model_config(source)[0]
+    bound = f", and the activations of {model.class_name}" if isinstance(model, BackendConfig) else ""
     workspace.log(
-        f"memory: {gib(total(terms))} planned of {gib(has)} per worker: {parts}; micro-batch "
+        f"memory: {gib(total(terms))} planned of {gib(has)} per worker: {parts}{bound}; micro-batch "
         f"{shape.num_rows} x {shape.num_tokens} tokens"
     )
     if total(terms) > has * (1 - SPARE_MEMORY):
@@ -102,11 +129,49 @@ def check_memory(
         )
 
 
-def planned_memory(config: PretrainConfig, vocab_size: int, other_models: Sequence[Path] = ()) -> tuple[Term, ...]:
-    """Return the terms of the peak memory."""
-    terms = peak_memory(config, vocab_size, on_cpu=not torch.cuda.is_available())
+def planned_memory(
+    section: ParallelSection,
+    source: Path,
+    shape: Shape,
+    *,
+    head: int = 0,
+    trained: int | None = None,
+    other_models: Sequence[Path] = (),
+    value_model: Path | None = None,
+) -> tuple[Term, ...]:
+    """Return the terms of the peak memory; see ``check_memory``."""
+    config, vocab_size = _as_pretraining(section, source, shape), read_model_config(source)[1]
+    if isinstance(config.model, BackendConfig):
+        terms = _persistent_of_class(config, config.model)
+    else:
+        terms = peak_memory(config, vocab_size, on_cpu=not torch.cuda.is_available(), head=head)
+    if trained is not None and config.lora is None:
+        ratio = trained / num_parameters(config.model, vocab_size)
+        terms = tuple(
+            Term(term.name, term.bytes * (ratio if term.name in TRAINED else 1), term.arithmetic) for term in terms
+        )
     held = sum(FP32 * num_parameters(*read_model_config(path)) for path in other_models)
-    return (*terms, Term("other models", held, "4 B x parameters"))
+    terms = (*terms, Term("other models", held, "4 B x parameters"))
+    if value_model is None:
+        return terms
+    config, vocab_size = _as_pretraining(section, value_model, shape), read_model_config(value_model)[1]
+    if isinstance(config.model, BackendConfig):
+        value = _persistent_of_class(config, config.model)
+    else:
+        value = persistent_memory(config, vocab_size, head=1)
+    return (*terms, Term("value model", total(value), "weights, gradients and optimizer state"))
+
+
+def _persistent_of_class(config: PretrainConfig, model: BackendConfig) -> tuple[Term, ...]:
+    """Return weights, gradients and optimizer state of a class of transformers; those of adapters are left out."""
+    shards = config.layout.shard
+    copies = {"weights": 1} if config.lora else {"weights": 1, "gradients": 1, "optimizer state": 2}
+    if "optimizer state" in copies and config.optimizer.kind == "muon":
+        copies["optimizer state"] = 1
+    return tuple(
+        Term(name, number * FP32 * model.num_parameters / shards, f"{number * FP32} B x parameters / shard {shards}")
+        for name, number in copies.items()
+    )
 
 
 def _as_pretraining(section: ParallelSection, source: Path, shape: Shape) -> PretrainConfig:

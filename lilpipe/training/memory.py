@@ -47,13 +47,21 @@ class Term:
     """The calculation, for people."""
 
 
-def peak_memory(config: PretrainConfig, vocab_size: int, *, on_cpu: bool = False) -> tuple[Term, ...]:
-    """Return the memory of the worker that needs most, at the peak of the run; the terms sum to it."""
-    worker = _Worker(config, vocab_size, on_cpu=on_cpu)
+def peak_memory(config: PretrainConfig, vocab_size: int, *, on_cpu: bool = False, head: int = 0) -> tuple[Term, ...]:
+    """Return the memory of the worker that needs most, at the peak of the run; the terms sum to it.
+
+    ``head``: number of outputs of a head in place of the output layer.
+    """
+    worker = _Worker(config, vocab_size, on_cpu=on_cpu, head=head)
     passing = max((worker.of_phase(phase) for phase in config.resolved_phases), key=total)
     update = worker.update()
     at_peak = passing if total(passing) >= total(update) else update
     return (*worker.standing(), *(term for term in at_peak if term.bytes))
+
+
+def persistent_memory(config: PretrainConfig, vocab_size: int, *, head: int = 0) -> tuple[Term, ...]:
+    """Return weights, gradients and optimizer state of the worker that needs most."""
+    return _Worker(config, vocab_size, on_cpu=False, head=head).standing()
 
 
 def total(terms: tuple[Term, ...]) -> float:
@@ -64,8 +72,9 @@ def total(terms: tuple[Term, ...]) -> float:
 class _Worker:
     """The worker of the layout that needs most memory."""
 
-    def __init__(self, config: PretrainConfig, vocab_size: int, *, on_cpu: bool) -> None:
+    def __init__(self, config: PretrainConfig, vocab_size: int, *, on_cpu: bool, head: int) -> None:
         self.config = config
+        self.head = head
         self.model = config.model
         self.vocab_size = vocab_size
         self.layout = config.layout
@@ -124,9 +133,12 @@ class _Worker:
         """Return this worker's parameters before sharding: those of the larger of the first and the last stage."""
         blocks = sum(self._per_block(layer) for layer in self._layers())
         first, last = embedding_parameters(self.model, self.vocab_size), head_parameters(self.model, self.vocab_size)
+        if self.head:
+            without = self.model.model_copy(update={"tie_embeddings": True})
+            last = head_parameters(without, self.vocab_size) + self.model.hidden_size * self.head
         if self.layout.pipeline == 1:
             return blocks + first + last
-        if self.model.tie_embeddings:  # both ends hold the embedding
+        if self.model.tie_embeddings and not self.head:  # both ends hold the embedding
             last += embedding_parameters(self.model, self.vocab_size)
         return blocks + max(first, last)
 
@@ -253,6 +265,9 @@ class _Worker:
         That is the exponentials (of all tokens or of a chunk), a chunk of their gradient, and the gradient of the
         matrix.
         """
+        if self.head:
+            how = f"2 x 4 B x {num_tokens:,} tokens x {self.head} outputs of the head"
+            return (Term("outputs", 2 * FP32 * num_tokens * self.head, how),)
         vocab = self.vocab_size // self.layout.tensor
         if self.layout.tensor > 1:
             at_once = min(num_tokens, max(1, LOGITS_AT_ONCE // vocab))

@@ -11,7 +11,6 @@ Dimensions: P prompts, G completions per prompt, N = P x G completions, T tokens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from lilpipe.alignment.rl.policy_gradient import (
     surrogate_loss,
 )
 from lilpipe.alignment.rl.reinforcement import (
+    check_rollout_memory,
     checkpoints_between_rollouts,
     conclude,
     greedy_metrics,
@@ -60,9 +60,8 @@ from lilpipe.alignment.rollout.rollouts import (
     means,
 )
 from lilpipe.alignment.rollout.shared_prompts import PromptSharing, by_prompt, share_prompts, sharing_of
-from lilpipe.artifact import Inputs, all_inputs, one_input
+from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.backend import BackendConfig
-from lilpipe.config.model import ModelConfig
 from lilpipe.config.reinforcement import GRPOConfig
 from lilpipe.model.hub import read_model_config
 from lilpipe.model.scores import Scores
@@ -72,7 +71,6 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.finetune import TokenBatch, Workers
-from lilpipe.training.finetune_memory import Shape, check_memory
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss
 
@@ -254,7 +252,16 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         workspace=workspace,
     )
     workers = Workers(config)
-    _check_memory(config, source.path, shape, longest_prompt(prompts, tokenizer, config.prompt_form), inputs, workspace)
+    check_rollout_memory(
+        config,
+        inputs,
+        workspace,
+        stage="grpo",
+        prompt_len=longest_prompt(prompts, tokenizer, config.prompt_form),
+        max_seq_len=shape.max_seq_len,
+        num_generations=config.num_generations,
+        has_reference=config.beta > 0,
+    )
     model = finetune.load(config, source.path, stage="grpo")
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     rewards.log_sandbox(prompts, workspace)
@@ -298,22 +305,6 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     )
     finetune.export(trainer_module, tokenizer, workspace, source=source.path)
     return conclude("Group relative policy optimization", config, before, result, workspace)
-
-
-def _check_memory(
-    config: GRPOConfig, source: Path, shape: ModelConfig, prompt_len: int, inputs: Inputs, workspace: Workspace
-) -> None:
-    """Check the memory of the largest possible micro-batch: the longest prompt, and completions as long as allowed."""
-    num_completions = config.prompts_per_step // config.layout.data * config.num_generations
-    largest = Shape(
-        num_rows=-(-num_completions // (config.num_mini_batches * config.accumulation_steps)),
-        num_tokens=min(shape.max_seq_len, prompt_len + config.sampling.max_new_tokens),
-        packed=False,
-    )
-    sharded = config.layout.replicate < config.num_workers
-    others = [source] * (sharded + (config.beta > 0 and config.lora is None))
-    others += [model.path for model in all_inputs(inputs, "reward_model")]
-    check_memory(config, source, largest, workspace, stage="grpo", other_models=others)
 
 
 def _sharing(model: Transformer, workers: Workers) -> PromptSharing | None:

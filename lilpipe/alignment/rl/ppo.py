@@ -30,10 +30,12 @@ from lilpipe.alignment.rl.policy_gradient import (
     whiten,
 )
 from lilpipe.alignment.rl.reinforcement import (
+    check_rollout_memory,
     checkpoints_between_rollouts,
     conclude,
     greedy_metrics,
     identity_of,
+    longest_prompt,
     reward_model_of,
     score_targets_alone,
     scratch_and_reference,
@@ -64,6 +66,7 @@ from lilpipe.artifact import Inputs, one_input
 from lilpipe.config.reinforcement import PPOConfig
 from lilpipe.errors import ArtifactError
 from lilpipe.model.heads import HeadModel, load_head_model
+from lilpipe.model.hub import read_model_config
 from lilpipe.model.scores import Scores
 from lilpipe.model.transformer import Transformer
 from lilpipe.seeds import derive_seed
@@ -266,14 +269,25 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     """
     source, prompts_artifact, judge = (one_input(inputs, role) for role in ("model", "prompts", "reward_model"))
     _check_same_tokens(source.path, judge.path)
-    policy, tokenizer = finetune.load(config, source.path, stage="ppo"), Tokenizer.load(source.path)
+    shape, tokenizer = read_model_config(source.path)[0], Tokenizer.load(source.path)
     prompts, validation = training_prompts(
         prompts_artifact,
         tokenizer,
         form=config.prompt_form,
-        max_seq_len=policy.config.max_seq_len,
+        max_seq_len=shape.max_seq_len,
         workspace=workspace,
     )
+    check_rollout_memory(
+        config,
+        inputs,
+        workspace,
+        stage="ppo",
+        prompt_len=longest_prompt(prompts, tokenizer, config.prompt_form),
+        max_seq_len=shape.max_seq_len,
+        has_reference=True,
+        value_model=judge.path,
+    )
+    policy = finetune.load(config, source.path, stage="ppo")
     rewards = Rewards(config.rewards, reward_model=reward_model_of(inputs))
     before = greedy_metrics(policy, tokenizer, validation, rewards, config)
     workers = Workers(config)

@@ -10,7 +10,7 @@ from lilpipe import distributed
 from lilpipe.alignment.rewards.reward_functions import RewardModel, Rewards, reward
 from lilpipe.alignment.rollout.completion_batch import at_targets
 from lilpipe.alignment.rollout.completions import PromptForm, complete, encode_question
-from lilpipe.artifact import Artifact, Inputs, one_input, optional_input
+from lilpipe.artifact import Artifact, Inputs, all_inputs, one_input, optional_input
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.errors import DataError
 from lilpipe.model.transformer import Transformer
@@ -18,6 +18,7 @@ from lilpipe.schemas.examples import Prompt, check_not_held_out, read_prompts
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.finetune import Workers, load
+from lilpipe.training.finetune_memory import Shape, check_memory
 from lilpipe.training.replica import TrainerModule
 from lilpipe.training.training_report import write_report
 from lilpipe.training.training_state import TrainingResult
@@ -65,6 +66,36 @@ def longest_prompt(prompts: Sequence[Prompt], tokenizer: Tokenizer, form: Prompt
     """Return the tokens of the prompt with the longest text."""
     longest = max(prompts, key=lambda prompt: len(prompt.question.encode()))
     return len(encode_question(tokenizer, longest.question, form))
+
+
+def check_rollout_memory(
+    config: GRPOConfig | PPOConfig,
+    inputs: Inputs,
+    workspace: Workspace,
+    *,
+    stage: str,
+    prompt_len: int,
+    max_seq_len: int,
+    num_generations: int = 1,
+    has_reference: bool,
+    value_model: Path | None = None,
+) -> None:
+    """Check the memory of the largest possible micro-batch: the longest prompt, and completions as long as allowed.
+
+    A sharded policy is gathered for sampling. With adapters there is no separate reference.
+    """
+    source = one_input(inputs, "model").path
+    num_completions = config.prompts_per_step // config.layout.data * num_generations
+    largest = Shape(
+        num_rows=-(-num_completions // (config.num_mini_batches * config.accumulation_steps)),
+        num_tokens=min(max_seq_len, prompt_len + config.sampling.max_new_tokens),
+        packed=False,
+    )
+    sharded = config.layout.replicate < config.num_workers
+    others = [source] * (sharded + (has_reference and config.lora is None))
+    others += [model.path for model in all_inputs(inputs, "reward_model")]
+    others += [value_model] * sharded if value_model else []
+    check_memory(config, source, largest, workspace, stage=stage, other_models=others, value_model=value_model)
 
 
 def reward_model_of(inputs: Inputs) -> RewardModel | None:
