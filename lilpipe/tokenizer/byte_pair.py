@@ -66,8 +66,9 @@ class BytePairEncoder:
         return Encoded(ids, places[character[starts]], places[character[stops - 1]] + 1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text; special tokens appear by name, invalid UTF-8 as U+FFFD."""
-        return self._encoding.decode(list(ids))
+        """Decode ids to text; special tokens appear by name, unknown ids are ignored."""
+        size = self._encoding.n_vocab
+        return self._encoding.decode([token for token in ids if token < size])
 
     def vocabulary(self) -> list[bytes]:
         """Return the bytes of each token by id; for special tokens their names."""

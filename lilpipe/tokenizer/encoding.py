@@ -173,7 +173,10 @@ class Tokenizer(ABC):
         return self._encoder.encode_marked(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text; special tokens appear by name, invalid UTF-8 as U+FFFD."""
+        """Decode ids to text; special tokens appear by name, invalid UTF-8 as U+FFFD.
+
+        Ids beyond the tokenizer's vocabulary are ignored: a model's embedding may be padded with more rows.
+        """
         return self._encoder.decode(ids)
 
     @cached_property
@@ -182,9 +185,9 @@ class Tokenizer(ABC):
         return self._encoder.vocabulary()
 
     def token_bytes(self, ids: Sequence[int]) -> list[bytes]:
-        """Return the bytes of each id."""
+        """Return the bytes of each id; nothing for an id beyond the tokenizer's vocabulary."""
         vocabulary = self.vocabulary
-        return [vocabulary[token] for token in ids]
+        return [vocabulary[token] if token < len(vocabulary) else b"" for token in ids]
 
     # --- identity and files ---------------------------------------------------------------------------------------
 

@@ -259,6 +259,16 @@ def test_names_of_tokens_spell_bytes_as_the_decoder_says(decoder, names, spelled
     assert [token_decoder(decoder)(name) for name in names] == spelled
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "own"])
+def test_ids_beyond_the_vocabulary_have_no_text(name, tokenizer):
+    """A model's embedding is often padded, and a weak model generates the ids of the padding."""
+    tokenizer = tokenizer if name == "own" else pair(name)[0]
+    ids = tokenizer.encode("a thing")
+    beyond = len(tokenizer.vocabulary)
+    assert tokenizer.decode([beyond, *ids, beyond + 1000]) == tokenizer.decode(ids)
+    assert tokenizer.token_bytes([beyond, ids[0]]) == [b"", tokenizer.vocabulary[ids[0]]]
+
+
 # --- places of tokens in a text -----------------------------------------------------------------------------------
 
 
