@@ -13,6 +13,7 @@ from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
 from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
+from lilpipe.terminal import visible
 from lilpipe.tracking import MLflowTracker
 from tasks.stage import run_configured
 
@@ -39,7 +40,7 @@ def run_one_stage(
         pipeline = configure(recipe, config, overrides, seed)
         pipeline_run = latest_pipeline_run(pipeline, Store())
     except LilpipeError as error:
-        return Failed(message=str(error))
+        return Failed(message=visible(str(error)))
     pipeline_run = pipeline_run or new_pipeline_run(pipeline, created=flow_run_created())
     with closing(MLflowTracker(pipeline, pipeline_run=pipeline_run)) as tracker:
         state = run_configured(pipeline, stage, tracker)

@@ -15,6 +15,7 @@ from lilpipe.artifact import Artifact
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.pipeline.plan import PlannedStep
 from lilpipe.stage import get_stage
+from lilpipe.terminal import make_console
 
 LINE_SECONDS = 10
 """Minimum interval between two plain lines of a stage."""
@@ -24,7 +25,7 @@ class Display:
     """Listener that shows a pipeline run on a console."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or make_console()
         self.live = self.console.is_terminal
         self.outcomes: dict[str, tuple[Artifact, bool, float]] = {}
         self._progress: Progress | None = None

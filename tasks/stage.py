@@ -31,6 +31,7 @@ from lilpipe.errors import LilpipeError
 from lilpipe.pipeline.plan import PlannedStep
 from lilpipe.pipeline.run import Listener, run_step
 from lilpipe.store import Store
+from lilpipe.terminal import visible
 from lilpipe.tracking import MLflowTracker
 
 _listeners: ContextVar[Sequence[Listener]] = ContextVar("listeners", default=())
@@ -68,7 +69,7 @@ def run_stage(
     except LilpipeError as error:
         tracker.stage_failed(step, error)
         get_run_logger().error("%s", error)
-        return Failed(message=str(error))
+        return Failed(message=visible(str(error)))
     return Completed(name="Cached", message="Found in the store") if cached else Completed()
 
 
@@ -112,7 +113,7 @@ class StagePage:
     def stage_event(self, step: str, event: dict[str, Any]) -> None:
         """Log messages, and update the progress at intervals."""
         if "message" in event:
-            self.logger.info("%s", event["message"])
+            self.logger.info("%s", visible(event["message"]))
         elif "metrics" in event and self._progress is not None and time.time() - self._updated >= PROGRESS_SECONDS:
             self._updated = time.time()
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from lilpipe.cli import model_commands, pipeline_commands
 from lilpipe.errors import LilpipeError
+from lilpipe.terminal import make_console
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(pipeline_commands.app)
@@ -21,7 +21,7 @@ def main() -> None:
     try:
         app()
     except LilpipeError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red bold]error[/]: {escape(str(error))}")
+        make_console(stderr=True, highlight=False, soft_wrap=True).print(f"[red bold]error[/]: {escape(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
 from lilpipe.cli.options import ConfigFile, Overrides, Recipe, Seed, load_config
 from lilpipe.config.benchmarks import BenchmarksConfig
@@ -19,6 +18,7 @@ from lilpipe.errors import ConfigError
 from lilpipe.pipeline.run import run_step
 from lilpipe.pipeline.run_names import new_pipeline_run
 from lilpipe.store import Store
+from lilpipe.terminal import make_console
 
 app = typer.Typer()
 
@@ -100,7 +100,7 @@ def import_model(
     settings = {"repo_id": source, "revision": revision} if on_hub else {"path": str(Path(source).resolve())}
     config = PipelineConfig(recipe="import", steps={"import_model": Step(stage="import_model", settings=settings)})
     artifact, cached = run_step(config, "import_model", store=Store(), pipeline_run=new_pipeline_run(config))
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     console.print(f"{'cached' if cached else 'imported'}: {artifact.path}", markup=False, soft_wrap=True)
     shown = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
     console.print(f'To use it as a step: stage = "import_model", settings = {{{shown}}}', soft_wrap=True)
@@ -130,4 +130,4 @@ def harness(
     results = run_tasks(config, checkpoint)
     from lm_eval.utils import make_table
 
-    Console(highlight=False).print(make_table(results), markup=False, soft_wrap=True)
+    make_console(highlight=False).print(make_table(results), markup=False, soft_wrap=True)

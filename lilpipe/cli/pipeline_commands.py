@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from lilpipe.pipeline.run import Listener, run_step
 from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
 from lilpipe.recipes import resolve
 from lilpipe.store import Store
+from lilpipe.terminal import make_console
 
 app = typer.Typer()
 
@@ -67,7 +67,7 @@ def show_plan(
     budgets = {"device": device, "mfu": mfu, "price_per_hour": price}
     given = [f"pretrain.budget.{name}={value}" for name, value in budgets.items() if value is not None]
     loaded = load_config(recipe, config, [*(overrides or []), *given], seed)
-    console = Console()
+    console = make_console()
     console.print(_steps_table(loaded))
     from lilpipe.training.budget import budget, budget_table
 
@@ -114,7 +114,7 @@ def why(
         raise ConfigError(f"step {stage!r}: there is no such step; known: {', '.join(loaded.steps)}")
     store = Store()
     planned = plan(loaded, store, until=stage)[stage]
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     console.print(f"{stage}: {planned.status}", markup=False)
     if isinstance(planned, WaitingStep) or planned.status == "cached":
         console.print(f"  {planned.reason}", markup=False)
@@ -184,7 +184,7 @@ def scaling(
         runs = study.trained_runs(configs, metric=metric, store=store, listeners=[Display()])
     found = study.study(runs, metric=metric, target=study.planned_run(target))
     directory = output or store.local / "scaling" / new_pipeline_run(target)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(highlight=False, soft_wrap=True)
     console.print(f"{metric} = {found.law}, from {len(runs)} runs", markup=False)
     for name, prediction in (("held out", found.held_out), ("target", found.target)):
         if prediction is not None:
@@ -221,7 +221,7 @@ def trace(
 
     if (doc is None) == (step is None):
         raise ConfigError("trace: got both --doc and --step or neither, expected exactly one")
-    trail, console = Trail(load_config(recipe, config, overrides, seed), Store()), Console(highlight=False)
+    trail, console = Trail(load_config(recipe, config, overrides, seed), Store()), make_console(highlight=False)
     if doc is not None:
         show_document(trail, doc, console)
     elif step is not None:

@@ -10,6 +10,7 @@ from lilpipe.generation.engine import stream
 from lilpipe.generation.frozen import load_frozen
 from lilpipe.generation.text import TextStream, token_bytes
 from lilpipe.schemas.messages import Message
+from lilpipe.terminal import visible
 from lilpipe.tokenizer.chat_template import render
 from lilpipe.tokenizer.encoding import Tokenizer
 
@@ -86,7 +87,7 @@ def _say(pieces: Iterator[str]) -> str:
     try:
         for piece in pieces:
             said.append(piece)
-            print(piece, end="", flush=True)
+            print(visible(piece), end="", flush=True)
     except KeyboardInterrupt:
         pass
     print()

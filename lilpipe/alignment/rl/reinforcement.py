@@ -41,6 +41,11 @@ def training_prompts(
     # A text has at most as many tokens as bytes, so most prompts fit without being tokenized.
     fits_surely = max_seq_len - len(encode_question(tokenizer, "?", form))
     found: list[list[Prompt]] = []
+    if not train:
+        raise DataError(
+            f"{artifact.path}: no prompts to sample from; all rows are demonstrations or preferences without a prompt. "
+            "Set demonstrations_ratio of a source in prompts.sources below 1, or add prompts"
+        )
     for split, prompts in (("train", train), ("validation", validation)):
         kept = [
             prompt
