@@ -5,9 +5,14 @@ line shows it without a traceback. It is never retried, since the same inputs gi
 and any other exception, counts as an infrastructure failure (or a bug) and is retried.
 """
 
+from lilpipe.credentials import hide_credentials
+
 
 class LilpipeError(Exception):
-    """Base class of errors that the user must fix."""
+    """Base class of errors that the user must fix. Credentials in the message's addresses are hidden."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(hide_credentials(message))
 
 
 class ConfigError(LilpipeError, ValueError):
@@ -36,6 +41,9 @@ class ClusterError(LilpipeError):
 
 class StageFailure(RuntimeError):
     """A stage's process failed in a retryable way: killed, out of memory, a lost worker, a bug."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(hide_credentials(message))
 
 
 class Preempted(StageFailure):

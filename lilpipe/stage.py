@@ -16,6 +16,7 @@ from typing import Any
 
 from lilpipe.artifact import Inputs, Kind
 from lilpipe.config.section import Section
+from lilpipe.credentials import hide_credentials
 from lilpipe.errors import ConfigError
 from lilpipe.extensions import Extension, find, load
 
@@ -74,7 +75,7 @@ class Workspace:
 
     def log(self, message: str) -> None:
         """Record a message."""
-        self._append({"message": message})
+        self._append({"message": hide_credentials(message)})
 
     def _append(self, event: Mapping[str, Any]) -> None:
         if self.rank == 0:

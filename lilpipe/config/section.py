@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from lilpipe.credentials import without_credentials
 from lilpipe.extensions import Extension, ExtensionKind, find
 
 
@@ -54,11 +55,12 @@ class Section(BaseModel):
     def identity(self, *, rounding: bool = True) -> dict[str, Any]:
         """Return the values that can change a stage's output, as plain JSON values including defaults.
 
+        Credentials of addresses are hidden, so another password or signature is the same source.
         With ``rounding=False``, omit fields that change only the rounding of sums.
         """
         ignored = (Operational,) if rounding else (Operational, Rounding)
         return {
-            name: _plain(getattr(self, name))
+            name: without_credentials(_plain(getattr(self, name)))
             for name, field in type(self).model_fields.items()
             if not any(mark is other for mark in field.metadata for other in ignored)
         }

@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 from lilpipe import errors
+from lilpipe.credentials import hide_credentials
 from lilpipe.errors import HungCollective, LilpipeError, Preempted
 
 FINAL = "failure.json"
@@ -25,9 +26,9 @@ def report(work: Path, error: Exception, *, rank: int) -> None:
     is_final = isinstance(error, LilpipeError | Preempted | HungCollective)
     told = {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": hide_credentials(str(error)),
         "rank": rank,
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": hide_credentials("".join(traceback.format_exception(error))),
     }
     path = work / (FINAL if is_final else RAISED)
     temporary = work / f".{path.name}.{rank}.tmp"

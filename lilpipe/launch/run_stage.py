@@ -92,6 +92,7 @@ def describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
     if stage.extension is not None:
         described["extension"] = {"name": stage.extension.name, "file": stage.extension.file}
     write_atomically(job.file, json.dumps(described))
+    job.file.chmod(0o600)  # it has the credentials of the sources' addresses
     return job
 
 

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import platform
-import shutil
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -15,6 +14,7 @@ from typing import Any
 
 from lilpipe.artifact import FileEntry, InputEntry, Manifest, all_inputs, content_digest
 from lilpipe.config.section import Section
+from lilpipe.credentials import hide_credentials, without_credentials
 from lilpipe.pipeline.plan import PlannedStep
 from lilpipe.stage import Metrics
 
@@ -28,7 +28,8 @@ def collect_logs(work: Path) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     for name in LOGS:
         if (work / name).exists():
-            shutil.copyfile(work / name, logs / name)
+            with (work / name).open(errors="replace") as file, (logs / name).open("w") as copy:
+                copy.writelines(map(hide_credentials, file))
 
 
 def make_manifest(step: PlannedStep, work: Path, files: dict[str, FileEntry], metrics: Metrics) -> Manifest:
@@ -41,7 +42,7 @@ def make_manifest(step: PlannedStep, work: Path, files: dict[str, FileEntry], me
         step=step.name,
         fingerprint=cache_key.fingerprint,
         config=identity,
-        operational={key: value for key, value in section.model_dump().items() if key not in identity},
+        operational=without_credentials({k: v for k, v in section.model_dump().items() if k not in identity}),
         inputs={
             role: [
                 InputEntry(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.credentials import hide_credentials
 from lilpipe.tracking.client import MAX_BATCH_PARAMS, batches, connect, tracking_uri
 from lilpipe.tracking.curve import Curve
 from lilpipe.tracking.events import flatten
@@ -116,7 +117,8 @@ class Runs:
     def _log_params(self, run_id: str, params: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        for batch in batches([Param(name, value) for name, value in params.items()], MAX_BATCH_PARAMS):
+        shown = [Param(name, hide_credentials(value)) for name, value in params.items()]
+        for batch in batches(shown, MAX_BATCH_PARAMS):
             self.client.log_batch(run_id, params=batch)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from lilpipe.artifact import MANIFEST, Artifact
 from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.credentials import hide_credentials
 from lilpipe.pipeline.plan import PlannedStep
 from lilpipe.store import Store
 from lilpipe.tracking.client import tracking_uri
@@ -43,7 +44,12 @@ def _shielded(method: Callable[Args, None]) -> Callable[Args, None]:
         except Exception as error:
             logger.warning(
                 "MLflow at %s failed in %s (%s: %s); the stage continues, its artifact is not affected",
-                *(tracking_uri(), method.__name__, type(error).__name__, str(error).splitlines()[0]),
+                *(
+                    hide_credentials(tracking_uri()),
+                    method.__name__,
+                    type(error).__name__,
+                    hide_credentials(str(error)).splitlines()[0],
+                ),
             )
 
     return shielded

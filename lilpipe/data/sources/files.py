@@ -24,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lilpipe.artifact import digest_json
 from lilpipe.config.sources import Source
+from lilpipe.credentials import hide_credentials
 from lilpipe.data.sources.remote import RemoteStream, retried
 from lilpipe.digests import digest_file
 from lilpipe.errors import DataError
@@ -189,8 +190,8 @@ def _file(filesystem: Any, path: str, root: str, info: dict[str, Any]) -> File |
 
 
 def printable_name(name: str) -> str:
-    """Return the name with bytes that are not UTF-8 escaped, because reports and tables contain UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """Return the name without credentials, and with bytes that are not UTF-8 escaped: reports and tables are UTF-8."""
+    return hide_credentials(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def _check_not_empty(source: Source, files: list[File]) -> list[File]:
@@ -235,8 +236,9 @@ def local_path(file: File) -> Path | None:
 
 
 def compression(file: File) -> str:
-    """Return the suffix of a compressed file, or an empty string."""
-    return next((suffix for suffix in COMPRESSIONS if file.name.lower().endswith(suffix)), "")
+    """Return the suffix of a compressed file, or an empty string; the query of a signed URL is no part of the name."""
+    name = file.name.partition("?")[0].lower()
+    return next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
 
 
 @contextmanager

@@ -19,6 +19,8 @@ import tenacity
 from fsspec.core import url_to_fs
 from loguru import logger
 
+from lilpipe.credentials import hide_credentials
+
 TRIES = 6
 FIRST_WAIT_SECONDS = 1.0
 STALL_SECONDS = 60.0
@@ -58,7 +60,8 @@ def retried(call: Callable[[], T], what: str) -> T:
 
     def warn(state: tenacity.RetryCallState) -> None:
         seconds = state.next_action.sleep if state.next_action else 0.0
-        logger.warning("{}: {}; retrying in {:.0f} s", what, _reason(state), seconds)
+        reason = hide_credentials(f"{what}: {_reason(state)}")
+        logger.warning("{}; retrying in {:.0f} s", reason, seconds)
 
     def give_up(state: tenacity.RetryCallState) -> T:
         cause = state.outcome.exception() if state.outcome else None
