@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -43,6 +44,8 @@ class Server:
     port_variable: str = ""
     health: str = ""
     """Path of the health check."""
+    client_of: str = ""
+    """URL of the server that it speaks to; a process that speaks to another one is replaced."""
     dies_with_parent: bool = False
     """Whether the kernel kills it when this process dies for any reason (Linux)."""
 
@@ -61,20 +64,30 @@ class Server:
         """Its base URL."""
         return f"http://{HOST}:{self.port}"
 
+    def recorded(self) -> dict[str, Any]:
+        """Return what `up` recorded of the process, which may have died; empty after `down`."""
+        try:
+            found = json.loads(self.record.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def process(self) -> psutil.Process | None:
         """Return the process that `up` started, if it is alive; a new process with the same id does not count."""
         try:
-            record = json.loads(self.record.read_text())
+            record = self.recorded()
             process = psutil.Process(record["pid"])
             same = abs(process.create_time() - record["created"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
             return process if same else None
-        except (OSError, ValueError, KeyError, psutil.Error):
+        except (ValueError, KeyError, TypeError, psutil.Error):
             return None
 
     def start(self) -> None:
         """Start the server unless it runs. Raises ``ServerError`` if another program uses its port."""
         if self.process() is not None:
-            return
+            if self.recorded().get("client_of", self.client_of) == self.client_of:
+                return
+            self.stop()
         if self.port is not None and is_taken(self.port):
             raise ServerError(
                 f"{self.name}: port {self.port} is used by another program; stop it, or choose a free port: "
@@ -92,7 +105,8 @@ class Server:
                 preexec_fn=die_with_parent() if self.dies_with_parent else None,
             )
         created = psutil.Process(process.pid).create_time()
-        write_atomically(self.record, json.dumps({"pid": process.pid, "created": created, "port": self.port}))
+        record = {"pid": process.pid, "created": created, "port": self.port, "client_of": self.client_of}
+        write_atomically(self.record, json.dumps(record))
 
     def wait(self) -> None:
         """Wait until the server responds. Raises ``ServerError`` if it exits or takes too long."""

@@ -11,7 +11,6 @@ Without servers, a pipeline run starts its own temporary Prefect API: ``temporar
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import socket
 import subprocess
@@ -65,6 +64,7 @@ def servers(home: Path) -> tuple[Server, Server, Server]:
     )
     worker = Server(
         name="worker",
+        client_of=prefect_address,
         command=[sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"],
         home=home,
         environment={
@@ -96,9 +96,11 @@ def _mlflow_command(home: Path, port: int) -> list[str]:
 
 
 def _recorded_port(home: Path, name: str) -> int | None:
-    """Return the port of a running server, so that `up` and `down` find it without being told."""
-    server = Server(name, (), home)
-    return json.loads(server.record.read_text())["port"] if server.process() is not None else None
+    """Return the port that `up` gave to a server, so that `up` and `down` find it without being told.
+
+    A server that died keeps its port until `down`: the worker, flow runs and open pages still speak to it.
+    """
+    return Server(name, (), home).recorded().get("port")
 
 
 def up(project: Path) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -253,6 +254,33 @@ def test_up_twice_is_harmless(project):
     before = project.records()
     project.servers("up")
     assert project.records() == before
+
+
+def test_a_server_that_died_comes_back_where_its_worker_looks_for_it(project):
+    before = project.records()
+    os.killpg(before["prefect"]["pid"], signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(before["prefect"]["pid"])] if psutil.pid_exists(before["prefect"]["pid"]) else [])
+    project.servers("up", PREFECT_PORT="", MLFLOW_PORT="")
+    after = project.records()
+    assert after["prefect"]["pid"] != before["prefect"]["pid"]
+    assert after["prefect"]["port"] == before["prefect"]["port"] == int(project.ports["PREFECT_PORT"])
+    assert after["worker"] == before["worker"]
+    assert project.api("/health") is True
+
+
+def test_a_worker_of_another_server_is_replaced(tmp_path):
+    first = Server("worker", ["sleep", "60"], tmp_path, client_of="http://127.0.0.1:1")
+    second = Server("worker", ["sleep", "60"], tmp_path, client_of="http://127.0.0.1:2")
+    try:
+        first.start()
+        pid = first.recorded()["pid"]
+        first.start()
+        assert first.recorded()["pid"] == pid
+        second.start()
+        assert second.recorded()["pid"] != pid
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    finally:
+        second.stop()
 
 
 def test_a_taken_port_is_named_with_the_variable_that_changes_it(project, tmp_path):
