@@ -51,7 +51,7 @@ def adapt() -> PipelineConfig:
             "dpo": off(step("dpo", model="sft", preferences="preferences", prompts="prompts")),
             "grpo": off(step("grpo", model="dpo", prompts="prompts")),
             "benchmarks": off(step("benchmarks", models=models, reference="import_model")),
-            "evaluate": step("evaluate", models=models, prompts="prompts"),
+            "evaluate": step("evaluate", models=models, reference="import_model", prompts="prompts"),
             "register": step("register", model="grpo", report="evaluate"),
             "release": step("release", model="grpo", report="evaluate"),
         },
@@ -62,5 +62,5 @@ def adapt() -> PipelineConfig:
         dpo=DPOConfig(optimizer=optimizer("dpo"), num_workers=workers),
         grpo=GRPOConfig(optimizer=optimizer("grpo"), num_workers=workers, sampling=sampling),
         benchmarks=BenchmarksConfig(),
-        evaluate=EvaluateConfig(num_generations=1, num_workers=workers, sampling=sampling),
+        evaluate=EvaluateConfig(win_by="none", num_generations=1, num_workers=workers, sampling=sampling),
     )

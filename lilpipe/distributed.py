@@ -7,6 +7,7 @@ reports its position here (``heartbeat``) and asks whether it should stop (``sto
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -146,17 +147,35 @@ def use_onednn() -> bool:
     half the time there. The setting that selects oneDNN ("medium") allows bfloat16, which only processors with AMX then
     use; one product, compared with float64, tells. With a GPU, nothing is changed.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or not _onednn_is_float32():
         return False
+    torch.set_float32_matmul_precision("medium")
+    return True
+
+
+_probing = threading.Lock()
+
+
+def _onednn_is_float32() -> bool:
+    """Return whether oneDNN multiplies float32 matrices in float32 here; computed once in a process.
+
+    The setting is global: of two threads that try it at once, the second would restore what the first had set.
+    """
+    with _probing:
+        return _probe_onednn()
+
+
+@functools.cache
+def _probe_onednn() -> bool:
     generator = torch.Generator().manual_seed(0)
     left_NN, right_NN = torch.randn(2, 256, 256, generator=generator)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    exact_NN = left_NN.double() @ right_NN.double()
-    is_float32 = bool(((left_NN @ right_NN) - exact_NN).abs().max() < 1e-5 * exact_NN.abs().max())
-    if not is_float32:
+    try:
+        exact_NN = left_NN.double() @ right_NN.double()
+        return bool(((left_NN @ right_NN) - exact_NN).abs().max() < 1e-5 * exact_NN.abs().max())
+    finally:
         torch.set_float32_matmul_precision(before)
-    return is_float32
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def test_the_short_form_fine_tunes_the_base():
     assert list(config.steps) == ON
     assert config.steps["sft"].inputs == {"model": "import_model", "prompts": "prompts"}
     assert config.steps["evaluate"].inputs["models"] == ("import_model", "sft")
+    assert config.steps["evaluate"].inputs["reference"] == "import_model"  # of a judge
+    assert config.evaluate.win_by == "none"
     assert config.steps["release"].inputs == {"model": "sft", "report": "evaluate"}
 
 

@@ -80,9 +80,9 @@ class EvaluateConfig(SamplingSection):
     win_against: Literal["model", "answer"] = "model"
     """Baseline of the win rate of each chat model: the `model` of the input `reference`, or the reference `answer` of a
     prompt (prompts without one are skipped)."""
-    win_by: Literal["brevity", "reward_model", "judge"] = "brevity"
-    """How the better of two completions is decided: `brevity` is a fixed rule (well-formed first, then fewer words),
-    `reward_model` the higher score of the input `reward_model`, `judge` the LLM judge."""
+    win_by: Literal["none", "brevity", "reward_model", "judge"] = "brevity"
+    """How the better of two completions is decided: `none` compares none, `brevity` is a fixed rule (well-formed
+    first, then fewer words), `reward_model` the higher score of the input `reward_model`, `judge` the LLM judge."""
     judge: JudgeConfig = JudgeConfig()
 
     @model_validator(mode="after")

@@ -47,6 +47,11 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     candidates, reference = _candidates(inputs)
     source, tokens = one_input(inputs, "prompts"), optional_input(inputs, "tokens")
     prompts = read_prompts(source.path, config.split)
+    if config.win_by == "judge" and config.win_against == "model" and reference is None:
+        raise ConfigError(
+            "evaluate.win_by: got 'judge', but nothing to compare with; add an input `reference` to the step, such as "
+            "the model before training, or set evaluate.win_against = 'answer'"
+        )
     rewards = _rewards(config, inputs)
     rewards.log_sandbox(prompts, workspace)
     entrants = candidates if reference is None or reference in candidates else [*candidates, reference]
@@ -111,7 +116,7 @@ def _play(
     workspace: Workspace,
 ) -> dict[str, Outcomes]:
     """Return for each chat model the outcomes of its games against the opponent."""
-    if opponent is None:
+    if opponent is None or config.win_by == "none":
         return {}
     games = {c.name: set_against(rows[c.name], rows[opponent]) for c in candidates if not c.is_base}
     if config.win_by == "judge":

@@ -229,6 +229,17 @@ def test_a_language_model_may_say_who_wins(tmp_path, inputs, monkeypatch):
     assert "tie rate" in (tmp_path / "output" / "report" / "report.html").read_text()
 
 
+def test_a_judge_needs_something_to_compare_with(tmp_path, inputs):
+    config = CONFIG.model_copy(update={"win_by": "judge"})
+    with pytest.raises(ConfigError, match=r"evaluate\.win_by: got 'judge', but nothing to compare with; .*`reference`"):
+        run(config, {**inputs, "reference": ()}, Workspace(tmp_path))
+
+
+def test_without_a_rule_nothing_is_compared(tmp_path, inputs, no_report):
+    metrics = run(CONFIG.model_copy(update={"win_by": "none"}), inputs, Workspace(tmp_path))
+    assert not [name for name in metrics if name.startswith("win_rate")]
+
+
 def test_a_killed_evaluation_asks_its_judge_nothing_twice(tmp_path, inputs, no_report, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with serving(prefers_shorter) as (address, asked):
