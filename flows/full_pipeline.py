@@ -14,9 +14,8 @@ from lilpipe.errors import LilpipeError
 from lilpipe.pipeline.plan import plan
 from lilpipe.pipeline.run_names import new_pipeline_run
 from lilpipe.store import Store
-from lilpipe.terminal import visible
 from lilpipe.tracking import MLflowTracker
-from tasks.stage import run_configured
+from tasks.stage import failed, run_configured
 
 
 @flow(name="full-pipeline", flow_run_name=run_name, persist_result=False)
@@ -39,7 +38,7 @@ def full_pipeline(
         pipeline = configure(recipe, config, overrides, seed)
         plan(pipeline, Store())  # what cannot run is said before the first step
     except LilpipeError as error:
-        return Failed(message=visible(str(error)))
+        return failed(error)
     tracker = MLflowTracker(pipeline, pipeline_run=new_pipeline_run(pipeline, created=flow_run_created()))
     with closing(tracker):
         for step in pipeline.steps:

@@ -13,9 +13,8 @@ from flows.parameters import Recipe, configure, flow_run_created, run_name
 from lilpipe.errors import LilpipeError
 from lilpipe.pipeline.run_names import latest_pipeline_run, new_pipeline_run
 from lilpipe.store import Store
-from lilpipe.terminal import visible
 from lilpipe.tracking import MLflowTracker
-from tasks.stage import run_configured
+from tasks.stage import failed, run_configured
 
 
 @flow(name="stage", flow_run_name=run_name, persist_result=False)
@@ -40,7 +39,7 @@ def run_one_stage(
         pipeline = configure(recipe, config, overrides, seed)
         pipeline_run = latest_pipeline_run(pipeline, Store())
     except LilpipeError as error:
-        return Failed(message=visible(str(error)))
+        return failed(error)
     pipeline_run = pipeline_run or new_pipeline_run(pipeline, created=flow_run_created())
     with closing(MLflowTracker(pipeline, pipeline_run=pipeline_run)) as tracker:
         state = run_configured(pipeline, stage, tracker)

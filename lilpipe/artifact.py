@@ -194,11 +194,13 @@ def damage(directory: Path, manifest: Manifest, sha256: Callable[[Path], str] = 
     return problems
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file atomically: a reader sees either the old or the new content."""
+def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
+    """Write a file atomically: a reader sees either the old or the new content; if ``private``, only its owner does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
+        if private:
+            temporary.chmod(0o600)
         file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())

@@ -147,26 +147,21 @@ def use_onednn() -> bool:
     half the time there. The setting that selects oneDNN ("medium") allows bfloat16, which only processors with AMX then
     use; one product, compared with float64, tells. With a GPU, nothing is changed.
     """
-    if torch.cuda.is_available() or not _onednn_is_float32():
+    if torch.cuda.is_available():
         return False
-    torch.set_float32_matmul_precision("medium")
-    return True
+    with _probing:
+        is_float32 = _onednn_is_float32()
+    if is_float32:
+        torch.set_float32_matmul_precision("medium")
+    return is_float32
 
 
 _probing = threading.Lock()
-
-
-def _onednn_is_float32() -> bool:
-    """Return whether oneDNN multiplies float32 matrices in float32 here; computed once in a process.
-
-    The setting is global: of two threads that try it at once, the second would restore what the first had set.
-    """
-    with _probing:
-        return _probe_onednn()
+"""The setting is global: of two threads that try it at once, the second would restore what the first had set."""
 
 
 @functools.cache
-def _probe_onednn() -> bool:
+def _onednn_is_float32() -> bool:
     generator = torch.Generator().manual_seed(0)
     left_NN, right_NN = torch.randn(2, 256, 256, generator=generator)
     before = torch.get_float32_matmul_precision()

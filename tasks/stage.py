@@ -40,6 +40,11 @@ PROGRESS_SECONDS = 5
 """Minimum interval between two progress updates of a stage."""
 
 
+def failed(error: LilpipeError) -> State:
+    """Return the final state of a run that the user must fix; Prefect also prints its message in terminals."""
+    return Failed(message=visible(str(error)))
+
+
 def is_retryable(_task: Any, _run: TaskRun, state: State) -> bool:
     """Return whether a failed attempt is retried. A user error is a returned state without an exception, and is not."""
     return isinstance(state.data, BaseException)
@@ -68,8 +73,9 @@ def run_stage(
         _, cached = run_step(config, step, store=Store(), pipeline_run=tracker.pipeline_run, listeners=everyone)
     except LilpipeError as error:
         tracker.stage_failed(step, error)
-        get_run_logger().error("%s", error)
-        return Failed(message=visible(str(error)))
+        state = failed(error)
+        get_run_logger().error("%s", state.message)
+        return state
     return Completed(name="Cached", message="Found in the store") if cached else Completed()
 
 

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -112,7 +111,7 @@ def test_onednn_is_not_used_where_it_multiplies_in_bfloat16(monkeypatch):
         return product if left.dtype == torch.float64 else product.bfloat16().float()
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
-    monkeypatch.setattr(distributed, "_probe_onednn", distributed._probe_onednn.__wrapped__)
+    monkeypatch.setattr(distributed, "_onednn_is_float32", distributed._onednn_is_float32.__wrapped__)
     assert not distributed.use_onednn()
     assert torch.get_float32_matmul_precision() == "highest"
 
@@ -120,22 +119,21 @@ def test_onednn_is_not_used_where_it_multiplies_in_bfloat16(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nothing is changed")
 def test_threads_that_try_onednn_at_once_do_not_leave_it_on(monkeypatch):
     """On a processor with AMX one thread restored what the other had set, so that models ran in bfloat16."""
-    inside = threading.Event()
+    inside, met = [], threading.Event()
 
     def multiply(left, right):
         product = torch.mm(left, right)
-        if left.dtype == torch.float32:
-            inside.set()
-            time.sleep(0.05)
-            product = product.bfloat16().float()
-        return product
+        if left.dtype == torch.float64:
+            return product
+        inside.append(left)
+        if len(inside) == 2:
+            met.set()
+        met.wait(0.2)  # for the other thread, which comes only if nothing keeps it out
+        return product.bfloat16().float()
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
-    monkeypatch.setattr(distributed, "_probe_onednn", distributed._probe_onednn.__wrapped__)
+    monkeypatch.setattr(distributed, "_onednn_is_float32", distributed._onednn_is_float32.__wrapped__)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(distributed.use_onednn)
-        assert inside.wait(10)
-        second = pool.submit(distributed.use_onednn)
-        assert not first.result()
-        assert not second.result()
+        used = [pool.submit(distributed.use_onednn) for _ in range(2)]
+        assert not any(each.result() for each in used)
     assert torch.get_float32_matmul_precision() == "highest"

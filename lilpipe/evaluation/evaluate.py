@@ -47,7 +47,8 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     candidates, reference = _candidates(inputs)
     source, tokens = one_input(inputs, "prompts"), optional_input(inputs, "tokens")
     prompts = read_prompts(source.path, config.split)
-    if config.win_by == "judge" and config.win_against == "model" and reference is None:
+    opponent = REFERENCE_ANSWERS if config.win_against == "answer" else reference.name if reference else None
+    if config.win_by == "judge" and opponent is None:
         raise ConfigError(
             "evaluate.win_by: got 'judge', but nothing to compare with; add an input `reference` to the step, such as "
             "the model before training, or set evaluate.win_against = 'answer'"
@@ -61,7 +62,6 @@ def run(config: EvaluateConfig, inputs: Inputs, workspace: Workspace) -> Metrics
         rows[REFERENCE_ANSWERS] = reference_answers(prompts, num_generations=config.num_generations)
         unanswered = _count_without_reference(prompts, workspace)
     rows = add_rewards(rows, prompts, rewards, workspace)
-    opponent = REFERENCE_ANSWERS if config.win_against == "answer" else reference.name if reference else None
     outcomes = _play(candidates, rows, opponent, config, rewards, workspace)
     bits = validation_bits(candidates, tokens, config, workspace) if tokens is not None else {}
     rows = {candidate.name: rows[candidate.name] for candidate in candidates}

@@ -91,8 +91,7 @@ def describe(stage: Stage, config: Section, inputs: Inputs, work: Path) -> Job:
     described = {"module": stage.run.__module__, "config": config.model_dump(), "inputs": _paths(inputs)}
     if stage.extension is not None:
         described["extension"] = {"name": stage.extension.name, "file": stage.extension.file}
-    write_atomically(job.file, json.dumps(described))
-    job.file.chmod(0o600)  # it has the credentials of the sources' addresses
+    write_atomically(job.file, json.dumps(described), private=True)  # sources' addresses may have credentials
     return job
 
 

@@ -42,15 +42,9 @@ def _shielded(method: Callable[Args, None]) -> Callable[Args, None]:
         try:
             method(*args, **kwargs)
         except Exception as error:
-            logger.warning(
-                "MLflow at %s failed in %s (%s: %s); the stage continues, its artifact is not affected",
-                *(
-                    hide_credentials(tracking_uri()),
-                    method.__name__,
-                    type(error).__name__,
-                    hide_credentials(str(error)).splitlines()[0],
-                ),
-            )
+            found = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            text = f"MLflow at {tracking_uri()} failed in {method.__name__} ({found})"
+            logger.warning("%s; the stage continues, its artifact is not affected", hide_credentials(text))
 
     return shielded
 

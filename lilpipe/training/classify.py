@@ -36,7 +36,7 @@ from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.training import finetune
 from lilpipe.training.confusion import Confusion, confusion_metrics, confusion_table, precision_recall_f1
 from lilpipe.training.finetune import TokenBatch, Workers
-from lilpipe.training.finetune_memory import check_memory, largest_padded_batch
+from lilpipe.training.finetune_memory import Workload, check_memory, largest_padded_batch
 from lilpipe.training.labelled_texts import LabelledText, distinct_texts, is_validation, read_texts
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, TrainerModule
@@ -99,7 +99,8 @@ def run(config: ClassifyConfig, inputs: Inputs, workspace: Workspace) -> Metrics
     workers = finetune.Workers(config)
     trained = count_trained(config, shape, vocab_size, len(labels))
     largest_batch = largest_padded_batch([(len(example.ids),) for example in training], config, num_steps=num_steps)
-    check_memory(config, source.path, largest_batch, workspace, stage="classify", head=len(labels), trained=trained)
+    work = Workload(source.path, largest_batch, head=len(labels), num_trained=trained)
+    check_memory(config, work, workspace, stage="classify")
     objective = LabelObjective(training, config, padding_id=tokenizer.padding_id, workers=workers)
     trainer_module = finetune.build(
         config, source.path, objective, workers, stage="classify", head=len(labels), prepare=freeze

@@ -6,6 +6,7 @@ The arithmetic is that of pretraining (``lilpipe.training.memory``) with the lar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 
 from lilpipe import distributed
 from lilpipe.config.backend import BackendConfig
+from lilpipe.config.model import ModelConfig
 from lilpipe.config.reward_model import ClassifyConfig, RewardModelConfig
 from lilpipe.config.training import ParallelSection, PretrainConfig
 from lilpipe.errors import ConfigError
@@ -78,38 +80,39 @@ def largest_padded_batch(
     lengths = [sum(example) for example in examples]
     found = []
     for step in range(min(num_steps, STEPS_LOOKED_AT)):
-        longest = rows_by_micro_batch(step, lengths, config, rank=world_size - 1, world_size=world_size)
-        for rows in longest:
+        # The last rank has the longest rows.
+        for rows in rows_by_micro_batch(step, lengths, config, rank=world_size - 1, world_size=world_size):
             sequences = [length for row in rows for length in examples[row]]
             found.append(Shape(len(sequences), max(sequences), packed=False))
     return max(found, key=lambda shape: shape.num_rows * shape.num_tokens)
 
 
-def check_memory(
-    section: ParallelSection,
-    source: Path,
-    shape: Shape,
-    workspace: Workspace,
-    *,
-    stage: str,
-    head: int = 0,
-    trained: int | None = None,
-    other_models: Sequence[Path] = (),
-    value_model: Path | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Workload:
+    """What a worker trains and holds."""
+
+    source: Path
+    """Checkpoint of the trained model."""
+    micro_batch: Shape
+    head: int = 0
+    """Number of outputs of a head in place of the output layer."""
+    num_trained: int | None = None
+    """Number of trainable parameters, if not all or those of adapters."""
+    other_models: Sequence[Path] = ()
+    """Models held whole beside the trained one: a reference, a reward model, a gathered copy."""
+    value_model: Path | None = None
+    """Model with a head that is trained beside it."""
+
+
+def check_memory(section: ParallelSection, work: Workload, workspace: Workspace, *, stage: str) -> None:
     """Log the estimated peak memory of a worker. Raises ``ConfigError`` if the machine has less.
 
-    ``head``: number of outputs of a head in place of the output layer. ``trained``: number of trainable parameters, if
-    not all or those of adapters. ``other_models`` are held whole beside the
-    trained one: a reference, a reward model, a gathered copy. ``value_model`` is trained beside it. Nothing is known
-    about the activations of a class of transformers: without them the estimate is a lower bound.
+    Nothing is known about the activations of a class of transformers: without them the estimate is a lower bound.
     """
-    terms = planned_memory(
-        section, source, shape, head=head, trained=trained, other_models=other_models, value_model=value_model
-    )
+    terms = planned_memory(section, work)
     has = _device_bytes(section)
     parts = ", ".join(f"{term.name} {gib(term.bytes)}" for term in terms if term.bytes)
-    model = read_model_config(source)[0]
+    model, shape = read_model_config(work.source)[0], work.micro_batch
     bound = f", and the activations of {model.class_name}" if isinstance(model, BackendConfig) else ""
     workspace.log(
         f"memory: {gib(total(terms))} planned of {gib(has)} per worker: {parts}{bound}; micro-batch "
@@ -129,58 +132,48 @@ def check_memory(
         )
 
 
-def planned_memory(
-    section: ParallelSection,
-    source: Path,
-    shape: Shape,
-    *,
-    head: int = 0,
-    trained: int | None = None,
-    other_models: Sequence[Path] = (),
-    value_model: Path | None = None,
-) -> tuple[Term, ...]:
+def planned_memory(section: ParallelSection, work: Workload) -> tuple[Term, ...]:
     """Return the terms of the peak memory; see ``check_memory``."""
-    config, vocab_size = _as_pretraining(section, source, shape), read_model_config(source)[1]
-    if isinstance(config.model, BackendConfig):
-        terms = _persistent_of_class(config, config.model)
+    model, vocab_size = read_model_config(work.source)
+    if isinstance(model, BackendConfig):
+        terms = _persistent(section, work.source, work.micro_batch, head=work.head)
     else:
-        terms = peak_memory(config, vocab_size, on_cpu=not torch.cuda.is_available(), head=head)
-    if trained is not None and config.lora is None:
-        ratio = trained / num_parameters(config.model, vocab_size)
+        config, on_cpu = _as_pretraining(section, model, work.micro_batch), not torch.cuda.is_available()
+        terms = peak_memory(config, vocab_size, on_cpu=on_cpu, head=work.head)
+    if work.num_trained is not None and section.lora is None:
+        ratio = work.num_trained / num_parameters(model, vocab_size)
         terms = tuple(
             Term(term.name, term.bytes * (ratio if term.name in TRAINED else 1), term.arithmetic) for term in terms
         )
-    held = sum(FP32 * num_parameters(*read_model_config(path)) for path in other_models)
+    held = sum(FP32 * num_parameters(*read_model_config(path)) for path in work.other_models)
     terms = (*terms, Term("other models", held, "4 B x parameters"))
-    if value_model is None:
+    if work.value_model is None:
         return terms
-    config, vocab_size = _as_pretraining(section, value_model, shape), read_model_config(value_model)[1]
-    if isinstance(config.model, BackendConfig):
-        value = _persistent_of_class(config, config.model)
-    else:
-        value = persistent_memory(config, vocab_size, head=1)
+    value = _persistent(section, work.value_model, work.micro_batch, head=1)
     return (*terms, Term("value model", total(value), "weights, gradients and optimizer state"))
 
 
-def _persistent_of_class(config: PretrainConfig, model: BackendConfig) -> tuple[Term, ...]:
-    """Return weights, gradients and optimizer state of a class of transformers; those of adapters are left out."""
-    shards = config.layout.shard
-    copies = {"weights": 1} if config.lora else {"weights": 1, "gradients": 1, "optimizer state": 2}
-    if "optimizer state" in copies and config.optimizer.kind == "muon":
-        copies["optimizer state"] = 1
+def _persistent(section: ParallelSection, source: Path, shape: Shape, *, head: int) -> tuple[Term, ...]:
+    """Return weights, gradients and optimizer state; those of the adapters of a class of transformers are left out."""
+    model, vocab_size = read_model_config(source)
+    config = _as_pretraining(section, model, shape)
+    if not isinstance(model, BackendConfig):
+        return persistent_memory(config, vocab_size, head=head)
+    shards, moments = config.layout.shard, 1 if config.optimizer.kind == "muon" else 2
+    copies = {"weights": 1} if config.lora else {"weights": 1, "gradients": 1, "optimizer state": moments}
     return tuple(
         Term(name, number * FP32 * model.num_parameters / shards, f"{number * FP32} B x parameters / shard {shards}")
         for name, number in copies.items()
     )
 
 
-def _as_pretraining(section: ParallelSection, source: Path, shape: Shape) -> PretrainConfig:
+def _as_pretraining(section: ParallelSection, model: ModelConfig, shape: Shape) -> PretrainConfig:
     """Return pretraining of the model with this micro-batch, which takes the same memory."""
     shared = {name: getattr(section, name) for name in ParallelSection.model_fields}
     return PretrainConfig.model_construct(
         **shared,
         optimizer=section.optimizer,  # type: ignore[attr-defined]
-        model=read_model_config(source)[0],
+        model=model,
         batch_size=shape.num_rows * section.layout.data * section.accumulation_steps,
         seq_len=shape.num_tokens,
         num_steps=1,

@@ -30,7 +30,7 @@ from lilpipe.training.conversations import (
     show,
     supervised_ratio,
 )
-from lilpipe.training.finetune_memory import check_memory, largest_batch
+from lilpipe.training.finetune_memory import Workload, check_memory, largest_batch
 from lilpipe.training.loop import train
 from lilpipe.training.replica import TrainerModule
 from lilpipe.training.supervised import SupervisedTokens
@@ -81,7 +81,7 @@ def run(config: SFTConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
         num_steps=num_steps,
         packed=packed,
     )
-    check_memory(config, source.path, largest, workspace, stage="sft")
+    check_memory(config, Workload(source.path, largest), workspace, stage="sft")
     trainer_module = _build(config, source.path, packed, tokenizer, examples)
     result = train(
         trainer_module,

@@ -24,7 +24,7 @@ from lilpipe.model.hub import read_model_config
 from lilpipe.training import finetune, finetune_memory
 from lilpipe.training.conversation_encoding import EncodedConversation
 from lilpipe.training.finetune import Workers
-from lilpipe.training.finetune_memory import Shape, largest_batch, largest_padded_batch, planned_memory
+from lilpipe.training.finetune_memory import Shape, Workload, largest_batch, largest_padded_batch, planned_memory
 from lilpipe.training.memory import total
 from lilpipe.training.supervised import SupervisedTokens
 from tests.alignment.finetune_workers import MODEL, run, write_inputs
@@ -165,5 +165,5 @@ def test_a_class_of_transformers_has_a_lower_bound(lora, tmp_path):
     model = read_model_config(tmp_path)[0]
     assert isinstance(model, BackendConfig)
     section = SFTConfig.model_validate({"lora": lora})
-    terms = planned_memory(section, tmp_path, Shape(4, 16, packed=False))
+    terms = planned_memory(section, Workload(tmp_path, Shape(4, 16, packed=False)))
     assert total(terms) == (4 if lora is not None else 16) * model.num_parameters

@@ -56,7 +56,7 @@ from lilpipe.schemas.tables import write_rows
 from lilpipe.stage import Metrics, Stage, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.finetune import Workers, build, export, load, whole_model
-from lilpipe.training.finetune_memory import check_memory, largest_batch
+from lilpipe.training.finetune_memory import Workload, check_memory, largest_batch
 from lilpipe.training.loop import train
 from lilpipe.training.training_report import read_curves, write_report
 
@@ -164,7 +164,7 @@ def _check_memory(
         packed=shape.position_embedding == "rope",
         row_len=min(ROW_TOKENS, shape.max_seq_len),
     )
-    check_memory(config, source, largest, workspace, stage="dpo", other_models=[source] * sharded)
+    check_memory(config, Workload(source, largest, other_models=[source] * sharded), workspace, stage="dpo")
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training import finetune
 from lilpipe.training.conversation_encoding import check_tools
 from lilpipe.training.finetune import TokenBatch, Workers
-from lilpipe.training.finetune_memory import check_memory, largest_padded_batch
+from lilpipe.training.finetune_memory import Workload, check_memory, largest_padded_batch
 from lilpipe.training.loop import train
 from lilpipe.training.replica import Loss, TrainerModule
 from lilpipe.training.training_report import write_report
@@ -183,7 +183,7 @@ def run(config: RewardModelConfig, inputs: Inputs, workspace: Workspace) -> Metr
         workspace.log("no pairs in the validation split: accuracy and calibration are not measured")
     lengths = [tuple(map(len, ranking.answers)) for ranking in rankings]
     largest_batch = largest_padded_batch(lengths, config, num_steps=num_steps)
-    check_memory(config, source.path, largest_batch, workspace, stage="reward_model", head=1)
+    check_memory(config, Workload(source.path, largest_batch, head=1), workspace, stage="reward_model")
     workers = finetune.Workers(config)
     objective = RankingObjective(rankings, config, padding_id=tokenizer.padding_id, workers=workers)
     trainer_module = finetune.build(config, source.path, objective, workers, stage="reward_model", head=1)

@@ -32,7 +32,6 @@ from lilpipe.alignment.rl.reinforcement import (
     conclude,
     greedy_metrics,
     identity_of,
-    longest_prompt,
     reward_model_of,
     score_targets_alone,
     scratch_and_reference,
@@ -255,10 +254,10 @@ def run(config: GRPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     check_rollout_memory(
         config,
         inputs,
+        prompts,
+        tokenizer,
         workspace,
         stage="grpo",
-        prompt_len=longest_prompt(prompts, tokenizer, config.prompt_form),
-        max_seq_len=shape.max_seq_len,
         num_generations=config.num_generations,
         has_reference=config.beta > 0,
     )

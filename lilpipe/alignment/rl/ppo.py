@@ -35,7 +35,6 @@ from lilpipe.alignment.rl.reinforcement import (
     conclude,
     greedy_metrics,
     identity_of,
-    longest_prompt,
     reward_model_of,
     score_targets_alone,
     scratch_and_reference,
@@ -280,10 +279,11 @@ def run(config: PPOConfig, inputs: Inputs, workspace: Workspace) -> Metrics:
     check_rollout_memory(
         config,
         inputs,
+        prompts,
+        tokenizer,
         workspace,
         stage="ppo",
-        prompt_len=longest_prompt(prompts, tokenizer, config.prompt_form),
-        max_seq_len=shape.max_seq_len,
+        num_generations=1,
         has_reference=True,
         value_model=judge.path,
     )

@@ -13,12 +13,13 @@ from lilpipe.alignment.rollout.completions import PromptForm, complete, encode_q
 from lilpipe.artifact import Artifact, Inputs, all_inputs, one_input, optional_input
 from lilpipe.config.reinforcement import GRPOConfig, PPOConfig
 from lilpipe.errors import DataError
+from lilpipe.model.hub import read_model_config
 from lilpipe.model.transformer import Transformer
 from lilpipe.schemas.examples import Prompt, check_not_held_out, read_prompts
 from lilpipe.stage import Metrics, Workspace
 from lilpipe.tokenizer.encoding import Tokenizer
 from lilpipe.training.finetune import Workers, load
-from lilpipe.training.finetune_memory import Shape, check_memory
+from lilpipe.training.finetune_memory import Shape, Workload, check_memory
 from lilpipe.training.replica import TrainerModule
 from lilpipe.training.training_report import write_report
 from lilpipe.training.training_state import TrainingResult
@@ -67,7 +68,7 @@ def training_prompts(
     return found[0], found[1][:NUM_VALIDATION_PROMPTS]
 
 
-def longest_prompt(prompts: Sequence[Prompt], tokenizer: Tokenizer, form: PromptForm) -> int:
+def _longest_prompt(prompts: Sequence[Prompt], tokenizer: Tokenizer, form: PromptForm) -> int:
     """Return the tokens of the prompt with the longest text."""
     longest = max(prompts, key=lambda prompt: len(prompt.question.encode()))
     return len(encode_question(tokenizer, longest.question, form))
@@ -76,12 +77,12 @@ def longest_prompt(prompts: Sequence[Prompt], tokenizer: Tokenizer, form: Prompt
 def check_rollout_memory(
     config: GRPOConfig | PPOConfig,
     inputs: Inputs,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
     workspace: Workspace,
     *,
     stage: str,
-    prompt_len: int,
-    max_seq_len: int,
-    num_generations: int = 1,
+    num_generations: int,
     has_reference: bool,
     value_model: Path | None = None,
 ) -> None:
@@ -91,16 +92,18 @@ def check_rollout_memory(
     """
     source = one_input(inputs, "model").path
     num_completions = config.prompts_per_step // config.layout.data * num_generations
+    prompt_len = _longest_prompt(prompts, tokenizer, config.prompt_form)
     largest = Shape(
         num_rows=-(-num_completions // (config.num_mini_batches * config.accumulation_steps)),
-        num_tokens=min(max_seq_len, prompt_len + config.sampling.max_new_tokens),
+        num_tokens=min(read_model_config(source)[0].max_seq_len, prompt_len + config.sampling.max_new_tokens),
         packed=False,
     )
     sharded = config.layout.replicate < config.num_workers
     others = [source] * (sharded + (has_reference and config.lora is None))
     others += [model.path for model in all_inputs(inputs, "reward_model")]
     others += [value_model] * sharded if value_model else []
-    check_memory(config, source, largest, workspace, stage=stage, other_models=others, value_model=value_model)
+    work = Workload(source, largest, other_models=others, value_model=value_model)
+    check_memory(config, work, workspace, stage=stage)
 
 
 def reward_model_of(inputs: Inputs) -> RewardModel | None:
