@@ -16,7 +16,7 @@ _QUERY_NAMES = (
     r"token|x-(?:amz|goog|oss|obs)-(?:credential|security-token|signature)"
 )
 """Names of query parameters of object stores, Azure's SAS (`sig`) and usual APIs."""
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#@\"'<>]+@")
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,31}://)[^\s/?#@\"'<>]+@")
 _QUERY = re.compile(rf"((?:[?&;]|&amp;|%3[fF]|%26)(?:{_QUERY_NAMES})=)[^\s&#\"'<>]+", re.IGNORECASE)
 
 

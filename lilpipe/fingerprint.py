@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lilpipe.artifact import digest_file, digest_json
+from lilpipe.credentials import without_credentials
 from lilpipe.errors import ConfigError
 from lilpipe.extensions import Extension, add_folder, check_beside, entry_point, read_file
 from lilpipe.stage import STAGES
@@ -301,7 +302,7 @@ def difference(old: CacheKey, new: CacheKey) -> list[str]:
     """Return the differences between two keys, one line each, such as ``config sft.num_epochs: 3 -> 4``."""
     lines = []
     for part in ("config", "inputs", "external", "code", "packages"):
-        before, after = _flatten(getattr(old, part)), _flatten(getattr(new, part))
+        before, after = (_flatten(without_credentials(getattr(key, part))) for key in (old, new))
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
                 lines.append(f"{part} {key}: {_show(before.get(key))} -> {_show(after.get(key))}")

@@ -15,6 +15,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lilpipe.credentials import hide_credentials
+
 Cell = str | int | float | None
 Fragment = Markup
 """HTML; any other string is text and is escaped."""
@@ -26,7 +28,8 @@ Sections = Mapping[str, Body]
 def render(title: str, sections: Sections, *, subtitle: str = "", key_figures: Mapping[str, Cell] | None = None) -> str:
     """Render a whole page."""
     template = _environment().get_template("page.html")
-    return template.render(title=title, sections=sections, subtitle=subtitle, key_figures=key_figures or {})
+    text = template.render(title=title, sections=sections, subtitle=subtitle, key_figures=key_figures or {})
+    return hide_credentials(text)
 
 
 def heading(text: str) -> Fragment:

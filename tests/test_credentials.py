@@ -10,10 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lilpipe import errors
+from lilpipe import errors, page
 from lilpipe.config.corpus import CorpusConfig
+from lilpipe.config.evaluate import EvaluateConfig
 from lilpipe.config.pipeline import PipelineConfig
 from lilpipe.credentials import hide_credentials, without_credentials
+from lilpipe.data.sources.files import File, compression
+from lilpipe.fingerprint import CacheKey, difference
 from lilpipe.launch.failure import report
 from lilpipe.pipeline.run import run_step
 from lilpipe.tracking import MLflowTracker
@@ -110,6 +113,35 @@ def test_another_signature_of_the_same_address_is_the_same_source(server, store)
         config = config_of(server.url(f"docs.jsonl?token={token}", content))
         found.append(run_step(config, "corpus", store=store, pipeline_run="run"))
     assert [cached for _, cached in found] == [False, True]
+
+
+def test_a_setting_that_is_no_address_counts_whole_and_is_shown_hidden():
+    """A template or an option decides what a stage makes: two of them must not share a cache key."""
+    first, second = (
+        EvaluateConfig.model_validate({"judge": {"template": f"{{question}}{{first}}{{second}} ?token={value}"}})
+        for value in ("one", "two")
+    )
+    assert first.identity() != second.identity()
+    keys = [CacheKey("evaluate", each.identity(), {}, {}, {}, {}) for each in (first, second)]
+    assert keys[0].fingerprint != keys[1].fingerprint
+    assert difference(*keys) == []
+
+
+def test_long_runs_without_an_address_take_linear_time():
+    text = "a" * 2_000_000 + "=@"
+    assert hide_credentials(text) == text
+    assert hide_credentials("x://" * 200_000 + "@") != ""
+
+
+def test_a_page_hides_them():
+    assert "pw" not in page.render("t", {"s": page.note("see https://ann:pw@host/?a=1&token=pw")})
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("a.gz?token=***", ".gz"), ("odd?name.zst", ".zst"), ("a.jsonl?x=1", ""), ("A.GZ", ".gz")]
+)
+def test_the_query_of_a_url_is_no_part_of_the_suffix(name, suffix):
+    assert compression(File("", name, 1)) == suffix
 
 
 def test_a_source_that_fails_is_named_without_its_secret(server, store):

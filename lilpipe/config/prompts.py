@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from lilpipe.config.section import BuiltIn, Extensible, Ratio, Section, WithOptions
+from lilpipe.config.section import Address, BuiltIn, Extensible, Ratio, Section, WithOptions
 
 
 class PromptColumns(Section):
@@ -72,10 +72,10 @@ class PromptSource(Section):
     or not."""
     name: str = ""
     """Name of the source: the family of its prompts, and part of their ids. If empty, that of the file or data set."""
-    path: str | None = None
+    path: Annotated[str | None, Address] = None
     """File, folder, glob or fsspec URL: JSON Lines, one JSON list, CSV or TSV (plain or compressed), or Parquet; or a
     folder written by `save_to_disk` of `datasets`."""
-    test_path: str | None = None
+    test_path: Annotated[str | None, Address] = None
     """File of the official test split; all of its rows get the split `test`."""
     hub: str | None = None
     """Name of a data set on the Hugging Face hub, or a local folder of one; instead of `path`."""

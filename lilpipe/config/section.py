@@ -30,6 +30,13 @@ class _Rounding:
 
 Rounding = _Rounding()
 
+
+class _Address:
+    """Marks the address of data whose content is digested: its credentials are no part of the fingerprint."""
+
+
+Address = _Address()
+
 Ratio = Annotated[float, Field(ge=0, le=1)]
 NumWorkers = Annotated[PositiveInt, Operational]
 
@@ -55,12 +62,14 @@ class Section(BaseModel):
     def identity(self, *, rounding: bool = True) -> dict[str, Any]:
         """Return the values that can change a stage's output, as plain JSON values including defaults.
 
-        Credentials of addresses are hidden, so another password or signature is the same source.
+        Of an ``Address``, credentials are hidden: another password or signature is the same source.
         With ``rounding=False``, omit fields that change only the rounding of sums.
         """
         ignored = (Operational,) if rounding else (Operational, Rounding)
         return {
             name: without_credentials(_plain(getattr(self, name)))
+            if any(mark is Address for mark in field.metadata)
+            else _plain(getattr(self, name))
             for name, field in type(self).model_fields.items()
             if not any(mark is other for mark in field.metadata for other in ignored)
         }

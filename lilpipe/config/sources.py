@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import PositiveFloat, PositiveInt, model_validator
 
-from lilpipe.config.section import BuiltIn, Operational, Section, WithOptions
+from lilpipe.config.section import Address, BuiltIn, Operational, Section, WithOptions
 
 
 class Columns(Section):
@@ -36,7 +36,7 @@ class Source(WithOptions):
     custom source."""
     name: str
     """Name of the source in reports and shards."""
-    path: str | None = None
+    path: Annotated[str | None, Address] = None
     """File, folder, glob or fsspec URL; for `huggingface` a hub name or folder."""
     columns: Columns = Columns()
     """Column names (`jsonl`, `parquet`, `huggingface`)."""

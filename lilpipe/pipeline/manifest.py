@@ -41,7 +41,7 @@ def make_manifest(step: PlannedStep, work: Path, files: dict[str, FileEntry], me
         stage=step.stage.name,
         step=step.name,
         fingerprint=cache_key.fingerprint,
-        config=identity,
+        config=without_credentials(identity),
         operational=without_credentials({k: v for k, v in section.model_dump().items() if k not in identity}),
         inputs={
             role: [

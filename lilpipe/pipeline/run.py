@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from lilpipe.artifact import Artifact, list_files, write_atomically
 from lilpipe.config.pipeline import PipelineConfig
+from lilpipe.credentials import without_credentials
 from lilpipe.errors import ArtifactError, ConfigError
 from lilpipe.launch.run_stage import launch
 from lilpipe.pipeline.manifest import ATTEMPTS, collect_logs, make_manifest
@@ -86,7 +87,9 @@ def _run(planned: PlannedStep, store: Store, listeners: Sequence[Listener]) -> A
         for role, value in planned.inputs.items()
     }
     work = store.work(planned.stage.name, planned.workspace)
-    write_atomically(work / CACHE_KEY, json.dumps({"step": planned.name, **asdict(planned.cache_key)}))
+    write_atomically(
+        work / CACHE_KEY, json.dumps(without_credentials({"step": planned.name, **asdict(planned.cache_key)}))
+    )
 
     def on_event(event: dict[str, Any]) -> None:
         for listener in listeners:

@@ -237,8 +237,9 @@ def local_path(file: File) -> Path | None:
 
 def compression(file: File) -> str:
     """Return the suffix of a compressed file, or an empty string; the query of a signed URL is no part of the name."""
-    name = file.name.partition("?")[0].lower()
-    return next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    name = file.name.lower()
+    names = (name, name.partition("?")[0])
+    return next((suffix for suffix in COMPRESSIONS if any(each.endswith(suffix) for each in names)), "")
 
 
 @contextmanager
